@@ -1,0 +1,62 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv first, with the versions that
+# constraints.txt pins. PYTHON=python3.12 chooses another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PORT ?= 8000
+
+.PHONY: demo test install lint types package bench proto clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo     serve the demo model and its adapters on http://127.0.0.1:$(PORT)'
+	@echo 'make test     run the test suite'
+	@echo 'make install  make $(VENV) with everything pinned, and $(BIN)/lorafleet'
+	@echo 'make lint     ruff, then types'
+	@echo 'make package  build the wheel and try it outside the tree'
+	@echo 'make proto    regenerate the gRPC stubs'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LoRAFleet needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	@model=$$($(BIN)/python examples/demo_model.py) && exec $(BIN)/lorafleet serve "$$model" \
+		--served-model-name smollm2 --host 127.0.0.1 --port $(PORT) --enable-lora \
+		--lora-modules sql=examples/adapters/sql pirate=examples/adapters/pirate json=examples/adapters/json
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+# Type checkers cannot follow the editable install's import hook, so they read the installed wheel.
+types: build/wheel/.built
+	cd build/wheel && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python \
+		-p lorafleet.controller -p lorafleet.kernels -p lorafleet.workers
+
+package: build/wheel/.built
+	cd build/wheel && ../../$(BIN)/python -P ../../tests/check_wheel.py .
+
+build/wheel/.built: $(INSTALLED) $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/wheel dist/*.whl
+	@touch $@
+
+proto: install
+	rm -rf build/proto && mkdir -p build/proto
+	$(BIN)/python -m grpc_tools.protoc -I lorafleet/proto=proto --python_out=build/proto --grpc_python_out=build/proto \
+		--pyi_out=build/proto proto/worker.proto proto/controller.proto
+	mv build/proto/lorafleet/proto/* proto/
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,78 @@
+"""What a gateway process is told: built and validated once by ``__main__.py``, frozen, passed whole.
+
+Owns: the fields, their defaults and checks. Leaves to others: flags (__main__.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lorafleet.workers.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTimes:
+    """How patient a worker session is, in seconds. Workers send a heartbeat every 0.5 s."""
+
+    welcome_s: float = 5.0  # from the start of a connection to the worker's Welcome
+    suspect_s: float = 1.5  # of silence: no new requests while others can take them
+    dead_s: float = 5.0  # of silence: its requests fail and the session starts anew
+    hung_step_s: float = 20.0  # an engine step older than this makes the worker suspect
+    first_backoff_s: float = 0.1
+    last_backoff_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """One gateway process."""
+
+    controller: str  # host:port
+    token: str = field(repr=False)  # the fleet's bearer token, for gRPC
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # empty: no key is asked for
+    seed: int | None = None  # of the seeds drawn for requests without one; None: the operating system's
+    drain_timeout_s: float = 30.0
+    max_body_bytes: int = 8 << 20
+    body_timeout_s: float = 30.0  # for a request's body to arrive
+    write_timeout_s: float = 30.0  # for a client that does not read
+    request_timeout_s: float = 3600.0
+    max_in_flight: int = 1024  # requests; more get 429
+    max_queued_tokens: int = 256  # of one choice whose client reads slower than it generates
+    num_tokenizer_threads: int = 2
+    vllm_metrics: bool = True
+    reuse_port: bool = False  # several gateway processes on one port
+    times: SessionTimes = field(default_factory=SessionTimes)
+
+    def __post_init__(self) -> None:
+        check_address("--controller", self.controller)
+        if not self.token:
+            raise ConfigError("The token of --token-file is empty.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it must be between 0 and 65535.")
+        if not all(self.api_keys):
+            raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none.")
+        for flag, value in (
+            ("--max-body-bytes", self.max_body_bytes),
+            ("--max-in-flight", self.max_in_flight),
+            ("--max-queued-tokens", self.max_queued_tokens),
+            ("--num-tokenizer-threads", self.num_tokenizer_threads),
+        ):
+            if value < 1:
+                raise ConfigError(f"{flag} is {value}; it must be at least 1.")
+        for flag, seconds in (
+            ("--body-timeout-s", self.body_timeout_s),
+            ("--write-timeout-s", self.write_timeout_s),
+            ("--request-timeout-s", self.request_timeout_s),
+        ):
+            if not 0 < seconds < float("inf"):
+                raise ConfigError(f"{flag} is {seconds}; it must be a positive number of seconds.")
+        if not 0 <= self.drain_timeout_s < float("inf"):
+            raise ConfigError(f"--drain-timeout-s is {self.drain_timeout_s}; it must be 0 or more seconds.")
+
+
+def check_address(flag: str, address: str) -> None:
+    """Raises ConfigError unless `address` is host:port."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise ConfigError(f"{flag} is {address!r}; it must be HOST:PORT.")

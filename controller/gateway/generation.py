@@ -1,0 +1,173 @@
+"""The life of one API request behind its parsing: its choices on their workers, and their tokens as text.
+
+Owns: submitting, turning arrived tokens into deltas, finish reasons, cancelling whatever is not needed any more.
+Leaves to others: parsing and tokenising (completions.py, chat.py), framing (sse.py), the workers (pool.py).
+
+However a request ends (finished, stop string, error, client gone, shutdown), leaving the ``with`` block cancels on the
+workers what still runs there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from lorafleet.controller.gateway.inbox import ChoiceQueue, Inbox
+from lorafleet.controller.gateway.metrics import ModelMetrics
+from lorafleet.controller.gateway.session import WorkerSession
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
+from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.params import SamplingParams
+from lorafleet.workers.text.output import OutputText
+from lorafleet.workers.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What one choice has gained. logprobs: empty, or one for each token. A delta with a finish_reason is the last."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None  # the stop string or the caller's stop token
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    queue: ChoiceQueue
+    text: OutputText
+    session: WorkerSession
+    stream: int
+    last_at: float | None = None  # when its last tokens came
+
+
+class Generation:
+    """One request's choices. Add them, then call `next` until it returns nothing. One task uses it."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        max_queued_tokens: int,
+        metrics: ModelMetrics,
+    ) -> None:
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+        self._request_id = request_id
+        self._tokenizer = tokenizer
+        self._params = params
+        self._metrics = metrics
+        self._started_at = time.monotonic()
+        self._has_token = False
+        self._inbox = Inbox(max_queued_tokens, self._cancel_all)
+        self._choices: list[_Choice] = []
+        self._num_open = 0
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._cancel_all()
+        if error is None:
+            self._metrics.finished(time.monotonic() - self._started_at, self.num_prompt_tokens)
+        elif isinstance(error, Exception) and not isinstance(error, ConnectionError):
+            self._metrics.ended("error")
+        else:  # the client went away
+            self._metrics.ended("abort")
+
+    def fail(self, error: LoRAFleetError) -> None:
+        """End the request from outside: `next` raises `error` after what has already arrived."""
+        self._inbox.fail(error)
+
+    def add_prompt(
+        self,
+        session: WorkerSession,
+        adapter: str,
+        prompt_token_ids: Sequence[int],
+        samplings: Sequence[worker_pb2.Sampling],
+    ) -> None:
+        """Start one choice for each of `samplings`. Raises WorkerUnavailableError."""
+        params = self._params
+        self.num_prompt_tokens += len(prompt_token_ids)
+        for sampling in samplings:
+            queue = self._inbox.open_queue(len(self._choices))
+            generate = worker_pb2.Generate(
+                request_id=self._request_id,
+                adapter_digest=adapter,
+                prompt_token_ids=prompt_token_ids,
+                sampling=sampling,
+            )
+            text = OutputText(
+                self._tokenizer,
+                prompt_token_ids[-16:],
+                stop=params.stops,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+            self._choices.append(_Choice(queue, text, session, session.submit(queue, generate)))
+            self._num_open += 1
+
+    async def next(self) -> list[ChoiceDelta]:
+        """What has come since the last call, one delta for each choice that gained something; empty at the end.
+
+        Waits for it. Raises the error that ended the request.
+        """
+        deltas: list[ChoiceDelta] = []
+        while self._num_open and not deltas:
+            for queue in await self._inbox.take():
+                delta = self._advance(self._choices[queue.index])
+                if delta.text or delta.logprobs or delta.finish_reason is not None:
+                    deltas.append(delta)
+        return deltas
+
+    def _advance(self, choice: _Choice) -> ChoiceDelta:
+        token_ids, logprobs, finish = choice.queue.take()
+        at = time.monotonic()
+        if choice.last_at is not None:
+            self._metrics.gap(at - choice.last_at)
+        elif not self._has_token:
+            self._has_token = True
+            self._metrics.first_token(at - self._started_at)
+        choice.last_at = at
+        params = self._params
+        by_token = finish is FinishReason.STOP
+        delta = choice.text.push(
+            token_ids, finish is not None, hide_last=by_token and not params.include_stop_str_in_output
+        )
+        reason: Literal["stop", "length"] | None = None
+        stop_reason: str | int | None = delta.stop_reason
+        if stop_reason is not None or by_token:
+            reason = "stop"
+            if stop_reason is None and token_ids[-1] in params.stop_token_ids:
+                stop_reason = token_ids[-1]
+        elif finish is not None:
+            reason = "length"
+        num_used = delta.num_tokens_used
+        self.num_output_tokens += num_used
+        self._metrics.tokens(num_used)
+        if reason is not None:
+            self._num_open -= 1
+            self._metrics.ended(reason)
+            choice.session.cancel(choice.stream)
+        if num_used != len(token_ids):
+            token_ids, logprobs = token_ids[:num_used], logprobs[:num_used]
+        return ChoiceDelta(choice.queue.index, delta.text, token_ids, logprobs, reason, stop_reason)
+
+    def _cancel_all(self) -> None:
+        for choice in self._choices:
+            choice.session.cancel(choice.stream)

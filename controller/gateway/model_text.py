@@ -1,0 +1,67 @@
+"""All that turns text into token ids and back for one model: its tokenizer, its chat template, its sampling defaults.
+
+Owns: building them from the files that the controller sends. Leaves to others: fetching (routes.py), threads
+(state.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.params import SamplingParams
+from lorafleet.workers.text.chat_template import ChatTemplate
+from lorafleet.workers.text.tokenizer import Tokenizer
+
+_DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """Immutable; its methods may run on any thread. sampling_defaults: of generation_config.json."""
+
+    digest: str
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    sampling_defaults: Mapping[str, float | int]
+
+    @classmethod
+    def from_files(cls, digest: str, files: Mapping[str, bytes]) -> ModelText:
+        """Raises ModelError for files that are no tokenizer."""
+        tokenizer = Tokenizer.from_files(files)
+        return cls(digest, tokenizer, ChatTemplate.from_tokenizer(tokenizer), sampling_defaults(files))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, add_special_tokens: bool
+    ) -> list[int]:
+        """Messages to a prompt's ids. Raises InvalidRequestError for what the template does not take."""
+        text = self.template.render(
+            messages, add_generation_prompt=add_generation_prompt, **self.tokenizer.special_tokens
+        )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def sampling_defaults(files: Mapping[str, bytes]) -> dict[str, float | int]:
+    """What generation_config.json recommends. Values that no request could ask for are left out, with a warning."""
+    try:
+        config = json.loads(files.get("generation_config.json", b"{}"))
+    except ValueError:
+        config = {}  # the tokenizer has refused such a file already
+    defaults: dict[str, float | int] = {}
+    for name in _DEFAULT_FIELDS:
+        value = config.get(name) if isinstance(config, dict) else None
+        if value is None:
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except InvalidRequestError as error:
+            logger.warning("generation_config.json: %s", error.message)
+        else:
+            defaults[name] = value
+    return defaults

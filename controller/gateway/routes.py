@@ -1,0 +1,138 @@
+"""What the controller publishes, kept at hand: the routing table and the text of the model.
+
+Owns: the Watch stream and its reconnecting, fetching files by digest. Leaves to others: what follows from a table
+(pool.py, state.py).
+
+The last table stays valid while the controller is away. A new table's tokenizer replaces the old one only when it has
+been loaded; until then the old one serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, Final
+
+import grpc.aio
+
+from lorafleet.controller.gateway.model_text import ModelText
+from lorafleet.controller.gateway.routing_table import RoutingTable
+from lorafleet.controller.gateway.wire import Backoff, describe, fleet_metadata, open_channel
+from lorafleet.proto import controller_pb2
+from lorafleet.proto.controller_pb2_grpc import ControllerStub
+from lorafleet.workers.errors import LoRAFleetError, ModelError
+
+WATCH_DEADLINE_S: Final = 600.0  # then the stream is opened anew: a controller that hangs is not waited for longer
+FILES_DEADLINE_S: Final = 60.0
+MAX_FILES_BYTES: Final = 512 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class RoutesClient:
+    """`start` it, `close` it. table and text: None until the first of each has come."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str,
+        gateway_id: str,
+        executor: Executor,
+        on_table: Callable[[RoutingTable], None],
+    ) -> None:
+        """executor: where tokenizers are built. on_table: called with each new table."""
+        self.table: RoutingTable | None = None
+        self.text: ModelText | None = None
+        self._address = address
+        self._metadata = fleet_metadata(token)
+        self._gateway_id = gateway_id
+        self._executor = executor
+        self._on_table = on_table
+        self._task: asyncio.Task[None] | None = None
+        self._text_task: asyncio.Task[None] | None = None
+        self._text_digest = ""  # of the text that is loaded or being loaded
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._task = asyncio.create_task(self._run(), name="routes")
+
+    async def close(self) -> None:
+        """Stop watching and loading."""
+        tasks = [task for task in (self._task, self._text_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self) -> None:
+        channel = open_channel(self._address)
+        backoff = Backoff(0.1, 2.0)
+        try:
+            while True:
+                try:
+                    await self._watch(ControllerStub(channel), backoff)
+                    reason = "it ended the stream"
+                except grpc.aio.AioRpcError as error:
+                    reason = describe(error)
+                    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                        continue
+                logger.info("controller %s: %s; keeping the last table", self._address, reason)
+                await asyncio.sleep(backoff.next_s())
+        finally:
+            await channel.close()
+
+    async def _watch(self, stub: Any, backoff: Backoff) -> None:
+        request = controller_pb2.WatchRequest(gateway_id=self._gateway_id)
+        call = stub.Watch(request, metadata=self._metadata, timeout=WATCH_DEADLINE_S)
+        try:
+            async for message in call:
+                backoff.reset()
+                self._take(stub, RoutingTable.from_wire(message))
+        finally:
+            call.cancel()
+
+    def _take(self, stub: Any, table: RoutingTable) -> None:
+        old = self.table
+        if old is not None and old.incarnation == table.incarnation and table.version < old.version:
+            return
+        self.table = table
+        if table.tokenizer_digest != self._text_digest:
+            self._text_digest = table.tokenizer_digest
+            if self._text_task is not None:
+                self._text_task.cancel()
+            self._text_task = asyncio.create_task(
+                self._load_text(stub, table.tokenizer_digest), name="tokenizer loader"
+            )
+        self._on_table(table)
+
+    async def _load_text(self, stub: Any, digest: str) -> None:
+        """Until it succeeds, or a table with another digest cancels it."""
+        backoff = Backoff(0.2, 5.0)
+        while True:
+            try:
+                files = await self._fetch(stub, digest)
+                text = await asyncio.get_running_loop().run_in_executor(
+                    self._executor, ModelText.from_files, digest, files
+                )
+            except (grpc.aio.AioRpcError, LoRAFleetError) as error:
+                logger.warning("tokenizer %s cannot be loaded: %s", digest[:16], describe(error))
+                await asyncio.sleep(backoff.next_s())
+            else:
+                self.text = text
+                logger.info("tokenizer %s loaded", digest[:16])
+                return
+
+    async def _fetch(self, stub: Any, digest: str) -> dict[str, bytes]:
+        request = controller_pb2.GetFilesRequest(digest=digest)
+        call = stub.GetFiles(request, metadata=self._metadata, timeout=FILES_DEADLINE_S)
+        files: dict[str, bytearray] = {}
+        num_bytes = 0
+        async for chunk in call:
+            num_bytes += len(chunk.data)
+            if num_bytes > MAX_FILES_BYTES:
+                call.cancel()
+                raise ModelError(f"The tokenizer's files are over {MAX_FILES_BYTES} bytes.")
+            files.setdefault(chunk.name, bytearray()).extend(chunk.data)
+        return {name: bytes(data) for name, data in files.items()}

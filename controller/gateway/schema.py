@@ -1,0 +1,187 @@
+"""What requests may say: one struct for each endpoint, and what is accepted or refused by name beyond them.
+
+Owns: fields and types; JSON is read here and nowhere else. Leaves to others: ranges (workers/params.py), what fields
+mean together (sampling.py, completions.py, chat.py).
+
+A field that is not here would change the answer if it were honoured, so it is refused by name, unless its value asks
+for nothing (null, or the default). msgspec decodes strictly: true is no number, 1.0 is no integer, and JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from lorafleet.workers.errors import InvalidRequestError
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """What completions and chat share; names and meaning are those of `SamplingParams`. None: not given."""
+
+    n: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """include_usage: a last chunk with the usage and no choices."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # false is what happens
+    continuous_usage_stats: bool | None = None
+
+
+class GenerateFields(SamplingFields, kw_only=True):
+    """What completions and chat share besides sampling."""
+
+    model: str
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None
+
+
+class CompletionRequest(GenerateFields, kw_only=True):
+    """POST /v1/completions. prompt: a text, texts, token ids, or lists of token ids."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class ChatRequest(GenerateFields, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Fields that do not bear on the answer, whatever they say."""
+
+DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "early_stopping": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_reasoning": (True,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields that OpenAI or vLLM know and this server does not honour: the values, besides null, that ask for nothing."""
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+_WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
+
+
+def decode(body: bytes, kind: type[_T]) -> _T:
+    """A request's body. Raises InvalidRequestError that names the field."""
+    fields = _decode(body, dict[str, msgspec.Raw])
+    known = kind.__struct_fields__
+    for name, raw in fields.items():
+        if name in known or name in ASKS_NOTHING:
+            continue
+        value = _decode(bytes(raw), object)
+        if value is not None and not any(value == default for default in DEFAULTS.get(name, ())):
+            shown = name if len(name) <= 64 else name[:64] + "..."
+            does = "is not supported by this server" if name in DEFAULTS else "is not a known field"
+            raise InvalidRequestError(f"{shown!r} {does}. Leave it out.", param=shown)
+    return _decode(body, kind)
+
+
+def _decode(body: bytes, kind: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.") from None
+
+
+def _explain(problem: str) -> InvalidRequestError:
+    """msgspec's message in ours. It never holds a value, only types and places."""
+    where = _WHERE.search(problem)
+    detail = problem[: where.start()] if where else problem
+    detail = detail.replace(" | null", "").rstrip(".")
+    name = where.group(1) if where else None
+    if name is not None and where is not None:
+        return InvalidRequestError(f"{name}{where.group(2)}: {detail[0].lower()}{detail[1:]}.", param=name)
+    missing = re.match(r"Object missing required field `(\w+)`", detail)
+    if missing:
+        return InvalidRequestError(f"{missing.group(1)!r} is missing. Give it.", param=missing.group(1))
+    return InvalidRequestError(f"The body does not fit: {detail[0].lower()}{detail[1:]}.")

@@ -1,0 +1,283 @@
+"""The gateway's end of one worker's Session stream: requests and cancels go down, tokens and heartbeats come up.
+
+Owns: connecting, the handshake, liveness, which stream number belongs to which choice. Leaves to others: which worker
+gets a request (router.py, pool.py), what its tokens mean (generation.py).
+
+The session has no deadline, since it lives as long as both ends do. What stands in for one: the worker must answer
+the Hello within `welcome_s`, and silence of `dead_s` ends the session. However a session ends, every request that was
+on it fails with `WorkerLostError`, and a new one is tried, for as long as the routing table names the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+
+from lorafleet.controller.gateway.config import SessionTimes
+from lorafleet.controller.gateway.inbox import ChoiceQueue
+from lorafleet.controller.gateway.router import WorkerView
+from lorafleet.controller.gateway.routing_table import Endpoint
+from lorafleet.controller.gateway.wire import Backoff, describe, fleet_metadata, open_channel
+from lorafleet.proto import worker_pb2
+from lorafleet.proto.worker_pb2_grpc import WorkerStub
+from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
+from lorafleet.workers.errors import (
+    InternalError,
+    LoRAFleetError,
+    WorkerLostError,
+    WorkerUnavailableError,
+    error_from_code,
+)
+
+MAX_UNSENT = 4096  # requests that wait for the stream to take them
+
+_FINISH = {
+    worker_pb2.FINISH_NONE: None,
+    worker_pb2.FINISH_STOP: FinishReason.STOP,
+    worker_pb2.FINISH_LENGTH: FinishReason.LENGTH,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class SessionLost(Exception):
+    """The session cannot go on; the text says why."""
+
+
+class WorkerSession:
+    """One worker, connected to or being connected to. `start` it, `close` it."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        gateway_id: str,
+        token: str,
+        times: SessionTimes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.endpoint = endpoint
+        self.retired = False  # no longer in the table: takes nothing new
+        self._gateway_id = gateway_id
+        self._metadata = fleet_metadata(token)
+        self._times = times
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+        self._live = False
+        self._streams: dict[int, ChoiceQueue] = {}
+        self._last_stream = 0
+        self._outbox: deque[worker_pb2.GatewayMessage] = deque()
+        self._outbox_filled = asyncio.Event()
+        self._heard_at = 0.0
+        self._heartbeat: worker_pb2.Heartbeat | None = None  # None until the first of this session
+        self._device_adapters: frozenset[str] = frozenset()
+        self._num_unreported = 0
+
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        self._task = asyncio.create_task(self._run(), name=f"session {self.endpoint.address}")
+
+    async def close(self) -> None:
+        """End the session; what runs on it fails."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    @property
+    def num_streams(self) -> int:
+        """Choices that have not ended."""
+        return len(self._streams)
+
+    def view(self) -> WorkerView:
+        """What the router needs to know, now."""
+        endpoint, heartbeat = self.endpoint, self._heartbeat
+        if heartbeat is None:
+            return WorkerView(endpoint.worker_id, False, True, endpoint.max_num_seqs, endpoint.max_loras)
+        load = heartbeat.load
+        silent = self._clock() - self._heard_at > self._times.suspect_s
+        hung = heartbeat.last_step_age_ms > self._times.hung_step_s * 1000
+        ready = (
+            self._live
+            and heartbeat.state == worker_pb2.WORKER_READY
+            and not endpoint.draining
+            and not self.retired
+        )
+        return WorkerView(
+            endpoint.worker_id,
+            ready,
+            silent or hung,
+            endpoint.max_num_seqs,
+            endpoint.max_loras,
+            load.num_running,
+            load.num_waiting,
+            self._num_unreported,
+            load.num_pages,
+            load.num_free_pages,
+            self._device_adapters,
+        )
+
+    def submit(self, queue: ChoiceQueue, generate: worker_pb2.Generate) -> int:
+        """Send a request whose tokens go to `queue`; fills in and returns its stream number, for `cancel`.
+
+        Raises WorkerUnavailableError when the session is not there or does not take any more.
+        """
+        if not self._live or len(self._outbox) >= MAX_UNSENT:
+            raise WorkerUnavailableError(f"Worker {self.endpoint.worker_id} does not take requests now. Try again.")
+        self._last_stream += 1  # 2^32 of them take weeks at any rate that one worker holds
+        generate.stream = self._last_stream
+        self._streams[self._last_stream] = queue
+        self._num_unreported += 1
+        self._send(worker_pb2.GatewayMessage(generate=generate))
+        return self._last_stream
+
+    def cancel(self, stream: int) -> None:
+        """Stop a request, which hears nothing any more. Does nothing for one that has ended."""
+        if self._streams.pop(stream, None) is not None and self._live:
+            self._send(worker_pb2.GatewayMessage(cancel=worker_pb2.Cancel(stream=stream)))
+
+    def _send(self, message: worker_pb2.GatewayMessage) -> None:
+        self._outbox.append(message)
+        self._outbox_filled.set()
+
+    async def _run(self) -> None:
+        backoff = Backoff(self._times.first_backoff_s, self._times.last_backoff_s)
+        while True:
+            reason = "the gateway closed the session"
+            try:
+                await self._session(backoff)
+            except (SessionLost, grpc.aio.AioRpcError) as error:
+                reason = describe(error)
+            except Exception as error:  # a bug of ours must not end the session for good
+                logger.exception("session with worker %s failed", self.endpoint.worker_id)
+                reason = type(error).__name__
+            finally:
+                self._lose(reason)
+            wait_s = backoff.next_s()
+            logger.info("worker %s: %s; next attempt in %.2f s", self.endpoint.worker_id, reason, wait_s)
+            await asyncio.sleep(wait_s)
+
+    def _lose(self, reason: str) -> None:
+        """Everything that was on the session ends."""
+        self._live = False
+        self._heartbeat = None
+        self._device_adapters = frozenset()
+        self._outbox.clear()
+        self._outbox_filled.clear()
+        self._num_unreported = 0
+        streams, self._streams = self._streams, {}
+        message = (
+            f"Worker {self.endpoint.worker_id} was lost before the request ended ({reason}). Send the request again."
+        )
+        for queue in streams.values():
+            queue.inbox.fail(WorkerLostError(message))
+
+    async def _session(self, backoff: Backoff) -> None:
+        """One connection, from Hello to its end, which always is an exception."""
+        channel = open_channel(self.endpoint.address)
+        try:
+            call = WorkerStub(channel).Session(metadata=self._metadata)
+            try:
+                async with asyncio.timeout(self._times.welcome_s):
+                    await self._greet(call)
+            except TimeoutError:
+                raise SessionLost(f"no welcome within {self._times.welcome_s:g} s") from None
+            backoff.reset()
+            self._heard_at = self._clock()
+            self._live = True
+            logger.info("worker %s: session at %s", self.endpoint.worker_id, self.endpoint.address)
+            tasks = [
+                asyncio.create_task(part, name=f"session {self.endpoint.address} {name}")
+                for name, part in (
+                    ("receive", self._receive(call)),
+                    ("send", self._send_all(call)),
+                    ("watch", self._watch()),
+                )
+            ]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                call.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await channel.close()
+
+    async def _greet(self, call: Any) -> None:
+        endpoint = self.endpoint
+        hello = worker_pb2.Hello(
+            worker_id=endpoint.worker_id, generation=endpoint.generation, gateway_id=self._gateway_id
+        )
+        await call.write(worker_pb2.GatewayMessage(hello=hello))
+        answer = await call.read()
+        if answer is grpc.aio.EOF or answer.WhichOneof("message") != "welcome":
+            raise SessionLost("the worker's first message is not a welcome")
+        if (answer.welcome.worker_id, answer.welcome.generation) != (endpoint.worker_id, endpoint.generation):
+            raise SessionLost(f"another worker answers at {endpoint.address}: {answer.welcome.worker_id!r}")
+
+    async def _send_all(self, call: Any) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            while self._outbox:
+                await call.write(self._outbox.popleft())
+
+    async def _watch(self) -> None:
+        """Raise when the worker has been silent for too long."""
+        while True:
+            left_s = self._heard_at + self._times.dead_s - self._clock()
+            if left_s <= 0:
+                raise SessionLost(f"silent for {self._times.dead_s:g} s")
+            await asyncio.sleep(left_s)
+
+    async def _receive(self, call: Any) -> None:
+        while True:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                raise SessionLost("the worker ended the session")
+            self._heard_at = self._clock()
+            kind = message.WhichOneof("message")
+            if kind == "step":
+                self._deliver(message.step)
+            elif kind == "heartbeat":
+                self._heartbeat = message.heartbeat
+                self._device_adapters = frozenset(message.heartbeat.device_adapters)
+                self._num_unreported = 0
+
+    def _deliver(self, step: worker_pb2.StepOutputs) -> None:
+        """One engine step's rows to their queues. Rows of streams that have ended here are dropped."""
+        logprobs = {entry.row: _token_logprobs(entry) for entry in step.logprobs} if step.logprobs else {}
+        streams = self._streams
+        if not len(step.stream) == len(step.token_id) == len(step.finish):
+            raise SessionLost("a step with columns of different lengths")
+        row = 0
+        for stream, token_id, finish in zip(step.stream, step.token_id, step.finish, strict=True):
+            queue = streams.get(stream)
+            if queue is not None:
+                if finish:
+                    del streams[stream]
+                queue.put(token_id, _FINISH.get(finish), logprobs.get(row) if logprobs else None)
+            row += 1
+        for ended in step.ended:
+            queue = streams.pop(ended.stream, None)
+            if queue is not None:
+                queue.inbox.fail(_error_of(ended))
+
+
+def _token_logprobs(entry: worker_pb2.Logprobs) -> TokenLogprobs:
+    return TokenLogprobs(entry.logprob, entry.rank, tuple(entry.top_ids), tuple(entry.top_logprobs))
+
+
+def _error_of(ended: worker_pb2.Ended) -> LoRAFleetError:
+    if ended.error_code:
+        return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
+    return InternalError("The worker cancelled a request that nobody had asked it to cancel.")

@@ -1,0 +1,168 @@
+"""Tiny random models and adapters, made with transformers and peft: the live reference of the correctness tests."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
+from lorafleet.workers.errors import LoRAFleetError
+
+ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "llama2": LlamaConfig(**_SIZES | {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama3": LlamaConfig(
+        **_SIZES | {"tie_word_embeddings": False},
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "llama-biased": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
+    "smollm2": LlamaConfig(**_SIZES | {"tie_word_embeddings": True}),
+    "mistral-sliding": MistralConfig(**_SIZES | {"head_dim": 16}, sliding_window=12),
+    "qwen2": Qwen2Config(**_SIZES | {"tie_word_embeddings": True}),
+    "qwen2-sliding": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=10, max_window_layers=1),
+    "qwen3": Qwen3Config(**_SIZES | {"head_dim": 32}),
+}
+
+
+def make_model(name: str, directory: Path, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model of the named architecture, also saved into `directory`."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        # Biases and norm weights start as zeros and ones, which would hide that they are read wrongly.
+        if parameter.dim() == 1:
+            parameter.data.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
+        else:
+            parameter.data.normal_(0.0, 0.08)
+    model.eval().save_pretrained(directory)
+    return model
+
+
+def make_adapter(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    rank: int = 4,
+    targets: list[str] | None = None,
+    seed: int = 1,
+    use_rslora: bool = False,
+    strength: float = 0.1,
+    name: str = "default",
+) -> PeftModel:
+    """A random PEFT adapter with non-zero B, saved into `directory`; the PEFT model for reference outputs.
+
+    Wraps (and changes) the given model: give it a fresh copy, or call `unload` on the result.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=targets or ALL_TARGETS, use_rslora=use_rslora, task_type="CAUSAL_LM"
+    )
+    peft_model = get_peft_model(model, config, adapter_name=name)
+    for parameter_name, parameter in peft_model.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data.normal_(0.0, strength)
+    peft_model.eval().save_pretrained(directory)
+    return peft_model
+
+
+def save_config(name: str, directory: Path, change: dict[str, object]) -> None:
+    """Write a config.json of the named architecture with some fields changed."""
+    ARCHITECTURES[name].save_pretrained(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLM"]} | change
+    path.write_text(json.dumps(config))
+
+
+def drop_tensor(directory: Path, name: str) -> None:
+    """Rewrite a saved model without one of its tensors."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path)
+
+
+def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """The reference's greedy continuation, EOS ignored."""
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return list(output[0, len(prompt) :].tolist())
+
+
+@dataclass
+class Result:
+    """All events of one request, gathered."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: LoRAFleetError | None = None
+
+
+def run_engine(engine: Engine, requests: list[GenerateRequest], timeout_s: float = 60.0) -> dict[str, Result]:
+    """Submit all at once, step until all have ended; asserts one terminal event each."""
+    for request in requests:
+        engine.submit(request)
+    results = {request.request_id: Result() for request in requests}
+    deadline = time.monotonic() + timeout_s
+    while engine.has_unfinished():
+        assert time.monotonic() < deadline, "not done in time"
+        engine.wait_for_work(timeout_s=1.0)
+        gather(engine.step(), results)
+    assert all(result.finish is not None for result in results.values())
+    return results
+
+
+def gather(events: list[RequestEvent], results: dict[str, Result]) -> None:
+    for event in events:
+        result = results[event.request_id]
+        assert result.finish is None, "an event after the terminal one"
+        if event.token_id is not None:
+            result.token_ids.append(event.token_id)
+        if event.logprobs is not None:
+            result.logprobs.append(event.logprobs)
+        result.finish, result.error = event.finish, event.error

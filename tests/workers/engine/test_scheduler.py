@@ -1,0 +1,259 @@
+"""The scheduler as tables, and fuzzed: whatever arrives, everything ends, in bounded steps, and nothing leaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.block_pool import BlockPool
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.scheduler import Scheduler, StepPlan
+
+EOS = 1
+PAGE = 4
+
+
+class World:
+    """A scheduler with a model that always says token 7 (or EOS where told) and adapters that load at once or later."""
+
+    def __init__(
+        self, *, pages: int = 64, slots: int = 2, max_num_seqs: int = 4, budget: int = 16, auto_load: bool = True
+    ) -> None:
+        self.slots = AdapterSlots(slots)
+        self.scheduler = Scheduler(
+            BlockPool(pages),
+            self.slots,
+            page_size=PAGE,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            eos_token_ids=frozenset([EOS]),
+        )
+        self.auto_load = auto_load
+        self.finished: dict[str, FinishReason] = {}
+        self.order: list[str] = []  # ids by first appearance in a step
+        self._arrivals = 0
+
+    def add(self, name: str, prompt: int, max_tokens: int = 4, adapter: str | None = None) -> Request:
+        self._arrivals += 1
+        generate = GenerateRequest(name, (7,) * prompt, SamplingOptions(max_tokens=max_tokens), adapter)
+        request = Request.from_generate(generate, self._arrivals)
+        self.scheduler.add(request)
+        return request
+
+    def step(self, token: Callable[[Request], int] = lambda request: 7) -> StepPlan:
+        plan = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        for entry in plan.scheduled:
+            assert entry.num_tokens >= 1
+            assert entry.request.adapter is None or entry.slot == self.slots.slot_of(entry.request.adapter)
+            if entry.request.request_id not in self.order:
+                self.order.append(entry.request.request_id)
+            reason = self.scheduler.commit(entry, token(entry.request) if entry.samples else None)
+            if reason is not None:
+                assert entry.request.request_id not in self.finished
+                self.finished[entry.request.request_id] = reason
+        if self.auto_load:
+            for load in plan.loads:
+                self.slots.finish_load(load.digest)
+        self.scheduler.check_integrity()
+        return plan
+
+    def run(self, max_steps: int = 10_000) -> int:
+        for step in range(max_steps):
+            if not self.scheduler.num_running and not self.scheduler.num_waiting:
+                return step
+            self.step()
+        raise AssertionError(f"not done after {max_steps} steps")
+
+
+def tokens(plan: StepPlan) -> dict[str, int]:
+    return {entry.request.request_id: entry.num_tokens for entry in plan.scheduled}
+
+
+def test_prefill_and_decode_share_a_step() -> None:
+    world = World()
+    world.add("a", 3)
+    assert tokens(world.step()) == {"a": 3}
+    world.add("b", 5)
+    assert tokens(world.step()) == {"a": 1, "b": 5}
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
+    world = World(budget=8)
+    world.add("a", 2, max_tokens=8)
+    world.step()
+    world.add("long", 20)
+    assert [tokens(world.step()) for _ in range(4)] == [
+        {"a": 1, "long": 7},
+        {"a": 1, "long": 7},
+        {"a": 1, "long": 6},
+        {"a": 1, "long": 1},
+    ]
+
+
+def test_eos_stops_and_max_tokens_is_a_length() -> None:
+    world = World()
+    world.add("stops", 2)
+    world.add("runs", 2, max_tokens=1)
+    world.step(lambda request: EOS if request.request_id == "stops" else 7)
+    assert world.finished == {"stops": FinishReason.STOP, "runs": FinishReason.LENGTH}
+
+
+def test_the_youngest_is_preempted_and_recomputes_with_its_output() -> None:
+    world = World(pages=4, max_num_seqs=2)
+    old, young = world.add("old", 7, max_tokens=8), world.add("young", 7, max_tokens=5)
+    world.step()  # 7 prompt tokens each: 2 pages each
+    world.step()  # 8 tokens each
+    plan = world.step()  # old needs a third page
+    assert tokens(plan) == {"old": 1}
+    assert world.scheduler.num_preemptions == 1
+    assert young.num_computed_tokens == 0 and young.num_output_tokens == 2
+    assert old.num_output_tokens == 3
+    world.run()
+    assert set(world.finished) == {"old", "young"}
+    assert (old.num_output_tokens, young.num_output_tokens) == (8, 5)
+
+
+def test_a_step_is_grouped_by_slot_with_the_base_model_first() -> None:
+    world = World(slots=2, max_num_seqs=8, budget=64)
+    for name, adapter in (("1", "x"), ("2", None), ("3", "y"), ("4", "x"), ("5", None)):
+        world.add(name, 2, adapter=adapter)
+    world.step()
+    plan = world.step()
+    slots = [entry.slot for entry in plan.scheduled]
+    assert len(slots) == 5
+    assert slots == sorted(slots, key=lambda slot: -1 if slot is None else slot)
+
+
+def test_a_request_whose_adapter_loads_does_not_hold_up_the_others() -> None:
+    world = World(auto_load=False)
+    world.add("cold", 2, adapter="x")
+    world.add("base", 2)
+    plan = world.step()
+    assert tokens(plan) == {"base": 2}
+    assert [load.digest for load in plan.loads] == ["x"]
+    assert not world.step().loads, "one load per adapter"
+    world.slots.finish_load("x")
+    assert "cold" in tokens(world.step())
+
+
+def test_an_adapter_without_a_slot_claims_one_and_newcomers_for_the_claimed_one_wait() -> None:
+    world = World(slots=1, max_num_seqs=8)
+    world.add("x1", 2, max_tokens=6, adapter="x")
+    world.step()
+    world.step()
+    world.add("y1", 2, max_tokens=2, adapter="y")
+    for i in range(2, 6):
+        world.add(f"x{i}", 2, max_tokens=6, adapter="x")
+    world.run()
+    assert world.order.index("y1") == 1, "no x that came after y1 may start before it"
+
+
+@pytest.mark.parametrize("num_adapters", [3, 16])
+def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters: int) -> None:
+    world = World(slots=2, max_num_seqs=4, pages=200)
+    world.add("hot0", 2, max_tokens=8, adapter="hot")
+    for i in range(num_adapters):
+        world.add(f"cold{i}", 2, max_tokens=8, adapter=f"cold{i}")
+    started: set[str] = set()
+    for step in range(40 * num_adapters):
+        if step % 2 == 0:
+            world.add(f"hot{step + 1}", 2, max_tokens=8, adapter="hot")
+        world.step()
+        started = set(world.order)
+    assert {f"cold{i}" for i in range(num_adapters)} <= started
+
+
+def test_a_removed_request_gives_everything_back() -> None:
+    world = World(slots=1)
+    world.add("running", 5, adapter="x")
+    world.step()
+    world.step()
+    world.add("waiting", 5, adapter="y")
+    assert world.scheduler.remove("running") and world.scheduler.remove("waiting")
+    assert not world.scheduler.remove("running")
+    world.scheduler.check_integrity()
+    assert world.slots.pinned() == ()
+    assert world.scheduler.num_running == world.scheduler.num_waiting == 0
+
+
+def test_a_failed_load_frees_its_slot() -> None:
+    world = World(slots=1, auto_load=False)
+    world.add("bad", 2, adapter="x")
+    world.add("good", 2, adapter="y")
+    (load,) = world.step().loads
+    assert load.digest == "x"
+    world.slots.fail_load("x")
+    assert world.scheduler.waiting_for("x") == ["bad"]
+    world.scheduler.remove("bad")
+    assert [load.digest for load in world.step().loads] == ["y"]
+
+
+REQUESTS = st.tuples(
+    st.integers(1, 24),  # prompt
+    st.integers(1, 12),  # max_tokens
+    st.sampled_from([None, "a", "b", "c", "d", "e"]),  # adapter
+    st.integers(0, 3),  # steps before the next arrival
+    st.one_of(st.none(), st.integers(0, 20)),  # cancelled so many steps after its arrival
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests=st.lists(REQUESTS, min_size=1, max_size=24),
+    pages=st.integers(9, 40),
+    slots=st.integers(1, 3),
+    max_num_seqs=st.integers(1, 6),
+    extra_budget=st.integers(0, 20),
+    eos_every=st.integers(2, 9),
+    load_delay=st.integers(0, 3),
+)
+def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
+    requests: list[tuple[int, int, str | None, int, int | None]],
+    pages: int,
+    slots: int,
+    max_num_seqs: int,
+    extra_budget: int,
+    eos_every: int,
+    load_delay: int,
+) -> None:
+    world = World(
+        pages=pages, slots=slots, max_num_seqs=max_num_seqs, budget=max_num_seqs + extra_budget, auto_load=False
+    )
+    cancels: dict[str, int] = {}
+    removed: set[str] = set()
+    loading: dict[str, int] = {}
+    clock = 0
+
+    def tick() -> None:
+        nonlocal clock
+        for name in [name for name, at in cancels.items() if at <= clock]:
+            del cancels[name]
+            if world.scheduler.remove(name):
+                removed.add(name)
+        for digest in [digest for digest, at in loading.items() if at <= clock]:
+            del loading[digest]
+            world.slots.finish_load(digest)
+        plan = world.step(lambda request: EOS if (request.num_tokens + request.arrival) % eos_every == 0 else 7)
+        for load in plan.loads:
+            loading[load.digest] = clock + load_delay
+        clock += 1
+
+    for i, (prompt, max_tokens, adapter, gap, cancel_after) in enumerate(requests):
+        world.add(f"r{i}", prompt, max_tokens, adapter)
+        if cancel_after is not None:
+            cancels[f"r{i}"] = clock + cancel_after
+        for _ in range(gap):
+            tick()
+    limit = clock + 200 * len(requests)
+    while world.scheduler.num_running or world.scheduler.num_waiting:
+        tick()
+        assert clock < limit, "no progress"
+    assert removed.isdisjoint(world.finished)
+    assert removed | world.finished.keys() == {f"r{i}" for i in range(len(requests))}
+    assert world.scheduler._pool.num_free == pages
+    assert world.slots.pinned() == ()

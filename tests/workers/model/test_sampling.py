@@ -1,0 +1,152 @@
+"""Sampling row by row: against plain definitions, independent of neighbours, repeatable."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from scipy import stats
+
+from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.model.sampling import Sampled, sample, uniforms
+
+VOCAB = 50
+
+
+def row(prompt: tuple[int, ...] = (3,), output: tuple[int, ...] = (), **options: object) -> Request:
+    sampling = SamplingOptions(max_tokens=100, **options)  # type: ignore[arg-type]
+    request = Request.from_generate(GenerateRequest("r", prompt, sampling), 0)
+    request.token_ids.extend(output)
+    return request
+
+
+def draw(logits: torch.Tensor, request: Request, eos: frozenset[int] = frozenset()) -> Sampled:
+    return sample(logits.clone()[None], [request], eos)[0]
+
+
+def draws(logits: torch.Tensor, count: int, **options: object) -> Counter[int]:
+    requests = [row(seed=i, **options) for i in range(count)]
+    return Counter(sampled.token_id for sampled in sample(logits.repeat(count, 1), requests, frozenset()))
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(VOCAB) * 2
+
+
+def test_temperature_zero_is_the_best_token(logits: torch.Tensor) -> None:
+    assert draw(logits, row(temperature=0.0)).token_id == logits.argmax()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_drawn_tokens_follow_the_distribution(logits: torch.Tensor, temperature: float) -> None:
+    count = 20_000
+    counts = draws(logits, count, temperature=temperature)
+    expected = (logits / temperature).softmax(0).double()
+    common = expected * count >= 5
+    observed = torch.tensor([counts[i] for i in range(VOCAB)], dtype=torch.float64)
+    f_obs = torch.cat([observed[common], observed[~common].sum()[None]])
+    f_exp = torch.cat([expected[common], expected[~common].sum()[None]]) * count
+    keep = f_exp > 0
+    f_exp = f_exp[keep] * (f_obs[keep].sum() / f_exp[keep].sum())
+    assert stats.chisquare(f_obs[keep].numpy(), f_exp.numpy()).pvalue > 1e-4
+
+
+def test_top_k_top_p_and_min_p_keep_what_they_promise(logits: torch.Tensor) -> None:
+    order = logits.argsort(descending=True).tolist()
+    assert set(draws(logits, 2000, top_k=3, temperature=5.0)) == set(order[:3])
+    probabilities = logits.softmax(0)
+    kept, mass = set(), 0.0
+    for token in order:
+        if mass >= 0.7:
+            break
+        kept.add(token)
+        mass += probabilities[token].item()
+    assert set(draws(logits, 4000, top_p=0.7)) == kept
+    floor = 0.2 * probabilities.max()
+    assert set(draws(logits, 4000, min_p=0.2)) == {i for i in range(VOCAB) if probabilities[i] >= floor}
+    assert set(draws(logits, 200, top_p=1e-9)) == {order[0]}
+
+
+def test_a_row_does_not_depend_on_its_neighbours(logits: torch.Tensor) -> None:
+    requests = [
+        row(temperature=0.0),
+        row(seed=1),
+        row(seed=2, top_k=5),
+        row(seed=3, top_p=0.5, num_logprobs=4),
+        row(seed=4, min_p=0.1, temperature=2.0),
+        row(seed=5, repetition_penalty=1.7, prompt=(1, 2, 3)),
+        row(seed=6, presence_penalty=1.5, frequency_penalty=0.5, output=(4, 4, 9)),
+    ]
+    together = sample(logits.repeat(len(requests), 1), requests, frozenset())
+    assert together == [draw(logits, request) for request in requests]
+
+
+def test_the_random_number_depends_on_seed_choice_and_position_alone() -> None:
+    numbers = uniforms([1, 1, 1, 2, 1], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0])
+    assert numbers[0] == numbers[4]
+    assert len(set(numbers.tolist())) == 4
+    many = uniforms([7] * 10_000, [0] * 10_000, range(10_000))
+    assert ((many >= 0) & (many < 1)).all()
+    assert stats.kstest(many, "uniform").pvalue > 1e-4
+
+
+def test_penalties_equal_their_definition(logits: torch.Tensor) -> None:
+    prompt, output = (1, 2, 2), (5, 5, 7)
+    options = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.6}
+    expected = logits.clone()
+    for token in {*prompt, *output}:
+        expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
+    for token, count in Counter(output).items():
+        expected[token] -= 0.4 + 0.6 * count
+    # Greedy after lifting each token in turn tells the penalised logits apart.
+    for token in range(VOCAB):
+        lift = torch.zeros(VOCAB)
+        lift[token] = expected.max() - expected[token]
+        lifted = logits + lift * (1.3 if token in {*prompt, *output} else 1.0)
+        request = row(prompt=prompt, output=output, temperature=0.0, **options)
+        assert draw(lifted + torch.nn.functional.one_hot(torch.tensor(token), VOCAB) * 3.0, request).token_id == token
+    assert draw(logits, row(prompt=prompt, output=output, temperature=0.0, **options)).token_id == expected.argmax()
+
+
+def test_stop_tokens_cannot_come_before_min_tokens(logits: torch.Tensor) -> None:
+    best, second = logits.argsort(descending=True)[:2].tolist()
+    eos = frozenset([best])
+    assert draw(logits, row(temperature=0.0, min_tokens=1), eos).token_id == second
+    assert draw(logits, row(temperature=0.0, min_tokens=1, output=(4,)), eos).token_id == best
+    assert draw(logits, row(temperature=0.0, min_tokens=1, ignore_eos=True), eos).token_id == best
+    stops = frozenset([second])
+    third = int(logits.argsort(descending=True)[2])
+    assert draw(logits, row(temperature=0.0, min_tokens=1, stop_token_ids=stops), eos).token_id == third
+
+
+def test_logprobs_are_those_of_the_raw_distribution(logits: torch.Tensor) -> None:
+    request = row(seed=11, temperature=3.0, repetition_penalty=2.0, top_k=10, num_logprobs=5)
+    sampled = draw(logits, request)
+    raw = logits.log_softmax(0)
+    assert sampled.logprobs is not None
+    assert sampled.logprobs.logprob == pytest.approx(raw[sampled.token_id].item())
+    assert sampled.logprobs.rank == int((raw > raw[sampled.token_id]).sum()) + 1
+    assert list(sampled.logprobs.top_ids) == raw.topk(5).indices.tolist()
+    assert list(sampled.logprobs.top_logprobs) == pytest.approx(raw.topk(5).values.tolist())
+    none = draw(logits, row(temperature=0.0, num_logprobs=0)).logprobs
+    assert none is not None and none.top_ids == ()
+
+
+def test_a_row_of_nan_is_reported_and_harms_no_other(logits: torch.Tensor) -> None:
+    rows = logits.repeat(3, 1)
+    rows[1, 7] = torch.nan
+    results = sample(rows, [row(seed=1), row(seed=2), row(seed=3, top_p=0.9)], frozenset())
+    assert [result.is_finite for result in results] == [True, False, True]
+    assert results[0] == draw(logits, row(seed=1))
+    assert results[2] == draw(logits, row(seed=3, top_p=0.9))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 100.0])
+def test_extreme_temperatures_stay_in_range(logits: torch.Tensor, temperature: float) -> None:
+    result = draw(logits, row(seed=1, temperature=temperature))
+    assert result.is_finite and 0 <= result.token_id < VOCAB
+    if temperature < 1e-3:
+        assert result.token_id == logits.argmax()

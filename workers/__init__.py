@@ -1,0 +1,42 @@
+"""The library's face: ``from lorafleet.workers import LLM, SamplingParams, LoRARequest``.
+
+Lazy: importing this package imports nothing heavy; a name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafleet.workers.args import EngineArgs as EngineArgs
+    from lorafleet.workers.async_llm import AsyncLLM as AsyncLLM
+    from lorafleet.workers.llm import LLM as LLM
+    from lorafleet.workers.llm_engine import LLMEngine as LLMEngine
+    from lorafleet.workers.outputs import CompletionOutput as CompletionOutput
+    from lorafleet.workers.outputs import RequestOutput as RequestOutput
+    from lorafleet.workers.params import LoRARequest as LoRARequest
+    from lorafleet.workers.params import SamplingParams as SamplingParams
+
+_HOME = {
+    "AsyncLLM": "lorafleet.workers.async_llm",
+    "CompletionOutput": "lorafleet.workers.outputs",
+    "EngineArgs": "lorafleet.workers.args",
+    "LLM": "lorafleet.workers.llm",
+    "LLMEngine": "lorafleet.workers.llm_engine",
+    "LoRARequest": "lorafleet.workers.params",
+    "RequestOutput": "lorafleet.workers.outputs",
+    "SamplingParams": "lorafleet.workers.params",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

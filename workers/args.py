@@ -1,0 +1,72 @@
+"""The keyword arguments of the offline engines, as vLLM's users know them, and their way to an `EngineConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.workers.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineArgs:
+    """Names and defaults of `lorafleet serve`'s flags; see `lorafleet serve --help`. model: a directory, id or GGUF file."""
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int | None = None  # makes the draws of requests without a seed of their own repeatable
+    max_model_len: int | None = None
+    max_num_seqs: int = EngineConfig.__dataclass_fields__["max_num_seqs"].default
+    max_num_batched_tokens: int = EngineConfig.__dataclass_fields__["max_num_batched_tokens"].default
+    block_size: int = EngineConfig.__dataclass_fields__["block_size"].default
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = EngineConfig.__dataclass_fields__["gpu_memory_utilization"].default
+    tensor_parallel_size: int = 1
+    num_threads: int | None = None
+    enable_lora: bool = False
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
+    max_cpu_loras: int | None = None
+    lora_host_cache_bytes: int | None = None
+    lora_dtype: str | None = None
+
+    def to_config(self) -> EngineConfig:
+        """Check everything and resolve the model to a directory (downloading or converting it if need be).
+
+        Raises `ConfigError` or `ModelError`.
+        """
+        from lorafleet.workers.model.source import resolve_model
+
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}; the offline engine runs one rank in this process."
+            )
+        return EngineConfig(
+            model=str(resolve_model(self.model)),
+            dtype=self.dtype,
+            device=self.device,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs),
+            block_size=self.block_size,
+            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            num_threads=self.num_threads,
+            lora=self._lora(),
+        )
+
+    def _lora(self) -> LoRAConfig | None:
+        given = {
+            "max_loras": self.max_loras,
+            "max_lora_rank": self.max_lora_rank,
+            "max_cpu_loras": self.max_cpu_loras,
+            "host_cache_bytes": self.lora_host_cache_bytes,
+            "lora_dtype": self.lora_dtype,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if not self.enable_lora:
+            if given:
+                raise ConfigError(f"{', '.join(given)} given without enable_lora=True, where it would have no effect.")
+            return None
+        return LoRAConfig(**given)  # type: ignore[arg-type]

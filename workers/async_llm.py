@@ -1,0 +1,107 @@
+"""The awaited offline engine: many coroutines generate at once over one engine thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from lorafleet.workers.args import EngineArgs
+from lorafleet.workers.engine.loop import Engine, EngineThread
+from lorafleet.workers.engine.request import RequestEvent
+from lorafleet.workers.errors import InternalError, LoRAFleetError
+from lorafleet.workers.lora_ids import LoRAIds
+from lorafleet.workers.outputs import RequestOutput
+from lorafleet.workers.params import LoRARequest, SamplingParams
+from lorafleet.workers.text.tokenizer import Tokenizer
+from lorafleet.workers.text_requests import Prompt, TextRequests
+
+
+class AsyncLLM:
+    """Create with `await AsyncLLM.from_engine_args(args)`; belongs to the event loop that created it."""
+
+    def __init__(self, engine: Engine, *, seed: int | None) -> None:
+        self.engine = engine
+        self.tokenizer = Tokenizer.from_dir(engine.config.model)
+        self._loop = asyncio.get_running_loop()
+        self._lora_ids = LoRAIds(engine)
+        self._requests = TextRequests(
+            self.tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed
+        )
+        self._queues: dict[str, asyncio.Queue[RequestOutput | LoRAFleetError]] = {}
+        self._registrar = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-register")
+        self._thread = EngineThread(engine, self._publish, self._crashed)
+        self._thread.start()
+
+    @classmethod
+    async def from_engine_args(cls, args: EngineArgs) -> AsyncLLM:
+        """Load the model off the event loop. Raises `ConfigError`, `ModelError` or `MemoryPlanError`."""
+
+        def load() -> Engine:
+            engine = Engine.from_config(args.to_config())
+            engine.load()
+            return engine
+
+        return cls(await asyncio.to_thread(load), seed=args.seed)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's output as it grows; the last one is finished.
+
+        Raises what `LLMEngine.add_request` raises, and the request's own error. Leaving the iteration early cancels
+        the request.
+        """
+        digest = await self._loop.run_in_executor(self._registrar, self._lora_ids.digest, lora_request)
+        generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest)
+        # Unbounded on purpose: an output is one shared, growing object, so a slow reader holds small references only.
+        queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
+        self._queues[request_id] = queue
+        finished = False
+        try:
+            for generate in generates:
+                self.engine.submit(generate)
+            while not finished:
+                output = await queue.get()
+                if isinstance(output, LoRAFleetError):
+                    raise output
+                finished = output.finished
+                if output.error is not None:
+                    raise output.error
+                yield output
+        finally:
+            del self._queues[request_id]
+            for generate in () if finished else generates:
+                self.engine.cancel(generate.request_id)
+            if not finished:
+                self._requests.drop(request_id)
+
+    async def close(self) -> None:
+        """Stop the engine; open requests end with an error."""
+        await asyncio.to_thread(self._thread.stop)
+        self._fail_all(InternalError("The engine was closed."))
+        await asyncio.to_thread(self.engine.close)
+        self._registrar.shutdown()
+
+    def _publish(self, step: int, events: Sequence[RequestEvent]) -> None:
+        self._loop.call_soon_threadsafe(self._apply, events)
+
+    def _apply(self, events: Sequence[RequestEvent]) -> None:
+        for output in self._requests.apply(events):
+            queue = self._queues.get(output.request_id)
+            if queue is not None:
+                queue.put_nowait(output)
+        for engine_id in self._requests.take_cancels():
+            self.engine.cancel(engine_id)
+
+    def _crashed(self, error: BaseException) -> None:
+        failure = InternalError("The engine thread crashed; the log says why.")
+        self._loop.call_soon_threadsafe(self._fail_all, failure)
+
+    def _fail_all(self, error: LoRAFleetError) -> None:
+        for queue in self._queues.values():
+            queue.put_nowait(error)

@@ -1,0 +1,105 @@
+"""What a worker is told: built and validated once (by the CLI or `LLM`), frozen, passed whole.
+
+Owns: the fields, their defaults and their checks that need nothing but themselves. Leaves to others: checks against
+the model (model/architecture.py) and against memory (memory_plan.py).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lorafleet.workers.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAModule:
+    """One adapter that is served from the start: `--lora-modules name=path`."""
+
+    name: str
+    path: str
+    base_model_name: str | None = None  # shown as `parent` in /v1/models
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAConfig:
+    """Bounds of adapter serving, named as in vLLM."""
+
+    max_loras: int = 8  # adapters in one batch = device slots; the base model uses none
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None  # adapters in the host cache; None: bounded by bytes alone
+    host_cache_bytes: int | None = None  # None: the memory plan's default
+    lora_dtype: str = "auto"  # auto: the model's
+
+    def __post_init__(self) -> None:
+        _at_least("--max-loras", self.max_loras, 1)
+        _at_least("--max-lora-rank", self.max_lora_rank, 1)
+        if self.max_lora_rank > 512:
+            raise ConfigError(f"--max-lora-rank is {self.max_lora_rank}, the limit is 512.")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigError(
+                f"--max-cpu-loras is {self.max_cpu_loras}, less than --max-loras {self.max_loras}: the host cache "
+                "holds every adapter that is in a device slot. Raise --max-cpu-loras or lower --max-loras."
+            )
+        if self.host_cache_bytes is not None:
+            _at_least("--lora-host-cache-bytes", self.host_cache_bytes, 1)
+        _one_of("--lora-dtype", self.lora_dtype, DTYPES)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine: the model, its limits, its device. `None` means: derived from the model or the memory plan."""
+
+    model: str  # a local directory with safetensors and tokenizer.json (model/source.py resolves ids and GGUF files)
+    dtype: str = "auto"  # auto: the checkpoint's; float16 becomes bfloat16 on a CPU
+    device: str = "auto"
+    max_model_len: int | None = None  # tokens of prompt and output together
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048  # tokens computed in one step
+    block_size: int = 16  # tokens of one KV page
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
+    tensor_parallel_size: int = 1
+    max_waiting: int = 4096  # requests queued in the engine beyond the running ones; more get 429
+    lora: LoRAConfig | None = None  # None: LoRA is off
+    num_threads: int | None = None  # CPU threads of the engine; None: all that this process may use
+
+    def __post_init__(self) -> None:
+        _one_of("--dtype", self.dtype, DTYPES)
+        _one_of("--device", self.device, DEVICES)
+        if self.max_model_len is not None:
+            _at_least("--max-model-len", self.max_model_len, 1)
+        _at_least("--max-num-seqs", self.max_num_seqs, 1)
+        _at_least("--max-num-batched-tokens", self.max_num_batched_tokens, 1)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
+                f"{self.max_num_seqs}: every running sequence needs a token a step. Raise the first or lower the second."
+            )
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise ConfigError(f"--block-size is {self.block_size}; it must be one of 8, 16, 32, 64, 128.")
+        if self.kv_cache_memory_bytes is not None:
+            _at_least("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be in (0, 1].")
+        _at_least("--tensor-parallel-size", self.tensor_parallel_size, 1)
+        _at_least("--max-waiting", self.max_waiting, 1)
+        if self.num_threads is not None:
+            _at_least("--num-threads", self.num_threads, 1)
+
+    @property
+    def threads(self) -> int:
+        return self.num_threads or len(os.sched_getaffinity(0))
+
+
+def _at_least(flag: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise ConfigError(f"{flag} is {value}; it must be at least {bound}.")
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}.")

@@ -1,0 +1,381 @@
+"""The engine: where deciding meets executing. The one module of this package that knows the model runner.
+
+`Engine` is stepped by one thread (`LLMEngine` does so itself, a worker through `EngineThread`). `submit`, `cancel`,
+`register_adapter` and `stats` may be called from any thread: what they ask for lands in an inbox that the next step
+drains. No step ever waits for an adapter: loads run on threads of their own and report through the same inbox.
+
+Every accepted request ends in exactly one event with a `finish`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorafleet.workers.adapters.format import AdapterSpec
+from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
+from lorafleet.workers.adapters.sources import resolve_adapter
+from lorafleet.workers.adapters.store import AdapterStore
+from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.block_pool import BlockPool
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
+from lorafleet.workers.engine.scheduler import Scheduler, SlotLoad
+from lorafleet.workers.engine.stats import EngineStats
+from lorafleet.workers.errors import (
+    AdapterRefusedError,
+    ContextLengthError,
+    InternalError,
+    InvalidRequestError,
+    LoRAFleetError,
+    NonFiniteLogitsError,
+    QueueFullError,
+    UnknownModelError,
+)
+from lorafleet.workers.memory_plan import MemoryPlan, plan_memory
+from lorafleet.workers.model.architecture import ModelSpec, read_spec
+from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
+from lorafleet.workers.model.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+_NUM_LOADERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A loader thread's report; `error` None means that the slot holds the adapter."""
+
+    load: SlotLoad
+    error: LoRAFleetError | None
+
+
+class Engine:
+    """One model, its adapters, its requests. Create with `from_config`, then `load`."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan, device: torch.device) -> None:
+        lora = config.lora
+        self.config = config
+        self.spec = spec
+        self.plan = plan
+        self.max_model_len = plan.max_model_len
+        self.vocab_size = spec.vocab_size
+        self._max_lora_rank = lora.max_lora_rank if lora else 0
+        self._runner = ModelRunner(spec, plan, max_lora_rank=self._max_lora_rank, device=device)
+        self._pool = BlockPool(plan.num_pages)
+        self._slots = AdapterSlots(plan.max_loras)
+        self._scheduler = Scheduler(
+            self._pool,
+            self._slots,
+            page_size=plan.page_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eos_token_ids=spec.eos_token_ids,
+        )
+        self._store = AdapterStore(
+            max_bytes=plan.host_cache_bytes,
+            max_adapters=plan.max_cpu_loras,
+            dtype=getattr(torch, plan.lora_dtype),
+        )
+        self._loaders = ThreadPoolExecutor(
+            _NUM_LOADERS, thread_name_prefix="lorafleet-slot", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._lock = threading.Lock()  # guards the four below
+        self._inbox: deque[GenerateRequest | str | _Loaded] = deque()  # a str is a request id to cancel
+        self._wake = threading.Condition(self._lock)
+        self._unfinished: set[str] = set()
+        self._closed = False
+        self._arrivals = 0
+        self._num_loading = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_slot_loads = 0
+        self._step_began: float | None = None
+        self._stats = self._take_stats()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Plan the memory and allocate it; the weights come with `load`.
+
+        Raises `ConfigError`, `ModelError` or `MemoryPlanError`; nothing is allocated then.
+        """
+        spec = read_spec(Path(config.model))
+        device = pick_device(config)
+        dtype = pick_dtype(config, spec, device)
+        lora_dtype = config.lora.lora_dtype if config.lora and config.lora.lora_dtype != "auto" else dtype
+        plan = plan_memory(spec, config, measure_memory(device), dtype=dtype, lora_dtype=lora_dtype)
+        return cls(config, spec, plan, device)
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read the base model's weights. Raises `ModelError`."""
+        self._runner.load(Path(self.config.model), progress)
+
+    # Any thread.
+
+    def register_adapter(self, path_or_id: str) -> AdapterSpec:
+        """Find, read and verify an adapter, so that requests may name its digest. Slow: it reads the file.
+
+        Idempotent; the same content gives the same digest. Raises `AdapterRefusedError`.
+        """
+        if self.config.lora is None:
+            raise AdapterRefusedError(
+                f"LoRA is off, so adapter {path_or_id!r} cannot be used. Start with --enable-lora (enable_lora=True).",
+                reason="lora_disabled",
+            )
+        path = resolve_adapter(path_or_id)
+        spec = read_adapter_spec(path, self.spec.base_shapes, max_lora_rank=self._max_lora_rank)
+        self._store.register(spec)
+        return spec
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Accept a request; its events come out of later steps.
+
+        Raises `InvalidRequestError`, `ContextLengthError`, `UnknownModelError` (an unregistered digest) or
+        `QueueFullError`; the request is then not accepted and has no events.
+        """
+        self._check(request)
+        with self._lock:
+            if self._closed:
+                raise InternalError("The engine is closed.")
+            if request.request_id in self._unfinished:
+                raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
+            bound = self.config.max_waiting + self.config.max_num_seqs
+            if len(self._unfinished) >= bound:
+                raise QueueFullError(
+                    f"{len(self._unfinished)} requests run or wait, the limit is {bound}. Try again later."
+                )
+            self._unfinished.add(request.request_id)
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with CANCELLED at the next step; it then holds nothing. No effect on one that has ended."""
+        with self._lock:
+            self._inbox.append(request_id)
+            self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        """The snapshot of the last step's end, with the age of the step that runs now."""
+        began = self._step_began
+        stats = self._stats
+        if began is None:
+            return stats
+        values = {name: getattr(stats, name) for name in EngineStats.__slots__}
+        return EngineStats(**{**values, "last_step_age_s": time.monotonic() - began})
+
+    def has_unfinished(self) -> bool:
+        with self._lock:
+            return bool(self._unfinished)
+
+    def close(self) -> None:
+        """Take no more requests and stop the loader threads. Call it when nobody steps any more."""
+        with self._lock:
+            self._closed = True
+            self._wake.notify_all()
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        self._store.close()
+
+    # The stepping thread.
+
+    def wait_for_work(self, timeout_s: float | None = None) -> bool:
+        """Sleep until there is something to do: a message, or a request that can run. False on timeout or close."""
+        with self._lock:
+            return self._wake.wait_for(lambda: self._closed or self._has_work(), timeout_s) and not self._closed
+
+    def wake(self) -> None:
+        """Let a sleeping `wait_for_work` look again."""
+        with self._lock:
+            self._wake.notify_all()
+
+    def step(self) -> list[RequestEvent]:
+        """Drain the inbox, run one step, say what came of it. Without runnable requests it returns at once."""
+        events: list[RequestEvent] = []
+        self._drain(events)
+        plan = self._scheduler.schedule()
+        for load in plan.loads:
+            self._num_loading += 1
+            self._loaders.submit(self._load_slot, load)
+        if plan.scheduled:
+            self._step_began = time.monotonic()
+            results = iter(self._runner.run(plan))
+            self._num_steps += 1
+            for entry in plan.scheduled:
+                request = entry.request
+                self._num_prompt_tokens += max(
+                    0, min(entry.num_tokens, request.num_prompt_tokens - request.num_computed_tokens)
+                )
+                if not entry.samples:
+                    self._scheduler.commit(entry, None)
+                    continue
+                sampled = next(results)
+                if not sampled.is_finite:
+                    self._scheduler.remove(request.request_id)
+                    adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
+                    error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
+                    events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
+                    continue
+                finish = self._scheduler.commit(entry, sampled.token_id)
+                self._num_output_tokens += 1
+                events.append(RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish))
+            self._step_began = None
+        with self._lock:
+            self._unfinished.difference_update(event.request_id for event in events if event.finish is not None)
+        self._stats = self._take_stats()
+        return events
+
+    def check_integrity(self) -> None:
+        """Nothing is leaked. For tests, between steps."""
+        self._scheduler.check_integrity()
+        with self._lock:
+            queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
+            assert all(request_id in self._scheduler or request_id in queued for request_id in self._unfinished)
+
+    def _check(self, request: GenerateRequest) -> None:
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        if not prompt:
+            raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+        if sampling.max_tokens < 1:
+            raise InvalidRequestError(
+                f"max_tokens is {sampling.max_tokens}; it must be at least 1.", param="max_tokens"
+            )
+        if len(prompt) + sampling.max_tokens > self.max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: over the context of "
+                f"{self.max_model_len} tokens.",
+                param="max_tokens",
+            )
+        for what, ids in (("The prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
+            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+                raise InvalidRequestError(
+                    f"{what} has a token id outside 0 to {self.vocab_size - 1}.",
+                    param="prompt" if ids is prompt else what,
+                )
+        if request.adapter is not None and not self._store.is_registered(request.adapter):
+            raise UnknownModelError(f"No adapter with digest {request.adapter} is registered here.", param="model")
+
+    def _has_work(self) -> bool:
+        # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
+        return (
+            bool(self._inbox)
+            or self._scheduler.num_running > 0
+            or (self._scheduler.num_waiting > 0 and self._num_loading == 0)
+        )
+
+    def _drain(self, events: list[RequestEvent]) -> None:
+        with self._lock:
+            messages = list(self._inbox)
+            self._inbox.clear()
+        for message in messages:
+            if isinstance(message, GenerateRequest):
+                self._arrivals += 1
+                self._scheduler.add(Request.from_generate(message, self._arrivals))
+            elif isinstance(message, _Loaded):
+                self._finish_load(message, events)
+            elif self._scheduler.remove(message):
+                events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
+
+    def _finish_load(self, loaded: _Loaded, events: list[RequestEvent]) -> None:
+        self._num_loading -= 1
+        digest = loaded.load.digest
+        if loaded.error is None:
+            self._slots.finish_load(digest)
+            self._num_slot_loads += 1
+            return
+        self._slots.fail_load(digest)
+        for request_id in self._scheduler.waiting_for(digest):
+            self._scheduler.remove(request_id)
+            events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=loaded.error))
+
+    def _load_slot(self, load: SlotLoad) -> None:
+        """On a loader thread: disk to host if need be, host to device, report."""
+        error: LoRAFleetError | None = None
+        try:
+            adapter = self._store.fetch(load.digest).result()
+            try:
+                self._runner.write_adapter(load.slot, adapter)
+            finally:
+                self._store.release(load.digest)
+        except LoRAFleetError as refused:
+            error = refused
+        except Exception:
+            logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
+            error = InternalError("Loading the adapter failed; the worker's log says why.")
+        with self._lock:
+            self._inbox.append(_Loaded(load, error))
+            self._wake.notify()
+
+    def _take_stats(self) -> EngineStats:
+        store = self._store.stats()
+        with self._lock:
+            queued = sum(isinstance(message, GenerateRequest) for message in self._inbox)
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting + queued,
+            num_pages=self._pool.num_pages,
+            num_free_pages=self._pool.num_free,
+            device_adapters=self._slots.resident(),
+            host_adapters=self._store.resident(),
+            host_cache_bytes=store.bytes,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_adapter_loads=store.loads,
+            num_slot_loads=self._num_slot_loads,
+        )
+
+
+class EngineThread:
+    """Steps an engine in a thread of its own while there is work.
+
+    publish: called in that thread with (step number, events) after each step that has events; it must not block.
+    on_crash: called in that thread with what escaped a step; the engine is not stepped again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        publish: Callable[[int, list[RequestEvent]], None],
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._publish = publish
+        self._on_crash = on_crash
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lorafleet-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return when the running step, if any, is over. Unfinished requests stay unfinished."""
+        self._stopping.set()
+        self._engine.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        # OpenMP's thread count belongs to the calling thread, so it is set here and not in the engine's constructor.
+        torch.set_num_threads(self._engine.config.threads)
+        steps = 0
+        try:
+            while not self._stopping.is_set():
+                # The timeout only bounds how long a `stop` that raced with the wait can take.
+                if not self._engine.wait_for_work(timeout_s=0.5):
+                    continue
+                events = self._engine.step()
+                if events:
+                    steps += 1
+                    self._publish(steps, events)
+        except BaseException as error:
+            logger.exception("the engine thread crashed")
+            self._on_crash(error)

@@ -1,0 +1,116 @@
+"""What enters the engine and what leaves it: requests, sampling options, events.
+
+Everything here is numbers: the engine knows no text. Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lorafleet.workers.errors import LoRAFleetError
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How to pick one choice's tokens. The front end (gateway or `LLM`) has checked every range and resolved every default."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # (0, 1]; 1 keeps all
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0  # [0, 1]; 0 keeps all
+    repetition_penalty: float = 1.0  # > 0; over prompt and output
+    presence_penalty: float = 0.0  # [-2, 2]; over output
+    frequency_penalty: float = 0.0  # [-2, 2]; over output
+    seed: int = 0  # with `choice` and the output position, all that a random number depends on
+    choice: int = 0  # index among the `n` choices of one API request
+    num_logprobs: int | None = None  # None: no log-probabilities; k: the sampled token's and the k best
+    stop_token_ids: frozenset[int] = frozenset()  # the caller's
+    ignore_eos: bool = False
+    min_tokens: int = 0  # until then neither EOS nor a stop token can be sampled
+
+    @property
+    def needs_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One choice to generate."""
+
+    request_id: str  # unique within the engine; the front end's
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingOptions
+    adapter: str | None = None  # digest of a registered adapter; None is the base model
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # the last token is EOS or one of stop_token_ids
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position, of the raw model distribution (before penalties and temperature)."""
+
+    logprob: float  # of the sampled token
+    rank: int  # of the sampled token, 1 is the most likely
+    top_ids: tuple[int, ...]  # the best, best first
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """What one engine step says about one request. An event with a `finish` is the request's last."""
+
+    request_id: str
+    token_id: int | None = None  # None: the request ended without a new token
+    logprobs: TokenLogprobs | None = None
+    finish: FinishReason | None = None
+    error: LoRAFleetError | None = None  # with finish ERROR
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The engine's own state of one choice. Owned by the scheduler; nobody else changes it.
+
+    Invariant: 0 <= num_computed_tokens <= len(token_ids), and `pages` hold the keys and values of exactly the
+    computed tokens. After a preemption num_computed_tokens is 0 and the outputs so far are recomputed with the prompt.
+    """
+
+    request_id: str
+    sampling: SamplingOptions
+    adapter: str | None
+    token_ids: list[int]  # prompt, then output
+    num_prompt_tokens: int
+    arrival: int  # order of arrival within the engine; older is smaller
+    num_computed_tokens: int = 0
+    pages: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @classmethod
+    def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:
+        prompt = list(request.prompt_token_ids)
+        return cls(request.request_id, request.sampling, request.adapter, prompt, len(prompt), arrival)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def max_remaining_tokens(self) -> int:
+        """The most tokens this request may still produce."""
+        return self.sampling.max_tokens - self.num_output_tokens

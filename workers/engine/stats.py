@@ -1,0 +1,25 @@
+"""What the engine says about itself: a snapshot that any thread may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Taken between steps. Counters count from the engine's start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_free_pages: int = 0
+    device_adapters: tuple[str, ...] = ()  # digests in slots
+    host_adapters: tuple[str, ...] = ()  # digests in the host cache
+    host_cache_bytes: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed, recomputation after a preemption included
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_adapter_loads: int = 0  # disk to host
+    num_slot_loads: int = 0  # host to device
+    last_step_age_s: float = 0.0  # since the running step began; 0 while idle

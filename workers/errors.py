@@ -1,0 +1,184 @@
+"""Every error a caller can meet, and the one table that says how each travels.
+
+Raise these for a caller's mistake or an outside failure, with a message that names the value, the limit and the
+next step. A bug of ours is an ``assert`` and ends as `InternalError`.
+
+Owns: the exception types and their gRPC, HTTP and OpenAI faces. Leaves to others: rendering (gateway/errors.py),
+gRPC (service.py). Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class LoRAFleetError(Exception):
+    """Base of all named errors.
+
+    message: for the caller, complete sentences. param: the request field at fault, if one is.
+    """
+
+    retry_after_s: ClassVar[float | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions with keyword arguments do not survive pickling by default, and Ray pickles them.
+        return _rebuild, (type(self), self.message, self.param, dict(self.__dict__))
+
+
+def _rebuild(kind: type[LoRAFleetError], message: str, param: str | None, state: dict[str, object]) -> LoRAFleetError:
+    error = kind.__new__(kind)
+    LoRAFleetError.__init__(error, message, param=param)
+    error.__dict__.update(state)
+    return error
+
+
+class InvalidRequestError(LoRAFleetError):
+    """A field is missing, of the wrong type, out of range or not supported."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and requested tokens do not fit into the model's context."""
+
+
+class AuthenticationError(LoRAFleetError):
+    """No API key, or one that is not known."""
+
+
+class NotFoundError(LoRAFleetError):
+    """No such path or object."""
+
+
+class MethodNotAllowedError(LoRAFleetError):
+    """The path exists, the HTTP method is not one of its own."""
+
+
+class UnknownModelError(LoRAFleetError):
+    """`model` names neither the base model nor an adapter."""
+
+
+class AdapterConflictError(LoRAFleetError):
+    """A name or id is taken by another adapter."""
+
+
+class BodyTooLargeError(LoRAFleetError):
+    """The HTTP body is over the limit."""
+
+
+class AdapterRefusedError(LoRAFleetError):
+    """An adapter cannot be applied in full.
+
+    reason: a stable code such as ``rank_too_large``, for programs; the message is for people.
+    """
+
+    def __init__(self, message: str, *, reason: str, param: str | None = "model") -> None:
+        super().__init__(message, param=param)
+        self.reason = reason
+
+
+class AdapterUnavailableError(LoRAFleetError):
+    """An adapter that was fine when registered cannot be loaded now (file gone, changed, unreadable)."""
+
+    retry_after_s = 5.0
+
+
+class QueueFullError(LoRAFleetError):
+    """The waiting queue is at its bound."""
+
+    retry_after_s = 1.0
+
+
+class WorkerUnavailableError(LoRAFleetError):
+    """No worker can take the request now."""
+
+    retry_after_s = 2.0
+
+
+class WorkerLostError(LoRAFleetError):
+    """The worker that ran the request died before the request ended."""
+
+    retry_after_s = 2.0
+
+
+class DrainingError(LoRAFleetError):
+    """The process is shutting down and takes no new requests."""
+
+    retry_after_s = 5.0
+
+
+class DeadlineError(LoRAFleetError):
+    """The request did not end within its time limit."""
+
+
+class NonFiniteLogitsError(LoRAFleetError):
+    """The model gave NaN or infinity for this request: broken base or adapter weights."""
+
+
+class InternalError(LoRAFleetError):
+    """A bug of ours; the details are in the log under the request id."""
+
+
+class ConfigError(LoRAFleetError):
+    """A flag or configuration value is wrong or contradicts another one."""
+
+
+class ModelError(LoRAFleetError):
+    """The base model's files are missing, broken or of an unsupported kind."""
+
+
+class MemoryPlanError(ConfigError):
+    """Weights, KV pages and adapter slots do not fit into memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorStatus:
+    """How one kind of error looks to each kind of caller."""
+
+    code: str  # stable; travels in the `code` field of HTTP errors and of gRPC terminal events
+    grpc: str  # name of a grpc.StatusCode
+    http: int
+    openai_type: str
+
+
+ERRORS: dict[type[LoRAFleetError], ErrorStatus] = {
+    InvalidRequestError: ErrorStatus("invalid_request", "INVALID_ARGUMENT", 400, "invalid_request_error"),
+    ContextLengthError: ErrorStatus("context_length_exceeded", "INVALID_ARGUMENT", 400, "invalid_request_error"),
+    AuthenticationError: ErrorStatus("invalid_api_key", "UNAUTHENTICATED", 401, "authentication_error"),
+    NotFoundError: ErrorStatus("not_found", "NOT_FOUND", 404, "invalid_request_error"),
+    MethodNotAllowedError: ErrorStatus("method_not_allowed", "UNIMPLEMENTED", 405, "invalid_request_error"),
+    UnknownModelError: ErrorStatus("model_not_found", "NOT_FOUND", 404, "invalid_request_error"),
+    AdapterConflictError: ErrorStatus("adapter_conflict", "ALREADY_EXISTS", 409, "invalid_request_error"),
+    BodyTooLargeError: ErrorStatus("body_too_large", "INVALID_ARGUMENT", 413, "invalid_request_error"),
+    AdapterRefusedError: ErrorStatus("adapter_refused", "FAILED_PRECONDITION", 422, "invalid_request_error"),
+    AdapterUnavailableError: ErrorStatus("adapter_unavailable", "UNAVAILABLE", 503, "server_error"),
+    QueueFullError: ErrorStatus("queue_full", "RESOURCE_EXHAUSTED", 429, "rate_limit_error"),
+    WorkerUnavailableError: ErrorStatus("no_worker", "UNAVAILABLE", 503, "server_error"),
+    WorkerLostError: ErrorStatus("worker_lost", "UNAVAILABLE", 503, "server_error"),
+    DrainingError: ErrorStatus("draining", "UNAVAILABLE", 503, "server_error"),
+    DeadlineError: ErrorStatus("deadline_exceeded", "DEADLINE_EXCEEDED", 504, "server_error"),
+    NonFiniteLogitsError: ErrorStatus("non_finite_logits", "INTERNAL", 500, "server_error"),
+    InternalError: ErrorStatus("internal_error", "INTERNAL", 500, "server_error"),
+    ConfigError: ErrorStatus("bad_config", "FAILED_PRECONDITION", 500, "server_error"),
+    ModelError: ErrorStatus("bad_model", "FAILED_PRECONDITION", 500, "server_error"),
+    MemoryPlanError: ErrorStatus("memory_plan", "FAILED_PRECONDITION", 500, "server_error"),
+}
+
+_BY_CODE = {status.code: kind for kind, status in ERRORS.items()}
+
+
+def status_of(error: BaseException) -> ErrorStatus:
+    """The table's row for `error`; anything that is not ours counts as `InternalError`."""
+    return ERRORS.get(type(error), ERRORS[InternalError])  # type: ignore[arg-type]
+
+
+def error_from_code(code: str, message: str, *, reason: str = "") -> LoRAFleetError:
+    """The exception that another process named by its `code`."""
+    kind = _BY_CODE.get(code, InternalError)
+    if kind is AdapterRefusedError:
+        return AdapterRefusedError(message, reason=reason or "unknown")
+    return kind(message)

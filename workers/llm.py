@@ -1,0 +1,174 @@
+"""The offline API: `LLM(model=..., enable_lora=True).generate(prompts, sampling_params, lora_request=...)`, as vLLM's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lorafleet.workers.args import EngineArgs
+from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.generation_defaults import read_generation_defaults
+from lorafleet.workers.llm_engine import LLMEngine
+from lorafleet.workers.outputs import RequestOutput
+from lorafleet.workers.params import LoRARequest, SamplingParams
+from lorafleet.workers.text.chat_template import ChatTemplate
+from lorafleet.workers.text.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model in this process, without Ray. Keyword arguments are those of `EngineArgs`.
+
+    Usable as a context manager; `close` stops its threads.
+    """
+
+    def __init__(self, model: str, **kwargs: Any) -> None:
+        self.llm_engine = LLMEngine.from_engine_args(EngineArgs(model=model, **kwargs))
+        self._chat_template = ChatTemplate.from_tokenizer(self.llm_engine.tokenizer)
+        self._ids = itertools.count()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.llm_engine.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.llm_engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults, from its generation_config.json."""
+        return SamplingParams(**read_generation_defaults(Path(self.llm_engine.engine.config.model)))
+
+    def generate(
+        self,
+        prompts: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or many; outputs in the order of the prompts.
+
+        A prompt is text, {"prompt": text}, {"prompt_token_ids": ids} or a list of ids. sampling_params and lora_request
+        are one for all or one per prompt. Raises `InvalidRequestError`, `ContextLengthError`, `AdapterRefusedError`,
+        `AdapterConflictError` before anything runs, and a request's own error after the others are done.
+        """
+        batch = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        inputs = [_prompt(prompt) for prompt in batch]
+        return self._run(inputs, sampling_params, lora_request, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate the next message of one conversation or many, through the model's chat template."""
+        if not messages:
+            raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
+        conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        tokenizer = self.llm_engine.tokenizer
+        inputs = [
+            tokenizer.encode(
+                self._chat_template.render(
+                    conversation, add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens
+                ),
+                add_special_tokens=False,
+            )
+            for conversation in conversations
+        ]
+        return self._run(inputs, sampling_params, lora_request, use_tqdm)
+
+    def _run(
+        self,
+        inputs: Sequence[str | list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        default = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = _one_each("sampling_params", default, SamplingParams, len(inputs))
+        loras = _one_each("lora_request", lora_request, (LoRARequest, type(None)), len(inputs))
+        engine = self.llm_engine
+        ids = [str(next(self._ids)) for _ in inputs]
+        try:
+            for request_id, prompt, own_params, lora in zip(ids, inputs, params, loras, strict=True):
+                engine.add_request(request_id, prompt, own_params, lora)
+            outputs = self._drive(len(ids), use_tqdm)
+        except BaseException:
+            # Ctrl-C, or a bad prompt after good ones: nothing stays behind in the engine.
+            for request_id in ids:
+                engine.abort_request(request_id)
+            while engine.has_unfinished_requests():
+                engine.step()
+            raise
+        for request_id in ids:
+            error = outputs[request_id].error
+            if error is not None:
+                raise error
+        return [outputs[request_id] for request_id in ids]
+
+    def _drive(self, num_requests: int, show: bool) -> dict[str, RequestOutput]:
+        engine = self.llm_engine
+        outputs: dict[str, RequestOutput] = {}
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[speed]}"),
+        )
+        with Progress(*columns, disable=not show) as progress:
+            task = progress.add_task("prompts", total=num_requests, speed="")
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        outputs[output.request_id] = output
+                        progress.update(task, advance=1, speed=_speed(outputs, progress.tasks[0].elapsed))
+        return outputs
+
+
+def _speed(outputs: Mapping[str, RequestOutput], elapsed_s: float | None) -> str:
+    tokens = sum(len(choice.token_ids) for output in outputs.values() for choice in output.outputs)
+    return f"{tokens / elapsed_s:.1f} output tok/s" if elapsed_s else ""
+
+
+def _prompt(prompt: str | Mapping[str, Any] | Sequence[int]) -> str | list[int]:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        if set(prompt) == {"prompt_token_ids"}:
+            return list(prompt["prompt_token_ids"])
+        if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
+            return str(prompt["prompt"])
+        raise InvalidRequestError(
+            f"A prompt with the keys {sorted(prompt)} is not understood; use 'prompt' or 'prompt_token_ids'.",
+            param="prompt",
+        )
+    return list(prompt)
+
+
+def _one_each(name: str, value: Any, kind: type | tuple[type, ...], count: int) -> list[Any]:
+    if isinstance(value, kind):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise InvalidRequestError(
+            f"{name} has {len(values)} entries for {count} prompts; give one for all or one per prompt.", param=name
+        )
+    return values

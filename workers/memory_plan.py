@@ -1,0 +1,178 @@
+"""How one rank's memory is divided, decided before anything is loaded. Pure arithmetic: no torch, no files.
+
+Owns: the sizes of KV cache, adapter slots and host cache, and the refusal of what cannot fit. Leaves to others:
+measuring the memory (model/device.py), allocating it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.errors import MemoryPlanError
+from lorafleet.workers.model.architecture import ModelSpec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_GIB = 1 << 30
+_CPU_KV_BYTES = 4 * _GIB  # default bound on a CPU, where memory is shared with everything else
+_HOST_CACHE_BYTES = 1 * _GIB  # default bound
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What the plan may divide. `host` equals the device on a CPU."""
+
+    total_bytes: int
+    available_bytes: int
+    host_available_bytes: int
+    is_cpu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one rank, and what they hold."""
+
+    budget_bytes: int  # what the device may use in all
+    weight_bytes: int
+    activation_bytes: int  # workspace of the largest step, estimated
+    kv_bytes: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    slot_bytes: int  # one adapter slot at --max-lora-rank
+    max_loras: int  # 0: LoRA is off
+    host_cache_bytes: int
+    max_cpu_loras: int | None
+    dtype: str
+    lora_dtype: str
+    device: str
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    def lines(self) -> list[str]:
+        """The plan as a table to print."""
+        rows = [
+            ("weights", self.weight_bytes, self.dtype),
+            (
+                "KV cache",
+                self.kv_bytes,
+                f"{self.num_pages:,} pages of {self.page_size} = {self.num_kv_tokens:,} tokens "
+                f"({self.num_kv_tokens / self.max_model_len:.1f} sequences of {self.max_model_len:,})",
+            ),
+            ("workspace", self.activation_bytes, "largest step, estimated"),
+        ]
+        if self.max_loras:
+            rows.append(
+                (
+                    "adapter slots",
+                    self.slot_bytes * self.max_loras,
+                    f"{self.max_loras} slots of {format_bytes(self.slot_bytes)} in {self.lora_dtype}",
+                )
+            )
+            bound = "" if self.max_cpu_loras is None else f", at most {self.max_cpu_loras} adapters"
+            rows.append(("host adapter cache", self.host_cache_bytes, f"bound; filled as adapters are used{bound}"))
+        head = f"memory plan ({self.device}, may use {format_bytes(self.budget_bytes)})"
+        return [head] + [f"  {name:<20}{format_bytes(size):>10}  {note}" for name, size, note in rows]
+
+
+def plan_memory(
+    spec: ModelSpec, config: EngineConfig, memory: DeviceMemory, *, dtype: str, lora_dtype: str
+) -> MemoryPlan:
+    """Divide `memory`. Raises `MemoryPlanError` naming the number to change when something does not fit."""
+    ranks = config.tensor_parallel_size
+    budget = min(int(memory.total_bytes * config.gpu_memory_utilization), memory.available_bytes)
+    max_model_len = _max_model_len(spec, config)
+    weights = spec.num_parameters * DTYPE_BYTES[dtype] // ranks
+    max_batched = config.max_num_batched_tokens
+    activations = 4 * (
+        max_batched * (4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size) // ranks
+        + 4 * min(config.max_num_seqs, max_batched) * spec.vocab_size
+    )
+    slot_bytes = max_loras = host_cache = 0
+    if config.lora is not None:
+        max_loras = config.lora.max_loras
+        slot_bytes = spec.lora_elements(config.lora.max_lora_rank) * DTYPE_BYTES[lora_dtype] // ranks
+        host_cache = config.lora.host_cache_bytes or (
+            config.lora.max_cpu_loras * slot_bytes
+            if config.lora.max_cpu_loras is not None
+            else max(min(_HOST_CACHE_BYTES, memory.host_available_bytes // 8), max_loras * slot_bytes)
+        )
+        if host_cache < max_loras * slot_bytes:
+            raise MemoryPlanError(
+                f"--lora-host-cache-bytes is {format_bytes(host_cache)}, less than the {max_loras} device slots of "
+                f"{format_bytes(slot_bytes)} that it backs. Give at least {max_loras * slot_bytes} bytes, or lower "
+                "--max-loras or --max-lora-rank."
+            )
+    fixed = weights + activations + slot_bytes * max_loras + (host_cache if memory.is_cpu else 0)
+    if fixed > budget:
+        raise MemoryPlanError(
+            f"Weights ({format_bytes(weights)}), workspace ({format_bytes(activations)}), {max_loras} adapter slots "
+            f"({format_bytes(slot_bytes * max_loras)}) and host cache ({format_bytes(host_cache)}) need "
+            f"{format_bytes(fixed)}; {format_bytes(budget)} may be used ({format_bytes(memory.available_bytes)} "
+            f"available, --gpu-memory-utilization {config.gpu_memory_utilization}). Lower --max-loras, --max-lora-rank, "
+            "--max-cpu-loras or --max-num-batched-tokens, or use a smaller model."
+        )
+    if not memory.is_cpu and host_cache > memory.host_available_bytes:
+        raise MemoryPlanError(
+            f"The host adapter cache of {format_bytes(host_cache)} is more than the {format_bytes(memory.host_available_bytes)} "
+            "of host memory available. Lower --max-cpu-loras or --lora-host-cache-bytes."
+        )
+    page_bytes = spec.kv_elements_per_token(ranks) * DTYPE_BYTES[dtype] * config.block_size
+    room = budget - fixed
+    pages_of_one = -(-max_model_len // config.block_size)
+    kv_bytes = config.kv_cache_memory_bytes
+    if kv_bytes is not None and kv_bytes > room:
+        raise MemoryPlanError(
+            f"--kv-cache-memory-bytes is {format_bytes(kv_bytes)}; {format_bytes(room)} is left beside weights, "
+            f"workspace and adapters. Give at most {room} bytes, or lower --max-loras or --max-cpu-loras."
+        )
+    if kv_bytes is None:
+        useful = config.max_num_seqs * pages_of_one * page_bytes
+        kv_bytes = min(room, useful)
+        if memory.is_cpu:
+            kv_bytes = min(kv_bytes, max(min(_CPU_KV_BYTES, room // 2), pages_of_one * page_bytes))
+    num_pages = kv_bytes // page_bytes
+    if num_pages < pages_of_one:
+        raise MemoryPlanError(
+            f"--max-model-len {max_model_len} needs {format_bytes(pages_of_one * page_bytes)} of KV cache for one "
+            f"sequence; there are {format_bytes(kv_bytes)}, which hold {num_pages * config.block_size} tokens. Lower "
+            f"--max-model-len to {num_pages * config.block_size}, or raise --kv-cache-memory-bytes to "
+            f"{pages_of_one * page_bytes}."
+        )
+    return MemoryPlan(
+        budget_bytes=budget,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        kv_bytes=num_pages * page_bytes,
+        num_pages=num_pages,
+        page_size=config.block_size,
+        max_model_len=max_model_len,
+        slot_bytes=slot_bytes,
+        max_loras=max_loras,
+        host_cache_bytes=host_cache,
+        max_cpu_loras=None if config.lora is None else config.lora.max_cpu_loras,
+        dtype=dtype,
+        lora_dtype=lora_dtype,
+        device="cpu" if memory.is_cpu else "cuda",
+    )
+
+
+def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
+    if config.max_model_len is None:
+        return spec.max_position
+    if config.max_model_len > spec.max_position:
+        raise MemoryPlanError(
+            f"--max-model-len is {config.max_model_len}; {spec.architecture} was made for {spec.max_position} "
+            f"positions. Give at most {spec.max_position}."
+        )
+    return config.max_model_len
+
+
+def format_bytes(size: int) -> str:
+    """'1.5 GiB', '3 MiB'."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size} B"

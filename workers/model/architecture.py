@@ -1,0 +1,168 @@
+"""What the decoder needs to know of a checkpoint, read from its config.json. Supported: the Llama family.
+
+Owns: which architectures are served and what of their configs changes the mathematics. An option that this decoder does
+not compute is refused by name. Imports transformers only inside `read_spec`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorafleet.workers.adapters.format import BaseShapes
+from lorafleet.workers.errors import ModelError
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes and switches of one decoder-only model."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    norm_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]  # per layer: keys a query may look back on, itself included; 0 is all
+    dtype: str  # the checkpoint's
+    eos_token_ids: frozenset[int]
+    hf_config: Any  # transformers' own, for its RoPE parameters
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        return self.q_size + 2 * self.kv_size
+
+    @cached_property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """(in, out) features of each linear of a layer, by its checkpoint name."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (hidden, self.q_size),
+            "k_proj": (hidden, self.kv_size),
+            "v_proj": (hidden, self.kv_size),
+            "o_proj": (self.q_size, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    @property
+    def base_shapes(self) -> BaseShapes:
+        return BaseShapes(num_layers=self.num_layers, linears=self.linears)
+
+    @property
+    def num_parameters(self) -> int:
+        layer = sum(i * o for i, o in self.linears.values()) + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    def lora_elements(self, lora_rank: int) -> int:
+        """Elements of one adapter of this rank on all seven linears of all layers."""
+        return self.num_layers * lora_rank * sum(i + o for i, o in self.linears.values())
+
+    def kv_elements_per_token(self, ranks: int) -> int:
+        """Elements of keys and values that one token takes on one rank."""
+        return 2 * self.num_layers * max(1, self.num_kv_heads // ranks) * self.head_dim
+
+
+def read_spec(model_dir: Path) -> ModelSpec:
+    """Read config.json and generation_config.json. Raises `ModelError` for what is missing or not supported."""
+    config_path = model_dir / "config.json"
+    if not config_path.is_file():
+        raise ModelError(f"{model_dir} has no config.json: not a Hugging Face model directory.")
+    raw = _read_json(config_path)
+    architectures = raw.get("architectures") or ["(none named)"]
+    architecture = architectures[0]
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"{config_path} names the architecture {architecture}; served are {', '.join(ARCHITECTURES)}.")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"{config_path} cannot be read: {error}") from error
+    if config.hidden_act != "silu":
+        raise ModelError(f"{config_path} has hidden_act {config.hidden_act!r}; only silu is served.")
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(f"{config_path} has rope_type {rope_type!r}; served are {', '.join(ROPE_TYPES)}.")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        raise ModelError(f"{config_path} has a quantization_config; only unquantised checkpoints are served.")
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % kv_heads:
+        raise ModelError(f"{config_path} has {heads} heads over {kv_heads} key-value heads, which does not divide.")
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return ModelSpec(
+        architecture=architecture,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        max_position=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        tie_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        o_bias=attention_bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        windows=_windows(config, architecture),
+        dtype=dtype,
+        eos_token_ids=_eos_token_ids(model_dir, raw),
+        hf_config=config,
+    )
+
+
+def _windows(config: Any, architecture: str) -> tuple[int, ...]:
+    window = getattr(config, "sliding_window", None) or 0
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+    return (window if architecture == "MistralForCausalLM" else 0,) * config.num_hidden_layers
+
+
+def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """The tokens that end an answer: the generation config's, else the model config's."""
+    generation_path = model_dir / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return frozenset([] if eos is None else eos if isinstance(eos, list) else [eos])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds {type(value).__name__}, not a JSON object.")
+    return value

@@ -1,0 +1,210 @@
+"""The decoder of the Llama family, driven by a `ModelSpec`: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+
+One path for prefill, chunked prefill and decode: rows of tokens, each request's rows next to each other, keys and values
+in pages. One call per op and layer; adapters and requests are the kernels' business, never a Python loop's.
+
+T tokens of the step, H hidden, E fused q,k,v features of this rank, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lorafleet.kernels.activation import silu_mul
+from lorafleet.kernels.attention import paged_attention
+from lorafleet.kernels.lora import LoraSegments
+from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
+from lorafleet.kernels.rope import rope_kv_write_
+from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.model.architecture import ModelSpec
+from lorafleet.workers.model.kv_cache import KVCache
+from lorafleet.workers.model.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from lorafleet.workers.model.loader import CheckpointReader
+from lorafleet.workers.model.lora import LoraLinear, Part, SlotShape
+from lorafleet.workers.model.rope import cos_sin_table
+from lorafleet.workers.model.step_input import StepInput
+from lorafleet.workers.tp.group import TensorParallelGroup
+
+
+class DecoderLayer:
+    """Attention and MLP with their norms; the residual stream is passed along and updated in place."""
+
+    def __init__(
+        self, index: int, spec: ModelSpec, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._index = index
+        self._eps = spec.norm_eps
+        self._window = spec.windows[index]
+        self._scale = spec.head_dim**-0.5
+        q_heads, kv_heads = _head_ranges(spec, group)
+        self._num_q_heads = q_heads.stop - q_heads.start
+        self._num_kv_heads = kv_heads.stop - kv_heads.start
+        self._q_size = self._num_q_heads * spec.head_dim
+        dim, hidden = spec.head_dim, spec.hidden_size
+        inner = group.shard(spec.intermediate_size, "intermediate_size")
+        self.qkv = ColumnParallelLinear(
+            (
+                Part("q_proj", q_heads.start * dim, q_heads.stop * dim),
+                Part("k_proj", kv_heads.start * dim, kv_heads.stop * dim),
+                Part("v_proj", kv_heads.start * dim, kv_heads.stop * dim),
+            ),
+            hidden,
+            bias=spec.qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.o = RowParallelLinear(
+            "o_proj", spec.q_size, hidden, bias=spec.o_bias, dtype=dtype, device=device, group=group
+        )
+        self.gate_up = ColumnParallelLinear(
+            (Part("gate_proj", *inner), Part("up_proj", *inner)), hidden, bias=spec.mlp_bias, dtype=dtype, device=device
+        )
+        self.down = RowParallelLinear(
+            "down_proj", spec.intermediate_size, hidden, bias=spec.mlp_bias, dtype=dtype, device=device, group=group
+        )
+        self._input_norm_H = torch.empty(hidden, dtype=dtype, device=device)
+        self._post_norm_H = torch.empty(hidden, dtype=dtype, device=device)
+        self._q_norm_D = torch.empty(dim, dtype=dtype, device=device) if spec.qk_norm else None
+        self._k_norm_D = torch.empty(dim, dtype=dtype, device=device) if spec.qk_norm else None
+
+    def load(self, reader: CheckpointReader) -> None:
+        prefix = f"model.layers.{self._index}"
+        self.qkv.load(reader, f"{prefix}.self_attn")
+        self.o.load(reader, f"{prefix}.self_attn")
+        self.gate_up.load(reader, f"{prefix}.mlp")
+        self.down.load(reader, f"{prefix}.mlp")
+        reader.read_into(self._input_norm_H, f"{prefix}.input_layernorm.weight")
+        reader.read_into(self._post_norm_H, f"{prefix}.post_attention_layernorm.weight")
+        if self._q_norm_D is not None and self._k_norm_D is not None:
+            reader.read_into(self._q_norm_D, f"{prefix}.self_attn.q_norm.weight")
+            reader.read_into(self._k_norm_D, f"{prefix}.self_attn.k_norm.weight")
+
+    def add_slots(self, shape: SlotShape) -> Iterator[LoraLinear]:
+        for linear in (self.qkv, self.o, self.gate_up, self.down):
+            yield linear.add_slots(self._index, shape)
+
+    def forward(
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor | None,
+        step: StepInput,
+        cache: KVCache,
+        cos_sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(this layer's output before its addition, the residual stream)."""
+        segments: LoraSegments | None = step.segments
+        if residual_TH is None:
+            residual_TH = x_TH
+            x_TH = rms_norm(x_TH, self._input_norm_H, self._eps)
+        else:
+            fused_add_rms_norm_(x_TH, residual_TH, self._input_norm_H, self._eps)
+        keys, values = cache.keys[self._index], cache.values[self._index]
+        qkv_TE = self.qkv(x_TH, segments)
+        rope_kv_write_(
+            qkv_TE,
+            cos_sin,
+            step.positions_T,
+            keys,
+            values,
+            step.slot_mapping_T,
+            self._num_q_heads,
+            self._num_kv_heads,
+            self._q_norm_D,
+            self._k_norm_D,
+            self._eps,
+        )
+        attended_TQ = paged_attention(
+            qkv_TE[:, : self._q_size],
+            keys,
+            values,
+            step.page_table_SP,
+            step.query_start_S1,
+            step.context_len_S,
+            self._num_q_heads,
+            self._scale,
+            self._window,
+        )
+        x_TH = self.o(attended_TQ, segments)
+        fused_add_rms_norm_(x_TH, residual_TH, self._post_norm_H, self._eps)
+        x_TH = self.down(silu_mul(self.gate_up(x_TH, segments)), segments)
+        return x_TH, residual_TH
+
+
+class Decoder:
+    """The whole model on one rank. Created empty; `load` fills it."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: TensorParallelGroup,
+    ) -> None:
+        self.spec = spec
+        self._eps = spec.norm_eps
+        self._embedding = VocabParallelEmbedding(
+            spec.vocab_size, spec.hidden_size, dtype=dtype, device=device, group=group
+        )
+        self._head = (
+            self._embedding
+            if spec.tie_embeddings
+            else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device, group=group)
+        )
+        self._layers = [DecoderLayer(i, spec, group, dtype, device) for i in range(spec.num_layers)]
+        self._norm_H = torch.empty(spec.hidden_size, dtype=dtype, device=device)
+        self._cos_sin_MD = cos_sin_table(spec, max_model_len).to(device)
+
+    def load(self, reader: CheckpointReader, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read this rank's shard. `progress(layers done, layers)`. Raises `ModelError`."""
+        self._embedding.load(reader, "model.embed_tokens.weight")
+        if self._head is not self._embedding:
+            self._head.load(reader, "lm_head.weight")
+        reader.read_into(self._norm_H, "model.norm.weight")
+        for done, layer in enumerate(self._layers, start=1):
+            layer.load(reader)
+            if progress is not None:
+                progress(done, len(self._layers))
+
+    def add_slots(self, shape: SlotShape) -> list[LoraLinear]:
+        """Allocate adapter slots in every linear."""
+        return [linear for layer in self._layers for linear in layer.add_slots(shape)]
+
+    def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor:
+        """Run one step; logits [rows in step.sample_rows, V] in float32, for the rows that sample."""
+        x_TH = self._embedding.embed(step.token_ids_T)
+        residual_TH: torch.Tensor | None = None
+        for layer in self._layers:
+            x_TH, residual_TH = layer.forward(x_TH, residual_TH, step, cache, self._cos_sin_MD)
+        assert residual_TH is not None
+        rows = step.sample_rows
+        x_SH, residual_SH = x_TH.index_select(0, rows), residual_TH.index_select(0, rows)
+        fused_add_rms_norm_(x_SH, residual_SH, self._norm_H, self._eps)
+        return self._head.logits(x_SH).float()
+
+
+def _head_ranges(spec: ModelSpec, group: TensorParallelGroup) -> tuple[slice, slice]:
+    """Query and key-value heads of this rank; key-value heads are replicated when there are fewer than ranks."""
+    if spec.num_heads % group.size:
+        raise ConfigError(
+            f"--tensor-parallel-size is {group.size}, which does not divide the model's {spec.num_heads} attention "
+            f"heads. Use one of {[n for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]}."
+        )
+    q_heads = slice(*group.shard(spec.num_heads, "num_attention_heads"))
+    if spec.num_kv_heads >= group.size:
+        if spec.num_kv_heads % group.size:
+            raise ConfigError(
+                f"--tensor-parallel-size is {group.size}, which does not divide the model's {spec.num_kv_heads} "
+                "key-value heads."
+            )
+        return q_heads, slice(*group.shard(spec.num_kv_heads, "num_key_value_heads"))
+    if group.size % spec.num_kv_heads:
+        raise ConfigError(
+            f"--tensor-parallel-size is {group.size}: the model's {spec.num_kv_heads} key-value heads cannot be "
+            "replicated evenly over so many ranks."
+        )
+    head = group.rank * spec.num_kv_heads // group.size
+    return q_heads, slice(head, head + 1)

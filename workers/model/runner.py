@@ -1,0 +1,78 @@
+"""One rank's executing half: weights, KV memory and slots, and one step over them.
+
+Owns every tensor. Decides nothing: what to run and where it lies comes as a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lorafleet.workers.adapters.format import HostAdapter
+from lorafleet.workers.engine.scheduler import StepPlan
+from lorafleet.workers.memory_plan import MemoryPlan
+from lorafleet.workers.model.architecture import ModelSpec
+from lorafleet.workers.model.decoder import Decoder
+from lorafleet.workers.model.kv_cache import KVCache
+from lorafleet.workers.model.loader import CheckpointReader
+from lorafleet.workers.model.lora import LoraLinear, SlotShape
+from lorafleet.workers.model.sampling import Sampled, sample
+from lorafleet.workers.model.step_input import build_step_input
+from lorafleet.workers.tp.group import TensorParallelGroup
+
+
+class ModelRunner:
+    """The model on one device, its size fixed by a memory plan."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        *,
+        max_lora_rank: int,
+        device: torch.device,
+        group: TensorParallelGroup | None = None,
+    ) -> None:
+        group = group or TensorParallelGroup()
+        dtype = getattr(torch, plan.dtype)
+        self._spec = spec
+        self._plan = plan
+        self._device = device
+        self._decoder = Decoder(spec, max_model_len=plan.max_model_len, dtype=dtype, device=device, group=group)
+        self._cache = KVCache(
+            num_layers=spec.num_layers,
+            num_pages=plan.num_pages,
+            num_kv_heads=max(1, spec.num_kv_heads // group.size),
+            page_size=plan.page_size,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._lora_linears: list[LoraLinear] = []
+        if plan.max_loras:
+            shape = SlotShape(plan.max_loras, max_lora_rank, getattr(torch, plan.lora_dtype), device)
+            self._lora_linears = self._decoder.add_slots(shape)
+
+    def load(self, model_dir: Path, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read the weights. Raises `ModelError`."""
+        self._decoder.load(CheckpointReader(model_dir), progress)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> list[Sampled]:
+        """Compute a non-empty plan; one result for each entry that samples, in the plan's order."""
+        logits_SV = self.logits(plan)
+        requests = [entry.request for entry in plan.scheduled if entry.samples]
+        return sample(logits_SV, requests, self._spec.eos_token_ids) if requests else []
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """[entries that sample, V] in float32; keys and values of all scheduled tokens are written."""
+        step = build_step_input(plan.scheduled, self._plan.page_size, self._device)
+        return self._decoder.forward(step, self._cache)
+
+    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+        """Copy an adapter into a slot that no request uses. May run on another thread while `run` runs."""
+        for linear in self._lora_linears:
+            linear.write(slot, adapter)

@@ -1,0 +1,46 @@
+"""What the offline engines return, in vLLM's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.params import LoRARequest
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One candidate at one position. rank 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of a request's `n` choices. Lists grow while the request runs."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None  # per position; the sampled token first
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while running
+    stop_reason: int | str | None = None  # the stop string or stop token id; None for EOS
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request and what it has produced so far."""
+
+    request_id: str
+    prompt: str | None  # None when the prompt was given as token ids
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    lora_request: LoRARequest | None = None
+    error: LoRAFleetError | None = None  # why a choice has finish_reason "error"

@@ -1,0 +1,189 @@
+"""What a caller may ask of one generation: `SamplingParams`, and which adapter: `LoRARequest`.
+
+The one place where ranges are checked, for the HTTP gateway and the offline `LLM` alike. Names and meaning are vLLM's.
+No torch, no Ray, no gRPC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorafleet.workers.engine.request import MAX_LOGPROBS, SamplingOptions
+from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
+
+MAX_N = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_STOP_TOKEN_IDS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to generate. Raises `InvalidRequestError`, naming the field, for a value out of range.
+
+    max_tokens: None generates up to the end of the context. temperature 0 is greedy. top_k 0 (or -1) keeps all.
+    logprobs: k returns the sampled token's log-probability and the k best at each position. seed: None draws one.
+    stop: strings at which the text ends; they are not part of it unless include_stop_str_in_output. min_tokens: until
+    then no EOS, stop token or stop string ends the output.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    stops: tuple[str, ...] = field(init=False, repr=False, default=())  # `stop` as a tuple
+
+    def __post_init__(self) -> None:
+        _integer("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", param="min_tokens"
+            )
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        object.__setattr__(self, "stops", _stop_strings(self.stop))
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries, the limit is {MAX_STOP_TOKEN_IDS}.",
+                param="stop_token_ids",
+            )
+        for token_id in self.stop_token_ids:
+            _integer("stop_token_ids", token_id, 0, 2**31 - 1)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if type(getattr(self, name)) is not bool:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; it must be true or false.", param=name)
+
+    def options(
+        self,
+        *,
+        num_prompt_tokens: int,
+        max_model_len: int,
+        vocab_size: int,
+        seed: int,
+        choice: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> SamplingOptions:
+        """What the engine needs for one choice of a request whose prompt is known.
+
+        `seed` is used when the request gave none. `eos_token_ids` are the tokenizer's, which end the output like the
+        model's own (an adapter's tokenizer may know others). Raises `ContextLengthError` when prompt and max_tokens do not fit
+        into max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
+        """
+        room = max_model_len - num_prompt_tokens
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt_tokens} tokens; the context of {max_model_len} tokens leaves no room for "
+                "an answer. Shorten the prompt.",
+                param="prompt",
+            )
+        if self.max_tokens is not None and self.max_tokens > room:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt_tokens} tokens and max_tokens is {self.max_tokens}: together "
+                f"{num_prompt_tokens + self.max_tokens}, over the context of {max_model_len} tokens. Ask for at most "
+                f"{room} tokens or shorten the prompt.",
+                param="max_tokens",
+            )
+        for token_id in self.stop_token_ids:
+            if token_id >= vocab_size:
+                raise InvalidRequestError(
+                    f"stop_token_ids has {token_id}; the vocabulary ends at {vocab_size - 1}.", param="stop_token_ids"
+                )
+        max_tokens = room if self.max_tokens is None else self.max_tokens
+        if self.min_tokens > max_tokens:
+            raise ContextLengthError(
+                f"min_tokens is {self.min_tokens}; only {max_tokens} tokens fit behind the prompt.", param="min_tokens"
+            )
+        return SamplingOptions(
+            max_tokens=max_tokens,
+            temperature=float(self.temperature),
+            top_p=float(self.top_p),
+            top_k=max(self.top_k, 0),
+            min_p=float(self.min_p),
+            repetition_penalty=float(self.repetition_penalty),
+            presence_penalty=float(self.presence_penalty),
+            frequency_penalty=float(self.frequency_penalty),
+            seed=(seed if self.seed is None else self.seed) & (2**64 - 1),
+            choice=choice,
+            num_logprobs=self.logprobs,
+            stop_token_ids=frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else eos_token_ids),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """Which adapter to use: `LoRARequest("sql_adapter", 1, "/path/or/hub-id")`, as in vLLM.
+
+    lora_int_id: > 0, the caller's; one id stands for one adapter for the life of the engine.
+    """
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+    def __post_init__(self) -> None:
+        if not self.lora_name:
+            raise InvalidRequestError("lora_name is empty; give the adapter a name.", param="lora_name")
+        _integer("lora_int_id", self.lora_int_id, 1, 2**63 - 1)
+        if not self.lora_path:
+            raise InvalidRequestError("lora_path is empty; give a directory or a hub id.", param="lora_path")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int:
+        raise InvalidRequestError(f"{name} is {value!r}; it must be an integer.", param=name)
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} is {value}; it must be between {low} and {high}.", param=name)
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if type(value) not in (int, float):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be a number.", param=name)
+    assert isinstance(value, int | float)
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        bound = f"greater than {low:g} and at most {high:g}" if open_low else f"between {low:g} and {high:g}"
+        raise InvalidRequestError(f"{name} is {value}; it must be {bound}.", param=name)
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"stop has {len(stops)} strings, the limit is {MAX_STOP_STRINGS}.", param="stop")
+    for text in stops:
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"stop has {text!r}; it must be a string or a list of strings.", param="stop")
+        if not text:
+            raise InvalidRequestError("stop has an empty string; it would end every answer at once.", param="stop")
+        if len(text) > MAX_STOP_STRING_CHARS:
+            raise InvalidRequestError(
+                f"stop has a string of {len(text)} characters, the limit is {MAX_STOP_STRING_CHARS}.", param="stop"
+            )
+    return stops

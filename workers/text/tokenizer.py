@@ -1,0 +1,270 @@
+"""A model's tokenizer, read from its files without transformers.
+
+Owns: reading and checking the files, text to ids, ids to text, the bytes of a token, the special tokens. Leaves to
+others: streams of ids (detokenizer.py), chat templates (chat_template.py; this only hands over their source).
+
+tokenizer.json is the truth: its pre-tokenizer, post-processor and decoder are used as they stand, and tokens that only
+the other files declare are added, as transformers' ``AutoTokenizer`` does. Two things to know when comparing:
+
+* ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json count for nothing beside a tokenizer.json: the
+  post-processor has them. transformers 5 says the same.
+* transformers 5 rebuilds the tokenizers of some classes (LlamaTokenizer, GPT2Tokenizer, Qwen2Tokenizer, ...) from the
+  vocabulary alone, to the class's standard arrangement. Where the file says otherwise the file is followed here, as by
+  earlier transformers and by what the model was trained with. It is known to matter for Llama-2's files, whose
+  ``Prepend`` normalizer puts a space before text that follows a special token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+
+from lorafleet.workers.errors import InvalidRequestError, ModelError
+from lorafleet.workers.text.pieces import DecoderRules, PieceTable
+
+TOKENIZER_FILES: Final[tuple[str, ...]] = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+)
+"""Names of the files that `Tokenizer` reads; only the first is required."""
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back. Immutable and safe to share between threads; the heavy calls release the GIL.
+
+    special_tokens: ``{"bos_token": "<s>", ...}``, those that are declared; pass them to `ChatTemplate.render` with
+    ``**``. bos_token_id: None if the model has none. eos_token_ids: every id that ends a generation: those of
+    generation_config.json and config.json and the tokenizer's own. special_token_ids: the ids that
+    ``skip_special_tokens`` hides. vocab_size: number of tokens, added ones included (the model's embedding may have
+    more rows). chat_templates: source by name; a model with one template calls it "default".
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        eos_token_ids: Iterable[int] = (),
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        """Wrap a tokenizer of the tokenizers library, which must not be changed afterwards."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens: Mapping[str, Any] = dict(special_tokens or {})  # of str; Any lets ** type-check
+        self.chat_templates: Mapping[str, str] = dict(chat_templates or {})
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_token_ids: frozenset[int] = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.bos_token_id: int | None = self._id_of("bos_token")
+        own_eos = self._id_of("eos_token")
+        self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids) | ({own_eos} if own_eos is not None else set())
+        rules = DecoderRules.parse(json.loads(backend.to_str())["decoder"])
+        self._pieces: PieceTable | None = None
+        self._visible_pieces: PieceTable | None = None
+        if rules is not None:
+            self._pieces = PieceTable(rules, backend.id_to_token, frozenset())
+            self._visible_pieces = PieceTable(rules, backend.id_to_token, self.special_token_ids)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Tokenizer:
+        """Read the tokenizer of a model (or adapter) directory. Raises ModelError for a missing or bad file."""
+        folder = Path(path)
+        files: dict[str, bytes] = {}
+        for name in TOKENIZER_FILES:
+            try:
+                files[name] = (folder / name).read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ModelError(f"{folder / name} cannot be read: {error.strerror}.") from error
+        return cls._from_files(files, where=f" in {folder}")
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:
+        """The same from contents by name (`TOKENIZER_FILES`); other names are ignored. Raises ModelError."""
+        return cls._from_files(files, where="")
+
+    @classmethod
+    def _from_files(cls, files: Mapping[str, bytes], where: str) -> Tokenizer:
+        if "tokenizer.json" not in files:
+            raise ModelError(
+                f"There is no tokenizer.json{where}. A model needs one; for a model that has only a SentencePiece or "
+                "vocab/merges file, write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained()."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        except Exception as error:  # the library raises bare Exception or ValueError
+            raise ModelError(f"tokenizer.json{where} is not a tokenizer: {error}.") from error
+        config = _json_object(files, "tokenizer_config.json", where)
+        if "added_tokens_decoder" not in config:
+            config |= _json_object(files, "special_tokens_map.json", where)
+        special_tokens = _declare_tokens(backend, config, where)
+        templates = _chat_templates(config, where)
+        if "chat_template.jinja" in files:
+            try:
+                templates = {"default": files["chat_template.jinja"].decode()}
+            except UnicodeDecodeError as error:
+                raise ModelError(f"chat_template.jinja{where} is not UTF-8: {error}.") from error
+        return cls(
+            backend,
+            special_tokens=special_tokens,
+            eos_token_ids=_eos_ids(files, "generation_config.json", where) | _eos_ids(files, "config.json", where),
+            chat_templates=templates,
+        )
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text to ids. Raises InvalidRequestError for a string that is not Unicode text (unpaired surrogates)."""
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            if not isinstance(text, str):
+                raise
+            raise _not_unicode(text) from error
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` for several texts, on several cores."""
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            if not all(isinstance(text, str) for text in texts):
+                raise
+            raise next(_not_unicode(text) for text in texts if _surrogate_at(text) is not None) from error
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Ids to text, all at once. An id that no token has contributes nothing."""
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it (``Ġthe``, ``▁the``), or None."""
+        return self._backend.id_to_token(token_id)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it, or None."""
+        return self._backend.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that a token adds in the middle of a text, special tokens included; None for an unknown id."""
+        if self._backend.id_to_token(token_id) is None:
+            return None
+        if self._pieces is None:
+            return self._backend.decode([token_id], skip_special_tokens=False).encode()
+        piece = self._pieces[token_id]
+        return piece if isinstance(piece, bytes) else piece.encode()
+
+    def decode_token(self, token_id: int) -> str:
+        """One token as text, its leading space kept; U+FFFD where it holds a part of a character; ``""`` if unknown."""
+        return (self.token_bytes(token_id) or b"").decode(errors="replace")
+
+    def pieces(self, skip_special_tokens: bool) -> PieceTable | None:
+        """The table that the detokenizer works with; None if this decoder does not go token by token."""
+        return self._visible_pieces if skip_special_tokens else self._pieces
+
+
+def _surrogate_at(text: str) -> int | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _not_unicode(text: str) -> InvalidRequestError:
+    position = _surrogate_at(text)
+    assert position is not None, "the tokenizer refused a text that is valid"
+    return InvalidRequestError(
+        f"The text is not valid Unicode: an unpaired surrogate (U+{ord(text[position]):04X}) at character {position}."
+    )
+
+
+def _json_object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise ModelError(f"{name}{where} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{name}{where} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _eos_ids(files: Mapping[str, bytes], name: str, where: str) -> set[int]:
+    value = _json_object(files, name, where).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int and item >= 0 for item in ids):
+        raise ModelError(f"eos_token_id of {name}{where} must be a token id or a list of them, not {value!r}.")
+    return set(ids)
+
+
+def _added_token(value: Any, key: str, where: str) -> tokenizers.AddedToken:
+    """An added token from its JSON form, a string or an object."""
+    if isinstance(value, str):
+        return tokenizers.AddedToken(value, special=True, normalized=False)
+    try:
+        flags = {name: flag for name, flag in value.items() if name not in ("__type", "content")}
+        return tokenizers.AddedToken(value["content"], **flags)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{key} of tokenizer_config.json{where} is not a token: {value!r}.") from error
+
+
+def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Add to `backend` the tokens that only `config` declares; return the named special tokens."""
+    declared = config.get("added_tokens_decoder", {})
+    if not isinstance(declared, dict) or not all(key.isdecimal() for key in declared):
+        raise ModelError(f"added_tokens_decoder of tokenizer_config.json{where} must be an object of token ids.")
+    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    added = [_added_token(declared[key], "added_tokens_decoder", where) for key in sorted(declared, key=int)]
+    missing = [token for token in added if repr(token) not in known]
+
+    named = {
+        name: _added_token(value, name, where)
+        for name, value in config.items()
+        if (name in _SPECIAL_NAMES and value is not None) or (name.endswith("_token") and isinstance(value, str))
+    }
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    if not isinstance(extra, list):
+        raise ModelError(f"The extra special tokens of tokenizer_config.json{where} must be a list, not {extra!r}.")
+    contents = {token.content for token in backend.get_added_tokens_decoder().values()}
+    contents.update(token.content for token in missing)
+    for token in [*named.values(), *(_added_token(value, "extra_special_tokens", where) for value in extra)]:
+        if token.content not in contents:
+            contents.add(token.content)
+            token.special = True
+            missing.append(token)
+    if missing:
+        backend.add_tokens(missing)
+    return {name: token.content for name, token in named.items() if name in _SPECIAL_NAMES}
+
+
+def _chat_templates(config: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The templates of tokenizer_config.json: one string, or a list of ``{"name", "template"}``."""
+    value = config.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    try:
+        templates = {entry["name"]: entry["template"] for entry in value} if isinstance(value, list) else dict(value)
+    except (KeyError, TypeError, ValueError):
+        templates = {"": None}
+    if not all(isinstance(source, str) for source in templates.values()):
+        raise ModelError(f"chat_template of tokenizer_config.json{where} must be a string or a list of templates.")
+    return templates
