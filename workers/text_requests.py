@@ -74,6 +74,8 @@ class TextRequests:
         if request_id in self._requests:
             raise InvalidRequestError(f"Request id {request_id!r} is in use.", param="request_id")
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if any(type(token_id) is not int for token_id in ids):
+            raise InvalidRequestError("A prompt of token ids must be a list of integers.", param="prompt")
         if not ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
         seed = self._random.getrandbits(64)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
-from lorafleet.controller.gateway.errors import Handler
 from lorafleet.workers.errors import AuthenticationError
 
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/ping"})
@@ -41,7 +41,7 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
-def auth_middleware(keys: ApiKeys) -> Callable[[web.Request, Handler], Coroutine[Any, Any, web.StreamResponse]]:
+def auth_middleware(keys: ApiKeys) -> Middleware:
     """Refuse by default; `OPEN_PATHS` is all that goes without a key."""
 
     @web.middleware

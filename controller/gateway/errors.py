@@ -10,11 +10,11 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from lorafleet.workers.errors import (
     AuthenticationError,
@@ -26,8 +26,6 @@ from lorafleet.workers.errors import (
     NotFoundError,
     status_of,
 )
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}")

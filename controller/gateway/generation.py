@@ -9,6 +9,7 @@ workers what still runs there.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,12 +83,12 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._cancel_all()
-        if error is None:
-            self._metrics.finished(time.monotonic() - self._started_at, self.num_prompt_tokens)
-        elif isinstance(error, Exception) and not isinstance(error, ConnectionError):
-            self._metrics.ended("error")
-        else:  # the client went away
+        if isinstance(error, ConnectionError | asyncio.CancelledError):  # the client went away
             self._metrics.ended("abort")
+        elif error is not None or self._num_open:
+            self._metrics.ended("error")
+        else:
+            self._metrics.finished(time.monotonic() - self._started_at, self.num_prompt_tokens)
 
     def fail(self, error: LoRAFleetError) -> None:
         """End the request from outside: `next` raises `error` after what has already arrived."""
@@ -135,6 +136,14 @@ class Generation:
                     deltas.append(delta)
         return deltas
 
+    async def gather(self) -> list[ChoiceDelta]:
+        """All of every choice, once all have ended."""
+        parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
+        while deltas := await self.next():
+            for delta in deltas:
+                parts[delta.index].append(delta)
+        return [_joined(deltas) for deltas in parts]
+
     def _advance(self, choice: _Choice) -> ChoiceDelta:
         token_ids, logprobs, finish = choice.queue.take()
         at = time.monotonic()
@@ -171,3 +180,15 @@ class Generation:
     def _cancel_all(self) -> None:
         for choice in self._choices:
             choice.session.cancel(choice.stream)
+
+
+def _joined(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    last = deltas[-1]
+    return ChoiceDelta(
+        last.index,
+        "".join(delta.text for delta in deltas),
+        [token_id for delta in deltas for token_id in delta.token_ids],
+        [entry for delta in deltas for entry in delta.logprobs],
+        last.finish_reason,
+        last.stop_reason,
+    )

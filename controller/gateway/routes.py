@@ -19,9 +19,8 @@ import grpc.aio
 
 from lorafleet.controller.gateway.model_text import ModelText
 from lorafleet.controller.gateway.routing_table import RoutingTable
-from lorafleet.controller.gateway.wire import Backoff, describe, fleet_metadata, open_channel
+from lorafleet.controller.gateway.wire import Backoff, controller_stub, describe, fleet_metadata, open_channel
 from lorafleet.proto import controller_pb2
-from lorafleet.proto.controller_pb2_grpc import ControllerStub
 from lorafleet.workers.errors import LoRAFleetError, ModelError
 
 WATCH_DEADLINE_S: Final = 600.0  # then the stream is opened anew: a controller that hangs is not waited for longer
@@ -72,7 +71,7 @@ class RoutesClient:
         try:
             while True:
                 try:
-                    await self._watch(ControllerStub(channel), backoff)
+                    await self._watch(controller_stub(channel), backoff)
                     reason = "it ended the stream"
                 except grpc.aio.AioRpcError as error:
                     reason = describe(error)

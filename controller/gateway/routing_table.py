@@ -62,9 +62,7 @@ class RoutingTable:
     def from_wire(cls, table: controller_pb2.RoutingTable) -> RoutingTable:
         """Of adapters with one name the highest version counts; a base model's name is never an adapter's."""
         base = table.base
-        models = {
-            name: ModelEntry(name, "", 0, base.root, None, base.created) for name in base.names
-        }
+        models = {name: ModelEntry(name, "", 0, base.root, None, base.created) for name in base.names}
         num_base = len(models)
         for adapter in sorted(table.adapters, key=lambda entry: entry.version):
             if adapter.name in models and not models[adapter.name].digest:

@@ -38,9 +38,7 @@ def wire_samplings(
     """One for each of a prompt's `n` choices. prompt_field: what an error about the prompt's length names."""
     seed = draw_seed()
     try:
-        return [
-            _wire(params, num_prompt_tokens, max_model_len, vocab_size, seed, choice) for choice in range(params.n)
-        ]
+        return [_wire(params, num_prompt_tokens, max_model_len, vocab_size, seed, choice) for choice in range(params.n)]
     except ContextLengthError as error:
         if error.param == "prompt":
             error.param = prompt_field

@@ -157,7 +157,8 @@ def decode(body: bytes, kind: type[_T]) -> _T:
             shown = name if len(name) <= 64 else name[:64] + "..."
             does = "is not supported by this server" if name in DEFAULTS else "is not a known field"
             raise InvalidRequestError(f"{shown!r} {does}. Leave it out.", param=shown)
-    return _decode(body, kind)
+    request: _T = _decode(body, kind)
+    return request
 
 
 def _decode(body: bytes, kind: type[Any]) -> Any:
@@ -185,3 +186,16 @@ def _explain(problem: str) -> InvalidRequestError:
     if missing:
         return InvalidRequestError(f"{missing.group(1)!r} is missing. Give it.", param=missing.group(1))
     return InvalidRequestError(f"The body does not fit: {detail[0].lower()}{detail[1:]}.")
+
+
+def check_stream_options(fields: GenerateFields) -> bool:
+    """Whether a chunk with the usage is asked for. Raises InvalidRequestError for options that do not fit."""
+    options = fields.stream_options
+    if options is None:
+        return False
+    if not fields.stream:
+        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+    for name in ("include_obfuscation", "continuous_usage_stats"):
+        if getattr(options, name):
+            raise InvalidRequestError(f"stream_options.{name} is not supported. Leave it out.", param="stream_options")
+    return bool(options.include_usage)

@@ -1,7 +1,7 @@
 """The gateway's end of one worker's Session stream: requests and cancels go down, tokens and heartbeats come up.
 
-Owns: connecting, the handshake, liveness, which stream number belongs to which choice. Leaves to others: which worker
-gets a request (router.py, pool.py), what its tokens mean (generation.py).
+Owns: connecting, the handshake, liveness, stream numbers. Leaves to others: which worker gets a request (router.py,
+pool.py), sorting a step's rows (delivery.py), what tokens mean (generation.py).
 
 The session has no deadline, since it lives as long as both ends do. What stands in for one: the worker must answer
 the Hello within `welcome_s`, and silence of `dead_s` ends the session. However a session ends, every request that was
@@ -20,34 +20,17 @@ from typing import Any
 import grpc.aio
 
 from lorafleet.controller.gateway.config import SessionTimes
+from lorafleet.controller.gateway.delivery import SessionLost, deliver
 from lorafleet.controller.gateway.inbox import ChoiceQueue
 from lorafleet.controller.gateway.router import WorkerView
 from lorafleet.controller.gateway.routing_table import Endpoint
-from lorafleet.controller.gateway.wire import Backoff, describe, fleet_metadata, open_channel
+from lorafleet.controller.gateway.wire import Backoff, describe, fleet_metadata, open_channel, worker_stub
 from lorafleet.proto import worker_pb2
-from lorafleet.proto.worker_pb2_grpc import WorkerStub
-from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import (
-    InternalError,
-    LoRAFleetError,
-    WorkerLostError,
-    WorkerUnavailableError,
-    error_from_code,
-)
+from lorafleet.workers.errors import WorkerLostError, WorkerUnavailableError
 
 MAX_UNSENT = 4096  # requests that wait for the stream to take them
 
-_FINISH = {
-    worker_pb2.FINISH_NONE: None,
-    worker_pb2.FINISH_STOP: FinishReason.STOP,
-    worker_pb2.FINISH_LENGTH: FinishReason.LENGTH,
-}
-
 logger = logging.getLogger(__name__)
-
-
-class SessionLost(Exception):
-    """The session cannot go on; the text says why."""
 
 
 class WorkerSession:
@@ -103,12 +86,7 @@ class WorkerSession:
         load = heartbeat.load
         silent = self._clock() - self._heard_at > self._times.suspect_s
         hung = heartbeat.last_step_age_ms > self._times.hung_step_s * 1000
-        ready = (
-            self._live
-            and heartbeat.state == worker_pb2.WORKER_READY
-            and not endpoint.draining
-            and not self.retired
-        )
+        ready = self._live and heartbeat.state == worker_pb2.WORKER_READY and not endpoint.draining and not self.retired
         return WorkerView(
             endpoint.worker_id,
             ready,
@@ -182,7 +160,7 @@ class WorkerSession:
         """One connection, from Hello to its end, which always is an exception."""
         channel = open_channel(self.endpoint.address)
         try:
-            call = WorkerStub(channel).Session(metadata=self._metadata)
+            call = worker_stub(channel).Session(metadata=self._metadata)
             try:
                 async with asyncio.timeout(self._times.welcome_s):
                     await self._greet(call)
@@ -247,37 +225,8 @@ class WorkerSession:
             self._heard_at = self._clock()
             kind = message.WhichOneof("message")
             if kind == "step":
-                self._deliver(message.step)
+                deliver(message.step, self._streams)
             elif kind == "heartbeat":
                 self._heartbeat = message.heartbeat
                 self._device_adapters = frozenset(message.heartbeat.device_adapters)
                 self._num_unreported = 0
-
-    def _deliver(self, step: worker_pb2.StepOutputs) -> None:
-        """One engine step's rows to their queues. Rows of streams that have ended here are dropped."""
-        logprobs = {entry.row: _token_logprobs(entry) for entry in step.logprobs} if step.logprobs else {}
-        streams = self._streams
-        if not len(step.stream) == len(step.token_id) == len(step.finish):
-            raise SessionLost("a step with columns of different lengths")
-        row = 0
-        for stream, token_id, finish in zip(step.stream, step.token_id, step.finish, strict=True):
-            queue = streams.get(stream)
-            if queue is not None:
-                if finish:
-                    del streams[stream]
-                queue.put(token_id, _FINISH.get(finish), logprobs.get(row) if logprobs else None)
-            row += 1
-        for ended in step.ended:
-            queue = streams.pop(ended.stream, None)
-            if queue is not None:
-                queue.inbox.fail(_error_of(ended))
-
-
-def _token_logprobs(entry: worker_pb2.Logprobs) -> TokenLogprobs:
-    return TokenLogprobs(entry.logprob, entry.rank, tuple(entry.top_ids), tuple(entry.top_logprobs))
-
-
-def _error_of(ended: worker_pb2.Ended) -> LoRAFleetError:
-    if ended.error_code:
-        return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
-    return InternalError("The worker cancelled a request that nobody had asked it to cancel.")

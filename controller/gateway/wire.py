@@ -9,8 +9,9 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
-import grpc
 import grpc.aio
+
+from lorafleet.proto import controller_pb2_grpc, worker_pb2_grpc
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 
@@ -33,6 +34,18 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 def open_channel(address: str) -> Any:  # grpc ships no types
     """A channel to another part of the fleet; close it when done."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def controller_stub(channel: Any) -> Any:
+    """The controller's calls."""
+    kind: Any = controller_pb2_grpc.ControllerStub  # generated code has no types
+    return kind(channel)
+
+
+def worker_stub(channel: Any) -> Any:
+    """A worker's calls."""
+    kind: Any = worker_pb2_grpc.WorkerStub
+    return kind(channel)
 
 
 def fleet_metadata(token: str) -> tuple[tuple[str, str], ...]:

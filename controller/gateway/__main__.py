@@ -1,0 +1,125 @@
+"""``python -m lorafleet.controller.gateway``: flags to a running gateway.
+
+Owns: the flags. Leaves to others: their checks (config.py), running (server.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorafleet.controller.gateway.config import GatewayConfig
+from lorafleet.controller.gateway.server import serve
+from lorafleet.workers.errors import ConfigError
+
+API_KEY_VARIABLE = "LORAFLEET_API_KEY"
+
+
+def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace]:
+    """Raises ConfigError for a value that cannot be; argparse itself exits for unknown flags."""
+    defaults = GatewayConfig(controller="localhost:1", token="-")
+    parser = argparse.ArgumentParser(
+        prog="python -m lorafleet.controller.gateway",
+        description="LoRAFleet's HTTP gateway: an OpenAI-compatible API in front of the workers.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--controller", required=True, metavar="HOST:PORT", help="the controller's gRPC address")
+    parser.add_argument("--token-file", required=True, type=Path, metavar="FILE", help="holds the fleet's token")
+    parser.add_argument("--host", default=defaults.host, help="address to listen on")
+    parser.add_argument("--port", type=int, default=defaults.port, help="0 takes any free one")
+    parser.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help=f"clients must send one of these; if left out, ${API_KEY_VARIABLE} (several: comma-separated)",
+    )
+    parser.add_argument("--seed", type=int, help="of the seeds drawn for requests that give none")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument(
+        "--exit-with-parent", action="store_true", help="stdin is a pipe held by the parent; drain when it closes"
+    )
+    parser.add_argument(
+        "--vllm-metrics-compat",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also export metrics under vLLM's names",
+    )
+    parser.add_argument("--reuse-port", action="store_true", help="let several gateway processes listen on one port")
+    for name, help_text in (
+        ("drain_timeout_s", "seconds that running requests get at shutdown"),
+        ("max_body_bytes", "of a request"),
+        ("body_timeout_s", "seconds for a request's body to arrive"),
+        ("write_timeout_s", "seconds that a client may take nothing"),
+        ("request_timeout_s", "seconds for a whole request"),
+        ("max_in_flight", "requests at a time; more get 429"),
+        ("max_queued_tokens", "tokens of one choice that a slow reader may leave unread"),
+        ("num_tokenizer_threads", "threads for tokenizers and chat templates"),
+    ):
+        default = getattr(defaults, name)
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(default), default=default, help=help_text)
+    args = parser.parse_args(argv)
+    try:
+        token = args.token_file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {args.token_file} cannot be read: {error}.") from error
+    variable = os.environ.get(API_KEY_VARIABLE, "")
+    api_keys = args.api_key or [key.strip() for key in variable.split(",") if key.strip()]
+    config = GatewayConfig(
+        controller=args.controller,
+        token=token,
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(api_keys),
+        seed=args.seed,
+        drain_timeout_s=args.drain_timeout_s,
+        max_body_bytes=args.max_body_bytes,
+        body_timeout_s=args.body_timeout_s,
+        write_timeout_s=args.write_timeout_s,
+        request_timeout_s=args.request_timeout_s,
+        max_in_flight=args.max_in_flight,
+        max_queued_tokens=args.max_queued_tokens,
+        num_tokenizer_threads=args.num_tokenizer_threads,
+        vllm_metrics=args.vllm_metrics_compat,
+        reuse_port=args.reuse_port,
+    )
+    return config, args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after a drain, 1 if the port cannot be had, 2 for a bad flag."""
+    try:
+        config, args = parse(argv)
+    except ConfigError as error:
+        print(f"lorafleet gateway: {error.message}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s gateway %(message)s"
+    )
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serve(config, exit_with_parent=args.exit_with_parent))
+    except OSError as error:
+        print(f"lorafleet gateway: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    """uvloop where there is one: it halves the cost of a token."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.Loop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The HTTP application: routes, middlewares, and the parts' life tied to the application's.
+
+Owns: which path goes where. Leaves to others: listening and signals (server.py).
+
+Run it with ``handler_cancellation=True``: a client that goes away must cancel its handler, which cancels the request
+on its worker even before there was anything to write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from lorafleet.controller.gateway import chat, completions, health, models, tokenization
+from lorafleet.controller.gateway.auth import ApiKeys, auth_middleware
+from lorafleet.controller.gateway.errors import error_middleware
+from lorafleet.controller.gateway.state import STATE, GatewayState
+
+
+def make_app(state: GatewayState) -> web.Application:
+    """The application; it starts and closes `state`."""
+    app = web.Application(
+        client_max_size=state.config.max_body_bytes,
+        middlewares=[_count_requests, error_middleware, auth_middleware(ApiKeys(state.config.api_keys))],
+    )
+    app[STATE] = state
+    app.cleanup_ctx.append(_life)
+    app.add_routes(
+        [
+            web.get("/health", health.health),
+            web.get("/ping", health.health),
+            web.get("/ready", health.ready),
+            web.get("/version", health.show_version),
+            web.get("/metrics", health.show_metrics),
+            web.get("/v1/models", models.list_models),
+            web.get("/v1/models/{id:.+}", models.get_model),
+            web.post("/v1/completions", completions.create_completion),
+            web.post("/v1/chat/completions", chat.create_chat_completion),
+            web.post("/tokenize", tokenization.tokenize),
+            web.post("/detokenize", tokenization.detokenize),
+        ]
+    )
+    return app
+
+
+async def _life(app: web.Application) -> AsyncIterator[None]:
+    app[STATE].start()
+    yield
+    await app[STATE].close()
+
+
+@web.middleware
+async def _count_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Outermost: every answer by route and status; 499 for a client that did not wait."""
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource is not None else "unmatched"
+    status = "500"
+    try:
+        response = await handler(request)
+        status = str(response.status)
+        return response
+    except (ConnectionError, asyncio.CancelledError):
+        status = "499"
+        raise
+    finally:
+        request.app[STATE].metrics.http_requests.labels(route, status).inc()

@@ -1,0 +1,167 @@
+"""POST /v1/completions.
+
+Owns: prompts in their four forms, echo, the shape of answers and chunks. Leaves to others: everything that chat shares
+(generation.py, sse.py, sampling.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from lorafleet.controller.gateway.errors import REQUEST_ID
+from lorafleet.controller.gateway.generation import ChoiceDelta
+from lorafleet.controller.gateway.limits import read_body
+from lorafleet.controller.gateway.logprobs import CompletionColumns, CompletionLogprobs
+from lorafleet.controller.gateway.model_text import ModelText
+from lorafleet.controller.gateway.sampling import sampling_params
+from lorafleet.controller.gateway.schema import CompletionRequest, check_stream_options, decode
+from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer, usage_of
+from lorafleet.controller.gateway.state import STATE
+from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.params import SamplingParams
+from lorafleet.workers.text.tokenizer import Tokenizer
+
+MAX_PROMPTS = 128
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    """One request: any number of prompts, `n` choices of each, streamed or not."""
+    state = request.app[STATE]
+    config = state.config
+    with state.admission.enter():
+        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+        fields = decode(body, CompletionRequest)
+        has_usage = check_stream_options(fields)
+        if fields.echo and fields.logprobs is not None:
+            raise InvalidRequestError("echo together with logprobs is not supported. Leave one out.", param="echo")
+        table, text = state.table, state.text
+        model = table.resolve(fields.model)
+        max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+        params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=fields.logprobs)
+        asked = _prompts(fields.prompt)
+        prompts = await state.in_thread(lambda: _encode(text, asked, fields.add_special_tokens is not False))
+        if fields.max_tokens is None:  # the default gives way to a long prompt
+            room = table.max_model_len - max(map(len, prompts))
+            params = dataclasses.replace(params, max_tokens=max(min(max_tokens, room), params.min_tokens, 1))
+        echoes: list[str] = []
+        if fields.echo:
+            shown = await state.in_thread(lambda: [_show(text.tokenizer, prompt) for prompt in asked])
+            echoes = [prompt for prompt in shown for _ in range(params.n)]
+        head = {
+            "id": f"cmpl-{request[REQUEST_ID]}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": fields.model,
+        }
+        with state.generate(
+            request_id=request[REQUEST_ID],
+            table=table,
+            text=text,
+            model=model,
+            prompts=prompts,
+            params=params,
+            prompt_field="prompt",
+        ) as generation:
+            if fields.stream:
+                frames = CompletionFrames(
+                    head, generation.num_choices, text.tokenizer, params, echoes, has_usage=has_usage
+                )
+                return await stream_answer(
+                    request, generation, frames, has_usage=has_usage, write_timeout_s=config.write_timeout_s
+                )
+            choices = [
+                _choice(delta, text.tokenizer, params, echoes[delta.index] if echoes else "")
+                for delta in await generation.gather()
+            ]
+        answer = head | {"choices": choices, "usage": usage_of(generation)}
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """Raises InvalidRequestError for none, too many, an empty one, or several kinds together."""
+    asked: list[str | list[int]]
+    if isinstance(prompt, str):
+        asked = [prompt]
+    elif prompt and all(isinstance(item, int) for item in prompt):
+        asked = [[item for item in prompt if isinstance(item, int)]]
+    else:
+        asked = [item for item in prompt if not isinstance(item, int)]
+        if len(asked) != len(prompt) or len({type(item) for item in asked}) > 1:
+            raise InvalidRequestError(
+                "prompt mixes kinds; give a string, strings, token ids, or lists of token ids.", param="prompt"
+            )
+    if not asked or not all(asked):
+        raise InvalidRequestError("prompt is empty; there must be at least one token.", param="prompt")
+    if len(asked) > MAX_PROMPTS:
+        raise InvalidRequestError(f"prompt has {len(asked)} prompts, the limit is {MAX_PROMPTS}.", param="prompt")
+    return asked
+
+
+def _encode(text: ModelText, prompts: list[str | list[int]], add_special_tokens: bool) -> list[list[int]]:
+    try:
+        return [
+            text.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+    except InvalidRequestError as error:
+        error.param = "prompt"
+        raise
+
+
+def _show(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+
+def _choice(delta: ChoiceDelta, tokenizer: Tokenizer, params: SamplingParams, echo: str) -> dict[str, Any]:
+    logprobs: CompletionLogprobs | None = None
+    if params.logprobs is not None:
+        logprobs = CompletionColumns(tokenizer, params.skip_special_tokens).add(delta.token_ids, delta.logprobs)
+    return {
+        "index": delta.index,
+        "text": echo + delta.text,
+        "logprobs": logprobs,
+        "finish_reason": delta.finish_reason,
+        "stop_reason": delta.stop_reason,
+    }
+
+
+class CompletionFrames:
+    """The chunks of a streamed completion."""
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        num_choices: int,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        echoes: list[str],
+        *,
+        has_usage: bool,
+    ) -> None:
+        """echoes: what each choice's text begins with; empty for none."""
+        self._template = ChunkTemplate(head, num_choices, b'"text":', b"", has_usage=has_usage)
+        self._echoes = echoes
+        self._columns: list[CompletionColumns] = []
+        if params.logprobs is not None:
+            self._columns = [CompletionColumns(tokenizer, params.skip_special_tokens) for _ in range(num_choices)]
+
+    def opening(self) -> bytes:
+        """The echoed prompts, if any."""
+        return b"".join(self._template.text(index, echo) for index, echo in enumerate(self._echoes))
+
+    def delta(self, delta: ChoiceDelta) -> bytes:
+        """One choice's gain."""
+        if delta.finish_reason is None and not self._columns:
+            return self._template.text(delta.index, delta.text)
+        logprobs = self._columns[delta.index].add(delta.token_ids, delta.logprobs) if self._columns else None
+        return self._template.full(delta, logprobs)
+
+    def usage(self, usage: dict[str, int]) -> bytes:
+        """The chunk with the usage."""
+        return self._template.usage(usage)

@@ -1,0 +1,74 @@
+"""One gateway process from its first line to its last.
+
+Owns: listening, signals, the order of shutting down. Leaves to others: flags (__main__.py), paths (app.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import web
+
+from lorafleet.controller.gateway.app import make_app
+from lorafleet.controller.gateway.config import GatewayConfig
+from lorafleet.controller.gateway.state import ABORT_GRACE_S, GatewayState
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
+    """Listen until a signal (or the parent's death), then drain. A second signal ends the drain.
+
+    Raises OSError when the port cannot be had.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    state = GatewayState(config)
+    runner = web.AppRunner(make_app(state), handler_cancellation=True, access_log=None, shutdown_timeout=ABORT_GRACE_S)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, config.host, config.port, reuse_port=config.reuse_port).start()
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        print(f"lorafleet gateway listening on http://{host}:{runner.addresses[0][1]}", flush=True)
+        if exit_with_parent:
+            _watch_parent(loop, stop)
+        await stop.wait()
+        stop.clear()
+        await _first(state.drain(), stop.wait())
+    finally:
+        await runner.cleanup()
+    logger.info("stopped")
+
+
+async def _first(*parts: Coroutine[Any, Any, object]) -> None:
+    """Run until one of them is done."""
+    tasks = [asyncio.create_task(part) for part in parts]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """The parent holds the other end of our stdin: its end-of-file means that the parent is gone."""
+
+    def watch() -> None:
+        try:
+            while os.read(sys.stdin.fileno(), 4096):
+                pass
+        except OSError:
+            logger.exception("stdin cannot be read")
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(stop.set)
+
+    # A thread, because any kind of stdin can be read in one; a daemon, because the read may never return.
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

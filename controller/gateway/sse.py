@@ -1,0 +1,154 @@
+"""Server-sent events: one answer as a stream of chunks.
+
+Owns: the headers, the frames, a client that does not read, failures in mid-stream. Leaves to others: what a chunk says
+(completions.py, chat.py), where deltas come from (generation.py).
+
+A stream that ends well ends with ``data: [DONE]``. One that fails ends with ``data: {"error": ...}`` and nothing after
+it: OpenAI's clients raise on that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+import msgspec
+from aiohttp import web
+
+from lorafleet.controller.gateway.errors import REQUEST_ID, error_json, named_error
+from lorafleet.controller.gateway.generation import ChoiceDelta, Generation
+
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+_LARGE_BYTES = 1 << 15  # a write of so much may have to wait by itself
+
+_json = msgspec.json.Encoder().encode
+
+
+def usage_of(generation: Generation) -> dict[str, int]:
+    """`usage` as OpenAI gives it. EOS counts."""
+    num_prompt, num_output = generation.num_prompt_tokens, generation.num_output_tokens
+    return {"prompt_tokens": num_prompt, "total_tokens": num_prompt + num_output, "completion_tokens": num_output}
+
+
+class Frames(Protocol):
+    """An endpoint's chunks, framed."""
+
+    def opening(self) -> bytes:
+        """What comes before the first tokens."""
+
+    def delta(self, delta: ChoiceDelta) -> bytes:
+        """One choice's gain."""
+
+    def usage(self, usage: dict[str, int]) -> bytes:
+        """The chunk that holds the usage and no choices."""
+
+
+class ChunkTemplate:
+    """Chunks of one answer, built ahead as far as they are the same, so that a token costs one small JSON string.
+
+    head: fields of every chunk. before, after: what encloses the text within a choice.
+    """
+
+    def __init__(self, head: dict[str, Any], num_choices: int, before: bytes, after: bytes, *, has_usage: bool) -> None:
+        self._head = head
+        opening = b"data: " + _json(head)[:-1] + b',"choices":['
+        self._choices = [opening + b'{"index":%d,' % index for index in range(num_choices)]
+        self._texts = [choice + before for choice in self._choices]
+        self._after = after
+        self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
+        self._plain = after + b',"logprobs":null,"finish_reason":null' + self._tail
+
+    def text(self, index: int, text: str) -> bytes:
+        """A chunk of text and nothing else: the common one."""
+        return self._texts[index] + _json(text) + self._plain
+
+    def full(self, delta: ChoiceDelta, logprobs: object) -> bytes:
+        """A chunk with log-probabilities, or a finish reason, or both."""
+        parts = [
+            self._texts[delta.index],
+            _json(delta.text),
+            self._after,
+            b',"logprobs":',
+            _json(logprobs),
+            b',"finish_reason":',
+            _json(delta.finish_reason),
+        ]
+        if delta.finish_reason is not None:
+            parts += (b',"stop_reason":', _json(delta.stop_reason))
+        return b"".join([*parts, self._tail])
+
+    def choice(self, index: int, fields: dict[str, Any]) -> bytes:
+        """A chunk of one choice with any fields."""
+        return self._choices[index] + _json(fields)[1:-1] + self._tail
+
+    def usage(self, usage: dict[str, int]) -> bytes:
+        """The chunk behind all choices."""
+        return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
+
+
+class EventStream:
+    """The answer's body. A client that takes nothing for write_timeout_s is disconnected."""
+
+    def __init__(self, request: web.Request, write_timeout_s: float) -> None:
+        self._request = request
+        self._write_timeout_s = write_timeout_s
+        self._response = web.StreamResponse(headers=_HEADERS | {"x-request-id": request[REQUEST_ID]})
+
+    async def open(self) -> None:
+        """Send the headers (with the first write)."""
+        await self._response.prepare(self._request)
+
+    async def write(self, data: bytes) -> None:
+        """Raises ConnectionResetError when the client is gone or does not read."""
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        if len(data) < _LARGE_BYTES and not transport.get_write_buffer_size():
+            await self._response.write(data)  # cannot wait for the client
+            return
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._response.write(data)
+        except TimeoutError:
+            transport.abort()
+            raise ConnectionResetError(f"the client took nothing for {self._write_timeout_s:g} s") from None
+
+    async def close(self) -> web.StreamResponse:
+        """End the body."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._response.write_eof()
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+        return self._response
+
+
+async def stream_answer(
+    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool, write_timeout_s: float
+) -> web.StreamResponse:
+    """Send a generation as it comes. An error before its first token is raised, and so gets its own HTTP status."""
+    deltas = await generation.next()
+    stream = EventStream(request, write_timeout_s)
+    await stream.open()
+    data = frames.opening()
+    try:
+        while deltas:
+            for delta in deltas:
+                data += frames.delta(delta)
+            await stream.write(data)
+            data = b""
+            deltas = await generation.next()
+        if has_usage:
+            data = frames.usage(usage_of(generation))
+        data += b"data: [DONE]\n\n"
+    except ConnectionError:
+        raise
+    except Exception as error:
+        data = b"data: " + error_json(named_error(error, request)) + b"\n\n"
+    await stream.write(data)
+    return await stream.close()

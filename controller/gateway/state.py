@@ -1,0 +1,192 @@
+"""One gateway's parts and what its handlers ask of them together.
+
+Owns: starting and closing the parts in order, what "ready" means, draining. Leaves to others: each part's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+from aiohttp import web
+
+from lorafleet.controller.gateway.config import GatewayConfig
+from lorafleet.controller.gateway.fleet_metrics import FleetCollector
+from lorafleet.controller.gateway.generation import Generation
+from lorafleet.controller.gateway.limits import Admission
+from lorafleet.controller.gateway.metrics import Metrics
+from lorafleet.controller.gateway.model_text import ModelText
+from lorafleet.controller.gateway.pool import WorkerPool
+from lorafleet.controller.gateway.routes import RoutesClient
+from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
+from lorafleet.controller.gateway.sampling import wire_samplings
+from lorafleet.controller.gateway.vllm_metrics import VllmCollector
+from lorafleet.workers.errors import DeadlineError, DrainingError, InvalidRequestError, WorkerUnavailableError
+from lorafleet.workers.params import SamplingParams
+
+ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
+
+_T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
+
+
+class GatewayState:
+    """Made on the event loop; `start` it, `close` it."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.admission = Admission(config.max_in_flight)
+        self.metrics = Metrics()
+        gateway_id = uuid.uuid4().hex
+        self._executor = ThreadPoolExecutor(config.num_tokenizer_threads, thread_name_prefix="tokenizer")
+        self._pool = WorkerPool(gateway_id=gateway_id, token=config.token, times=config.times)
+        self._routes = RoutesClient(
+            config.controller,
+            token=config.token,
+            gateway_id=gateway_id,
+            executor=self._executor,
+            on_table=lambda table: self._pool.apply(table.workers),
+        )
+        self._random = random.SystemRandom() if config.seed is None else random.Random(config.seed)
+        self._running: dict[Generation, ModelEntry] = {}
+        self._stopped = False  # the drain's time is over
+        self.metrics.in_flight.set_function(lambda: self.admission.num_in_flight)
+        self.metrics.registry.register(FleetCollector(self._pool.views))
+        if config.vllm_metrics:
+            self.metrics.registry.register(
+                VllmCollector(
+                    self.metrics,
+                    views=self._pool.views,
+                    table=lambda: self._routes.table,
+                    adapters_in_use=lambda: [entry.name for entry in self._running.values() if entry.digest],
+                )
+            )
+
+    def start(self) -> None:
+        """Begin to watch the controller; sessions follow from what it says."""
+        self._routes.start()
+
+    async def close(self) -> None:
+        """End every connection to the fleet."""
+        await self._routes.close()
+        await self._pool.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def drain(self) -> None:
+        """Refuse new requests; let the running ones finish, for as long as the configuration allows."""
+        self.admission.draining = True
+        logger.info("draining: %d requests in flight", self.admission.num_in_flight)
+        if await self.admission.idle(self.config.drain_timeout_s):
+            return
+        self._stopped = True
+        logger.warning("ending %d requests after %g s", len(self._running), self.config.drain_timeout_s)
+        for generation in list(self._running):
+            generation.fail(DrainingError("This gateway is shutting down and could not wait for the request's end."))
+        await self.admission.idle(ABORT_GRACE_S)
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """Why no request can be answered now; None if one can."""
+        if self.admission.draining:
+            return "draining"
+        if self._routes.table is None:
+            return "no routing table from the controller yet"
+        if self._routes.text is None:
+            return "no tokenizer from the controller yet"
+        if not self._pool.has_ready_worker:
+            return "no worker is ready"
+        return None
+
+    @property
+    def table(self) -> RoutingTable:
+        """The routing table. Raises WorkerUnavailableError before the first."""
+        if self._routes.table is None:
+            raise WorkerUnavailableError("The gateway has not heard from its controller yet. Try again in a moment.")
+        return self._routes.table
+
+    @property
+    def text(self) -> ModelText:
+        """The model's tokenizer and template. Raises WorkerUnavailableError before the first."""
+        if self._routes.text is None:
+            raise WorkerUnavailableError("The model's tokenizer is still being loaded. Try again in a moment.")
+        return self._routes.text
+
+    async def in_thread(self, function: Callable[[], _T]) -> _T:
+        """Run something that takes long (a tokenizer, a template) off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+    def draw_seed(self) -> int:
+        """For a request that gave none."""
+        return self._random.getrandbits(64)
+
+    @contextmanager
+    def generate(
+        self,
+        *,
+        request_id: str,
+        table: RoutingTable,
+        text: ModelText,
+        model: ModelEntry,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        prompt_field: str,
+    ) -> Iterator[Generation]:
+        """Submit all choices of all prompts; what still runs at the block's end is cancelled.
+
+        Raises what is wrong with the request before any of it is submitted.
+        """
+        samplings = []
+        for prompt in prompts:
+            _check_ids(prompt, table.vocab_size, prompt_field)
+            samplings.append(
+                wire_samplings(
+                    params,
+                    num_prompt_tokens=len(prompt),
+                    max_model_len=table.max_model_len,
+                    vocab_size=table.vocab_size,
+                    draw_seed=self.draw_seed,
+                    prompt_field=prompt_field,
+                )
+            )
+        if self._stopped:
+            raise DrainingError("This gateway is shutting down.")
+        generation = Generation(
+            request_id=request_id,
+            tokenizer=text.tokenizer,
+            params=params,
+            max_queued_tokens=self.config.max_queued_tokens,
+            metrics=self.metrics.model(model.name),
+        )
+        limit_s = self.config.request_timeout_s
+        timer = asyncio.get_running_loop().call_later(
+            limit_s,
+            lambda: generation.fail(DeadlineError(f"The request did not end within {limit_s:g} s, the limit.")),
+        )
+        self._running[generation] = model
+        try:
+            with generation:
+                for prompt, wires in zip(prompts, samplings, strict=True):
+                    generation.add_prompt(self._pool.choose(model.digest), model.digest, prompt, wires)
+                yield generation
+        finally:
+            timer.cancel()
+            del self._running[generation]
+
+
+def _check_ids(prompt: Sequence[int], vocab_size: int, field: str) -> None:
+    if not prompt:
+        raise InvalidRequestError(f"{field} is empty; there must be at least one token.", param=field)
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise InvalidRequestError(f"{field} has the token id {bad}; ids go from 0 to {vocab_size - 1}.", param=field)
+
+
+STATE: Final = web.AppKey("state", GatewayState)

@@ -1,0 +1,70 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes.
+
+Owns: the two endpoints. Leaves to others: the tokenizer (model_text.py).
+"""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from lorafleet.controller.gateway.chat import check_messages
+from lorafleet.controller.gateway.limits import read_body
+from lorafleet.controller.gateway.model_text import ModelText
+from lorafleet.controller.gateway.schema import DetokenizeRequest, TokenizeRequest, decode
+from lorafleet.controller.gateway.state import STATE
+from lorafleet.workers.errors import InvalidRequestError
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """The ids of a prompt, or of messages behind the model's template."""
+    state = request.app[STATE]
+    with state.admission.enter():
+        config = state.config
+        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+        fields = decode(body, TokenizeRequest)
+        table, text = state.table, state.text
+        if fields.model is not None:
+            table.resolve(fields.model)
+        if (fields.prompt is None) == (fields.messages is None):
+            raise InvalidRequestError("Give either prompt or messages.", param="prompt")
+        if fields.messages is not None:
+            check_messages(fields.messages)
+        token_ids = await state.in_thread(lambda: _encode(text, fields))
+        strings = [text.tokenizer.id_to_token(token_id) for token_id in token_ids]
+        answer = {
+            "count": len(token_ids),
+            "max_model_len": table.max_model_len,
+            "tokens": token_ids,
+            "token_strs": strings if fields.return_token_strs else None,
+        }
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """The text of ids, special tokens included."""
+    state = request.app[STATE]
+    with state.admission.enter():
+        config = state.config
+        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+        fields = decode(body, DetokenizeRequest)
+        table, text = state.table, state.text
+        if fields.model is not None:
+            table.resolve(fields.model)
+        bad = next((token_id for token_id in fields.tokens if not 0 <= token_id < table.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError(
+                f"tokens has the token id {bad}; ids go from 0 to {table.vocab_size - 1}.", param="tokens"
+            )
+        prompt = await state.in_thread(lambda: text.tokenizer.decode(fields.tokens, skip_special_tokens=False))
+        return web.Response(body=msgspec.json.encode({"prompt": prompt}), content_type="application/json")
+
+
+def _encode(text: ModelText, fields: TokenizeRequest) -> list[int]:
+    if fields.messages is not None:
+        return text.encode_chat(
+            fields.messages,
+            add_generation_prompt=fields.add_generation_prompt is not False,
+            add_special_tokens=fields.add_special_tokens is True,
+        )
+    return text.tokenizer.encode(fields.prompt or "", fields.add_special_tokens is not False)

@@ -1,0 +1,104 @@
+"""The same numbers under the names that vLLM's dashboards and the Gateway API's endpoint pickers look for.
+
+Owns: the names and labels. Leaves to others: the numbers, which are read from our own instruments at the time of the
+scrape, so that nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lorafleet.controller.gateway.fleet_metrics import kv_usage
+from lorafleet.controller.gateway.metrics import Metrics
+from lorafleet.controller.gateway.router import WorkerView
+from lorafleet.controller.gateway.routing_table import RoutingTable
+
+_FINISHED = ("stop", "length", "abort")  # vLLM's; what fails is no success
+
+
+class VllmCollector(Collector):
+    """Renames our instruments, and adds gauges over all workers together."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        views: Callable[[], Sequence[WorkerView]],
+        table: Callable[[], RoutingTable | None],
+        adapters_in_use: Callable[[], Iterable[str]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """adapters_in_use: names of adapters that requests of this gateway run with or wait for."""
+        self._metrics = metrics
+        self._views = views
+        self._table = table
+        self._adapters_in_use = adapters_in_use
+        self._clock = clock
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: series are known only at the scrape."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """The current series."""
+        metrics = self._metrics
+        for ours, names in (
+            (metrics.first_token, ("vllm:time_to_first_token_seconds",)),
+            (metrics.gap, ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")),
+            (metrics.whole, ("vllm:e2e_request_latency_seconds",)),
+            (metrics.prompt_tokens, ("vllm:prompt_tokens",)),
+            (metrics.generation_tokens, ("vllm:generation_tokens",)),
+        ):
+            for family in ours.collect():
+                for name in names:
+                    yield _renamed(family, name)
+        for family in metrics.choices.collect():
+            yield _renamed(family, "vllm:request_success", lambda labels: labels["finish_reason"] in _FINISHED)
+        table = self._table()
+        if table is not None:
+            yield from self._gauges(table)
+
+    def _gauges(self, table: RoutingTable) -> Iterable[Metric]:
+        views = self._views()
+        labels = {"model_name": table.base_name}
+        for name, help_text, value in (
+            ("vllm:num_requests_running", "Requests in the workers' batches", sum(view.num_running for view in views)),
+            ("vllm:num_requests_waiting", "Requests in the workers' queues", sum(view.num_waiting for view in views)),
+            ("vllm:kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1", kv_usage(views)),
+        ):
+            family = GaugeMetricFamily(name, help_text, labels=list(labels))
+            family.add_metric(list(labels.values()), value)
+            yield family
+        yield self._lora_info(table, views)
+
+    def _lora_info(self, table: RoutingTable, views: Sequence[WorkerView]) -> Metric:
+        """One series: the adapters on the devices and those that are waited for."""
+        on_device = frozenset().union(*(view.device_adapters for view in views))
+        adapters = [entry for entry in table.models.values() if entry.digest]
+        running = sorted(entry.name for entry in adapters if entry.digest in on_device)
+        waiting = sorted(set(self._adapters_in_use()).difference(running))
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters on the devices and adapters waited for, at a unix time",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        max_loras = max((view.max_loras for view in views), default=0)
+        family.add_metric([str(max_loras), ",".join(running), ",".join(waiting)], self._clock())
+        return family
+
+
+def _renamed(family: Metric, name: str, keep: Callable[[Mapping[str, str]], bool] = lambda labels: True) -> Metric:
+    renamed = Metric(name, family.documentation, family.type)
+    for sample in family.samples:
+        if sample.name.endswith("_created") or not keep(sample.labels):
+            continue
+        labels = dict(sample.labels)
+        labels["model_name"] = labels.pop("model")
+        if "finish_reason" in labels:
+            labels["finished_reason"] = labels.pop("finish_reason")
+        renamed.add_sample(name + sample.name.removeprefix(family.name), labels, sample.value)
+    return renamed

@@ -1,0 +1,368 @@
+"""A fleet in the test's own process: a real gateway over real gRPC, with a worker and a controller that are scripted.
+
+A fake worker's tokens are a checkable function of the prompt: it repeats the prompt, unless `answer` says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import aiohttp
+import grpc.aio
+import openai
+import pytest
+import tokenizers
+from aiohttp import web
+
+from lorafleet.controller.gateway.app import make_app
+from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
+from lorafleet.controller.gateway.state import GatewayState
+from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
+from lorafleet.workers.text.tokenizer import Tokenizer
+
+TOKEN = "fleet-token"
+MAX_MODEL_LEN = 64
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files() -> dict[str, bytes]:
+    """A byte-level BPE that knows a few words, with ids for the parts of characters."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog. hello world! " * 4], trainer)
+    config = {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
+    return {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+        "generation_config.json": json.dumps({"temperature": 0.25, "top_k": 40}).encode(),
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_files: dict[str, bytes]) -> Tokenizer:
+    return Tokenizer.from_files(tokenizer_files)
+
+
+@dataclass(eq=False)
+class Running:
+    """One request on the fake worker."""
+
+    generate: worker_pb2.Generate
+    num_output: int = 0
+
+
+@dataclass(eq=False)
+class FakeWorker(worker_pb2_grpc.WorkerServicer):
+    """Answers each request one token a step; `gate` holds the steps back, `permits` counts them."""
+
+    eos: int
+    worker_id: str = "worker-a"
+    generation: int = 1
+    state: int = worker_pb2.WORKER_READY
+    answer: list[int] | None = None  # None: repeats the prompt
+    permits: int | None = None  # steps that may still be taken; None: any number
+    error: worker_pb2.Ended | None = None  # how each request ends at once
+    heartbeats: bool = True
+    welcome: bool = True
+    device_adapters: list[str] = field(default_factory=list)
+    load: worker_pb2.Load = field(default_factory=lambda: worker_pb2.Load(num_pages=100, num_free_pages=75))
+    generates: list[worker_pb2.Generate] = field(default_factory=list)
+    cancels: list[int] = field(default_factory=list)
+    hellos: list[worker_pb2.Hello] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)  # bearer tokens seen
+    address: str = ""
+    num_steps: int = 0
+    running: dict[int, Running] = field(default_factory=dict)
+    server: Any = None
+
+    async def start(self, port: int = 0) -> None:
+        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
+        await self.server.start()
+
+    async def kill(self) -> None:
+        """Cut every stream at once."""
+        if self.server is not None:
+            await self.server.stop(None)
+            self.server = None
+
+    @property
+    def endpoint(self) -> controller_pb2.WorkerEndpoint:
+        return controller_pb2.WorkerEndpoint(
+            worker_id=self.worker_id,
+            generation=self.generation,
+            address=self.address,
+            state=worker_pb2.WORKER_READY,
+            max_num_seqs=8,
+            max_loras=2,
+        )
+
+    async def Session(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.WorkerMessage]:
+        self.tokens.append(dict(context.invocation_metadata()).get("authorization", ""))
+        hello = (await context.read()).hello
+        self.hellos.append(hello)
+        self.running.clear()
+        if not self.welcome:
+            await asyncio.Event().wait()
+        await context.write(
+            worker_pb2.WorkerMessage(
+                welcome=worker_pb2.Welcome(worker_id=self.worker_id, generation=self.generation)
+            )
+        )
+        reader = asyncio.create_task(self._read(context))
+        try:
+            beat_at = 0.0
+            loop = asyncio.get_running_loop()
+            while not reader.done():
+                if self.heartbeats and loop.time() >= beat_at:
+                    beat_at = loop.time() + 0.05
+                    await context.write(worker_pb2.WorkerMessage(heartbeat=self._heartbeat()))
+                step = self._step()
+                if step is not None:
+                    await context.write(worker_pb2.WorkerMessage(step=step))
+                await asyncio.sleep(0 if step is not None else 0.002)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, context: Any) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            if message.WhichOneof("message") == "generate":
+                self.generates.append(message.generate)
+                self.running[message.generate.stream] = Running(message.generate)
+            else:
+                self.cancels.append(message.cancel.stream)
+                self.running.pop(message.cancel.stream, None)
+
+    def _heartbeat(self) -> worker_pb2.Heartbeat:
+        return worker_pb2.Heartbeat(state=self.state, load=self.load, device_adapters=self.device_adapters)
+
+    def _step(self) -> worker_pb2.StepOutputs | None:
+        if not self.running or self.permits == 0:
+            return None
+        if self.permits is not None:
+            self.permits -= 1
+        self.num_steps += 1
+        step = worker_pb2.StepOutputs(step=self.num_steps)
+        for stream, running in list(self.running.items()):
+            if self.error is not None:
+                ended = worker_pb2.Ended()
+                ended.CopyFrom(self.error)
+                ended.stream = stream
+                step.ended.append(ended)
+                del self.running[stream]
+                continue
+            self._advance(step, stream, running)
+        return step
+
+    def _advance(self, step: worker_pb2.StepOutputs, stream: int, running: Running) -> None:
+        generate = running.generate
+        sampling = generate.sampling
+        source = self.answer if self.answer is not None else list(generate.prompt_token_ids)
+        token_id = source[running.num_output % len(source)]
+        running.num_output += 1
+        finish = worker_pb2.FINISH_NONE
+        if token_id in sampling.stop_token_ids or (token_id == self.eos and not sampling.ignore_eos):
+            finish = worker_pb2.FINISH_STOP
+        elif running.num_output >= sampling.max_tokens:
+            finish = worker_pb2.FINISH_LENGTH
+        if sampling.HasField("num_logprobs"):
+            top = [token_id, *range(10, 9 + sampling.num_logprobs)][: sampling.num_logprobs]
+            step.logprobs.append(
+                worker_pb2.Logprobs(
+                    row=len(step.stream),
+                    logprob=-0.5,
+                    rank=1,
+                    top_ids=top,
+                    top_logprobs=[-0.5 - number for number in range(len(top))],
+                )
+            )
+        step.stream.append(stream)
+        step.token_id.append(token_id)
+        step.finish.append(finish)
+        if finish:
+            del self.running[stream]
+
+
+@dataclass(eq=False)
+class FakeController(controller_pb2_grpc.ControllerServicer):
+    """Publishes `table`, whole, at every `publish`."""
+
+    files: dict[str, dict[str, bytes]]
+    table: controller_pb2.RoutingTable
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    num_watches: int = 0
+    address: str = ""
+    server: Any = None
+
+    async def start(self, port: int = 0) -> None:
+        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        controller_pb2_grpc.add_ControllerServicer_to_server(self, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
+        await self.server.start()
+
+    async def kill(self) -> None:
+        if self.server is not None:
+            await self.server.stop(None)
+            self.server = None
+
+    def publish(self) -> None:
+        self.table.version += 1
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[controller_pb2.RoutingTable]:
+        self.num_watches += 1
+        while True:
+            changed = self.changed
+            yield self.table
+            await changed.wait()
+
+    async def GetFiles(self, request: Any, context: Any) -> AsyncIterator[controller_pb2.FileChunk]:
+        if request.digest not in self.files:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no files {request.digest}")
+        for name, data in self.files[request.digest].items():
+            for start in range(0, len(data), 1000):
+                yield controller_pb2.FileChunk(name=name, data=data[start : start + 1000])
+
+
+@dataclass(eq=False)
+class Fleet:
+    """A gateway, its controller and its workers."""
+
+    controller: FakeController
+    workers: list[FakeWorker]
+    state: GatewayState
+    url: str
+    http: aiohttp.ClientSession
+    openai: openai.AsyncOpenAI
+
+    @property
+    def worker(self) -> FakeWorker:
+        return self.workers[0]
+
+    async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
+        """(status, JSON) of a request."""
+        data = {"json": body} if not isinstance(body, bytes) else {"data": body}
+        options.setdefault("headers", {"Content-Type": "application/json"} if isinstance(body, bytes) else {})
+        async with self.http.post(path, **data, **options) as response:
+            return response.status, await response.json()
+
+    async def get(self, path: str, **options: Any) -> tuple[int, str]:
+        async with self.http.get(path, **options) as response:
+            return response.status, await response.text()
+
+    async def until(self, check: Callable[[], object], timeout_s: float = 10.0) -> None:
+        await until(check, timeout_s)
+
+    async def ready(self) -> None:
+        await until(lambda: self.state.not_ready_reason is None)
+
+
+async def until(check: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Wait until `check()` is true; fail the test if it does not become so in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not check():
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        pytest.fail("a condition did not come true in time")
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Awaitable[None]]:
+    return until
+
+
+QUICK = SessionTimes(welcome_s=2.0, suspect_s=0.3, dead_s=0.8, first_backoff_s=0.02, last_backoff_s=0.1)
+
+FleetMaker = Callable[..., Awaitable[Fleet]]
+
+
+@pytest.fixture
+def new_worker(tokenizer: Tokenizer) -> Callable[..., FakeWorker]:
+    def make(**options: Any) -> FakeWorker:
+        eos = tokenizer.token_to_id("<|im_end|>")
+        assert eos is not None
+        return FakeWorker(eos, **options)
+
+    return make
+
+
+@pytest.fixture
+async def new_fleet(
+    tokenizer_files: dict[str, bytes], tokenizer: Tokenizer, new_worker: Callable[..., FakeWorker]
+) -> AsyncIterator[FleetMaker]:
+    """Makes fleets and takes them down. Keyword arguments go to the gateway's configuration."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(*, num_workers: int = 1, wait: bool = True, **options: Any) -> Fleet:
+            workers = [new_worker(worker_id=f"worker-{'abc'[number]}") for number in range(num_workers)]
+            for worker in workers:
+                await worker.start()
+                stack.push_async_callback(worker.kill)
+            controller = FakeController({"tok-1": tokenizer_files}, routing_table(workers, tokenizer.vocab_size))
+            await controller.start()
+            stack.push_async_callback(controller.kill)
+            config = replace(GatewayConfig(controller=controller.address, token=TOKEN, seed=7, times=QUICK), **options)
+            state = GatewayState(config)
+            runner = web.AppRunner(make_app(state), handler_cancellation=True, shutdown_timeout=0.5)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            key = config.api_keys[0] if config.api_keys else "none"
+            http = aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"})
+            stack.push_async_callback(http.close)
+            client = openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
+            stack.push_async_callback(client.close)
+            fleet = Fleet(controller, workers, state, url, http, client)
+            if wait:
+                await fleet.ready()
+            return fleet
+
+        yield make
+
+
+@pytest.fixture
+async def fleet(new_fleet: FleetMaker) -> Fleet:
+    return await new_fleet()
+
+
+def routing_table(workers: list[FakeWorker], vocab_size: int) -> controller_pb2.RoutingTable:
+    table = controller_pb2.RoutingTable(
+        incarnation="one",
+        version=1,
+        base=controller_pb2.BaseModel(
+            names=["tiny", "tiny-alias"],
+            root="/models/tiny",
+            created=1_700_000_000,
+            tokenizer_digest="tok-1",
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=vocab_size,
+        ),
+        workers=[worker.endpoint for worker in workers],
+    )
+    for name, digest in (("sql-adapter", "d-sql"), ("org/pirate", "d-pirate")):
+        table.adapters.add(
+            name=name, digest=digest, version=1, root=f"/adapters/{name}", parent="tiny", created=1_700_000_001
+        )
+    return table

@@ -1,0 +1,281 @@
+"""The offline engines on a tiny model: vLLM's names, shapes and manners."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from lorafleet.workers import LLM, AsyncLLM, EngineArgs, LLMEngine, LoRARequest, RequestOutput, SamplingParams
+from lorafleet.workers.errors import (
+    AdapterConflictError,
+    AdapterRefusedError,
+    ConfigError,
+    ContextLengthError,
+    InvalidRequestError,
+    LoRAFleetError,
+    ModelError,
+)
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("llm")
+    model = tiny.make_model("smollm2", root / "model")
+    tiny.save_tokenizer(root / "model")
+    for i, name in enumerate(("sql", "pirate")):
+        tiny.make_adapter(copy.deepcopy(model), root / name, seed=i + 1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def llm(root: Path) -> Iterator[LLM]:
+    with LLM(model=str(root / "model"), enable_lora=True, dtype="float32", seed=0) as llm:
+        yield llm
+
+
+def lora(root: Path, name: str, number: int) -> LoRARequest:
+    return LoRARequest(name, number, str(root / name))
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_generate_has_vllms_shape(llm: LLM) -> None:
+    (output,) = llm.generate("the quick", GREEDY, use_tqdm=False)
+    assert output.prompt == "the quick"
+    assert output.prompt_token_ids == llm.get_tokenizer().encode("the quick")
+    assert output.finished and output.lora_request is None
+    (choice,) = output.outputs
+    assert choice.index == 0 and choice.finish_reason == "length" and choice.stop_reason is None
+    assert len(choice.token_ids) == 12
+    assert choice.text == llm.get_tokenizer().decode(choice.token_ids)
+    assert choice.logprobs is None and choice.cumulative_logprob is None
+
+
+def test_one_lora_request_for_all_or_one_each(llm: LLM, root: Path) -> None:
+    prompts = ["the fox", "the dog", "the end"]
+    base = texts(llm.generate(prompts, GREEDY, use_tqdm=False))
+    sql = texts(llm.generate(prompts, GREEDY, lora_request=lora(root, "sql", 1), use_tqdm=False))
+    mixed = [None, lora(root, "sql", 1), lora(root, "pirate", 2)]
+    assert base != sql
+    outputs = llm.generate(prompts, GREEDY, lora_request=mixed, use_tqdm=False)
+    assert texts(outputs)[:2] == [base[0], sql[1]]
+    assert outputs[2].lora_request == mixed[2]
+    with pytest.raises(InvalidRequestError, match="2 entries for 3 prompts"):
+        llm.generate(prompts, GREEDY, lora_request=mixed[:2], use_tqdm=False)
+
+
+def test_one_id_stands_for_one_adapter(llm: LLM, root: Path) -> None:
+    llm.generate("a", GREEDY, lora_request=lora(root, "sql", 1), use_tqdm=False)
+    with pytest.raises(AdapterConflictError, match="lora_int_id 1 stands for 'sql'"):
+        llm.generate("a", GREEDY, lora_request=lora(root, "pirate", 1), use_tqdm=False)
+
+
+def test_prompts_may_be_text_ids_or_mappings(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("over the lazy dog")
+    prompts = ["over the lazy dog", ids, {"prompt": "over the lazy dog"}, {"prompt_token_ids": ids}]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert len(set(texts(outputs))) == 1
+    assert [output.prompt is None for output in outputs] == [False, True, False, True]
+
+
+def test_chat_goes_through_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == llm.get_tokenizer().encode("<user>hi\n<assistant>", add_special_tokens=False)
+    assert len(llm.chat([messages, messages], GREEDY, use_tqdm=False)) == 2
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    (full,) = llm.generate("the fox", GREEDY, use_tqdm=False)
+    text = full.outputs[0].text
+    stop = text[4:6]
+    (output,) = llm.generate(
+        "the fox", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=[stop]), use_tqdm=False
+    )
+    choice = output.outputs[0]
+    assert choice.text == text[: text.index(stop)]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
+    assert len(choice.token_ids) < 12
+
+
+def test_a_stop_token_is_counted_but_not_shown(llm: LLM) -> None:
+    (full,) = llm.generate("the fox", GREEDY, use_tqdm=False)
+    token = full.outputs[0].token_ids[3]
+    first = full.outputs[0].token_ids.index(token)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[token])
+    (output,) = llm.generate("the fox", params, use_tqdm=False)
+    choice = output.outputs[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", token)
+    assert choice.token_ids == full.outputs[0].token_ids[: first + 1]
+    assert choice.text == llm.get_tokenizer().decode(choice.token_ids[:-1])
+
+
+def test_n_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
+    params = SamplingParams(n=4, temperature=1.5, max_tokens=10, seed=7, ignore_eos=True)
+    (first,) = llm.generate("the", params, use_tqdm=False)
+    again = llm.generate(["dog", "the"], params, use_tqdm=False)[1]
+    assert [choice.index for choice in first.outputs] == [0, 1, 2, 3]
+    assert len({choice.text for choice in first.outputs}) > 1
+    assert [choice.token_ids for choice in first.outputs] == [choice.token_ids for choice in again.outputs]
+
+
+def test_logprobs_come_with_rank_and_text(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, logprobs=2, ignore_eos=True)
+    (output,) = llm.generate("the fox", params, use_tqdm=False)
+    choice = output.outputs[0]
+    assert choice.logprobs is not None and len(choice.logprobs) == 3
+    for token_id, row in zip(choice.token_ids, choice.logprobs, strict=True):
+        assert len(row) == 2 and next(iter(row)) == token_id
+        assert row[token_id].rank == 1
+        assert row[token_id].decoded_token == llm.get_tokenizer().decode_token(token_id)
+    assert choice.cumulative_logprob == pytest.approx(
+        sum(row[t].logprob for t, row in zip(choice.token_ids, choice.logprobs, strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "error", "message"),
+    [
+        ("", GREEDY, InvalidRequestError, "empty"),
+        ([["not", "ids"]], GREEDY, InvalidRequestError, "integers"),
+        ([[5, 99999]], GREEDY, InvalidRequestError, "token id"),
+        ({"text": "a"}, GREEDY, InvalidRequestError, "'prompt'"),
+        ("the " * 400, GREEDY, ContextLengthError, "context of 256 tokens"),
+        ("a", SamplingParams(max_tokens=300), ContextLengthError, "at most"),
+    ],
+)
+def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(
+    llm: LLM, prompts: object, params: SamplingParams, error: type[LoRAFleetError], message: str
+) -> None:
+    good = ["the fox"] if isinstance(prompts, list) else []
+    batch = good + prompts if isinstance(prompts, list) else prompts
+    with pytest.raises(error, match=message):
+        llm.generate(batch, params, use_tqdm=False)  # type: ignore[arg-type]
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert not llm.llm_engine.engine.has_unfinished()
+    llm.llm_engine.engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_loras": 2}, ConfigError, "enable_lora"),
+        ({"enable_lora": True, "max_loras": 4, "max_cpu_loras": 2}, ConfigError, "max-cpu-loras"),
+        ({"dtype": "int3"}, ConfigError, "int3"),
+        ({"block_size": 7}, ConfigError, "block-size"),
+        ({"tensor_parallel_size": 2}, ConfigError, "tensor_parallel_size"),
+        ({"max_model_len": 100_000}, ConfigError, "256 positions"),
+        ({"kv_cache_memory_bytes": 1000}, ConfigError, "--kv-cache-memory-bytes"),
+        ({"model": "/no/such/model"}, ModelError, "/no/such/model"),
+    ],
+)
+def test_what_cannot_start_says_why(
+    root: Path, arguments: dict[str, object], error: type[LoRAFleetError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LLM(**{"model": str(root / "model"), **arguments})  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_another_base_is_refused(llm: LLM, tmp_path: Path) -> None:
+    model = tiny.make_model("qwen3", tmp_path / "model")
+    tiny.make_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterRefusedError) as caught:
+        llm.generate("a", GREEDY, lora_request=LoRARequest("wrong", 9, str(tmp_path / "adapter")), use_tqdm=False)
+    assert caught.value.reason == "wrong_shape"
+
+
+# vLLM's documentation has this example: requests for the base model and two adapters, one slot, added one by one.
+
+
+def multilora_prompts(root: Path) -> list[tuple[str, SamplingParams, LoRARequest | None]]:
+    sql, pirate = lora(root, "sql", 1), lora(root, "pirate", 2)
+    params = SamplingParams(temperature=0, logprobs=1, max_tokens=10, ignore_eos=True)
+    both = SamplingParams(n=3, temperature=0.8, top_p=0.9, max_tokens=10, seed=3, ignore_eos=True)
+    return [
+        ("the quick", params, None),
+        ("the brown", params, sql),
+        ("the lazy", params, pirate),
+        ("the dog", both, sql),
+        ("the fox", params, None),
+        ("the end", both, pirate),
+    ]
+
+
+def args(root: Path) -> EngineArgs:
+    return EngineArgs(
+        model=str(root / "model"), enable_lora=True, max_loras=1, max_lora_rank=8, max_cpu_loras=2, dtype="float32"
+    )
+
+
+def test_requests_are_added_one_by_one_and_stepped(root: Path, llm: LLM) -> None:
+    prompts = multilora_prompts(root)
+    engine = LLMEngine.from_engine_args(args(root))
+    finished: dict[str, RequestOutput] = {}
+    pending = list(enumerate(prompts))
+    while pending or engine.has_unfinished_requests():
+        if pending:
+            number, (prompt, params, lora_request) = pending.pop(0)
+            engine.add_request(str(number), prompt, params, lora_request)
+        for output in engine.step():
+            if output.finished:
+                assert output.request_id not in finished
+                finished[output.request_id] = output
+    engine.close()
+    alone = [llm.generate(p, params, lora_request=r, use_tqdm=False)[0] for p, params, r in prompts]
+    for number, expected in enumerate(alone):
+        got = finished[str(number)]
+        assert [choice.text for choice in got.outputs] == [choice.text for choice in expected.outputs]
+
+
+@pytest.fixture
+async def async_llm(root: Path) -> AsyncIterator[AsyncLLM]:
+    engine = await AsyncLLM.from_engine_args(args(root))
+    yield engine
+    await engine.close()
+
+
+async def test_requests_are_awaited_together(root: Path, llm: LLM, async_llm: AsyncLLM) -> None:
+    prompts = multilora_prompts(root)
+
+    async def last(number: int) -> RequestOutput:
+        prompt, params, lora_request = prompts[number]
+        lengths = []
+        async for output in async_llm.generate(prompt, params, str(number), lora_request):
+            lengths.append(sum(len(choice.token_ids) for choice in output.outputs))
+        assert lengths == sorted(lengths) and len(lengths) > 1
+        return output
+
+    outputs = await asyncio.gather(*(last(number) for number in range(len(prompts))))
+    for (prompt, params, lora_request), got in zip(prompts, outputs, strict=True):
+        (expected,) = llm.generate(prompt, params, lora_request=lora_request, use_tqdm=False)
+        assert [choice.text for choice in got.outputs] == [choice.text for choice in expected.outputs]
+
+
+async def test_leaving_the_iteration_cancels_the_request(async_llm: AsyncLLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    generation = async_llm.generate("the", params, "left")
+    await anext(generation)
+    await generation.aclose()
+    async with asyncio.timeout(10):
+        while async_llm.engine.has_unfinished():
+            await asyncio.sleep(0.01)
+    # The id is free again, and nothing of the old request reaches the new one.
+    outputs = [output async for output in async_llm.generate("the", GREEDY, "left")]
+    assert len(outputs[-1].outputs[0].token_ids) == 12
+
+
+async def test_an_error_reaches_its_awaiter_only(root: Path, async_llm: AsyncLLM) -> None:
+    with pytest.raises(ContextLengthError):
+        await anext(async_llm.generate("a", SamplingParams(max_tokens=1000), "bad"))
+    with pytest.raises(AdapterRefusedError):
+        await anext(async_llm.generate("a", GREEDY, "missing", LoRARequest("gone", 5, str(root / "gone"))))
+    assert [output async for output in async_llm.generate("a", GREEDY, "good")][-1].finished

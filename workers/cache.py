@@ -1,0 +1,11 @@
+"""Where converted models and compiled kernels are kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """$LORAFLEET_CACHE, else ~/.cache/lorafleet."""
+    return Path(os.environ.get("LORAFLEET_CACHE") or Path.home() / ".cache" / "lorafleet")
