@@ -42,7 +42,7 @@ class LoRAConfig:
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigError(
                 f"--max-cpu-loras is {self.max_cpu_loras}, less than --max-loras {self.max_loras}: the host cache "
-                "holds every adapter that is in a device slot. Raise --max-cpu-loras or lower --max-loras."
+                "backs the device slots. Raise --max-cpu-loras or lower --max-loras."
             )
         if self.host_cache_bytes is not None:
             _at_least("--lora-host-cache-bytes", self.host_cache_bytes, 1)

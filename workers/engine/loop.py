@@ -81,6 +81,7 @@ class Engine:
             eos_token_ids=spec.eos_token_ids,
         )
         self._store = AdapterStore(
+            spec.base_shapes,
             max_bytes=plan.host_cache_bytes,
             max_adapters=plan.max_cpu_loras,
             dtype=getattr(torch, plan.lora_dtype),
@@ -181,8 +182,8 @@ class Engine:
         with self._lock:
             self._closed = True
             self._wake.notify_all()
-        self._loaders.shutdown(wait=True, cancel_futures=True)
         self._store.close()
+        self._loaders.shutdown(wait=True, cancel_futures=True)
 
     # The stepping thread.
 

@@ -1,0 +1,221 @@
+"""Every mistake of a caller that the gateway decides: status, code, the field's name, and no worker troubled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+HI = [{"role": "user", "content": "hello"}]
+
+# (body beyond model and prompt, the field that the error names, a part of its message)
+COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"prompt": ""}, "prompt", "empty"),
+    ({"prompt": []}, "prompt", "empty"),
+    ({"prompt": [[]]}, "prompt", "empty"),
+    ({"prompt": ["a", ""]}, "prompt", "empty"),
+    ({"prompt": ["a"] * 129}, "prompt", "128"),
+    ({"prompt": [1, "a"]}, "prompt", "mixes"),
+    ({"prompt": ["a", [1]]}, "prompt", "mixes"),
+    ({"prompt": [1, True]}, "prompt", "bool"),
+    ({"prompt": [1, 2.0]}, "prompt", "float"),
+    ({"prompt": [-1]}, "prompt", "-1"),
+    ({"prompt": [10**6]}, "prompt", "1000000"),
+    ({"prompt": [2**70]}, "prompt", str(2**70)),
+    ({"prompt": {}}, "prompt", "object"),
+    ({"prompt": None}, "prompt", "null"),
+    ({"prompt": [5] * 64}, "prompt", "64"),
+    ({"prompt": [5] * 60, "max_tokens": 5}, "max_tokens", "65"),
+    ({"prompt": [5] * 60, "min_tokens": 5}, "min_tokens", "4"),
+    ({"max_tokens": 0}, "max_tokens", "0"),
+    ({"max_tokens": -1}, "max_tokens", "-1"),
+    ({"max_tokens": "5"}, "max_tokens", "str"),
+    ({"max_tokens": 5.0}, "max_tokens", "float"),
+    ({"max_tokens": True}, "max_tokens", "bool"),
+    ({"max_tokens": 10**30}, "max_tokens", "between"),
+    ({"temperature": -0.1}, "temperature", "-0.1"),
+    ({"temperature": 1e9}, "temperature", "between"),
+    ({"temperature": "hot"}, "temperature", "str"),
+    ({"temperature": False}, "temperature", "bool"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": 1.5}, "top_p", "1.5"),
+    ({"top_k": -2}, "top_k", "-2"),
+    ({"min_p": 2}, "min_p", "2"),
+    ({"n": 0}, "n", "0"),
+    ({"n": 17}, "n", "17"),
+    ({"n": 10**9}, "n", "1000000000"),
+    ({"n": True}, "n", "bool"),
+    ({"seed": 2**64}, "seed", "between"),
+    ({"seed": "a"}, "seed", "str"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"presence_penalty": 3}, "presence_penalty", "3"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "-3"),
+    ({"stop": ""}, "stop", "empty"),
+    ({"stop": ["a"] * 17}, "stop", "17"),
+    ({"stop": "x" * 257}, "stop", "257"),
+    ({"stop": [1]}, "stop", "int"),
+    ({"stop_token_ids": [10**6]}, "stop_token_ids", "1000000"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "-1"),
+    ({"min_tokens": 20}, "min_tokens", "20"),
+    ({"logprobs": 21}, "logprobs", "21"),
+    ({"logprobs": -1}, "logprobs", "-1"),
+    ({"logprobs": True}, "logprobs", "bool"),
+    ({"echo": True, "logprobs": 1}, "echo", "logprobs"),
+    ({"stream": "yes"}, "stream", "str"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "x"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options", "continuous_usage_stats"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"best_of": 2}, "best_of", "not supported"),
+    ({"suffix": "end"}, "suffix", "not supported"),
+    ({"prompt_logprobs": 0}, "prompt_logprobs", "not supported"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs", "not supported"),
+    ({"use_beam_search": True}, "use_beam_search", "not supported"),
+    ({"guided_json": {}}, "guided_json", "not supported"),
+    ({"bad_words": ["a"]}, "bad_words", "not supported"),
+    ({"allowed_token_ids": [1]}, "allowed_token_ids", "not supported"),
+    ({"service_tier": "flex"}, "service_tier", "not supported"),
+    ({"store": True}, "store", "not supported"),
+    ({"tempurature": 1}, "tempurature", "not a known field"),
+    ({"model": 5}, "model", "int"),
+    ({"model": None}, "model", "null"),
+]
+
+CHAT: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"messages": []}, "messages", "empty"),
+    ({"messages": "hello"}, "messages", "str"),
+    ({"messages": ["hello"]}, "messages", "str"),
+    ({"messages": [{}]}, "messages", "role"),
+    ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "robot"),
+    ({"messages": [{"role": 5, "content": "a"}]}, "messages", "int"),
+    ({"messages": [{"role": "user"}]}, "messages", "content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages", "int"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages", "image_url"),
+    ({"messages": [{"role": "user", "content": "hello " * 100}]}, "messages", "context"),
+    ({"max_tokens": 1000}, "max_tokens", "context"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "one of them"),
+    ({"logprobs": 5}, "logprobs", "int"),
+    ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "-1"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"functions": [{}]}, "functions", "not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
+    ({"audio": {}}, "audio", "not supported"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
+    ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "not supported"),
+    ({"continue_final_message": True}, "continue_final_message", "not supported"),
+    ({"echo": True}, "echo", "not supported"),
+    ({"prompt": "hello"}, "prompt", "not a known field"),
+]
+
+# (body as it stands, a part of the message)
+MALFORMED: list[tuple[bytes, str]] = [
+    (b"", "JSON"),
+    (b"{", "JSON"),
+    (b"{}x", "JSON"),
+    (b"[]", "object"),
+    (b'"text"', "object"),
+    (b"null", "object"),
+    (b"{}", "missing"),
+    (b'{"model":"tiny"}', "'prompt' is missing"),
+    (b'{"model":"tiny","prompt":"a","temperature":NaN}', "JSON"),
+    (b'{"model":"tiny","prompt":"a","temperature":Infinity}', "JSON"),
+    (b'{"model":"tiny","prompt":"a","temperature":1e999}', "out of range"),
+    (b'{"model":"tiny","prompt":"\xff"}', "UTF-8"),
+    (b'{"model":"tiny","prompt":"\\ud800"}', "JSON"),
+    (b'\xef\xbb\xbf{"model":"tiny","prompt":"a"}', "JSON"),
+    (b'{"model":"tiny","prompt":' + b"[" * 50_000 + b"]" * 50_000 + b"}", ""),
+    (b'{"model":"tiny","prompt":"a","x":' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested"),
+]
+
+
+async def _refused(fleet: Any, path: str, body: Any, param: str | None, part: str) -> None:
+    status, answer = await fleet.post(path, body)
+    error = answer["error"]
+    assert status == 400, answer
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] in ("invalid_request", "context_length_exceeded")
+    assert error["param"] == param, error
+    assert part in error["message"], error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_bad_completions_are_refused_by_name(fleet: Any, stream: bool) -> None:
+    for extra, param, part in COMPLETIONS:
+        body = {"model": "tiny", "prompt": "hello", **({"stream": True} if stream else {}), **extra}
+        if param == "stream_options" and part == "stream":
+            body.pop("stream", None)
+        await _refused(fleet, "/v1/completions", body, param, part)
+    assert fleet.worker.generates == []
+
+
+async def test_bad_chats_are_refused_by_name(fleet: Any) -> None:
+    for extra, param, part in CHAT:
+        await _refused(fleet, "/v1/chat/completions", {"model": "tiny", "messages": HI, **extra}, param, part)
+    assert fleet.worker.generates == []
+
+
+async def test_malformed_bodies_are_refused(fleet: Any) -> None:
+    for body, part in MALFORMED:
+        status, answer = await fleet.post("/v1/completions", body)
+        assert status == 400, (body[:60], answer)
+        assert part in answer["error"]["message"], (body[:60], answer)
+
+
+async def test_an_unknown_model_is_404_with_near_matches(fleet: Any) -> None:
+    for path, extra in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": HI})):
+        status, answer = await fleet.post(path, {"model": "sql_adaptor", **extra})
+        assert status == 404
+        assert answer["error"]["code"] == "model_not_found"
+        assert answer["error"]["param"] == "model"
+        assert "'sql-adapter'" in answer["error"]["message"]
+        assert "/v1/models" in answer["error"]["message"]
+    status, answer = await fleet.post("/v1/completions", {"model": "x" * 100_000, "prompt": "a"})
+    assert status == 404
+    assert len(answer["error"]["message"]) < 500
+
+
+async def test_a_wrong_content_type_or_encoding_is_refused(fleet: Any) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+    for headers, part in (
+        ({"Content-Type": "text/plain"}, "application/json"),
+        ({"Content-Type": "application/json", "Content-Encoding": "br"}, "'br'"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, ""),
+    ):
+        status, answer = await fleet.post("/v1/completions", body, headers=headers)
+        assert status == 400, answer
+        assert part in answer["error"]["message"]
+
+
+async def test_unknown_paths_and_methods_are_json_errors(fleet: Any) -> None:
+    for method, path, wanted, code in (
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("POST", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/v1/completions", 405, "method_not_allowed"),
+    ):
+        async with fleet.http.request(method, path) as response:
+            assert response.status == wanted
+            assert response.headers["x-request-id"]
+            assert (await response.json())["error"]["code"] == code
+
+
+async def test_a_bug_is_a_generic_500_with_the_request_id(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("secret at 0x7fff")
+
+    monkeypatch.setattr("lorafleet.controller.gateway.completions.sampling_params", broken)
+    async with fleet.http.post(
+        "/v1/completions", json={"model": "tiny", "prompt": "a"}, headers={"x-request-id": "r-1"}
+    ) as response:
+        assert response.status == 500
+        assert response.headers["x-should-retry"] == "false"
+        text = await response.text()
+    assert "secret" not in text
+    assert "r-1" in text
+    assert "secret" in caplog.text

@@ -1,0 +1,239 @@
+"""Clients that leave, workers that die or hang, controllers that restart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from lorafleet.proto import worker_pb2
+
+BODY = {"model": "tiny", "prompt": "hello world", "max_tokens": 30}
+
+
+async def test_a_client_that_leaves_in_mid_stream_cancels_all_its_choices(fleet: Any) -> None:
+    fleet.worker.permits = 3
+    async with fleet.http.post("/v1/completions", json=BODY | {"stream": True, "n": 3}) as response:
+        await response.content.readuntil(b"\n\n")
+        response.close()
+    await fleet.until(lambda: sorted(fleet.worker.cancels) == [1, 2, 3])
+    await fleet.until(lambda: fleet.state.admission.num_in_flight == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_before_the_first_token_cancels_too(fleet: Any, stream: bool) -> None:
+    fleet.worker.permits = 0
+    request = asyncio.create_task(fleet.post("/v1/completions", BODY | {"stream": stream}))
+    await fleet.until(lambda: fleet.worker.running)
+    request.cancel()
+    await fleet.until(lambda: fleet.worker.cancels == [1])
+
+
+async def test_a_workers_death_in_mid_stream_is_an_error_event_and_no_done(fleet: Any) -> None:
+    fleet.worker.permits = 3
+    async with fleet.http.post("/v1/completions", json=BODY | {"stream": True}) as response:
+        assert response.status == 200
+        await response.content.readuntil(b"\n\n")
+        await fleet.worker.kill()
+        rest = (await response.text()).strip().split("\n\n")
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "worker_lost"
+    assert "[DONE]" not in "".join(rest)
+
+
+async def test_the_openai_client_raises_on_an_error_in_mid_stream(fleet: Any) -> None:
+    fleet.worker.permits = 3
+    stream = await fleet.openai.completions.create(**BODY, stream=True)
+    with pytest.raises(openai.APIError, match="lost"):
+        async for _ in stream:
+            await fleet.worker.kill()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_workers_death_before_the_first_token_is_503(fleet: Any, stream: bool) -> None:
+    fleet.worker.permits = 0
+    request = asyncio.create_task(fleet.post("/v1/completions", BODY | {"stream": stream}))
+    await fleet.until(lambda: fleet.worker.running)
+    await fleet.worker.kill()
+    status, answer = await request
+    assert (status, answer["error"]["code"]) == (503, "worker_lost")
+
+
+async def test_a_worker_that_comes_back_is_used_again(fleet: Any) -> None:
+    port = int(fleet.worker.address.rpartition(":")[2])
+    await fleet.worker.kill()
+    await fleet.until(lambda: fleet.state.not_ready_reason == "no worker is ready")
+    status, answer = await fleet.post("/v1/completions", BODY)
+    assert (status, answer["error"]["code"]) == (503, "no_worker")
+    assert (await fleet.get("/ready"))[0] == 503
+    await fleet.worker.start(port)
+    await fleet.ready()
+    assert (await fleet.post("/v1/completions", BODY))[0] == 200
+    assert fleet.worker.tokens == ["Bearer fleet-token"] * len(fleet.worker.tokens)
+    assert {(hello.worker_id, hello.generation) for hello in fleet.worker.hellos} == {("worker-a", 1)}
+
+
+async def test_a_silent_worker_is_left_and_its_requests_fail(fleet: Any) -> None:
+    fleet.worker.permits = 0
+    request = asyncio.create_task(fleet.post("/v1/completions", BODY))
+    await fleet.until(lambda: fleet.worker.running)
+    fleet.worker.heartbeats = False
+    status, answer = await request
+    assert (status, answer["error"]["code"]) == (503, "worker_lost")
+    assert "silent" in answer["error"]["message"]
+
+
+async def test_another_worker_takes_over_what_comes_after_a_death(new_fleet: Any) -> None:
+    fleet = await new_fleet(num_workers=2)
+    await fleet.until(lambda: all(worker.hellos for worker in fleet.workers))
+    await fleet.workers[0].kill()
+    await fleet.until(lambda: not fleet.state._pool.views()[0].ready)
+    for _ in range(4):
+        assert (await fleet.post("/v1/completions", BODY))[0] == 200
+    assert len(fleet.workers[1].generates) == 4
+
+
+async def test_only_the_dead_workers_requests_fail(new_fleet: Any) -> None:
+    fleet = await new_fleet(num_workers=2)
+    await fleet.until(lambda: all(view.ready for view in fleet.state._pool.views()))
+    for worker in fleet.workers:
+        worker.permits = 0
+    requests = [asyncio.create_task(fleet.post("/v1/completions", BODY)) for _ in range(8)]
+    await fleet.until(lambda: sum(len(worker.running) for worker in fleet.workers) == 8)
+    counts = [len(worker.running) for worker in fleet.workers]
+    assert counts == [4, 4]
+    await fleet.workers[0].kill()
+    fleet.workers[1].permits = None
+    statuses = [status for status, _ in await asyncio.gather(*requests)]
+    assert sorted(statuses) == [200] * 4 + [503] * 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_worker_refuses_keeps_its_status(fleet: Any, stream: bool) -> None:
+    for code, reason, wanted in (
+        ("queue_full", "", 429),
+        ("adapter_refused", "rank_too_large", 422),
+        ("adapter_unavailable", "", 503),
+        ("non_finite_logits", "", 500),
+    ):
+        fleet.worker.error = worker_pb2.Ended(error_code=code, error_message=f"It is {code}.", error_reason=reason)
+        async with fleet.http.post("/v1/completions", json=BODY | {"stream": stream}) as response:
+            assert response.status == wanted
+            error = (await response.json())["error"]
+            assert ("Retry-After" in response.headers) == (wanted in (429, 503))
+            assert response.headers.get("x-should-retry") == ("false" if wanted == 500 else None)
+        assert (error["code"], error["message"]) == (code, f"It is {code}.")
+        assert error.get("reason", "") == reason
+
+
+async def test_one_choices_error_ends_the_request_and_cancels_the_others(fleet: Any) -> None:
+    fleet.worker.permits = 0
+    request = asyncio.create_task(fleet.post("/v1/completions", BODY | {"n": 3}))
+    await fleet.until(lambda: len(fleet.worker.running) == 3)
+    stream = fleet.state._pool.sessions
+    session = next(iter(stream))
+    session._streams[2].inbox.fail(openai_free_error())
+    status, answer = await request
+    assert (status, answer["error"]["code"]) == (429, "queue_full")
+    await fleet.until(lambda: {1, 3} <= set(fleet.worker.cancels))
+
+
+def openai_free_error() -> Exception:
+    from lorafleet.workers.errors import QueueFullError
+
+    return QueueFullError("full")
+
+
+async def test_a_stranger_at_the_address_is_refused(new_fleet: Any) -> None:
+    fleet = await new_fleet(wait=False)
+    await fleet.ready()
+    fleet.worker.generation = 2  # restarted: another generation than the table's
+    port = int(fleet.worker.address.rpartition(":")[2])
+    await fleet.worker.kill()
+    await fleet.worker.start(port)
+    num_hellos = len(fleet.worker.hellos)
+    await fleet.until(lambda: len(fleet.worker.hellos) > num_hellos + 1)
+    assert fleet.state.not_ready_reason == "no worker is ready"
+    fleet.controller.table.workers[0].generation = 2
+    fleet.controller.publish()
+    await fleet.ready()
+    assert (await fleet.post("/v1/completions", BODY))[0] == 200
+
+
+async def test_the_gateway_serves_on_while_the_controller_is_away(fleet: Any) -> None:
+    port = int(fleet.controller.address.rpartition(":")[2])
+    await fleet.controller.kill()
+    assert (await fleet.post("/v1/completions", BODY))[0] == 200
+    num_watches = fleet.controller.num_watches
+    await fleet.controller.start(port)
+    await fleet.until(lambda: fleet.controller.num_watches > num_watches)
+    fleet.controller.table.adapters.add(name="late", digest="d-late", version=1, parent="tiny")
+    fleet.controller.publish()
+    await fleet.until(lambda: "late" in fleet.state.table.models)
+
+
+async def test_a_worker_that_leaves_the_table_finishes_its_work(new_fleet: Any) -> None:
+    fleet = await new_fleet()
+    fleet.worker.permits = 0
+    request = asyncio.create_task(fleet.post("/v1/completions", BODY))
+    await fleet.until(lambda: fleet.worker.running)
+    del fleet.controller.table.workers[:]
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.not_ready_reason == "no worker is ready")
+    fleet.worker.permits = None
+    assert (await request)[0] == 200
+    await fleet.until(lambda: not list(fleet.state._pool.sessions))
+
+
+async def test_the_old_tokenizer_serves_until_the_new_one_is_there(fleet: Any, tokenizer_files: Any) -> None:
+    fleet.controller.table.base.tokenizer_digest = "tok-2"
+    fleet.controller.table.adapters.add(name="late", digest="d-late", version=1, parent="tiny")
+    fleet.controller.publish()
+    await fleet.until(lambda: "late" in fleet.state.table.models)
+    status, _ = await fleet.post("/v1/completions", BODY | {"model": "late"})
+    assert status == 200
+    assert fleet.state.text.digest == "tok-1"
+    fleet.controller.files["tok-2"] = tokenizer_files
+    await fleet.until(lambda: fleet.state.text.digest == "tok-2")
+
+
+async def test_before_the_controller_answers_the_gateway_is_alive_but_not_ready(new_fleet: Any) -> None:
+    fleet = await new_fleet(wait=False, controller="127.0.0.1:1")
+    assert (await fleet.get("/health"))[0] == 200
+    status, text = await fleet.get("/ready")
+    assert status == 503
+    assert "routing table" in json.loads(text)["reason"]
+    status, answer = await fleet.post("/v1/completions", BODY)
+    assert (status, answer["error"]["code"]) == (503, "no_worker")
+
+
+async def test_draining_finishes_what_runs_and_refuses_what_comes(new_fleet: Any) -> None:
+    fleet = await new_fleet(drain_timeout_s=20.0)
+    fleet.worker.permits = 0
+    running = asyncio.create_task(fleet.post("/v1/completions", BODY))
+    await fleet.until(lambda: fleet.worker.running)
+    drain = asyncio.create_task(fleet.state.drain())
+    await fleet.until(lambda: fleet.state.admission.draining)
+    assert (await fleet.get("/ready"))[0] == 503
+    assert (await fleet.get("/health"))[0] == 200
+    async with fleet.http.post("/v1/completions", json=BODY) as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "5"
+        assert (await response.json())["error"]["code"] == "draining"
+    assert not drain.done()
+    fleet.worker.permits = None
+    assert (await running)[0] == 200
+    await drain
+
+
+async def test_a_drain_that_takes_too_long_ends_streams_with_an_error_event(new_fleet: Any) -> None:
+    fleet = await new_fleet(drain_timeout_s=0.05)
+    fleet.worker.permits = 3
+    async with fleet.http.post("/v1/completions", json=BODY | {"stream": True}) as response:
+        await response.content.readuntil(b"\n\n")
+        await fleet.state.drain()
+        rest = (await response.text()).strip().split("\n\n")
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "draining"
+    await fleet.until(lambda: fleet.worker.cancels == [1])
