@@ -10,18 +10,21 @@ from lorafleet.workers.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineArgs:
-    """Names and defaults of `lorafleet serve`'s flags; see `lorafleet serve --help`. model: a directory, id or GGUF file."""
+    """Names, meaning and defaults of `lorafleet serve`'s flags; a test compares them.
+
+    model: a directory, a Hugging Face id or a GGUF file.
+    """
 
     model: str
     dtype: str = "auto"
     device: str = "auto"
     seed: int | None = None  # makes the draws of requests without a seed of their own repeatable
     max_model_len: int | None = None
-    max_num_seqs: int = EngineConfig.__dataclass_fields__["max_num_seqs"].default
-    max_num_batched_tokens: int = EngineConfig.__dataclass_fields__["max_num_batched_tokens"].default
-    block_size: int = EngineConfig.__dataclass_fields__["block_size"].default
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
     kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = EngineConfig.__dataclass_fields__["gpu_memory_utilization"].default
+    gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     num_threads: int | None = None
     enable_lora: bool = False
@@ -48,7 +51,7 @@ class EngineArgs:
             device=self.device,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs),
+            max_num_batched_tokens=self.max_num_batched_tokens,
             block_size=self.block_size,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             gpu_memory_utilization=self.gpu_memory_utilization,

@@ -58,7 +58,7 @@ class EngineConfig:
     device: str = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048  # tokens computed in one step
+    max_num_batched_tokens: int | None = None  # tokens computed in one step; None: 512 on a CPU, 2048 on CUDA
     block_size: int = 16  # tokens of one KV page
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
@@ -73,11 +73,10 @@ class EngineConfig:
         if self.max_model_len is not None:
             _at_least("--max-model-len", self.max_model_len, 1)
         _at_least("--max-num-seqs", self.max_num_seqs, 1)
-        _at_least("--max-num-batched-tokens", self.max_num_batched_tokens, 1)
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
-                f"{self.max_num_seqs}: every running sequence needs a token a step. Raise the first or lower the second."
+                f"{self.max_num_seqs}: every running sequence needs a token a step. Raise one or lower the other."
             )
         if self.block_size not in (8, 16, 32, 64, 128):
             raise ConfigError(f"--block-size is {self.block_size}; it must be one of 8, 16, 32, 64, 128.")
@@ -89,6 +88,10 @@ class EngineConfig:
         _at_least("--max-waiting", self.max_waiting, 1)
         if self.num_threads is not None:
             _at_least("--num-threads", self.num_threads, 1)
+
+    def batched_tokens(self, *, on_cpu: bool) -> int:
+        """`max_num_batched_tokens` with its default: small on a CPU, where a long step makes all others wait."""
+        return self.max_num_batched_tokens or max(512 if on_cpu else 2048, self.max_num_seqs)
 
     @property
     def threads(self) -> int:

@@ -1,4 +1,4 @@
-"""The offline API: `LLM(model=..., enable_lora=True).generate(prompts, sampling_params, lora_request=...)`, as vLLM's."""
+"""The offline API, vLLM's: `LLM(model=..., enable_lora=True).generate(prompts, params, lora_request=...)`."""
 
 from __future__ import annotations
 

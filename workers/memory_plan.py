@@ -39,6 +39,7 @@ class MemoryPlan:
     num_pages: int
     page_size: int
     max_model_len: int
+    max_num_batched_tokens: int
     slot_bytes: int  # one adapter slot at --max-lora-rank
     max_loras: int  # 0: LoRA is off
     host_cache_bytes: int
@@ -85,7 +86,7 @@ def plan_memory(
     budget = min(int(memory.total_bytes * config.gpu_memory_utilization), memory.available_bytes)
     max_model_len = _max_model_len(spec, config)
     weights = spec.num_parameters * DTYPE_BYTES[dtype] // ranks
-    max_batched = config.max_num_batched_tokens
+    max_batched = config.batched_tokens(on_cpu=memory.is_cpu)
     activations = 4 * (
         max_batched * (4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size) // ranks
         + 4 * min(config.max_num_seqs, max_batched) * spec.vocab_size
@@ -111,13 +112,13 @@ def plan_memory(
             f"Weights ({format_bytes(weights)}), workspace ({format_bytes(activations)}), {max_loras} adapter slots "
             f"({format_bytes(slot_bytes * max_loras)}) and host cache ({format_bytes(host_cache)}) need "
             f"{format_bytes(fixed)}; {format_bytes(budget)} may be used ({format_bytes(memory.available_bytes)} "
-            f"available, --gpu-memory-utilization {config.gpu_memory_utilization}). Lower --max-loras, --max-lora-rank, "
-            "--max-cpu-loras or --max-num-batched-tokens, or use a smaller model."
+            f"available, --gpu-memory-utilization {config.gpu_memory_utilization}). Lower --max-loras, "
+            "--max-lora-rank, --max-cpu-loras or --max-num-batched-tokens, or use a smaller model."
         )
     if not memory.is_cpu and host_cache > memory.host_available_bytes:
         raise MemoryPlanError(
-            f"The host adapter cache of {format_bytes(host_cache)} is more than the {format_bytes(memory.host_available_bytes)} "
-            "of host memory available. Lower --max-cpu-loras or --lora-host-cache-bytes."
+            f"The host adapter cache of {format_bytes(host_cache)} is more than the "
+            f"{format_bytes(memory.host_available_bytes)} of host memory available. Lower --max-cpu-loras or --lora-host-cache-bytes."
         )
     page_bytes = spec.kv_elements_per_token(ranks) * DTYPE_BYTES[dtype] * config.block_size
     room = budget - fixed
@@ -149,6 +150,7 @@ def plan_memory(
         num_pages=num_pages,
         page_size=config.block_size,
         max_model_len=max_model_len,
+        max_num_batched_tokens=max_batched,
         slot_bytes=slot_bytes,
         max_loras=max_loras,
         host_cache_bytes=host_cache,

@@ -2,8 +2,6 @@
 
 Owns: which path goes where. Leaves to others: listening and signals (server.py).
 
-Run it with ``handler_cancellation=True``: a client that goes away must cancel its handler, which cancels the request
-on its worker even before there was anything to write.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from aiohttp.typedefs import Handler
 from lorafleet.controller.gateway import chat, completions, health, models, tokenization
 from lorafleet.controller.gateway.auth import ApiKeys, auth_middleware
 from lorafleet.controller.gateway.errors import error_middleware
-from lorafleet.controller.gateway.state import STATE, GatewayState
+from lorafleet.controller.gateway.state import ABORT_GRACE_S, STATE, GatewayState
 
 
 def make_app(state: GatewayState) -> web.Application:
@@ -46,6 +44,23 @@ def make_app(state: GatewayState) -> web.Application:
     return app
 
 
+def make_runner(state: GatewayState) -> web.AppRunner:
+    """The application with the server options that it depends on.
+
+    handler_cancellation: a client that goes away cancels its handler, which cancels the request on its worker even
+    before there was anything to write. auto_decompress: a small body must not become a large one (limits.py refuses
+    encodings). lingering_time: how long the rest of a refused body is read and dropped, so that its answer arrives.
+    """
+    return web.AppRunner(
+        make_app(state),
+        access_log=None,
+        handler_cancellation=True,
+        auto_decompress=False,
+        lingering_time=2.0,
+        shutdown_timeout=ABORT_GRACE_S,
+    )
+
+
 async def _life(app: web.Application) -> AsyncIterator[None]:
     app[STATE].start()
     yield
@@ -62,7 +77,7 @@ async def _count_requests(request: web.Request, handler: Handler) -> web.StreamR
         response = await handler(request)
         status = str(response.status)
         return response
-    except (ConnectionError, asyncio.CancelledError):
+    except asyncio.CancelledError:
         status = "499"
         raise
     finally:

@@ -44,11 +44,17 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         model = table.resolve(fields.model)
         max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
         params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=fields.logprobs)
+        if not isinstance(fields.prompt, str) and len(fields.prompt) > max(table.max_model_len, MAX_PROMPTS):
+            raise InvalidRequestError(
+                f"prompt has {len(fields.prompt)} items, more than prompts ({MAX_PROMPTS}) or tokens of one prompt "
+                f"({table.max_model_len}) may be.",
+                param="prompt",
+            )
         asked = _prompts(fields.prompt)
         prompts = await state.in_thread(lambda: _encode(text, asked, fields.add_special_tokens is not False))
         if fields.max_tokens is None:  # the default gives way to a long prompt
             room = table.max_model_len - max(map(len, prompts))
-            params = dataclasses.replace(params, max_tokens=max(min(max_tokens, room), params.min_tokens, 1))
+            params = dataclasses.replace(params, max_tokens=max(min(max_tokens, room), 1))
         echoes: list[str] = []
         if fields.echo:
             shown = await state.in_thread(lambda: [_show(text.tokenizer, prompt) for prompt in asked])

@@ -8,13 +8,13 @@ from __future__ import annotations
 from lorafleet.controller.gateway.inbox import ChoiceQueue
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import InternalError, LoRAFleetError, error_from_code
+from lorafleet.workers.errors import LoRAFleetError, WorkerLostError, error_from_code
 
 _FINISH = {worker_pb2.FINISH_STOP: FinishReason.STOP, worker_pb2.FINISH_LENGTH: FinishReason.LENGTH}
 
 
 class SessionLost(Exception):
-    """The session cannot go on; the text says why."""
+    """The session cannot go on; the text says why, and clients may see it."""
 
 
 def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> None:
@@ -33,7 +33,11 @@ def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> No
             continue
         if finish:
             del streams[stream]
-        queue.put(token_id, _FINISH.get(finish, FinishReason.LENGTH) if finish else None, logprobs.get(row) if logprobs else None)
+        queue.put(
+            token_id,
+            _FINISH.get(finish, FinishReason.LENGTH) if finish else None,
+            logprobs.get(row) if logprobs else None,
+        )
     for ended in step.ended:
         queue = streams.pop(ended.stream, None)
         if queue is not None:
@@ -47,4 +51,4 @@ def _token_logprobs(entry: worker_pb2.Logprobs) -> TokenLogprobs:
 def _error_of(ended: worker_pb2.Ended) -> LoRAFleetError:
     if ended.error_code:
         return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
-    return InternalError("The worker cancelled a request that nobody had asked it to cancel.")
+    return WorkerLostError("The worker gave the request up. Send it again.")

@@ -89,8 +89,10 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     response: web.StreamResponse
     try:
         response = await handler(request)
-    except ConnectionError:
-        raise  # the client is gone; there is nobody to answer
+    except ConnectionError:  # the client is gone; nothing of this answer is sent
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=499)
     except Exception as error:
         response = error_response(named_error(error, request))
         if not request.content.at_eof():

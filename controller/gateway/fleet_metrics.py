@@ -1,6 +1,6 @@
 """What the workers' heartbeats say, as gauges computed at the time of the scrape.
 
-Owns: `lorafleet_worker_*` and `lorafleet_adapter_*`. Leaves to others: the numbers (session.py).
+Owns: `lorafleet_worker_*`. Leaves to others: the numbers (session.py).
 """
 
 from __future__ import annotations

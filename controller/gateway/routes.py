@@ -68,16 +68,18 @@ class RoutesClient:
     async def _run(self) -> None:
         channel = open_channel(self._address)
         backoff = Backoff(0.1, 2.0)
+        logged = ""  # what is the same again need not be said again
         try:
             while True:
                 try:
                     await self._watch(controller_stub(channel), backoff)
                     reason = "it ended the stream"
                 except grpc.aio.AioRpcError as error:
-                    reason = describe(error)
-                    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                        continue
-                logger.info("controller %s: %s; keeping the last table", self._address, reason)
+                    expected = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self.table is not None
+                    reason = "" if expected else describe(error)
+                if reason and reason != logged:
+                    logger.warning("controller %s: %s; the last table stays valid", self._address, reason)
+                logged = reason
                 await asyncio.sleep(backoff.next_s())
         finally:
             await channel.close()

@@ -65,8 +65,8 @@ class RoutingTable:
         models = {name: ModelEntry(name, "", 0, base.root, None, base.created) for name in base.names}
         num_base = len(models)
         for adapter in sorted(table.adapters, key=lambda entry: entry.version):
-            if adapter.name in models and not models[adapter.name].digest:
-                continue
+            if not adapter.digest or adapter.name in base.names:
+                continue  # the first would be answered by the base model, the second would hide it
             models[adapter.name] = ModelEntry(
                 adapter.name, adapter.digest, adapter.version, adapter.root, adapter.parent, adapter.created
             )

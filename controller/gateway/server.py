@@ -16,9 +16,9 @@ from typing import Any
 
 from aiohttp import web
 
-from lorafleet.controller.gateway.app import make_app
+from lorafleet.controller.gateway.app import make_runner
 from lorafleet.controller.gateway.config import GatewayConfig
-from lorafleet.controller.gateway.state import ABORT_GRACE_S, GatewayState
+from lorafleet.controller.gateway.state import GatewayState
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     state = GatewayState(config)
-    runner = web.AppRunner(make_app(state), handler_cancellation=True, access_log=None, shutdown_timeout=ABORT_GRACE_S)
+    runner = make_runner(state)
     await runner.setup()
     try:
         await web.TCPSite(runner, config.host, config.port, reuse_port=config.reuse_port).start()

@@ -126,20 +126,26 @@ class WorkerSession:
 
     async def _run(self) -> None:
         backoff = Backoff(self._times.first_backoff_s, self._times.last_backoff_s)
+        logged = ""  # what is the same again need not be said again
         while True:
-            reason = "the gateway closed the session"
+            shown = "its connection broke"  # to clients, which need no addresses
+            reason = ""
             try:
                 await self._session(backoff)
-            except (SessionLost, grpc.aio.AioRpcError) as error:
+            except SessionLost as error:
+                shown = reason = str(error)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the latter: a call that has ended
                 reason = describe(error)
             except Exception as error:  # a bug of ours must not end the session for good
                 logger.exception("session with worker %s failed", self.endpoint.worker_id)
                 reason = type(error).__name__
             finally:
-                self._lose(reason)
-            wait_s = backoff.next_s()
-            logger.info("worker %s: %s; next attempt in %.2f s", self.endpoint.worker_id, reason, wait_s)
-            await asyncio.sleep(wait_s)
+                was_live = self._live
+                self._lose(shown)
+            if was_live or reason != logged:
+                logger.warning("worker %s at %s: %s", self.endpoint.worker_id, self.endpoint.address, reason)
+            logged = reason
+            await asyncio.sleep(backoff.next_s())
 
     def _lose(self, reason: str) -> None:
         """Everything that was on the session ends."""

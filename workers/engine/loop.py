@@ -77,7 +77,7 @@ class Engine:
             self._slots,
             page_size=plan.page_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,
         )
         self._store = AdapterStore(
@@ -244,10 +244,6 @@ class Engine:
         prompt, sampling = request.prompt_token_ids, request.sampling
         if not prompt:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
-        if sampling.max_tokens < 1:
-            raise InvalidRequestError(
-                f"max_tokens is {sampling.max_tokens}; it must be at least 1.", param="max_tokens"
-            )
         if len(prompt) + sampling.max_tokens > self.max_model_len:
             raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: over the context of "

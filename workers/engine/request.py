@@ -8,14 +8,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 
 MAX_LOGPROBS = 20
+
+_RANGES = (
+    ("max_tokens", 1, 2**31),
+    ("min_tokens", 0, 2**31),
+    ("temperature", 0.0, 100.0),
+    ("top_p", 0.0, 1.0),
+    ("top_k", 0, 2**31),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.0, 100.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How to pick one choice's tokens. The front end (gateway or `LLM`) has checked every range and resolved every default."""
+    """How to pick one choice's tokens, every default resolved by the front end (gateway or `LLM`).
+
+    Raises `InvalidRequestError` for a value out of range: front ends check first and say it better, but the worker's
+    gRPC face must not depend on their doing so.
+    """
 
     max_tokens: int
     temperature: float = 1.0  # 0 is greedy
@@ -31,6 +47,18 @@ class SamplingOptions:
     stop_token_ids: frozenset[int] = frozenset()  # the caller's
     ignore_eos: bool = False
     min_tokens: int = 0  # until then neither EOS nor a stop token can be sampled
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:  # false for NaN too
+                raise InvalidRequestError(f"{name} is {value}; it must be between {low:g} and {high:g}.", param=name)
+        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
+            raise InvalidRequestError("top_p and repetition_penalty must be greater than 0.", param="top_p")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise InvalidRequestError(
+                f"logprobs is {self.num_logprobs}; it must be between 0 and {MAX_LOGPROBS}.", param="logprobs"
+            )
 
     @property
     def needs_penalties(self) -> bool:

@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 from aiohttp import web
 
-from lorafleet.controller.gateway.app import make_app
+from lorafleet.controller.gateway.app import make_runner
 from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
 from lorafleet.controller.gateway.state import GatewayState
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -122,9 +122,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if not self.welcome:
             await asyncio.Event().wait()
         await context.write(
-            worker_pb2.WorkerMessage(
-                welcome=worker_pb2.Welcome(worker_id=self.worker_id, generation=self.generation)
-            )
+            worker_pb2.WorkerMessage(welcome=worker_pb2.Welcome(worker_id=self.worker_id, generation=self.generation))
         )
         reader = asyncio.create_task(self._read(context))
         try:
@@ -280,7 +278,7 @@ async def until(check: Callable[[], object], timeout_s: float = 10.0) -> None:
     """Wait until `check()` is true; fail the test if it does not become so in time."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not check():
+            while not check():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.005)
     except TimeoutError:
         pytest.fail("a condition did not come true in time")
@@ -323,7 +321,7 @@ async def new_fleet(
             stack.push_async_callback(controller.kill)
             config = replace(GatewayConfig(controller=controller.address, token=TOKEN, seed=7, times=QUICK), **options)
             state = GatewayState(config)
-            runner = web.AppRunner(make_app(state), handler_cancellation=True, shutdown_timeout=0.5)
+            runner = make_runner(state)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             site = web.TCPSite(runner, "127.0.0.1", 0)

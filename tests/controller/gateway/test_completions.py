@@ -38,7 +38,9 @@ async def test_a_stream_gives_the_same_text_as_no_stream(fleet: Any) -> None:
 
 
 async def test_a_stream_ends_with_done_and_is_never_cached(fleet: Any) -> None:
-    async with fleet.http.post("/v1/completions", json={"model": "tiny", "prompt": "hello", "stream": True}) as response:
+    async with fleet.http.post(
+        "/v1/completions", json={"model": "tiny", "prompt": "hello", "stream": True}
+    ) as response:
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert response.headers["Cache-Control"] == "no-cache"
         assert response.headers["x-request-id"]
@@ -107,9 +109,7 @@ async def test_a_stop_string_over_several_tokens_never_leaks(fleet: Any, tokeniz
     answer = await _complete(fleet, stream, prompt=prompt, stop=["nothing", stop], max_tokens=40)
     assert answer == {"text": "hello wor", "finish_reason": "stop", "stop_reason": stop, "num_tokens": num_used}
     await fleet.until(lambda: fleet.worker.cancels == [1] and not fleet.worker.running)
-    answer = await _complete(
-        fleet, stream, prompt=prompt, stop=stop, max_tokens=40, include_stop_str_in_output=True
-    )
+    answer = await _complete(fleet, stream, prompt=prompt, stop=stop, max_tokens=40, include_stop_str_in_output=True)
     assert answer["text"] == "hello world! t"
 
 

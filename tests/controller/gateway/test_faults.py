@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.errors import QueueFullError
 
 BODY = {"model": "tiny", "prompt": "hello world", "max_tokens": 30}
 
@@ -132,18 +133,11 @@ async def test_one_choices_error_ends_the_request_and_cancels_the_others(fleet: 
     fleet.worker.permits = 0
     request = asyncio.create_task(fleet.post("/v1/completions", BODY | {"n": 3}))
     await fleet.until(lambda: len(fleet.worker.running) == 3)
-    stream = fleet.state._pool.sessions
-    session = next(iter(stream))
-    session._streams[2].inbox.fail(openai_free_error())
+    session = next(iter(fleet.state._pool.sessions))
+    session._streams[2].inbox.fail(QueueFullError("full"))
     status, answer = await request
     assert (status, answer["error"]["code"]) == (429, "queue_full")
     await fleet.until(lambda: {1, 3} <= set(fleet.worker.cancels))
-
-
-def openai_free_error() -> Exception:
-    from lorafleet.workers.errors import QueueFullError
-
-    return QueueFullError("full")
 
 
 async def test_a_stranger_at_the_address_is_refused(new_fleet: Any) -> None:

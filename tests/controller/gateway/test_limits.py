@@ -17,7 +17,7 @@ async def test_a_declared_length_over_the_limit_is_refused_unread(new_fleet: Any
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         b"Content-Length: 10000000000\r\n\r\n"
     )
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
     assert answer.startswith(b"HTTP/1.1 413 ")
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert error["code"] == "body_too_large"
@@ -46,7 +46,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(new_fleet: Any) -> 
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     )
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"did not arrive" in answer
     writer.close()

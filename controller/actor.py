@@ -1,0 +1,162 @@
+"""The controller as a Ray actor: keeps the wanted workers running, follows their health, publishes the routing table.
+
+Named and detached; when Ray restarts it, it rebuilds everything from its constructor's arguments and from the workers,
+which go on serving meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from lorafleet.controller.catalogue import Catalogue
+from lorafleet.controller.cluster import WORKER_PREFIX, WorkerCluster, WorkerLost
+from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.reconcile import reconcile
+from lorafleet.controller.service import ControllerService, files_digest, read_tokenizer_files
+from lorafleet.proto import worker_pb2, worker_pb2_grpc
+from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
+from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.errors import LoRAFleetError, status_of
+from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+LOST_S = 5.0  # a worker that has not answered for so long is taken out of the table
+START_TIMEOUT_S = 600.0
+RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetReady:
+    """All wanted workers serve."""
+
+    workers: tuple[WorkerReady, ...]
+
+
+class ControllerActor:
+    """One fleet. All arguments are plain data, since Ray keeps them for restarts."""
+
+    def __init__(self, config: ServeConfig, host: str, port: int, token: str) -> None:
+        logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._config = config
+        self._host = host
+        self._port = port
+        self._token = token
+        self._cluster = WorkerCluster()
+        self._desired = [f"{WORKER_PREFIX}0"]
+        self._ready: dict[str, WorkerReady] = {}
+        self._failed: WorkerFailed | None = None
+        self._settled = asyncio.Event()  # all wanted workers serve, or one cannot
+        self._run = asyncio.get_running_loop().create_task(self._start())
+
+    async def ready(self) -> FleetReady | WorkerFailed:
+        """Wait until the whole fleet serves or cannot."""
+        waiter = asyncio.ensure_future(self._settled.wait())
+        await asyncio.wait([waiter, self._run], return_when=asyncio.FIRST_COMPLETED)
+        if not waiter.done():
+            waiter.cancel()
+            self._run.result()  # the start failed by a bug: raise it to the caller
+        if self._failed is not None:
+            return self._failed
+        return FleetReady(tuple(self._ready.values()))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let every worker refuse new requests and finish its running ones."""
+        await asyncio.gather(
+            *(self._drain_worker(worker, timeout_s) for worker in self._ready.values()), return_exceptions=True
+        )
+
+    async def _start(self) -> None:
+        try:
+            files = read_tokenizer_files(Path(self._config.engine.model))
+        except LoRAFleetError as error:
+            self._fail(WorkerFailed(status_of(error).code, error.message))
+            return
+        digest = files_digest(files)
+        self._catalogue = Catalogue(
+            names=self._config.served_model_names,
+            root=self._config.engine.model,
+            tokenizer_digest=digest,
+            created=int(time.time()),
+        )
+        self._service = ControllerService(self._catalogue, {digest: files})
+        server = create_server(self._token)
+        add_ControllerServicer_to_server(self._service, server)
+        server.add_insecure_port(f"{self._host}:{self._port}")
+        await server.start()
+        actions = reconcile(self._desired, await asyncio.to_thread(self._cluster.worker_names))
+        for name in actions.remove:
+            await asyncio.to_thread(self._cluster.remove_worker, name)
+        for name in actions.create:
+            self._cluster.create_worker(
+                name, self._config.engine, self._config.adapters, self._host, self._token, self._config.log_level
+            )
+        await asyncio.gather(*(self._follow(name) for name in self._desired))
+
+    async def _follow(self, name: str) -> None:
+        """Keep the table true about one worker, through all its restarts."""
+        while True:
+            try:
+                worker = await self._cluster.worker_ready(name, START_TIMEOUT_S)
+            except WorkerLost as lost:
+                logger.warning("worker lost: %s", lost)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if isinstance(worker, WorkerFailed):
+                logger.error("worker %s cannot start: %s", name, worker.message)
+                self._fail(worker)
+                return
+            logger.info(
+                "worker %s is %s, generation %d, at %s", name, worker.worker_id, worker.generation, worker.address
+            )
+            self._ready[name] = worker
+            if len(self._ready) == len(self._desired):
+                self._settled.set()
+            await self._poll_until_lost(worker)
+            logger.warning(
+                "worker %s (%s) does not answer; it takes no requests until it is back", name, worker.worker_id
+            )
+            if self._catalogue.drop_worker(worker.worker_id):
+                self._service.changed()
+
+    async def _poll_until_lost(self, worker: WorkerReady) -> None:
+        last_answer = time.monotonic()
+        async with grpc.aio.insecure_channel(worker.address, options=CLIENT_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            while True:
+                try:
+                    report = await stub.GetReport(
+                        worker_pb2.ReportRequest(), timeout=LOST_S, metadata=bearer(self._token)
+                    )
+                except grpc.aio.AioRpcError as error:
+                    # A refused connection is a dead process; silence may be a busy machine.
+                    if error.code() is grpc.StatusCode.UNAVAILABLE or time.monotonic() - last_answer > LOST_S:
+                        return
+                else:
+                    if (report.worker_id, report.generation) != (worker.worker_id, worker.generation):
+                        return
+                    last_answer = time.monotonic()
+                    if self._catalogue.put_worker(worker, report.state):
+                        self._service.changed()
+                await asyncio.sleep(POLL_S)
+
+    async def _drain_worker(self, worker: WorkerReady, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        async with grpc.aio.insecure_channel(worker.address, options=CLIENT_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            while time.monotonic() < deadline:
+                reply = await stub.Drain(worker_pb2.DrainRequest(), timeout=LOST_S, metadata=bearer(self._token))
+                if not reply.num_unfinished:
+                    return
+                await asyncio.sleep(0.05)
+
+    def _fail(self, failure: WorkerFailed) -> None:
+        self._failed = failure
+        self._settled.set()

@@ -1,0 +1,235 @@
+"""The command line: `lorafleet serve MODEL ...`.
+
+Owns: flags, their help, their refusals. Imports neither Ray nor torch until there is something to run, so that `--help`
+and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from lorafleet.controller.config import ServeConfig
+from lorafleet.workers.config import DEVICES, DTYPES, EngineConfig, LoRAConfig, LoRAModule
+from lorafleet.workers.errors import ConfigError, LoRAFleetError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+
+# LoRA flags by destination; given without --enable-lora they would have no effect, so they are refused.
+_LORA_FLAGS = {
+    "max_loras": "--max-loras",
+    "max_lora_rank": "--max-lora-rank",
+    "max_cpu_loras": "--max-cpu-loras",
+    "host_cache_bytes": "--lora-host-cache-bytes",
+    "lora_dtype": "--lora-dtype",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command; the exit code is 0, 1 for what cannot run, 2 for wrong usage."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        config = serve_config(args)
+    except ConfigError as error:
+        parser.error(error.message)
+    try:
+        _serve(config)
+    except LoRAFleetError as error:
+        sys.exit(f"lorafleet: error: {error.message}")
+    sys.exit(0)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    engine, lora = EngineConfig(model=""), LoRAConfig()
+    parser = argparse.ArgumentParser(
+        prog="lorafleet", description="Serve one base model and any number of LoRA adapters.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"lorafleet {version('lorafleet')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over an OpenAI-compatible API",
+        description="Serve a model and its adapters over an OpenAI-compatible HTTP API, on a Ray of its own on this "
+        "machine or on a running Ray cluster. Flags that vLLM has mean what they mean there.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", metavar="MODEL", help="a directory, a Hugging Face id (org/name), or a .gguf file")
+
+    http = serve.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    http.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    http.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="clients must send one of these as a bearer token (default: $LORAFLEET_API_KEY, else none is asked for)",
+    )
+    http.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="names of the base model (default: MODEL as given)"
+    )
+    http.add_argument(
+        "--drain-timeout-s",
+        type=float,
+        default=30.0,
+        help="seconds that running requests get at shutdown (default: %(default)s)",
+    )
+
+    model = serve.add_argument_group("model")
+    model.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="(default: the checkpoint's)")
+    model.add_argument("--device", choices=DEVICES, default=engine.device, help="(default: CUDA if there is one)")
+    model.add_argument(
+        "--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the model's)"
+    )
+    model.add_argument("--seed", type=int, help="makes the draws of requests without a seed repeatable")
+    model.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks per worker; this version runs 1"
+    )
+    model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the engine (default: all)")
+
+    batch = serve.add_argument_group("batching and memory")
+    batch.add_argument(
+        "--max-num-seqs", type=int, default=engine.max_num_seqs, help="sequences in one step (default: %(default)s)"
+    )
+    batch.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens computed in one step (default: 512 on a CPU, 2048 on CUDA)",
+    )
+    batch.add_argument(
+        "--block-size", type=int, default=engine.block_size, help="tokens of a KV page (default: %(default)s)"
+    )
+    batch.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=engine.gpu_memory_utilization,
+        metavar="FRACTION",
+        help="of the device's memory that may be used; on a CPU, of the machine's or container's (default: %(default)s)",
+    )
+    batch.add_argument(
+        "--kv-cache-memory-bytes",
+        type=size,
+        metavar="SIZE",
+        help="of the KV cache, such as 2GiB (default: what is left on a GPU; on a CPU at most 4GiB and half of that)",
+    )
+
+    adapters = serve.add_argument_group("LoRA")
+    adapters.add_argument("--enable-lora", action="store_true", help="serve adapters")
+    adapters.add_argument(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        type=lora_module,
+        metavar="NAME=PATH",
+        help="adapters to serve; PATH is a directory, a hub id or a hub cache folder. Or JSON: "
+        '{"name": ..., "path": ..., "base_model_name": ...}',
+    )
+    adapters.add_argument(
+        "--max-loras", type=int, metavar="N", help=f"adapters in one batch (default: {lora.max_loras})"
+    )
+    adapters.add_argument(
+        "--max-lora-rank", type=int, metavar="N", help=f"largest rank that fits a slot (default: {lora.max_lora_rank})"
+    )
+    adapters.add_argument(
+        "--max-cpu-loras", type=int, metavar="N", help="adapters in the host cache (default: bounded by bytes)"
+    )
+    adapters.add_argument(
+        "--lora-host-cache-bytes",
+        dest="host_cache_bytes",
+        type=size,
+        metavar="SIZE",
+        help="of the host cache (default: at most 1GiB and an eighth of the free memory)",
+    )
+    adapters.add_argument("--lora-dtype", choices=DTYPES, help="of adapter weights (default: the model's)")
+
+    fleet = serve.add_argument_group("fleet")
+    fleet.add_argument(
+        "--ray-address", metavar="ADDRESS", help="a running Ray cluster to use (default: a Ray of its own)"
+    )
+    fleet.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    return parser
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """The flags as a checked configuration. Raises `ConfigError`."""
+    given = {name: getattr(args, name) for name in _LORA_FLAGS if getattr(args, name) is not None}
+    if given and not args.enable_lora:
+        flags = ", ".join(_LORA_FLAGS[name] for name in given)
+        raise ConfigError(f"{flags} is given without --enable-lora, where it would have no effect.")
+    engine = EngineConfig(
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        block_size=args.block_size,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel_size=args.tensor_parallel_size,
+        num_threads=args.num_threads,
+        lora=LoRAConfig(**given) if args.enable_lora else None,
+    )
+    api_keys = args.api_key or [key for key in os.environ.get("LORAFLEET_API_KEY", "").split(",") if key]
+    return ServeConfig(
+        engine=engine,
+        served_model_names=tuple(args.served_model_name or [args.model]),
+        adapters=tuple(args.lora_modules or ()),
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(api_keys),
+        seed=args.seed,
+        drain_timeout_s=args.drain_timeout_s,
+        ray_address=args.ray_address,
+        log_level=args.log_level,
+    )
+
+
+def size(text: str) -> int:
+    """'2GiB', '500MB', '1048576' → bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 2GiB, 500MB or 1048576")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def lora_module(text: str) -> LoRAModule:
+    """NAME=PATH, or vLLM's JSON form."""
+    if text.lstrip().startswith("{"):
+        return _lora_module_from_json(text)
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, nor a JSON object with name and path")
+    return LoRAModule(name, path)
+
+
+def _lora_module_from_json(text: str) -> LoRAModule:
+    try:
+        fields: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+    unknown = sorted(set(fields) - {"name", "path", "base_model_name"})
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{text!r} has the unknown field {unknown[0]!r}")
+    if not all(isinstance(fields.get(key), str) and fields[key] for key in ("name", "path")):
+        raise argparse.ArgumentTypeError(f"{text!r} needs a name and a path")
+    return LoRAModule(fields["name"], fields["path"], fields.get("base_model_name"))
+
+
+def _serve(config: ServeConfig) -> None:
+    import dataclasses
+
+    from lorafleet.controller.launch import serve
+    from lorafleet.workers.model.source import resolve_model
+
+    model = str(resolve_model(config.engine.model))
+    serve(dataclasses.replace(config, engine=dataclasses.replace(config.engine, model=model)))

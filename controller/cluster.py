@@ -1,0 +1,118 @@
+"""Every Ray call of the project, and nothing else, behind classes that tests replace. Every wait has a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from lorafleet.workers.actor import WorkerActor, WorkerFailed, WorkerReady
+from lorafleet.workers.config import EngineConfig, LoRAModule
+
+NAMESPACE = "lorafleet"
+CONTROLLER_NAME = "lorafleet-controller"
+WORKER_PREFIX = "lorafleet-worker-"
+
+
+class WorkerLost(Exception):
+    """The worker's actor is not there now; Ray may be restarting it."""
+
+
+class WorkerCluster:
+    """The controller's view: workers as named actors. Runs inside the controller's actor."""
+
+    def worker_names(self) -> list[str]:
+        """Workers that exist, in whatever state."""
+        return [
+            actor["name"]
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if actor["namespace"] == NAMESPACE and actor["name"].startswith(WORKER_PREFIX)
+        ]
+
+    def create_worker(
+        self, name: str, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
+    ) -> None:
+        """Ask for a worker; it starts in the background. Does nothing if it exists."""
+        ray.remote(WorkerActor).options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            # A method may have had its effect when the actor died, so none is ever repeated by Ray.
+            max_task_retries=0,
+            num_cpus=0 if config.device == "cuda" else 1,
+            num_gpus=1 if config.device == "cuda" else 0,
+        ).remote(config, tuple(adapters), host, token, log_level)
+
+    async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed:
+        """Wait for a worker's start. Raises `WorkerLost` when it died or did not answer in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+                answer: WorkerReady | WorkerFailed = await actor.ready.remote()
+                return answer
+        except (RayError, ValueError, TimeoutError) as error:
+            raise WorkerLost(f"{name}: {error}") from error
+
+    def remove_worker(self, name: str) -> None:
+        """End a worker for good."""
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+
+
+class FleetCluster:
+    """The launcher's view: a Ray to run on, and the controller in it."""
+
+    def __init__(self, address: str | None) -> None:
+        """Start a Ray of our own (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`."""
+        ray.init(
+            address=address or "local",
+            namespace=NAMESPACE,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level="error",
+            configure_logging=True,
+        )
+        self._controller: Any = None
+
+    def create_controller(self, actor: type, *args: object) -> None:
+        """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already."""
+        with contextlib.suppress(ValueError):
+            ray.get_actor(CONTROLLER_NAME, NAMESPACE)
+            raise RuntimeError("This Ray cluster already runs a LoRAFleet controller; stop that one first.")
+        self._controller = (
+            ray.remote(actor)
+            .options(
+                name=CONTROLLER_NAME,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                max_task_retries=-1,
+                num_cpus=0,
+                resources={"node:__internal_head__": 0.001},
+            )
+            .remote(*args)
+        )
+
+    def poll(self, method: str, *args: object, timeout_s: float) -> Any:
+        """The controller's answer, or None when it takes longer than `timeout_s`. Raises `RuntimeError` if it died."""
+        reference = getattr(self._controller, method).remote(*args)
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            return None
+        except RayActorError as error:
+            raise RuntimeError(f"The controller died: {error}") from error
+
+    def shutdown(self) -> None:
+        """End our actors, and Ray with them if it is our own."""
+        with contextlib.suppress(RayError, ValueError):
+            for actor in ray.util.list_named_actors(all_namespaces=True):
+                if actor["namespace"] == NAMESPACE:
+                    ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
+        ray.shutdown()

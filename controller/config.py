@@ -1,0 +1,52 @@
+"""What `lorafleet serve` was told: built and validated once by the CLI, frozen, passed whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from lorafleet.workers.config import EngineConfig, LoRAModule
+from lorafleet.workers.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """A whole fleet on one command line."""
+
+    engine: EngineConfig
+    served_model_names: tuple[str, ...]  # of the base model; the first is canonical
+    adapters: tuple[LoRAModule, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    seed: int | None = None
+    drain_timeout_s: float = 30.0
+    ray_address: str | None = None  # None: a Ray of our own on this machine
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it must be between 1 and 65535.")
+        if not 0 <= self.drain_timeout_s < 86400:
+            raise ConfigError(f"--drain-timeout-s is {self.drain_timeout_s}; it must be between 0 and 86400.")
+        if not all(self.served_model_names):
+            raise ConfigError("--served-model-name has an empty name.")
+        if not all(self.api_keys):
+            raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none.")
+        if self.adapters and self.engine.lora is None:
+            raise ConfigError("--lora-modules is given without --enable-lora. Add --enable-lora.")
+        counts = Counter([*self.served_model_names, *(adapter.name for adapter in self.adapters)])
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            raise ConfigError(f"The model name {twice[0]!r} is given twice; every model and adapter needs its own.")
+        for adapter in self.adapters:
+            if adapter.base_model_name is not None and adapter.base_model_name not in self.served_model_names:
+                raise ConfigError(
+                    f"Adapter {adapter.name!r} names the base model {adapter.base_model_name!r}; this server's is "
+                    f"{', '.join(self.served_model_names)}."
+                )
+        if self.engine.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.engine.tensor_parallel_size}; this version runs one rank per worker. "
+                "Leave the flag out or give 1."
+            )

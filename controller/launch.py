@@ -1,0 +1,250 @@
+"""Brings a fleet up on one command, watches it, and takes it down: Ray, controller, workers, gateway.
+
+Everything that was started is stopped again, in whatever way `serve` ends: drained on the first signal, at once on the
+second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.gateway.__main__ import API_KEY_VARIABLE
+from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
+
+_START_TIMEOUT_S = 900.0
+_GATEWAY_START_S = 60.0
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
+
+class _Signals:
+    """SIGINT and SIGTERM as an event; the second one raises in the main thread to cut a drain short."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.event = threading.Event()
+
+    def install(self) -> None:
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.event.set()
+
+    def check(self) -> None:
+        if self.event.is_set():
+            raise Stopped
+
+
+def serve(config: ServeConfig) -> None:
+    """Run a fleet until a signal ends it. Raises `LoRAFleetError` when it cannot start; nothing is left running then."""
+    signals = _Signals()
+    signals.install()
+    _check_port(config.host, config.port)
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        try:
+            state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorafleet-")))
+            token_file = _write_secret(state_dir / "token", secrets.token_urlsafe(32))
+            node = "127.0.0.1" if config.ray_address is None else _own_address()
+            controller_port = _free_port(node)
+            # The gateway starts while Ray does; until there is a worker it answers /ready with 503.
+            gateway = stack.enter_context(_gateway(config, f"{node}:{controller_port}", token_file))
+            _say("starting Ray, controller and worker ...")
+            ready = stack.enter_context(
+                _fleet(config, node, controller_port, token_file.read_text(), state_dir, signals)
+            )
+            _wait_for_gateway(config, gateway, signals)
+            _announce(config, ready, time.monotonic() - began)
+            while not signals.event.wait(0.5):
+                if gateway.poll() is not None:
+                    raise ConfigError(
+                        f"The gateway ended by itself with exit code {gateway.returncode}; see its log above."
+                    )
+        except Stopped:
+            pass
+        if signals.event.is_set():
+            _say(f"draining (at most {config.drain_timeout_s:g} s; press Ctrl-C again to stop at once) ...")
+            _drain_gateway(gateway, config.drain_timeout_s, signals)
+    _say("stopped")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse early, before Ray has started, what the gateway could not listen on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port or --host."
+            ) from error
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _own_address() -> str:
+    """This node's address as other nodes see it; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _write_secret(path: Path, secret: str) -> Path:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret)
+    return path
+
+
+@contextlib.contextmanager
+def _gateway(config: ServeConfig, controller: str, token_file: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The gateway as a process of its own session, so that Ctrl-C in a terminal reaches it through us only."""
+    command = [sys.executable, "-m", "lorafleet.controller.gateway"]
+    command += ["--controller", controller, "--token-file", str(token_file), "--exit-with-parent"]
+    command += ["--host", config.host, "--port", str(config.port)]
+    command += ["--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level]
+    if config.seed is not None:
+        command += ["--seed", str(config.seed)]
+    # Keys travel in the environment: a command line is visible to every user of the machine.
+    environment = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
+    if config.api_keys:
+        environment[API_KEY_VARIABLE] = ",".join(config.api_keys)
+    gateway = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    try:
+        yield gateway
+    finally:
+        if gateway.poll() is None:
+            gateway.kill()
+        gateway.wait()
+        if gateway.stdin is not None:
+            gateway.stdin.close()
+
+
+def _drain_gateway(gateway: subprocess.Popen[bytes], timeout_s: float, signals: _Signals) -> None:
+    gateway.terminate()
+    deadline = time.monotonic() + timeout_s + 5.0
+    while gateway.poll() is None and time.monotonic() < deadline and signals.count < 2:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            gateway.wait(0.1)
+
+
+@contextlib.contextmanager
+def _fleet(
+    config: ServeConfig, node: str, port: int, token: str, state_dir: Path, signals: _Signals
+) -> Iterator[tuple[WorkerReady, ...]]:
+    """Ray with controller and workers in it, ready to serve."""
+    if config.ray_address is None:
+        # A Ray of our own, closed to everybody else on the machine. Set before Ray is imported.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_write_secret(state_dir / "ray-token", secrets.token_hex(32)))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+    from lorafleet.controller.actor import ControllerActor
+    from lorafleet.controller.cluster import FleetCluster
+
+    try:
+        cluster = FleetCluster(config.ray_address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"Ray could not be started or joined: {error}") from error
+    try:
+        signals.install()  # ray.init puts handlers of its own in their place
+        try:
+            cluster.create_controller(ControllerActor, config, node, port, token)
+            yield _wait_for_fleet(cluster, signals)
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from error
+    finally:
+        cluster.shutdown()
+
+
+def _wait_for_fleet(cluster: FleetCluster, signals: _Signals) -> tuple[WorkerReady, ...]:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        signals.check()
+        answer = cluster.poll("ready", timeout_s=0.5)
+        if isinstance(answer, WorkerFailed):
+            raise _as_startup_error(answer)
+        if answer is not None:
+            workers: tuple[WorkerReady, ...] = answer.workers
+            return workers
+    raise ConfigError(f"The worker did not start within {_START_TIMEOUT_S:g} s.")
+
+
+def _as_startup_error(failed: WorkerFailed) -> LoRAFleetError:
+    return error_from_code(failed.code, failed.message)
+
+
+def _wait_for_gateway(config: ServeConfig, gateway: subprocess.Popen[bytes], signals: _Signals) -> None:
+    deadline = time.monotonic() + _GATEWAY_START_S
+    while time.monotonic() < deadline:
+        signals.check()
+        if gateway.poll() is not None:
+            raise ConfigError(f"The gateway ended with exit code {gateway.returncode}; see its log above.")
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"{_url(config)}/ready", timeout=2).close()
+            return
+        signals.event.wait(0.1)
+    raise ConfigError(f"The gateway was not ready within {_GATEWAY_START_S:g} s.")
+
+
+def _url(config: ServeConfig) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    return f"http://{host}:{config.port}"
+
+
+def _announce(config: ServeConfig, workers: tuple[WorkerReady, ...], seconds: float) -> None:
+    """The memory plan, what is served, and commands to paste."""
+    url, base = _url(config), config.served_model_names[0]
+    print("\n".join(workers[0].plan))
+    for adapter in workers[0].adapters:
+        print(f"  adapter {adapter.name:<18} rank {adapter.lora_rank:>3}  {adapter.digest[:12]}  {adapter.root}")
+    print(f"\nready in {seconds:.1f} s: {url}  (OpenAI API under {url}/v1)\n")
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_keys else ""
+    print(f"curl {url}/v1/models{key}")
+    models = [base, workers[0].adapters[0].name if workers[0].adapters else base]
+    prompts = [
+        "What is the capital of France?",
+        "Table: cars(id, brand, price)\nQuestion: Which cars cost more than 9000 price?",
+    ]
+    for model, prompt in zip(models, prompts, strict=True):
+        body = json.dumps(
+            {"model": model, "temperature": 0, "max_tokens": 60, "messages": [{"role": "user", "content": prompt}]}
+        )
+        print(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    print("\nCtrl-C stops the server.", flush=True)

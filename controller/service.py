@@ -1,0 +1,70 @@
+"""The controller's gRPC face: the routing table to whoever watches, tokenizer files by digest."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from lorafleet.controller.catalogue import Catalogue
+from lorafleet.proto import controller_pb2, controller_pb2_grpc
+from lorafleet.workers.errors import ModelError
+from lorafleet.workers.text.tokenizer import TOKENIZER_FILES
+
+_CHUNK_BYTES = 1 << 20
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def read_tokenizer_files(model_dir: Path) -> dict[str, bytes]:
+    """The files that a tokenizer is made of. Raises `ModelError`."""
+    files = {name: (model_dir / name).read_bytes() for name in TOKENIZER_FILES if (model_dir / name).is_file()}
+    if "tokenizer.json" not in files:
+        raise ModelError(f"{model_dir} has no tokenizer.json; only fast tokenizers are served.")
+    return files
+
+
+def files_digest(files: Mapping[str, bytes]) -> str:
+    """SHA-256 over names and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{len(files[name])}\0".encode())
+        digest.update(files[name])
+    return digest.hexdigest()
+
+
+class ControllerService(controller_pb2_grpc.ControllerServicer):
+    """Publishes one catalogue. Call `changed` after each change of it."""
+
+    def __init__(self, catalogue: Catalogue, files: Mapping[str, Mapping[str, bytes]]) -> None:
+        """files: by digest, then by name."""
+        self._catalogue = catalogue
+        self._files = files
+        self._changed = asyncio.Event()
+
+    def changed(self) -> None:
+        """Wake every watcher."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def Watch(
+        self, request: controller_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[controller_pb2.RoutingTable]:
+        while True:
+            changed = self._changed
+            yield self._catalogue.table()
+            await changed.wait()
+
+    async def GetFiles(
+        self, request: controller_pb2.GetFilesRequest, context: Context
+    ) -> AsyncIterator[controller_pb2.FileChunk]:
+        files = self._files.get(request.digest)
+        if files is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"No files with digest {request.digest} are known here.")
+            return
+        for name, data in files.items():
+            for start in range(0, max(len(data), 1), _CHUNK_BYTES):
+                yield controller_pb2.FileChunk(name=name, data=data[start : start + _CHUNK_BYTES])

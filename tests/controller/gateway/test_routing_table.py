@@ -1,0 +1,75 @@
+"""Reading the table and resolving names."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from lorafleet.controller.gateway.routing_table import RoutingTable, near_matches
+from lorafleet.proto import controller_pb2, worker_pb2
+from lorafleet.workers.errors import UnknownModelError
+
+
+def _table(*adapters: tuple[str, str, int]) -> RoutingTable:
+    message = controller_pb2.RoutingTable(base=controller_pb2.BaseModel(names=["base", "alias"], root="/m"))
+    for name, digest, version in adapters:
+        message.adapters.add(name=name, digest=digest, version=version, parent="base")
+    message.workers.add(worker_id="w", generation=3, address="h:1", state=worker_pb2.WORKER_DRAINING)
+    return RoutingTable.from_wire(message)
+
+
+def test_the_base_model_comes_first_and_adapters_by_name() -> None:
+    table = _table(("z", "d1", 1), ("a", "d2", 1))
+    assert list(table.models) == ["base", "alias", "a", "z"]
+    assert table.base_name == "base"
+    assert table.resolve("alias").digest == ""
+
+
+def test_of_two_versions_the_higher_counts() -> None:
+    assert _table(("a", "new", 2), ("a", "old", 1)).resolve("a").digest == "new"
+
+
+def test_an_adapter_never_hides_the_base_model() -> None:
+    assert _table(("base", "d", 9)).resolve("base").digest == ""
+
+
+def test_a_workers_identity_is_id_generation_and_address() -> None:
+    (worker,) = _table().workers
+    assert worker.identity == ("w", 3, "h:1")
+    assert worker.draining
+
+
+def test_an_unknown_name_is_refused_with_what_it_may_have_meant() -> None:
+    table = _table(("sql-adapter", "d", 1), ("pirate", "e", 1))
+    with pytest.raises(UnknownModelError, match=r"no model 'sql_adapter'.*'sql-adapter'.*GET /v1/models"):
+        table.resolve("sql_adapter")
+    with pytest.raises(UnknownModelError) as failure:
+        table.resolve("something else")
+    assert "Did you mean" not in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "matches"),
+    [
+        ("Customer-0042", "customer-0042"),
+        ("ustomer-0042", "customer-0042"),
+        ("customer0042", "customer-0042"),
+    ],
+)
+def test_near_matches_are_found_among_thousands(name: str, matches: str) -> None:
+    names = [f"customer-{number:04}" for number in range(5000)]
+    started = time.process_time()
+    found = near_matches(name, names)
+    assert time.process_time() - started < 0.5
+    assert len(found) == 3
+    assert matches in found
+
+
+def test_odd_names_match_nothing() -> None:
+    for name in ("", "?", "x" * 10_000):
+        assert near_matches(name, ["base", "pirate"]) == []
+
+
+def test_an_adapter_without_a_digest_is_not_there_rather_than_the_base_model() -> None:
+    assert list(_table(("a", "", 1)).models) == ["base", "alias"]

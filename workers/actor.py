@@ -1,0 +1,128 @@
+"""The worker as a Ray actor: engine, engine thread and gRPC server in one process. Thin: it only wires them up.
+
+Starts in its constructor, so that a worker which Ray restarts after a crash comes up by itself, with a new identity.
+Imports the engine (and torch) only when it runs, so that whoever creates the actor stays light.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorafleet.workers.config import EngineConfig, LoRAModule
+from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFleetError, status_of
+
+if TYPE_CHECKING:
+    from lorafleet.workers.engine.loop import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """An adapter that a worker has verified."""
+
+    name: str
+    digest: str
+    lora_rank: int
+    root: str
+    base_model_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker that serves, and what it serves."""
+
+    worker_id: str
+    generation: int
+    address: str  # host:port of its gRPC server
+    adapters: tuple[AdapterInfo, ...]
+    plan: tuple[str, ...]  # the memory plan's lines
+    max_model_len: int
+    vocab_size: int
+    max_num_seqs: int
+    max_loras: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    """A worker that cannot start; trying again with the same configuration would fail again."""
+
+    code: str  # of workers/errors.py
+    message: str
+
+
+class WorkerActor:
+    """One worker process. All arguments are plain data, since Ray keeps them for restarts."""
+
+    def __init__(
+        self, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
+    ) -> None:
+        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._config = config
+        self._adapters = adapters
+        self._host = host
+        self._token = token
+        # Ray constructs an actor with async methods on its event loop, so the start can be a task of that loop.
+        self._started = asyncio.get_running_loop().create_task(self._start())
+
+    async def ready(self) -> WorkerReady | WorkerFailed:
+        """Wait until the worker serves, or until it is clear that it cannot."""
+        return await asyncio.shield(self._started)
+
+    async def _start(self) -> WorkerReady | WorkerFailed:
+        try:
+            engine, adapters = await asyncio.to_thread(self._load)
+            return await self._serve(engine, adapters)
+        except LoRAFleetError as error:
+            return WorkerFailed(status_of(error).code, error.message)
+        except Exception as error:
+            logger.exception("the worker could not start")
+            return WorkerFailed(status_of(InternalError("")).code, f"The worker could not start: {error!r}")
+
+    def _load(self) -> tuple[Engine, tuple[AdapterInfo, ...]]:
+        """Plan the memory, check the adapters, read the weights: cheap refusals first."""
+        from lorafleet.workers.engine.loop import Engine
+
+        engine = Engine.from_config(self._config)
+        infos = []
+        for module in self._adapters:
+            try:
+                spec = engine.register_adapter(module.path)
+            except AdapterRefusedError as error:
+                raise AdapterRefusedError(f"Adapter {module.name!r}: {error.message}", reason=error.reason) from error
+            infos.append(AdapterInfo(module.name, spec.digest, spec.lora_rank, module.path, module.base_model_name))
+        engine.load()
+        return engine, tuple(infos)
+
+    async def _serve(self, engine: Engine, adapters: tuple[AdapterInfo, ...]) -> WorkerReady:
+        from lorafleet.proto.worker_pb2_grpc import add_WorkerServicer_to_server
+        from lorafleet.workers.rpc import create_server
+        from lorafleet.workers.service import WorkerService
+
+        worker_id, generation = uuid.uuid4().hex, time.time_ns()
+        # os._exit: a crashed engine's threads must not keep the process from being replaced.
+        self._service = WorkerService(engine, worker_id=worker_id, generation=generation, on_crash=lambda: os._exit(1))
+        self._server = create_server(self._token)
+        add_WorkerServicer_to_server(self._service, self._server)
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        await self._server.start()
+        self._service.start()
+        logger.info("worker %s serves %s on %s:%d", worker_id, self._config.model, self._host, port)
+        return WorkerReady(
+            worker_id=worker_id,
+            generation=generation,
+            address=f"{self._host}:{port}",
+            adapters=adapters,
+            plan=tuple(engine.plan.lines()),
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.vocab_size,
+            max_num_seqs=self._config.max_num_seqs,
+            max_loras=engine.plan.max_loras,
+        )
