@@ -103,7 +103,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "chunked prefill": {"max_num_seqs": 8, "max_num_batched_tokens": 13},
     "more adapters than slots": {"max_loras": 2, "max_num_seqs": 8},
     "one slot, small host cache": {"max_loras": 1, "max_cpu_loras": 2, "max_num_seqs": 8},
-    "preemption": {"max_num_seqs": 16, "kv_cache_memory_bytes": 400_000, "max_model_len": 96},
+    "preemption": {"max_num_seqs": 16, "kv_cache_memory_bytes": 150_000, "max_model_len": 96},
     "pages of eight": {"block_size": 8},
     "one at a time": {"max_num_seqs": 1},
 }

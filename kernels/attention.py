@@ -1,0 +1,100 @@
+"""Causal attention over paged keys and values: out = softmax(scale · q·Kᵀ + mask) · V.
+
+One op for decode (one query a sequence), prefill and chunked prefill, any mix of them in one call. Query heads share
+key-value heads in groups (Ainslie et al. 2023); a window limits how far a query looks back.
+
+T rows of queries, Q = q heads · D, S sequences, P pages of the table.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lorafleet.kernels.native import DTYPE_CODES, library
+
+
+def paged_attention(
+    q_TQ: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table_SP: torch.Tensor,
+    query_start_S1: torch.Tensor,
+    context_len_S: torch.Tensor,
+    num_q_heads: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """[T, Q], contiguous. q_TQ may be a view with strided rows.
+
+    k_cache, v_cache: [pages, kv heads, page size, D]. page_table_SP: int32, each sequence's pages in order.
+    query_start_S1: int32, sequence s has the rows [s] to [s + 1]. context_len_S: int32, keys of each sequence, this
+    step's included: query i of n stands at position context_len − n + i and attends to the keys up to its own position,
+    and with window > 0 only to the last `window` of them.
+    """
+    native = library()
+    if native is None or q_TQ.device.type != "cpu":
+        return paged_attention_reference(
+            q_TQ, k_cache, v_cache, page_table_SP, query_start_S1, context_len_S, num_q_heads, scale, window
+        )
+    _, num_kv_heads, page_size, head_dim = k_cache.shape
+    assert q_TQ.stride(1) == 1 and q_TQ.shape[1] == num_q_heads * head_dim and num_q_heads % num_kv_heads == 0
+    assert q_TQ.dtype == k_cache.dtype == v_cache.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert page_table_SP.dtype == query_start_S1.dtype == context_len_S.dtype == torch.int32
+    assert page_table_SP.stride(1) == 1 and head_dim <= 512
+    out_TQ = q_TQ.new_empty(q_TQ.shape)
+    native.lf_paged_attention(
+        DTYPE_CODES[q_TQ.dtype],
+        q_TQ.data_ptr(),
+        q_TQ.stride(0),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        page_table_SP.data_ptr(),
+        page_table_SP.stride(0),
+        query_start_S1.data_ptr(),
+        context_len_S.data_ptr(),
+        out_TQ.data_ptr(),
+        context_len_S.shape[0],
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        scale,
+        window,
+    )
+    return out_TQ
+
+
+def paged_attention_reference(
+    q_TQ: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table_SP: torch.Tensor,
+    query_start_S1: torch.Tensor,
+    context_len_S: torch.Tensor,
+    num_q_heads: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """Sequence by sequence, in float32: defines what is right."""
+    _, num_kv_heads, page_size, head_dim = k_cache.shape
+    out_TQ = q_TQ.new_empty(q_TQ.shape)
+    starts = query_start_S1.tolist()
+    for s, context in enumerate(context_len_S.tolist()):
+        rows = slice(starts[s], starts[s + 1])
+        pages = page_table_SP[s, : -(-context // page_size)].long()
+        q, keys, values = (
+            tensor.float().repeat_interleave(repeats, dim=0)
+            for tensor, repeats in (
+                (q_TQ[rows].unflatten(1, (num_q_heads, head_dim)).transpose(0, 1), 1),
+                (k_cache[pages].transpose(0, 1).flatten(1, 2)[:, :context], num_q_heads // num_kv_heads),
+                (v_cache[pages].transpose(0, 1).flatten(1, 2)[:, :context], num_q_heads // num_kv_heads),
+            )
+        )
+        key_position = torch.arange(context, device=q.device)[None, :]
+        query_position = torch.arange(context - q.shape[1], context, device=q.device)[:, None]
+        hidden = key_position > query_position
+        if window > 0:
+            hidden |= key_position <= query_position - window
+        scores = (q @ keys.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+        out_TQ[rows] = (scores.softmax(dim=-1) @ values).transpose(0, 1).flatten(1).to(out_TQ.dtype)
+    return out_TQ

@@ -1,0 +1,98 @@
+"""LoRA of many adapters in one batch (Hu et al. 2021; segments as in Punica, Chen et al. 2023).
+
+For each segment g, its rows x and each slice n of the fused linear, with slot s = slot[g] and r = rank[s, n]:
+
+    y[:, slice n] += weight[g] · scaling[s, n] · (x · A[s, n, :r]ᵀ) · B[s, :r, slice n]
+
+A row may lie in several segments (a composition of adapters) or in none (the base model, whose y stays as it is, bit by
+bit). Only an adapter's own rank is computed. Weights of a slot touch no rows but those of its segments, whatever they
+hold.
+
+T rows, I in features, O out features of the fused linear, L slots, N slices, R largest rank, G segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorafleet.kernels.native import DTYPE_CODES, library
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegments:
+    """Which rows use which slot. On the device of the batch."""
+
+    start_G: torch.Tensor  # int32, first row
+    end_G: torch.Tensor  # int32, behind the last row
+    slot_G: torch.Tensor  # int32
+    weight_G: torch.Tensor  # float32, 1 unless adapters are composed
+
+
+def lora_add_(
+    y_TO: torch.Tensor,
+    x_TI: torch.Tensor,
+    a_LNRI: torch.Tensor,
+    b_LRO: torch.Tensor,
+    rank_LN: torch.Tensor,
+    scaling_LN: torch.Tensor,
+    slice_end_N: torch.Tensor,
+    segments: LoraSegments,
+) -> None:
+    """Add the adapters' terms to y in place; the products are float32. rank 0 is a slice that the adapter leaves alone.
+
+    rank_LN, slice_end_N: int32. scaling_LN: float32. The adapters' dtype may differ from x's and y's.
+    """
+    native = library()
+    if native is None or y_TO.device.type != "cpu":
+        lora_add_reference_(y_TO, x_TI, a_LNRI, b_LRO, rank_LN, scaling_LN, slice_end_N, segments)
+        return
+    _, num_slices, max_rank, num_in = a_LNRI.shape
+    assert y_TO.stride(1) == x_TI.stride(1) == 1 and y_TO.dtype == x_TI.dtype and a_LNRI.dtype == b_LRO.dtype
+    assert a_LNRI.is_contiguous() and b_LRO.is_contiguous() and x_TI.shape[1] == num_in
+    assert y_TO.shape[1] == b_LRO.shape[2] and b_LRO.shape[1] == max_rank
+    assert rank_LN.dtype == slice_end_N.dtype == segments.start_G.dtype == torch.int32
+    native.lf_lora_add(
+        DTYPE_CODES[y_TO.dtype],
+        DTYPE_CODES[a_LNRI.dtype],
+        y_TO.data_ptr(),
+        y_TO.stride(0),
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        a_LNRI.data_ptr(),
+        b_LRO.data_ptr(),
+        rank_LN.data_ptr(),
+        scaling_LN.data_ptr(),
+        slice_end_N.data_ptr(),
+        segments.start_G.data_ptr(),
+        segments.end_G.data_ptr(),
+        segments.slot_G.data_ptr(),
+        segments.weight_G.data_ptr(),
+        segments.slot_G.shape[0],
+        num_slices,
+        max_rank,
+        num_in,
+        y_TO.shape[1],
+    )
+
+
+def lora_add_reference_(
+    y_TO: torch.Tensor,
+    x_TI: torch.Tensor,
+    a_LNRI: torch.Tensor,
+    b_LRO: torch.Tensor,
+    rank_LN: torch.Tensor,
+    scaling_LN: torch.Tensor,
+    slice_end_N: torch.Tensor,
+    segments: LoraSegments,
+) -> None:
+    """Segment by segment: defines what is right."""
+    ends = slice_end_N.tolist()
+    columns = segments.start_G.tolist(), segments.end_G.tolist(), segments.slot_G.tolist(), segments.weight_G.tolist()
+    for start, end, slot, weight in zip(*columns, strict=True):
+        for n, (begin, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+            rank = int(rank_LN[slot, n])
+            if rank and start < end:
+                h = weight * scaling_LN[slot, n] * (x_TI[start:end].float() @ a_LNRI[slot, n, :rank].float().T)
+                y_TO[start:end, begin:stop] += (h @ b_LRO[slot, :rank, begin:stop].float()).to(y_TO.dtype)
