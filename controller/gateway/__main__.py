@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s gateway %(message)s"
     )
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is told once, by us
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(config, exit_with_parent=args.exit_with_parent))

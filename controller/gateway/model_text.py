@@ -6,18 +6,16 @@ Owns: building them from the files that the controller sends. Leaves to others: 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.generation_defaults import parse_generation_defaults
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.chat_template import ChatTemplate
 from lorafleet.workers.text.tokenizer import Tokenizer
-
-_DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +46,17 @@ class ModelText:
 
 
 def sampling_defaults(files: Mapping[str, bytes]) -> dict[str, float | int]:
-    """What generation_config.json recommends. Values that no request could ask for are left out, with a warning."""
-    try:
-        config = json.loads(files.get("generation_config.json", b"{}"))
-    except ValueError:
-        config = {}  # the tokenizer has refused such a file already
+    """What generation_config.json recommends. Values that no request could ask for are left out, with a warning.
+
+    Raises ModelError for a file that cannot be read.
+    """
+    name = "generation_config.json"
     defaults: dict[str, float | int] = {}
-    for name in _DEFAULT_FIELDS:
-        value = config.get(name) if isinstance(config, dict) else None
-        if value is None:
-            continue
+    for field, value in parse_generation_defaults(files.get(name, b"{}"), name).items():
         try:
-            SamplingParams(**{name: value})
+            SamplingParams(**{field: value})
         except InvalidRequestError as error:
-            logger.warning("generation_config.json: %s", error.message)
+            logger.warning("%s: %s", name, error.message)
         else:
-            defaults[name] = value
+            defaults[field] = value
     return defaults

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aiohttp import web
@@ -40,7 +40,7 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
         print(f"lorafleet gateway listening on http://{host}:{runner.addresses[0][1]}", flush=True)
         if exit_with_parent:
-            _watch_parent(loop, stop)
+            _watch_parent(loop, lambda: None if state.admission.draining else stop.set())  # no second signal
         await stop.wait()
         stop.clear()
         await _first(state.drain(), stop.wait())
@@ -58,7 +58,7 @@ async def _first(*parts: Coroutine[Any, Any, object]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _watch_parent(loop: asyncio.AbstractEventLoop, on_death: Callable[[], None]) -> None:
     """The parent holds the other end of our stdin: its end-of-file means that the parent is gone."""
 
     def watch() -> None:
@@ -68,7 +68,7 @@ def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
         except OSError:
             logger.exception("stdin cannot be read")
         if not loop.is_closed():
-            loop.call_soon_threadsafe(stop.set)
+            loop.call_soon_threadsafe(on_death)
 
     # A thread, because any kind of stdin can be read in one; a daemon, because the read may never return.
     threading.Thread(target=watch, name="parent watch", daemon=True).start()

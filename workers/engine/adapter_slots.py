@@ -7,7 +7,6 @@ evicted first, and never while pinned or loading.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
 
 
 class AdapterSlots:
@@ -34,14 +33,14 @@ class AdapterSlots:
     def pinned(self) -> tuple[str, ...]:
         return tuple(self._pins)
 
-    def start_load(self, digest: str, keep: Collection[str] = ()) -> int | None:
-        """A slot to load `digest` into, evicting the least recently used unpinned adapter that is not in `keep`.
+    def start_load(self, digest: str) -> int | None:
+        """A slot to load `digest` into, evicting the least recently used unpinned adapter if need be.
 
-        None when every slot is pinned, loading or kept. The slot is nobody's until `finish_load` or `fail_load`.
+        None when every slot is pinned or loading. The slot is nobody's until `finish_load` or `fail_load`.
         """
         assert digest not in self._loading and digest not in self._ready
         if not self._empty:
-            victim = next((d for d in self._ready if d not in self._pins and d not in keep), None)
+            victim = next((ready for ready in self._ready if ready not in self._pins), None)
             if victim is None:
                 return None
             self._empty.append(self._ready.pop(victim))

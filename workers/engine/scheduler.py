@@ -3,9 +3,9 @@
 One quantity decides everything: {request: number of tokens this step}. A prompt, a piece of a prompt, a single decode
 token and the recomputation after a preemption are the same thing with different numbers.
 
-Order is order of arrival. Two things let a younger request pass an older one that waits: a full slot table (the older
-one's adapter has no slot yet, the younger one's has) and nothing else. So that the older one is not passed for ever, it
-claims a slot: the adapter in it takes no new requests until its running ones are done (see `_admit`).
+Order is order of arrival. One thing lets a younger request pass an older one that waits: the older one's adapter has no
+slot yet and the younger one's has. That keeps batches full, and it is bounded: after `patience` steps the passed adapter
+claims a slot, whose adapter then takes no new requests until its running ones are done (see `_admit`).
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
+        patience: int = 32,
     ) -> None:
         self._pool = pool
         self._slots = slots
@@ -72,6 +73,9 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
+        self._patience = patience
+        self._num_steps = 0
+        self._blocked_since: dict[str, int] = {}  # adapters that wait for a slot → the step when that began
         self._requests: dict[str, Request] = {}
         self._running: list[Request] = []  # oldest first
         self._waiting: list[Request] = []  # oldest first
@@ -112,6 +116,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Choose the next step. Running requests come first, oldest first, then waiting ones."""
+        self._num_steps += 1
         scheduled: list[Scheduled] = []
         budget = self._max_num_batched_tokens
         preempted = False
@@ -170,14 +175,14 @@ class Scheduler:
     def _admit(self, loads: list[SlotLoad]) -> Iterator[Request]:
         """Waiting requests that may start now, oldest first; the caller stops when budget, seats or pages run out.
 
-        A request whose adapter is in no slot starts a load (into `loads`) if a slot can be had. If none can, its
-        adapter claims one: of the adapters in use, that which is bound to be done first (by its requests' token
-        limits). A claimed adapter admits nobody younger than the claim, so every wait is bounded by the tokens that
-        running requests may still produce, however many new requests come for adapters that sit in slots.
+        A request whose adapter is in no slot starts a load (into `loads`) if a slot can be had. If none can, and it has
+        been passed for long enough, its adapter claims one: of the adapters in use, that which is bound to be done
+        first (by its requests' token limits). A claimed adapter admits nobody younger than the claim, so every wait is
+        bounded by the patience and the tokens that running requests may still produce, however many new requests come
+        for adapters that sit in slots.
         """
-        wanted: set[str] = set()  # adapters that found no slot
+        blocked_since: dict[str, int] = {}
         claimed: set[str] = set()  # ready adapters whose slot is promised
-        older: set[str] = set()  # adapters of requests seen so far: not to be evicted for the younger ones
         for request in list(self._waiting):
             digest = request.adapter
             if digest is None:
@@ -185,19 +190,20 @@ class Scheduler:
                 continue
             if self._slots.slot_of(digest) is not None:
                 if digest not in claimed:
-                    older.add(digest)
                     yield request
                 continue
-            if digest in wanted or self._slots.is_loading(digest):
+            if digest in blocked_since or self._slots.is_loading(digest):
                 continue
-            slot = self._slots.start_load(digest, keep=older)
+            slot = self._slots.start_load(digest)
             if slot is not None:
+                self._blocked_since.pop(digest, None)
                 loads.append(SlotLoad(digest, slot))
                 continue
-            wanted.add(digest)
-            candidates = [d for d in self._slots.pinned() if d not in claimed and d not in older]
-            if candidates:
+            blocked_since[digest] = self._blocked_since.setdefault(digest, self._num_steps)
+            candidates = [pinned for pinned in self._slots.pinned() if pinned not in claimed]
+            if candidates and self._num_steps - blocked_since[digest] >= self._patience:
                 claimed.add(min(candidates, key=self._tokens_to_go))
+        self._blocked_since = blocked_since  # forgets adapters that nobody waits for any more
 
     def _tokens_to_go(self, digest: str) -> int:
         """The most steps until all running requests of an adapter are done."""

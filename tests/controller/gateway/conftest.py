@@ -27,6 +27,11 @@ from lorafleet.workers.text.tokenizer import Tokenizer
 
 TOKEN = "fleet-token"
 MAX_MODEL_LEN = 64
+SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),  # as every server of the fleet
+    ("grpc.http2.max_ping_strikes", 0),
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -74,7 +79,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     eos: int
     worker_id: str = "worker-a"
     generation: int = 1
-    state: int = worker_pb2.WORKER_READY
+    state: worker_pb2.WorkerState = worker_pb2.WORKER_READY
     answer: list[int] | None = None  # None: repeats the prompt
     permits: int | None = None  # steps that may still be taken; None: any number
     error: worker_pb2.Ended | None = None  # how each request ends at once
@@ -88,11 +93,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     tokens: list[str] = field(default_factory=list)  # bearer tokens seen
     address: str = ""
     num_steps: int = 0
-    running: dict[int, Running] = field(default_factory=dict)
+    sessions: list[dict[int, Running]] = field(default_factory=list)  # what runs, by session and stream
     server: Any = None
 
     async def start(self, port: int = 0) -> None:
-        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self.server.start()
@@ -102,6 +107,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if self.server is not None:
             await self.server.stop(None)
             self.server = None
+
+    @property
+    def running(self) -> list[Running]:
+        """All requests that have not ended."""
+        return [running for session in self.sessions for running in session.values()]
 
     @property
     def endpoint(self) -> controller_pb2.WorkerEndpoint:
@@ -114,17 +124,18 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             max_loras=2,
         )
 
-    async def Session(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.WorkerMessage]:
+    async def Session(self, requests: Any, context: Any) -> None:
         self.tokens.append(dict(context.invocation_metadata()).get("authorization", ""))
         hello = (await context.read()).hello
         self.hellos.append(hello)
-        self.running.clear()
+        running: dict[int, Running] = {}
+        self.sessions.append(running)
         if not self.welcome:
             await asyncio.Event().wait()
         await context.write(
             worker_pb2.WorkerMessage(welcome=worker_pb2.Welcome(worker_id=self.worker_id, generation=self.generation))
         )
-        reader = asyncio.create_task(self._read(context))
+        reader = asyncio.create_task(self._read(context, running))
         try:
             beat_at = 0.0
             loop = asyncio.get_running_loop()
@@ -132,45 +143,47 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 if self.heartbeats and loop.time() >= beat_at:
                     beat_at = loop.time() + 0.05
                     await context.write(worker_pb2.WorkerMessage(heartbeat=self._heartbeat()))
-                step = self._step()
+                step = self._step(running)
                 if step is not None:
                     await context.write(worker_pb2.WorkerMessage(step=step))
                 await asyncio.sleep(0 if step is not None else 0.002)
         finally:
+            self.sessions.remove(running)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
 
-    async def _read(self, context: Any) -> None:
+    async def _read(self, context: Any, running: dict[int, Running]) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
             if message.WhichOneof("message") == "generate":
                 self.generates.append(message.generate)
-                self.running[message.generate.stream] = Running(message.generate)
+                running[message.generate.stream] = Running(message.generate)
             else:
                 self.cancels.append(message.cancel.stream)
-                self.running.pop(message.cancel.stream, None)
+                running.pop(message.cancel.stream, None)
 
     def _heartbeat(self) -> worker_pb2.Heartbeat:
         return worker_pb2.Heartbeat(state=self.state, load=self.load, device_adapters=self.device_adapters)
 
-    def _step(self) -> worker_pb2.StepOutputs | None:
-        if not self.running or self.permits == 0:
+    def _step(self, own: dict[int, Running]) -> worker_pb2.StepOutputs | None:
+        if not own or self.permits == 0:
             return None
         if self.permits is not None:
             self.permits -= 1
         self.num_steps += 1
         step = worker_pb2.StepOutputs(step=self.num_steps)
-        for stream, running in list(self.running.items()):
+        for stream, running in list(own.items()):
             if self.error is not None:
                 ended = worker_pb2.Ended()
                 ended.CopyFrom(self.error)
                 ended.stream = stream
                 step.ended.append(ended)
-                del self.running[stream]
+                del own[stream]
                 continue
-            self._advance(step, stream, running)
+            if self._advance(step, stream, running):
+                del own[stream]
         return step
 
-    def _advance(self, step: worker_pb2.StepOutputs, stream: int, running: Running) -> None:
+    def _advance(self, step: worker_pb2.StepOutputs, stream: int, running: Running) -> bool:
         generate = running.generate
         sampling = generate.sampling
         source = self.answer if self.answer is not None else list(generate.prompt_token_ids)
@@ -195,8 +208,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         step.stream.append(stream)
         step.token_id.append(token_id)
         step.finish.append(finish)
-        if finish:
-            del self.running[stream]
+        return finish != worker_pb2.FINISH_NONE
 
 
 @dataclass(eq=False)
@@ -211,7 +223,7 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
     server: Any = None
 
     async def start(self, port: int = 0) -> None:
-        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
         controller_pb2_grpc.add_ControllerServicer_to_server(self, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self.server.start()
@@ -289,7 +301,7 @@ def eventually() -> Callable[..., Awaitable[None]]:
     return until
 
 
-QUICK = SessionTimes(welcome_s=2.0, suspect_s=0.3, dead_s=0.8, first_backoff_s=0.02, last_backoff_s=0.1)
+QUICK = SessionTimes(welcome_s=2.0, suspect_s=0.5, dead_s=1.5, first_backoff_s=0.02, last_backoff_s=0.1)
 
 FleetMaker = Callable[..., Awaitable[Fleet]]
 
@@ -328,9 +340,10 @@ async def new_fleet(
             await site.start()
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
             key = config.api_keys[0] if config.api_keys else "none"
-            http = aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"})
+            headers = {"Authorization": f"Bearer {key}"}
+            http = aiohttp.ClientSession(url, headers=headers, timeout=aiohttp.ClientTimeout(total=60))
             stack.push_async_callback(http.close)
-            client = openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
+            client = openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=60)
             stack.push_async_callback(client.close)
             fleet = Fleet(controller, workers, state, url, http, client)
             if wait:

@@ -63,7 +63,7 @@ async def test_sigterm_lets_running_streams_finish_and_exits_with_0(
     fleet: Any, start: Callable[..., Awaitable[Any]]
 ) -> None:
     process, url = await start()
-    async with aiohttp.ClientSession() as http:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as http:
         await _is_ready(http, url)
         fleet.worker.permits = 1
         body = {"model": "tiny", "prompt": "hello world", "stream": True, "max_tokens": 20}
@@ -82,7 +82,7 @@ async def test_sigterm_lets_running_streams_finish_and_exits_with_0(
 
 async def test_a_drain_has_an_end(fleet: Any, start: Callable[..., Awaitable[Any]]) -> None:
     process, url = await start("--drain-timeout-s", "0.1")
-    async with aiohttp.ClientSession() as http:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as http:
         await _is_ready(http, url)
         fleet.worker.permits = 3
         body = {"model": "tiny", "prompt": "hello world", "stream": True, "max_tokens": 20}

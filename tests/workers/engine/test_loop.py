@@ -119,7 +119,7 @@ def test_mixed_batches_give_the_tokens_of_transformers_and_peft(
     if variant == "preemption":
         assert engine.stats().num_preemptions > 0, "the variant must preempt to mean anything"
     if "slot" in variant:
-        assert engine.stats().num_slot_loads > len(ADAPTERS)
+        assert engine.stats().num_slot_loads >= len(ADAPTERS) > len(engine.stats().device_adapters)
 
 
 def test_requests_that_arrive_one_by_one_join_the_batch(fleet: Fleet, engines: list[Engine]) -> None:

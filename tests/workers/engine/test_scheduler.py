@@ -21,7 +21,14 @@ class World:
     """A scheduler with a model that always says token 7 (or EOS where told) and adapters that load at once or later."""
 
     def __init__(
-        self, *, pages: int = 64, slots: int = 2, max_num_seqs: int = 4, budget: int = 16, auto_load: bool = True
+        self,
+        *,
+        pages: int = 64,
+        slots: int = 2,
+        max_num_seqs: int = 4,
+        budget: int = 16,
+        auto_load: bool = True,
+        patience: int = 0,
     ) -> None:
         self.slots = AdapterSlots(slots)
         self.scheduler = Scheduler(
@@ -31,6 +38,7 @@ class World:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             eos_token_ids=frozenset([EOS]),
+            patience=patience,
         )
         self.auto_load = auto_load
         self.finished: dict[str, FinishReason] = {}
@@ -153,9 +161,23 @@ def test_an_adapter_without_a_slot_claims_one_and_newcomers_for_the_claimed_one_
     assert world.order.index("y1") == 1, "no x that came after y1 may start before it"
 
 
+def test_until_patience_ends_younger_requests_for_resident_adapters_fill_the_batch() -> None:
+    world = World(slots=1, max_num_seqs=8, patience=3)
+    world.add("x1", 2, max_tokens=20, adapter="x")
+    world.step()
+    world.step()
+    world.add("y1", 2, max_tokens=2, adapter="y")
+    for i in range(2, 8):
+        world.add(f"x{i}", 2, max_tokens=20, adapter="x")
+        world.step()
+    world.run()
+    assert world.order == ["x1", "x2", "x3", "x4", "y1", "x5", "x6", "x7"]
+
+
+@pytest.mark.parametrize("patience", [0, 5])
 @pytest.mark.parametrize("num_adapters", [3, 16])
-def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters: int) -> None:
-    world = World(slots=2, max_num_seqs=4, pages=200)
+def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters: int, patience: int) -> None:
+    world = World(slots=2, max_num_seqs=4, pages=200, patience=patience)
     world.add("hot0", 2, max_tokens=8, adapter="hot")
     for i in range(num_adapters):
         world.add(f"cold{i}", 2, max_tokens=8, adapter=f"cold{i}")
@@ -210,6 +232,7 @@ REQUESTS = st.tuples(
     max_num_seqs=st.integers(1, 6),
     extra_budget=st.integers(0, 20),
     eos_every=st.integers(2, 9),
+    patience=st.integers(0, 6),
     load_delay=st.integers(0, 3),
 )
 def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
@@ -219,10 +242,16 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     max_num_seqs: int,
     extra_budget: int,
     eos_every: int,
+    patience: int,
     load_delay: int,
 ) -> None:
     world = World(
-        pages=pages, slots=slots, max_num_seqs=max_num_seqs, budget=max_num_seqs + extra_budget, auto_load=False
+        pages=pages,
+        slots=slots,
+        max_num_seqs=max_num_seqs,
+        budget=max_num_seqs + extra_budget,
+        auto_load=False,
+        patience=patience,
     )
     cancels: dict[str, int] = {}
     removed: set[str] = set()

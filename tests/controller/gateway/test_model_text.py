@@ -1,0 +1,41 @@
+"""A model's files as the gateway uses them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorafleet.controller.gateway.model_text import ModelText, sampling_defaults
+from lorafleet.workers.errors import ModelError
+
+
+@pytest.mark.parametrize(
+    ("config", "defaults"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}, None),
+        ({"temperature": None, "max_length": 20, "do_sample": False}, {}),
+        ({"temperature": -1, "top_k": 5}, {"top_k": 5}),
+    ],
+)
+def test_generation_config_gives_the_defaults_that_requests_could_ask_for(
+    config: dict[str, float] | None, defaults: dict[str, float] | None
+) -> None:
+    files = {} if config is None else {"generation_config.json": json.dumps(config).encode()}
+    assert sampling_defaults(files) == (config if defaults is None else defaults)
+
+
+def test_broken_files_are_named(tokenizer_files: dict[str, bytes]) -> None:
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        ModelText.from_files("d", {})
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        ModelText.from_files("d", tokenizer_files | {"generation_config.json": b"{"})
+
+
+def test_a_chat_is_the_templates_text_tokenized(tokenizer_files: dict[str, bytes]) -> None:
+    text = ModelText.from_files("d", tokenizer_files)
+    ids = text.encode_chat([{"role": "user", "content": "hello"}], add_generation_prompt=True, add_special_tokens=False)
+    decoded = text.tokenizer.decode(ids, skip_special_tokens=False)
+    assert decoded == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
