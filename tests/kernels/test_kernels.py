@@ -1,0 +1,268 @@
+"""Every native kernel against its reference: dtypes, odd sizes, segment layouts, and NaN that must stay where it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafleet.kernels.activation import silu_mul
+from lorafleet.kernels.attention import paged_attention
+from lorafleet.kernels.lora import LoraSegments, lora_add_
+from lorafleet.kernels.native import library, references_only
+from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
+from lorafleet.kernels.rope import rope_kv_write_
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (absolute, relative); the 16-bit ones allow one rounding more or less than the reference has.
+TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (2e-2, 2e-2), torch.float16: (3e-3, 3e-3)}
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    atol, rtol = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol, equal_nan=True)
+
+
+@pytest.fixture(autouse=True)
+def _native_and_seeded() -> None:
+    assert library() is not None, "these tests compare the native kernels, which need a C++ compiler"
+    torch.manual_seed(0)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1, 16, 48, 577])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_norms(dtype: torch.dtype, rows: int, size: int) -> None:
+    x, residual = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype)
+    weight = torch.randn(size).to(dtype)
+    with references_only():
+        expected = rms_norm(x, weight, 1e-5)
+        expected_x, expected_residual = x.clone(), residual.clone()
+        fused_add_rms_norm_(expected_x, expected_residual, weight, 1e-5)
+    close(rms_norm(x, weight, 1e-5), expected)
+    fused_add_rms_norm_(x, residual, weight, 1e-5)
+    close(x, expected_x)
+    close(residual, expected_residual)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1, 80, 1537])
+def test_silu_mul(dtype: torch.dtype, size: int) -> None:
+    x = (torch.randn(9, 2 * size) * 4).to(dtype)
+    with references_only():
+        expected = silu_mul(x)
+    close(silu_mul(x), expected)
+
+
+@dtypes
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 4, 16), (9, 3, 64), (8, 1, 32), (2, 2, 128)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int, normed: bool) -> None:
+    rows, pages, page = 21, 7, 8
+    qkv = torch.randn(rows, (q_heads + 2 * kv_heads) * dim).to(dtype)
+    angles = torch.rand(100, dim // 2) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    positions = torch.randint(0, 100, (rows,))
+    slots = torch.randperm(pages * page)[:rows]
+    norms = (torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)) if normed else (None, None)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        own, keys, values = qkv.clone(), *(torch.zeros(2, pages, kv_heads, page, dim).to(dtype))
+        rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, *norms, 1e-6)
+        return own, keys, values
+
+    with references_only():
+        expected = run()
+    for ours, wanted in zip(run(), expected, strict=True):
+        close(ours, wanted)
+
+
+def attention_case(
+    lengths: list[tuple[int, int]], q_heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """lengths: (queries, context) of each sequence. Pages are scattered; what no sequence owns is NaN."""
+    needed = [-(-context // page) for _, context in lengths]
+    total = sum(needed) + 3
+    order = torch.randperm(total).tolist()
+    keys = torch.full((total, kv_heads, page, dim), torch.nan, dtype=dtype)
+    values = torch.full_like(keys, torch.nan)
+    table = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
+    for s, (_, context) in enumerate(lengths):
+        for p in range(needed[s]):
+            number = order.pop()
+            table[s, p] = number
+            filled = min(page, context - p * page)
+            keys[number, :, :filled] = torch.randn(kv_heads, filled, dim).to(dtype)
+            values[number, :, :filled] = torch.randn(kv_heads, filled, dim).to(dtype)
+    num_rows = sum(queries for queries, _ in lengths)
+    fused = torch.randn(num_rows, (q_heads + 2 * kv_heads) * dim).to(dtype)
+    starts = torch.tensor([0, *(queries for queries, _ in lengths)]).cumsum(0).to(torch.int32)
+    contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
+    return fused[:, : q_heads * dim], keys, values, table, starts, contexts
+
+
+@dtypes
+@pytest.mark.parametrize("window", [0, 10, 100])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "dim", "page"),
+    [(9, 3, 64, 16), (4, 4, 16, 8), (9, 1, 32, 16), (2, 1, 128, 32), (3, 3, 40, 8)],
+)
+def test_attention_over_decodes_prefills_and_chunks(
+    q_heads: int, kv_heads: int, dim: int, page: int, window: int, dtype: torch.dtype
+) -> None:
+    lengths = [(1, 1), (1, 160), (37, 37), (5, 70), (64, 200), (1, 65), (33, 33), (1, 700)]
+    arguments = attention_case(lengths, q_heads, kv_heads, dim, page, dtype)
+    with references_only():
+        expected = paged_attention(*arguments, q_heads, dim**-0.5, window)
+    ours = paged_attention(*arguments, q_heads, dim**-0.5, window)
+    assert not expected.isnan().any(), "the case itself must be clean"
+    close(ours, expected)
+
+
+def test_attention_keeps_nan_within_its_sequence() -> None:
+    q, keys, values, table, starts, contexts = attention_case([(4, 40), (1, 50), (20, 20)], 4, 2, 16, 8, torch.float32)
+    clean = paged_attention(q, keys, values, table, starts, contexts, 4, 0.25)
+    keys[table[1, 0]] = torch.nan
+    spoilt = paged_attention(q, keys, values, table, starts, contexts, 4, 0.25)
+    assert spoilt[4].isnan().all()
+    assert torch.equal(spoilt[:4], clean[:4]) and torch.equal(spoilt[5:], clean[5:])
+
+
+class LoraCase:
+    """Random slots of mixed ranks for a fused linear of three slices."""
+
+    def __init__(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        lora_dtype: torch.dtype,
+        *,
+        num_in: int = 50,
+        widths: tuple[int, ...] = (70, 16, 33),
+    ) -> None:
+        slots, max_rank = 6, 64
+        self.x = torch.randn(rows, num_in).to(dtype)
+        self.y = torch.randn(rows, sum(widths)).to(dtype)
+        self.a = (torch.randn(slots, len(widths), max_rank, num_in) / num_in**0.5).to(lora_dtype)
+        self.b = (torch.randn(slots, max_rank, sum(widths)) * 0.2).to(lora_dtype)
+        self.rank = torch.tensor(
+            [[8, 8, 8], [1, 3, 0], [64, 0, 16], [0, 0, 0], [5, 5, 5], [16, 1, 64]], dtype=torch.int32
+        )
+        self.scaling = torch.rand(slots, len(widths)) + 0.5
+        self.ends = torch.tensor(widths, dtype=torch.int32).cumsum(0).to(torch.int32)
+
+    def run(self, segments: list[tuple[int, int, int, float]]) -> torch.Tensor:
+        """segments: (first row, behind the last, slot, weight)."""
+        columns = list(zip(*segments, strict=True)) if segments else [(), (), (), ()]
+        packed = LoraSegments(
+            *(torch.tensor(column, dtype=torch.int32) for column in columns[:3]),
+            torch.tensor(columns[3], dtype=torch.float32),
+        )
+        y = self.y.clone()
+        lora_add_(y, self.x, self.a, self.b, self.rank, self.scaling, self.ends, packed)
+        return y
+
+
+LAYOUTS: dict[str, list[tuple[int, int, int, float]]] = {
+    "distinct": [(i, i + 1, i % 6, 1.0) for i in range(40)],
+    "uniform": [(i * 10, i * 10 + 10, i, 1.0) for i in range(4)],
+    "zipf": [(0, 24, 2, 1.0), (24, 34, 0, 1.0), (34, 38, 1, 1.0), (38, 39, 4, 1.0), (39, 40, 5, 1.0)],
+    "identical": [(0, 40, 0, 1.0)],
+    "skewed": [(0, 1, 1, 1.0), (1, 40, 5, 1.0)],
+    "empty ones between": [(0, 0, 0, 1.0), (3, 9, 2, 1.0), (9, 9, 1, 1.0), (20, 40, 3, 1.0)],
+    "none": [],
+    "base rows between": [(2, 5, 0, 1.0), (30, 31, 2, 1.0)],
+    "composed": [(0, 20, 0, 0.7), (0, 20, 5, 0.3), (10, 30, 1, -1.0), (15, 40, 2, 0.5)],
+}
+
+
+@dtypes
+@pytest.mark.parametrize("lora_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lora_over_segments(layout: str, dtype: torch.dtype, lora_dtype: torch.dtype) -> None:
+    case = LoraCase(40, dtype, lora_dtype)
+    with references_only():
+        expected = case.run(LAYOUTS[layout])
+    ours = case.run(LAYOUTS[layout])
+    close(ours, expected)
+    covered = {row for start, end, *_ in LAYOUTS[layout] for row in range(start, end)}
+    base = [row for row in range(40) if row not in covered]
+    assert torch.equal(ours[base], case.y[base]), "base rows are bit-identical"
+
+
+def test_lora_equals_its_formula() -> None:
+    case = LoraCase(40, torch.float32, torch.float32)
+    expected = case.y.clone()
+    begin = 0
+    for n, end in enumerate(case.ends.tolist()):
+        rank = int(case.rank[2, n])
+        delta = case.x[3:9] @ case.a[2, n, :rank].T @ case.b[2, :rank, begin:end]
+        expected[3:9, begin:end] += 0.5 * case.scaling[2, n] * delta
+        begin = end
+    close(case.run([(3, 9, 2, 0.5)]), expected)
+
+
+def test_nan_weights_harm_only_rows_of_their_slot() -> None:
+    case = LoraCase(40, torch.float32, torch.float32)
+    segments = [(0, 10, 0, 1.0), (10, 11, 2, 1.0), (11, 30, 5, 1.0)]
+    clean = case.run(segments)
+    case.a[2] = case.b[2] = torch.nan
+    spoilt = case.run(segments)
+    rows = [row for row in range(40) if row != 10]
+    assert torch.equal(spoilt[rows], clean[rows])
+    assert spoilt[10].isnan().any()
+
+
+def test_values_behind_an_adapters_own_rank_do_not_count() -> None:
+    case = LoraCase(4, torch.float32, torch.float32)
+    clean = case.run([(0, 4, 0, 1.0)])
+    case.a[0, :, 8:] = torch.nan
+    case.b[0, 8:] = torch.nan
+    assert torch.equal(case.run([(0, 4, 0, 1.0)]), clean)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=12),
+    num_in=st.integers(1, 40),
+    widths=st.tuples(st.integers(1, 80), st.integers(1, 20), st.integers(1, 70)),
+)
+def test_lora_over_any_layout(lengths: list[tuple[int, int]], num_in: int, widths: tuple[int, int, int]) -> None:
+    rows = sum(length for length, _ in lengths)
+    case = LoraCase(rows, torch.float32, torch.float32, num_in=num_in, widths=widths)
+    segments, row = [], 0
+    for length, slot in lengths:
+        segments.append((row, row + length, slot, 1.0))
+        row += length
+    with references_only():
+        expected = case.run(segments)
+    close(case.run(segments), expected)
+
+
+def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
+    rms_norm(torch.randn(64, 64), torch.ones(64), 1e-5)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    assert len({line.split()[-1] for line in lines if "gomp" in line}) == 1
+
+
+def test_without_a_compiler_the_references_run_after_one_warning(tmp_path: Path) -> None:
+    code = """
+import warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from lorafleet.kernels.norm import rms_norm
+    for _ in range(3):
+        y = rms_norm(torch.ones(2, 4), torch.ones(4), 0.0)
+assert torch.equal(y, torch.ones(2, 4))
+ours = [str(w.message) for w in caught if "LoRAFleet" in str(w.message)]
+assert len(ours) == 1 and "compiler" in ours[0], ours
+"""
+    environment = {"PATH": "/nonexistent", "LORAFLEET_CACHE": str(tmp_path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
