@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ POLL_S = 1.0
 LOST_S = 5.0  # a worker that has not answered for so long is taken out of the table
 START_TIMEOUT_S = 600.0
 RETRY_S = 1.0
+RESTART_S = 10.0  # between attempts of a worker that cannot start, such as one whose files are away
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class ControllerActor:
         self._failed: WorkerFailed | None = None
         self._settled = asyncio.Event()  # all wanted workers serve, or one cannot
         self._run = asyncio.get_running_loop().create_task(self._start())
+        self._run.add_done_callback(self._stopped)
 
     async def ready(self) -> FleetReady | WorkerFailed:
         """Wait until the whole fleet serves or cannot."""
@@ -87,17 +90,15 @@ class ControllerActor:
             created=int(time.time()),
         )
         self._service = ControllerService(self._catalogue, {digest: files})
-        server = create_server(self._token)
-        add_ControllerServicer_to_server(self._service, server)
-        server.add_insecure_port(f"{self._host}:{self._port}")
-        await server.start()
+        self._server = create_server(self._token)
+        add_ControllerServicer_to_server(self._service, self._server)
+        self._server.add_insecure_port(f"{self._host}:{self._port}")
+        await self._server.start()
         actions = reconcile(self._desired, await asyncio.to_thread(self._cluster.worker_names))
         for name in actions.remove:
             await asyncio.to_thread(self._cluster.remove_worker, name)
         for name in actions.create:
-            self._cluster.create_worker(
-                name, self._config.engine, self._config.adapters, self._host, self._token, self._config.log_level
-            )
+            await self._create(name)
         await asyncio.gather(*(self._follow(name) for name in self._desired))
 
     async def _follow(self, name: str) -> None:
@@ -108,11 +109,14 @@ class ControllerActor:
             except WorkerLost as lost:
                 logger.warning("worker lost: %s", lost)
                 await asyncio.sleep(RETRY_S)
+                await self._create(name)
                 continue
             if isinstance(worker, WorkerFailed):
                 logger.error("worker %s cannot start: %s", name, worker.message)
                 self._fail(worker)
-                return
+                await asyncio.sleep(RESTART_S)
+                await asyncio.to_thread(self._cluster.restart_worker, name)
+                continue
             logger.info(
                 "worker %s is %s, generation %d, at %s", name, worker.worker_id, worker.generation, worker.address
             )
@@ -157,6 +161,26 @@ class ControllerActor:
                     return
                 await asyncio.sleep(0.05)
 
+    async def _create(self, name: str) -> None:
+        config = self._config
+        await asyncio.to_thread(
+            self._cluster.create_worker,
+            name,
+            config.engine,
+            config.adapters,
+            self._host,
+            self._token,
+            config.log_level,
+        )
+
     def _fail(self, failure: WorkerFailed) -> None:
-        self._failed = failure
-        self._settled.set()
+        """The fleet cannot start. Of no consequence later on, when the worker is tried again until it can."""
+        if not self._settled.is_set():
+            self._failed = failure
+            self._settled.set()
+
+    def _stopped(self, run: asyncio.Task[None]) -> None:
+        """Nobody looks after the fleet now. While it starts, `ready` says so; later Ray starts the controller anew."""
+        if not run.cancelled() and self._settled.is_set() and self._failed is None:
+            logger.critical("the controller ends", exc_info=run.exception())
+            os._exit(1)

@@ -26,6 +26,11 @@ class Catalogue:
         self._workers: dict[str, tuple[WorkerReady, worker_pb2.WorkerState]] = {}
         self._last: WorkerReady | None = None  # the base's sizes and the adapters stay known while no worker is up
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether a worker has said what it serves. A table from before would make gateways drop their sessions."""
+        return self._last is not None
+
     def put_worker(self, worker: WorkerReady, state: worker_pb2.WorkerState) -> bool:
         """Add a worker or note its state; whether that changed the table."""
         if self._workers.get(worker.worker_id) == (worker, state):

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _serve(config)
     except LoRAFleetError as error:
         sys.exit(f"lorafleet: error: {error.message}")
+    except KeyboardInterrupt:  # before there was anything to drain
+        sys.exit(130)
     sys.exit(0)
 
 
@@ -113,7 +115,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=engine.gpu_memory_utilization,
         metavar="FRACTION",
-        help="of the device's memory that may be used; on a CPU, of the machine's or container's (default: %(default)s)",
+        help="of the device's memory that may be used; on a CPU, of the machine's or container's "
+        "(default: %(default)s)",
     )
     batch.add_argument(
         "--kv-cache-memory-bytes",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
@@ -16,6 +18,7 @@ from lorafleet.workers.config import EngineConfig, LoRAModule
 NAMESPACE = "lorafleet"
 CONTROLLER_NAME = "lorafleet-controller"
 WORKER_PREFIX = "lorafleet-worker-"
+_INIT_TIMEOUT_S = 120.0
 
 
 class WorkerLost(Exception):
@@ -64,13 +67,25 @@ class WorkerCluster:
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
 
+    def restart_worker(self, name: str) -> None:
+        """End a worker's process; Ray starts it anew."""
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
+
 
 class FleetCluster:
     """The launcher's view: a Ray to run on, and the controller in it."""
 
-    def __init__(self, address: str | None) -> None:
-        """Start a Ray of our own (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`."""
-        ray.init(
+    def __init__(self, address: str | None, while_waiting: Callable[[], None]) -> None:
+        """Start a Ray of our own (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`.
+
+        while_waiting: called every few milliseconds until Ray is there.
+        """
+        # Not on the main thread, where ray.init sets a handler for SIGTERM that exits in the middle of it and leaves
+        # processes behind. On a thread that lasts: the kernel ends Ray's processes with the thread that began them.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-ray")
+        starting = self._thread.submit(
+            ray.init,
             address=address or "local",
             namespace=NAMESPACE,
             include_dashboard=None if address else False,
@@ -78,7 +93,13 @@ class FleetCluster:
             logging_level="error",
             configure_logging=True,
         )
+        deadline = time.monotonic() + _INIT_TIMEOUT_S
+        while not wait([starting], timeout=0.01).done and time.monotonic() < deadline:
+            while_waiting()
+        while_waiting()
+        starting.result(timeout=0)
         self._controller: Any = None
+        self._asked: dict[str, Any] = {}  # calls of the controller without an answer yet
 
     def create_controller(self, actor: type, *args: object) -> None:
         """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already."""
@@ -100,14 +121,20 @@ class FleetCluster:
         )
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any:
-        """The controller's answer, or None when it takes longer than `timeout_s`. Raises `RuntimeError` if it died."""
-        reference = getattr(self._controller, method).remote(*args)
+        """The controller's answer, or None when it takes longer than `timeout_s`; then ask again for the same answer.
+
+        Raises `RuntimeError` when the controller died or failed.
+        """
+        reference = self._asked.pop(method, None) or getattr(self._controller, method).remote(*args)
         try:
             return ray.get(reference, timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
+            self._asked[method] = reference
             return None
         except RayActorError as error:
             raise RuntimeError(f"The controller died: {error}") from error
+        except RayError as error:
+            raise RuntimeError(f"The controller failed: {error}") from error
 
     def shutdown(self) -> None:
         """End our actors, and Ray with them if it is our own."""
@@ -115,4 +142,5 @@ class FleetCluster:
             for actor in ray.util.list_named_actors(all_namespaces=True):
                 if actor["namespace"] == NAMESPACE:
                     ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
-        ray.shutdown()
+        self._thread.submit(ray.shutdown).result()
+        self._thread.shutdown()

@@ -7,6 +7,7 @@ second.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -22,11 +23,15 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.gateway.__main__ import API_KEY_VARIABLE
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
+
+if TYPE_CHECKING:
+    from lorafleet.controller.cluster import FleetCluster
 
 _START_TIMEOUT_S = 900.0
 _GATEWAY_START_S = 60.0
@@ -57,7 +62,7 @@ class _Signals:
 
 
 def serve(config: ServeConfig) -> None:
-    """Run a fleet until a signal ends it. Raises `LoRAFleetError` when it cannot start; nothing is left running then."""
+    """Run a fleet until a signal ends it. Raises `LoRAFleetError` when it cannot start; nothing is left then."""
     signals = _Signals()
     signals.install()
     _check_port(config.host, config.port)
@@ -178,14 +183,17 @@ def _fleet(
     from lorafleet.controller.actor import ControllerActor
     from lorafleet.controller.cluster import FleetCluster
 
+    signals.check()
     try:
-        cluster = FleetCluster(config.ray_address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        # Ray's C++ half puts a handler in the place of ours that aborts the process, so ours is set again and again.
+        cluster = FleetCluster(config.ray_address, while_waiting=signals.install)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ConfigError(f"Ray could not be started or joined: {error}") from error
     try:
-        signals.install()  # ray.init puts handlers of its own in their place
+        signals.check()
         try:
-            cluster.create_controller(ControllerActor, config, node, port, token)
+            # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
+            cluster.create_controller(ControllerActor, dataclasses.replace(config, api_keys=()), node, port, token)
             yield _wait_for_fleet(cluster, signals)
         except RuntimeError as error:
             raise ConfigError(str(error)) from error

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -16,7 +15,6 @@ from lorafleet.workers.errors import ModelError
 from lorafleet.workers.text.tokenizer import TOKENIZER_FILES
 
 _CHUNK_BYTES = 1 << 20
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def read_tokenizer_files(model_dir: Path) -> dict[str, bytes]:
@@ -51,15 +49,16 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         self._changed = asyncio.Event()
 
     async def Watch(
-        self, request: controller_pb2.WatchRequest, context: Context
+        self, request: controller_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[controller_pb2.RoutingTable]:
         while True:
             changed = self._changed
-            yield self._catalogue.table()
+            if self._catalogue.is_complete:
+                yield self._catalogue.table()
             await changed.wait()
 
     async def GetFiles(
-        self, request: controller_pb2.GetFilesRequest, context: Context
+        self, request: controller_pb2.GetFilesRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[controller_pb2.FileChunk]:
         files = self._files.get(request.digest)
         if files is None:

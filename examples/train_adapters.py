@@ -182,7 +182,7 @@ def _batch(tokenizer: Any, examples: list[Example]) -> tuple[torch.Tensor, torch
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        answer_ids = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        answer_ids = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         rows.append((prompt_ids, answer_ids))
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)

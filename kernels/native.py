@@ -1,8 +1,8 @@
 """Compiles kernels/cpu/*.cpp for this machine, once, and loads them.
 
-The library is plain C++ with an `extern "C"` face, called through ctypes with data pointers: seconds to build, no torch
-headers. It is linked against torch's own OpenMP runtime, so that `torch.set_num_threads` in the calling thread governs it
-and no second pool of threads fights for the cores.
+The library is plain C++ with an `extern "C"` face, called through ctypes with data pointers: seconds to build, no
+torch headers. It is linked against torch's own OpenMP runtime, so that `torch.set_num_threads` in the calling thread
+governs it and no second pool of threads fights for the cores.
 
 Without a compiler the references run instead, after one warning. LORAFLEET_NATIVE_KERNELS=0 asks for that on purpose.
 """
@@ -26,8 +26,16 @@ import torch
 
 _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = (
-    "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
-).split()
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
 
 _P, _I64, _F32, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 # The C faces, argument by argument; each returns nothing.

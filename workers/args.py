@@ -43,7 +43,7 @@ class EngineArgs:
 
         if self.tensor_parallel_size > 1:
             raise ConfigError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}; the offline engine runs one rank in this process."
+                f"tensor_parallel_size is {self.tensor_parallel_size}; the offline engine is one rank in this process."
             )
         return EngineConfig(
             model=str(resolve_model(self.model)),

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -81,7 +81,7 @@ class LLM:
         """Generate the next message of one conversation or many, through the model's chat template."""
         if not messages:
             raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
-        conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        conversations = cast(Sequence[Messages], [messages] if isinstance(messages[0], Mapping) else messages)
         tokenizer = self.llm_engine.tokenizer
         inputs = [
             tokenizer.encode(

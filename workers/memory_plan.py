@@ -118,7 +118,8 @@ def plan_memory(
     if not memory.is_cpu and host_cache > memory.host_available_bytes:
         raise MemoryPlanError(
             f"The host adapter cache of {format_bytes(host_cache)} is more than the "
-            f"{format_bytes(memory.host_available_bytes)} of host memory available. Lower --max-cpu-loras or --lora-host-cache-bytes."
+            f"{format_bytes(memory.host_available_bytes)} of host memory available. Lower --max-cpu-loras or "
+            "--lora-host-cache-bytes."
         )
     page_bytes = spec.kv_elements_per_token(ranks) * DTYPE_BYTES[dtype] * config.block_size
     room = budget - fixed

@@ -93,8 +93,8 @@ class SamplingParams:
         """What the engine needs for one choice of a request whose prompt is known.
 
         `seed` is used when the request gave none. `eos_token_ids` are the tokenizer's, which end the output like the
-        model's own (an adapter's tokenizer may know others). Raises `ContextLengthError` when prompt and max_tokens do not fit
-        into max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
+        model's own (an adapter's tokenizer may know others). Raises `ContextLengthError` when prompt and max_tokens do
+        not fit into max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
         """
         room = max_model_len - num_prompt_tokens
         if room < 1:

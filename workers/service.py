@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import grpc
 
@@ -34,7 +33,6 @@ _FINISH = {
     FinishReason.STOP: worker_pb2.FINISH_STOP,
     FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
 }
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -68,7 +66,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Refuse new requests from now on."""
         self._draining = True
 
-    async def Session(self, requests: AsyncIterator[worker_pb2.GatewayMessage], context: Context) -> None:
+    async def Session(
+        self, requests: AsyncIterator[worker_pb2.GatewayMessage], context: grpc.aio.ServicerContext
+    ) -> None:
         hello = await self._hello(context)
         self._session_count += 1
         session = _Session(f"{self._session_count}", hello.gateway_id)
@@ -97,7 +97,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             why = "its gateway does not read" if session.overflow.is_set() else "closed"
             logger.info("session %s ends (%s), %d requests cancelled", session.name, why, len(session.streams))
 
-    async def GetReport(self, request: worker_pb2.ReportRequest, context: Context) -> worker_pb2.WorkerReport:
+    async def GetReport(
+        self, request: worker_pb2.ReportRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerReport:
         stats = self._engine.stats()
         return worker_pb2.WorkerReport(
             worker_id=self._worker_id,
@@ -116,11 +118,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             ),
         )
 
-    async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainReply:
+    async def Drain(self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DrainReply:
         self.drain()
         return worker_pb2.DrainReply(num_unfinished=self.num_unfinished)
 
-    async def _hello(self, context: Context) -> worker_pb2.Hello:
+    async def _hello(self, context: grpc.aio.ServicerContext) -> worker_pb2.Hello:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 first = await context.read()
@@ -137,7 +139,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             )
         return hello
 
-    async def _receive(self, session: _Session, context: Context) -> None:
+    async def _receive(self, session: _Session, context: grpc.aio.ServicerContext) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
             kind = message.WhichOneof("message")
             if kind == "generate":
@@ -261,7 +263,7 @@ class _Session:
         else:
             self.overflow.set()
 
-    async def send_to(self, context: Context) -> None:
+    async def send_to(self, context: grpc.aio.ServicerContext) -> None:
         while True:
             await context.write(await self._unread.get())
 

@@ -21,7 +21,7 @@ class AdapterHash:
     def add(self, layer: int, linear: str, side: str, tensor: torch.Tensor) -> None:
         head = f"{layer}\0{linear}\0{side}\0{tensor.dtype}\0{tuple(tensor.shape)}\0"
         self._hash.update(head.encode())
-        self._hash.update(tensor.contiguous().view(torch.uint8).numpy())
+        self._hash.update(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

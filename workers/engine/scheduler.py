@@ -3,9 +3,9 @@
 One quantity decides everything: {request: number of tokens this step}. A prompt, a piece of a prompt, a single decode
 token and the recomputation after a preemption are the same thing with different numbers.
 
-Order is order of arrival. One thing lets a younger request pass an older one that waits: the older one's adapter has no
-slot yet and the younger one's has. That keeps batches full, and it is bounded: after `patience` steps the passed adapter
-claims a slot, whose adapter then takes no new requests until its running ones are done (see `_admit`).
+Order is order of arrival. One thing lets a younger request pass an older one that waits: the older one's adapter has
+no slot yet and the younger one's has. That keeps batches full, and it is bounded: after `patience` steps the passed
+adapter claims a slot, whose adapter then takes no new requests until its running ones are done (see `_admit`).
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ def _windows(config: Any, architecture: str) -> tuple[int, ...]:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
-    return (window if architecture == "MistralForCausalLM" else 0,) * config.num_hidden_layers
+    every = window if architecture == "MistralForCausalLM" else 0
+    return tuple(every for _ in range(config.num_hidden_layers))
 
 
 def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """The decoder of the Llama family, driven by a `ModelSpec`: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
 
-One path for prefill, chunked prefill and decode: rows of tokens, each request's rows next to each other, keys and values
-in pages. One call per op and layer; adapters and requests are the kernels' business, never a Python loop's.
+One path for prefill, chunked prefill and decode: rows of tokens, each request's rows next to each other, keys and
+values in pages. One call per op and layer; adapters and requests are the kernels' business, never a Python loop's.
 
 T tokens of the step, H hidden, E fused q,k,v features of this rank, S sequences.
 """

@@ -8,7 +8,7 @@ import torch
 class KVCache:
     """Keys and values of all layers, [num_pages, KV heads, page size, head dim] each.
 
-    A token's keys lie at [page, :, offset]; its flat place, `slot mapping` in the kernels, is page * page_size + offset.
+    A token's keys lie at [page, :, offset]; its flat place, the kernels' `slot mapping`, is page * page_size + offset.
     The memory is not cleared: attention reads only what was written for the request that holds the page.
     """
 

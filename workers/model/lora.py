@@ -1,8 +1,8 @@
 """Adapter weights in their device slots, and how a linear adds them.
 
-Each fused linear has one `LoraLinear` with the weights of all slots. Slots are allocated at `max_lora_rank` once; what is
-computed is each adapter's own rank. Under tensor parallelism LoRA follows its layer: a column-parallel one replicates A
-and takes its rows of B, a row-parallel one takes its columns of A and replicates B (DESIGN section 5).
+Each fused linear has one `LoraLinear` with the weights of all slots. Slots are allocated at `max_lora_rank` once; what
+is computed is each adapter's own rank. Under tensor parallelism LoRA follows its layer: a column-parallel one
+replicates A and takes its rows of B, a row-parallel one takes its columns of A and replicates B.
 """
 
 from __future__ import annotations

@@ -1,0 +1,298 @@
+"""The controller without Ray: a scripted cluster, and workers that answer reports over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import grpc.aio
+import pytest
+
+from lorafleet.controller import actor as actor_module
+from lorafleet.controller.actor import ControllerActor, FleetReady
+from lorafleet.controller.cluster import WorkerLost
+from lorafleet.controller.config import ServeConfig
+from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
+from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.config import EngineConfig, LoRAModule
+from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
+
+TOKEN = "fleet-token"
+TIMEOUT_S = 10.0
+NAME = "lorafleet-worker-0"
+
+
+@dataclass(eq=False)
+class FakeWorker(worker_pb2_grpc.WorkerServicer):
+    """Answers reports. `silent` holds the answers back, as a process that hangs does."""
+
+    worker_id: str
+    state: worker_pb2.WorkerState = worker_pb2.WORKER_READY
+    num_unfinished: int = 0
+    drained: bool = False
+    answering: asyncio.Event = field(default_factory=asyncio.Event)
+    server: Any = None
+    address: str = ""
+
+    async def start(self) -> None:
+        self.answering.set()
+        self.server = create_server(TOKEN)
+        cast(Any, worker_pb2_grpc.add_WorkerServicer_to_server)(self, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        await self.server.start()
+
+    async def kill(self) -> None:
+        await self.server.stop(None)
+
+    @property
+    def ready(self) -> WorkerReady:
+        return WorkerReady(self.worker_id, 1, self.address, (), ("plan",), 128, 300, 16, 4)
+
+    async def GetReport(self, request: Any, context: Any) -> worker_pb2.WorkerReport:
+        await self.answering.wait()
+        return worker_pb2.WorkerReport(worker_id=self.worker_id, generation=1, state=self.state)
+
+    async def Drain(self, request: Any, context: Any) -> worker_pb2.DrainReply:
+        self.drained = True
+        self.num_unfinished = max(0, self.num_unfinished - 1)
+        return worker_pb2.DrainReply(num_unfinished=self.num_unfinished)
+
+
+StartWorker = Callable[..., Awaitable[FakeWorker]]
+
+
+class FakeCluster:
+    """Stands in for `WorkerCluster`. `answers` are what the workers' starts come to, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.created: list[str] = []
+        self.removed: list[str] = []
+        self.restarted: list[str] = []
+        self.answers: asyncio.Queue[WorkerReady | WorkerFailed | WorkerLost] = asyncio.Queue()
+
+    def worker_names(self) -> list[str]:
+        return self.names
+
+    def create_worker(
+        self, name: str, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
+    ) -> None:
+        assert token == TOKEN
+        if name not in self.names:
+            self.created.append(name)
+            self.names.append(name)
+
+    async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed:
+        answer = await self.answers.get()
+        if isinstance(answer, WorkerLost):
+            raise answer
+        return answer
+
+    def remove_worker(self, name: str) -> None:
+        self.removed.append(name)
+        self.names.remove(name)
+
+    def restart_worker(self, name: str) -> None:
+        self.restarted.append(name)
+
+
+class Fleet:
+    """A controller with a watcher."""
+
+    def __init__(self, controller: ControllerActor, cluster: FakeCluster, port: int) -> None:
+        self.controller = controller
+        self.cluster = cluster
+        self.port = port
+
+    async def tables(self) -> AsyncIterator[controller_pb2.RoutingTable]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=CLIENT_OPTIONS) as channel:
+            stub = cast(Any, controller_pb2_grpc.ControllerStub)(channel)
+            request = controller_pb2.WatchRequest(gateway_id="gateway")
+            async for table in stub.Watch(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S, wait_for_ready=True):
+                yield table
+
+    async def workers_become(self, *worker_ids: str) -> controller_pb2.RoutingTable:
+        """The first table with just these workers."""
+        async for table in self.tables():
+            if [worker.worker_id for worker in table.workers] == list(worker_ids):
+                return table
+        raise AssertionError("the stream ended")
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[StartWorker]:
+    """Starts workers and stops them all in the end."""
+    started: list[FakeWorker] = []
+
+    async def start_worker(worker_id: str, **fields: Any) -> FakeWorker:
+        worker = FakeWorker(worker_id, **fields)
+        started.append(worker)
+        await worker.start()
+        return worker
+
+    yield start_worker
+    for worker in started:
+        await worker.kill()
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    cluster = FakeCluster()
+    monkeypatch.setattr(actor_module, "WorkerCluster", lambda: cluster)
+    monkeypatch.setattr(actor_module, "POLL_S", 0.01)
+    monkeypatch.setattr(actor_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(actor_module, "RESTART_S", 0.01)
+    return cluster
+
+
+@pytest.fixture
+async def fleet(model_dir: Path, cluster: FakeCluster, free_port: int) -> AsyncIterator[Fleet]:
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",))
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
+    yield Fleet(controller, cluster, free_port)
+    await stop(controller)
+
+
+async def stop(controller: ControllerActor) -> None:
+    controller._run.cancel()
+    await asyncio.gather(controller._run, return_exceptions=True)
+    server = getattr(controller, "_server", None)
+    if server is not None:
+        await server.stop(None)
+
+
+async def ready(controller: ControllerActor) -> FleetReady | WorkerFailed:
+    async with asyncio.timeout(TIMEOUT_S):
+        return await controller.ready()
+
+
+async def test_a_missing_worker_is_created_and_gets_into_the_table(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    assert await ready(fleet.controller) == FleetReady((worker.ready,))
+    assert fleet.cluster.created == [NAME]
+    table = await fleet.workers_become("worker-a")
+    assert table.base.max_model_len == 128
+
+
+async def test_workers_that_run_already_are_kept_and_unwanted_ones_removed(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    cluster.names = [NAME, "lorafleet-worker-7"]
+    cluster.answers.put_nowait((await start("worker-a")).ready)
+    controller = ControllerActor(ServeConfig(EngineConfig(str(model_dir)), ("base",)), "127.0.0.1", free_port, TOKEN)
+    assert isinstance(await ready(controller), FleetReady)
+    assert (cluster.created, cluster.removed) == ([], ["lorafleet-worker-7"])
+    await stop(controller)
+
+
+async def test_a_worker_that_died_leaves_the_table_and_its_next_self_enters_it(
+    fleet: Fleet, start: StartWorker
+) -> None:
+    first = await start("worker-a")
+    fleet.cluster.answers.put_nowait(first.ready)
+    await fleet.workers_become("worker-a")
+    await first.kill()
+    await fleet.workers_become()
+    fleet.cluster.answers.put_nowait(WorkerLost("restarting"))
+    fleet.cluster.answers.put_nowait((await start("worker-b")).ready)
+    table = await fleet.workers_become("worker-b")
+    assert list(table.base.names) == ["base"]
+
+
+async def test_a_worker_that_does_not_answer_leaves_the_table_until_it_does(
+    fleet: Fleet, start: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_module, "LOST_S", 0.2)
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    worker.answering.clear()
+    await fleet.workers_become()
+    worker.answering.set()
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+
+
+async def test_another_worker_at_the_same_address_is_not_taken_for_the_old_one(
+    fleet: Fleet, start: StartWorker
+) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    worker.worker_id = "worker-b"
+    await fleet.workers_become()
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-b")
+
+
+async def test_a_worker_whose_actor_is_gone_is_created_anew(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    fleet.cluster.names.clear()
+    await worker.kill()
+    fleet.cluster.answers.put_nowait(WorkerLost("no such actor"))
+    fleet.cluster.answers.put_nowait((await start("worker-b")).ready)
+    await fleet.workers_become("worker-b")
+    assert fleet.cluster.created == [NAME, NAME]
+
+
+async def test_a_change_of_state_is_published(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    worker.state = worker_pb2.WORKER_DRAINING
+    async for table in fleet.tables():
+        if table.workers[0].state == worker_pb2.WORKER_DRAINING:
+            break
+
+
+async def test_a_worker_that_cannot_start_is_reported_with_its_reason(fleet: Fleet) -> None:
+    failed = WorkerFailed("adapter_refused", "Adapter 'sql': rank 64 is over --max-lora-rank 16.")
+    fleet.cluster.answers.put_nowait(failed)
+    assert await ready(fleet.controller) == failed
+
+
+async def test_later_on_a_worker_that_cannot_start_is_tried_until_it_can(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    await worker.kill()
+    fleet.cluster.answers.put_nowait(WorkerFailed("bad_model", "The files are away."))
+    fleet.cluster.answers.put_nowait((await start("worker-b")).ready)
+    await fleet.workers_become("worker-b")
+    assert fleet.cluster.restarted == [NAME]
+    assert isinstance(await ready(fleet.controller), FleetReady)
+
+
+async def test_a_model_without_tokenizer_fails_the_start(tmp_path: Path, cluster: FakeCluster, free_port: int) -> None:
+    controller = ControllerActor(ServeConfig(EngineConfig(str(tmp_path)), ("base",)), "127.0.0.1", free_port, TOKEN)
+    failed = await ready(controller)
+    assert isinstance(failed, WorkerFailed) and failed.code == "bad_model"
+    await stop(controller)
+
+
+async def test_draining_asks_every_worker_until_nothing_runs(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("worker-a", num_unfinished=3)
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await ready(fleet.controller)
+    await fleet.controller.drain(TIMEOUT_S)
+    assert worker.drained and worker.num_unfinished == 0

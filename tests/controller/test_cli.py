@@ -1,0 +1,179 @@
+"""The command line: what flags become, what is refused and how, and that mistakes answer at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lorafleet.controller.cli import main, make_parser, serve_config
+from lorafleet.controller.config import ServeConfig
+from lorafleet.workers.config import LoRAModule
+
+
+def config(*flags: str) -> ServeConfig:
+    return serve_config(make_parser().parse_args(["serve", "org/base", *flags]))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What is said of wrong flags, which must end with status 2 and no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "org/base", *flags])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_without_flags_the_model_is_served_under_its_own_name_to_this_machine_only() -> None:
+    defaults = config()
+    assert defaults.served_model_names == ("org/base",)
+    assert (defaults.host, defaults.port, defaults.api_keys) == ("127.0.0.1", 8000, ())
+    assert defaults.engine.lora is None
+    assert defaults.ray_address is None
+
+
+def test_engine_flags_reach_the_engine() -> None:
+    engine = config(
+        *("--dtype", "bfloat16", "--device", "cpu", "--max-model-len", "512", "--max-num-seqs", "4"),
+        *("--max-num-batched-tokens", "64", "--block-size", "32", "--gpu-memory-utilization", "0.5"),
+        *("--kv-cache-memory-bytes", "1GiB", "--tensor-parallel-size", "1", "--num-threads", "3"),
+    ).engine
+    assert (engine.dtype, engine.device, engine.max_model_len, engine.max_num_seqs) == ("bfloat16", "cpu", 512, 4)
+    assert (engine.max_num_batched_tokens, engine.block_size, engine.gpu_memory_utilization) == (64, 32, 0.5)
+    assert (engine.kv_cache_memory_bytes, engine.num_threads) == (1 << 30, 3)
+
+
+def test_lora_flags_reach_the_engine() -> None:
+    lora = config(
+        *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--max-cpu-loras", "5"),
+        *("--lora-host-cache-bytes", "500MB", "--lora-dtype", "float32"),
+    ).engine.lora
+    assert lora is not None
+    assert (lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras) == (2, 64, 5)
+    assert (lora.host_cache_bytes, lora.lora_dtype) == (500_000_000, "float32")
+
+
+def test_adapters_come_as_name_and_path_and_as_json_and_the_flag_may_be_repeated() -> None:
+    adapters = config(
+        *("--enable-lora", "--served-model-name", "base", "--lora-modules", "sql=~/sql", "eq=a=b"),
+        *("--lora-modules", '{"name": "json", "path": "org/json", "base_model_name": "base"}'),
+    ).adapters
+    assert adapters == (
+        LoRAModule("sql", "~/sql"),
+        LoRAModule("eq", "a=b"),
+        LoRAModule("json", "org/json", "base"),
+    )
+
+
+def test_api_keys_come_from_the_flag_or_else_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFLEET_API_KEY", "one,two")
+    assert config().api_keys == ("one", "two")
+    assert config("--api-key", "three").api_keys == ("three",)
+    assert "three" not in repr(config("--api-key", "three"))
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("0", 0),
+        ("1048576", 1 << 20),
+        ("4GiB", 4 << 30),
+        ("4gib", 4 << 30),
+        ("4Gi", 4 << 30),
+        ("500MB", 500_000_000),
+        ("500M", 500_000_000),
+        ("1.5GiB", 3 << 29),
+        ("2 TiB", 2 << 40),
+        ("12kB", 12_000),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text: str, num_bytes: int) -> None:
+    # A KV cache of no bytes is refused later on, by name.
+    assert make_parser().parse_args(["serve", "m", "--kv-cache-memory-bytes", text]).kv_cache_memory_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--max-lora", "4"], "--max-lora"),  # no abbreviations
+        (["--port", "eighty"], "--port"),
+        (["--port", "70000"], "--port is 70000"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--device", "tpu"], "--device"),
+        (["--max-model-len", "0"], "--max-model-len is 0"),
+        (["--max-num-seqs", "0"], "--max-num-seqs is 0"),
+        (["--max-num-seqs", "8", "--max-num-batched-tokens", "4"], "--max-num-batched-tokens is 4"),
+        (["--block-size", "17"], "--block-size is 17"),
+        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization is 1.5"),
+        (["--kv-cache-memory-bytes", "4XiB"], "'4XiB' is not a size"),
+        (["--kv-cache-memory-bytes", "-1"], "--kv-cache-memory-bytes"),
+        (["--tensor-parallel-size", "2"], "one rank per worker"),
+        (["--drain-timeout-s", "-1"], "--drain-timeout-s is -1"),
+        (["--drain-timeout-s", "nan"], "--drain-timeout-s is nan"),
+        (["--api-key", ""], "--api-key"),
+        (["--served-model-name", ""], "--served-model-name"),
+        (["--served-model-name", "a", "a"], "'a' is given twice"),
+        (["--max-loras", "4"], "--max-loras is given without --enable-lora"),
+        (["--lora-dtype", "float32"], "--lora-dtype is given without --enable-lora"),
+        (["--lora-host-cache-bytes", "1GiB"], "--lora-host-cache-bytes is given without --enable-lora"),
+        (["--lora-modules", "a=b"], "--lora-modules is given without --enable-lora"),
+        (["--enable-lora", "--max-loras", "0"], "--max-loras is 0"),
+        (["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "2"], "--max-cpu-loras is 2"),
+        (["--enable-lora", "--max-lora-rank", "1000"], "--max-lora-rank is 1000"),
+        (["--enable-lora", "--lora-modules", "a"], "'a' is not NAME=PATH"),
+        (["--enable-lora", "--lora-modules", "=b"], "'=b' is not NAME=PATH"),
+        (["--enable-lora", "--lora-modules", "a="], "'a=' is not NAME=PATH"),
+        (["--enable-lora", "--lora-modules", '{"name": "a"'], "is not valid JSON"),
+        (["--enable-lora", "--lora-modules", '{"name": "a"}'], "needs a name and a path"),
+        (["--enable-lora", "--lora-modules", '{"name": "a", "path": 1}'], "needs a name and a path"),
+        (["--enable-lora", "--lora-modules", '{"name": "a", "path": "b", "rank": 1}'], "unknown field 'rank'"),
+        (["--enable-lora", "--lora-modules", "a=b", "a=c"], "'a' is given twice"),
+        (["--enable-lora", "--lora-modules", "org/base=b"], "'org/base' is given twice"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(capsys: pytest.CaptureFixture[str], flags: list[str], named: str) -> None:
+    assert named in refusal(capsys, *flags)
+
+
+def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_ends_with_one_line(tmp_path: object) -> None:
+    result = run("serve", f"{tmp_path}/missing", "--port", "1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("lorafleet: error: ")
+    assert result.stderr.count("\n") == 1
+    assert "missing" in result.stderr
+
+
+def test_the_version_is_the_installed_one() -> None:
+    result = run("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("lorafleet 0.")
+
+
+@pytest.mark.parametrize(
+    "flags", [["serve", "--help"], ["serve", "m", "--port", "x"], ["serve", "m", "--max-loras", "1"]]
+)
+def test_help_and_mistakes_answer_without_ray_and_torch(flags: list[str]) -> None:
+    program = (
+        "import sys\nfrom lorafleet.controller.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'ray', 'torch', 'grpc', 'transformers', 'aiohttp', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from lorafleet.controller.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)

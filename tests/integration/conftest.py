@@ -1,0 +1,60 @@
+"""Servers and models that the integration tests share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from serving import ADAPTERS, REPOSITORY, Server, start
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model's directory; downloaded and converted once per machine."""
+    result = subprocess.run(
+        [sys.executable, "examples/demo_model.py"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return Path(result.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_model: Path) -> Iterator[Server]:
+    """The demo as `make demo` starts it, in float32, so that it can be compared with the reference."""
+    modules = [f"{name}=examples/adapters/{name}" for name in ADAPTERS]
+    # json is given in vLLM's JSON form.
+    modules[2] = json.dumps({"name": "json", "path": "examples/adapters/json", "base_model_name": "smollm2"})
+    server = start(
+        str(demo_model),
+        "--served-model-name",
+        "smollm2",
+        "--dtype",
+        "float32",
+        "--enable-lora",
+        "--lora-modules",
+        *modules,
+    )
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a tokenizer and one good adapter beside it (../good)."""
+    root = tmp_path_factory.mktemp("tiny")
+    model = tiny.make_model("smollm2", root / "model")
+    tiny.save_tokenizer(root / "model")
+    tiny.make_adapter(model, root / "good")
+    return root / "model"

@@ -1,0 +1,129 @@
+"""Real servers, started as a user would, on free ports, and stopped again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+ADAPTERS = ("sql", "pirate", "json")
+START_TIMEOUT_S = 180.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """One `lorafleet serve` and what it printed."""
+
+    process: subprocess.Popen[str]
+    port: int
+    lines: list[str] = field(default_factory=list)
+    reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            self.lines.extend(stream)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.output
+            if any("Ctrl-C stops" in line for line in self.lines):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"not ready in time:\n{self.output}")
+
+    def get(self, path: str, timeout_s: float = 10.0) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's series."""
+        values = [
+            float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics")[1].splitlines()
+            if line.startswith((f"{name} ", f"{name}{{"))
+        ]
+        assert values, f"no metric {name}"
+        return sum(values)
+
+    def children(self) -> set[int]:
+        """Pids of all processes below this one."""
+        parents: dict[int, list[int]] = {}
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = entry.read_text().rsplit(")", 1)[1].split()
+            except (OSError, IndexError):
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+        found: set[int] = set()
+        queue = [self.process.pid]
+        while queue:
+            for child in parents.get(queue.pop(), []):
+                found.add(child)
+                queue.append(child)
+        return found
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+        """End it as a user or an orchestrator would; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+            self.reader.join()
+
+
+def start(*arguments: str, port: int | None = None, environment: dict[str, str] | None = None) -> Server:
+    """Start `lorafleet serve`; the caller waits for it and stops it."""
+    port = port or free_port()
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "lorafleet"), "serve", *arguments, "--port", str(port)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | (environment or {}),
+        start_new_session=True,
+    )
+    return Server(process, port)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Poll until `condition()` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.1)
