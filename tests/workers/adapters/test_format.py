@@ -1,0 +1,455 @@
+"""An adapter directory is loaded exactly or refused with a reason, a path and the value at fault."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorafleet.workers.adapters import format as adapter_format
+from lorafleet.workers.adapters.format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterSpec,
+    BaseShapes,
+    load_adapter,
+    read_spec,
+)
+from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
+
+RANK = 4
+BASE = BaseShapes(num_layers=2, linears={"q_proj": (8, 8), "v_proj": (8, 4), "down_proj": (12, 8)})
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "bias": "none", "task_type": "CAUSAL_LM"}
+A = "base_model.model.model.layers.{layer}.{linear}.lora_A.weight"
+B = "base_model.model.model.layers.{layer}.{linear}.lora_B.weight"
+Q0_A, Q0_B = A.format(layer=0, linear="self_attn.q_proj"), B.format(layer=0, linear="self_attn.q_proj")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> Tensors:
+    """q_proj of both layers and down_proj of the second, random."""
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for layer, linear in ((0, "self_attn.q_proj"), (1, "self_attn.q_proj"), (1, "mlp.down_proj")):
+        num_in, num_out = BASE.linears[linear.split(".")[1]]
+        made[A.format(layer=layer, linear=linear)] = torch.randn(RANK, num_in, generator=generator).to(dtype)
+        made[B.format(layer=layer, linear=linear)] = torch.randn(num_out, RANK, generator=generator).to(dtype)
+    return made
+
+
+def write(path: Path, config: dict[str, Any] | None = None, weights: Tensors | None = None) -> Path:
+    """An adapter directory: a good one, with config fields or all weights replaced."""
+    path.mkdir(exist_ok=True)
+    (path / CONFIG_FILE).write_text(json.dumps(CONFIG | (config or {})))
+    save_file(tensors() if weights is None else weights, path / WEIGHTS_FILE)
+    return path
+
+
+def read(path: Path, max_lora_rank: int = 16) -> AdapterSpec:
+    return read_spec(path, BASE, max_lora_rank=max_lora_rank)
+
+
+def assert_refused(path: Path, reason: str, *named: str, max_lora_rank: int = 16) -> None:
+    """The refusal has this reason code, and its message the path and everything in `named`."""
+    with pytest.raises(AdapterRefusedError) as caught:
+        read(path, max_lora_rank)
+    assert caught.value.reason == reason
+    for text in (str(path), *named):
+        assert text in caught.value.message
+
+
+def pickled() -> bytes:
+    """What torch.save writes: a zip with a pickle."""
+    buffer = io.BytesIO()
+    torch.save(tensors(), buffer)
+    return buffer.getvalue()
+
+
+def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_refused(tmp_path / "absent", "missing_directory")
+    assert_refused(tmp_path / "file", "missing_directory")
+
+
+def test_a_directory_without_an_adapter_config_is_refused(tmp_path: Path) -> None:
+    assert_refused(tmp_path, "not_peft", CONFIG_FILE)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "JSON"),
+        ("[1]", "list"),
+        ("\ufeff{}", "JSON"),
+        ("[" * 100_000, "JSON"),
+    ],
+)
+def test_a_config_that_is_no_json_object_is_refused(text: str, named: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(text)
+    assert_refused(tmp_path, "bad_config", CONFIG_FILE, named)
+
+
+def test_a_config_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / CONFIG_FILE).write_bytes(b'{"r": "\xff"}')
+    assert_refused(tmp_path, "bad_config", CONFIG_FILE)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"r": 0}, "r=0"),
+        ({"r": -1}, "r=-1"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"r": True}, "r=True"),
+        ({"r": "4"}, "r='4'"),
+        ({"r": None}, "r=None"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"lora_alpha": "8"}, "lora_alpha='8'"),
+        ({"lora_alpha": True}, "lora_alpha=True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+    ],
+)
+def test_a_rank_or_alpha_that_is_no_usable_number_is_refused(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    assert_refused(write(tmp_path, change), "bad_config", CONFIG_FILE, named)
+
+
+@pytest.mark.parametrize("peft_type", ["IA3", "LOHA", "lora", None])
+def test_another_peft_method_is_refused(peft_type: str | None, tmp_path: Path) -> None:
+    assert_refused(write(tmp_path, {"peft_type": peft_type}), "unsupported_peft_type", CONFIG_FILE, repr(peft_type))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"trainable_token_indices": [3]},
+        {"alora_invocation_tokens": [3, 4]},
+        {"fan_in_fan_out": True},
+        {"lora_bias": True},
+        {"layer_replication": [[0, 2]]},
+        {"target_parameters": ["experts"]},
+        {"megatron_config": {"a": 1}},
+        {"use_qalora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "PiSSA_niter_16"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "lora_ga"},
+        {"a_field_of_tomorrow": 1},
+    ],
+    ids=str,
+)
+def test_a_config_that_asks_for_more_than_is_applied_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    (name, value), *_ = change.items()
+    assert_refused(write(tmp_path, change), "unsupported_feature", CONFIG_FILE, name, repr(value))
+
+
+def test_a_rank_over_the_limit_is_refused_with_the_flag_that_lets_it_in(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert_refused(tmp_path, "rank_too_large", "rank 4", "limit is 3", "--max-lora-rank 4.", max_lora_rank=3)
+    assert read(tmp_path, max_lora_rank=4).lora_rank == RANK
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    assert_refused(tmp_path, "missing_weights", WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_a_pickle_instead_of_safetensors_is_refused_unread(name: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).rename(tmp_path / name)
+    assert_refused(tmp_path, "pickle", name)
+
+
+@pytest.mark.parametrize("content", [pickled(), b"\x80\x04\x95" + bytes(100)], ids=["zip", "bare"])
+def test_a_pickle_under_the_name_of_safetensors_is_refused_unread(content: bytes, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(content)
+    assert_refused(tmp_path, "pickle", WEIGHTS_FILE)
+
+
+def huge_header(content: bytes) -> bytes:
+    return struct.pack("<Q", 1 << 62) + content[8:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"garbage" * 100,
+        lambda content: content[:-1],
+        lambda content: content[:20],
+        lambda content: content + b"\0",
+        huge_header,
+    ],
+    ids=["empty", "garbage", "truncated data", "truncated header", "a byte too many", "huge header"],
+)
+def test_a_broken_weights_file_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    file = write(tmp_path) / WEIGHTS_FILE
+    file.write_bytes(damage(file.read_bytes()))
+    assert_refused(tmp_path, "bad_safetensors", WEIGHTS_FILE)
+
+
+def test_an_unreadable_weights_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+
+    def deny(*args: object, **kwargs: object) -> None:
+        (tmp_path / WEIGHTS_FILE).unlink(missing_ok=True)  # gone between the check and the read
+        raise PermissionError("not allowed")
+
+    monkeypatch.setattr(adapter_format, "safe_open", deny)
+    assert_refused(tmp_path, "bad_safetensors", WEIGHTS_FILE, "not allowed")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.lm_head.lora_A.weight",
+        "base_model.model.lm_head.weight",
+        "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight",
+        "base_model.model.model.layers.0.mlp.experts.0.down_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.bias",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.weight",
+        "base_model.model.model.layers.-1.self_attn.q_proj.lora_A.weight",
+        "vision.model.layers.0.self_attn.q_proj.lora_A.weight",
+    ],
+)
+def test_a_tensor_that_is_not_lora_on_a_served_linear_is_refused(name: str, tmp_path: Path) -> None:
+    write(tmp_path, weights=tensors() | {name: torch.zeros(RANK, 8)})
+    assert_refused(tmp_path, "unsupported_target", WEIGHTS_FILE, name, "q_proj, v_proj, down_proj")
+
+
+def test_added_embeddings_beside_the_weights_are_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "new_embeddings.safetensors").touch()
+    assert_refused(tmp_path, "unsupported_feature", "new_embeddings.safetensors")
+
+
+def test_a_layer_that_the_base_model_lacks_is_refused(tmp_path: Path) -> None:
+    name = A.format(layer=2, linear="self_attn.q_proj")
+    write(tmp_path, weights=tensors() | {name: torch.zeros(RANK, 8)})
+    assert_refused(tmp_path, "unknown_layer", WEIGHTS_FILE, name, "2 layers")
+
+
+@pytest.mark.parametrize(("gone", "named"), [(Q0_A, "lora_B of layer 0 q_proj"), (Q0_B, "lora_A of layer 0 q_proj")])
+def test_half_a_pair_is_refused(gone: str, named: str, tmp_path: Path) -> None:
+    weights = tensors()
+    del weights[gone]
+    assert_refused(write(tmp_path, weights=weights), "missing_pair", WEIGHTS_FILE, named)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        (Q0_A, (2, 8), "rank_mismatch"),
+        (Q0_B, (8, 2), "rank_mismatch"),
+        (Q0_A, (RANK, 9), "wrong_shape"),
+        (Q0_B, (9, RANK), "wrong_shape"),
+        (Q0_A, (8, RANK), "wrong_shape"),
+        (Q0_A, (RANK * 8,), "wrong_shape"),
+        (Q0_A, (RANK, 8, 1), "wrong_shape"),
+        (Q0_A, (), "wrong_shape"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused(name: str, shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:
+    write(tmp_path, weights=tensors() | {name: torch.zeros(shape)})
+    assert_refused(tmp_path, reason, WEIGHTS_FILE, name, str(list(shape)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+    weights = tensors()
+    weights[B.format(layer=1, linear="mlp.down_proj")][3, 1] = value
+    assert_refused(
+        write(tmp_path, weights=weights), "non_finite", WEIGHTS_FILE, "NaN or infinite", "lora_B of layer 1 down_proj"
+    )
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    assert_refused(write(tmp_path, weights={}), "no_weights", WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_that_is_not_read_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = tensors() | {Q0_A: torch.zeros(RANK, 8).to(dtype)}
+    assert_refused(write(tmp_path, weights=weights), "unsupported_dtype", WEIGHTS_FILE, Q0_A, str(dtype))
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
+    twin = Q0_A.replace("lora_A.weight", "lora_A.default.weight")
+    write(tmp_path, weights=tensors() | {twin: torch.zeros(RANK, 8)})
+    assert_refused(tmp_path, "bad_safetensors", WEIGHTS_FILE, Q0_A, twin)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace(".weight", ".default.weight"),
+        lambda name: name.replace(".weight", ".my-adapter.weight"),
+        lambda name: name.removeprefix("base_model.model."),
+    ],
+    ids=["default", "named", "no prefix"],
+)
+def test_every_key_style_of_peft_is_the_same_adapter(rename: Callable[[str], str], tmp_path: Path) -> None:
+    plain = read(write(tmp_path / "plain"))
+    renamed = write(tmp_path / "renamed", weights={rename(name): value for name, value in tensors().items()})
+    spec = read(renamed)
+    assert spec == replace(plain, path=renamed)
+    ours, theirs = (load_adapter(one, BASE, torch.float32).weights for one in (plain, spec))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        for mine, other in zip(ours[key], theirs[key], strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_model_name_or_path": "org/base"},
+        {"lora_dropout": 0.5},
+        {"target_modules": ["q_proj"]},
+        {"inference_mode": True},
+        {"init_lora_weights": "gaussian"},
+        {"use_dora": False, "rank_pattern": {}, "modules_to_save": None, "a_field_of_tomorrow": None},
+        {"use_rslora": False},
+        {"lora_alpha": 8.0},
+    ],
+    ids=str,
+)
+def test_a_config_field_that_changes_nothing_does_not_change_the_digest(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    assert read(write(tmp_path / "changed", change)).digest == read(write(tmp_path / "plain")).digest
+
+
+def test_the_order_of_tensors_in_the_file_does_not_change_the_digest(tmp_path: Path) -> None:
+    plain = read(write(tmp_path / "plain"))
+    weights = tensors()
+    header: dict[str, Any] = {}
+    data = b""
+    for name in reversed(weights):
+        raw = weights[name].numpy().tobytes()
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": offsets}
+        data += raw
+    encoded = json.dumps(header).encode()
+    backwards = write(tmp_path / "backwards")
+    (backwards / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    assert read(backwards).digest == plain.digest
+
+
+def flip_a_bit(weights: Tensors) -> None:
+    weights[Q0_B].view(torch.int32)[0, 0] ^= 1
+
+
+def swap_layers(weights: Tensors) -> None:
+    other = A.format(layer=1, linear="self_attn.q_proj")
+    weights[Q0_A], weights[other] = weights[other], weights[Q0_A]
+
+
+def halve(weights: Tensors) -> None:
+    for name in weights:
+        weights[name] = weights[name].half()
+
+
+@pytest.mark.parametrize("change", [flip_a_bit, swap_layers, halve])
+def test_a_change_of_the_weights_changes_the_digest(change: Callable[[Tensors], None], tmp_path: Path) -> None:
+    weights = tensors()
+    change(weights)
+    assert read(write(tmp_path / "changed", weights=weights)).digest != read(write(tmp_path / "plain")).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "scaling"),
+    [({}, 2.0), ({"lora_alpha": 9}, 2.25), ({"use_rslora": True}, 4.0), ({"lora_alpha": 0}, 0.0)],
+    ids=str,
+)
+def test_alpha_and_rslora_say_the_scaling_and_change_the_digest(
+    change: dict[str, Any], scaling: float, tmp_path: Path
+) -> None:
+    spec = read(write(tmp_path / "changed", change))
+    assert spec.scaling == scaling
+    assert (spec.digest == read(write(tmp_path / "plain")).digest) is (not change)
+
+
+def test_a_spec_says_what_an_adapter_takes(tmp_path: Path) -> None:
+    spec = read(write(tmp_path, {"base_model_name_or_path": "org/base"}))
+    assert (spec.path, spec.lora_rank, spec.base_model_name) == (tmp_path, RANK, "org/base")
+    assert spec.num_elements == sum(tensor.numel() for tensor in tensors().values())
+    assert load_adapter(spec, BASE, torch.bfloat16).num_bytes == 2 * spec.num_elements
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_loaded_weights_are_the_files_in_memory_of_their_own(stored: torch.dtype, tmp_path: Path) -> None:
+    file = write(tmp_path, weights=tensors(stored)) / WEIGHTS_FILE
+    adapter = load_adapter(read(tmp_path), BASE, torch.float32)
+    expected = {name: tensor.to(torch.float32, copy=True) for name, tensor in load_file(file).items()}
+    with file.open("r+b") as opened:  # in place: a memory map would see it
+        opened.write(b"\xff" * file.stat().st_size)
+    assert adapter.scaling == 2.0
+    assert set(adapter.weights) == {(0, "q_proj"), (1, "q_proj"), (1, "down_proj")}
+    for (layer, linear), (a, b) in adapter.weights.items():
+        path = f"mlp.{linear}" if linear == "down_proj" else f"self_attn.{linear}"
+        torch.testing.assert_close(a, expected[A.format(layer=layer, linear=path)], rtol=0, atol=0)
+        torch.testing.assert_close(b, expected[B.format(layer=layer, linear=path)], rtol=0, atol=0)
+
+
+def remove(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+def change_weights(path: Path) -> None:
+    weights = tensors()
+    flip_a_bit(weights)
+    save_file(weights, path / WEIGHTS_FILE)
+
+
+def truncate(path: Path) -> None:
+    (path / WEIGHTS_FILE).write_bytes((path / WEIGHTS_FILE).read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("change", [remove, change_weights, truncate])
+def test_an_adapter_that_changed_since_it_was_verified_is_unavailable(
+    change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    spec = read(write(tmp_path / "adapter"))
+    change(spec.path)
+    with pytest.raises(AdapterUnavailableError, match=str(spec.path)):
+        load_adapter(spec, BASE, torch.float32)
+
+
+def test_values_that_overflow_in_float16_are_refused_with_the_flag_that_helps(tmp_path: Path) -> None:
+    weights = tensors()
+    weights[Q0_B][1, 1] = 70_000.0
+    spec = read(write(tmp_path, weights=weights))
+    with pytest.raises(AdapterRefusedError, match=r"float16 in lora_B of layer 0 q_proj.*--lora-dtype bfloat16") as info:
+        load_adapter(spec, BASE, torch.float16)
+    assert info.value.reason == "non_finite"
+    assert load_adapter(spec, BASE, torch.bfloat16).weights[0, "q_proj"][1][1, 1] > 6e4
