@@ -40,6 +40,8 @@ class WorkerCluster:
         self, name: str, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
     ) -> None:
         """Ask for a worker; it starts in the background. Does nothing if it exists."""
+        # Where there is no GPU the worker starts without and says so; asking Ray for one would wait for ever.
+        on_gpu = config.device == "cuda" and ray.cluster_resources().get("GPU", 0) >= 1
         ray.remote(WorkerActor).options(
             name=name,
             namespace=NAMESPACE,
@@ -48,8 +50,8 @@ class WorkerCluster:
             max_restarts=-1,
             # A method may have had its effect when the actor died, so none is ever repeated by Ray.
             max_task_retries=0,
-            num_cpus=0 if config.device == "cuda" else 1,
-            num_gpus=1 if config.device == "cuda" else 0,
+            num_cpus=0 if on_gpu else 1,
+            num_gpus=1 if on_gpu else 0,
         ).remote(config, tuple(adapters), host, token, log_level)
 
     async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed:
@@ -83,6 +85,7 @@ class FleetCluster:
         """
         # Not on the main thread, where ray.init sets a handler for SIGTERM that exits in the middle of it and leaves
         # processes behind. On a thread that lasts: the kernel ends Ray's processes with the thread that began them.
+        self._is_own = address is None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-ray")
         starting = self._thread.submit(
             ray.init,
@@ -138,9 +141,10 @@ class FleetCluster:
 
     def shutdown(self) -> None:
         """End our actors, and Ray with them if it is our own."""
-        with contextlib.suppress(RayError, ValueError):
-            for actor in ray.util.list_named_actors(all_namespaces=True):
-                if actor["namespace"] == NAMESPACE:
-                    ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
+        if not self._is_own:  # our own Ray takes its actors with it, and asking it would hang if it has died before us
+            with contextlib.suppress(RayError, ValueError):
+                for actor in ray.util.list_named_actors(all_namespaces=True):
+                    if actor["namespace"] == NAMESPACE:
+                        ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
         self._thread.submit(ray.shutdown).result()
         self._thread.shutdown()

@@ -220,12 +220,13 @@ def _as_startup_error(failed: WorkerFailed) -> LoRAFleetError:
 
 def _wait_for_gateway(config: ServeConfig, gateway: subprocess.Popen[bytes], signals: _Signals) -> None:
     deadline = time.monotonic() + _GATEWAY_START_S
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # $http_proxy is not for our own gateway
     while time.monotonic() < deadline:
         signals.check()
         if gateway.poll() is not None:
             raise ConfigError(f"The gateway ended with exit code {gateway.returncode}; see its log above.")
         with contextlib.suppress(urllib.error.URLError, OSError):
-            urllib.request.urlopen(f"{_url(config)}/ready", timeout=2).close()
+            opener.open(f"{_url(config)}/ready", timeout=2).close()
             return
         signals.event.wait(0.1)
     raise ConfigError(f"The gateway was not ready within {_GATEWAY_START_S:g} s.")

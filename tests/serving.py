@@ -26,18 +26,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     """One `lorafleet serve` and what it printed."""
 
     process: subprocess.Popen[str]
     port: int
     lines: list[str] = field(default_factory=list)
-    reader: threading.Thread = field(init=False)
+    _seen: set[tuple[int, str | None]] = field(default_factory=set)  # (pid, when it started)
 
     def __post_init__(self) -> None:
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -93,7 +94,17 @@ class Server:
             for child in parents.get(queue.pop(), []):
                 found.add(child)
                 queue.append(child)
+        self._seen |= {(pid, _started(pid)) for pid in found}
         return found
+
+    def survivors(self) -> set[int]:
+        """Of all processes ever seen below this one, those that still run."""
+        return {pid for pid, started in self._seen if started is not None and _started(pid) == started}
+
+    def _watch(self) -> None:
+        while self.process.poll() is None:
+            self.children()
+            time.sleep(0.2)
 
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
         """End it as a user or an orchestrator would; its exit code."""
@@ -103,7 +114,17 @@ class Server:
             return self.process.wait(timeout_s)
         finally:
             self.process.kill()
-            self.reader.join()
+            for thread in self._threads:
+                thread.join()
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in clock ticks; None when there is none, or only its remains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def start(*arguments: str, port: int | None = None, environment: dict[str, str] | None = None) -> Server:

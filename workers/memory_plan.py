@@ -124,7 +124,15 @@ def plan_memory(
     page_bytes = spec.kv_elements_per_token(ranks) * DTYPE_BYTES[dtype] * config.block_size
     room = budget - fixed
     pages_of_one = -(-max_model_len // config.block_size)
+    needed = pages_of_one * page_bytes
     kv_bytes = config.kv_cache_memory_bytes
+    if needed > room:
+        raise MemoryPlanError(
+            f"--max-model-len {max_model_len} needs {format_bytes(needed)} of KV cache for one sequence; "
+            f"{format_bytes(room)} is left beside weights, workspace and adapters. "
+            + _shorter(room // page_bytes * config.block_size)
+            + "lower --max-loras, --max-lora-rank, --max-cpu-loras or --max-num-batched-tokens."
+        )
     if kv_bytes is not None and kv_bytes > room:
         raise MemoryPlanError(
             f"--kv-cache-memory-bytes is {format_bytes(kv_bytes)}; {format_bytes(room)} is left beside weights, "
@@ -138,10 +146,10 @@ def plan_memory(
     num_pages = kv_bytes // page_bytes
     if num_pages < pages_of_one:
         raise MemoryPlanError(
-            f"--max-model-len {max_model_len} needs {format_bytes(pages_of_one * page_bytes)} of KV cache for one "
-            f"sequence; there are {format_bytes(kv_bytes)}, which hold {num_pages * config.block_size} tokens. Lower "
-            f"--max-model-len to {num_pages * config.block_size}, or raise --kv-cache-memory-bytes to "
-            f"{pages_of_one * page_bytes}."
+            f"--max-model-len {max_model_len} needs {format_bytes(needed)} of KV cache for one sequence; "
+            f"--kv-cache-memory-bytes is {format_bytes(kv_bytes)}. "
+            + _shorter(num_pages * config.block_size)
+            + f"raise --kv-cache-memory-bytes to {needed}."
         )
     return MemoryPlan(
         budget_bytes=budget,
@@ -162,6 +170,11 @@ def plan_memory(
     )
 
 
+def _shorter(num_tokens: int) -> str:
+    """The first half of the advice, where the cache holds a token at all."""
+    return f"Lower --max-model-len to {num_tokens}, or " if num_tokens else "It holds no page: "
+
+
 def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
     if config.max_model_len is None:
         return spec.max_position
@@ -177,5 +190,6 @@ def format_bytes(size: int) -> str:
     """'1.5 GiB', '3 MiB'."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
-            return f"{size / scale:.3g} {unit}"
+            number = size / scale
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
     return f"{size} B"

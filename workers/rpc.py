@@ -23,6 +23,8 @@ _SERVER_OPTIONS = (
     ("grpc.http2.max_ping_strikes", 0),
 )
 CLIENT_OPTIONS = (
+    # Else $http_proxy counts for calls within the fleet, those to 127.0.0.1 included.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 2000),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ _APPLIED = frozenset(["peft_type", "r", "lora_alpha", "use_rslora", "init_lora_w
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _TENSOR = re.compile(
-    r"(?:base_model\.model\.)?model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>\w+)"
+    r"(?:base_model\.model\.)?model\.layers\.(?P<layer>[0-9]+)\."
+    r"(?:self_attn\.(?=[qkvo]_proj\.)|mlp\.(?=(?:gate|up|down)_proj\.))(?P<linear>\w+)"
     r"\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight"
 )
 
@@ -167,7 +169,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise _refused(path, f"has no {CONFIG_FILE}: not a PEFT adapter.", "not_peft")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _refused(config_path, f"cannot be read as JSON: {error}.", "bad_config") from error
     if not isinstance(config, dict):
         raise _refused(config_path, f"holds {type(config).__name__}, not a JSON object.", "bad_config")
@@ -194,9 +196,9 @@ def _scaling(path: Path, config: Mapping[str, Any]) -> float:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise _refused(path / CONFIG_FILE, f"has r={rank!r}; it must be a positive integer.", "bad_config")
-    if type(alpha) not in (int, float):
-        raise _refused(path / CONFIG_FILE, f"has lora_alpha={alpha!r}; it must be a number.", "bad_config")
-    assert isinstance(alpha, int | float)
+    # JSON as Python reads it has NaN, Infinity and integers beyond any float.
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+        raise _refused(path / CONFIG_FILE, f"has lora_alpha={alpha!r}; it must be a finite number.", "bad_config")
     # rsLoRA: Kalajdzievski 2023.
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
@@ -234,11 +236,19 @@ def _read_tensors(path: Path, base: BaseShapes, lora_rank: int) -> Iterator[tupl
                     )
                 yield layer, linear, side, tensor
     except (SafetensorError, OSError) as error:
-        with weights_path.open("rb") as file:
-            head = file.read(4)
-        if head[:2] == b"PK" or head[:1] == b"\x80":
+        if _is_pickle(weights_path):
             raise _refused(weights_path, "is a pickle under another name, which is never read.", "pickle") from error
         raise _refused(weights_path, f"cannot be read as safetensors: {error}.", "bad_safetensors") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """By its first bytes: torch's zip, or a bare pickle. False for what cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2)
+    except OSError:
+        return False
+    return head == b"PK" or head[:1] == b"\x80"
 
 
 def _names(weights_path: Path, names: list[str], base: BaseShapes) -> list[tuple[tuple[int, str, str], str]]:

@@ -12,8 +12,8 @@ _FILES = ("adapter_config.json", "*.safetensors", "tokenizer*", "special_tokens_
 
 def resolve_adapter(path_or_id: str) -> Path:
     """The local directory of an adapter; downloads a hub id. Raises `AdapterRefusedError`."""
-    path = Path(path_or_id).expanduser()
     try:
+        path = Path(path_or_id).expanduser()
         if path.is_dir():
             return hub.cached_snapshot(path) if hub.is_cache_folder(path) else path.resolve()
         if path.exists():
@@ -22,6 +22,8 @@ def resolve_adapter(path_or_id: str) -> Path:
             return hub.download(path_or_id, _FILES)
     except hub.HubError as error:
         raise AdapterRefusedError(str(error), reason="not_found") from error
+    except (OSError, RuntimeError) as error:  # not allowed, too long, or the home of nobody
+        raise AdapterRefusedError(f"{path_or_id} cannot be looked up: {error}", reason="missing_directory") from error
     raise AdapterRefusedError(
         f"{path} does not exist. Give an adapter's directory or a Hugging Face id (org/name).",
         reason="missing_directory",

@@ -21,6 +21,7 @@ from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFle
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _NUM_READERS = 4
+_CLOSED = "The adapter store is closed."
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class AdapterStore:
         self._queue: OrderedDict[str, _Entry] = OrderedDict()  # fetches that wait for room, oldest first
         self._failures: dict[str, _Failure] = {}
         self._bytes = 0
+        self._closed = False
         self._hits = self._loads = self._num_failures = self._evictions = 0
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="lorafleet-adapter")
 
@@ -105,6 +107,8 @@ class AdapterStore:
         doubling to 30 s) the same error is given again without another look at the disk.
         """
         with self._lock:
+            if self._closed:
+                return _failed(InternalError(_CLOSED))
             entry = self._entries.get(digest) or self._queue.get(digest)
             if entry is not None:
                 entry.holders += 1
@@ -114,9 +118,7 @@ class AdapterStore:
                 return entry.future
             failure = self._failures.get(digest)
             if failure is not None and self._clock() < failure.retry_at:
-                failed: Future[HostAdapter] = Future()
-                failed.set_exception(failure.error)
-                return failed
+                return _failed(failure.error)
             entry = _Entry(Future(), self._size(self._specs[digest]), holders=1)
             self._queue[digest] = entry
             self._admit()
@@ -146,12 +148,13 @@ class AdapterStore:
             )
 
     def close(self) -> None:
-        """Let running reads end, stop the reader threads; fetches that wait for room fail."""
+        """Let running reads end, stop the reader threads; fetches that wait for room, or come later, fail."""
         with self._lock:
+            self._closed = True
             waiting = [entry.future for entry in self._queue.values()]
             self._queue.clear()
         for future in waiting:
-            future.set_exception(InternalError("The adapter store is closed."))
+            future.set_exception(InternalError(_CLOSED))
         self._readers.shutdown(wait=True)
 
     def check_integrity(self) -> None:
@@ -212,3 +215,9 @@ class AdapterStore:
             self._failures.pop(digest, None)
             self._loads += 1
         entry.future.set_result(adapter)
+
+
+def _failed(error: LoRAFleetError) -> Future[HostAdapter]:
+    future: Future[HostAdapter] = Future()
+    future.set_exception(error)
+    return future

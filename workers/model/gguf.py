@@ -46,8 +46,11 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Tables that the config's RoPE parameters already say.
-_IGNORED = frozenset({"rope_freqs.weight"})
+_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})  # of Qwen2; the other architectures' configs have none
+# What each rotary frequency is divided by: not a weight, but the only place where GGUF keeps Llama 3's RoPE scaling.
+_ROPE_FACTORS = "rope_freqs.weight"
+# Those of Llama 3.1 and later; the factor differs and is read off the table.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def cached_gguf(path: Path, progress: Progress | None = None) -> Path:
@@ -74,17 +77,21 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
 
     try:
         reader = GGUFReader(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, IndexError, KeyError) as error:  # the reader trusts what it reads
         raise ModelError(f"{path} cannot be read as GGUF: {error}") from error
     field = reader.get_field("general.architecture")
     architecture = None if field is None else field.contents()
     if architecture not in _ARCHITECTURES:
         raise ModelError(f"{path} has the GGUF architecture {architecture!r}; served are {', '.join(_ARCHITECTURES)}.")
+    scaling = reader.get_field(f"{architecture}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        raise ModelError(f"{path} has the RoPE scaling {scaling.contents()!r}, which is not read from GGUF (yet).")
+    names = {tensor.name: _name(tensor.name, architecture) for tensor in _weights(reader)}
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
         config = _write_config_and_tokenizer(path, work_dir, _ARCHITECTURES[architecture], reader)
-        _write_tensors(reader, work_dir / "model.safetensors", config, architecture == "llama", progress)
+        _write_tensors(reader, names, work_dir / "model.safetensors", config, architecture == "llama", progress)
         try:
             work_dir.replace(out_dir)
         except OSError:
@@ -105,6 +112,9 @@ def _write_config_and_tokenizer(path: Path, work_dir: Path, architecture: str, r
     key_length = reader.get_field(f"{reader.get_field('general.architecture').contents()}.attention.key_length")
     if key_length is not None:
         config.head_dim = int(key_length.contents())
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS), None)
+    if factors is not None:
+        _set_rope_factors(config, np.asarray(factors, dtype=np.float32))
     config.save_pretrained(work_dir)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.save_pretrained(work_dir)
@@ -118,11 +128,30 @@ def _write_config_and_tokenizer(path: Path, work_dir: Path, architecture: str, r
     return config
 
 
-def _write_tensors(reader: Any, out_path: Path, config: Any, permuted: bool, progress: Progress | None) -> None:
+def _set_rope_factors(config: Any, factors: np.ndarray) -> None:
+    """Put the RoPE scaling that a table of factors stands for into `config`. Raises `ModelError` for an unknown one."""
+    if np.all(factors == 1.0):
+        return
+    parameters = dict(config.rope_parameters) | _LLAMA3_ROPE | {"rope_type": "llama3", "factor": float(factors.max())}
+    factor, low, high = parameters["factor"], parameters["low_freq_factor"], parameters["high_freq_factor"]
+    wavelengths = 2 * np.pi * parameters["rope_theta"] ** (np.arange(len(factors)) / len(factors))
+    smooth = np.clip((parameters["original_max_position_embeddings"] / wavelengths - low) / (high - low), 0.0, 1.0)
+    if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        raise ModelError(f"The GGUF file has a table {_ROPE_FACTORS} that is not Llama 3's; it is not served.")
+    config.rope_parameters = parameters
+
+
+def _weights(reader: Any) -> list[Any]:
+    return [tensor for tensor in reader.tensors if tensor.name != _ROPE_FACTORS]
+
+
+def _write_tensors(
+    reader: Any, names: dict[str, str], out_path: Path, config: Any, permuted: bool, progress: Progress | None
+) -> None:
     """One safetensors file, header first, then each tensor as it is converted."""
     from gguf import dequantize
 
-    tensors = [(tensor, _name(tensor.name)) for tensor in reader.tensors if tensor.name not in _IGNORED]
+    tensors = [(tensor, names[tensor.name]) for tensor in _weights(reader)]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor, name in tensors:
@@ -136,7 +165,10 @@ def _write_tensors(reader: Any, out_path: Path, config: Any, permuted: bool, pro
     with out_path.open("wb") as out:
         out.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor, name in tensors:
-            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            try:
+                values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            except NotImplementedError as error:
+                raise ModelError(f"The GGUF file has {tensor.name} in {tensor.tensor_type.name}: {error}") from error
             values = values.reshape(header[name]["shape"])
             if permuted and name.endswith(("q_proj.weight", "k_proj.weight")):
                 heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
@@ -149,12 +181,13 @@ def _write_tensors(reader: Any, out_path: Path, config: Any, permuted: bool, pro
         os.fsync(out.fileno())
 
 
-def _name(gguf_name: str) -> str:
+def _name(gguf_name: str, architecture: str) -> str:
     """The transformers name of a GGUF tensor."""
     if gguf_name in _GLOBAL_NAMES:
         return _GLOBAL_NAMES[gguf_name]
     parts = gguf_name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
+    known = len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES
+    if known and (parts[3] == "weight" or (parts[3] == "bias" and architecture == "qwen2" and parts[2] in _BIASES)):
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
     raise ModelError(f"The GGUF file has the tensor {gguf_name}, which this decoder does not know.")
 

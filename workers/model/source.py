@@ -16,8 +16,8 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
 
     Raises `ModelError`.
     """
-    path = Path(model).expanduser()
     try:
+        path = Path(model).expanduser()
         if path.is_dir():
             return hub.cached_snapshot(path) if hub.is_cache_folder(path) else path.resolve()
         if path.is_file() and path.suffix.lower() == ".gguf":
@@ -28,4 +28,6 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
             return hub.download(model, _FILES)
     except hub.HubError as error:
         raise ModelError(str(error)) from error
+    except RuntimeError as error:  # the home of nobody
+        raise ModelError(f"{model} cannot be looked up: {error}") from error
     raise ModelError(f"{path} does not exist. Give a model directory, a .gguf file or a Hugging Face id (org/name).")

@@ -232,6 +232,7 @@ def test_an_unreadable_weights_file_is_refused(tmp_path: Path, monkeypatch: pyte
         "base_model.model.lm_head.weight",
         "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.experts.0.down_proj.lora_A.weight",
+        "base_model.model.model.layers.0.mlp.q_proj.lora_A.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.bias",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.weight",
@@ -341,9 +342,7 @@ def test_every_key_style_of_peft_is_the_same_adapter(rename: Callable[[str], str
     ],
     ids=str,
 )
-def test_a_config_field_that_changes_nothing_does_not_change_the_digest(
-    change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_config_field_that_changes_nothing_does_not_change_the_digest(change: dict[str, Any], tmp_path: Path) -> None:
     assert read(write(tmp_path / "changed", change)).digest == read(write(tmp_path / "plain")).digest
 
 
@@ -449,7 +448,9 @@ def test_values_that_overflow_in_float16_are_refused_with_the_flag_that_helps(tm
     weights = tensors()
     weights[Q0_B][1, 1] = 70_000.0
     spec = read(write(tmp_path, weights=weights))
-    with pytest.raises(AdapterRefusedError, match=r"float16 in lora_B of layer 0 q_proj.*--lora-dtype bfloat16") as info:
+    with pytest.raises(
+        AdapterRefusedError, match=r"float16 in lora_B of layer 0 q_proj.*--lora-dtype bfloat16"
+    ) as info:
         load_adapter(spec, BASE, torch.float16)
     assert info.value.reason == "non_finite"
     assert load_adapter(spec, BASE, torch.bfloat16).weights[0, "q_proj"][1][1, 1] > 6e4

@@ -69,7 +69,9 @@ def test_a_hub_id_is_asked_of_the_hub(asked: list[str]) -> None:
     assert asked == ["org/there", "org/missing"]
 
 
-@pytest.mark.parametrize("model", ["./org/name", "/org/name", "~/name", "../name", "a/b/c", "name", "", "org/"])
+@pytest.mark.parametrize(
+    "model", ["./org/name", "/org/name", "~/name", "../name", "a/b/c", "name", "", "org/", "~no-such-user/name"]
+)
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(model: str, asked: list[str], tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         resolve_model(model or str(tmp_path / "missing"))

@@ -1,0 +1,105 @@
+"""Where an adapter comes from, without a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lorafleet.workers import hub
+from lorafleet.workers.adapters.sources import resolve_adapter
+from lorafleet.workers.errors import AdapterRefusedError
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of the hub, which has nothing but `org/there`."""
+    ids: list[str] = []
+
+    def download(hub_id: str, patterns: tuple[str, ...]) -> Path:
+        ids.append(hub_id)
+        assert {"adapter_config.json", "*.safetensors"} <= set(patterns)
+        assert not any("bin" in pattern or pattern == "*" for pattern in patterns), "a pickle would be downloaded"
+        if hub_id == "org/there":
+            return Path("/cache/there")
+        raise hub.HubError(f"{hub_id} is not on the hub.")
+
+    monkeypatch.setattr(hub, "download", download)
+    return ids
+
+
+def refusal(path_or_id: str) -> AdapterRefusedError:
+    with pytest.raises(AdapterRefusedError) as caught:
+        resolve_adapter(path_or_id)
+    return caught.value
+
+
+def cache_folder(root: Path, *commits: str) -> Path:
+    """A hub cache folder whose snapshots were made in this order."""
+    folder = root / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "snapshots").mkdir()
+    for i, commit in enumerate(commits):
+        (folder / "snapshots" / commit).mkdir()
+        os.utime(folder / "snapshots" / commit, (1000 + i, 1000 + i))
+    return folder
+
+
+def test_a_directory_is_itself_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    (tmp_path / "org" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("org/adapter", "./org/adapter", "~/org/adapter", f"{tmp_path}/org/adapter"):
+        assert resolve_adapter(path) == tmp_path / "org" / "adapter"
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("main", "chosen"),
+    [("old\n", "old"), ("new", "new"), ("gone", "new"), (None, "new")],
+    ids=["the older", "the newer", "not there", "no main"],
+)
+def test_a_cache_folder_stands_for_the_snapshot_of_main_else_the_newest(
+    main: str | None, chosen: str, tmp_path: Path
+) -> None:
+    folder = cache_folder(tmp_path, "old", "new")
+    if main is not None:
+        (folder / "refs" / "main").write_text(main)
+    assert resolve_adapter(str(folder)) == folder / "snapshots" / chosen
+
+
+def test_a_cache_folder_without_a_snapshot_is_refused(tmp_path: Path) -> None:
+    folder = cache_folder(tmp_path)
+    error = refusal(str(folder))
+    assert error.reason == "not_found"
+    assert str(folder) in error.message
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.touch()
+    error = refusal(str(file))
+    assert error.reason == "missing_directory"
+    assert f"{file} is a file" in error.message
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["./org/name", "/org/name", "~/org-name", "../org/name", "a/b/c", "name", "org/", "~no-such-user/name", "x" * 5000],
+)
+def test_a_missing_path_is_refused_and_never_asked_of_the_hub(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = refusal(path)
+    assert error.reason == "missing_directory"
+    assert path.removeprefix("~/").removeprefix("./").removesuffix("/") in error.message
+    assert not asked
+
+
+def test_a_hub_id_is_asked_of_the_hub_and_its_failure_names_it(asked: list[str]) -> None:
+    assert resolve_adapter("org/there") == Path("/cache/there")
+    error = refusal("org/missing")
+    assert (error.reason, error.message) == ("not_found", "org/missing is not on the hub.")
+    assert asked == ["org/there", "org/missing"]

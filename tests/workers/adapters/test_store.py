@@ -1,0 +1,377 @@
+"""The host cache: bounded, least recently used first, one load for all who ask, and never stuck."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafleet.workers.adapters.format import AdapterSpec, BaseShapes, HostAdapter
+from lorafleet.workers.adapters.store import AdapterStore
+from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError
+
+TIMEOUT_S = 20.0
+BASE = BaseShapes(num_layers=1, linears={})
+
+
+def spec(digest: str, num_bytes: int = 10) -> AdapterSpec:
+    # Two bytes an element: the stores below are of bfloat16.
+    return AdapterSpec(digest, Path("/adapters") / digest, 1, 1.0, num_bytes // 2, None)
+
+
+class Disk:
+    """A loader that counts, can be blocked and can be broken."""
+
+    def __init__(self) -> None:
+        self.loads: Counter[str] = Counter()
+        self.broken: dict[str, Exception] = {}
+        self.open = threading.Event()
+        self.open.set()
+        self._lock = threading.Lock()
+
+    def load(self, wanted: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
+        with self._lock:
+            self.loads[wanted.digest] += 1
+        assert self.open.wait(TIMEOUT_S)
+        if wanted.digest in self.broken:
+            raise self.broken[wanted.digest]
+        return HostAdapter(wanted.digest, 1.0, {}, wanted.num_elements * dtype.itemsize)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def disk() -> Disk:
+    return Disk()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+MakeStore = Callable[..., AdapterStore]
+
+
+@pytest.fixture
+def make_store(disk: Disk, clock: Clock) -> Iterator[MakeStore]:
+    stores: list[AdapterStore] = []
+
+    def make(*, names: str = "abcd", max_bytes: int = 1000, max_adapters: int | None = None) -> AdapterStore:
+        store = AdapterStore(
+            BASE, max_bytes=max_bytes, max_adapters=max_adapters, dtype=torch.bfloat16, load=disk.load, clock=clock
+        )
+        stores.append(store)
+        for name in names:
+            store.register(spec(name))
+        return store
+
+    yield make
+    disk.open.set()
+    for store in stores:
+        store.close()
+        store.check_integrity()
+
+
+def take(store: AdapterStore, digest: str) -> HostAdapter:
+    adapter = store.fetch(digest).result(TIMEOUT_S)
+    store.check_integrity()
+    return adapter
+
+
+def use(store: AdapterStore, digest: str) -> None:
+    """Fetch and give back."""
+    assert take(store, digest).digest == digest
+    store.release(digest)
+    store.check_integrity()
+
+
+def error_of(future: Future[HostAdapter]) -> BaseException | None:
+    return future.exception(TIMEOUT_S)
+
+
+def test_the_least_recently_used_is_evicted_first(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=3)
+    for name in "abca":
+        use(store, name)
+    assert store.resident() == ("b", "c", "a")
+    use(store, "d")
+    assert store.resident() == ("c", "a", "d")
+    use(store, "b")
+    assert store.resident() == ("a", "d", "b")
+    assert disk.loads == Counter({"b": 2, "a": 1, "c": 1, "d": 1})
+
+
+def test_the_count_is_bounded(make_store: MakeStore) -> None:
+    store = make_store(max_adapters=2)
+    for name in "abcd":
+        use(store, name)
+    stats = store.stats()
+    assert (stats.num_cached, stats.num_registered, stats.loads, stats.evictions) == (2, 4, 4, 2)
+
+
+def test_the_bytes_are_bounded_and_as_many_are_evicted_as_needed(make_store: MakeStore) -> None:
+    store = make_store(names="", max_bytes=100)
+    for name, num_bytes in (("a", 40), ("b", 30), ("c", 30), ("large", 60), ("whole", 100)):
+        store.register(spec(name, num_bytes))
+    for name in "abc":
+        use(store, name)
+    assert store.stats().bytes == 100
+    use(store, "large")
+    assert store.resident() == ("c", "large")
+    assert store.stats().bytes == 90
+    use(store, "whole")
+    assert store.resident() == ("whole",)
+
+
+def test_an_adapter_larger_than_the_cache_is_refused_at_registration(make_store: MakeStore) -> None:
+    store = make_store(max_bytes=100)
+    with pytest.raises(
+        AdapterRefusedError, match=r"/adapters/big takes 102 bytes.*holds 100.*--lora-host-cache-bytes"
+    ) as info:
+        store.register(spec("big", 102))
+    assert info.value.reason == "larger_than_host_cache"
+    assert not store.is_registered("big")
+    assert store.is_registered("a")
+
+
+def test_what_is_held_is_never_evicted(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=2)
+    held = take(store, "a")
+    for name in "bcdbcd":
+        use(store, name)
+        assert "a" in store.resident()
+    assert take(store, "a") is held
+    assert disk.loads["a"] == 1
+
+
+def test_a_fetch_without_room_waits_and_is_served_after_a_release(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=2)
+    take(store, "a")
+    take(store, "a")
+    take(store, "b")
+    waiting = store.fetch("c")
+    store.check_integrity()
+    store.release("a")  # one of two holders
+    store.check_integrity()
+    assert not waiting.done()
+    assert disk.loads["c"] == 0
+    store.release("a")
+    assert waiting.result(TIMEOUT_S).digest == "c"
+    assert store.resident() == ("b", "c")
+
+
+def test_waiting_fetches_are_served_oldest_first(make_store: MakeStore) -> None:
+    store = make_store(names="", max_bytes=100)
+    for name, num_bytes in (("held", 60), ("other", 40), ("large", 80), ("small", 10)):
+        store.register(spec(name, num_bytes))
+    take(store, "held")
+    take(store, "other")
+    large, small = store.fetch("large"), store.fetch("small")
+    store.release("other")  # enough for the small one, which came later
+    assert not large.done()
+    assert not small.done()
+    store.release("held")
+    assert large.result(TIMEOUT_S).digest == "large"
+    assert small.result(TIMEOUT_S).digest == "small"
+
+
+def test_a_failed_load_gives_its_room_to_the_next_in_line(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=1)
+    disk.broken["a"] = AdapterUnavailableError("gone")
+    disk.open.clear()
+    failing, waiting = store.fetch("a"), store.fetch("b")
+    disk.open.set()
+    assert error_of(failing) is disk.broken["a"]
+    assert waiting.result(TIMEOUT_S).digest == "b"
+
+
+def test_a_crowd_shares_one_load(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=1)
+    disk.open.clear()
+    start = threading.Barrier(5)
+    futures: list[Future[HostAdapter]] = []
+
+    def crowd() -> None:
+        start.wait(TIMEOUT_S)
+        for _ in range(100):
+            futures.append(store.fetch("a"))
+
+    threads = [threading.Thread(target=crowd) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert store.resident() == ()
+    disk.open.set()
+    assert wait(futures, TIMEOUT_S).not_done == set()
+    assert len(futures) == 500
+    assert len({id(future.result()) for future in futures}) == 1
+    assert disk.loads == Counter({"a": 1})
+    assert (store.stats().hits, store.stats().loads) == (499, 1)
+    waiting = store.fetch("b")
+    for _ in range(499):
+        store.release("a")
+    assert not waiting.done(), "one still holds it"
+    store.release("a")
+    assert waiting.result(TIMEOUT_S).digest == "b"
+
+
+def test_a_crowd_that_waits_for_room_shares_one_load_too(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=1)
+    take(store, "a")
+    futures = [store.fetch("b") for _ in range(50)]
+    store.release("a")
+    assert len({id(future.result(TIMEOUT_S)) for future in futures}) == 1
+    assert disk.loads["b"] == 1
+
+
+def test_a_failure_is_remembered_for_a_while_that_doubles_up_to_a_bound(
+    make_store: MakeStore, disk: Disk, clock: Clock
+) -> None:
+    store = make_store()
+    error = disk.broken["a"] = AdapterUnavailableError("gone")
+    for attempt, delay_s in enumerate([1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0], start=1):
+        assert error_of(store.fetch("a")) is error
+        assert disk.loads["a"] == attempt
+        clock.now_s += delay_s - 0.01
+        assert error_of(store.fetch("a")) is error
+        assert disk.loads["a"] == attempt, "too early to look again"
+        clock.now_s += 0.01
+        store.check_integrity()
+    assert store.stats().failures == 7
+    del disk.broken["a"]
+    use(store, "a")
+    disk.broken["a"] = AdapterUnavailableError("gone again")
+    small = make_store(max_adapters=1)
+    assert error_of(small.fetch("a")) is disk.broken["a"]
+
+
+def test_a_success_forgets_earlier_failures(make_store: MakeStore, disk: Disk, clock: Clock) -> None:
+    store = make_store(max_adapters=1)
+    disk.broken["a"] = AdapterUnavailableError("gone")
+    for delay_s in (1.0, 2.0):
+        assert error_of(store.fetch("a"))
+        clock.now_s += delay_s
+    error = disk.broken.pop("a")
+    use(store, "a")
+    use(store, "b")  # evicts it
+    disk.broken["a"] = error
+    assert error_of(store.fetch("a")) is error
+    clock.now_s += 1.0
+    del disk.broken["a"]
+    use(store, "a")
+
+
+def test_registering_again_takes_the_new_path_and_forgets_the_failure(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    disk.broken["a"] = AdapterUnavailableError("gone")
+    assert error_of(store.fetch("a")) is disk.broken["a"]
+    del disk.broken["a"]
+    store.register(spec("a"))
+    use(store, "a")
+
+
+def test_an_unexpected_error_of_the_loader_becomes_a_named_one(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    disk.broken["a"] = ZeroDivisionError("surprise")
+    error = error_of(store.fetch("a"))
+    assert isinstance(error, InternalError)
+    assert "surprise" in error.message
+
+
+def test_one_adapters_failure_leaves_the_others_alone(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=2)
+    disk.broken["a"] = AdapterUnavailableError("gone")
+    take(store, "b")
+    assert error_of(store.fetch("a"))
+    assert store.resident() == ("b",)
+    assert store.stats().bytes == 10
+
+
+def test_close_fails_the_fetches_that_wait_for_room_and_ends_the_readers(make_store: MakeStore) -> None:
+    store = make_store(max_adapters=1)
+    take(store, "a")
+    waiting = [store.fetch(name) for name in "bcd"]
+    closer = threading.Thread(target=store.close, daemon=True)
+    closer.start()
+    closer.join(TIMEOUT_S)
+    assert not closer.is_alive()
+    for future in waiting:
+        assert isinstance(error_of(future), InternalError)
+    store.release("a")
+    store.close()
+
+
+def test_close_lets_running_reads_end(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    disk.open.clear()
+    running = store.fetch("a")
+    closer = threading.Thread(target=store.close, daemon=True)
+    closer.start()
+    assert closer.is_alive()
+    disk.open.set()
+    closer.join(TIMEOUT_S)
+    assert running.result(0).digest == "a"
+
+
+def test_a_fetch_after_close_fails_and_holds_nothing(make_store: MakeStore) -> None:
+    store = make_store()
+    store.close()
+    assert isinstance(error_of(store.fetch("a")), InternalError)
+    assert store.stats().num_cached == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_books_agree_after_any_operations(make_store: MakeStore, disk: Disk, clock: Clock, seed: int) -> None:
+    rng = random.Random(seed)
+    store = make_store(names="", max_bytes=100, max_adapters=4)
+    names = [f"adapter-{i}" for i in range(12)]
+    for name in names:
+        store.register(spec(name, 2 * rng.randint(1, 25)))
+    pending: list[tuple[str, Future[HostAdapter]]] = []
+    held: list[str] = []
+
+    def settle() -> bool:
+        """Move what has ended out of `pending`, and what is held now into `held`."""
+        ended = {future for future in {future for _, future in pending} if future.done()}
+        held.extend(name for name, future in pending if future in ended and future.exception() is None)
+        pending[:] = [entry for entry in pending if entry[1] not in ended]
+        return bool(ended)
+
+    for _ in range(600):
+        match rng.choice(["fetch", "fetch", "release", "release", "break", "mend", "wait"]):
+            case "fetch" if len(pending) + len(held) < 30:
+                name = rng.choice(names)
+                pending.append((name, store.fetch(name)))
+            case "release" if held:
+                store.release(held.pop(rng.randrange(len(held))))
+            case "break":
+                disk.broken[rng.choice(names)] = AdapterUnavailableError("gone")
+            case "mend" if disk.broken:
+                disk.broken.pop(rng.choice(sorted(disk.broken)))
+            case "wait":
+                clock.now_s += rng.random()
+        store.check_integrity()
+        settle()
+        assert set(held) <= set(store.resident()), "a held adapter was evicted"
+    while pending or held:
+        while held:
+            store.release(held.pop())
+            store.check_integrity()
+        if pending:
+            wait([future for _, future in pending], TIMEOUT_S, return_when="FIRST_COMPLETED")
+            assert settle(), "a fetch waits though nobody holds anything"
+    assert store.stats().bytes <= 100

@@ -1,0 +1,134 @@
+"""The worker actor without Ray: what it reports of its start. The engine is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import grpc.aio
+import pytest
+
+from lorafleet.proto import worker_pb2, worker_pb2_grpc
+from lorafleet.workers.actor import WorkerActor, WorkerFailed, WorkerReady
+from lorafleet.workers.config import EngineConfig, LoRAConfig, LoRAModule
+from lorafleet.workers.engine import loop as loop_module
+from lorafleet.workers.engine.stats import EngineStats
+from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError, MemoryPlanError
+from lorafleet.workers.rpc import bearer
+
+TOKEN = "fleet-token"
+CONFIG = EngineConfig("/model", max_num_seqs=16, num_threads=1, lora=LoRAConfig(max_loras=4))
+
+
+class FakeEngine:
+    """What a start does, in order, is in `done`."""
+
+    max_model_len, vocab_size = 128, 300
+    plan = SimpleNamespace(lines=lambda: ["memory plan", "  weights"], max_loras=4)
+    done: list[str]
+    failure: LoRAFleetError | None
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._woken = threading.Event()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> FakeEngine:
+        if cls.failure is not None:
+            raise cls.failure
+        cls.done.append("plan")
+        return cls(config)
+
+    def register_adapter(self, path: str) -> Any:
+        if "bad" in path:
+            raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
+        self.done.append(path)
+        return SimpleNamespace(digest=f"digest of {path}", lora_rank=8)
+
+    def load(self) -> None:
+        self.done.append("load")
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    def wait_for_work(self, timeout_s: float | None = None) -> bool:
+        self._woken.wait(timeout_s)
+        return False
+
+    def wake(self) -> None:
+        self._woken.set()
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    FakeEngine.done, FakeEngine.failure = [], None
+    monkeypatch.setattr(loop_module, "Engine", FakeEngine)
+    return FakeEngine
+
+
+@pytest.fixture
+async def actors() -> AsyncIterator[list[WorkerActor]]:
+    """Actors to stop in the end."""
+    started: list[WorkerActor] = []
+    yield started
+    for actor in started:
+        if hasattr(actor, "_server"):
+            await actor._server.stop(None)
+            await actor._service.stop()
+
+
+async def start(actors: list[WorkerActor], *adapters: LoRAModule) -> WorkerReady | WorkerFailed:
+    actors.append(WorkerActor(CONFIG, adapters, "127.0.0.1", TOKEN, "warning"))
+    async with asyncio.timeout(10):
+        return await actors[-1].ready()
+
+
+async def test_a_worker_says_what_it_serves_and_answers_there(actors: list[WorkerActor]) -> None:
+    ready = await start(actors, LoRAModule("sql", "/sql"), LoRAModule("json", "org/json", "base"))
+    assert isinstance(ready, WorkerReady)
+    assert [(adapter.name, adapter.digest, adapter.root, adapter.base_model_name) for adapter in ready.adapters] == [
+        ("sql", "digest of /sql", "/sql", None),
+        ("json", "digest of org/json", "org/json", "base"),
+    ]
+    assert ready.plan == ("memory plan", "  weights")
+    assert (ready.max_model_len, ready.vocab_size, ready.max_num_seqs, ready.max_loras) == (128, 300, 16, 4)
+    async with grpc.aio.insecure_channel(ready.address) as channel:
+        stub = cast(Any, worker_pb2_grpc.WorkerStub)(channel)
+        report = await stub.GetReport(worker_pb2.ReportRequest(), metadata=bearer(TOKEN), timeout=10)
+    assert (report.worker_id, report.generation) == (ready.worker_id, ready.generation)
+
+
+async def test_adapters_are_checked_before_the_weights_are_read(
+    actors: list[WorkerActor], engine: type[FakeEngine]
+) -> None:
+    await start(actors, LoRAModule("sql", "/sql"))
+    assert engine.done == ["plan", "/sql", "load"]
+
+
+async def test_a_refused_adapter_is_named_and_the_weights_are_not_read(
+    actors: list[WorkerActor], engine: type[FakeEngine]
+) -> None:
+    failed = await start(actors, LoRAModule("sql", "/sql"), LoRAModule("mine", "/bad"))
+    assert failed == WorkerFailed("adapter_refused", "Adapter 'mine': /bad has no adapter_config.json.")
+    assert "load" not in engine.done
+
+
+async def test_a_plan_that_does_not_fit_is_reported(actors: list[WorkerActor], engine: type[FakeEngine]) -> None:
+    engine.failure = MemoryPlanError("Lower --max-loras.")
+    assert await start(actors) == WorkerFailed("memory_plan", "Lower --max-loras.")
+
+
+async def test_every_start_is_another_worker_of_a_later_generation(actors: list[WorkerActor]) -> None:
+    first, second = await start(actors), await start(actors)
+    assert isinstance(first, WorkerReady) and isinstance(second, WorkerReady)
+    assert first.worker_id != second.worker_id
+    assert first.generation < second.generation
+    assert first.address != second.address
+
+
+async def test_ready_can_be_asked_again_and_again(actors: list[WorkerActor]) -> None:
+    ready = await start(actors)
+    assert await asyncio.gather(*(actors[0].ready() for _ in range(3))) == [ready] * 3
