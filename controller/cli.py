@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lorafleet.controller.config import ServeConfig
@@ -235,4 +236,12 @@ def _serve(config: ServeConfig) -> None:
     from lorafleet.workers.model.source import resolve_model
 
     model = str(resolve_model(config.engine.model))
-    serve(dataclasses.replace(config, engine=dataclasses.replace(config.engine, model=model)))
+    # Workers on other nodes, or in Ray's own directories, know nothing of this one.
+    adapters = tuple(
+        dataclasses.replace(adapter, path=str(Path(adapter.path).expanduser().absolute()))
+        if Path(adapter.path).expanduser().exists()
+        else adapter
+        for adapter in config.adapters
+    )
+    engine = dataclasses.replace(config.engine, model=model)
+    serve(dataclasses.replace(config, engine=engine, adapters=adapters))

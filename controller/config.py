@@ -39,12 +39,6 @@ class ServeConfig:
         twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise ConfigError(f"The model name {twice[0]!r} is given twice; every model and adapter needs its own.")
-        for adapter in self.adapters:
-            if adapter.base_model_name is not None and adapter.base_model_name not in self.served_model_names:
-                raise ConfigError(
-                    f"Adapter {adapter.name!r} names the base model {adapter.base_model_name!r}; this server's is "
-                    f"{', '.join(self.served_model_names)}."
-                )
         if self.engine.tensor_parallel_size > 1:
             raise ConfigError(
                 f"--tensor-parallel-size is {self.engine.tensor_parallel_size}; this version runs one rank per worker. "

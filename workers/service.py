@@ -156,6 +156,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             if self._draining:
                 raise DrainingError("This worker is shutting down.")
+            if stream in session.streams:
+                logger.error("session %s names the running stream %d again; ignored", session.name, stream)
+                return  # an Ended here would end the running request for its gateway
             if stream <= session.last_stream:
                 raise InvalidRequestError(f"Stream {stream} was used before; a session's streams only grow.")
             session.last_stream = stream

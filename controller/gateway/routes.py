@@ -19,9 +19,10 @@ import grpc.aio
 
 from lorafleet.controller.gateway.model_text import ModelText
 from lorafleet.controller.gateway.routing_table import RoutingTable
-from lorafleet.controller.gateway.wire import Backoff, controller_stub, describe, fleet_metadata, open_channel
+from lorafleet.controller.gateway.wire import Backoff, controller_stub, describe, open_channel
 from lorafleet.proto import controller_pb2
 from lorafleet.workers.errors import LoRAFleetError, ModelError
+from lorafleet.workers.rpc import bearer
 
 WATCH_DEADLINE_S: Final = 600.0  # then the stream is opened anew: a controller that hangs is not waited for longer
 FILES_DEADLINE_S: Final = 60.0
@@ -46,7 +47,7 @@ class RoutesClient:
         self.table: RoutingTable | None = None
         self.text: ModelText | None = None
         self._address = address
-        self._metadata = fleet_metadata(token)
+        self._metadata = bearer(token)
         self._gateway_id = gateway_id
         self._executor = executor
         self._on_table = on_table
@@ -78,7 +79,9 @@ class RoutesClient:
                     expected = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self.table is not None
                     reason = "" if expected else describe(error)
                 if reason and reason != logged:
-                    logger.warning("controller %s: %s; the last table stays valid", self._address, reason)
+                    # Before the first table the controller is merely starting.
+                    level = logging.INFO if self.table is None else logging.WARNING
+                    logger.log(level, "controller %s: %s; the last table stays valid", self._address, reason)
                 logged = reason
                 await asyncio.sleep(backoff.next_s())
         finally:

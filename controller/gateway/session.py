@@ -24,9 +24,10 @@ from lorafleet.controller.gateway.delivery import SessionLost, deliver
 from lorafleet.controller.gateway.inbox import ChoiceQueue
 from lorafleet.controller.gateway.router import WorkerView
 from lorafleet.controller.gateway.routing_table import Endpoint
-from lorafleet.controller.gateway.wire import Backoff, describe, fleet_metadata, open_channel, worker_stub
+from lorafleet.controller.gateway.wire import Backoff, describe, open_channel, worker_stub
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import WorkerLostError, WorkerUnavailableError
+from lorafleet.workers.rpc import bearer
 
 MAX_UNSENT = 4096  # requests that wait for the stream to take them
 
@@ -48,7 +49,7 @@ class WorkerSession:
         self.endpoint = endpoint
         self.retired = False  # no longer in the table: takes nothing new
         self._gateway_id = gateway_id
-        self._metadata = fleet_metadata(token)
+        self._metadata = bearer(token)
         self._times = times
         self._clock = clock
         self._task: asyncio.Task[None] | None = None

@@ -1,4 +1,4 @@
-"""gRPC as the gateway uses it: channels, the fleet's token, waiting between attempts.
+"""gRPC as the gateway uses it: channels, waiting between attempts.
 
 Owns: channel options and back-off. Leaves to others: the calls (routes.py, session.py) and their deadlines.
 """
@@ -12,17 +12,10 @@ from typing import Any, Final
 import grpc.aio
 
 from lorafleet.proto import controller_pb2_grpc, worker_pb2_grpc
-
-MAX_MESSAGE_BYTES: Final = 64 << 20
+from lorafleet.workers.rpc import CLIENT_OPTIONS
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A link that went away without a word is seen after 2-4 s; servers of the fleet allow such pings.
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
+    *CLIENT_OPTIONS,
     # A channel of its own connection: a new one does not inherit an old one's wait before reconnecting.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -46,11 +39,6 @@ def worker_stub(channel: Any) -> Any:
     """A worker's calls."""
     kind: Any = worker_pb2_grpc.WorkerStub
     return kind(channel)
-
-
-def fleet_metadata(token: str) -> tuple[tuple[str, str], ...]:
-    """What every call between parts carries."""
-    return (("authorization", f"Bearer {token}"),)
 
 
 def describe(error: BaseException) -> str:

@@ -37,7 +37,7 @@ def test_models_list_base_and_adapters(client: openai.OpenAI) -> None:
     assert models["smollm2"].parent is None  # type: ignore[attr-defined]
     for name in ADAPTERS:
         assert models[name].parent == "smollm2"  # type: ignore[attr-defined]
-        assert models[name].root == f"examples/adapters/{name}"  # type: ignore[attr-defined]
+        assert str(models[name].root).endswith(f"/examples/adapters/{name}")  # type: ignore[attr-defined]
     assert client.models.retrieve("sql").id == "sql"
 
 
