@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafleet.workers.cache import cache_root
+from lorafleet.kernels.cache import cache_root
 from lorafleet.workers.errors import ModelError
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)

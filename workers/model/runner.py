@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.engine.scheduler import StepPlan
 from lorafleet.workers.memory_plan import MemoryPlan
@@ -56,7 +57,8 @@ class ModelRunner:
             self._lora_linears = self._decoder.add_slots(shape)
 
     def load(self, model_dir: Path, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read the weights. Raises `ModelError`."""
+        """Read the weights, and build the kernels if this machine has none yet. Raises `ModelError`."""
+        native.library()
         self._decoder.load(CheckpointReader(model_dir), progress)
 
     @torch.inference_mode()
