@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from lorafleet.kernels.cache import cache_root
+
 _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = (
     "-std=c++17",
@@ -114,7 +116,7 @@ def _built(compiler: str) -> Path:
         key.update(path.read_bytes())
     for fact in (compiler, " ".join(_FLAGS), torch.__version__, _cpu_model()):
         key.update(f"\0{fact}".encode())
-    directory = _cache_root() / "kernels"
+    directory = cache_root() / "kernels"
     target = directory / f"{key.hexdigest()[:24]}.so"
     if target.is_file():
         return target
@@ -132,11 +134,6 @@ def _openmp_link_flags() -> list[str]:
     libraries = Path(torch.__file__).parent / "lib"
     own = sorted(libraries.glob("libgomp*.so*"))
     return [str(own[0]), f"-Wl,-rpath,{libraries}"] if own else []
-
-
-def _cache_root() -> Path:
-    # The same place as workers/cache.py says; kernels import nothing of workers.
-    return Path(os.environ.get("LORAFLEET_CACHE") or Path.home() / ".cache" / "lorafleet")
 
 
 def _cpu_model() -> str:
