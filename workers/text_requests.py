@@ -5,6 +5,7 @@ Shared by the stepped `LLMEngine` and the awaited `AsyncLLM`. Not thread-safe: o
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,17 @@ class _Choice:
 @dataclass(slots=True)
 class _TextRequest:
     request_id: str
+    number: int  # unlike the caller's id never used again, so it names the request to the engine
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     lora_request: LoRARequest | None
     choices: list[_Choice] = field(default_factory=list)
     error: LoRAFleetError | None = None
+
+    @property
+    def engine_ids(self) -> list[str]:
+        return [f"{self.number}/{index}" for index in range(self.params.n)]
 
     @property
     def finished(self) -> bool:
@@ -63,6 +69,7 @@ class TextRequests:
         self._requests: dict[str, _TextRequest] = {}
         self._choices: dict[str, _Choice] = {}  # by the engine's request id
         self._to_cancel: list[str] = []
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -79,9 +86,11 @@ class TextRequests:
         if not ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
         seed = self._random.getrandbits(64)
-        request = _TextRequest(request_id, prompt if isinstance(prompt, str) else None, ids, params, lora)
+        request = _TextRequest(
+            request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora
+        )
         generates = []
-        for index in range(params.n):
+        for index, engine_id in enumerate(request.engine_ids):
             options = params.options(
                 num_prompt_tokens=len(ids),
                 max_model_len=self._max_model_len,
@@ -90,13 +99,13 @@ class TextRequests:
                 choice=index,
                 eos_token_ids=self._tokenizer.eos_token_ids,
             )
-            generates.append(GenerateRequest(f"{request_id}/{index}", tuple(ids), options, digest))
+            generates.append(GenerateRequest(engine_id, tuple(ids), options, digest))
         for generate in generates:
             wants_logprobs = params.logprobs is not None
             output = CompletionOutput(
                 generate.sampling.choice, "", [], 0.0 if wants_logprobs else None, [] if wants_logprobs else None
             )
-            text = OutputText(
+            output_text = OutputText(
                 self._tokenizer,
                 ids,
                 stop=params.stops,
@@ -104,7 +113,7 @@ class TextRequests:
                 min_tokens=params.min_tokens,
                 skip_special_tokens=params.skip_special_tokens,
             )
-            choice = _Choice(request, output, text)
+            choice = _Choice(request, output, output_text)
             request.choices.append(choice)
             self._choices[generate.request_id] = choice
         self._requests[request_id] = request
@@ -119,7 +128,7 @@ class TextRequests:
     def engine_ids(self, request_id: str) -> list[str]:
         """The engine's ids of a request's choices; empty when it is not open."""
         request = self._requests.get(request_id)
-        return [] if request is None else [f"{request_id}/{index}" for index in range(len(request.choices))]
+        return [] if request is None else request.engine_ids
 
     def apply(self, events: Sequence[RequestEvent]) -> list[RequestOutput]:
         """Book an engine step's events; requests that they touched, each once. Finished ones are closed."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorafleet.controller.gateway.schema import SamplingFields
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.request import SamplingOptions
 from lorafleet.workers.errors import ContextLengthError
 from lorafleet.workers.params import SamplingParams
 
@@ -32,29 +33,33 @@ def wire_samplings(
     num_prompt_tokens: int,
     max_model_len: int,
     vocab_size: int,
+    eos_token_ids: frozenset[int],
     draw_seed: Callable[[], int],
     prompt_field: str,
 ) -> list[worker_pb2.Sampling]:
     """One for each of a prompt's `n` choices. prompt_field: what an error about the prompt's length names."""
     seed = draw_seed()
     try:
-        return [_wire(params, num_prompt_tokens, max_model_len, vocab_size, seed, choice) for choice in range(params.n)]
+        return [
+            _wire(
+                params.options(
+                    num_prompt_tokens=num_prompt_tokens,
+                    max_model_len=max_model_len,
+                    vocab_size=vocab_size,
+                    seed=seed,
+                    choice=choice,
+                    eos_token_ids=eos_token_ids,
+                )
+            )
+            for choice in range(params.n)
+        ]
     except ContextLengthError as error:
         if error.param == "prompt":
             error.param = prompt_field
         raise
 
 
-def _wire(
-    params: SamplingParams, num_prompt_tokens: int, max_model_len: int, vocab_size: int, seed: int, choice: int
-) -> worker_pb2.Sampling:
-    options = params.options(
-        num_prompt_tokens=num_prompt_tokens,
-        max_model_len=max_model_len,
-        vocab_size=vocab_size,
-        seed=seed,
-        choice=choice,
-    )
+def _wire(options: SamplingOptions) -> worker_pb2.Sampling:
     return worker_pb2.Sampling(
         max_tokens=options.max_tokens,
         temperature=options.temperature,

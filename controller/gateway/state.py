@@ -151,6 +151,7 @@ class GatewayState:
                     num_prompt_tokens=len(prompt),
                     max_model_len=table.max_model_len,
                     vocab_size=table.vocab_size,
+                    eos_token_ids=text.tokenizer.eos_token_ids,
                     draw_seed=self.draw_seed,
                     prompt_field=prompt_field,
                 )

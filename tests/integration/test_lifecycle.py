@@ -70,7 +70,7 @@ def worker_pid(server: Server) -> int:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_leaves_no_process(server: Server, number: int) -> None:
     assert complete(server)[0] == 200
-    running = Background(server, max_tokens=250, n=16)
+    running = Background(server, prompt=["the"] * 8, max_tokens=250, n=16)  # some seconds
     wait_until(lambda: server.metric("vllm:num_requests_running") > 0, "the request runs")
     assert server.children(), "the server has processes to leave behind"
     assert server.stop(number) == 0, server.output
@@ -82,7 +82,7 @@ def test_a_signal_drains_and_leaves_no_process(server: Server, number: int) -> N
 
 def test_a_killed_worker_fails_its_requests_and_comes_back(server: Server) -> None:
     _, before = complete(server)
-    running = Background(server, max_tokens=250, n=8)
+    running = Background(server, prompt=["the"] * 64, max_tokens=250, n=16)  # half a minute
     wait_until(lambda: server.metric("vllm:num_requests_running") > 0, "the request runs")
     os.kill(worker_pid(server), signal.SIGKILL)
     running.join(30)
