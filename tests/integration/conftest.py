@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
-from serving import ADAPTERS, REPOSITORY, Server, start
-
-
-@pytest.fixture(scope="session")
-def demo_model() -> Path:
-    """The demo model's directory; downloaded and converted once per machine."""
-    result = subprocess.run(
-        [sys.executable, "examples/demo_model.py"],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    return Path(result.stdout.strip())
+from serving import ADAPTERS, Server, start
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +28,6 @@ TEXTS = [
     "<|im_start|>user\nhi<|im_end|>\n<s>[INST] hi [/INST]</s>",
     "\x00\x07\ufffd",
 ]
-
-MODELS = Path(os.environ.get("LORAFLEET_CACHE", Path.home() / ".cache" / "lorafleet")) / "models"
-DEMO_MODELS = [path for path in sorted(MODELS.glob("*SmolLM2*")) if (path / "tokenizer.json").exists()]
 
 
 def reference(path: Path) -> Any:
@@ -266,14 +262,10 @@ def test_the_package_pulls_in_neither_torch_nor_transformers_nor_ray(byte_level_
     assert (result.returncode, result.stdout.strip()) == (0, "set()"), result.stderr
 
 
-@pytest.mark.parametrize("path", DEMO_MODELS, ids=lambda path: path.name)
-def test_the_demo_model_equals_transformers(path: Path) -> None:
-    ours, theirs = Tokenizer.from_dir(path), reference(path)
+def test_the_demo_model_equals_transformers(demo_model: Path) -> None:
+    ours, theirs = Tokenizer.from_dir(demo_model), reference(demo_model)
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
-    template = ChatTemplate.from_tokenizer(ours)
-    if template.exists:
-        messages = [{"role": "user", "content": "What is 2 + 2?"}]
-        assert template.render(messages, **ours.special_tokens) == theirs.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    rendered = ChatTemplate.from_tokenizer(ours).render(messages, **ours.special_tokens)
+    assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
