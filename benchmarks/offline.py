@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.measure import Timeline, report, summarise
 from benchmarks.random_adapters import write_adapters
 from benchmarks.workloads import WORKLOADS, BenchRequest, Workload, make_requests
@@ -56,7 +54,6 @@ def main() -> None:
     parser.add_argument("--max-loras", type=int, default=None, help="slots; default: 8 for adapters-64, else 16")
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    torch.set_num_threads(args.num_threads)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="lorafleet-bench-") as scratch:
         adapters = write_adapters(Path(args.model), Path(scratch), count=64)
@@ -70,6 +67,7 @@ def main() -> None:
             )
             engine = Engine.from_config(config)
             engine.load()
+            engine.bind_thread()
             digests = {name: engine.register_adapter(str(path)).digest for name, path in adapters.items()}
             warm_up = Workload("warm-up", 4, 4, 64, 8, 2)
             run(engine, warm_up, make_requests(warm_up, list(digests), vocab_size=engine.vocab_size), digests)

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from lorafleet.workers.args import EngineArgs
-from lorafleet.workers.engine.loop import Engine, EngineThread
+from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import RequestEvent
+from lorafleet.workers.engine.thread import EngineThread
 from lorafleet.workers.errors import InternalError, LoRAFleetError
 from lorafleet.workers.lora_ids import LoRAIds
 from lorafleet.workers.outputs import RequestOutput

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from lorafleet.workers.args import EngineArgs
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import LoRAFleetError
@@ -72,8 +70,7 @@ class LLMEngine:
         Waits for an adapter to load when nothing else can run. A request that failed (its adapter could not be loaded,
         its logits were not finite) comes back with `error` set; the others are unharmed.
         """
-        # OpenMP's thread count belongs to the calling thread.
-        torch.set_num_threads(self.engine.config.threads)
+        self.engine.bind_thread()
         self.engine.wait_for_work()
         outputs = self._requests.apply(self.engine.step())
         for engine_id in self._requests.take_cancels():

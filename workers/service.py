@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
-from lorafleet.workers.engine.loop import Engine, EngineThread
+from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
 from lorafleet.workers.engine.stats import EngineStats
+from lorafleet.workers.engine.thread import EngineThread
 from lorafleet.workers.errors import DrainingError, InternalError, InvalidRequestError, LoRAFleetError, status_of
 
 logger = logging.getLogger(__name__)

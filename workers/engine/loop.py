@@ -1,6 +1,6 @@
 """The engine: where deciding meets executing. The one module of this package that knows the model runner.
 
-`Engine` is stepped by one thread (`LLMEngine` does so itself, a worker through `EngineThread`). `submit`, `cancel`,
+`Engine` is stepped by one thread (`LLMEngine` does so itself, others through thread.py). `submit`, `cancel`,
 `register_adapter` and `stats` may be called from any thread: what they ask for lands in an inbox that the next step
 drains. No step ever waits for an adapter: loads run on threads of their own and report through the same inbox.
 
@@ -187,6 +187,10 @@ class Engine:
 
     # The stepping thread.
 
+    def bind_thread(self) -> None:
+        """Give the calling thread the engine's CPU threads: OpenMP's count belongs to the thread that calls in."""
+        torch.set_num_threads(self.config.threads)
+
     def wait_for_work(self, timeout_s: float | None = None) -> bool:
         """Sleep until there is something to do: a message, or a request that can run. False on timeout or close."""
         with self._lock:
@@ -329,50 +333,3 @@ class Engine:
             num_adapter_loads=store.loads,
             num_slot_loads=self._num_slot_loads,
         )
-
-
-class EngineThread:
-    """Steps an engine in a thread of its own while there is work.
-
-    publish: called in that thread with (step number, events) after each step that has events; it must not block.
-    on_crash: called in that thread with what escaped a step; the engine is not stepped again.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        publish: Callable[[int, list[RequestEvent]], None],
-        on_crash: Callable[[BaseException], None],
-    ) -> None:
-        self._engine = engine
-        self._publish = publish
-        self._on_crash = on_crash
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lorafleet-engine", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Return when the running step, if any, is over. Unfinished requests stay unfinished."""
-        self._stopping.set()
-        self._engine.wake()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        # OpenMP's thread count belongs to the calling thread, so it is set here and not in the engine's constructor.
-        torch.set_num_threads(self._engine.config.threads)
-        steps = 0
-        try:
-            while not self._stopping.is_set():
-                # The timeout only bounds how long a `stop` that raced with the wait can take.
-                if not self._engine.wait_for_work(timeout_s=0.5):
-                    continue
-                events = self._engine.step()
-                if events:
-                    steps += 1
-                    self._publish(steps, events)
-        except BaseException as error:
-            logger.exception("the engine thread crashed")
-            self._on_crash(error)
