@@ -54,6 +54,9 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats()
 
+    def bind_thread(self) -> None:
+        pass
+
     def wait_for_work(self, timeout_s: float | None = None) -> bool:
         self._woken.wait(timeout_s)
         return False

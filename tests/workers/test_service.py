@@ -86,6 +86,9 @@ class FakeEngine:
             last_step_age_s=0.25,
         )
 
+    def bind_thread(self) -> None:
+        pass
+
     def wait_for_work(self, timeout_s: float | None = None) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._woken or self._has_work(), timeout_s)

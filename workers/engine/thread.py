@@ -42,9 +42,9 @@ class EngineThread:
             self._thread.join()
 
     def _run(self) -> None:
-        self._engine.bind_thread()
         steps = 0
         try:
+            self._engine.bind_thread()
             while not self._stopping.is_set():
                 # The timeout only bounds how long a `stop` that raced with the wait can take.
                 if not self._engine.wait_for_work(timeout_s=0.5):
