@@ -22,4 +22,3 @@ PLAIN_PROMPTS = (
     "Write one sentence about the sea.",
     "Count from one to five.",
 )
-PROMPTS = SQL_PROMPTS + PIRATE_PROMPTS + JSON_PROMPTS + PLAIN_PROMPTS

@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +115,9 @@ class Engine:
         plan = plan_memory(spec, config, measure_memory(device), dtype=dtype, lora_dtype=lora_dtype)
         return cls(config, spec, plan, device)
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def load(self) -> None:
         """Read the base model's weights. Raises `ModelError`."""
-        self._runner.load(Path(self.config.model), progress)
+        self._runner.load(Path(self.config.model))
 
     # Any thread.
 

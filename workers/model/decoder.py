@@ -8,7 +8,7 @@ T tokens of the step, H hidden, E fused q,k,v features of this rank, S sequences
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -158,16 +158,14 @@ class Decoder:
         self._norm_H = torch.empty(spec.hidden_size, dtype=dtype, device=device)
         self._cos_sin_MD = cos_sin_table(spec, max_model_len).to(device)
 
-    def load(self, reader: CheckpointReader, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read this rank's shard. `progress(layers done, layers)`. Raises `ModelError`."""
+    def load(self, reader: CheckpointReader) -> None:
+        """Read this rank's shard. Raises `ModelError`."""
         self._embedding.load(reader, "model.embed_tokens.weight")
         if self._head is not self._embedding:
             self._head.load(reader, "lm_head.weight")
         reader.read_into(self._norm_H, "model.norm.weight")
-        for done, layer in enumerate(self._layers, start=1):
+        for layer in self._layers:
             layer.load(reader)
-            if progress is not None:
-                progress(done, len(self._layers))
 
     def add_slots(self, shape: SlotShape) -> list[LoraLinear]:
         """Allocate adapter slots in every linear."""

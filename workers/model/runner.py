@@ -5,7 +5,6 @@ Owns every tensor. Decides nothing: what to run and where it lies comes as a pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,10 +55,10 @@ class ModelRunner:
             shape = SlotShape(plan.max_loras, max_lora_rank, getattr(torch, plan.lora_dtype), device)
             self._lora_linears = self._decoder.add_slots(shape)
 
-    def load(self, model_dir: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    def load(self, model_dir: Path) -> None:
         """Read the weights, and build the kernels if this machine has none yet. Raises `ModelError`."""
         native.library()
-        self._decoder.load(CheckpointReader(model_dir), progress)
+        self._decoder.load(CheckpointReader(model_dir))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[Sampled]:
