@@ -37,6 +37,7 @@ def summarise(workload: Workload, timelines: Sequence[Timeline], elapsed_s: floa
         "prompt_tok_per_s": round(num_input / prefill_s, 1),
         "ttft_ms": _percentiles(first),
         "itl_ms": _percentiles(gaps),
+        "tpot_ms": round(_mean_gap_ms(timelines), 3),
     }
 
 
@@ -44,7 +45,13 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     if not seconds:
         return {}
     p50, p99 = np.percentile(seconds, [50, 99])
-    return {"p50": round(1e3 * float(p50), 1), "p99": round(1e3 * float(p99), 1)}
+    return {"p50": round(1e3 * float(p50), 2), "p99": round(1e3 * float(p99), 2)}
+
+
+def _mean_gap_ms(timelines: Sequence[Timeline]) -> float:
+    """Milliseconds from a request's first to its last token, per token: no stall is left out."""
+    spans = [timeline.token_s[-1] - timeline.token_s[0] for timeline in timelines if timeline.token_s]
+    return 1e3 * sum(spans) / max(1, sum(len(timeline.token_s) - 1 for timeline in timelines if timeline.token_s))
 
 
 def report(target: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 
 from benchmarks.measure import Timeline, report, summarise
 from benchmarks.workloads import WORKLOADS, BenchRequest, Workload, make_requests
+
+
+@contextlib.asynccontextmanager
+async def connect(url: str, api_key: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session without a bound on connections, so that all requests of a workload are really open at once."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, headers=headers, timeout=timeout, connector=connector) as session:
+        yield session
 
 
 async def models(session: aiohttp.ClientSession) -> tuple[str, list[str]]:
@@ -79,10 +91,7 @@ async def _complete(session: aiohttp.ClientSession, workload: Workload, request:
 
 
 async def measure(args: argparse.Namespace) -> None:
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(args.url, headers=headers, timeout=timeout, connector=connector) as session:
+    async with connect(args.url, args.api_key) as session:
         base, adapters = await models(session)
         rows = []
         warm_up = Workload("warm-up", 4, 4, 64, 8, 0)

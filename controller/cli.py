@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorafleet.controller.config import ServeConfig
-from lorafleet.workers.config import DEVICES, DTYPES, EngineConfig, LoRAConfig, LoRAModule
+from lorafleet.workers.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, LoRAConfig, LoRAModule
 from lorafleet.workers.errors import ConfigError, LoRAFleetError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -88,6 +88,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     model = serve.add_argument_group("model")
     model.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="(default: the checkpoint's)")
+    model.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="keep the decoder's linear layers as 8-bit integers, rounded at start-up with a scale per output; "
+        "embeddings, head, activations and adapters stay in bfloat16 (default: none)",
+    )
     model.add_argument("--device", choices=DEVICES, default=engine.device, help="(default: CUDA if there is one)")
     model.add_argument(
         "--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the model's)"
@@ -172,6 +178,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     engine = EngineConfig(
         model=args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         device=args.device,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

@@ -1,21 +1,17 @@
-"""Compiles kernels/cpu/*.cpp for this machine, once, and loads them.
+"""Loads the C++ kernels for this machine: prebuilt ones where the package carries them, else compiled once and cached.
 
-The library is plain C++ with an `extern "C"` face, called through ctypes with data pointers: seconds to build, no
-torch headers. It is linked against torch's own OpenMP runtime, so that `torch.set_num_threads` in the calling thread
-governs it and no second pool of threads fights for the cores.
+They are called through ctypes with data pointers and use the OpenMP runtime that torch has loaded, so that
+`torch.set_num_threads` in the calling thread governs them and no second pool of threads fights for the cores.
 
-Without a compiler the references run instead, after one warning. LORAFLEET_NATIVE_KERNELS=0 asks for that on purpose.
+Without a prebuilt library and without a compiler the references run instead, after one warning.
+LORAFLEET_NATIVE_KERNELS=0 asks for the references on purpose, LORAFLEET_CPU_LEVEL=avx2 for a lesser instruction set.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import ctypes.util
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,20 +20,8 @@ from pathlib import Path
 
 import torch
 
+from lorafleet.kernels.build import PREBUILT, BuildError, Level, build, file_name, supported_levels
 from lorafleet.kernels.cache import cache_root
-
-_SOURCES = Path(__file__).parent / "cpu"
-_FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-mprefer-vector-width=512",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-)
 
 _P, _I64, _F32, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 # The C faces, argument by argument; each returns nothing.
@@ -48,6 +32,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lf_rope_kv_write": (_INT, _P, _I64, _P, _P, _P, _P, _P, *(_I64,) * 5, _P, _P, _F32),
     "lf_paged_attention": (_INT, _P, _I64, _P, _P, _P, _I64, _P, _P, _P, *(_I64,) * 5, _F32, _I64),
     "lf_lora_add": (_INT, _INT, _P, _I64, _P, _I64, *(_P,) * 9, *(_I64,) * 5),
+    "lf_linear": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
+    "lf_linear_packed": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
+    "lf_linear_packed_int8": (_P, _I64, _P, _P, _P, _P, *(_I64,) * 3),
 }
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -58,7 +45,7 @@ _decided = False  # whether _library is final, None included
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels, built at the first call of any process on this machine; None when the references are to run."""
+    """The kernels; None when the references are to run."""
     global _library, _decided
     if not _decided:
         with _lock:
@@ -69,12 +56,13 @@ def library() -> ctypes.CDLL | None:
 
 
 @contextmanager
-def references_only() -> Iterator[None]:
-    """Run the references within this block, in all threads. For tests."""
+def forced(level: Level | None) -> Iterator[None]:
+    """Run that level's kernels, or the references (None), within this block and in all threads. For tests."""
     global _library, _decided
     library()
+    replacement = None if level is None else _open(_find(level))
     with _lock:
-        kept, _library = _library, None
+        kept, _library = _library, replacement
     try:
         yield
     finally:
@@ -83,63 +71,60 @@ def references_only() -> Iterator[None]:
 
 
 def _load() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        warnings.warn(
-            "No C++ compiler was found, so LoRAFleet's CPU kernels cannot be built: slow references run instead. "
-            "Install g++ (apt-get install g++) for many times the speed.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
     try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
+        return _open(_find(_pick()))
+    except (BuildError, OSError) as error:
         warnings.warn(
-            f"LoRAFleet's CPU kernels could not be built with {compiler}, so slow references run instead: {detail}",
+            f"LoRAFleet's CPU kernels cannot be used, so slow references run instead: {error}",
             RuntimeWarning,
             stacklevel=3,
         )
         return None
+
+
+def _pick() -> Level:
+    levels = supported_levels()
+    wanted = os.environ.get("LORAFLEET_CPU_LEVEL")
+    if wanted:
+        names = [level.name for level in levels]
+        if wanted not in names:
+            raise BuildError(f"LORAFLEET_CPU_LEVEL is {wanted!r}; this machine runs {', '.join(names) or 'none'}")
+        return levels[names.index(wanted)]
+    if not levels:
+        raise BuildError("this processor is none of those that the kernels are written for")
+    return levels[0]
+
+
+def _find(level: Level) -> Path:
+    """The level's library: in the package, in the cache, or compiled now. Several processes may compile; one wins."""
+    name = file_name(level)
+    cached = cache_root() / "kernels" / name
+    for path in (PREBUILT / name, cached):
+        if path.is_file():
+            return path
+    build(level, cached)
+    return cached
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    # The library names no OpenMP runtime: its symbols are found in what is loaded globally.
+    ctypes.CDLL(_openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
+    loaded = ctypes.CDLL(str(path))
     for name, argtypes in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = argtypes, None
     return loaded
 
 
-def _built(compiler: str) -> Path:
-    """The shared library, compiled if it is not in the cache. Several processes may build at once; one wins."""
-    sources = sorted(_SOURCES.glob("*.cpp"))
-    key = hashlib.sha256()
-    for path in sorted(_SOURCES.iterdir()):
-        key.update(path.read_bytes())
-    for fact in (compiler, " ".join(_FLAGS), torch.__version__, _cpu_model()):
-        key.update(f"\0{fact}".encode())
-    directory = cache_root() / "kernels"
-    target = directory / f"{key.hexdigest()[:24]}.so"
-    if target.is_file():
-        return target
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        out = Path(scratch) / target.name
-        command = [compiler, *_FLAGS, "-o", str(out), *map(str, sources), *_openmp_link_flags()]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        out.replace(target)
-    return target
-
-
-def _openmp_link_flags() -> list[str]:
-    """Link torch's libgomp by its path, if it carries one; its name then resolves to the copy that torch has loaded."""
-    libraries = Path(torch.__file__).parent / "lib"
-    own = sorted(libraries.glob("libgomp*.so*"))
-    return [str(own[0]), f"-Wl,-rpath,{libraries}"] if own else []
-
-
-def _cpu_model() -> str:
-    """What -march=native depends on: a cache on a shared home directory may serve different machines."""
+def _openmp_runtime() -> str:
+    """The file of the OpenMP runtime that torch has loaded into this process."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
     except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+        mapped = set()
+    runtimes = sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+    own = [path for path in runtimes if "torch" in path]
+    found = next(iter(own or runtimes), None) or ctypes.util.find_library("gomp")
+    if found is None:
+        raise OSError("no OpenMP runtime is loaded or installed (libgomp.so.1)")
+    return found

@@ -17,6 +17,7 @@ class EngineArgs:
 
     model: str
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     seed: int | None = None  # makes the draws of requests without a seed of their own repeatable
     max_model_len: int | None = None
@@ -48,6 +49,7 @@ class EngineArgs:
         return EngineConfig(
             model=str(resolve_model(self.model)),
             dtype=self.dtype,
+            quantization=self.quantization,
             device=self.device,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,

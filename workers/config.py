@@ -13,6 +13,7 @@ from lorafleet.workers.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class EngineConfig:
     """One engine: the model, its limits, its device. `None` means: derived from the model or the memory plan."""
 
     model: str  # a local directory with safetensors and tokenizer.json (model/source.py resolves ids and GGUF files)
-    dtype: str = "auto"  # auto: the checkpoint's; float16 becomes bfloat16 on a CPU
+    dtype: str = "auto"  # auto: the checkpoint's; float16 becomes bfloat16 on a CPU, int8 weights go with bfloat16
+    quantization: str | None = None  # int8: the decoder's linears as 8-bit integers with a scale per output
     device: str = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int = 64
@@ -70,6 +72,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--device", self.device, DEVICES)
+        if self.quantization is not None:
+            _one_of("--quantization", self.quantization, QUANTIZATIONS)
+            if self.dtype not in ("auto", "bfloat16"):
+                raise ConfigError(
+                    f"--quantization {self.quantization} computes in bfloat16, but --dtype is {self.dtype}. Leave "
+                    "--dtype out, or leave out --quantization."
+                )
         if self.max_model_len is not None:
             _at_least("--max-model-len", self.max_model_len, 1)
         _at_least("--max-num-seqs", self.max_num_seqs, 1)

@@ -45,6 +45,7 @@ class MemoryPlan:
     host_cache_bytes: int
     max_cpu_loras: int | None
     dtype: str
+    quantization: str | None
     lora_dtype: str
     device: str
 
@@ -55,7 +56,11 @@ class MemoryPlan:
     def lines(self) -> list[str]:
         """The plan as a table to print."""
         rows = [
-            ("weights", self.weight_bytes, self.dtype),
+            (
+                "weights",
+                self.weight_bytes,
+                self.dtype if self.quantization is None else f"{self.quantization}, {self.dtype}",
+            ),
             (
                 "KV cache",
                 self.kv_bytes,
@@ -85,7 +90,11 @@ def plan_memory(
     ranks = config.tensor_parallel_size
     budget = min(int(memory.total_bytes * config.gpu_memory_utilization), memory.available_bytes)
     max_model_len = _max_model_len(spec, config)
-    weights = spec.num_parameters * DTYPE_BYTES[dtype] // ranks
+    weights = spec.num_parameters * DTYPE_BYTES[dtype]
+    if config.quantization == "int8":
+        num_integers, num_scales = spec.num_linear_parameters, spec.num_linear_outputs
+        weights += num_integers * (1 - DTYPE_BYTES[dtype]) + num_scales * 4
+    weights //= ranks
     max_batched = config.batched_tokens(on_cpu=memory.is_cpu)
     activations = 4 * (
         max_batched * (4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size) // ranks
@@ -165,6 +174,7 @@ def plan_memory(
         host_cache_bytes=host_cache,
         max_cpu_loras=None if config.lora is None else config.lora.max_cpu_loras,
         dtype=dtype,
+        quantization=config.quantization,
         lora_dtype=lora_dtype,
         device="cpu" if memory.is_cpu else "cuda",
     )

@@ -1,7 +1,8 @@
 // Norms, SiLU·mul, and RoPE with the write into the paged KV cache. One row per iteration, rows in parallel.
 #include <cmath>
+#include <vector>
 
-#include "common.h"
+#include "vectors.h"
 
 namespace {
 
@@ -10,33 +11,31 @@ constexpr int64_t kMaxHeadDim = 512;
 // out = x / sqrt(mean(x²) + eps), rounded to T, times weight, as transformers' RMSNorm rounds.
 template <typename T>
 void normalise(const float* x, const T* weight, float eps, T* out, int64_t size) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(size) + eps);
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const float rounded = to_float(from_float<T>(x[i] * scale));
-    out[i] = from_float<T>(rounded * to_float(weight[i]));
-  }
+  Floats squares = {};
+  for_each_vector(size, [&](int64_t i, int64_t n) {
+    const Floats value = load(x + i, n);
+    squares += value * value;
+  });
+  const Floats scale = broadcast(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(size) + eps));
+  for_each_vector(size, [&](int64_t i, int64_t n) {
+    store(round_to<T>(load(x + i, n) * scale) * load(weight + i, n), out + i, n);
+  });
 }
 
 template <typename T>
 void rotate_head(T* head, const T* norm, float eps, const float* cos_sin, int64_t dim) {
-  float x[kMaxHeadDim];
   if (norm != nullptr) {
-    load_floats(head, x, dim);
+    float x[kMaxHeadDim];
+    for_each_vector(dim, [&](int64_t i, int64_t n) { store(load(head + i, n), x + i, n); });
     normalise(x, norm, eps, head, dim);
   }
-  load_floats(head, x, dim);
   const int64_t half = dim / 2;
-  const float* cosine = cos_sin;
-  const float* sine = cos_sin + half;
-#pragma omp simd
-  for (int64_t i = 0; i < half; ++i) {
-    head[i] = from_float<T>(x[i] * cosine[i] - x[i + half] * sine[i]);
-    head[i + half] = from_float<T>(x[i + half] * cosine[i] + x[i] * sine[i]);
-  }
+  for_each_vector(half, [&](int64_t i, int64_t n) {
+    const Floats cosine = load(cos_sin + i, n), sine = load(cos_sin + half + i, n);
+    const Floats a = load(head + i, n), b = load(head + half + i, n);
+    store(a * cosine - b * sine, head + i, n);
+    store(b * cosine + a * sine, head + half + i, n);
+  });
 }
 
 }  // namespace
@@ -49,13 +48,13 @@ void lf_rms_norm(int dtype, const void* x, const void* weight, float eps, void* 
     using T = element<decltype(tag)>;
 #pragma omp parallel if (rows > 8)
     {
-      float* row = new float[size];
+      std::vector<float> row(size);
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; ++r) {
-        load_floats(static_cast<const T*>(x) + r * size, row, size);
-        normalise(row, static_cast<const T*>(weight), eps, static_cast<T*>(out) + r * size, size);
+        const T* own = static_cast<const T*>(x) + r * size;
+        for_each_vector(size, [&](int64_t i, int64_t n) { store(load(own + i, n), &row[i], n); });
+        normalise(row.data(), static_cast<const T*>(weight), eps, static_cast<T*>(out) + r * size, size);
       }
-      delete[] row;
     }
   });
 }
@@ -67,24 +66,23 @@ void lf_fused_add_rms_norm(int dtype, void* x, void* residual, const void* weigh
     using T = element<decltype(tag)>;
 #pragma omp parallel if (rows > 8)
     {
-      float* row = new float[size];
+      std::vector<float> row(size);
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; ++r) {
         T* own = static_cast<T*>(x) + r * size;
         T* stream = static_cast<T*>(residual) + r * size;
-#pragma omp simd
-        for (int64_t i = 0; i < size; ++i) {
-          stream[i] = from_float<T>(to_float(stream[i]) + to_float(own[i]));
-          row[i] = to_float(stream[i]);
-        }
-        normalise(row, static_cast<const T*>(weight), eps, own, size);
+        for_each_vector(size, [&](int64_t i, int64_t n) {
+          const Floats sum = round_to<T>(load(stream + i, n) + load(own + i, n));
+          store(sum, stream + i, n);
+          store(sum, &row[i], n);
+        });
+        normalise(row.data(), static_cast<const T*>(weight), eps, own, size);
       }
-      delete[] row;
     }
   });
 }
 
-// gate_up [rows, 2·size] → out [rows, size] = silu(gate)·up.
+// gate_up [rows, 2·size] → out [rows, size] = silu(gate)·up, silu rounded to T as a separate op would.
 void lf_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
@@ -93,13 +91,10 @@ void lf_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_
       const T* gate = static_cast<const T*>(gate_up) + r * 2 * size;
       const T* up = gate + size;
       T* row = static_cast<T*>(out) + r * size;
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        const float g = to_float(gate[i]);
-        // Rounded in between, as two separate ops would.
-        const float silu = to_float(from_float<T>(g / (1.0f + std::exp(-g))));
-        row[i] = from_float<T>(silu * to_float(up[i]));
-      }
+      for_each_vector(size, [&](int64_t i, int64_t n) {
+        const Floats g = load(gate + i, n);
+        store(round_to<T>(g / (1.0f + exp_lanes(-g))) * load(up + i, n), row + i, n);
+      });
     }
   });
 }

@@ -6,12 +6,19 @@
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
+#include <omp.h>
+
+#include "dot.h"
 
 namespace {
 
-constexpr int64_t kColumns = 64;
-constexpr int64_t kShrinkRows = 16;
+constexpr int64_t kRowBlock = 24;  // rows that go through A, or through a stretch of B, together
+constexpr int kVectors = 4;        // of columns in an expand tile
+constexpr int64_t kColumns = kVectors * kLanes;
+
+struct ShrinkItem {
+  int64_t segment, slice, first, count;
+};
 
 template <typename X, typename W>
 struct Lora {
@@ -30,107 +37,149 @@ struct Lora {
   const float* weight;
   int64_t num_segments, num_slices, max_rank, num_in, num_out;
 
-  // h [rank] = weight·scaling·A·x for one row.
-  void shrink_row(const float* row, const W* own_a, int64_t own_rank, float factor, float* h) const {
-    int64_t r = 0;
-    for (; r + 4 <= own_rank; r += 4) {
-      const W* a0 = own_a + r * num_in;
-      const W *a1 = a0 + num_in, *a2 = a1 + num_in, *a3 = a2 + num_in;
-      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-      for (int64_t i = 0; i < num_in; ++i) {
-        s0 += row[i] * to_float(a0[i]);
-        s1 += row[i] * to_float(a1[i]);
-        s2 += row[i] * to_float(a2[i]);
-        s3 += row[i] * to_float(a3[i]);
+  // Products are taken in the weights' own type where x has it too, else in float32.
+  static constexpr bool kSameType = std::is_same_v<X, W> && !std::is_same_v<X, _Float16>;
+  using Product = std::conditional_t<kSameType, X, float>;
+
+  template <typename T>
+  static const Product* products(const T* source, int64_t count, std::vector<float>& scratch) {
+    if constexpr (kSameType) {
+      return source;
+    } else {
+      scratch.resize(count);
+      for_each_vector(count, [&](int64_t i, int64_t n) { store(load(source + i, n), &scratch[i], n); });
+      return scratch.data();
+    }
+  }
+
+  // h [rows of the item, rank] = weight·scaling·x·Aᵀ, rows `h_stride` apart.
+  void shrink(const ShrinkItem& item, float* h, int64_t h_stride) const {
+    static thread_local std::vector<float> wide_a, wide_x;
+    const int64_t place = slot[item.segment] * num_slices + item.slice;
+    const int64_t own_rank = rank[place];
+    const float factor = weight[item.segment] * scaling[place];
+    const Product* own_a = products(a + place * max_rank * num_in, own_rank * num_in, wide_a);
+    const X* rows = x + (start[item.segment] + item.first) * x_stride;
+    for_each_row_tile<kDotRows>(item.count, [&](auto tile_rows, int64_t row) {
+      const Product* own_x;
+      int64_t own_stride = x_stride;
+      if constexpr (kSameType) {
+        own_x = rows + row * x_stride;
+      } else {
+        wide_x.resize(tile_rows * num_in);
+        for (int64_t k = 0; k < tile_rows; ++k)
+          for_each_vector(num_in, [&](int64_t i, int64_t n) {
+            store(load(rows + (row + k) * x_stride + i, n), &wide_x[k * num_in + i], n);
+          });
+        own_x = wide_x.data();
+        own_stride = num_in;
       }
-      h[r] = factor * s0, h[r + 1] = factor * s1, h[r + 2] = factor * s2, h[r + 3] = factor * s3;
+      float* own_h = h + row * h_stride;
+      dot_rows<tile_rows>(own_x, own_stride, own_a, num_in, own_rank, num_in, own_h, h_stride);
+      for (int64_t k = 0; k < tile_rows; ++k)
+        for (int64_t r = 0; r < own_rank; ++r) own_h[k * h_stride + r] *= factor;
+    });
+  }
+
+  // y [kRows, count] += h [kRows, rank]·B [rank, count], count <= kColumns.
+  template <int kRows>
+  void expand_tile(const float* h, int64_t h_stride, const W* own_b, int64_t own_rank, int64_t count, X* out) const {
+    Floats sum[kRows][kVectors] = {};
+    if (count == kColumns) {
+      for (int64_t r = 0; r < own_rank; ++r) {
+        Floats row[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) row[v] = load(own_b + r * num_out + v * kLanes);
+#pragma GCC unroll 4
+        for (int k = 0; k < kRows; ++k) {
+          const Floats factor = broadcast(h[k * h_stride + r]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sum[k][v] += factor * row[v];
+        }
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          X* place = out + k * y_stride + v * kLanes;
+          store(load(place) + sum[k][v], place);
+        }
+      return;
     }
-    for (; r < own_rank; ++r) {
-      const W* own = own_a + r * num_in;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < num_in; ++i) sum += row[i] * to_float(own[i]);
-      h[r] = factor * sum;
+    for (int k = 0; k < kRows; ++k)
+      for_each_vector(count, [&](int64_t i, int64_t n) {
+        Floats total = {};
+        for (int64_t r = 0; r < own_rank; ++r) total += h[k * h_stride + r] * load(own_b + r * num_out + i, n);
+        X* place = out + k * y_stride + i;
+        store(load(place, n) + total, place, n);
+      });
+  }
+
+  // Segment g's rows, columns `first` … `last` of slice n.
+  void expand(int64_t g, int64_t n, int64_t first, int64_t last, const float* h, int64_t h_stride) const {
+    const int64_t own_rank = rank[slot[g] * num_slices + n];
+    if (own_rank == 0) return;
+    const W* own_b = b + slot[g] * max_rank * num_out;
+    const int64_t length = end[g] - start[g];
+    for (int64_t block = 0; block < length; block += kRowBlock) {
+      const int64_t stop = std::min(length, block + kRowBlock);
+      for (int64_t column = first; column < last; column += kColumns) {
+        const int64_t count = std::min(kColumns, last - column);
+        int64_t k = block;
+        for (; k + 4 <= stop; k += 4)
+          expand_tile<4>(h + k * h_stride, h_stride, own_b + column, own_rank, count,
+                         y + (start[g] + k) * y_stride + column);
+        for (; k < stop; ++k)
+          expand_tile<1>(h + k * h_stride, h_stride, own_b + column, own_rank, count,
+                         y + (start[g] + k) * y_stride + column);
+      }
     }
   }
 
-  // y[row, first … last] += h · B[:, first … last].
-  void expand_row(const float* h, const float* own_b, int64_t own_rank, int64_t count, X* out) const {
-    float sum[kColumns];
-    for (int64_t c = 0; c < kColumns; ++c) sum[c] = 0.0f;
-    for (int64_t r = 0; r < own_rank; ++r) {
-      const float* row = own_b + r * kColumns;
-      for (int64_t c = 0; c < kColumns; ++c) sum[c] += h[r] * row[c];
+  void run() const {
+    static thread_local std::vector<ShrinkItem> items;
+    static thread_local std::vector<int64_t> offset;  // of each segment's rows in h
+    static thread_local std::vector<float> all_h;
+    items.clear();
+    offset.clear();
+    int64_t num_rows = 0;
+    for (int64_t g = 0; g < num_segments; ++g) {
+      offset.push_back(num_rows);
+      const int64_t length = end[g] - start[g];
+      for (int64_t n = 0; n < num_slices; ++n)
+        if (rank[slot[g] * num_slices + n] > 0)
+          for (int64_t first = 0; first < length; first += kRowBlock)
+            items.push_back({g, n, first, std::min(kRowBlock, length - first)});
+      num_rows += length;
     }
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c) out[c] = from_float<X>(to_float(out[c]) + sum[c]);
-  }
-};
-
-struct Rows {
-  int64_t segment, slice, first, count;
-};
-
-struct Columns {
-  int64_t slice, first, count;
-};
-
-template <typename X, typename W>
-void run(const Lora<X, W>& l) {
-  std::vector<Rows> shrinks;
-  std::vector<int64_t> offset(l.num_segments);  // of each segment's rows in h
-  int64_t num_rows = 0;
-  for (int64_t g = 0; g < l.num_segments; ++g) {
-    offset[g] = num_rows;
-    const int64_t length = l.end[g] - l.start[g];
-    for (int64_t n = 0; n < l.num_slices; ++n)
-      if (l.rank[l.slot[g] * l.num_slices + n] > 0)
-        for (int64_t first = 0; first < length; first += kShrinkRows)
-          shrinks.push_back({g, n, first, std::min(kShrinkRows, length - first)});
-    num_rows += length;
-  }
-  if (shrinks.empty()) return;
-  std::vector<Columns> expands;
-  for (int64_t n = 0, begin = 0; n < l.num_slices; begin = l.slice_end[n++])
-    for (int64_t first = begin; first < l.slice_end[n]; first += kColumns)
-      expands.push_back({n, first, std::min<int64_t>(kColumns, l.slice_end[n] - first)});
-  const int64_t width = l.num_slices * l.max_rank;
-  std::vector<float> h(num_rows * width);
+    if (items.empty()) return;
+    const int64_t width = num_slices * max_rank;
+    all_h.resize(num_rows * width);
+    // thread_local names mean each thread's own within the region, so the calling thread's are passed as pointers.
+    const ShrinkItem* work = items.data();
+    const int64_t num_items = items.size();
+    const int64_t* row_offset = offset.data();
+    float* h = all_h.data();
 
 #pragma omp parallel
-  {
-    std::vector<float> row(l.num_in);
+    {
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < shrinks.size(); ++i) {
-      const Rows& item = shrinks[i];
-      const int64_t place = l.slot[item.segment] * l.num_slices + item.slice;
-      const float factor = l.weight[item.segment] * l.scaling[place];
-      for (int64_t k = item.first; k < item.first + item.count; ++k) {
-        load_floats(l.x + (l.start[item.segment] + k) * l.x_stride, row.data(), l.num_in);
-        l.shrink_row(row.data(), l.a + place * l.max_rank * l.num_in, l.rank[place], factor,
-                     h.data() + (offset[item.segment] + k) * width + item.slice * l.max_rank);
+      for (int64_t i = 0; i < num_items; ++i) {
+        const ShrinkItem& item = work[i];
+        shrink(item, h + (row_offset[item.segment] + item.first) * width + item.slice * max_rank, width);
       }
-    }
-    std::vector<float> own_b(l.max_rank * kColumns);
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < expands.size(); ++i) {
-      const Columns& item = expands[i];
-      for (int64_t g = 0; g < l.num_segments; ++g) {
-        const int64_t own_rank = l.rank[l.slot[g] * l.num_slices + item.slice];
-        if (own_rank == 0 || l.start[g] == l.end[g]) continue;
-        for (int64_t r = 0; r < own_rank; ++r) {
-          float* out = own_b.data() + r * kColumns;
-          load_floats(l.b + (l.slot[g] * l.max_rank + r) * l.num_out + item.first, out, item.count);
-          for (int64_t c = item.count; c < kColumns; ++c) out[c] = 0.0f;
+      const int64_t num_blocks = (num_out + kColumns - 1) / kColumns;
+      const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+      const int64_t own_first = num_blocks * thread / threads * kColumns;
+      const int64_t own_last = std::min(num_out, num_blocks * (thread + 1) / threads * kColumns);
+      for (int64_t g = 0; g < num_segments; ++g)
+        for (int64_t n = 0, begin = 0; n < num_slices; begin = slice_end[n++]) {
+          const int64_t first = std::max<int64_t>(begin, own_first), last = std::min<int64_t>(slice_end[n], own_last);
+          if (first < last) expand(g, n, first, last, h + row_offset[g] * width + n * max_rank, width);
         }
-        for (int64_t k = 0; k < l.end[g] - l.start[g]; ++k)
-          l.expand_row(h.data() + (offset[g] + k) * width + item.slice * l.max_rank, own_b.data(), own_rank,
-                       item.count, l.y + (l.start[g] + k) * l.y_stride + item.first);
-      }
     }
   }
-}
+};
 
 }  // namespace
 
@@ -144,9 +193,10 @@ void lf_lora_add(int dtype, int lora_dtype, void* y, int64_t y_stride, const voi
     with_dtype(lora_dtype, [&](auto* w_tag) {
       using X = element<decltype(x_tag)>;
       using W = element<decltype(w_tag)>;
-      run(Lora<X, W>{static_cast<X*>(y), y_stride, static_cast<const X*>(x), x_stride, static_cast<const W*>(a),
-                     static_cast<const W*>(b), rank, scaling, slice_end, start, end, slot, weight, num_segments,
-                     num_slices, max_rank, num_in, num_out});
+      Lora<X, W>{static_cast<X*>(y), y_stride, static_cast<const X*>(x), x_stride, static_cast<const W*>(a),
+                 static_cast<const W*>(b), rank, scaling, slice_end, start, end, slot, weight, num_segments,
+                 num_slices, max_rank, num_in, num_out}
+          .run();
     });
   });
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from lorafleet.kernels.activation import silu_mul
 from lorafleet.kernels.attention import paged_attention
+from lorafleet.kernels.build import Level, supported_levels
+from lorafleet.kernels.linear import gather_rows, linear, linear_reference, prepare, quantize_int8
 from lorafleet.kernels.lora import LoraSegments, lora_add_
-from lorafleet.kernels.native import library, references_only
+from lorafleet.kernels.native import forced, library
 from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
 from lorafleet.kernels.rope import rope_kv_write_
 
@@ -30,9 +33,17 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol, equal_nan=True)
 
 
+@pytest.fixture(params=supported_levels(), ids=lambda level: level.name, autouse=True, scope="module")
+def _level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here runs once for each instruction set that this machine has."""
+    level: Level = request.param
+    with forced(level):
+        assert library() is not None
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _native_and_seeded() -> None:
-    assert library() is not None, "these tests compare the native kernels, which need a C++ compiler"
+def _seeded() -> None:
     torch.manual_seed(0)
 
 
@@ -42,7 +53,7 @@ def _native_and_seeded() -> None:
 def test_norms(dtype: torch.dtype, rows: int, size: int) -> None:
     x, residual = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype)
     weight = torch.randn(size).to(dtype)
-    with references_only():
+    with forced(None):
         expected = rms_norm(x, weight, 1e-5)
         expected_x, expected_residual = x.clone(), residual.clone()
         fused_add_rms_norm_(expected_x, expected_residual, weight, 1e-5)
@@ -56,7 +67,7 @@ def test_norms(dtype: torch.dtype, rows: int, size: int) -> None:
 @pytest.mark.parametrize("size", [1, 80, 1537])
 def test_silu_mul(dtype: torch.dtype, size: int) -> None:
     x = (torch.randn(9, 2 * size) * 4).to(dtype)
-    with references_only():
+    with forced(None):
         expected = silu_mul(x)
     close(silu_mul(x), expected)
 
@@ -78,7 +89,7 @@ def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim:
         rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, *norms, 1e-6)
         return own, keys, values
 
-    with references_only():
+    with forced(None):
         expected = run()
     for ours, wanted in zip(run(), expected, strict=True):
         close(ours, wanted)
@@ -119,7 +130,7 @@ def test_attention_over_decodes_prefills_and_chunks(
 ) -> None:
     lengths = [(1, 1), (1, 160), (37, 37), (5, 70), (64, 200), (1, 65), (33, 33), (1, 700)]
     arguments = attention_case(lengths, q_heads, kv_heads, dim, page, dtype)
-    with references_only():
+    with forced(None):
         expected = paged_attention(*arguments, q_heads, dim**-0.5, window)
     ours = paged_attention(*arguments, q_heads, dim**-0.5, window)
     assert not expected.isnan().any(), "the case itself must be clean"
@@ -133,6 +144,58 @@ def test_attention_keeps_nan_within_its_sequence() -> None:
     spoilt = paged_attention(q, keys, values, table, starts, contexts, 4, 0.25)
     assert spoilt[4].isnan().all()
     assert torch.equal(spoilt[:4], clean[:4]) and torch.equal(spoilt[5:], clean[5:])
+
+
+@dtypes
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 48), (576, 960), (50, 33), (2, 5), (30, 131)])
+@pytest.mark.parametrize("rows", [0, 1, 3, 7, 33])
+@pytest.mark.parametrize("form", ["plain", "packed", "int8", "packed int8"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear(rows: int, num_in: int, num_out: int, form: str, biased: bool, dtype: torch.dtype) -> None:
+    packed = "packed" in form
+    weight = prepare((torch.randn(num_out, num_in) / num_in**0.5).to(dtype), int8="int8" in form, packed=packed)
+    assert (weight.num_in, weight.num_out, weight.is_packed) == (num_in, num_out, packed)
+    bias = torch.randn(num_out).to(dtype) if biased else None
+    x = torch.randn(rows, num_in + 6).to(dtype)[:, :num_in]
+    with forced(None):
+        expected = linear(x, weight, bias)
+    close(linear(x, weight, bias), expected)
+
+
+def test_an_odd_number_of_inputs_is_never_packed() -> None:
+    weight = prepare(torch.randn(5, 33).bfloat16())
+    assert not weight.is_packed
+    x = torch.randn(3, 33).bfloat16()
+    close(linear(x, weight), linear_reference(x, weight))
+
+
+def test_packed_weights_are_the_weights() -> None:
+    weight = torch.randn(131, 30).bfloat16()
+    ids = torch.tensor([0, 130, 17, 17, 15, 16])
+    for packed in (False, True):
+        prepared = prepare(weight, packed=packed)
+        assert torch.equal(gather_rows(prepared, ids), weight[ids])
+        close(linear_reference(torch.eye(30).bfloat16(), prepared), weight.T)
+
+
+def test_nan_in_a_row_of_x_stays_in_its_row_of_y() -> None:
+    weight = prepare(torch.randn(40, 64).bfloat16(), packed=True)
+    x = torch.randn(9, 64).bfloat16()
+    clean = linear(x, weight)
+    x[4, 3] = torch.nan
+    spoilt = linear(x, weight)
+    assert spoilt[4].isnan().all()
+    rows = [row for row in range(9) if row != 4]
+    assert torch.equal(spoilt[rows], clean[rows])
+
+
+def test_int8_rounds_to_the_nearest_of_255_steps_per_output() -> None:
+    weight = torch.randn(20, 64).bfloat16()
+    weight[3] = 0.0
+    integers, scale = quantize_int8(weight)
+    assert integers.abs().amax(dim=1).tolist() == [127] * 3 + [0] + [127] * 16
+    error = (integers.float() * scale[:, None] - weight.float()).abs()
+    assert (error <= 0.51 * scale[:, None]).all()
 
 
 class LoraCase:
@@ -188,7 +251,7 @@ LAYOUTS: dict[str, list[tuple[int, int, int, float]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lora_over_segments(layout: str, dtype: torch.dtype, lora_dtype: torch.dtype) -> None:
     case = LoraCase(40, dtype, lora_dtype)
-    with references_only():
+    with forced(None):
         expected = case.run(LAYOUTS[layout])
     ours = case.run(LAYOUTS[layout])
     close(ours, expected)
@@ -241,7 +304,7 @@ def test_lora_over_any_layout(lengths: list[tuple[int, int]], num_in: int, width
     for length, slot in lengths:
         segments.append((row, row + length, slot, 1.0))
         row += length
-    with references_only():
+    with forced(None):
         expected = case.run(segments)
     close(case.run(segments), expected)
 

@@ -75,10 +75,19 @@ class ModelSpec:
         return BaseShapes(num_layers=self.num_layers, linears=self.linears)
 
     @property
+    def num_linear_parameters(self) -> int:
+        """Of the decoder layers' linears, biases left out."""
+        return self.num_layers * sum(i * o for i, o in self.linears.values())
+
+    @property
+    def num_linear_outputs(self) -> int:
+        return self.num_layers * sum(o for _, o in self.linears.values())
+
+    @property
     def num_parameters(self) -> int:
-        layer = sum(i * o for i, o in self.linears.values()) + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        return self.num_linear_parameters + embeddings + norms
 
     def lora_elements(self, lora_rank: int) -> int:
         """Elements of one adapter of this rank on all seven linears of all layers."""

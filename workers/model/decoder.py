@@ -20,7 +20,7 @@ from lorafleet.kernels.rope import rope_kv_write_
 from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.kv_cache import KVCache
-from lorafleet.workers.model.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from lorafleet.workers.model.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import LoraLinear, Part, SlotShape
 from lorafleet.workers.model.rope import cos_sin_table
@@ -31,9 +31,7 @@ from lorafleet.workers.tp.group import TensorParallelGroup
 class DecoderLayer:
     """Attention and MLP with their norms; the residual stream is passed along and updated in place."""
 
-    def __init__(
-        self, index: int, spec: ModelSpec, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, index: int, spec: ModelSpec, group: TensorParallelGroup, format: WeightFormat) -> None:
         self._index = index
         self._eps = spec.norm_eps
         self._window = spec.windows[index]
@@ -52,22 +50,19 @@ class DecoderLayer:
             ),
             hidden,
             bias=spec.qkv_bias,
-            dtype=dtype,
-            device=device,
+            format=format,
         )
-        self.o = RowParallelLinear(
-            "o_proj", spec.q_size, hidden, bias=spec.o_bias, dtype=dtype, device=device, group=group
-        )
+        self.o = RowParallelLinear("o_proj", spec.q_size, hidden, bias=spec.o_bias, format=format, group=group)
         self.gate_up = ColumnParallelLinear(
-            (Part("gate_proj", *inner), Part("up_proj", *inner)), hidden, bias=spec.mlp_bias, dtype=dtype, device=device
+            (Part("gate_proj", *inner), Part("up_proj", *inner)), hidden, bias=spec.mlp_bias, format=format
         )
         self.down = RowParallelLinear(
-            "down_proj", spec.intermediate_size, hidden, bias=spec.mlp_bias, dtype=dtype, device=device, group=group
+            "down_proj", spec.intermediate_size, hidden, bias=spec.mlp_bias, format=format, group=group
         )
-        self._input_norm_H = torch.empty(hidden, dtype=dtype, device=device)
-        self._post_norm_H = torch.empty(hidden, dtype=dtype, device=device)
-        self._q_norm_D = torch.empty(dim, dtype=dtype, device=device) if spec.qk_norm else None
-        self._k_norm_D = torch.empty(dim, dtype=dtype, device=device) if spec.qk_norm else None
+        self._input_norm_H = format.empty(hidden)
+        self._post_norm_H = format.empty(hidden)
+        self._q_norm_D = format.empty(dim) if spec.qk_norm else None
+        self._k_norm_D = format.empty(dim) if spec.qk_norm else None
 
     def load(self, reader: CheckpointReader) -> None:
         prefix = f"model.layers.{self._index}"
@@ -140,23 +135,22 @@ class Decoder:
         spec: ModelSpec,
         *,
         max_model_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        format: WeightFormat,
         group: TensorParallelGroup,
     ) -> None:
         self.spec = spec
         self._eps = spec.norm_eps
         self._embedding = VocabParallelEmbedding(
-            spec.vocab_size, spec.hidden_size, dtype=dtype, device=device, group=group
+            spec.vocab_size, spec.hidden_size, is_head=spec.tie_embeddings, format=format, group=group
         )
         self._head = (
             self._embedding
             if spec.tie_embeddings
-            else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device, group=group)
+            else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, is_head=True, format=format, group=group)
         )
-        self._layers = [DecoderLayer(i, spec, group, dtype, device) for i in range(spec.num_layers)]
-        self._norm_H = torch.empty(spec.hidden_size, dtype=dtype, device=device)
-        self._cos_sin_MD = cos_sin_table(spec, max_model_len).to(device)
+        self._layers = [DecoderLayer(i, spec, group, format) for i in range(spec.num_layers)]
+        self._norm_H = format.empty(spec.hidden_size)
+        self._cos_sin_MD = cos_sin_table(spec, max_model_len).to(format.device)
 
     def load(self, reader: CheckpointReader) -> None:
         """Read this rank's shard. Raises `ModelError`."""

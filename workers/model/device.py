@@ -26,6 +26,8 @@ def pick_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> s
     """`--dtype`, with auto resolved to the checkpoint's; on a CPU bfloat16 stands in for float16."""
     if config.dtype != "auto":
         return config.dtype
+    if config.quantization:
+        return "bfloat16"
     if spec.dtype == "float16" and device.type == "cpu":
         return "bfloat16"
     return spec.dtype if spec.dtype in ("float32", "bfloat16", "float16") else "bfloat16"

@@ -16,6 +16,7 @@ from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.decoder import Decoder
 from lorafleet.workers.model.kv_cache import KVCache
+from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import LoraLinear, SlotShape
 from lorafleet.workers.model.sampling import Sampled, sample
@@ -40,7 +41,8 @@ class ModelRunner:
         self._spec = spec
         self._plan = plan
         self._device = device
-        self._decoder = Decoder(spec, max_model_len=plan.max_model_len, dtype=dtype, device=device, group=group)
+        format = WeightFormat(dtype, device, int8=plan.quantization == "int8")
+        self._decoder = Decoder(spec, max_model_len=plan.max_model_len, format=format, group=group)
         self._cache = KVCache(
             num_layers=spec.num_layers,
             num_pages=plan.num_pages,

@@ -1,0 +1,138 @@
+"""Compiles kernels/cpu/*.cpp for one instruction set.
+
+Plain C++ with an `extern "C"` face and no torch headers: seconds to build. At run time native.py asks for what this
+machine needs; `python -m lorafleet.kernels.build` builds every level into the package, for a wheel or an image that is
+to run without a compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "cpu"
+PREBUILT = SOURCES / "prebuilt"
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-ffunction-sections",
+    "-fdata-sections",
+)
+# The C++ runtime comes along, so that the library runs where the compiler's is not; only what is called stays of it.
+_LINK_FLAGS = ("-shared", "-static-libgcc", "-static-libstdc++", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One instruction set that the kernels are compiled for."""
+
+    name: str
+    machine: str  # as platform.machine() says
+    flags: tuple[str, ...]
+    needs: frozenset[str]  # what /proc/cpuinfo must list
+
+
+_V2 = frozenset({"sse4_2", "ssse3", "popcnt"})
+_V3 = _V2 | {"avx2", "fma", "f16c", "bmi2", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+# Best first. AMX has no level: on machines that have it, torch's large products use it, and kernels/linear.py leaves
+# those to torch.
+LEVELS = (
+    Level("avx512bf16", "x86_64", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    Level("avx512", "x86_64", ("-march=x86-64-v4",), _V4),
+    Level("avx2", "x86_64", ("-march=x86-64-v3",), _V3),
+    Level("portable", "x86_64", ("-march=x86-64-v2",), _V2),
+    Level("aarch64", "aarch64", (), frozenset()),
+)
+
+
+class BuildError(Exception):
+    """The kernels could not be compiled; the message says why."""
+
+
+def cpu_flags() -> frozenset[str]:
+    """What this machine's processor can do, in /proc/cpuinfo's words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split()[2:])
+
+
+def supported_levels() -> list[Level]:
+    """The levels that run on this machine, best first."""
+    flags, machine = cpu_flags(), platform.machine()
+    return [level for level in LEVELS if level.machine == machine and level.needs <= flags]
+
+
+def file_name(level: Level) -> str:
+    """Names the sources' content, so that a library of other sources is never taken for it."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*.*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(" ".join((*_FLAGS, *level.flags, *_LINK_FLAGS)).encode())
+    return f"{level.name}-{digest.hexdigest()[:16]}.so"
+
+
+def build(level: Level, target: Path) -> None:
+    """Compile `level` into the file `target`, atomically. Raises `BuildError`."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise BuildError("no C++ compiler was found; install g++ (apt-get install g++)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+        commands = [
+            [compiler, *_FLAGS, *level.flags, "-c", "-o", out, str(source)]
+            for source, out in zip(sources, objects, strict=True)
+        ]
+        out = Path(scratch) / target.name
+        # Not linked with OpenMP: native.py offers the runtime that torch has loaded, whatever its file is called.
+        link = [compiler, *_LINK_FLAGS, "-o", str(out), *objects]
+        try:
+            with ThreadPoolExecutor(len(commands)) as pool:
+                list(pool.map(_run, commands))
+            _run(link)
+        except (OSError, subprocess.SubprocessError) as error:
+            detail = getattr(error, "stderr", None) or error
+            raise BuildError(f"{compiler} failed: {detail}") from error
+        out.replace(target)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the CPU kernels for every instruction set of this family.")
+    parser.add_argument("--out", type=Path, default=PREBUILT, help="default: the package, where they are found again")
+    args = parser.parse_args()
+    for old in args.out.glob("*.so"):
+        old.unlink()
+    for level in LEVELS:
+        if level.machine == platform.machine():
+            target = args.out / file_name(level)
+            try:
+                build(level, target)
+            except BuildError as error:
+                sys.exit(f"{level.name}: {error}")
+            print(f"{target} ({target.stat().st_size // 1024} KiB)")
+
+
+if __name__ == "__main__":
+    main()

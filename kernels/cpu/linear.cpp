@@ -1,0 +1,172 @@
+// Linear layers: y = x·Wᵀ + bias in bfloat16, W in bfloat16 or in 8-bit integers with a scale per output.
+//
+// Packed W is [groups of 16 outputs][pairs of inputs][16][2]: a vector holds one pair of inputs for several outputs and is
+// multiplied with the same pair of x, broadcast. A tile's sums then are outputs side by side: nothing is added across
+// lanes, and both x and W are read in order. With few rows all that counts is to read W once; with many, the tile's
+// registers keep the multipliers busy.
+#include <algorithm>
+#include <vector>
+
+#include <omp.h>
+
+#include "dot.h"
+
+namespace {
+
+constexpr int64_t kGroup = 16;                         // outputs of a group
+constexpr int kTileRows = kLanes == 16 ? 6 : 2;        // with kTileVectors sums each, they fit the registers
+constexpr int kTileVectors = 4;
+constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kTileOuts = kTileVectors * kLanes;
+constexpr int64_t kTileGroups = kTileOuts / kGroup;
+constexpr int64_t kVectorsOfGroup = kGroup / kLanes;
+static_assert(kTileOuts % kGroup == 0, "a tile is made of whole groups");
+
+inline Words load_weights(const bf16* p) { return load_words(p); }
+
+// kLanes pairs of integers as pairs of bfloat16, which holds them exactly.
+inline Words load_weights(const int8_t* p) {
+#if defined(__AVX512BF16__)
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16))));
+  return (Words)_mm512_cvtne2ps_pbh(high, low);
+#else
+  const Ints pair = __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Ints);
+  const Floats first = __builtin_convertvector(pair << 24 >> 24, Floats);
+  const Floats second = __builtin_convertvector(pair >> 8, Floats);
+  return as_words(first) >> 16 | as_words(second);
+#endif
+}
+
+struct Linear {
+  const bf16* x;
+  int64_t x_stride;
+  const float* scale;  // [O]; null for bfloat16 weights
+  const bf16* bias;    // [O] or null
+  bf16* y;
+  int64_t rows, pairs, num_out;
+
+  // kRows rows from `row` on, kVectors vectors of outputs from `first` on, whose weights begin at `w`. On the way as
+  // many cache lines as there are pairs are fetched from `ahead` on: the multipliers are busy, the memory is not.
+  template <int kRows, int kVectors, typename W>
+  void tile(const W* w, int64_t row, int64_t first, const char* ahead) const {
+    const int64_t group_size = pairs * kGroup * 2;
+    Floats sum[kRows][kVectors] = {};
+    for (int64_t k = 0; k < pairs; ++k) {
+      __builtin_prefetch(ahead + k * kLine, 0, 2);
+      Words weight[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        weight[v] = load_weights(w + v / kVectorsOfGroup * group_size + (k * kGroup + v % kVectorsOfGroup * kLanes) * 2);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const Words pair = broadcast(load_word(x + (row + r) * x_stride + 2 * k));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], pair, weight[v]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) finish(sum[r][v], row + r, first + v * kLanes);
+  }
+
+  void finish(Floats value, int64_t row, int64_t first) const {
+    const int64_t count = std::min<int64_t>(kLanes, num_out - first);
+    if (count <= 0) return;
+    if (scale != nullptr) value *= load(scale + first, count);
+    if (bias != nullptr) value += load(bias + first, count);
+    store(value, y + row * num_out + first, count);
+  }
+
+  template <int kVectors, typename W>
+  void all_rows(const W* w, int64_t first, const char* ahead) const {
+    for_each_row_tile<kTileRows>(rows, [&](auto tile_rows, int64_t row) {
+      tile<tile_rows, kVectors>(w, row, first, ahead + row / kTileRows % kTileGroups * pairs * kLine);
+    });
+  }
+
+  // All rows with the `count` <= kTileGroups groups of outputs from `group` on; the weights of those that follow
+  // lie at `next`.
+  template <typename W>
+  void groups(const W* w, int64_t group, int64_t count, const void* next) const {
+    const char* ahead = static_cast<const char*>(next);
+    switch (count) {
+      case 1: return all_rows<std::min<int>(kTileVectors, kVectorsOfGroup)>(w, group * kGroup, ahead);
+      case 2: return all_rows<std::min<int>(kTileVectors, 2 * kVectorsOfGroup)>(w, group * kGroup, ahead);
+      case 3: return all_rows<std::min<int>(kTileVectors, 3 * kVectorsOfGroup)>(w, group * kGroup, ahead);
+      case 4: return all_rows<std::min<int>(kTileVectors, 4 * kVectorsOfGroup)>(w, group * kGroup, ahead);
+    }
+  }
+};
+
+template <typename W>
+void run_packed(const Linear& l, const W* w) {
+  const int64_t num_groups = (l.num_out + kGroup - 1) / kGroup;
+  const int64_t group_size = l.pairs * kGroup * 2;
+#pragma omp parallel
+  {
+    // Shares of whole groups, which differ by one group at most.
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t last = num_groups * (thread + 1) / threads;
+    std::vector<bf16> wide;  // integers of a tile, widened once for many rows
+    for (int64_t group = num_groups * thread / threads; group < last; group += kTileGroups) {
+      const int64_t count = std::min(kTileGroups, last - group);
+      const W* own = w + group * group_size;
+      if constexpr (std::is_same_v<W, int8_t>) {
+        if (l.rows > 2 * kTileRows) {
+          wide.resize(count * group_size);
+          for (int64_t i = 0; i < count * group_size; i += 2 * kLanes)
+            *reinterpret_cast<Words*>(&wide[i]) = load_weights(own + i);
+          l.groups(wide.data(), group, count, own + count * group_size);
+          continue;
+        }
+      }
+      l.groups(own, group, count, own + count * group_size);
+    }
+  }
+}
+
+// W [O, I] as it lies in a checkpoint, for few rows: the products run along the inputs.
+void run_plain(const Linear& l, const bf16* w, int64_t num_in) {
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < l.num_out; first += kGroup) {
+    const int64_t count = std::min(kGroup, l.num_out - first);
+    for_each_row_tile<kDotRows>(l.rows, [&](auto tile_rows, int64_t row) {
+      float sums[tile_rows][kGroup] = {};
+      dot_rows<tile_rows>(l.x + row * l.x_stride, l.x_stride, w + first * num_in, num_in, count, num_in, sums[0], kGroup);
+      for (int r = 0; r < tile_rows; ++r)
+        for (int64_t o = 0; o < count; o += kLanes) l.finish(load(&sums[r][o]), row + r, first + o);
+    });
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [rows, I], w [O, I] → y [rows, O].
+void lf_linear(const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t rows, int64_t num_in,
+               int64_t num_out) {
+  run_plain(Linear{static_cast<const bf16*>(x), x_stride, nullptr, static_cast<const bf16*>(bias),
+                   static_cast<bf16*>(y), rows, 0, num_out},
+            static_cast<const bf16*>(w), num_in);
+}
+
+// x [rows, 2·pairs], w packed → y [rows, O].
+void lf_linear_packed(const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t rows,
+                      int64_t pairs, int64_t num_out) {
+  run_packed(Linear{static_cast<const bf16*>(x), x_stride, nullptr, static_cast<const bf16*>(bias), static_cast<bf16*>(y),
+             rows, pairs, num_out},
+      static_cast<const bf16*>(w));
+}
+
+// The same with w in 8-bit integers, each output o times scale[o].
+void lf_linear_packed_int8(const void* x, int64_t x_stride, const void* w, const float* scale, const void* bias,
+                           void* y, int64_t rows, int64_t pairs, int64_t num_out) {
+  run_packed(Linear{static_cast<const bf16*>(x), x_stride, scale, static_cast<const bf16*>(bias), static_cast<bf16*>(y), rows,
+             pairs, num_out},
+      static_cast<const int8_t*>(w));
+}
+
+}  // extern "C"

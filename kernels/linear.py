@@ -1,0 +1,107 @@
+"""Linear layers: y = x·Wᵀ + bias, W in the activations' dtype, or in 8-bit integers with a scale per output.
+
+On a CPU, W in bfloat16 or integers is packed once, at loading, into the order in which our kernel reads it. Where
+the processor has AMX, torch's own products use it and are ahead of ours from about five rows on; there W in bfloat16
+stays as it is, and ours reads it for up to four rows.
+
+T rows, I in features, O out features, G groups of 16 out features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lorafleet.kernels.build import cpu_flags
+from lorafleet.kernels.native import library
+
+_GROUP = 16
+_HAS_AMX = "amx_bf16" in cpu_flags()
+_MAX_PLAIN_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """W as `linear` reads it; `prepare` makes it."""
+
+    data: torch.Tensor  # [O, I], or packed [G, I / 2, 16, 2]
+    scale_O: torch.Tensor | None  # float32, with 8-bit integers
+    num_out: int
+
+    @property
+    def num_in(self) -> int:
+        return self.data.shape[1] * (2 if self.is_packed else 1)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.data.dim() == 4
+
+
+def prepare(weight_OI: torch.Tensor, *, int8: bool = False, packed: bool | None = None) -> LinearWeight:
+    """Bring W into the form that is fastest here. With `int8` it is rounded to integers (see `quantize_int8`).
+
+    `packed` None leaves the choice to us. What comes back may share W's memory.
+    """
+    num_out, num_in = weight_OI.shape
+    if packed is None:
+        fits = weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and num_in % 2 == 0
+        packed = fits and library() is not None and (int8 or not _HAS_AMX)
+    data, scale_O = quantize_int8(weight_OI) if int8 else (weight_OI, None)
+    return LinearWeight(_pack(data) if packed else data, scale_O, num_out)
+
+
+def linear(x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, O], contiguous. The sums are float32; integers are multiplied with x as they are, then scaled."""
+    native = library()
+    fits = x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu"
+    plain = weight.scale_O is None and x_TI.shape[0] <= _MAX_PLAIN_ROWS
+    if native is None or not fits or not (weight.is_packed or plain):
+        return linear_reference(x_TI, weight, bias_O)
+    rows, num_in = x_TI.shape
+    data = weight.data
+    assert num_in == weight.num_in and x_TI.stride(1) == 1 and data.is_contiguous()
+    assert bias_O is None or bias_O.dtype == torch.bfloat16
+    y_TO = x_TI.new_empty(rows, weight.num_out)
+    x, stride, bias, y = x_TI.data_ptr(), x_TI.stride(0), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr()
+    if not weight.is_packed:
+        native.lf_linear(x, stride, data.data_ptr(), bias, y, rows, num_in, weight.num_out)
+    elif weight.scale_O is None:
+        native.lf_linear_packed(x, stride, data.data_ptr(), bias, y, rows, num_in // 2, weight.num_out)
+    else:
+        scale = weight.scale_O.data_ptr()
+        native.lf_linear_packed_int8(x, stride, data.data_ptr(), scale, bias, y, rows, num_in // 2, weight.num_out)
+    return y_TO
+
+
+def linear_reference(x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    data_OI = _unpack(weight) if weight.is_packed else weight.data
+    if weight.scale_O is None:
+        return F.linear(x_TI, data_OI, bias_O)
+    # The integers are exact in bfloat16, which has 8 significant bits; the scale is applied to the result.
+    y_TO = F.linear(x_TI, data_OI.to(x_TI.dtype)).float() * weight.scale_O
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
+
+
+def gather_rows(weight: LinearWeight, ids_T: torch.Tensor) -> torch.Tensor:
+    """Rows of W by number, [T, I]: embeddings that share their memory with the head."""
+    if not weight.is_packed:
+        return F.embedding(ids_T, weight.data)
+    return weight.data[ids_T // _GROUP, :, ids_T % _GROUP].flatten(1)
+
+
+def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 [O, I], float32 scale [O]) with weight ≈ scale · integers: symmetric, rounded to nearest, per output."""
+    scale_O = weight_OI.abs().amax(dim=1).float().clamp_min_(torch.finfo(torch.float32).tiny) / 127
+    return (weight_OI / scale_O[:, None]).round_().to(torch.int8), scale_O
+
+
+def _pack(weight_OI: torch.Tensor) -> torch.Tensor:
+    num_out, num_in = weight_OI.shape
+    padded = F.pad(weight_OI, (0, 0, 0, -num_out % _GROUP))
+    return padded.view(-1, _GROUP, num_in // 2, 2).transpose(1, 2).contiguous()
+
+
+def _unpack(weight: LinearWeight) -> torch.Tensor:
+    return weight.data.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_out]
