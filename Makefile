@@ -14,7 +14,7 @@ help:
 	@echo 'make test     run the test suite'
 	@echo 'make install  make $(VENV) with everything pinned, and $(BIN)/lorafleet'
 	@echo 'make lint     ruff, then types'
-	@echo 'make package  build the wheel and try it outside the tree'
+	@echo 'make package  build the wheel, with the kernels prebuilt, and try it outside the tree'
 	@echo 'make proto    regenerate the gRPC stubs'
 
 install: $(INSTALLED)
@@ -38,17 +38,28 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(MAKE) types
 
-# Type checkers cannot follow the editable install's import hook, so they read the installed wheel.
-types: build/wheel/.built
-	cd build/wheel && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python \
-		-p lorafleet.controller -p lorafleet.kernels -p lorafleet.workers
+# Type checkers cannot follow the editable install's import hook, so they read a copy of the tree under its import name.
+types: build/source/.copied
+	cd build/source && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+		--python-executable ../../$(BIN)/python -p lorafleet.controller -p lorafleet.kernels -p lorafleet.workers
+
+build/source/.copied: $(INSTALLED) $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
+	rm -rf build/source && mkdir -p build/source/lorafleet
+	cp -r controller kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
+	rm -rf build/source/lorafleet/kernels/cpu/prebuilt
+	@touch $@
 
 package: build/wheel/.built
 	cd build/wheel && ../../$(BIN)/python -P ../../tests/check_wheel.py .
 
-build/wheel/.built: $(INSTALLED) $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
-	rm -rf build dist
-	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+# The wheel carries the kernels of every instruction set. They go into the copy, so that no prebuilt library lies in the
+# tree; build/prebuilt keeps them, under names that change with the C++ sources. The tag says which glibc they need.
+build/wheel/.built: build/source/.copied
+	rm -rf build/wheel dist
+	platform=$$($(BIN)/python -P build/source/lorafleet/kernels/build.py --out build/prebuilt) \
+		&& cp -r build/prebuilt build/source/lorafleet/kernels/cpu/ \
+		&& $(BIN)/python -m build --wheel -C--build-option=--plat-name=$$platform --outdir dist build/source/lorafleet \
+		> /dev/null
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/wheel dist/*.whl
 	@touch $@
 

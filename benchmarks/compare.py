@@ -233,7 +233,7 @@ def document(
     }
 
 
-def _demo_model() -> Path:
+def demo_model() -> Path:
     made = subprocess.run(
         [sys.executable, "examples/demo_model.py"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -257,7 +257,7 @@ def main() -> None:
     checks = [check for check in CHECKS if check.row in args.rows]
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorafleet-compare-")))
-        model = args.model or _demo_model()
+        model = args.model or demo_model()
         adapters = write_adapters(model, scratch / "adapters", count=NUM_ADAPTERS, lora_rank=LORA_RANK)
         vllm_python = args.vllm.absolute() if args.vllm else None  # not resolved: an environment's python is a link
         comparison = Comparison(Sides(model, adapters, scratch, vllm_python), checks, stack)

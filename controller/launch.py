@@ -29,6 +29,7 @@ from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.gateway.__main__ import API_KEY_VARIABLE
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
+from lorafleet.workers.model.source import read_ahead
 
 if TYPE_CHECKING:
     from lorafleet.controller.cluster import FleetCluster
@@ -73,7 +74,9 @@ def serve(config: ServeConfig) -> None:
             token_file = _write_secret(state_dir / "token", secrets.token_urlsafe(32))
             node = "127.0.0.1" if config.ray_address is None else _own_address()
             controller_port = _free_port(node)
-            # The gateway starts while Ray does; until there is a worker it answers /ready with 503.
+            # The gateway starts while Ray does; until there is a worker it answers /ready with 503. The weights come off
+            # the disk meanwhile.
+            read_ahead(Path(config.engine.model))
             gateway = stack.enter_context(_gateway(config, f"{node}:{controller_port}", token_file))
             _say("starting Ray, controller and worker ...")
             ready = stack.enter_context(

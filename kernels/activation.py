@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from lorafleet.kernels.native import DTYPE_CODES, library
 
 
-def silu_mul(gate_up_T2F: torch.Tensor) -> torch.Tensor:
-    """[T, 2F], gate in the first half of the columns → [T, F]."""
+def silu_mul(gate_up_T2F: torch.Tensor, out_TF: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, 2F], gate in the first half of the columns → [T, F], in `out_TF` if that is given."""
     native = library()
     if native is None or gate_up_T2F.device.type != "cpu":
-        return silu_mul_reference(gate_up_T2F)
-    assert gate_up_T2F.is_contiguous()
+        out = silu_mul_reference(gate_up_T2F)
+        return out if out_TF is None else out_TF.copy_(out)
     rows, columns = gate_up_T2F.shape
-    out_TF = gate_up_T2F.new_empty(rows, columns // 2)
+    if out_TF is None:
+        out_TF = gate_up_T2F.new_empty(rows, columns // 2)
+    assert gate_up_T2F.is_contiguous() and out_TF.is_contiguous() and out_TF.dtype == gate_up_T2F.dtype
     native.lf_silu_mul(DTYPE_CODES[gate_up_T2F.dtype], gate_up_T2F.data_ptr(), out_TF.data_ptr(), rows, columns // 2)
     return out_TF
 

@@ -23,8 +23,9 @@ def paged_attention(
     num_q_heads: int,
     scale: float,
     window: int = 0,
+    out_TQ: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[T, Q], contiguous. q_TQ may be a view with strided rows.
+    """[T, Q], contiguous, in `out_TQ` if that is given. q_TQ may be a view with strided rows.
 
     k_cache, v_cache: [pages, kv heads, page size, D]. page_table_SP: int32, each sequence's pages in order.
     query_start_S1: int32, sequence s has the rows [s] to [s + 1]. context_len_S: int32, keys of each sequence, this
@@ -33,15 +34,18 @@ def paged_attention(
     """
     native = library()
     if native is None or q_TQ.device.type != "cpu":
-        return paged_attention_reference(
+        out = paged_attention_reference(
             q_TQ, k_cache, v_cache, page_table_SP, query_start_S1, context_len_S, num_q_heads, scale, window
         )
+        return out if out_TQ is None else out_TQ.copy_(out)
     _, num_kv_heads, page_size, head_dim = k_cache.shape
     assert q_TQ.stride(1) == 1 and q_TQ.shape[1] == num_q_heads * head_dim and num_q_heads % num_kv_heads == 0
     assert q_TQ.dtype == k_cache.dtype == v_cache.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert page_table_SP.dtype == query_start_S1.dtype == context_len_S.dtype == torch.int32
     assert page_table_SP.stride(1) == 1 and head_dim <= 512
-    out_TQ = q_TQ.new_empty(q_TQ.shape)
+    if out_TQ is None:
+        out_TQ = q_TQ.new_empty(q_TQ.shape)
+    assert out_TQ.is_contiguous() and out_TQ.dtype == q_TQ.dtype
     native.lf_paged_attention(
         DTYPE_CODES[q_TQ.dtype],
         q_TQ.data_ptr(),

@@ -2,7 +2,7 @@
 
 Plain C++ with an `extern "C"` face and no torch headers: seconds to build. At run time native.py asks for what this
 machine needs; `python -m lorafleet.kernels.build` builds every level into the package, for a wheel or an image that is
-to run without a compiler.
+to run without a compiler. Standard library only: `make package` runs this file by itself.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,7 @@ def supported_levels() -> list[Level]:
 def file_name(level: Level) -> str:
     """Names the sources' content, so that a library of other sources is never taken for it."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.*")):
+    for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join((*_FLAGS, *level.flags, *_LINK_FLAGS)).encode())
     return f"{level.name}-{digest.hexdigest()[:16]}.so"
@@ -118,20 +120,31 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
 
 
+def wheel_platform(libraries: Iterable[Path]) -> str:
+    """The platform tag of a wheel with these libraries: it names the glibc that has all they link against (PEP 600)."""
+    needed = rb"GLIBC_(?:2\.(\d+)|ABI_DT_RELR)"  # packed relocations came with glibc 2.36
+    minors = [int(minor or 36) for path in libraries for minor in re.findall(needed, path.read_bytes())]
+    return f"{f'manylinux_2_{max(minors)}' if minors else 'linux'}_{platform.machine()}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the CPU kernels for every instruction set of this family.")
+    parser = argparse.ArgumentParser(
+        description="Build the CPU kernels for every instruction set of this machine's family; print the platform tag "
+        "that a wheel with them has."
+    )
     parser.add_argument("--out", type=Path, default=PREBUILT, help="default: the package, where they are found again")
     args = parser.parse_args()
-    for old in args.out.glob("*.so"):
+    wanted = {args.out / file_name(level): level for level in LEVELS if level.machine == platform.machine()}
+    for old in set(args.out.glob("*.so")) - wanted.keys():
         old.unlink()
-    for level in LEVELS:
-        if level.machine == platform.machine():
-            target = args.out / file_name(level)
+    for target, level in wanted.items():
+        if not target.exists():
             try:
                 build(level, target)
             except BuildError as error:
                 sys.exit(f"{level.name}: {error}")
-            print(f"{target} ({target.stat().st_size // 1024} KiB)")
+        print(f"{target} ({target.stat().st_size // 1024} KiB)", file=sys.stderr)
+    print(wheel_platform(wanted))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lorafleet.kernels.build import cpu_flags
-from lorafleet.kernels.native import library
+from lorafleet.kernels.native import is_recording, library
 
 _GROUP = 16
 _HAS_AMX = "amx_bf16" in cpu_flags()
@@ -52,18 +52,31 @@ def prepare(weight_OI: torch.Tensor, *, int8: bool = False, packed: bool | None 
     return LinearWeight(_pack(data) if packed else data, scale_O, num_out)
 
 
-def linear(x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, O], contiguous. The sums are float32; integers are multiplied with x as they are, then scaled."""
+def linear(
+    x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Tensor | None = None, out_TO: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[T, O], contiguous, in `out_TO` if that is given.
+
+    The sums are float32; integers are multiplied with x as they are, then scaled.
+    """
     native = library()
     fits = x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu"
     plain = weight.scale_O is None and x_TI.shape[0] <= _MAX_PLAIN_ROWS
     if native is None or not fits or not (weight.is_packed or plain):
-        return linear_reference(x_TI, weight, bias_O)
+        assert not is_recording(), "torch's products cannot be recorded"
+        if out_TO is None:
+            return linear_reference(x_TI, weight, bias_O)
+        if weight.is_packed or weight.scale_O is not None:
+            return out_TO.copy_(linear_reference(x_TI, weight, bias_O))
+        if bias_O is None:
+            return torch.mm(x_TI, weight.data.T, out=out_TO)
+        return torch.addmm(bias_O, x_TI, weight.data.T, out=out_TO)
     rows, num_in = x_TI.shape
     data = weight.data
     assert num_in == weight.num_in and x_TI.stride(1) == 1 and data.is_contiguous()
     assert bias_O is None or bias_O.dtype == torch.bfloat16
-    y_TO = x_TI.new_empty(rows, weight.num_out)
+    y_TO = x_TI.new_empty(rows, weight.num_out) if out_TO is None else out_TO
+    assert y_TO.is_contiguous() and y_TO.shape == (rows, weight.num_out) and y_TO.dtype == x_TI.dtype
     x, stride, bias, y = x_TI.data_ptr(), x_TI.stride(0), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr()
     if not weight.is_packed:
         native.lf_linear(x, stride, data.data_ptr(), bias, y, rows, num_in, weight.num_out)

@@ -12,11 +12,15 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import struct
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,24 +39,92 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lf_linear": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
     "lf_linear_packed": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
     "lf_linear_packed_int8": (_P, _I64, _P, _P, _P, _P, *(_I64,) * 3),
+    "lf_sample_tokens": (_INT, _P, _I64, *(_P,) * 7, _I64, _I64),
 }
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_local = threading.local()  # .recording: the one that this thread makes
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _decided = False  # whether _library is final, None included
 
 
-def library() -> ctypes.CDLL | None:
-    """The kernels; None when the references are to run."""
+def library() -> Any:
+    """The kernels by name, as functions; None when the references are to run."""
     global _library, _decided
+    recording = getattr(_local, "recording", None)
+    if recording is not None:
+        return recording
     if not _decided:
         with _lock:
             if not _decided:
                 _library = None if os.environ.get("LORAFLEET_NATIVE_KERNELS") == "0" else _load()
                 _decided = True
     return _library
+
+
+class Recording:
+    """The native calls of a block, run as usual and written down, to be run again as one call without Python between.
+
+    What was a pointer or a number then is the same pointer or number in a replay: the tensors must outlive it, and only
+    their content may differ. Torch's own operations are not recorded, so there must be none in the block.
+    """
+
+    def __init__(self, native: ctypes.CDLL) -> None:
+        self._native = native
+        self._calls: list[tuple[int, list[int]]] = []  # (address, words), until the first replay
+        self._packed: tuple[array[int], array[int]] | None = None  # what replay.cpp reads: calls; all their words
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """A kernel that writes its calls down. Kept as an attribute, so that each name comes here once."""
+        function, types = getattr(self._native, name), _SIGNATURES[name]
+        address = ctypes.cast(getattr(self._native, f"{name}_replay"), _P).value
+        assert address is not None
+
+        def call(*arguments: Any) -> None:
+            function(*arguments)
+            self._calls.append((address, [_word(kind, value) for kind, value in zip(types, arguments, strict=True)]))
+
+        self.__dict__[name] = call
+        return call
+
+    def replay(self) -> None:
+        """Run all calls again, with the content that their tensors have now."""
+        if self._packed is None:
+            words = array("Q", [word for _, own in self._calls for word in own])
+            calls, place = array("Q"), words.buffer_info()[0]
+            for address, own in self._calls:
+                calls.extend((address, place))
+                place += words.itemsize * len(own)
+            self._packed = calls, words
+            self._calls.clear()
+        calls, _ = self._packed
+        self._native.lf_replay(calls.buffer_info()[0], len(calls) // 2)
+
+
+def is_recording() -> bool:
+    """Whether this thread's native calls are being written down."""
+    return getattr(_local, "recording", None) is not None
+
+
+@contextmanager
+def record() -> Iterator[Recording]:
+    """Write down this thread's native calls within the block. The kernels must be available."""
+    native = library()
+    assert isinstance(native, ctypes.CDLL), "there is nothing to record, or a recording within a recording"
+    _local.recording = Recording(native)
+    try:
+        yield _local.recording
+    finally:
+        _local.recording = None
+
+
+def _word(kind: type, value: int | float | None) -> int:
+    """An argument as the 64-bit word that replay.cpp reads."""
+    if kind is _F32:
+        return int.from_bytes(struct.pack("=f", value), sys.byteorder)
+    return int(value or 0) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 @contextmanager
@@ -83,16 +155,15 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _pick() -> Level:
-    levels = supported_levels()
-    wanted = os.environ.get("LORAFLEET_CPU_LEVEL")
-    if wanted:
-        names = [level.name for level in levels]
-        if wanted not in names:
-            raise BuildError(f"LORAFLEET_CPU_LEVEL is {wanted!r}; this machine runs {', '.join(names) or 'none'}")
-        return levels[names.index(wanted)]
+    levels = {level.name: level for level in supported_levels()}
     if not levels:
         raise BuildError("this processor is none of those that the kernels are written for")
-    return levels[0]
+    wanted = os.environ.get("LORAFLEET_CPU_LEVEL") or next(iter(levels))
+    if wanted not in levels:
+        raise BuildError(
+            f"LORAFLEET_CPU_LEVEL is {wanted!r}; this machine runs {', '.join(levels)}. Unset it, or name one of these."
+        )
+    return levels[wanted]
 
 
 def _find(level: Level) -> Path:
@@ -100,10 +171,19 @@ def _find(level: Level) -> Path:
     name = file_name(level)
     cached = cache_root() / "kernels" / name
     for path in (PREBUILT / name, cached):
-        if path.is_file():
+        if _is_library(path):
             return path
     build(level, cached)
     return cached
+
+
+def _is_library(path: Path) -> bool:
+    """Not if it is missing, nor if the machine went down while it was written: then it is compiled again."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError:
+        return False
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -113,6 +193,7 @@ def _open(path: Path) -> ctypes.CDLL:
     for name, argtypes in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = argtypes, None
+    loaded.lf_replay.argtypes, loaded.lf_replay.restype = (_P, _I64), None
     return loaded
 
 

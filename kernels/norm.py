@@ -11,13 +11,17 @@ import torch
 from lorafleet.kernels.native import DTYPE_CODES, library
 
 
-def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """The norm of each row, a new tensor."""
+def rms_norm(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_TH: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The norm of each row, in `out_TH` if that is given."""
     native = library()
     if native is None or x_TH.device.type != "cpu":
-        return rms_norm_reference(x_TH, weight_H, eps)
-    assert x_TH.is_contiguous() and x_TH.dtype == weight_H.dtype
-    out_TH = torch.empty_like(x_TH)
+        out = rms_norm_reference(x_TH, weight_H, eps)
+        return out if out_TH is None else out_TH.copy_(out)
+    if out_TH is None:
+        out_TH = torch.empty_like(x_TH)
+    assert x_TH.is_contiguous() and out_TH.is_contiguous() and x_TH.dtype == weight_H.dtype == out_TH.dtype
     native.lf_rms_norm(
         DTYPE_CODES[x_TH.dtype],
         x_TH.data_ptr(),

@@ -1,4 +1,4 @@
-"""Run by `make package`, outside the tree: the installed wheel is whole, and its heavy parts are lazy.
+"""Run by `make package`, outside the tree: the installed wheel is whole, its heavy parts are lazy, its kernels run.
 
 Usage: python -P check_wheel.py DIRECTORY-WITH-THE-INSTALLED-WHEEL
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 EXPECTED = [
@@ -32,6 +33,32 @@ from lorafleet.workers import LLM, SamplingParams
 assert LLM.__module__ == "lorafleet.workers.llm"
 assert LLM.__init__.__code__.co_filename.startswith({root!r}), "imported from elsewhere"
 """
+# The wheel carries one library a level, and the one asked for computes, without a warning and as the reference does.
+KERNELS = """
+import os, pathlib, platform, sys, warnings
+sys.path.insert(0, {root!r})
+import torch
+warnings.simplefilter("error")
+from lorafleet.kernels import build, native
+from lorafleet.kernels.norm import rms_norm, rms_norm_reference
+assert build.__file__.startswith({root!r}), "imported from elsewhere"
+names = [build.file_name(level) for level in build.LEVELS if level.machine == platform.machine()]
+carried = sorted(path.name for path in build.PREBUILT.glob("*"))
+assert names and carried == sorted(names), f"the wheel carries {{carried}}, not {{names}}"
+(info,) = pathlib.Path({root!r}).glob("lorafleet-*.dist-info")
+tag = "Tag: py3-none-" + build.wheel_platform(build.PREBUILT.glob("*.so"))
+assert tag in (info / "WHEEL").read_text().splitlines(), f"the wheel is not tagged {{tag}}"
+levels = [level.name for level in build.supported_levels()]
+level = os.environ.get("LORAFLEET_CPU_LEVEL", levels[0])
+loaded = pathlib.Path(native.library()._name)
+assert loaded.parent == build.PREBUILT and loaded.name.startswith(level + "-"), f"{{loaded}} was loaded for {{level}}"
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    x, weight = torch.randn(5, 77).to(dtype), torch.randn(77).to(dtype)
+    expected = rms_norm_reference(x, weight, 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected, atol=tolerance, rtol=tolerance)
+print(*levels)
+"""
 
 
 def main(root: Path) -> None:
@@ -40,10 +67,28 @@ def main(root: Path) -> None:
     assert not missing, f"the wheel lacks {missing}"
     assert list((package / "kernels" / "cpu").glob("*.cpp")), "the wheel lacks the kernels' C++ sources"
     assert not list(root.rglob("tests")), "the wheel carries the tests"
-    # -I: no working directory and no user site on the path, and the editable install's hook is out of the way below.
-    code = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]\n" + IMPORTS
-    subprocess.run([sys.executable, "-I", "-c", code.format(root=str(root))], check=True, timeout=120)
-    print(f"wheel ok: {sum(1 for _ in package.rglob('*.py'))} modules")
+    run(IMPORTS, root)
+    levels = run(KERNELS, root).split()
+    run(KERNELS, root, LORAFLEET_CPU_LEVEL=levels[-1])
+    num_modules = sum(1 for _ in package.rglob("*.py"))
+    print(f"wheel ok: {num_modules} modules, kernels tried at the levels {levels[0]} and {levels[-1]}")
+
+
+def run(code: str, root: Path, **environment: str) -> str:
+    """What the code prints, run away from the tree, without a compiler, with an empty cache that must stay so."""
+    # -I: no working directory and no user site on the path; and the editable install's hook is out of the way.
+    code = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]\n" + code
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code.format(root=str(root))],
+            env={"PATH": "/nonexistent", "HOME": cache, "LORAFLEET_CACHE": cache} | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert list(Path(cache).iterdir()) == [], "something was written into the cache"
+    return done.stdout
 
 
 if __name__ == "__main__":

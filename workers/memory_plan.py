@@ -40,6 +40,7 @@ class MemoryPlan:
     page_size: int
     max_model_len: int
     max_num_batched_tokens: int
+    max_num_seqs: int
     slot_bytes: int  # one adapter slot at --max-lora-rank
     max_loras: int  # 0: LoRA is off
     host_cache_bytes: int
@@ -169,6 +170,7 @@ def plan_memory(
         page_size=config.block_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_batched,
+        max_num_seqs=config.max_num_seqs,
         slot_bytes=slot_bytes,
         max_loras=max_loras,
         host_cache_bytes=host_cache,

@@ -216,25 +216,21 @@ struct Attention {
     }
   }
 
-  // s.scores [queries, kKeys] straight from the pages. Pages lie anywhere, so the processor cannot guess the next one:
-  // it is prefetched while this one is computed.
+  // s.scores [queries, kKeys] straight from the pages. The values of this block and the keys of the next are asked for
+  // meanwhile.
   void score_pages(const Item& item, int64_t key0, int64_t count, int64_t end, int64_t num_queries,
                    Scratch<U>& s) const {
     const int32_t* pages = page_table + item.sequence * table_stride;
     const T* query = reinterpret_cast<const T*>(s.query.data());
     for_each_run(item, key0, count, [&](int64_t j, int64_t run, int64_t offset) {
-      prefetch(v_cache + offset, run * dim);
-      const int64_t next = (key0 + j) / page + 1;
-      if (next * page < end) prefetch(k_cache + (pages[next] * kv_heads + item.kv_head) * page * dim, page * dim);
+      prefetch(v_cache + offset, run * dim * sizeof(T));
+      const int64_t next = key0 + j + kKeys;
+      if (next < end)
+        prefetch(k_cache + (pages[next / page] * kv_heads + item.kv_head) * page * dim, page * dim * sizeof(T));
       for_each_row_tile<kDotRows>(num_queries, [&](auto tile_rows, int64_t row) {
         dot_rows<tile_rows>(query + row * dim, dim, k_cache + offset, dim, run, dim, &s.scores[row * kKeys + j], kKeys);
       });
     });
-  }
-
-  static void prefetch(const T* first, int64_t count) {
-    const char* p = reinterpret_cast<const char*>(first);
-    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(p + i);
   }
 
   void to_units(const T* source, U* units) const {
@@ -287,28 +283,38 @@ struct Attention {
       std::fill(weight, weight + (std::is_same_v<W, float> ? kKeys : kKeys / 2), W{0});
       return;
     }
-    Ints lane;
-    for (int l = 0; l < kLanes; ++l) lane[l] = l;
+    // bfloat16 keeps few digits of a weight: powers of 2 to five digits do.
+    constexpr bool kBase2 = std::is_same_v<T, bf16>;
+    const float factor = kBase2 ? scale * 1.44269504f : scale;
     Floats values[kVectors];
     Floats highest = broadcast(kNone);
     for (int v = 0; v < kVectors; ++v) {
-      const Ints place = lane + v * kLanes;
-      const Ints in = (place >= static_cast<int32_t>(low)) & (place < static_cast<int32_t>(high));
-      values[v] = in ? load(score + v * kLanes) * scale : broadcast(kNone);
+      values[v] = load(score + v * kLanes) * factor;
+      if (low > 0 || high < kKeys) values[v] = is_within(v, low, high) ? values[v] : broadcast(kNone);
       highest = values[v] > highest ? values[v] : highest;
     }
     const float maximum = std::max(s.maximum[i], max_lanes(highest));
     Floats sum = {};
     for (int v = 0; v < kVectors; ++v) {
-      values[v] = exp_lanes(values[v] - maximum);
+      values[v] = kBase2 ? exp2_lanes(values[v] - maximum) : exp_lanes(values[v] - maximum);
       sum += values[v];
     }
     store_weights(values, weight);
-    const float keep = std::exp(s.maximum[i] - maximum);  // 0 for the first block
-    s.maximum[i] = maximum;
-    s.total[i] = s.total[i] * keep + sum_lanes(sum);
-    if (keep != 1.0f)
+    if (maximum != s.maximum[i]) {
+      const float difference = s.maximum[i] - maximum;
+      const float keep = kBase2 ? std::exp2(difference) : std::exp(difference);  // 0 for the first block
+      s.maximum[i] = maximum;
+      s.total[i] *= keep;
       for (int64_t d = 0; d < padded; d += kLanes) store(load(&s.out[i * padded + d]) * keep, &s.out[i * padded + d]);
+    }
+    s.total[i] += sum_lanes(sum);
+  }
+
+  // For each lane of the block's vector v, whether low <= key < high.
+  static Ints is_within(int v, int64_t low, int64_t high) {
+    Ints place;
+    for (int l = 0; l < kLanes; ++l) place[l] = v * kLanes + l;
+    return (place >= static_cast<int32_t>(low)) & (place < static_cast<int32_t>(high));
   }
 
   static void store_weights(const Floats (&values)[kKeys / kLanes], float* out) {
@@ -350,5 +356,7 @@ void lf_paged_attention(int dtype, const void* q, int64_t q_stride, const void* 
     }
   });
 }
+
+LF_REPLAYABLE(lf_paged_attention)
 
 }  // extern "C"

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -58,6 +59,26 @@ inline void with_dtype(int dtype, Call call) {
     case kFloat16: call(static_cast<_Float16*>(nullptr)); break;
   }
 }
+
+// Lets a face of the library be called with its arguments in an array of 64-bit words, see replay.cpp.
+template <typename T>
+inline T from_word(const uint64_t& word) {
+  T value;
+  std::memcpy(&value, &word, sizeof(T));
+  return value;
+}
+template <auto kFace>
+struct Replayable;
+template <typename... Arguments, void (*kFace)(Arguments...)>
+struct Replayable<kFace> {
+  template <size_t... kIndex>
+  static void call(const uint64_t* words, std::index_sequence<kIndex...>) {
+    kFace(from_word<Arguments>(words[kIndex])...);
+  }
+  static void call(const uint64_t* words) { call(words, std::index_sequence_for<Arguments...>{}); }
+};
+#define LF_REPLAYABLE(face) \
+  void face##_replay(const uint64_t* words) { Replayable<face>::call(words); }
 
 template <typename P>
 using element = std::remove_pointer_t<P>;

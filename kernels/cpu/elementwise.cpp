@@ -124,4 +124,9 @@ void lf_rope_kv_write(int dtype, void* qkv, int64_t stride, const float* cos_sin
   });
 }
 
+LF_REPLAYABLE(lf_rms_norm)
+LF_REPLAYABLE(lf_fused_add_rms_norm)
+LF_REPLAYABLE(lf_silu_mul)
+LF_REPLAYABLE(lf_rope_kv_write)
+
 }  // extern "C"

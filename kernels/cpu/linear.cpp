@@ -169,4 +169,8 @@ void lf_linear_packed_int8(const void* x, int64_t x_stride, const void* w, const
       static_cast<const int8_t*>(w));
 }
 
+LF_REPLAYABLE(lf_linear)
+LF_REPLAYABLE(lf_linear_packed)
+LF_REPLAYABLE(lf_linear_packed_int8)
+
 }  // extern "C"

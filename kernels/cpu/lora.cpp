@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t kRowBlock = 24;  // rows that go through A, or through a stretch of B, together
+constexpr int64_t kShrinkRows = kDotRows;  // rows of a work item: few, so that one adapter's rows keep all threads busy
+constexpr int64_t kExpandRows = 24;        // rows that go through a stretch of B together
 constexpr int kVectors = 4;        // of columns in an expand tile
 constexpr int64_t kColumns = kVectors * kLanes;
 
@@ -50,6 +51,18 @@ struct Lora {
       for_each_vector(count, [&](int64_t i, int64_t n) { store(load(source + i, n), &scratch[i], n); });
       return scratch.data();
     }
+  }
+
+  // An adapter lies anywhere in memory, so its part is asked for while the one before it is computed.
+  void prefetch_a(const ShrinkItem& item) const {
+    const int64_t place = slot[item.segment] * num_slices + item.slice;
+    prefetch(a + place * max_rank * num_in, rank[place] * num_in * sizeof(W));
+  }
+
+  void prefetch_b(int64_t g, int64_t n, int64_t first, int64_t last) const {
+    const W* own_b = b + slot[g] * max_rank * num_out;
+    for (int64_t r = 0; r < rank[slot[g] * num_slices + n]; ++r)
+      prefetch(own_b + r * num_out + first, (last - first) * sizeof(W));
   }
 
   // h [rows of the item, rank] = weight·scaling·x·Aᵀ, rows `h_stride` apart.
@@ -121,8 +134,8 @@ struct Lora {
     if (own_rank == 0) return;
     const W* own_b = b + slot[g] * max_rank * num_out;
     const int64_t length = end[g] - start[g];
-    for (int64_t block = 0; block < length; block += kRowBlock) {
-      const int64_t stop = std::min(length, block + kRowBlock);
+    for (int64_t block = 0; block < length; block += kExpandRows) {
+      const int64_t stop = std::min(length, block + kExpandRows);
       for (int64_t column = first; column < last; column += kColumns) {
         const int64_t count = std::min(kColumns, last - column);
         int64_t k = block;
@@ -148,8 +161,8 @@ struct Lora {
       const int64_t length = end[g] - start[g];
       for (int64_t n = 0; n < num_slices; ++n)
         if (rank[slot[g] * num_slices + n] > 0)
-          for (int64_t first = 0; first < length; first += kRowBlock)
-            items.push_back({g, n, first, std::min(kRowBlock, length - first)});
+          for (int64_t first = 0; first < length; first += kShrinkRows)
+            items.push_back({g, n, first, std::min(kShrinkRows, length - first)});
       num_rows += length;
     }
     if (items.empty()) return;
@@ -163,19 +176,22 @@ struct Lora {
 
 #pragma omp parallel
     {
+      const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < num_items; ++i) {
         const ShrinkItem& item = work[i];
+        if (i + threads < num_items && work[i + threads].first == 0) prefetch_a(work[i + threads]);
         shrink(item, h + (row_offset[item.segment] + item.first) * width + item.slice * max_rank, width);
       }
       const int64_t num_blocks = (num_out + kColumns - 1) / kColumns;
-      const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
       const int64_t own_first = num_blocks * thread / threads * kColumns;
       const int64_t own_last = std::min(num_out, num_blocks * (thread + 1) / threads * kColumns);
       for (int64_t g = 0; g < num_segments; ++g)
         for (int64_t n = 0, begin = 0; n < num_slices; begin = slice_end[n++]) {
           const int64_t first = std::max<int64_t>(begin, own_first), last = std::min<int64_t>(slice_end[n], own_last);
-          if (first < last) expand(g, n, first, last, h + row_offset[g] * width + n * max_rank, width);
+          if (first >= last) continue;
+          if (g + 1 < num_segments) prefetch_b(g + 1, n, first, last);
+          expand(g, n, first, last, h + row_offset[g] * width + n * max_rank, width);
         }
     }
   }
@@ -200,5 +216,7 @@ void lf_lora_add(int dtype, int lora_dtype, void* y, int64_t y_stride, const voi
     });
   });
 }
+
+LF_REPLAYABLE(lf_lora_add)
 
 }  // extern "C"

@@ -111,6 +111,12 @@ inline Floats round_to(Floats x) {
   }
 }
 
+// Asks for memory that is read soon. For what lies where the processor cannot guess it: pages, adapters.
+inline void prefetch(const void* first, int64_t bytes) {
+  const char* p = static_cast<const char*>(first);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Words broadcast(uint32_t x) { return x - Words{}; }
 
@@ -177,4 +183,26 @@ inline Floats exp_lanes(Floats x) {
   const Floats scaled = p * as_floats(power);
   const Floats result = x < -87.33f ? Floats{} : scaled;
   return x > 88.72f ? broadcast(__builtin_inff()) : result;
+}
+
+// 2^x for x <= 0, a relative error below 5e-5: 2^n · P(r) with x = n + r, |r| <= 1/2, P the series of 2^r. NaN stays NaN;
+// below the smallest normal number, -inf included, comes 0.
+inline Floats exp2_lanes(Floats x) {
+#if defined(__AVX512F__)
+  const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Floats shifted = x + 12582912.0f;  // 1.5 · 2^23: rounds to the nearest integer
+  const Floats n = shifted - 12582912.0f;
+#endif
+  const Floats r = x - n;
+  Floats p = r * 9.6181291e-3f + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  const Floats scaled = (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const Floats scaled = p * as_floats((as_words(shifted) + (127u - 0x4B400000u)) << 23);
+#endif
+  return x < -126.0f ? Floats{} : scaled;
 }

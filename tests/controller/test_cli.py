@@ -30,7 +30,7 @@ def test_without_flags_the_model_is_served_under_its_own_name_to_this_machine_on
     defaults = config()
     assert defaults.served_model_names == ("org/base",)
     assert (defaults.host, defaults.port, defaults.api_keys) == ("127.0.0.1", 8000, ())
-    assert defaults.engine.lora is None
+    assert defaults.engine.lora is None and defaults.engine.quantization is None
     assert defaults.ray_address is None
 
 
@@ -39,10 +39,11 @@ def test_engine_flags_reach_the_engine() -> None:
         *("--dtype", "bfloat16", "--device", "cpu", "--max-model-len", "512", "--max-num-seqs", "4"),
         *("--max-num-batched-tokens", "64", "--block-size", "32", "--gpu-memory-utilization", "0.5"),
         *("--kv-cache-memory-bytes", "1GiB", "--tensor-parallel-size", "1", "--num-threads", "3"),
+        *("--quantization", "int8"),
     ).engine
     assert (engine.dtype, engine.device, engine.max_model_len, engine.max_num_seqs) == ("bfloat16", "cpu", 512, 4)
     assert (engine.max_num_batched_tokens, engine.block_size, engine.gpu_memory_utilization) == (64, 32, 0.5)
-    assert (engine.kv_cache_memory_bytes, engine.num_threads) == (1 << 30, 3)
+    assert (engine.kv_cache_memory_bytes, engine.num_threads, engine.quantization) == (1 << 30, 3, "int8")
 
 
 def test_lora_flags_reach_the_engine() -> None:
@@ -103,6 +104,11 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--port", "eighty"], "--port"),
         (["--port", "70000"], "--port is 70000"),
         (["--dtype", "int8"], "--dtype"),
+        (["--quantization", "int4"], "--quantization"),
+        (
+            ["--quantization", "int8", "--dtype", "float32"],
+            "--quantization int8 computes in bfloat16, but --dtype is float32",
+        ),
         (["--device", "tpu"], "--device"),
         (["--max-model-len", "0"], "--max-model-len is 0"),
         (["--max-num-seqs", "0"], "--max-num-seqs is 0"),

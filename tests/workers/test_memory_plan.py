@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.errors import MemoryPlanError
 from lorafleet.workers.memory_plan import DeviceMemory, MemoryPlan, format_bytes, plan_memory
-from lorafleet.workers.model.architecture import ModelSpec
+from lorafleet.workers.model.architecture import ModelSpec, read_spec
+from lorafleet.workers.model.runner import ModelRunner
 
 GIB, MIB = 1 << 30, 1 << 20
 # SmolLM2-135M
@@ -196,6 +200,50 @@ def test_a_slot_is_the_size_of_the_largest_adapter_in_the_adapters_dtype() -> No
         made = plan_memory(SPEC, engine, BIG, dtype="bfloat16", lora_dtype=dtype)
         sides = (576 + 576) + 2 * (576 + 192) + (576 + 576) + 3 * (576 + 1536)
         assert made.slot_bytes == 30 * 5 * sides * size
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_weights_take_the_bytes_that_are_planned_for_them(quantization: str | None, tied: bool, tmp_path: Path) -> None:
+    # 144: the kernels' groups of 16 outputs leave no rest, which would be padded.
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=144,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
+    model.save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    config = EngineConfig(model=str(tmp_path), quantization=quantization)
+    made = plan_memory(spec, config, BIG, dtype="bfloat16", lora_dtype="bfloat16")
+    runner = ModelRunner(spec, made, max_lora_rank=0, device=torch.device("cpu"))
+    runner.load(tmp_path)
+    decoder = runner._decoder
+    weights = {id(one): one for one in (decoder._embedding.weight, decoder._head.weight)}  # tied: the same
+    tensors = [decoder._norm_H]
+    for layer in decoder._layers:
+        tensors += [layer._input_norm_H, layer._post_norm_H]
+        weights |= {id(one.weight): one.weight for one in (layer.qkv, layer.o, layer.gate_up, layer.down)}
+    for weight in weights.values():
+        tensors += [weight.data] if weight.scale_O is None else [weight.data, weight.scale_O]
+    assert made.weight_bytes == sum(tensor.nbytes for tensor in tensors)
+    # The model has no others.
+    assert sum(parameter.numel() for parameter in model.parameters()) == spec.num_parameters
+
+
+def test_int8_takes_a_byte_for_each_integer_and_four_for_each_scale_and_is_named_in_the_printed_plan() -> None:
+    made, plain = plan(quantization="int8"), plan()
+    layer_outputs = 576 + 2 * 192 + 576 + 2 * 1536 + 576
+    layer_integers = 576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536
+    assert plain.weight_bytes - made.weight_bytes == 30 * (layer_integers - 4 * layer_outputs)
+    line = made.lines()[1]
+    assert re.fullmatch(rf"  weights +{re.escape(format_bytes(made.weight_bytes))}  int8, bfloat16", line)
+    assert plain.lines()[1].endswith("  bfloat16")
 
 
 def test_a_host_cache_that_cannot_back_the_slots_is_refused_with_the_least_that_works() -> None:

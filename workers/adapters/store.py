@@ -2,6 +2,9 @@
 
 Thread-safe. An adapter that was handed out stays until it is released; what nobody holds is evicted, least recently
 used first, when room is needed. A fetch for which there is no room waits for a release: the bounds are kept.
+
+A prefetch is only a hint. It has a thread of its own and never makes a fetch wait: a fetch may take the room even of
+one that is being read, whose memory is then free when that read ends.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,6 +24,7 @@ from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFle
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _NUM_READERS = 4
+_MAX_PREFETCHES = 64  # that wait for their thread; more are left out
 _CLOSED = "The adapter store is closed."
 
 
@@ -49,6 +53,7 @@ class _Entry:
     future: Future[HostAdapter]
     num_bytes: int
     holders: int
+    is_ahead: bool = False  # prefetched, and not fetched since
 
 
 class AdapterStore:
@@ -78,7 +83,12 @@ class AdapterStore:
         self._bytes = 0
         self._closed = False
         self._hits = self._loads = self._num_failures = self._evictions = 0
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="lorafleet-adapter")
+        self._prefetches: set[str] = set()  # that wait for their thread
+        # Converting must not start a team of OpenMP threads beside the engine's.
+        self._readers = ThreadPoolExecutor(
+            _NUM_READERS, "lorafleet-adapter", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._prefetcher = ThreadPoolExecutor(1, "lorafleet-prefetch", initializer=torch.set_num_threads, initargs=(1,))
 
     def register(self, spec: AdapterSpec) -> None:
         """Make an adapter fetchable. Registering a digest again takes the newer path and forgets earlier failures.
@@ -112,17 +122,34 @@ class AdapterStore:
             entry = self._entries.get(digest) or self._queue.get(digest)
             if entry is not None:
                 entry.holders += 1
+                entry.is_ahead = False
                 self._hits += 1
                 if digest in self._entries:
                     self._entries.move_to_end(digest)
                 return entry.future
-            failure = self._failures.get(digest)
-            if failure is not None and self._clock() < failure.retry_at:
-                return _failed(failure.error)
+            error = self._recent_failure(digest)
+            if error is not None:
+                return _failed(error)
             entry = _Entry(Future(), self._size(self._specs[digest]), holders=1)
             self._queue[digest] = entry
             self._admit()
             return entry.future
+
+    def prefetch(self, digest: str) -> None:
+        """Bring an adapter that is to be fetched soon into the cache, in the background, if there is room at once.
+
+        Holds nothing, and evicts nothing that is held or was itself prefetched. When it fails, nobody hears of it but
+        those who have fetched the adapter meanwhile.
+        """
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is not None:
+                if not entry.holders:
+                    entry.is_ahead = True
+                    self._entries.move_to_end(digest)
+            elif not self._closed and digest not in self._prefetches and len(self._prefetches) < _MAX_PREFETCHES:
+                self._prefetches.add(digest)
+                self._prefetcher.submit(self._prefetch, digest)
 
     def release(self, digest: str) -> None:
         """Give back what one successful `fetch` handed out."""
@@ -148,7 +175,7 @@ class AdapterStore:
             )
 
     def close(self) -> None:
-        """Let running reads end, stop the reader threads; fetches that wait for room, or come later, fail."""
+        """Let running reads end, stop the threads; fetches that wait for room, or come later, fail."""
         with self._lock:
             self._closed = True
             waiting = [entry.future for entry in self._queue.values()]
@@ -156,6 +183,7 @@ class AdapterStore:
         for future in waiting:
             future.set_exception(InternalError(_CLOSED))
         self._readers.shutdown(wait=True)
+        self._prefetcher.shutdown(wait=True, cancel_futures=True)
 
     def check_integrity(self) -> None:
         """The books agree. For tests."""
@@ -164,6 +192,10 @@ class AdapterStore:
             assert self._max_adapters is None or len(self._entries) <= self._max_adapters
             assert all(entry.holders >= 0 for entry in self._entries.values())
             assert not self._entries.keys() & self._queue.keys()
+            assert all(entry.holders or entry.is_ahead or entry.future.done() for entry in self._entries.values())
+            assert all(entry.holders and not entry.is_ahead for entry in self._queue.values())
+            assert not any(entry.holders and entry.is_ahead for entry in self._entries.values())
+            assert len(self._prefetches) <= _MAX_PREFETCHES
 
     def _size(self, spec: AdapterSpec) -> int:
         return spec.num_elements * self._dtype.itemsize
@@ -180,16 +212,52 @@ class AdapterStore:
             self._readers.submit(self._read, digest, entry)
 
     def _make_room(self, num_bytes: int) -> bool:
-        def fits() -> bool:
-            few = self._max_adapters is None or len(self._entries) < self._max_adapters
-            return few and self._bytes + num_bytes <= self._max_bytes
-
         for digest in [digest for digest, entry in self._entries.items() if not entry.holders]:
-            if fits():
+            if self._fits(num_bytes):
                 break
-            self._bytes -= self._entries.pop(digest).num_bytes
-            self._evictions += 1
-        return fits()
+            self._evict(digest)
+        return self._fits(num_bytes)
+
+    def _make_room_ahead(self, num_bytes: int) -> bool:
+        """Room for a prefetch: only at the cost of what no prefetch brought, and only if that is enough."""
+        spare = [digest for digest, entry in self._entries.items() if not entry.holders and not entry.is_ahead]
+        if not self._fits(num_bytes, but=spare):
+            return False
+        for digest in spare:
+            if self._fits(num_bytes):
+                break
+            self._evict(digest)
+        return True
+
+    def _fits(self, num_bytes: int, *, but: Sequence[str] = ()) -> bool:
+        """Whether there is room beside what is cached, `but` for some."""
+        num_cached = len(self._entries) - len(but)
+        cached_bytes = self._bytes - sum(self._entries[digest].num_bytes for digest in but)
+        few = self._max_adapters is None or num_cached < self._max_adapters
+        return few and cached_bytes + num_bytes <= self._max_bytes
+
+    def _evict(self, digest: str) -> None:
+        self._bytes -= self._entries.pop(digest).num_bytes
+        self._evictions += 1
+
+    def _prefetch(self, digest: str) -> None:
+        """On the prefetching thread."""
+        with self._lock:
+            self._prefetches.discard(digest)
+            # Whoever waits for room comes first; that includes a fetch of this very adapter.
+            if self._closed or digest in self._entries or self._queue or self._recent_failure(digest) is not None:
+                return
+            entry = _Entry(Future(), self._size(self._specs[digest]), holders=0, is_ahead=True)
+            if not self._make_room_ahead(entry.num_bytes):
+                return
+            self._entries[digest] = entry
+            self._bytes += entry.num_bytes
+        self._read(digest, entry)
+
+    def _recent_failure(self, digest: str) -> LoRAFleetError | None:
+        """The error of a failed load that is not to be tried again yet."""
+        failure = self._failures.get(digest)
+        return failure.error if failure is not None and self._clock() < failure.retry_at else None
 
     def _read(self, digest: str, entry: _Entry) -> None:
         try:
@@ -199,14 +267,16 @@ class AdapterStore:
                 caught if isinstance(caught, LoRAFleetError) else InternalError(f"Reading an adapter failed: {caught}")
             )
             with self._lock:
-                delay_s = (
-                    min(2 * self._failures[digest].delay_s, _LAST_RETRY_S)
-                    if digest in self._failures
-                    else _FIRST_RETRY_S
-                )
-                self._failures[digest] = _Failure(error, self._clock() + delay_s, delay_s)
-                del self._entries[digest]
-                self._bytes -= entry.num_bytes
+                if entry.holders:  # else it was only a hint: a fetch shall look again
+                    delay_s = (
+                        min(2 * self._failures[digest].delay_s, _LAST_RETRY_S)
+                        if digest in self._failures
+                        else _FIRST_RETRY_S
+                    )
+                    self._failures[digest] = _Failure(error, self._clock() + delay_s, delay_s)
+                if self._entries.get(digest) is entry:  # no fetch has taken the room
+                    del self._entries[digest]
+                    self._bytes -= entry.num_bytes
                 self._num_failures += 1
                 self._admit()
             entry.future.set_exception(error)

@@ -116,8 +116,10 @@ class Engine:
         return cls(config, spec, plan, device)
 
     def load(self) -> None:
-        """Read the base model's weights. Raises `ModelError`."""
+        """Read the base model's weights, and run the model once. Raises `ModelError`."""
+        self.bind_thread()
         self._runner.load(Path(self.config.model))
+        self._runner.warm_up()
 
     # Any thread.
 
@@ -208,6 +210,8 @@ class Engine:
         for load in plan.loads:
             self._num_loading += 1
             self._loaders.submit(self._load_slot, load)
+        for digest in plan.prefetches:
+            self._store.prefetch(digest)
         if plan.scheduled:
             self._step_began = time.monotonic()
             results = iter(self._runner.run(plan))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
@@ -47,6 +48,7 @@ class StepPlan:
 
     scheduled: tuple[Scheduled, ...]
     loads: tuple[SlotLoad, ...]
+    prefetches: tuple[str, ...] = ()  # adapters to bring into the host cache, since slots are to come free for them
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +78,7 @@ class Scheduler:
         self._patience = patience
         self._num_steps = 0
         self._blocked_since: dict[str, int] = {}  # adapters that wait for a slot → the step when that began
+        self._announced: set[str] = set()  # adapters that still wait for a slot and were in a plan's prefetches
         self._requests: dict[str, Request] = {}
         self._running: list[Request] = []  # oldest first
         self._waiting: list[Request] = []  # oldest first
@@ -153,7 +156,7 @@ class Scheduler:
                 scheduled.append(self._entry(request, num_tokens))
                 budget -= num_tokens
         scheduled.sort(key=lambda entry: -1 if entry.slot is None else entry.slot)
-        return StepPlan(tuple(scheduled), tuple(loads))
+        return StepPlan(tuple(scheduled), tuple(loads), self._prefetches())
 
     def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
         """Book one scheduled part as computed, with the token sampled at its end; the reason if that ended it."""
@@ -204,6 +207,22 @@ class Scheduler:
             if candidates and self._num_steps - blocked_since[digest] >= self._patience:
                 claimed.add(min(candidates, key=self._tokens_to_go))
         self._blocked_since = blocked_since  # forgets adapters that nobody waits for any more
+
+    def _prefetches(self) -> tuple[str, ...]:
+        """The adapters that are next in line for a slot, oldest first, at most one a slot; each is named once.
+
+        Looks only at the requests that could join the next batch, so that a long queue costs nothing.
+        """
+        next_up = dict.fromkeys(  # a set in order
+            request.adapter
+            for request in self._waiting[: self._max_num_seqs]
+            if request.adapter is not None
+            and self._slots.slot_of(request.adapter) is None
+            and not self._slots.is_loading(request.adapter)
+        )
+        fresh = tuple(digest for digest in islice(next_up, self._slots.num_slots) if digest not in self._announced)
+        self._announced = (self._announced & next_up.keys()).union(fresh)
+        return fresh
 
     def _tokens_to_go(self, digest: str) -> int:
         """The most steps until all running requests of an adapter are done."""

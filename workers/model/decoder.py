@@ -8,10 +8,13 @@ T tokens of the step, H hidden, E fused q,k,v features of this rank, S sequences
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 import torch
 
+from lorafleet.kernels import native
 from lorafleet.kernels.activation import silu_mul
 from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.lora import LoraSegments
@@ -26,6 +29,38 @@ from lorafleet.workers.model.lora import LoraLinear, Part, SlotShape
 from lorafleet.workers.model.rope import cos_sin_table
 from lorafleet.workers.model.step_input import StepInput
 from lorafleet.workers.tp.group import TensorParallelGroup
+
+# A recording of SmolLM2's 30 layers takes 50 KB; steps of more tokens spend little of their time in Python.
+_MAX_RECORDED_TOKENS = 128
+_MAX_RECORDINGS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What the layers hand on, allocated once for the widest step; all contiguous, F features of the MLP."""
+
+    residual_TH: torch.Tensor
+    x_TH: torch.Tensor
+    qkv_TE: torch.Tensor
+    attended_TQ: torch.Tensor
+    gate_up_T2F: torch.Tensor
+    inner_TF: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, spec: ModelSpec, num_tokens: int, format: WeightFormat, group: TensorParallelGroup
+    ) -> Activations:
+        q_heads, kv_heads = _head_ranges(spec, group)
+        q_size = (q_heads.stop - q_heads.start) * spec.head_dim
+        kv_size = (kv_heads.stop - kv_heads.start) * spec.head_dim
+        start, stop = group.shard(spec.intermediate_size, "intermediate_size")
+        hidden, inner = spec.hidden_size, stop - start
+        widths = (hidden, hidden, q_size + 2 * kv_size, q_size, 2 * inner, inner)
+        return cls(*(format.empty(num_tokens, width) for width in widths))
+
+    def first(self, num_tokens: int) -> Activations:
+        """Views of the first rows, at the same addresses."""
+        return Activations(*(getattr(self, name)[:num_tokens] for name in self.__slots__))
 
 
 class DecoderLayer:
@@ -80,25 +115,17 @@ class DecoderLayer:
         for linear in (self.qkv, self.o, self.gate_up, self.down):
             yield linear.add_slots(self._index, shape)
 
-    def forward(
-        self,
-        x_TH: torch.Tensor,
-        residual_TH: torch.Tensor | None,
-        step: StepInput,
-        cache: KVCache,
-        cos_sin: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(this layer's output before its addition, the residual stream)."""
+    def forward(self, work: Activations, step: StepInput, cache: KVCache, cos_sin: torch.Tensor) -> None:
+        """Read and write `work`: the residual stream, and in x_TH what is to be added to it next."""
         segments: LoraSegments | None = step.segments
-        if residual_TH is None:
-            residual_TH = x_TH
-            x_TH = rms_norm(x_TH, self._input_norm_H, self._eps)
+        if self._index == 0:  # nothing to add yet
+            rms_norm(work.residual_TH, self._input_norm_H, self._eps, work.x_TH)
         else:
-            fused_add_rms_norm_(x_TH, residual_TH, self._input_norm_H, self._eps)
+            fused_add_rms_norm_(work.x_TH, work.residual_TH, self._input_norm_H, self._eps)
         keys, values = cache.keys[self._index], cache.values[self._index]
-        qkv_TE = self.qkv(x_TH, segments)
+        self.qkv(work.x_TH, segments, work.qkv_TE)
         rope_kv_write_(
-            qkv_TE,
+            work.qkv_TE,
             cos_sin,
             step.positions_T,
             keys,
@@ -110,8 +137,8 @@ class DecoderLayer:
             self._k_norm_D,
             self._eps,
         )
-        attended_TQ = paged_attention(
-            qkv_TE[:, : self._q_size],
+        paged_attention(
+            work.qkv_TE[:, : self._q_size],
             keys,
             values,
             step.page_table_SP,
@@ -120,25 +147,35 @@ class DecoderLayer:
             self._num_q_heads,
             self._scale,
             self._window,
+            work.attended_TQ,
         )
-        x_TH = self.o(attended_TQ, segments)
-        fused_add_rms_norm_(x_TH, residual_TH, self._post_norm_H, self._eps)
-        x_TH = self.down(silu_mul(self.gate_up(x_TH, segments)), segments)
-        return x_TH, residual_TH
+        self.o(work.attended_TQ, segments, work.x_TH)
+        fused_add_rms_norm_(work.x_TH, work.residual_TH, self._post_norm_H, self._eps)
+        self.gate_up(work.x_TH, segments, work.gate_up_T2F)
+        silu_mul(work.gate_up_T2F, work.inner_TF)
+        self.down(work.inner_TF, segments, work.x_TH)
 
 
 class Decoder:
-    """The whole model on one rank. Created empty; `load` fills it."""
+    """The whole model on one rank. Created empty; `load` fills it.
+
+    With native kernels throughout, a step that repeats the shape of an earlier one is not run op by op: the calls of the
+    layers were recorded then and are replayed as one (what CUDA graphs are on a GPU), since several hundred calls from
+    Python cost a small model a quarter of its step.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         *,
         max_model_len: int,
+        max_num_tokens: int,
         format: WeightFormat,
         group: TensorParallelGroup,
     ) -> None:
+        """`max_num_tokens`: of one step."""
         self.spec = spec
+        self._group = group
         self._eps = spec.norm_eps
         self._embedding = VocabParallelEmbedding(
             spec.vocab_size, spec.hidden_size, is_head=spec.tie_embeddings, format=format, group=group
@@ -151,6 +188,8 @@ class Decoder:
         self._layers = [DecoderLayer(i, spec, group, format) for i in range(spec.num_layers)]
         self._norm_H = format.empty(spec.hidden_size)
         self._cos_sin_MD = cos_sin_table(spec, max_model_len).to(format.device)
+        self._work = Activations.allocate(spec, max_num_tokens, format, group)
+        self._recordings: OrderedDict[Hashable, native.Recording] = OrderedDict()  # least recently used first
 
     def load(self, reader: CheckpointReader) -> None:
         """Read this rank's shard. Raises `ModelError`."""
@@ -160,22 +199,43 @@ class Decoder:
         reader.read_into(self._norm_H, "model.norm.weight")
         for layer in self._layers:
             layer.load(reader)
+        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self._is_recordable = self._group.size == 1 and all(linear.weight.is_packed for linear in linears)
 
     def add_slots(self, shape: SlotShape) -> list[LoraLinear]:
         """Allocate adapter slots in every linear."""
         return [linear for layer in self._layers for linear in layer.add_slots(shape)]
 
     def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor:
-        """Run one step; logits [rows in step.sample_rows, V] in float32, for the rows that sample."""
-        x_TH = self._embedding.embed(step.token_ids_T)
-        residual_TH: torch.Tensor | None = None
-        for layer in self._layers:
-            x_TH, residual_TH = layer.forward(x_TH, residual_TH, step, cache, self._cos_sin_MD)
-        assert residual_TH is not None
+        """Run one step; logits [rows in step.sample_rows, V] in the model's dtype, for the rows that sample."""
+        work = self._work.first(step.token_ids_T.shape[0])
+        work.residual_TH.copy_(self._embedding.embed(step.token_ids_T))
+        self._run_layers(work, step, cache)
         rows = step.sample_rows
-        x_SH, residual_SH = x_TH.index_select(0, rows), residual_TH.index_select(0, rows)
+        x_SH, residual_SH = work.x_TH.index_select(0, rows), work.residual_TH.index_select(0, rows)
         fused_add_rms_norm_(x_SH, residual_SH, self._norm_H, self._eps)
-        return self._head.logits(x_SH).float()
+        return self._head.logits(x_SH)
+
+    def _run_layers(self, work: Activations, step: StepInput, cache: KVCache) -> None:
+        kernels = native.library()
+        num_tokens = work.x_TH.shape[0]
+        if kernels is None or num_tokens > _MAX_RECORDED_TOKENS or not self._is_recordable:
+            for layer in self._layers:
+                layer.forward(work, step, cache, self._cos_sin_MD)
+            return
+        # All that the calls hold besides addresses that never change (see StepBuffers, Activations).
+        num_segments = 0 if step.segments is None else step.segments.slot_G.shape[0]
+        shape = (kernels, num_tokens, step.context_len_S.shape[0], num_segments)
+        recording = self._recordings.pop(shape, None)
+        if recording is not None:
+            recording.replay()
+        else:
+            with native.record() as recording:
+                for layer in self._layers:
+                    layer.forward(work, step, cache, self._cos_sin_MD)
+        self._recordings[shape] = recording
+        if len(self._recordings) > _MAX_RECORDINGS:
+            self._recordings.popitem(last=False)
 
 
 def _head_ranges(spec: ModelSpec, group: TensorParallelGroup) -> tuple[slice, slice]:

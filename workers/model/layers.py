@@ -61,11 +61,11 @@ class ColumnParallelLinear:
         self.lora = LoraLinear(layer, self._parts, slice(0, self._num_in), shape)
         return self.lora
 
-    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None) -> torch.Tensor:
-        y_TO = linear(x_TI, self.weight, self.bias_O)
+    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
+        """Into `out_TO`, contiguous."""
+        linear(x_TI, self.weight, self.bias_O, out_TO)
         if segments is not None and self.lora is not None:
-            self.lora.add_(y_TO, x_TI, segments)
-        return y_TO
+            self.lora.add_(out_TO, x_TI, segments)
 
 
 class RowParallelLinear:
@@ -99,12 +99,13 @@ class RowParallelLinear:
         self.lora = LoraLinear(layer, parts, self._columns, shape)
         return self.lora
 
-    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None) -> torch.Tensor:
-        y_TO = linear(x_TI, self.weight)
+    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
+        """Into `out_TO`, contiguous."""
+        # One rank adds the bias, so that the sum over all holds it once.
+        linear(x_TI, self.weight, self.bias_O if self._group.rank == 0 else None, out_TO)
         if segments is not None and self.lora is not None:
-            self.lora.add_(y_TO, x_TI, segments)
-        self._group.all_reduce_(y_TO)
-        return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
+            self.lora.add_(out_TO, x_TI, segments)
+        self._group.all_reduce_(out_TO)
 
 
 class VocabParallelEmbedding:

@@ -64,20 +64,24 @@ class LoraLinear:
 
     def write(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter's part into a slot that no running request uses."""
+        ranks = [0] * len(self._parts)
         begin = 0
         for n, (part, end) in enumerate(zip(self._parts, self._ends, strict=True)):
             weights = adapter.weights.get((self._layer, part.name))
-            if weights is None:
-                self.rank_LN[slot, n] = 0
-            else:
-                a_RI, b_OR = weights
-                rank = a_RI.shape[0]
-                self.a_LNRI[slot, n, :rank].copy_(a_RI[:, self._columns])
-                self.b_LRO[slot, :rank, begin:end].copy_(b_OR[part.rows].T)
-                self.rank_LN[slot, n] = rank
-                self.scaling_LN[slot, n] = adapter.scaling
+            if weights is not None:
+                a_RI, b_RO = weights
+                rank = ranks[n] = a_RI.shape[0]
+                self.a_LNRI[slot, n, :rank] = _cut(a_RI, self._columns)
+                self.b_LRO[slot, :rank, begin:end] = _cut(b_RO, part.rows)
             begin = end
+        self.rank_LN[slot] = torch.tensor(ranks, dtype=torch.int32)
+        self.scaling_LN[slot] = adapter.scaling
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
         """y += the adapters' terms for the rows in `segments`."""
         lora_add_(y_TO, x_TI, self.a_LNRI, self.b_LRO, self.rank_LN, self.scaling_LN, self.slice_end_N, segments)
+
+
+def _cut(weights: torch.Tensor, columns: slice) -> torch.Tensor:
+    # One rank alone wants them all, and a slice would take it as long as the copy.
+    return weights if columns.stop - columns.start == weights.shape[1] else weights[:, columns]

@@ -11,7 +11,8 @@ import torch
 
 from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import HostAdapter
-from lorafleet.workers.engine.scheduler import StepPlan
+from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.scheduler import Scheduled, StepPlan
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.decoder import Decoder
@@ -19,8 +20,8 @@ from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import LoraLinear, SlotShape
-from lorafleet.workers.model.sampling import Sampled, sample
-from lorafleet.workers.model.step_input import build_step_input
+from lorafleet.workers.model.sampling import Sampled, Sampler
+from lorafleet.workers.model.step_input import StepBuffers
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 
@@ -38,11 +39,23 @@ class ModelRunner:
     ) -> None:
         group = group or TensorParallelGroup()
         dtype = getattr(torch, plan.dtype)
-        self._spec = spec
         self._plan = plan
         self._device = device
         format = WeightFormat(dtype, device, int8=plan.quantization == "int8")
-        self._decoder = Decoder(spec, max_model_len=plan.max_model_len, format=format, group=group)
+        self._decoder = Decoder(
+            spec,
+            max_model_len=plan.max_model_len,
+            max_num_tokens=plan.max_num_batched_tokens,
+            format=format,
+            group=group,
+        )
+        self._buffers = StepBuffers(
+            page_size=plan.page_size,
+            max_num_tokens=plan.max_num_batched_tokens,
+            max_num_seqs=plan.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            device=device,
+        )
         self._cache = KVCache(
             num_layers=spec.num_layers,
             num_pages=plan.num_pages,
@@ -52,6 +65,7 @@ class ModelRunner:
             dtype=dtype,
             device=device,
         )
+        self._sampler = Sampler(spec.eos_token_ids)
         self._lora_linears: list[LoraLinear] = []
         if plan.max_loras:
             shape = SlotShape(plan.max_loras, max_lora_rank, getattr(torch, plan.lora_dtype), device)
@@ -62,18 +76,32 @@ class ModelRunner:
         native.library()
         self._decoder.load(CheckpointReader(model_dir))
 
+    def warm_up(self) -> None:
+        """Run a prompt and a single token, so that the first request finds threads, buffers and code in place.
+
+        Uses the first pages, which nobody may hold yet; what it writes there is never read.
+        """
+        plan = self._plan
+        num_tokens = min(
+            64, max(1, plan.max_model_len - 1), plan.max_num_batched_tokens, plan.num_pages * plan.page_size
+        )
+        for length in (num_tokens, 1):
+            generate = GenerateRequest("warm-up", (0,) * length, SamplingOptions(max_tokens=1))
+            request = Request.from_generate(generate, arrival=0)
+            request.pages = list(range(-(-length // plan.page_size)))
+            self.run(StepPlan((Scheduled(request, length, slot=None),), loads=()))
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[Sampled]:
         """Compute a non-empty plan; one result for each entry that samples, in the plan's order."""
         logits_SV = self.logits(plan)
         requests = [entry.request for entry in plan.scheduled if entry.samples]
-        return sample(logits_SV, requests, self._spec.eos_token_ids) if requests else []
+        return self._sampler.sample(logits_SV, requests) if requests else []
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """[entries that sample, V] in float32; keys and values of all scheduled tokens are written."""
-        step = build_step_input(plan.scheduled, self._plan.page_size, self._device)
-        return self._decoder.forward(step, self._cache)
+        """[entries that sample, V] in the model's dtype; keys and values of all scheduled tokens are written."""
+        return self._decoder.forward(self._buffers.fill(plan.scheduled), self._cache)
 
     def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Copy an adapter into a slot that no request uses. May run on another thread while `run` runs."""

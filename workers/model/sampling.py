@@ -1,7 +1,8 @@
 """From logits to tokens, for the whole batch at once.
 
 Every row is treated as if it were alone: what it gets depends on its logits, its options and its own counter-based
-random number, never on its neighbours.
+random number, never on its neighbours. Picking is one kernel over all rows (kernels/sampling.py); this file has the
+columns of options that the kernel reads, and what only some requests need.
 
 S rows that sample, V vocabulary, P rows that need something.
 """
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorafleet.kernels.sampling import sample_tokens
 from lorafleet.workers.engine.request import Request, SamplingOptions, TokenLogprobs
 
 
@@ -27,38 +29,96 @@ class Sampled:
     is_finite: bool  # False: the logits hold NaN or +inf, the token means nothing
 
 
-def sample(logits_SV: torch.Tensor, requests: Sequence[Request], eos_token_ids: frozenset[int]) -> list[Sampled]:
-    """Pick one token a row. `logits_SV` is float32 and may be overwritten.
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What the options of some requests say. Holds until the batch is another one."""
 
-    In vLLM's order: penalties, suppression of stop tokens before min_tokens, temperature, min_p, top_k and top_p, then
-    the inverse of the cumulative distribution in vocabulary order at the row's random number. Log-probabilities are
-    those of the untouched logits.
-    """
-    options = [request.sampling for request in requests]
-    vocab_size = logits_SV.shape[1]
-    finite = torch.isfinite(logits_SV.amax(dim=1)).tolist()
-    wants_logprobs = [i for i, option in enumerate(options) if option.num_logprobs is not None]
-    raw_PV = logits_SV[wants_logprobs].log_softmax(dim=1) if wants_logprobs else None
+    requests: list[Request]
+    temperature_S: torch.Tensor
+    top_k_S: torch.Tensor
+    top_p_S: torch.Tensor
+    min_p_S: torch.Tensor
+    zeros_S: torch.Tensor  # random numbers for a batch that needs none
+    draws: bool  # whether any row is not greedy
+    seeds: list[int]
+    choices: list[int]
+    penalised: list[int]  # rows
+    held: list[tuple[int, int]]  # (row, min_tokens) where that is more than 0
+    logged: list[int]  # rows that want log-probabilities
 
-    _penalise(logits_SV, requests)
-    _suppress_stops(logits_SV, requests, eos_token_ids)
-    tokens = logits_SV.argmax(dim=1)
-    drawn = [i for i, option in enumerate(options) if option.temperature > 0.0 and finite[i]]
-    if drawn:
-        rows = torch.tensor(drawn, device=logits_SV.device)
-        picked = _draw(logits_SV[rows], [requests[i] for i in drawn])
-        tokens[rows] = picked.clamp_(max=vocab_size - 1)
+    @classmethod
+    def gather(cls, requests: Sequence[Request], device: torch.device) -> _Batch:
+        options = [request.sampling for request in requests]
 
-    token_ids = tokens.tolist()
-    logprobs: list[TokenLogprobs | None] = [None] * len(requests)
-    if raw_PV is not None:
-        for i, value in zip(
-            wants_logprobs,
-            _logprobs(raw_PV, [token_ids[i] for i in wants_logprobs], options, wants_logprobs),
-            strict=True,
-        ):
-            logprobs[i] = value
-    return [Sampled(*row) for row in zip(token_ids, logprobs, finite, strict=True)]
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        temperature_S = column([option.temperature for option in options])
+        return cls(
+            requests=list(requests),
+            temperature_S=temperature_S,
+            top_k_S=column([option.top_k for option in options], torch.int64),
+            top_p_S=column([option.top_p for option in options]),
+            min_p_S=column([option.min_p for option in options]),
+            zeros_S=column([0.0] * len(options), torch.float64),
+            draws=bool((temperature_S > 0.0).any()),
+            seeds=[option.seed for option in options],
+            choices=[option.choice for option in options],
+            penalised=[i for i, option in enumerate(options) if option.needs_penalties],
+            held=[(i, option.min_tokens) for i, option in enumerate(options) if option.min_tokens],
+            logged=[i for i, option in enumerate(options) if option.num_logprobs is not None],
+        )
+
+    def uniform_S(self) -> torch.Tensor:
+        """This step's random numbers, float64."""
+        if not self.draws:
+            return self.zeros_S
+        positions = [request.num_output_tokens for request in self.requests]
+        return torch.from_numpy(uniforms(self.seeds, self.choices, positions)).to(self.zeros_S.device)
+
+
+class Sampler:
+    """Picks the tokens of one batch after the other."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._batch: _Batch | None = None  # the last one
+
+    def sample(self, logits_SV: torch.Tensor, requests: list[Request]) -> list[Sampled]:
+        """Pick one token a row. `logits_SV` has the model's dtype and is not changed.
+
+        In vLLM's order: penalties, suppression of stop tokens before min_tokens, then what kernels/sampling.py says.
+        Log-probabilities are those of the untouched logits.
+        """
+        batch = self._batch
+        if batch is None or batch.requests != requests:  # compares identities
+            batch = self._batch = _Batch.gather(requests, logits_SV.device)
+        temperature_S, uniform_S = batch.temperature_S, batch.uniform_S()
+        suppressed = [i for i, min_tokens in batch.held if requests[i].num_output_tokens < min_tokens]
+        altered = sorted({*batch.penalised, *suppressed})
+        if altered:
+            # Of these rows only finiteness is asked here.
+            rows_P = torch.tensor(altered, device=logits_SV.device)
+            temperature_S = temperature_S.index_fill(0, rows_P, 0.0)
+        token_ids_S, finite_S = sample_tokens(
+            logits_SV, temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, uniform_S
+        )
+        if altered:
+            logits_PV = logits_SV[rows_P].float()
+            requests_P = [requests[i] for i in altered]
+            _penalise(logits_PV, requests_P)
+            _suppress_stops(logits_PV, requests_P, self._eos_token_ids)
+            columns = (batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, uniform_S)
+            token_ids_S[rows_P], _ = sample_tokens(logits_PV, *(column[rows_P] for column in columns))
+        token_ids = token_ids_S.tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
+        if batch.logged:
+            raw_PV = logits_SV[batch.logged].float().log_softmax(dim=1)
+            chosen = [token_ids[i] for i in batch.logged]
+            counts = [requests[i].sampling.num_logprobs or 0 for i in batch.logged]
+            for i, value in zip(batch.logged, _logprobs(raw_PV, chosen, counts), strict=True):
+                logprobs[i] = value
+        return list(map(Sampled, token_ids, logprobs, finite_S.tolist()))
 
 
 def uniforms(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -98,7 +158,8 @@ def _penalise(logits_SV: torch.Tensor, requests: Sequence[Request]) -> None:
     logits_PV = torch.where((output_PV + prompt_PV) > 0, repeated_PV, logits_PV)
     logits_PV -= column(lambda s: s.frequency_penalty) * output_PV
     logits_PV -= column(lambda s: s.presence_penalty) * (output_PV > 0)
-    logits_SV[rows] = logits_PV
+    # A repetition penalty near zero overflows to +inf, which is no sign of a broken model.
+    logits_SV[rows] = logits_PV.clamp_(max=torch.finfo(torch.float32).max)
 
 
 def _counts(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -123,55 +184,13 @@ def _suppress_stops(logits_SV: torch.Tensor, requests: Sequence[Request], eos_to
         logits_SV[rows, columns] = -torch.inf
 
 
-def _draw(logits_PV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-    """One token per row by temperature, min_p, top_k, top_p and the row's random number."""
-    device, vocab_size = logits_PV.device, logits_PV.shape[1]
-    options = [request.sampling for request in requests]
-    logits_PV = logits_PV / torch.tensor([option.temperature for option in options], device=device)[:, None]
-    # A temperature near zero overflows to inf; the maximum taken off first keeps exp() in range.
-    logits_PV -= logits_PV.amax(dim=1, keepdim=True)
-    if any(option.min_p > 0.0 for option in options):
-        floor = torch.tensor([option.min_p for option in options], device=device).log()[:, None]
-        logits_PV.masked_fill_(logits_PV < floor, -torch.inf)
-    cut = [i for i, option in enumerate(options) if 0 < option.top_k < vocab_size or option.top_p < 1.0]
-    if cut:
-        logits_PV[cut] = _keep_top(logits_PV[cut], [options[i] for i in cut])
-    cumulative_PV = logits_PV.softmax(dim=1).double().cumsum(dim=1)
-    numbers = uniforms(
-        [option.seed for option in options],
-        [option.choice for option in options],
-        [request.num_output_tokens for request in requests],
-    )
-    targets_P1 = torch.from_numpy(numbers).to(device)[:, None] * cumulative_PV[:, -1:]
-    return torch.searchsorted(cumulative_PV, targets_P1, right=True)[:, 0]
-
-
-def _keep_top(logits_PV: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
-    """Logits with everything outside top_k, then outside top_p of what is left, at -inf. The best always stays."""
-    device, vocab_size = logits_PV.device, logits_PV.shape[1]
-    ordered_PV, index_PV = logits_PV.sort(dim=1, descending=True, stable=True)
-    top_k = torch.tensor([option.top_k or vocab_size for option in options], device=device)[:, None]
-    top_p = torch.tensor([option.top_p for option in options], device=device)[:, None]
-    ordered_PV.masked_fill_(torch.arange(vocab_size, device=device)[None, :] >= top_k, -torch.inf)
-    probabilities_PV = ordered_PV.softmax(dim=1)
-    before_PV = probabilities_PV.cumsum(dim=1) - probabilities_PV
-    drop_PV = (before_PV >= top_p) & (top_p < 1.0)
-    drop_PV[:, 0] = False
-    ordered_PV.masked_fill_(drop_PV, -torch.inf)
-    return torch.empty_like(logits_PV).scatter_(1, index_PV, ordered_PV)
-
-
-def _logprobs(
-    raw_PV: torch.Tensor, token_ids: Sequence[int], options: Sequence[SamplingOptions], rows: Sequence[int]
-) -> list[TokenLogprobs]:
+def _logprobs(raw_PV: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Of each row's token, and of its `counts` best."""
     chosen_P1 = raw_PV.gather(1, torch.tensor(token_ids, device=raw_PV.device)[:, None])
     ranks = (raw_PV > chosen_P1).sum(dim=1).add_(1).tolist()
-    most = max(options[i].num_logprobs or 0 for i in rows)
-    top = raw_PV.topk(most, dim=1) if most else None
-    result = []
-    for p, (i, chosen, rank) in enumerate(zip(rows, chosen_P1[:, 0].tolist(), ranks, strict=True)):
-        count = options[i].num_logprobs or 0
-        ids = top.indices[p, :count].tolist() if top is not None else []
-        values = top.values[p, :count].tolist() if top is not None else []
-        result.append(TokenLogprobs(chosen, rank, tuple(ids), tuple(values)))
-    return result
+    top = raw_PV.topk(max(counts), dim=1)
+    rows = zip(chosen_P1[:, 0].tolist(), ranks, counts, top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        TokenLogprobs(chosen, rank, tuple(ids[:count]), tuple(values[:count]))
+        for chosen, rank, count, ids, values in rows
+    ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.lora import LoraSegments
@@ -28,72 +30,85 @@ class StepInput:
     segments: LoraSegments | None  # None: nobody in this step uses an adapter, no LoRA op runs
 
 
-def build_step_input(scheduled: Sequence[Scheduled], page_size: int, device: torch.device) -> StepInput:
-    """Lay out a non-empty plan that is grouped by adapter slot, as `StepPlan` promises."""
-    num_tokens = sum(entry.num_tokens for entry in scheduled)
-    num_pages = max(len(entry.request.pages) for entry in scheduled)
-    token_ids = np.empty(num_tokens, np.int64)
-    positions = np.empty(num_tokens, np.int64)
-    slot_mapping = np.empty(num_tokens, np.int64)
-    page_table = np.zeros((len(scheduled), num_pages), np.int32)
-    query_start = np.zeros(len(scheduled) + 1, np.int32)
-    context_len = np.empty(len(scheduled), np.int32)
-    sample_rows: list[int] = []
-    row = 0
-    for s, entry in enumerate(scheduled):
-        request = entry.request
-        first = request.num_computed_tokens
-        last = first + entry.num_tokens
-        end = row + entry.num_tokens
-        pages = page_table[s]
-        pages[: len(request.pages)] = request.pages
-        if entry.num_tokens == 1:
-            token_ids[row] = request.token_ids[first]
-            positions[row] = first
-            slot_mapping[row] = pages[first // page_size] * page_size + first % page_size
-        else:
-            token_ids[row:end] = request.token_ids[first:last]
-            own = positions[row:end]
-            own[:] = np.arange(first, last)
-            slot_mapping[row:end] = pages[own // page_size].astype(np.int64) * page_size + own % page_size
-        context_len[s] = last
-        query_start[s + 1] = end
-        if entry.samples:
-            sample_rows.append(end - 1)
-        row = end
-    return StepInput(
-        token_ids_T=torch.from_numpy(token_ids).to(device),
-        positions_T=torch.from_numpy(positions).to(device),
-        slot_mapping_T=torch.from_numpy(slot_mapping).to(device),
-        page_table_SP=torch.from_numpy(page_table).to(device),
-        query_start_S1=torch.from_numpy(query_start).to(device),
-        context_len_S=torch.from_numpy(context_len).to(device),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
-        segments=_segments(scheduled, device),
-    )
+class StepBuffers:
+    """The memory of every step's input, allocated once for the largest step.
 
+    A step's tensors are views at the same addresses each time, and the page table's rows lie equally far apart. On
+    another device than the CPU they are copies there.
+    """
 
-def _segments(scheduled: Sequence[Scheduled], device: torch.device) -> LoraSegments | None:
-    starts: list[int] = []
-    ends: list[int] = []
-    slots: list[int] = []
-    row = 0
-    for entry in scheduled:
-        end = row + entry.num_tokens
-        if entry.slot is not None:
-            if slots and slots[-1] == entry.slot:
-                ends[-1] = end
+    def __init__(
+        self, *, page_size: int, max_num_tokens: int, max_num_seqs: int, max_model_len: int, device: torch.device
+    ) -> None:
+        self._page_size = page_size
+        self._device = device
+        self._token_ids = np.zeros(max_num_tokens, np.int64)
+        self._positions = np.zeros(max_num_tokens, np.int64)
+        self._slot_mapping = np.zeros(max_num_tokens, np.int64)
+        self._page_table = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
+        self._query_start = np.zeros(max_num_seqs + 1, np.int32)
+        self._context_len = np.zeros(max_num_seqs, np.int32)
+        self._sample_rows = np.zeros(max_num_seqs, np.int64)
+        self._segments = np.zeros((3, max_num_seqs), np.int32)  # first row, behind the last, slot
+        self._weights = torch.ones(max_num_seqs, dtype=torch.float32, device=device)
+
+    def fill(self, scheduled: Sequence[Scheduled]) -> StepInput:
+        """Lay out a non-empty plan that is grouped by adapter slot, as `StepPlan` promises.
+
+        The result is good until the next call.
+        """
+        page_size = self._page_size
+        token_ids, positions, slot_mapping = self._token_ids, self._positions, self._slot_mapping
+        num_samples = num_segments = row = 0
+        last_slot: int | None = None
+        for s, entry in enumerate(scheduled):
+            request = entry.request
+            first = request.num_computed_tokens
+            last = first + entry.num_tokens
+            end = row + entry.num_tokens
+            pages = self._page_table[s]
+            pages[: len(request.pages)] = request.pages
+            if entry.num_tokens == 1:
+                token_ids[row] = request.token_ids[first]
+                positions[row] = first
+                slot_mapping[row] = request.pages[first // page_size] * page_size + first % page_size
             else:
-                starts.append(row)
-                ends.append(end)
-                slots.append(entry.slot)
-        row = end
-    if not slots:
-        return None
-    columns = torch.tensor([starts, ends, slots], dtype=torch.int32).to(device)
-    return LoraSegments(
-        start_G=columns[0],
-        end_G=columns[1],
-        slot_G=columns[2],
-        weight_G=torch.ones(len(slots), dtype=torch.float32, device=device),
-    )
+                token_ids[row:end] = request.token_ids[first:last]
+                own = np.arange(first, last)
+                positions[row:end] = own
+                slot_mapping[row:end] = pages[own // page_size].astype(np.int64) * page_size + own % page_size
+            self._context_len[s] = last
+            self._query_start[s + 1] = end
+            if entry.samples:
+                self._sample_rows[num_samples] = end - 1
+                num_samples += 1
+            if entry.slot is not None:
+                if entry.slot != last_slot:
+                    self._segments[:, num_segments] = row, end, entry.slot
+                    num_segments += 1
+                else:
+                    self._segments[1, num_segments - 1] = end
+            last_slot = entry.slot
+            row = end
+        num_seqs = len(scheduled)
+        starts, ends, slots = self._segments
+        return StepInput(
+            token_ids_T=self._tensor(token_ids[:row]),
+            positions_T=self._tensor(positions[:row]),
+            slot_mapping_T=self._tensor(slot_mapping[:row]),
+            page_table_SP=self._tensor(self._page_table[:num_seqs]),
+            query_start_S1=self._tensor(self._query_start[: num_seqs + 1]),
+            context_len_S=self._tensor(self._context_len[:num_seqs]),
+            sample_rows=self._tensor(self._sample_rows[:num_samples]),
+            segments=LoraSegments(
+                start_G=self._tensor(starts[:num_segments]),
+                end_G=self._tensor(ends[:num_segments]),
+                slot_G=self._tensor(slots[:num_segments]),
+                weight_G=self._weights[:num_segments],
+            )
+            if num_segments
+            else None,
+        )
+
+    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorafleet.workers.adapters import format as adapter_format
+from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
 from lorafleet.workers.adapters.format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -320,7 +323,7 @@ def test_every_key_style_of_peft_is_the_same_adapter(rename: Callable[[str], str
     plain = read(write(tmp_path / "plain"))
     renamed = write(tmp_path / "renamed", weights={rename(name): value for name, value in tensors().items()})
     spec = read(renamed)
-    assert spec == replace(plain, path=renamed)
+    assert spec == replace(plain, path=renamed, stamp=spec.stamp)
     ours, theirs = (load_adapter(one, BASE, torch.float32).weights for one in (plain, spec))
     assert ours.keys() == theirs.keys()
     for key in ours:
@@ -415,7 +418,36 @@ def test_loaded_weights_are_the_files_in_memory_of_their_own(stored: torch.dtype
     for (layer, linear), (a, b) in adapter.weights.items():
         path = f"mlp.{linear}" if linear == "down_proj" else f"self_attn.{linear}"
         torch.testing.assert_close(a, expected[A.format(layer=layer, linear=path)], rtol=0, atol=0)
-        torch.testing.assert_close(b, expected[B.format(layer=layer, linear=path)], rtol=0, atol=0)
+        torch.testing.assert_close(b, expected[B.format(layer=layer, linear=path)].T, rtol=0, atol=0)
+        assert a.is_contiguous() and b.is_contiguous(), "what a slot copies lies in one piece"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_loaded_weights_share_one_buffer_of_the_size_that_is_accounted(stored: torch.dtype, tmp_path: Path) -> None:
+    adapter = load_adapter(read(write(tmp_path, weights=tensors(stored))), BASE, torch.bfloat16)
+    storages = [tensor.untyped_storage() for pair in adapter.weights.values() for tensor in pair]
+    assert len({storage.data_ptr() for storage in storages}) == 1
+    assert storages[0].nbytes() == adapter.num_bytes
+
+
+def test_a_file_of_mixed_dtypes_is_loaded_wherever_its_tensors_lie(tmp_path: Path) -> None:
+    """Not as safetensors writes files: the float32 tensor begins after three bfloat16 ones, off its alignment."""
+    base = BaseShapes(num_layers=1, linears={"q_proj": (3, 3)})
+    a, b = torch.tensor([[1.0, 2.0, 3.0]]).bfloat16(), torch.tensor([[0.1], [0.2], [0.3]])
+    header = {
+        Q0_A: {"dtype": "BF16", "shape": [1, 3], "data_offsets": [0, 6]},
+        Q0_B: {"dtype": "F32", "shape": [3, 1], "data_offsets": [6, 18]},
+    }
+    encoded = json.dumps(header).encode()
+    write(tmp_path, {"r": 1})
+    (tmp_path / WEIGHTS_FILE).write_bytes(
+        struct.pack("<Q", len(encoded)) + encoded + a.view(torch.int16).numpy().tobytes() + b.numpy().tobytes()
+    )
+    spec = read_spec(tmp_path, base, max_lora_rank=1)
+    assert spec.num_elements == 6
+    loaded_a, loaded_b = load_adapter(spec, base, torch.float32).weights[0, "q_proj"]
+    assert loaded_a.tolist() == a.tolist()
+    assert loaded_b.tolist() == b.T.tolist()
 
 
 def remove(path: Path) -> None:
@@ -434,7 +466,27 @@ def truncate(path: Path) -> None:
     (path / WEIGHTS_FILE).write_bytes((path / WEIGHTS_FILE).read_bytes()[:-4])
 
 
-@pytest.mark.parametrize("change", [remove, change_weights, truncate])
+def overwrite_in_place(path: Path) -> None:
+    """Other weights in the same file, of the same size, with the modification time set back."""
+    file = path / WEIGHTS_FILE
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        (last,) = opened.read(1)
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
+def spoil(path: Path) -> None:
+    weights = tensors()
+    weights[Q0_A][0, 0] = torch.nan
+    save_file(weights, path / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize("change", [remove, change_weights, truncate, overwrite_in_place, spoil])
 def test_an_adapter_that_changed_since_it_was_verified_is_unavailable(
     change: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -454,3 +506,112 @@ def test_values_that_overflow_in_float16_are_refused_with_the_flag_that_helps(tm
         load_adapter(spec, BASE, torch.float16)
     assert info.value.reason == "non_finite"
     assert load_adapter(spec, BASE, torch.bfloat16).weights[0, "q_proj"][1][1, 1] > 6e4
+
+
+@pytest.fixture
+def hashes(monkeypatch: pytest.MonkeyPatch) -> list[AdapterHash]:
+    """Every hash that is computed from now on."""
+    made: list[AdapterHash] = []
+
+    class Counted(AdapterHash):
+        def __init__(self, *, lora_rank: int, scaling: float) -> None:
+            super().__init__(lora_rank=lora_rank, scaling=scaling)
+            made.append(self)
+
+    monkeypatch.setattr(adapter_format, "AdapterHash", Counted)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_file_that_did_not_change_is_hashed_once(
+    dtype: torch.dtype, tmp_path: Path, hashes: list[AdapterHash]
+) -> None:
+    spec = read(write(tmp_path))
+    for _ in range(3):
+        assert load_adapter(spec, BASE, dtype).digest == spec.digest
+    assert len(hashes) == 1
+
+
+def replace_by_a_copy(path: Path) -> None:
+    copy = path / "copy"
+    copy.write_bytes((path / WEIGHTS_FILE).read_bytes())
+    copy.replace(path / WEIGHTS_FILE)
+
+
+def rewrite(path: Path) -> None:
+    (path / WEIGHTS_FILE).write_bytes((path / WEIGHTS_FILE).read_bytes())
+
+
+def touch(path: Path) -> None:
+    (path / WEIGHTS_FILE).touch()
+
+
+@pytest.mark.parametrize("change", [replace_by_a_copy, rewrite, touch])
+def test_a_file_that_may_have_changed_is_hashed_again_and_loads_if_it_is_the_same(
+    change: Callable[[Path], None], tmp_path: Path, hashes: list[AdapterHash]
+) -> None:
+    spec = read(write(tmp_path))
+    expected = load_adapter(spec, BASE, torch.float32).weights
+    change(tmp_path)
+    loaded = load_adapter(spec, BASE, torch.float32).weights
+    assert len(hashes) == 2
+    for key, pair in expected.items():
+        for mine, other in zip(pair, loaded[key], strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_a_stamp_that_proves_nothing_is_not_relied_on(
+    tmp_path: Path, hashes: list[AdapterHash], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(FileStamp, "settle", lambda self: False)
+        spec = read(write(tmp_path))
+    assert spec.stamp is None
+    load_adapter(spec, BASE, torch.float32)
+    assert len(hashes) == 2
+
+
+Meddle = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def meddle(monkeypatch: pytest.MonkeyPatch) -> Meddle:
+    """Lets something happen during the next read of a weights file: it has been opened, and nothing read of it."""
+
+    def once(happen: Callable[[], object]) -> None:
+        def opened(*args: Any, **kwargs: Any) -> Any:
+            monkeypatch.setattr(adapter_format, "safe_open", safe_open)
+            happen()
+            return safe_open(*args, **kwargs)
+
+        monkeypatch.setattr(adapter_format, "safe_open", opened)
+
+    return once
+
+
+@pytest.mark.parametrize("change", [overwrite_in_place, rewrite, replace_by_a_copy])
+def test_a_file_that_changes_while_it_is_registered_is_refused(
+    change: Callable[[Path], None], tmp_path: Path, meddle: Meddle
+) -> None:
+    write(tmp_path)
+    meddle(lambda: change(tmp_path))
+    assert_refused(tmp_path, "changed_while_read", WEIGHTS_FILE)
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_unavailable(tmp_path: Path, meddle: Meddle) -> None:
+    spec = read(write(tmp_path))
+    meddle(lambda: overwrite_in_place(tmp_path))
+    with pytest.raises(AdapterUnavailableError, match=str(tmp_path)):
+        load_adapter(spec, BASE, torch.float32)
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_is_read_as_it_was(tmp_path: Path, meddle: Meddle) -> None:
+    spec = read(write(tmp_path / "adapter"))
+    other = write(tmp_path / "other", weights=tensors(torch.float16))
+    expected = load_adapter(spec, BASE, torch.float32).weights
+    meddle(lambda: (other / WEIGHTS_FILE).replace(spec.path / WEIGHTS_FILE))
+    loaded = load_adapter(spec, BASE, torch.float32).weights
+    for key, (a, b) in loaded.items():
+        torch.testing.assert_close((a, b), expected[key], rtol=0, atol=0)
+    with pytest.raises(AdapterUnavailableError, match="changed since"):
+        load_adapter(spec, BASE, torch.float32)

@@ -1,4 +1,7 @@
-"""The host cache: bounded, least recently used first, one load for all who ask, and never stuck."""
+"""The host cache: bounded, least recently used first, one load for all who ask, and never stuck.
+
+A prefetch has no future to wait for: `prefetched` waits for all that were asked for, `Disk.hold` for a read's begin.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorafleet.workers.adapters import store as adapter_store
 from lorafleet.workers.adapters.format import AdapterSpec, BaseShapes, HostAdapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError
@@ -34,11 +38,26 @@ class Disk:
         self.open = threading.Event()
         self.open.set()
         self._lock = threading.Lock()
+        self._held: dict[str, tuple[threading.Event, threading.Event]] = {}  # name → (its read began, it may end)
+
+    def hold(self, name: str) -> tuple[threading.Event, threading.Event]:
+        """Stop reads of one adapter half way: (set when one has begun, set to let it go on)."""
+        self._held[name] = threading.Event(), threading.Event()
+        return self._held[name]
+
+    def release_all(self) -> None:
+        self.open.set()
+        for _, may_end in self._held.values():
+            may_end.set()
 
     def load(self, wanted: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
         with self._lock:
             self.loads[wanted.digest] += 1
         assert self.open.wait(TIMEOUT_S)
+        if wanted.digest in self._held:
+            began, may_end = self._held[wanted.digest]
+            began.set()
+            assert may_end.wait(TIMEOUT_S)
         if wanted.digest in self.broken:
             raise self.broken[wanted.digest]
         return HostAdapter(wanted.digest, 1.0, {}, wanted.num_elements * dtype.itemsize)
@@ -79,7 +98,7 @@ def make_store(disk: Disk, clock: Clock) -> Iterator[MakeStore]:
         return store
 
     yield make
-    disk.open.set()
+    disk.release_all()
     for store in stores:
         store.close()
         store.check_integrity()
@@ -96,6 +115,14 @@ def use(store: AdapterStore, digest: str) -> None:
     assert take(store, digest).digest == digest
     store.release(digest)
     store.check_integrity()
+
+
+def prefetched(store: AdapterStore, names: str = "") -> None:
+    """Prefetch these, and wait until that and all earlier prefetches are done with."""
+    for name in names:
+        store.prefetch(name)
+        store.check_integrity()
+    store._prefetcher.submit(store.check_integrity).result(TIMEOUT_S)
 
 
 def error_of(future: Future[HostAdapter]) -> BaseException | None:
@@ -334,6 +361,227 @@ def test_a_fetch_after_close_fails_and_holds_nothing(make_store: MakeStore) -> N
     assert store.stats().num_cached == 0
 
 
+def test_what_was_prefetched_is_fetched_without_another_look_at_the_disk(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    prefetched(store, "ab")
+    assert store.resident() == ("a", "b")
+    assert store.fetch("a").done()
+    assert (store.stats().hits, store.stats().loads) == (1, 2)
+    assert disk.loads == Counter("ab")
+
+
+def test_what_is_cached_or_on_its_way_is_not_loaded_again(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=2)
+    use(store, "a")
+    began, may_end = disk.hold("b")
+    loading = store.fetch("b")
+    assert began.wait(TIMEOUT_S)
+    take(store, "a")
+    waiting = store.fetch("c")
+    prefetched(store, "abcabc")
+    may_end.set()
+    assert loading.result(TIMEOUT_S).digest == "b"
+    store.release("a")
+    assert waiting.result(TIMEOUT_S).digest == "c"
+    prefetched(store, "bc")
+    assert disk.loads == Counter("abc")
+
+
+def test_a_prefetch_asked_for_twice_is_one_load(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    began, may_end = disk.hold("a")
+    store.prefetch("a")
+    assert began.wait(TIMEOUT_S)
+    for name in "abba":
+        store.prefetch(name)
+    may_end.set()
+    prefetched(store)
+    assert disk.loads == Counter("ab")
+
+
+def test_a_prefetch_holds_nothing(make_store: MakeStore) -> None:
+    store = make_store(max_adapters=2)
+    prefetched(store, "ab")
+    use(store, "c")
+    assert store.resident() == ("b", "c")
+    use(store, "d")
+    assert store.resident() == ("c", "d")
+
+
+def test_a_prefetch_evicts_what_is_idle_and_nothing_that_is_held(make_store: MakeStore) -> None:
+    store = make_store(max_adapters=2)
+    take(store, "a")
+    use(store, "b")
+    prefetched(store, "c")
+    assert store.resident() == ("a", "c")
+
+
+def test_a_prefetch_without_room_does_nothing_then_or_later(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=2)
+    take(store, "a")
+    take(store, "b")
+    prefetched(store, "c")
+    store.release("a")
+    prefetched(store)
+    assert store.resident() == ("a", "b")
+    assert disk.loads == Counter("ab")
+
+
+def test_a_prefetch_that_would_not_fit_evicts_nothing(make_store: MakeStore) -> None:
+    store = make_store(names="", max_bytes=100)
+    for name, num_bytes in (("h", 60), ("i", 40), ("l", 50)):
+        store.register(spec(name, num_bytes))
+    take(store, "h")
+    use(store, "i")
+    prefetched(store, "l")
+    assert store.resident() == ("h", "i")
+    assert store.stats().evictions == 0
+
+
+def test_a_prefetch_does_not_undo_another(make_store: MakeStore) -> None:
+    """The oldest is fetched first, so the younger ones are those to give up."""
+    store = make_store(max_adapters=2)
+    prefetched(store, "abcd")
+    assert store.resident() == ("a", "b")
+    use(store, "a")
+    prefetched(store, "c")
+    assert store.resident() == ("b", "c")
+
+
+def test_a_prefetch_keeps_what_is_cached_already_from_being_evicted_by_the_next(make_store: MakeStore) -> None:
+    store = make_store(max_adapters=2)
+    use(store, "a")
+    use(store, "b")
+    prefetched(store, "ac")
+    assert store.resident() == ("a", "c")
+
+
+def test_a_fetch_takes_the_room_of_a_prefetch_that_is_being_read(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=1)
+    began, may_end = disk.hold("a")
+    store.prefetch("a")
+    assert began.wait(TIMEOUT_S)
+    assert take(store, "b").digest == "b"
+    waiting = store.fetch("a")
+    may_end.set()
+    prefetched(store)
+    assert store.resident() == ("b",), "the read came too late for its room"
+    store.release("b")
+    assert waiting.result(TIMEOUT_S).digest == "a"
+    assert disk.loads == Counter("aab")
+
+
+def test_a_prefetch_that_failed_after_its_room_was_taken_harms_nobody(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=1)
+    began, may_end = disk.hold("a")
+    disk.broken["a"] = AdapterUnavailableError("gone")
+    store.prefetch("a")
+    assert began.wait(TIMEOUT_S)
+    take(store, "b")
+    may_end.set()
+    prefetched(store)
+    assert store.resident() == ("b",)
+    assert (store.stats().bytes, store.stats().failures) == (10, 1)
+
+
+def test_a_fetch_does_not_wait_behind_prefetches(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    began, may_end = disk.hold("a")
+    for name in "abcd":
+        store.prefetch(name)
+    assert began.wait(TIMEOUT_S)
+    assert take(store, "d").digest == "d", "though its prefetch has not even begun"
+    may_end.set()
+    prefetched(store)
+    assert disk.loads == Counter("abcd")
+
+
+def test_a_fetch_joins_a_prefetch_that_is_being_read_and_holds_it(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=1)
+    began, may_end = disk.hold("a")
+    store.prefetch("a")
+    assert began.wait(TIMEOUT_S)
+    joined, other = store.fetch("a"), store.fetch("b")
+    store.check_integrity()
+    may_end.set()
+    assert joined.result(TIMEOUT_S).digest == "a"
+    assert not other.done()
+    assert disk.loads == Counter("a")
+    store.release("a")
+    assert other.result(TIMEOUT_S).digest == "b"
+
+
+def test_a_prefetch_gives_way_to_fetches_that_wait_for_room(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(names="", max_bytes=100)
+    for name, num_bytes in (("h", 60), ("l", 50), ("s", 10)):
+        store.register(spec(name, num_bytes))
+    take(store, "h")
+    waiting = store.fetch("l")
+    prefetched(store, "s")
+    assert disk.loads == Counter("h")
+    store.release("h")
+    assert waiting.result(TIMEOUT_S).digest == "l"
+
+
+def test_a_failed_prefetch_leaves_no_trace(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    disk.broken["a"] = AdapterUnavailableError("gone")
+    prefetched(store, "ab")
+    assert store.resident() == ("b",)
+    assert store.stats().bytes == 10
+    del disk.broken["a"]
+    use(store, "a")
+    assert disk.loads == Counter("aab")
+
+
+def test_a_prefetch_that_fails_tells_those_who_joined_it_and_is_remembered(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    error = disk.broken["a"] = AdapterUnavailableError("gone")
+    began, may_end = disk.hold("a")
+    store.prefetch("a")
+    assert began.wait(TIMEOUT_S)
+    joined = store.fetch("a")
+    may_end.set()
+    assert error_of(joined) is error
+    assert error_of(store.fetch("a")) is error
+    prefetched(store, "a")
+    assert disk.loads == Counter("a"), "too early to look again"
+
+
+def test_prefetches_that_wait_for_their_thread_are_bounded(
+    make_store: MakeStore, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_store, "_MAX_PREFETCHES", 2)
+    store = make_store()
+    began, may_end = disk.hold("a")
+    store.prefetch("a")
+    assert began.wait(TIMEOUT_S)
+    for name in "bcd":
+        store.prefetch(name)
+        store.check_integrity()
+    may_end.set()
+    prefetched(store)
+    assert store.resident() == ("a", "b", "c")
+
+
+def test_close_ends_a_running_prefetch_and_drops_the_others(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store()
+    began, may_end = disk.hold("a")
+    for name in "ab":
+        store.prefetch(name)
+    assert began.wait(TIMEOUT_S)
+    closer = threading.Thread(target=store.close, daemon=True)
+    closer.start()
+    while not store._closed:
+        closer.join(0.01)
+    assert closer.is_alive()
+    may_end.set()
+    closer.join(TIMEOUT_S)
+    assert not closer.is_alive()
+    store.prefetch("c")
+    assert disk.loads == Counter("a")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_books_agree_after_any_operations(make_store: MakeStore, disk: Disk, clock: Clock, seed: int) -> None:
     rng = random.Random(seed)
@@ -352,7 +600,9 @@ def test_the_books_agree_after_any_operations(make_store: MakeStore, disk: Disk,
         return bool(ended)
 
     for _ in range(600):
-        match rng.choice(["fetch", "fetch", "release", "release", "break", "mend", "wait"]):
+        match rng.choice(["fetch", "fetch", "prefetch", "release", "release", "break", "mend", "wait"]):
+            case "prefetch":
+                store.prefetch(rng.choice(names))
             case "fetch" if len(pending) + len(held) < 30:
                 name = rng.choice(names)
                 pending.append((name, store.fetch(name)))
@@ -374,4 +624,5 @@ def test_the_books_agree_after_any_operations(make_store: MakeStore, disk: Disk,
         if pending:
             wait([future for _, future in pending], TIMEOUT_S, return_when="FIRST_COMPLETED")
             assert settle(), "a fetch waits though nobody holds anything"
+    prefetched(store)
     assert store.stats().bytes <= 100

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import Result, gather, run_engine
 
+from lorafleet.workers.adapters.format import AdapterSpec, BaseShapes, HostAdapter
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
@@ -148,9 +149,9 @@ def test_an_adapter_with_nan_weights_fails_its_own_requests_only(
     def fetch(digest: str):  # type: ignore[no-untyped-def]
         future = load(digest)
         if digest == poisoned:
-            for a_RI, b_OR in future.result().weights.values():
+            for a_RI, b_RO in future.result().weights.values():
                 a_RI.fill_(torch.nan)
-                b_OR.fill_(torch.nan)
+                b_RO.fill_(torch.nan)
         return future
 
     monkeypatch.setattr(engine._store, "fetch", fetch)
@@ -222,6 +223,72 @@ def test_an_adapter_that_changed_on_disk_fails_its_requests_by_name(
     fleet.check(results)
     # The new content is another adapter at once.
     assert engine.register_adapter(str(moving)).digest != digest
+
+
+def wait_for_prefetches(engine: Engine) -> None:
+    engine._store._prefetcher.submit(engine._store.check_integrity).result(60.0)
+
+
+def test_an_adapter_that_waits_for_a_slot_is_in_the_host_cache_before_it_gets_one(
+    fleet: Fleet, engines: list[Engine]
+) -> None:
+    engine = fleet.engine(max_loras=1)
+    engines.append(engine)
+    requests = {request.request_id: request for request in fleet.requests(engine)}
+    first, second = requests["all:1"], requests["mlp:1"]
+    assert first.adapter and second.adapter
+    results = {request.request_id: Result() for request in (first, second)}
+    engine.submit(first)
+    while not engine.stats().num_running:
+        engine.wait_for_work(timeout_s=1.0)
+        gather(engine.step(), results)
+    engine.submit(second)
+    gather(engine.step(), results)
+    wait_for_prefetches(engine)
+    assert set(engine._store.resident()) == {first.adapter, second.adapter}
+    assert engine.stats().device_adapters == (first.adapter,)
+    while engine.has_unfinished():
+        engine.wait_for_work(timeout_s=1.0)
+        gather(engine.step(), results)
+    fleet.check(results)
+    assert engine.stats().num_adapter_loads == 2, "the slot was filled from the host cache"
+
+
+def test_an_adapter_that_cannot_be_prefetched_fails_its_own_requests_only(
+    fleet: Fleet, engines: list[Engine], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in fleet.adapter_dirs["mlp"].iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    engine = fleet.engine(max_loras=1)
+    engines.append(engine)
+    requests = [request for request in fleet.requests(engine) if not request.request_id.startswith("mlp:")]
+    digest = engine.register_adapter(str(broken)).digest
+    (broken / "adapter_model.safetensors").unlink()
+    requests.insert(2, GenerateRequest("broken", (5, 6), GREEDY, digest))
+    loads = []
+    load = engine._store._load
+
+    def counted(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
+        loads.append(spec.digest)
+        return load(spec, base, dtype)
+
+    engine._store._load = counted
+    for request in requests:
+        engine.submit(request)
+    results = {request.request_id: Result() for request in requests}
+    gather(engine.step(), results)
+    wait_for_prefetches(engine)
+    assert digest in loads, "it was tried ahead of time"
+    assert engine.stats().num_waiting and not results["broken"].finish, "and that alone ends no request"
+    while engine.has_unfinished():
+        engine.wait_for_work(timeout_s=1.0)
+        gather(engine.step(), results)
+        engine._store.check_integrity()
+    failed = results.pop("broken")
+    assert failed.finish is FinishReason.ERROR and isinstance(failed.error, AdapterUnavailableError)
+    fleet.check(results)
 
 
 def test_base_batches_run_no_lora_op(fleet: Fleet, engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,60 @@ def test_a_failed_load_frees_its_slot() -> None:
     assert [load.digest for load in world.step().loads] == ["y"]
 
 
+def test_adapters_that_wait_for_a_slot_are_prefetched_once_oldest_first() -> None:
+    world = World(slots=2, max_num_seqs=8)
+    for name in ("x1", "y1"):
+        world.add(name, 2, max_tokens=20, adapter=name[0])
+    assert world.step().prefetches == (), "these have slots to be loaded into"
+    world.step()
+    for name, adapter in (("base", None), ("c1", "c"), ("x2", "x"), ("a1", "a"), ("c2", "c"), ("b1", "b")):
+        world.add(name, 2, max_tokens=20, adapter=adapter)
+    assert world.step().prefetches == ("c", "a"), "no more than there are slots"
+    assert world.step().prefetches == ()
+    world.scheduler.remove("a1")
+    assert world.step().prefetches == ("b",), "the next one moves up"
+    world.add("a2", 2, max_tokens=20, adapter="a")
+    world.scheduler.remove("b1")
+    assert world.step().prefetches == ("a",), "nobody waited for it in between"
+
+
+def test_an_adapter_that_gets_its_slot_in_this_step_is_not_prefetched() -> None:
+    world = World(slots=1, auto_load=False)
+    world.add("cold", 2, adapter="x")
+    world.add("other", 2, adapter="y")
+    plan = world.step()
+    assert ([load.digest for load in plan.loads], plan.prefetches) == (["x"], ("y",))
+    assert world.step().prefetches == ()
+
+
+def test_adapters_are_prefetched_for_the_next_batch_while_no_seat_is_free() -> None:
+    world = World(slots=2, max_num_seqs=2)
+    for name, adapter in (("1", None), ("2", None), ("3", None), ("x", "x"), ("y", "y")):
+        world.add(name, 2, max_tokens=20, adapter=adapter)
+    plan = world.step()
+    assert (plan.loads, plan.prefetches) == ((), ("x",)), "y is further off than a batch is long"
+
+
+def test_an_adapter_that_lost_its_slot_while_a_preempted_request_waits_is_prefetched() -> None:
+    world = World(pages=4, slots=1, max_num_seqs=2, auto_load=False)
+    world.add("old", 7, max_tokens=8)
+    world.add("young", 7, max_tokens=5, adapter="x")
+    world.step()
+    world.slots.finish_load("x")
+    plans = [world.step() for _ in range(3)]
+    assert world.scheduler.num_preemptions == 1
+    assert all(plan.prefetches == () for plan in plans), "it is in its slot"
+    assert world.slots.start_load("other") is not None
+    assert world.step().prefetches == ("x",)
+
+
+def test_the_base_models_requests_prefetch_nothing() -> None:
+    world = World(slots=0, max_num_seqs=1)
+    for name in "abc":
+        world.add(name, 2)
+    assert [world.step().prefetches for _ in range(3)] == [()] * 3
+
+
 REQUESTS = st.tuples(
     st.integers(1, 24),  # prompt
     st.integers(1, 12),  # max_tokens
@@ -270,6 +324,10 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
         plan = world.step(lambda request: EOS if (request.num_tokens + request.arrival) % eos_every == 0 else 7)
         for load in plan.loads:
             loading[load.digest] = clock + load_delay
+        assert len(plan.prefetches) <= slots
+        for digest in plan.prefetches:
+            assert world.scheduler.waiting_for(digest)
+            assert world.slots.slot_of(digest) is None and not world.slots.is_loading(digest)
         clock += 1
 
     for i, (prompt, max_tokens, adapter, gap, cancel_after) in enumerate(requests):

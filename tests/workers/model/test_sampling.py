@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 
 from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.model.sampling import Sampled, sample, uniforms
+from lorafleet.workers.model.sampling import Sampled, Sampler, uniforms
 
 VOCAB = 50
 
@@ -21,13 +22,17 @@ def row(prompt: tuple[int, ...] = (3,), output: tuple[int, ...] = (), **options:
     return request
 
 
+def sample(logits_SV: torch.Tensor, requests: list[Request]) -> list[Sampled]:
+    return Sampler(frozenset()).sample(logits_SV, requests)
+
+
 def draw(logits: torch.Tensor, request: Request, eos: frozenset[int] = frozenset()) -> Sampled:
-    return sample(logits.clone()[None], [request], eos)[0]
+    return Sampler(eos).sample(logits[None], [request])[0]
 
 
 def draws(logits: torch.Tensor, count: int, **options: object) -> Counter[int]:
     requests = [row(seed=i, **options) for i in range(count)]
-    return Counter(sampled.token_id for sampled in sample(logits.repeat(count, 1), requests, frozenset()))
+    return Counter(sampled.token_id for sampled in sample(logits.repeat(count, 1), requests))
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def test_a_row_does_not_depend_on_its_neighbours(logits: torch.Tensor) -> None:
         row(seed=5, repetition_penalty=1.7, prompt=(1, 2, 3)),
         row(seed=6, presence_penalty=1.5, frequency_penalty=0.5, output=(4, 4, 9)),
     ]
-    together = sample(logits.repeat(len(requests), 1), requests, frozenset())
+    together = sample(logits.repeat(len(requests), 1), requests)
     assert together == [draw(logits, request) for request in requests]
 
 
@@ -138,7 +143,7 @@ def test_logprobs_are_those_of_the_raw_distribution(logits: torch.Tensor) -> Non
 def test_a_row_of_nan_is_reported_and_harms_no_other(logits: torch.Tensor) -> None:
     rows = logits.repeat(3, 1)
     rows[1, 7] = torch.nan
-    results = sample(rows, [row(seed=1), row(seed=2), row(seed=3, top_p=0.9)], frozenset())
+    results = sample(rows, [row(seed=1), row(seed=2), row(seed=3, top_p=0.9)])
     assert [result.is_finite for result in results] == [True, False, True]
     assert results[0] == draw(logits, row(seed=1))
     assert results[2] == draw(logits, row(seed=3, top_p=0.9))
@@ -150,3 +155,124 @@ def test_extreme_temperatures_stay_in_range(logits: torch.Tensor, temperature: f
     assert result.is_finite and 0 <= result.token_id < VOCAB
     if temperature < 1e-3:
         assert result.token_id == logits.argmax()
+
+
+class WatchedRequest(Request):
+    """Counts how often its options are read."""
+
+    num_reads = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "sampling":
+            self.num_reads += 1
+        return super().__getattribute__(name)
+
+
+def watched(**options: object) -> WatchedRequest:
+    plain = row(**options)
+    return WatchedRequest("r", plain.sampling, None, list(plain.token_ids), plain.num_prompt_tokens, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_options_are_read_when_the_batch_changes_and_not_at_every_step(
+    logits: torch.Tensor, temperature: float
+) -> None:
+    requests = [watched(temperature=temperature, top_p=0.9, seed=i) for i in range(5)]
+    sampler = Sampler(frozenset())
+
+    def step(batch: list[Request]) -> list[int]:
+        """How often each request's options are read in a step that gives each a token."""
+        before = [request.num_reads for request in requests]
+        for request, sampled in zip(batch, sampler.sample(logits.repeat(len(batch), 1), batch), strict=True):
+            request.token_ids.append(sampled.token_id)
+        return [request.num_reads - n for request, n in zip(requests, before, strict=True)]
+
+    assert min(step([*requests])) > 0
+    for _ in range(3):
+        assert step([*requests]) == [0] * 5
+    smaller = step([*requests[:3]])
+    assert min(smaller[:3]) > 0 and smaller[3:] == [0, 0]
+    assert step([*requests[:3]]) == [0] * 5
+    assert min(step([requests[1], requests[0], requests[2]])[:3]) > 0, "another order is another batch"
+
+
+def test_a_sampler_gives_what_a_new_one_gives_whatever_it_did_before(logits: torch.Tensor) -> None:
+    def make() -> list[Request]:
+        return [
+            row(temperature=0.0),
+            row(seed=1),
+            row(seed=2, temperature=0.0, min_tokens=2),
+            row(seed=3, top_k=5, min_tokens=3),
+            row(seed=4, repetition_penalty=1.3, frequency_penalty=0.4, num_logprobs=3),
+            row(seed=5, min_p=0.2, num_logprobs=0),
+        ]
+
+    requests, eos = make(), frozenset([int(logits.argmax())])
+    sampler = Sampler(eos)
+    batches = [
+        requests,
+        requests,
+        requests,
+        requests[::-1],
+        requests[1:4],
+        requests[1:4],
+        [*requests[2:4], row(seed=9)],
+    ]
+    reused: list[Request] = []
+    for number, batch in enumerate(batches):
+        rows = logits.repeat(len(batch), 1) + torch.randn(len(batch), VOCAB) * 0.3
+        reused[:] = batch
+        sampled = sampler.sample(rows, reused)
+        assert sampled == Sampler(eos).sample(rows, batch), number
+        for request, own in zip(batch, sampled, strict=True):
+            request.token_ids.append(own.token_id)
+    assert requests[2].token_ids[1] not in eos and requests[2].token_ids[2] not in eos
+
+
+def test_an_unchanged_batch_draws_new_numbers_at_every_position(logits: torch.Tensor) -> None:
+    request, sampler, count = row(seed=3), Sampler(frozenset()), 200
+    for position in range(count):
+        token_id = sampler.sample(logits[None], [request])[0].token_id
+        end = logits.double().softmax(0).cumsum(0)
+        assert token_id == int((end <= uniforms([3], [0], [position])[0]).sum())
+        request.token_ids.append(token_id)
+    assert len(set(request.token_ids[1:])) > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_16_bits_are_sampled_as_they_are(logits: torch.Tensor, dtype: torch.dtype) -> None:
+    requests = [
+        row(temperature=0.0),
+        row(seed=1, top_p=0.9),
+        row(seed=2, repetition_penalty=1.03, temperature=0.0, prompt=(1, 2, 3)),
+        row(seed=3, presence_penalty=0.011, output=(1, 2, 3), num_logprobs=20),
+        row(seed=4, num_logprobs=5, min_tokens=3),
+    ]
+    rows = (logits + torch.randn(len(requests), VOCAB)).to(dtype)
+    before = rows.clone()
+    eos = frozenset([int(rows[4].argmax())])
+    assert Sampler(eos).sample(rows, requests) == Sampler(eos).sample(rows.float(), requests)
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_penalties_are_not_rounded_to_16_bits(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps  # between 2 and the number below it
+    logits = torch.tensor([0.0, 2.0 - step, 2.0], dtype=dtype)
+    assert draw(logits, row(temperature=0.0, repetition_penalty=1.0 + 0.35 * step, prompt=(2,))).token_id == 2
+    assert draw(logits, row(temperature=0.0, repetition_penalty=1.0 + 0.65 * step, prompt=(2,))).token_id == 1
+
+
+def test_penalties_do_not_hide_nan_and_do_not_look_like_it(logits: torch.Tensor) -> None:
+    rows = logits.repeat(3, 1)
+    rows[0, 7] = torch.nan
+    rows[1, 0] = 3.0
+    requests = [
+        row(seed=1, repetition_penalty=1.2),
+        row(temperature=0.0, repetition_penalty=1e-39, prompt=(0,)),
+        row(seed=2, repetition_penalty=1e-39, prompt=(int(logits.argmax()),)),
+    ]
+    results = sample(rows, requests)
+    assert [result.is_finite for result in results] == [False, True, True]
+    assert results[1].token_id == 0
+    assert results[2].token_id == logits.argmax()

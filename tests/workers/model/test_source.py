@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lorafleet.workers import hub
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model import source
-from lorafleet.workers.model.source import resolve_model
+from lorafleet.workers.model.source import read_ahead, resolve_model
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +84,18 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ModelError, match="is a file"):
         resolve_model(str(file))
+
+
+def test_read_ahead_asks_for_the_weights_and_forgives_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, *rest: advised.append((os.readlink(f"/proc/self/fd/{fd}"), rest))
+    )
+    for name in ("model-1.safetensors", "model-2.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    read_ahead(tmp_path)
+    assert advised == [(str(tmp_path / f"model-{n}.safetensors"), (0, 0, os.POSIX_FADV_WILLNEED)) for n in (1, 2)]
+    read_ahead(tmp_path / "nowhere")

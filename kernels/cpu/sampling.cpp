@@ -1,0 +1,303 @@
+// Sampling: one token a row, greedy or by temperature, min_p, top_k, top_p and the row's random number. Rows in
+// parallel.
+//
+// Nothing is sorted. A row is read once for its best and, unless it is greedy or has a small top_k, again for its
+// weights exp(-distance), where distance = (best - x) / temperature. What top_k and top_p can never keep is left out
+// first, by a bound that costs little; among the others, listed in order of vocabulary, the last one to keep is found
+// digit by digit of its distance (radix selection).
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kGroup = 8 * kLanes;  // elements with a maximum per lane, and a sum: a relative error below 1e-6
+constexpr float kMaxDistance = 87.33f;  // exp_lanes gives 0 beyond it
+
+// One thread's memory, as large as the largest row so far.
+struct Scratch {
+  std::vector<float> bests;    // [groups, kLanes] maxima
+  std::vector<double> sums;    // [groups] of weights
+  std::vector<float> ordered;  // [groups]
+  // The candidates, in order of vocabulary.
+  std::vector<uint32_t> index, key;  // key: the bits of the distance, which order as it does
+  std::vector<float> weight;
+  std::vector<uint32_t> member;  // candidates that share the digits seen so far
+};
+
+struct Options {
+  float temperature;
+  int64_t top_k;
+  float top_p, min_p;
+  double uniform;
+};
+
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
+// As load(p, count), but the other lanes are -inf.
+template <typename T>
+inline Floats load_logits(const T* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  float buffer[kLanes];
+  for (int i = 0; i < kLanes; ++i) buffer[i] = i < count ? to_float(p[i]) : -kInfinity;
+  return load(buffer);
+}
+
+template <typename T>
+struct Row {
+  const T* x;
+  int64_t size;
+  Scratch& scratch;
+  int64_t num_groups = (size + kGroup - 1) / kGroup;
+  float best = -kInfinity;
+  float temperature = 1.0f;
+  float limit = kInfinity;  // min_p's: nothing more distant has a weight
+  int64_t num_candidates = 0;
+
+  // Calls body(first element, elements) for each vector of a group.
+  template <typename Body>
+  void for_each_of_group(int64_t group, Body body) const {
+    const int64_t first = group * kGroup;
+    if (first + kGroup <= size) {
+#pragma GCC unroll 8
+      for (int64_t i = first; i < first + kGroup; i += kLanes) body(i, int64_t{kLanes});
+    } else {
+      for_each_vector(size - first, [&](int64_t i, int64_t n) { body(first + i, n); });
+    }
+  }
+
+  // Finds the maxima. False: the row holds NaN or +inf, or nothing but -inf.
+  bool find_best() {
+    scratch.bests.resize(num_groups * kLanes);
+    Floats maximum = broadcast(-kInfinity);
+    Ints magnitude = {};  // a maximum passes over NaN, but none is as large as NaN's bits
+    for (int64_t g = 0; g < num_groups; ++g) {
+      Floats own = broadcast(-kInfinity);
+      for_each_of_group(g, [&](int64_t i, int64_t n) {
+        const Floats value = load_logits(x + i, n);
+        const Ints bits = reinterpret_cast<Ints>(value) & 0x7FFFFFFF;
+        own = value > own ? value : own;
+        magnitude = bits > magnitude ? bits : magnitude;
+      });
+      store(own, &scratch.bests[g * kLanes]);
+      maximum = own > maximum ? own : maximum;
+    }
+    best = max_lanes(maximum) + 0.0f;  // never -0, so that no distance is
+    return !any(magnitude > 0x7F800000) && std::isfinite(best);
+  }
+
+  int64_t first_best() const {
+    for (int64_t g = 0; g < num_groups; ++g)
+      if (any(load(&scratch.bests[g * kLanes]) == best))
+        for (int64_t i = g * kGroup; i < size; ++i)
+          if (to_float(x[i]) == best) return i;
+    return 0;
+  }
+
+  Floats distance(Floats value) const { return (best - value) / temperature; }
+  Floats weights(Floats distances) const {
+    const Floats weight = exp_lanes(-distances);
+    return distances > limit ? Floats{} : weight;
+  }
+
+  // The sum of all weights; each group's stays in scratch.sums.
+  double sum_weights() {
+    scratch.sums.resize(num_groups);
+    double total = 0.0;
+    for (int64_t g = 0; g < num_groups; ++g) {
+      Floats sum = {};
+      for_each_of_group(g, [&](int64_t i, int64_t n) { sum += weights(distance(load_logits(x + i, n))); });
+      scratch.sums[g] = sum_lanes(sum);
+      total += scratch.sums[g];
+    }
+    return total;
+  }
+
+  // Inverts the cumulative distribution of the whole row.
+  int64_t draw_from_all(double target) const {
+    double before = 0.0, next = 0.0;
+    int64_t group = 0;  // the last one with a weight is also right for a target that rounding put behind the end
+    for (int64_t g = 0; g < num_groups && next <= target; ++g) {
+      if (scratch.sums[g] == 0.0) continue;
+      before = next;
+      next += scratch.sums[g];
+      group = g;
+    }
+    int64_t token = -1;
+    for_each_of_group(group, [&](int64_t i, int64_t n) {
+      float weight[kLanes];
+      store(weights(distance(load_logits(x + i, n))), weight);
+      for (int64_t lane = 0; lane < n && before <= target; ++lane) {
+        if (weight[lane] == 0.0f) continue;
+        before += weight[lane];
+        token = i + lane;
+      }
+    });
+    return token;
+  }
+
+  // Makes everything at most `bound` away a candidate.
+  void list(float bound) {
+    bound = std::min({bound, limit, kMaxDistance});
+    const size_t most = size + 1;  // one behind the last is written to
+    if (scratch.index.size() < most) {
+      scratch.index.resize(most);
+      scratch.key.resize(most);
+      scratch.weight.resize(most);
+      scratch.member.resize(most);
+    }
+    uint32_t *index = scratch.index.data(), *key = scratch.key.data();
+    float* weight = scratch.weight.data();
+    int64_t count = 0;
+    for (int64_t g = 0; g < num_groups; ++g) {
+      if (!any(distance(load(&scratch.bests[g * kLanes])) <= bound)) continue;
+      for_each_of_group(g, [&](int64_t i, int64_t n) {
+        const Floats distances = distance(load_logits(x + i, n));
+        const Ints near = distances <= bound;
+        if (!any(near)) return;
+        const Words keys = as_words(distances);
+        const Floats all = exp_lanes(-distances);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          index[count] = i + lane;
+          key[count] = keys[lane];
+          weight[count] = all[lane];
+          count -= near[lane];
+        }
+      });
+    }
+    num_candidates = count;
+  }
+
+  // A distance within which there are k elements or more: that of the k-th best group's best.
+  float bound_of_top(int64_t k) const {
+    if (k > num_groups) return kInfinity;
+    std::vector<float>& ordered = scratch.ordered;
+    ordered.resize(num_groups);
+    for (int64_t g = 0; g < num_groups; ++g) ordered[g] = max_lanes(load(&scratch.bests[g * kLanes]));
+    std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), [](float a, float b) { return a > b; });
+    return (best - ordered[k - 1]) / temperature;
+  }
+
+  double sum_candidates() const {
+    double total = 0.0;
+    for (int64_t i = 0; i < num_candidates; ++i) total += scratch.weight[i];
+    return total;
+  }
+
+  // Keeps the candidates before which, in order of distance and then of vocabulary, the measure sums to less than
+  // `most`; the first one always. `measure(i)` is 1 to keep that many, or the weight.
+  template <typename Measure>
+  void keep_first(double most, Measure measure) {
+    uint32_t *index = scratch.index.data(), *key = scratch.key.data(), *member = scratch.member.data();
+    float* weight = scratch.weight.data();
+    int64_t num_members = num_candidates;
+    std::iota(member, member + num_members, 0u);
+    double before = 0.0;  // the measure of all candidates nearer than the members
+    for (int shift : {20, 10, 0}) {  // a distance has no sign: digits of 11, 10 and 10 bits
+      constexpr uint32_t kDigits = 1 << 11;
+      const uint32_t mask = (shift == 20 ? kDigits : kDigits / 2) - 1;
+      double sums[kDigits] = {};
+      uint32_t last = 0;
+      for (int64_t m = 0; m < num_members; ++m) {
+        const uint32_t digit = key[member[m]] >> shift & mask;
+        sums[digit] += measure(member[m]);
+        last = std::max(last, digit);
+      }
+      uint32_t digit = 0;
+      while (digit < last && before + sums[digit] < most) before += sums[digit++];
+      if (shift == 20 && before + sums[digit] < most) return;  // all are kept
+      int64_t num_left = 0;
+      for (int64_t m = 0; m < num_members; ++m) {
+        const uint32_t own = member[m];
+        member[num_left] = own;
+        num_left += (key[own] >> shift & mask) == digit;
+      }
+      num_members = num_left;
+    }
+    // The members are equally distant: the first ones of them stay.
+    const uint32_t last_key = key[member[0]];
+    const double wanted = std::ceil((most - before) / measure(member[0]));
+    int64_t quota = wanted < 1.0 ? 1 : wanted < num_members ? static_cast<int64_t>(wanted) : num_members;
+    int64_t count = 0;
+    for (int64_t i = 0; i < num_candidates; ++i) {
+      const uint32_t own = key[i];
+      const bool tied = own == last_key;
+      const bool kept = (own < last_key) | (tied & (quota > 0));  // without a branch, which could not be foretold
+      index[count] = index[i];
+      key[count] = own;
+      weight[count] = weight[i];
+      count += kept;
+      quota -= tied;
+    }
+    num_candidates = count;
+  }
+
+  int64_t draw_from_candidates(double target) const {
+    double before = 0.0;
+    int64_t i = 0;
+    while (i < num_candidates - 1 && (before += scratch.weight[i]) <= target) ++i;
+    return scratch.index[i];
+  }
+
+  int64_t draw(const Options& options) {
+    temperature = options.temperature;
+    if (options.min_p > 0.0f) limit = -std::log(options.min_p);
+    const bool cuts_k = 0 < options.top_k && options.top_k < size, cuts_p = options.top_p < 1.0f;
+    double total;
+    if (cuts_k) {
+      list(bound_of_top(options.top_k));
+      keep_first(static_cast<double>(options.top_k), [](uint32_t) { return 1.0; });
+      total = sum_candidates();
+    } else {
+      total = sum_weights();
+      if (!cuts_p) return draw_from_all(options.uniform * total);
+      // Were all weights below this, they would sum to what top_p leaves out; a little is for rounding.
+      const double least = (1.0 - options.top_p) * total / static_cast<double>(size);
+      list(static_cast<float>(-std::log(least)) + 1e-4f);
+    }
+    if (cuts_p) {
+      keep_first(options.top_p * total, [&](uint32_t i) { return static_cast<double>(scratch.weight[i]); });
+      total = sum_candidates();
+    }
+    return draw_from_candidates(options.uniform * total);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// logits [rows, size], rows `stride` elements apart, options [rows] each → token_ids [rows], finite [rows].
+void lf_sample_tokens(int dtype, const void* logits, int64_t stride, const float* temperature, const int64_t* top_k,
+                      const float* top_p, const float* min_p, const double* uniform, int64_t* token_ids, bool* finite,
+                      int64_t rows, int64_t size) {
+  with_dtype(dtype, [&](auto* tag) {
+    using T = element<decltype(tag)>;
+#pragma omp parallel for schedule(dynamic) if (rows > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+      static thread_local Scratch scratch;
+      Row<T> row{static_cast<const T*>(logits) + r * stride, size, scratch};
+      finite[r] = row.find_best();
+      if (!finite[r])
+        token_ids[r] = 0;
+      else if (temperature[r] > 0.0f)
+        token_ids[r] = row.draw({temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]});
+      else
+        token_ids[r] = row.first_best();
+    }
+  });
+}
+
+}  // extern "C"
