@@ -74,8 +74,8 @@ def serve(config: ServeConfig) -> None:
             token_file = _write_secret(state_dir / "token", secrets.token_urlsafe(32))
             node = "127.0.0.1" if config.ray_address is None else _own_address()
             controller_port = _free_port(node)
-            # The gateway starts while Ray does; until there is a worker it answers /ready with 503. The weights come off
-            # the disk meanwhile.
+            # The gateway starts and the weights come off the disk while Ray starts; until there is a worker the gateway
+            # answers /ready with 503.
             read_ahead(Path(config.engine.model))
             gateway = stack.enter_context(_gateway(config, f"{node}:{controller_port}", token_file))
             _say("starting Ray, controller and worker ...")

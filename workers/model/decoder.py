@@ -159,9 +159,9 @@ class DecoderLayer:
 class Decoder:
     """The whole model on one rank. Created empty; `load` fills it.
 
-    With native kernels throughout, a step that repeats the shape of an earlier one is not run op by op: the calls of the
-    layers were recorded then and are replayed as one (what CUDA graphs are on a GPU), since several hundred calls from
-    Python cost a small model a quarter of its step.
+    With native kernels throughout, a step that repeats the shape of an earlier one is not run op by op: the calls of
+    the layers were recorded then and are replayed as one (what CUDA graphs are on a GPU), since several hundred calls
+    from Python cost a small model a quarter of its step.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ def test_read_ahead_asks_for_the_weights_and_forgives_what_is_not_there(
 ) -> None:
     advised: list[tuple[str, tuple[int, ...]]] = []
     monkeypatch.setattr(
-        os, "posix_fadvise", lambda fd, *rest: advised.append((os.readlink(f"/proc/self/fd/{fd}"), rest))
+        os, "posix_fadvise", lambda fd, *rest: advised.append((str(Path(f"/proc/self/fd/{fd}").readlink()), rest))
     )
     for name in ("model-1.safetensors", "model-2.safetensors", "config.json"):
         (tmp_path / name).write_bytes(b"x")
