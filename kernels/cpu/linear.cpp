@@ -31,9 +31,9 @@ inline Words load_weights(const int8_t* p) {
   const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16))));
   return (Words)_mm512_cvtne2ps_pbh(high, low);
 #else
-  const Ints pair = __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Ints);
+  const Ints pair = reinterpret_cast<Ints>(widen(reinterpret_cast<const uint16_t*>(p)));
   const Floats first = __builtin_convertvector(pair << 24 >> 24, Floats);
-  const Floats second = __builtin_convertvector(pair >> 8, Floats);
+  const Floats second = __builtin_convertvector(pair << 16 >> 24, Floats);
   return as_words(first) >> 16 | as_words(second);
 #endif
 }

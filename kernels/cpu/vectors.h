@@ -1,15 +1,18 @@
 // Vectors shared by the CPU kernels: one register of the instruction set that this file is compiled for.
 //
 // GCC's generic vectors, so that one source serves AVX-512, AVX2, SSE and NEON; intrinsics only where an instruction has
-// no generic name (bfloat16 dot products and conversions).
+// no generic name (bfloat16 dot products), or where GCC makes six of one (conversions between lanes of different widths).
 #pragma once
 
 #include <algorithm>
 
 #include "common.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
@@ -23,17 +26,36 @@ typedef int32_t Ints LF_VECTOR(int32_t, 4 * kLanes);
 typedef uint32_t Words LF_VECTOR(uint32_t, 4 * kLanes);  // also: pairs of bfloat16, the first one in the lower half
 typedef uint16_t Halves LF_VECTOR(uint16_t, 2 * kLanes);
 typedef _Float16 Float16s LF_VECTOR(_Float16, 2 * kLanes);
-typedef int16_t Shorts LF_VECTOR(int16_t, 2 * kLanes);
 
 inline Floats as_floats(Words x) { return reinterpret_cast<Floats>(x); }
 inline Words as_words(Floats x) { return reinterpret_cast<Words>(x); }
 
 inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-inline Floats load(const bf16* p) {
-  return as_floats(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+inline Words widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
+#endif
 }
+inline void narrow(Words x, uint16_t* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+#else
+  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x, Halves);
+#endif
+}
+inline Floats load(const bf16* p) { return as_floats(widen(&p->bits) << 16); }
 inline Floats load(const _Float16* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   return __builtin_convertvector(*reinterpret_cast<const Float16s*>(p), Floats);
+#endif
 }
 inline Words load_words(const void* p) { return *static_cast<const Words*>(p); }
 inline uint32_t load_word(const bf16* pair) {
@@ -55,10 +77,18 @@ inline void store(Floats x, bf16* p) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
-  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(round_bf16(x), Halves);
+  narrow(round_bf16(x), &p->bits);
 #endif
 }
-inline void store(Floats x, _Float16* p) { *reinterpret_cast<Float16s*>(p) = __builtin_convertvector(x, Float16s); }
+inline void store(Floats x, _Float16* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  *reinterpret_cast<Float16s*>(p) = __builtin_convertvector(x, Float16s);
+#endif
+}
 
 // The first `count` <= kLanes elements; the other lanes are 0. Costs nothing more where `count` is known to be kLanes.
 template <typename T>
@@ -107,7 +137,9 @@ inline Floats round_to(Floats x) {
   } else if constexpr (std::is_same_v<T, bf16>) {
     return as_floats(round_bf16(x) << 16);
   } else {
-    return __builtin_convertvector(__builtin_convertvector(x, Float16s), Floats);
+    _Float16 rounded[kLanes];
+    store(x, rounded);
+    return load(rounded);
   }
 }
 
