@@ -47,21 +47,28 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _local = threading.local()  # .recording: the one that this thread makes
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
+_description = ""  # of what _library is, for people
 _decided = False  # whether _library is final, None included
 
 
 def library() -> Any:
     """The kernels by name, as functions; None when the references are to run."""
-    global _library, _decided
+    global _library, _description, _decided
     recording = getattr(_local, "recording", None)
     if recording is not None:
         return recording
     if not _decided:
         with _lock:
             if not _decided:
-                _library = None if os.environ.get("LORAFLEET_NATIVE_KERNELS") == "0" else _load()
+                _library, _description = _load()
                 _decided = True
     return _library
+
+
+def describe() -> str:
+    """What runs on this machine's processor: the instruction set of the kernels, or why it is the slow references."""
+    library()
+    return _description
 
 
 class Recording:
@@ -142,16 +149,19 @@ def forced(level: Level | None) -> Iterator[None]:
             _library = kept
 
 
-def _load() -> ctypes.CDLL | None:
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("LORAFLEET_NATIVE_KERNELS") == "0":
+        return None, "slow references, as LORAFLEET_NATIVE_KERNELS=0 asks for"
     try:
-        return _open(_find(_pick()))
+        level = _pick()
+        return _open(_find(level)), level.name
     except (BuildError, OSError) as error:
         warnings.warn(
             f"LoRAFleet's CPU kernels cannot be used, so slow references run instead: {error}",
             RuntimeWarning,
             stacklevel=3,
         )
-        return None
+        return None, f"slow references: {error}"
 
 
 def _pick() -> Level:

@@ -44,7 +44,7 @@ class WorkerReady:
     generation: int
     address: str  # host:port of its gRPC server
     adapters: tuple[AdapterInfo, ...]
-    plan: tuple[str, ...]  # the memory plan's lines
+    plan: tuple[str, ...]  # what to print: the memory plan and what computes
     max_model_len: int
     vocab_size: int
     max_num_seqs: int
@@ -124,7 +124,7 @@ class WorkerActor:
             generation=generation,
             address=f"{self._host}:{port}",
             adapters=adapters,
-            plan=tuple(engine.plan.lines()),
+            plan=tuple(engine.describe()),
             max_model_len=engine.max_model_len,
             vocab_size=engine.vocab_size,
             max_num_seqs=self._config.max_num_seqs,

@@ -27,7 +27,7 @@ class FakeEngine:
     """What a start does, in order, is in `done`."""
 
     max_model_len, vocab_size = 128, 300
-    plan = SimpleNamespace(lines=lambda: ["memory plan", "  weights"], max_loras=4)
+    plan = SimpleNamespace(max_loras=4)
     done: list[str]
     failure: LoRAFleetError | None
 
@@ -47,6 +47,9 @@ class FakeEngine:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
         return SimpleNamespace(digest=f"digest of {path}", lora_rank=8)
+
+    def describe(self) -> list[str]:
+        return ["memory plan", "  weights"]
 
     def load(self) -> None:
         self.done.append("load")

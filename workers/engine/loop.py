@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
 from lorafleet.workers.adapters.sources import resolve_adapter
@@ -120,6 +121,11 @@ class Engine:
         self.bind_thread()
         self._runner.load(Path(self.config.model))
         self._runner.warm_up()
+
+    def describe(self) -> list[str]:
+        """The memory plan and what computes, line by line, for people."""
+        on_cpu = [f"  {'CPU kernels':<32}{native.describe()}"] if self.plan.device == "cpu" else []
+        return [*self.plan.lines(), *on_cpu]
 
     # Any thread.
 

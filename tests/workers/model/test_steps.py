@@ -161,3 +161,17 @@ def test_what_a_replay_reads_is_what_its_tensors_hold_then() -> None:
         out.zero_()
         recording.replay()
         assert torch.equal(out, rms_norm(x, weight, 1e-5))
+
+
+def test_the_engine_says_which_kernels_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine(model)
+    try:
+        assert engine.describe()[-1].split() == ["CPU", "kernels", native.supported_levels()[0].name]
+    finally:
+        engine.close()
+    with monkeypatch.context() as changed:
+        changed.setattr(native, "_decided", False)
+        changed.setattr(native, "_description", "")
+        changed.setattr(native, "_library", None)
+        changed.setenv("LORAFLEET_NATIVE_KERNELS", "0")
+        assert engine.describe()[-1].endswith("slow references, as LORAFLEET_NATIVE_KERNELS=0 asks for")
