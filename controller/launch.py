@@ -180,6 +180,8 @@ def _fleet(
         # A Ray of our own, closed to everybody else on the machine. Set before Ray is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_write_secret(state_dir / "ray-token", secrets.token_hex(32)))
+        # Ray would give workers the lowest priority (nice 15), and whatever else runs here would hold up each step.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

@@ -29,6 +29,7 @@ class LLMEngine:
         config = args.to_config()
         engine = Engine.from_config(config)
         engine.load()
+        engine.bind_thread()
         return cls(engine, seed=args.seed)
 
     def add_request(

@@ -94,6 +94,7 @@ class Engine:
         self._wake = threading.Condition(self._lock)
         self._unfinished: set[str] = set()
         self._closed = False
+        self._is_warm = False
         self._arrivals = 0
         self._num_loading = 0
         self._num_steps = 0
@@ -117,10 +118,15 @@ class Engine:
         return cls(config, spec, plan, device)
 
     def load(self) -> None:
-        """Read the base model's weights, and run the model once. Raises `ModelError`."""
-        self.bind_thread()
-        self._runner.load(Path(self.config.model))
-        self._runner.warm_up()
+        """Read the base model's weights. Raises `ModelError`."""
+        # With one thread: a team of OpenMP threads belongs to the thread that calls in and stays with it, and where two
+        # teams share the cores, libgomp sends threads to sleep at every barrier. Steps would take twice as long.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self._runner.load(Path(self.config.model))
+        finally:
+            torch.set_num_threads(num_threads)
 
     def describe(self) -> list[str]:
         """The memory plan and what computes, line by line, for people."""
@@ -195,8 +201,14 @@ class Engine:
     # The stepping thread.
 
     def bind_thread(self) -> None:
-        """Give the calling thread the engine's CPU threads: OpenMP's count belongs to the thread that calls in."""
+        """Give the calling thread the engine's CPU threads; the first time, run the model once.
+
+        OpenMP's threads belong to the thread that calls in, so one thread should make all the steps.
+        """
         torch.set_num_threads(self.config.threads)
+        if not self._is_warm:
+            self._is_warm = True
+            self._runner.warm_up()
 
     def wait_for_work(self, timeout_s: float | None = None) -> bool:
         """Sleep until there is something to do: a message, or a request that can run. False on timeout or close."""
