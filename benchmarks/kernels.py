@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.linear import linear, prepare
 from lorafleet.kernels.lora import LoraSegments, lora_add_
+from lorafleet.kernels.paged_kv import key_shape, value_shape
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -77,9 +78,11 @@ def attention(spec: ModelSpec) -> None:
         ("prefill, 512 of 1,500", 1, 512, 1500),
     ):
         pages_each = -(-context // _PAGE)
-        shape = (_NUM_COPIES, num_seqs * pages_each, spec.num_kv_heads, _PAGE, spec.head_dim)
-        keys, values = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
-        table = torch.randperm(shape[1]).to(torch.int32).view(num_seqs, pages_each)
+        num_pages = num_seqs * pages_each
+        sizes = (num_pages, spec.num_kv_heads, _PAGE, spec.head_dim, torch.bfloat16)
+        keys = torch.randn(_NUM_COPIES, *key_shape(*sizes)).bfloat16()
+        values = torch.randn(_NUM_COPIES, *value_shape(*sizes)).bfloat16()
+        table = torch.randperm(num_pages).to(torch.int32).view(num_seqs, pages_each)
         starts = torch.arange(num_seqs + 1, dtype=torch.int32) * queries
         contexts = torch.full((num_seqs,), context, dtype=torch.int32)
         q = torch.randn(num_seqs * queries, spec.q_size).bfloat16()

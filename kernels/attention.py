@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from lorafleet.kernels.native import DTYPE_CODES, library
+from lorafleet.kernels.paged_kv import read
 
 
 def paged_attention(
@@ -27,7 +28,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """[T, Q], contiguous, in `out_TQ` if that is given. q_TQ may be a view with strided rows.
 
-    k_cache, v_cache: [pages, kv heads, page size, D]. page_table_SP: int32, each sequence's pages in order.
+    k_cache, v_cache: as paged_kv.py lays out. page_table_SP: int32, each sequence's pages in order.
     query_start_S1: int32, sequence s has the rows [s] to [s + 1]. context_len_S: int32, keys of each sequence, this
     step's included: query i of n stands at position context_len − n + i and attends to the keys up to its own position,
     and with window > 0 only to the last `window` of them.
@@ -38,7 +39,7 @@ def paged_attention(
             q_TQ, k_cache, v_cache, page_table_SP, query_start_S1, context_len_S, num_q_heads, scale, window
         )
         return out if out_TQ is None else out_TQ.copy_(out)
-    _, num_kv_heads, page_size, head_dim = k_cache.shape
+    num_kv_heads, page_size, head_dim = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
     assert q_TQ.stride(1) == 1 and q_TQ.shape[1] == num_q_heads * head_dim and num_q_heads % num_kv_heads == 0
     assert q_TQ.dtype == k_cache.dtype == v_cache.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert page_table_SP.dtype == query_start_S1.dtype == context_len_S.dtype == torch.int32
@@ -80,19 +81,16 @@ def paged_attention_reference(
     window: int = 0,
 ) -> torch.Tensor:
     """Sequence by sequence, in float32: defines what is right."""
-    _, num_kv_heads, page_size, head_dim = k_cache.shape
+    num_kv_heads, page_size, head_dim = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
     out_TQ = q_TQ.new_empty(q_TQ.shape)
     starts = query_start_S1.tolist()
     for s, context in enumerate(context_len_S.tolist()):
         rows = slice(starts[s], starts[s + 1])
         pages = page_table_SP[s, : -(-context // page_size)].long()
-        q, keys, values = (
-            tensor.float().repeat_interleave(repeats, dim=0)
-            for tensor, repeats in (
-                (q_TQ[rows].unflatten(1, (num_q_heads, head_dim)).transpose(0, 1), 1),
-                (k_cache[pages].transpose(0, 1).flatten(1, 2)[:, :context], num_q_heads // num_kv_heads),
-                (v_cache[pages].transpose(0, 1).flatten(1, 2)[:, :context], num_q_heads // num_kv_heads),
-            )
+        q = q_TQ[rows].unflatten(1, (num_q_heads, head_dim)).transpose(0, 1).float()
+        keys, values = (
+            tensor[:, :context].float().repeat_interleave(num_q_heads // num_kv_heads, dim=0)
+            for tensor in read(k_cache, v_cache, pages)
         )
         key_position = torch.arange(context, device=q.device)[None, :]
         query_position = torch.arange(context - q.shape[1], context, device=q.device)[:, None]

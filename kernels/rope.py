@@ -12,6 +12,7 @@ import torch
 
 from lorafleet.kernels.native import DTYPE_CODES, library
 from lorafleet.kernels.norm import rms_norm_reference
+from lorafleet.kernels.paged_kv import write_
 
 
 def rope_kv_write_(
@@ -29,7 +30,7 @@ def rope_kv_write_(
 ) -> None:
     """Rotate q and k in place, then write k and v.
 
-    cos_sin_MD: float32, cosines in the first half of the columns. k_cache, v_cache: [pages, kv heads, page size, D].
+    cos_sin_MD: float32, cosines in the first half of the columns. k_cache, v_cache: as paged_kv.py lays out.
     slot_mapping_T: int64, page · page size + offset of each row.
     """
     native = library()
@@ -48,7 +49,7 @@ def rope_kv_write_(
             eps,
         )
         return
-    head_dim = k_cache.shape[3]
+    head_dim, page_size = v_cache.shape[3], k_cache.shape[3]
     assert qkv_TE.stride(1) == 1 and qkv_TE.shape[1] == (num_q_heads + 2 * num_kv_heads) * head_dim
     assert qkv_TE.dtype == k_cache.dtype == v_cache.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert cos_sin_MD.dtype == torch.float32 and cos_sin_MD.is_contiguous() and head_dim <= 512
@@ -66,7 +67,7 @@ def rope_kv_write_(
         num_q_heads,
         num_kv_heads,
         head_dim,
-        k_cache.shape[2],
+        page_size,
         None if q_norm_D is None else q_norm_D.data_ptr(),
         None if k_norm_D is None else k_norm_D.data_ptr(),
         eps,
@@ -86,13 +87,11 @@ def _reference_(
     k_norm_D: torch.Tensor | None,
     eps: float,
 ) -> None:
-    head_dim, page_size = k_cache.shape[3], k_cache.shape[2]
+    head_dim = v_cache.shape[3]
     heads = qkv_TE.unflatten(1, (num_q_heads + 2 * num_kv_heads, head_dim))
     q, k, v = heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
     cos, sin = cos_sin_MD[positions_T][:, None, :].chunk(2, dim=-1)
     for x, norm in ((q, q_norm_D), (k, k_norm_D)):
         a, b = (x if norm is None else rms_norm_reference(x, norm, eps)).float().chunk(2, dim=-1)
         x.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
-    page, offset = slot_mapping_T // page_size, slot_mapping_T % page_size
-    k_cache[page, :, offset] = k
-    v_cache[page, :, offset] = v
+    write_(k_cache, v_cache, slot_mapping_T, k, v)

@@ -6,44 +6,89 @@
 //
 // bfloat16 is multiplied in pairs with float32 sums, the weights of a block rounded to bfloat16 for the product with the
 // values, as FlashAttention does. float32 and float16 compute in float32 throughout. A `Unit` is what one lane of a
-// product holds: a pair of bfloat16, or one float.
+// product holds: a pair of bfloat16, or one float. Pages hold units in the order in which they are multiplied
+// (paged_kv.h), so both products read them where they lie; only sizes that do not fill a register are copied first.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "dot.h"
+#include "paged_kv.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int64_t kKeys = 64;       // keys of a block
-constexpr int64_t kQueryRows = 32;  // query positions of a work item
+constexpr int64_t kKeys = 64;                             // keys of a block
+constexpr int64_t kQueryRows = 32;                        // query positions of a work item
+constexpr int64_t kKeyVectors = kKeys / kLanes;
+constexpr int kTileRows = kLanes == 16 ? 6 : 2;           // with kTileVectors sums each, they fit the registers
+constexpr int kTileVectors = 4;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+// What a lane holds, and how it lies in a page.
 template <typename T>
 using Unit = std::conditional_t<std::is_same_v<T, bf16>, uint32_t, float>;
 template <typename T>
-constexpr int64_t kPerUnit = std::is_same_v<T, bf16> ? 2 : 1;
+using Stored = std::conditional_t<std::is_same_v<T, bf16>, uint32_t, T>;
 
 inline Words load_units(const uint32_t* p) { return load_words(p); }
-inline Floats load_units(const float* p) { return load(p); }
-inline Floats load_units(const bf16* p) { return load(p); }
+template <typename T>
+inline Floats load_units(const T* p) {
+  return load(p);
+}
 
-// C [rows, cols] += A [rows, depth] · B [depth, cols]; cols a multiple of kLanes.
-template <int kRows, int kVectors, typename A, typename B>
-inline void tile(const A* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
+// Pages lie anywhere, so the processor cannot guess them: where a tile loads a row of its block, it asks for the same row
+// of the block after it. All requests of a block at once would fill the queue of misses and stop everything behind them.
+template <typename S>
+inline void request(const S* row) {
+  __builtin_prefetch(row, 0, 2);  // into the second level: a block and the next one would crowd the first
+}
+
+// scores [kRows, kTileVectors·kLanes] = query [kRows, depth] · keys; vector v of unit k lies at keys[v] + k·stride.
+template <int kRows, typename U, typename S>
+inline void score_tile(const U* query, int64_t depth, const S* const* keys, const S* const* next_keys, int64_t stride,
+                       float* scores) {
+  Floats sum[kRows][kTileVectors] = {};
+  const S *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+  const S *n0 = next_keys[0], *n1 = next_keys[1], *n2 = next_keys[2], *n3 = next_keys[3];
+  for (int64_t k = 0; k < depth; ++k) {
+    const decltype(load_units(k0)) row[kTileVectors] = {load_units(k0 + k * stride), load_units(k1 + k * stride),
+                                                        load_units(k2 + k * stride), load_units(k3 + k * stride)};
+    request(n0 + k * stride), request(n1 + k * stride), request(n2 + k * stride), request(n3 + k * stride);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const auto unit = broadcast(query[r * depth + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = multiply_add(sum[r][v], unit, row[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) store(sum[r][v], scores + r * kKeys + v * kLanes);
+}
+
+// out [kRows, kVectors·kLanes] += weights [kRows, depth] · values; unit k lies at values[k] + column.
+template <int kRows, int kVectors, typename U, typename S>
+inline void value_tile(const U* weights, int64_t weight_stride, const S* const* values, const S* const* next_values,
+                       int64_t column, int64_t depth, float* out, int64_t out_stride) {
   Floats sum[kRows][kVectors];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(c + r * ldc + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * out_stride + v * kLanes);
   for (int64_t k = 0; k < depth; ++k) {
-    decltype(load_units(b)) row[kVectors];
+    const S* place = values[k] + column;
+    decltype(load_units(place)) row[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load_units(b + k * ldb + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      row[v] = load_units(place + v * kLanes);
+      request(next_values[k] + column + v * kLanes);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const auto unit = broadcast(a[r * lda + k]);
+      const auto unit = broadcast(weights[r * weight_stride + k]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], unit, row[v]);
     }
@@ -51,59 +96,7 @@ inline void tile(const A* a, int64_t lda, const B* b, int64_t ldb, float* c, int
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sum[r][v], c + r * ldc + v * kLanes);
-}
-
-template <typename A, typename B>
-void multiply(const A* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t cols,
-              int64_t depth) {
-  for (int64_t col = 0; col < cols;) {
-    const bool wide = cols - col >= 4 * kLanes;
-    for_each_row_tile<kDotRows>(rows, [&](auto tile_rows, int64_t row) {
-      const A* rows_a = a + row * lda;
-      float* rows_c = c + row * ldc + col;
-      if (wide)
-        tile<tile_rows, 4>(rows_a, lda, b + col, ldb, rows_c, ldc, depth);
-      else
-        tile<tile_rows, 1>(rows_a, lda, b + col, ldb, rows_c, ldc, depth);
-    });
-    col += wide ? 4 * kLanes : kLanes;
-  }
-}
-
-// out [cols, out_stride] = the transpose of [rows, cols] 32-bit units, rows `stride` apart.
-template <typename U>
-void transpose(const U* source, int64_t stride, int64_t rows, int64_t cols, U* out, int64_t out_stride) {
-  int64_t row = 0;
-#if defined(__AVX512F__)
-  for (; row + 16 <= rows; row += 16)
-    for (int64_t col = 0; col < cols; col += 16) {
-      const __mmask16 real = cols - col >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (cols - col)) - 1);
-      __m512i v[16], w[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_epi32(real, source + (row + i) * stride + col);
-      // 4×4 blocks within 128-bit lanes, then the lanes among the vectors.
-#pragma GCC unroll 4
-      for (int i = 0; i < 16; i += 4) {
-        const __m512i t0 = _mm512_unpacklo_epi32(v[i], v[i + 1]), t1 = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-        const __m512i t2 = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), t3 = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-        w[i] = _mm512_unpacklo_epi64(t0, t2), w[i + 1] = _mm512_unpackhi_epi64(t0, t2);
-        w[i + 2] = _mm512_unpacklo_epi64(t1, t3), w[i + 3] = _mm512_unpackhi_epi64(t1, t3);
-      }
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        const __m512i p = _mm512_shuffle_i32x4(w[c], w[4 + c], 0x88), q = _mm512_shuffle_i32x4(w[c], w[4 + c], 0xDD);
-        const __m512i r = _mm512_shuffle_i32x4(w[8 + c], w[12 + c], 0x88);
-        const __m512i s = _mm512_shuffle_i32x4(w[8 + c], w[12 + c], 0xDD);
-        v[c] = _mm512_shuffle_i32x4(p, r, 0x88), v[8 + c] = _mm512_shuffle_i32x4(p, r, 0xDD);
-        v[4 + c] = _mm512_shuffle_i32x4(q, s, 0x88), v[12 + c] = _mm512_shuffle_i32x4(q, s, 0xDD);
-      }
-      for (int64_t i = 0; i < std::min<int64_t>(16, cols - col); ++i)
-        _mm512_storeu_si512(out + (col + i) * out_stride + row, v[i]);
-    }
-#endif
-  for (; row < rows; ++row)
-    for (int64_t col = 0; col < cols; ++col) out[col * out_stride + row] = source[row * stride + col];
+    for (int v = 0; v < kVectors; ++v) store(sum[r][v], out + r * out_stride + v * kLanes);
 }
 
 struct Item {
@@ -113,16 +106,27 @@ struct Item {
   int32_t num_rows;
 };
 
+// Where the keys and values of a block lie. Every pointer may be read; what lies behind the last key is never used.
+template <typename T>
+struct Block {
+  const Stored<T>* key_vectors[kKeyVectors];
+  const Stored<T>* value_rows[kKeys];
+};
+
 // Scratch of one thread, grown once and kept.
-template <typename U>
+template <typename T>
 struct Scratch {
-  std::vector<U> query, rows, keys, values, weights;
+  std::vector<Unit<T>> query, weights;
+  std::vector<Stored<T>> keys, values;  // copies of what cannot be read where it lies
   std::vector<float> scores, out, maximum, total;
+  Block<T> block, next;
 };
 
 template <typename T>
 struct Attention {
   using U = Unit<T>;
+  using S = Stored<T>;
+  static constexpr int64_t u = kUnit<T>;
 
   const T* q;
   int64_t q_stride;
@@ -133,65 +137,77 @@ struct Attention {
   const int32_t* query_start;
   const int32_t* context_len;
   T* out;
-  int64_t q_heads, kv_heads, dim, page;
+  int64_t q_heads;
+  Pages pages;
   float scale;
   int64_t window;
 
-  void run(const Item& item, Scratch<U>& s) const {
-    const int64_t group = q_heads / kv_heads;
-    const int64_t num_queries = item.num_rows * group;  // row-major: (position, head of the group)
-    const int64_t context = context_len[item.sequence];
+  int64_t first_position(const Item& item) const {
     const int64_t length = query_start[item.sequence + 1] - query_start[item.sequence];
-    const int64_t first_position = context - length + item.first_row;
-    const int64_t last_position = first_position + item.num_rows - 1;
-    const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
-    const int64_t depth = dim / kPerUnit<T>;
+    return context_len[item.sequence] - length + item.first_row;
+  }
+  int64_t first_block(const Item& item) const {
+    return window > 0 ? std::max<int64_t>(0, first_position(item) - window + 1) / kKeys * kKeys : 0;
+  }
+  int64_t num_keys(const Item& item) const { return first_position(item) + item.num_rows; }
 
-    // With few queries turning keys and pairing values costs more than the products.
-    const bool direct = !std::is_same_v<T, _Float16> && num_queries <= kDotRows && dim % kLanes == 0;
+  void run(const Item& item, const Item* next, Scratch<T>& s) const {
+    const int64_t dim = pages.dim, group = q_heads / pages.kv_heads;
+    const int64_t num_queries = item.num_rows * group;  // row-major: (position, head of the group)
+    const int64_t position0 = first_position(item), end = num_keys(item);
+    const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
+    const int64_t depth = dim / u;
+    const bool keys_in_place = pages.page % kLanes == 0, values_in_place = dim == padded;
 
     s.query.resize(num_queries * depth);
     s.scores.resize(num_queries * kKeys);
+    s.weights.resize(num_queries * kKeys / u);
     s.out.assign(num_queries * padded, 0.0f);
     s.maximum.assign(num_queries, kNone);
     s.total.assign(num_queries, 0.0f);
-    if (!direct) {
-      s.rows.resize(kKeys * depth);
-      s.keys.resize(kKeys * depth);
-      s.values.resize(kKeys / kPerUnit<T> * padded);
-      s.weights.resize(num_queries * kKeys / kPerUnit<T>);
-    }
+    s.keys.resize(kKeys * depth);
+    s.values.resize(kKeys / u * padded);
     const int64_t row0 = query_start[item.sequence] + item.first_row;
     for (int64_t i = 0; i < item.num_rows; ++i)
       for (int64_t g = 0; g < group; ++g)
         to_units(q + (row0 + i) * q_stride + (item.kv_head * group + g) * dim, &s.query[(i * group + g) * depth]);
 
-    const int64_t begin = window > 0 ? std::max<int64_t>(0, first_position - window + 1) : 0;
-    for (int64_t key0 = begin; key0 <= last_position; key0 += kKeys) {
-      const int64_t count = std::min(kKeys, last_position + 1 - key0);
-      const auto soften_all = [&](auto* weights, int64_t stride) {
-        for (int64_t i = 0; i < num_queries; ++i) {
-          const int64_t position = first_position + i / group;
-          const int64_t low = window > 0 ? std::max<int64_t>(0, position - window + 1 - key0) : 0;
-          soften(i, std::min(low, kKeys), std::min(count, position + 1 - key0), padded, weights + i * stride, s);
-        }
-      };
-      if constexpr (!std::is_same_v<T, _Float16>) {
-        if (direct) {
-          score_pages(item, key0, count, last_position + 1, num_queries, s);
-          soften_all(s.scores.data(), kKeys);
-          for_each_run(item, key0, count, [&](int64_t j, int64_t run, int64_t offset) {
-            multiply(&s.scores[j], kKeys, v_cache + offset, dim, s.out.data(), padded, num_queries, dim, run);
-          });
-          continue;
-        }
+    const int64_t key_stride = keys_in_place ? pages.page : kKeys;
+    find(item, first_block(item), s.next);
+    for (int64_t key0 = first_block(item); key0 < end; key0 += kKeys) {
+      const int64_t count = std::min(kKeys, end - key0);
+      s.block = s.next;
+      if (key0 + kKeys < end)
+        find(item, key0 + kKeys, s.next);
+      else if (next)
+        find(*next, first_block(*next), s.next);
+      if (!keys_in_place) copy_keys(item, key0, count, s);
+      copy_values(count, values_in_place ? 0 : padded, s);
+      for (int64_t v = 0; v * kLanes < count; v += kTileVectors)
+        for_each_row_tile<kTileRows>(num_queries, [&](auto rows, int64_t row) {
+          score_tile<rows>(&s.query[row * depth], depth, s.block.key_vectors + v, s.next.key_vectors + v, key_stride,
+                           &s.scores[row * kKeys + v * kLanes]);
+        });
+      for (int64_t i = 0; i < num_queries; ++i) {
+        const int64_t position = position0 + i / group;
+        const int64_t low = window > 0 ? std::max<int64_t>(0, position - window + 1 - key0) : 0;
+        soften(i, std::min(low, kKeys), std::min(count, position + 1 - key0), padded, s);
       }
-      load_block(item, key0, count, padded, depth, s);
-      std::fill(s.scores.begin(), s.scores.end(), 0.0f);
-      multiply(s.query.data(), depth, s.keys.data(), kKeys, s.scores.data(), kKeys, num_queries, kKeys, depth);
-      soften_all(s.weights.data(), kKeys / kPerUnit<T>);
-      multiply(s.weights.data(), kKeys / kPerUnit<T>, s.values.data(), padded, s.out.data(), padded, num_queries,
-               padded, (count + kPerUnit<T> - 1) / kPerUnit<T>);
+      const int64_t num_units = (count + u - 1) / u;
+      for (int64_t column = 0; column < padded;) {
+        const bool wide = padded - column >= kTileVectors * kLanes;
+        for_each_row_tile<kTileRows>(num_queries, [&](auto rows, int64_t row) {
+          const U* weights = &s.weights[row * kKeys / u];
+          float* place = &s.out[row * padded + column];
+          if (wide)
+            value_tile<rows, kTileVectors>(weights, kKeys / u, s.block.value_rows, s.next.value_rows, column, num_units,
+                                           place, padded);
+          else
+            value_tile<rows, 1>(weights, kKeys / u, s.block.value_rows, s.next.value_rows, column, num_units, place,
+                                padded);
+        });
+        column += wide ? kTileVectors * kLanes : kLanes;
+      }
     }
     for (int64_t i = 0; i < item.num_rows; ++i)
       for (int64_t g = 0; g < group; ++g) {
@@ -204,83 +220,66 @@ struct Attention {
       }
   }
 
-  // Calls body(j, run, offset) for keys key0 + j … key0 + j + run, which lie in one page, `offset` elements into the cache.
-  template <typename Body>
-  void for_each_run(const Item& item, int64_t key0, int64_t count, Body body) const {
-    const int32_t* pages = page_table + item.sequence * table_stride;
-    for (int64_t j = 0; j < count;) {
-      const int64_t place = key0 + j;
-      const int64_t run = std::min(count - j, page - place % page);
-      body(j, run, ((pages[place / page] * kv_heads + item.kv_head) * page + place % page) * dim);
-      j += run;
-    }
+  // The first element of the page and head that hold key `place`.
+  int64_t start(const Item& item, int64_t place) const {
+    return pages.start(page_table[item.sequence * table_stride + place / pages.page], item.kv_head);
   }
 
-  // s.scores [queries, kKeys] straight from the pages. The values of this block and the keys of the next are asked for
-  // meanwhile.
-  void score_pages(const Item& item, int64_t key0, int64_t count, int64_t end, int64_t num_queries,
-                   Scratch<U>& s) const {
-    const int32_t* pages = page_table + item.sequence * table_stride;
-    const T* query = reinterpret_cast<const T*>(s.query.data());
-    for_each_run(item, key0, count, [&](int64_t j, int64_t run, int64_t offset) {
-      prefetch(v_cache + offset, run * dim * sizeof(T));
-      const int64_t next = key0 + j + kKeys;
-      if (next < end)
-        prefetch(k_cache + (pages[next / page] * kv_heads + item.kv_head) * page * dim, page * dim * sizeof(T));
-      for_each_row_tile<kDotRows>(num_queries, [&](auto tile_rows, int64_t row) {
-        dot_rows<tile_rows>(query + row * dim, dim, k_cache + offset, dim, run, dim, &s.scores[row * kKeys + j], kKeys);
-      });
-    });
+  static const S* units(const T* p) { return reinterpret_cast<const S*>(p); }
+
+  void find(const Item& item, int64_t key0, Block<T>& block) const {
+    const int64_t count = std::min(kKeys, num_keys(item) - key0);
+    for (int64_t v = 0; v < kKeyVectors; ++v) {
+      const int64_t place = key0 + (v * kLanes < count ? v * kLanes : 0);
+      block.key_vectors[v] = units(k_cache + start(item, place)) + place % pages.page;
+    }
+    for (int64_t j = 0, end_of_page; j < count; j = end_of_page) {
+      const int64_t offset = (key0 + j) % pages.page;
+      const S* row = units(v_cache + start(item, key0 + j)) + offset / u * pages.dim;
+      end_of_page = std::min(count, j + pages.page - offset);
+      for (; j < end_of_page; j += u, row += pages.dim) block.value_rows[j / u] = row;
+    }
+    for (int64_t j = (count + u - 1) / u; j < kKeys / u; ++j) block.value_rows[j] = block.value_rows[0];
+  }
+
+  // Pages smaller than a vector: the keys are copied to s.keys [units, kKeys].
+  void copy_keys(const Item& item, int64_t key0, int64_t count, Scratch<T>& s) const {
+    for (int64_t j = 0; j < count; j += pages.page) {
+      const S* page = units(k_cache + start(item, key0 + j));
+      for (int64_t k = 0; k < pages.dim / u; ++k)
+        std::memcpy(&s.keys[k * kKeys + j], page + k * pages.page, pages.page * sizeof(S));
+    }
+    for (int64_t v = 0; v < kKeyVectors; ++v) s.block.key_vectors[v] = &s.keys[v * kLanes];
+  }
+
+  // Values whose rows do not fill vectors are copied to s.values [units, padded]. So is a unit that ends behind the last
+  // key, with 0 there, since 0 times what a free place holds may be NaN.
+  void copy_values(int64_t count, int64_t padded, Scratch<T>& s) const {
+    for (int64_t j = padded > 0 ? 0 : count / u; j < (count + u - 1) / u; ++j) {
+      S* copy = &s.values[j * std::max(padded, pages.dim)];
+      std::memcpy(copy, s.block.value_rows[j], pages.dim * sizeof(S));
+      if constexpr (u == 2)
+        if (j == count / u)
+          for (int64_t d = 0; d < pages.dim; ++d) copy[d] &= 0xFFFF;
+      s.block.value_rows[j] = copy;
+    }
   }
 
   void to_units(const T* source, U* units) const {
     if constexpr (std::is_same_v<T, bf16>) {
-      std::memcpy(units, source, dim * sizeof(T));
+      std::memcpy(units, source, pages.dim * sizeof(T));
     } else {
-      for_each_vector(dim, [&](int64_t d, int64_t n) { store(load(source + d, n), units + d, n); });
+      for_each_vector(pages.dim, [&](int64_t d, int64_t n) { store(load(source + d, n), units + d, n); });
     }
-  }
-
-  // Keys key0 … key0 + count of the item's sequence and head as s.keys [depth, kKeys], the values as s.values
-  // [units of keys, padded]; what lies behind `count` or `dim` is 0, since 0 times what a free page holds may be NaN.
-  void load_block(const Item& item, int64_t key0, int64_t count, int64_t padded, int64_t depth, Scratch<U>& s) const {
-    if (count < kKeys) {
-      std::fill(s.keys.begin(), s.keys.end(), U{0});
-      std::fill(s.values.begin(), s.values.end(), U{0});
-    }
-    for_each_run(item, key0, count, [&](int64_t j, int64_t run, int64_t offset) {
-      if constexpr (std::is_same_v<T, bf16>) {
-        transpose(reinterpret_cast<const U*>(k_cache + offset), depth, run, depth, &s.keys[j], kKeys);
-      } else {
-        for (int64_t k = 0; k < run; ++k) to_units(k_cache + offset + k * dim, &s.rows[k * depth]);
-        transpose(s.rows.data(), depth, run, depth, &s.keys[j], kKeys);
-      }
-      for (int64_t k = 0; k < run; ++k) load_value(j + k, v_cache + offset + k * dim, padded, s);
-    });
-  }
-
-  void load_value(int64_t j, const T* value, int64_t padded, Scratch<U>& s) const {
-    U* row = &s.values[j / kPerUnit<T> * padded];
-    for_each_vector(dim, [&](int64_t d, int64_t n) {
-      const Floats own = load(value + d, n);
-      if constexpr (!std::is_same_v<T, bf16>) {
-        store(own, row + d);
-      } else {
-        // The first of a pair leaves the upper half 0: it may be the last of the block.
-        Words* pair = reinterpret_cast<Words*>(row + d);
-        *pair = j % 2 == 0 ? as_words(own) >> 16 : *pair | as_words(own);
-      }
-    });
   }
 
   // Turns query i's scores into weights relative to the running maximum; keys outside [low, high) weigh nothing.
-  // `weight` may be where the scores are.
-  template <typename W>
-  void soften(int64_t i, int64_t low, int64_t high, int64_t padded, W* weight, Scratch<U>& s) const {
-    constexpr int kVectors = kKeys / kLanes;
+  void soften(int64_t i, int64_t low, int64_t high, int64_t padded, Scratch<T>& s) const {
+    constexpr int kVectors = kKeyVectors;
     const float* score = &s.scores[i * kKeys];
+    U* weight = &s.weights[i * kKeys / u];
     if (low >= high) {
-      std::fill(weight, weight + (std::is_same_v<W, float> ? kKeys : kKeys / 2), W{0});
+      std::fill(weight, weight + kKeys / u, U{0});
       return;
     }
     // bfloat16 keeps few digits of a weight: powers of 2 to five digits do.
@@ -333,26 +332,32 @@ void lf_paged_attention(int dtype, const void* q, int64_t q_stride, const void* 
                         const int32_t* page_table, int64_t table_stride, const int32_t* query_start,
                         const int32_t* context_len, void* out, int64_t sequences, int64_t q_heads, int64_t kv_heads,
                         int64_t dim, int64_t page, float scale, int64_t window) {
-  static thread_local std::vector<Item> kept;
-  kept.clear();
+  std::vector<Item>& items = thread_own<std::vector<Item>>();
+  items.clear();
   for (int64_t s = 0; s < sequences; ++s) {
     const int32_t length = query_start[s + 1] - query_start[s];
     for (int32_t row = 0; row < length; row += kQueryRows)
       for (int32_t h = 0; h < kv_heads; ++h)
-        kept.push_back({static_cast<int32_t>(s), h, row, std::min<int32_t>(kQueryRows, length - row)});
+        items.push_back({static_cast<int32_t>(s), h, row, std::min<int32_t>(kQueryRows, length - row)});
   }
-  const Item* items = kept.data();  // inside the region `kept` would name each thread's own
-  const int64_t num_items = kept.size();
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
     const Attention<T> attention{static_cast<const T*>(q), q_stride, static_cast<const T*>(k_cache),
                                  static_cast<const T*>(v_cache), page_table, table_stride, query_start, context_len,
-                                 static_cast<T*>(out), q_heads, kv_heads, dim, page, scale, window};
-#pragma omp parallel if (num_items > 1)
+                                 static_cast<T*>(out), q_heads, Pages{kv_heads, page, dim}, scale, window};
+    std::atomic<size_t> num_taken{0};
+#pragma omp parallel if (items.size() > 1)
     {
-      static thread_local Scratch<Unit<T>> scratch;
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < num_items; ++i) attention.run(items[i], scratch);
+      // Each thread takes its next item before it computes the one it has, and asks for its first keys meanwhile.
+      Scratch<T>& scratch = thread_own<Scratch<T>>();
+      const auto take = [&] {
+        const size_t number = num_taken++;
+        return number < items.size() ? &items[number] : nullptr;
+      };
+      for (const Item *item = take(), *next; item; item = next) {
+        next = take();
+        attention.run(*item, next, scratch);
+      }
     }
   });
 }

@@ -82,3 +82,11 @@ struct Replayable<kFace> {
 
 template <typename P>
 using element = std::remove_pointer_t<P>;
+
+// The calling thread's object of a type, kept from call to call. Never inlined: where GCC sees a thread-local it computes
+// the address anew at each use, by a call around which every vector is saved, in innermost loops too.
+template <typename T>
+__attribute__((noinline)) T& thread_own() {
+  static thread_local T object;
+  return object;
+}

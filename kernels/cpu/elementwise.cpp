@@ -2,6 +2,7 @@
 #include <cmath>
 #include <vector>
 
+#include "paged_kv.h"
 #include "vectors.h"
 
 namespace {
@@ -99,12 +100,13 @@ void lf_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_
   });
 }
 
-// Rotates q and k of each fused row in place and writes k and v to the caches [pages, kv_heads, page, dim].
+// Rotates q and k of each fused row in place and writes k and v to the caches.
 void lf_rope_kv_write(int dtype, void* qkv, int64_t stride, const float* cos_sin, const int64_t* positions,
                       void* k_cache, void* v_cache, const int64_t* slot_mapping, int64_t rows, int64_t q_heads,
                       int64_t kv_heads, int64_t dim, int64_t page, const void* q_norm, const void* k_norm, float eps) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
+    const Pages pages{kv_heads, page, dim};
 #pragma omp parallel for schedule(static) if (rows > 4)
     for (int64_t r = 0; r < rows; ++r) {
       T* row = static_cast<T*>(qkv) + r * stride;
@@ -116,9 +118,7 @@ void lf_rope_kv_write(int dtype, void* qkv, int64_t stride, const float* cos_sin
       const int64_t slot = slot_mapping[r];
       for (int64_t h = 0; h < kv_heads; ++h) {
         rotate_head(keys + h * dim, static_cast<const T*>(k_norm), eps, angles, dim);
-        const int64_t place = (((slot / page) * kv_heads + h) * page + slot % page) * dim;
-        std::memcpy(static_cast<T*>(k_cache) + place, keys + h * dim, dim * sizeof(T));
-        std::memcpy(static_cast<T*>(v_cache) + place, values + h * dim, dim * sizeof(T));
+        pages.write(keys + h * dim, values + h * dim, slot, h, static_cast<T*>(k_cache), static_cast<T*>(v_cache));
       }
     }
   });

@@ -21,6 +21,18 @@ struct ShrinkItem {
   int64_t segment, slice, first, count;
 };
 
+// What the calling thread lays out for all of them.
+struct Work {
+  std::vector<ShrinkItem> items;
+  std::vector<int64_t> offset;  // of each segment's rows in h
+  std::vector<float> h;
+};
+
+// A thread's weights and rows as float32, where products are not taken in their own type.
+struct Wide {
+  std::vector<float> a, x;
+};
+
 template <typename X, typename W>
 struct Lora {
   X* y;
@@ -67,11 +79,11 @@ struct Lora {
 
   // h [rows of the item, rank] = weight·scaling·x·Aᵀ, rows `h_stride` apart.
   void shrink(const ShrinkItem& item, float* h, int64_t h_stride) const {
-    static thread_local std::vector<float> wide_a, wide_x;
+    Wide& wide = thread_own<Wide>();
     const int64_t place = slot[item.segment] * num_slices + item.slice;
     const int64_t own_rank = rank[place];
     const float factor = weight[item.segment] * scaling[place];
-    const Product* own_a = products(a + place * max_rank * num_in, own_rank * num_in, wide_a);
+    const Product* own_a = products(a + place * max_rank * num_in, own_rank * num_in, wide.a);
     const X* rows = x + (start[item.segment] + item.first) * x_stride;
     for_each_row_tile<kDotRows>(item.count, [&](auto tile_rows, int64_t row) {
       const Product* own_x;
@@ -79,12 +91,12 @@ struct Lora {
       if constexpr (kSameType) {
         own_x = rows + row * x_stride;
       } else {
-        wide_x.resize(tile_rows * num_in);
+        wide.x.resize(tile_rows * num_in);
         for (int64_t k = 0; k < tile_rows; ++k)
           for_each_vector(num_in, [&](int64_t i, int64_t n) {
-            store(load(rows + (row + k) * x_stride + i, n), &wide_x[k * num_in + i], n);
+            store(load(rows + (row + k) * x_stride + i, n), &wide.x[k * num_in + i], n);
           });
-        own_x = wide_x.data();
+        own_x = wide.x.data();
         own_stride = num_in;
       }
       float* own_h = h + row * h_stride;
@@ -150,37 +162,34 @@ struct Lora {
   }
 
   void run() const {
-    static thread_local std::vector<ShrinkItem> items;
-    static thread_local std::vector<int64_t> offset;  // of each segment's rows in h
-    static thread_local std::vector<float> all_h;
-    items.clear();
-    offset.clear();
+    Work& work = thread_own<Work>();
+    work.items.clear();
+    work.offset.clear();
     int64_t num_rows = 0;
     for (int64_t g = 0; g < num_segments; ++g) {
-      offset.push_back(num_rows);
+      work.offset.push_back(num_rows);
       const int64_t length = end[g] - start[g];
       for (int64_t n = 0; n < num_slices; ++n)
         if (rank[slot[g] * num_slices + n] > 0)
           for (int64_t first = 0; first < length; first += kShrinkRows)
-            items.push_back({g, n, first, std::min(kShrinkRows, length - first)});
+            work.items.push_back({g, n, first, std::min(kShrinkRows, length - first)});
       num_rows += length;
     }
-    if (items.empty()) return;
+    if (work.items.empty()) return;
     const int64_t width = num_slices * max_rank;
-    all_h.resize(num_rows * width);
-    // thread_local names mean each thread's own within the region, so the calling thread's are passed as pointers.
-    const ShrinkItem* work = items.data();
-    const int64_t num_items = items.size();
-    const int64_t* row_offset = offset.data();
-    float* h = all_h.data();
+    work.h.resize(num_rows * width);
+    const ShrinkItem* items = work.items.data();
+    const int64_t num_items = work.items.size();
+    const int64_t* row_offset = work.offset.data();
+    float* h = work.h.data();
 
 #pragma omp parallel
     {
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < num_items; ++i) {
-        const ShrinkItem& item = work[i];
-        if (i + threads < num_items && work[i + threads].first == 0) prefetch_a(work[i + threads]);
+        const ShrinkItem& item = items[i];
+        if (i + threads < num_items && items[i + threads].first == 0) prefetch_a(items[i + threads]);
         shrink(item, h + (row_offset[item.segment] + item.first) * width + item.slice * max_rank, width);
       }
       const int64_t num_blocks = (num_out + kColumns - 1) / kColumns;

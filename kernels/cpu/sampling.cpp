@@ -287,8 +287,7 @@ void lf_sample_tokens(int dtype, const void* logits, int64_t stride, const float
     using T = element<decltype(tag)>;
 #pragma omp parallel for schedule(dynamic) if (rows > 1)
     for (int64_t r = 0; r < rows; ++r) {
-      static thread_local Scratch scratch;
-      Row<T> row{static_cast<const T*>(logits) + r * stride, size, scratch};
+      Row<T> row{static_cast<const T*>(logits) + r * stride, size, thread_own<Scratch>()};
       finite[r] = row.find_best();
       if (!finite[r])
         token_ids[r] = 0;

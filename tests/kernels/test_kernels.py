@@ -19,6 +19,7 @@ from lorafleet.kernels.linear import gather_rows, linear, linear_reference, prep
 from lorafleet.kernels.lora import LoraSegments, lora_add_
 from lorafleet.kernels.native import forced, library
 from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
+from lorafleet.kernels.paged_kv import key_shape, read, value_shape, write_
 from lorafleet.kernels.rope import rope_kv_write_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +86,7 @@ def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim:
     norms = (torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)) if normed else (None, None)
 
     def run() -> tuple[torch.Tensor, ...]:
-        own, keys, values = qkv.clone(), *(torch.zeros(2, pages, kv_heads, page, dim).to(dtype))
+        own, (keys, values) = qkv.clone(), empty_pages(pages, kv_heads, page, dim, dtype)
         rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, *norms, 1e-6)
         return own, keys, values
 
@@ -95,6 +96,29 @@ def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim:
         close(ours, wanted)
 
 
+def empty_pages(
+    num_pages: int, kv_heads: int, page: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of pages in which nothing has been written: all NaN."""
+    sizes = (num_pages, kv_heads, page, dim, dtype)
+    return (
+        torch.full(key_shape(*sizes), torch.nan, dtype=dtype),
+        torch.full(value_shape(*sizes), torch.nan, dtype=dtype),
+    )
+
+
+@dtypes
+def test_pages_give_back_what_was_written(dtype: torch.dtype) -> None:
+    keys, values = empty_pages(5, 3, 8, 6, dtype)
+    k, v = torch.randn(2, 16, 3, 6).to(dtype)
+    pages = torch.tensor([4, 1])
+    slots = torch.cat([torch.arange(32, 40), torch.arange(8, 16)])
+    write_(keys, values, slots.flip(0), k.flip(0), v.flip(0))
+    read_keys, read_values = read(keys, values, pages)
+    assert torch.equal(read_keys, k.transpose(0, 1)) and torch.equal(read_values, v.transpose(0, 1))
+    assert keys[[0, 2, 3]].isnan().all() and values[[0, 2, 3]].isnan().all()
+
+
 def attention_case(
     lengths: list[tuple[int, int]], q_heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,16 +126,15 @@ def attention_case(
     needed = [-(-context // page) for _, context in lengths]
     total = sum(needed) + 3
     order = torch.randperm(total).tolist()
-    keys = torch.full((total, kv_heads, page, dim), torch.nan, dtype=dtype)
-    values = torch.full_like(keys, torch.nan)
+    keys, values = empty_pages(total, kv_heads, page, dim, dtype)
     table = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
     for s, (_, context) in enumerate(lengths):
         for p in range(needed[s]):
             number = order.pop()
             table[s, p] = number
             filled = min(page, context - p * page)
-            keys[number, :, :filled] = torch.randn(kv_heads, filled, dim).to(dtype)
-            values[number, :, :filled] = torch.randn(kv_heads, filled, dim).to(dtype)
+            slots = torch.arange(number * page, number * page + filled)
+            write_(keys, values, slots, *torch.randn(2, filled, kv_heads, dim).to(dtype))
     num_rows = sum(queries for queries, _ in lengths)
     fused = torch.randn(num_rows, (q_heads + 2 * kv_heads) * dim).to(dtype)
     starts = torch.tensor([0, *(queries for queries, _ in lengths)]).cumsum(0).to(torch.int32)

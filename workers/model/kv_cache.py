@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from lorafleet.kernels.paged_kv import key_shape, value_shape
+
 
 class KVCache:
-    """Keys and values of all layers, [num_pages, KV heads, page size, head dim] each.
+    """Keys and values of all layers, each layer's as kernels/paged_kv.py lays out.
 
-    A token's keys lie at [page, :, offset]; its flat place, the kernels' `slot mapping`, is page * page_size + offset.
     The memory is not cleared: attention reads only what was written for the request that holds the page.
     """
 
@@ -23,8 +24,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+        sizes = (num_pages, num_kv_heads, page_size, head_dim, dtype)
         # empty, not zeros: on a CPU untouched pages then cost no physical memory.
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.empty((num_layers, *key_shape(*sizes)), dtype=dtype, device=device)
+        self.values = torch.empty((num_layers, *value_shape(*sizes)), dtype=dtype, device=device)
         self.page_size = page_size
