@@ -38,6 +38,8 @@ _WARM_UP_SEED = 1 << 20  # rounds' seeds are far below
 _FIRST_TOKEN_SAMPLES = 10  # of each state, a round
 _NUM_STARTS = 5
 _IDLE_CORES = 0.05  # an idle side that takes more is named
+_QUIET_CORES = 0.2  # all others together, before a side's turn
+_QUIET_TIMEOUT_S = 10.0
 
 
 class Comparison:
@@ -76,8 +78,8 @@ class Comparison:
         for name, side in self._running.items():
             self._try(name, None, None, lambda name=name, side=side: self._warm_up(name, side))
         # An idle side must not disturb the others' turns. Seen here: ours takes 1-3 % of a core (Ray's), vLLM 1 %, a
-        # child 0, so nothing has to be stopped for the others' sake.
-        idle = {name: round(processes.cpu_share(side.pid), 3) for name, side in self._running.items()}
+        # child 0, so nothing has to be stopped for the others' sake. Right after its turn one may be busy: _wait_for_quiet.
+        idle = {name: round(processes.cpu_share([side.pid]), 3) for name, side in self._running.items()}
         self.settings["idle_cores"] = idle
         self.say(f"idle cores: {idle}")
         for name, share in idle.items():
@@ -157,8 +159,18 @@ class Comparison:
             for num_adapters in (0, 4) if name in ("ours", "engine") else (4 * with_adapters,):
                 self._run(process, dataclasses.replace(workload, num_adapters=num_adapters), _WARM_UP_SEED)
 
+    def _wait_for_quiet(self, process: Server | Child | None) -> None:
+        """Until the other sides are idle: vLLM's engine polls with a whole core for a second after its last request."""
+        others = [side for side in self._running.values() if side is not process]
+        deadline = time.monotonic() + _QUIET_TIMEOUT_S
+        while (cores := processes.cpu_share([side.pid for side in others], 0.5)) > _QUIET_CORES:
+            if time.monotonic() > deadline:
+                self.say(f"warning: the other sides still take {cores:.2f} cores, which slows this one down")
+                return
+
     def _measure(self, side: str, workload: str, number: int, repeat: int) -> None:
         process = self._process(side, workload)
+        self._wait_for_quiet(process)
         if workload in COMPARED:
             assert process is not None
             result = self._run(process, COMPARED[workload], number)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 Process = tuple[int, str]  # pid and when it began: a pid alone may be another process later
@@ -35,11 +36,12 @@ def pss_bytes(root: int) -> int:
     return total
 
 
-def cpu_share(root: int, seconds: float = 2.0) -> float:
-    """Cores that a tree keeps busy, watched for a while."""
+def cpu_share(roots: Sequence[int], seconds: float = 2.0) -> float:
+    """Cores that some trees keep busy, watched for a while."""
 
     def ticks() -> int:
-        return sum(int(fields[11]) + int(fields[12]) for pid, _ in tree(root) if (fields := _stat(pid)))
+        pids = (pid for root in roots for pid, _ in tree(root))
+        return sum(int(fields[11]) + int(fields[12]) for pid in pids if (fields := _stat(pid)))
 
     before = ticks()
     time.sleep(seconds)
