@@ -78,7 +78,7 @@ class Comparison:
         for name, side in self._running.items():
             self._try(name, None, None, lambda name=name, side=side: self._warm_up(name, side))
         # An idle side must not disturb the others' turns. Seen here: ours takes 1-3 % of a core (Ray's), vLLM 1 %, a
-        # child 0, so nothing has to be stopped for the others' sake. Right after its turn one may be busy: _wait_for_quiet.
+        # child 0, so nothing has to be stopped for the others' sake. Just after its turn: see _wait_for_quiet.
         idle = {name: round(processes.cpu_share([side.pid]), 3) for name, side in self._running.items()}
         self.settings["idle_cores"] = idle
         self.say(f"idle cores: {idle}")

@@ -38,13 +38,8 @@ inline Floats load_units(const T* p) {
   return load(p);
 }
 
-// Pages lie anywhere, so the processor cannot guess them: where a tile loads a row of its block, it asks for the same row
-// of the block after it. All requests of a block at once would fill the queue of misses and stop everything behind them.
-template <typename S>
-inline void request(const S* row) {
-  __builtin_prefetch(row, 0, 2);  // into the second level: a block and the next one would crowd the first
-}
-
+// Where a tile loads a row of its block, it requests the same row of the block after it.
+//
 // scores [kRows, kTileVectors·kLanes] = query [kRows, depth] · keys; vector v of unit k lies at keys[v] + k·stride.
 template <int kRows, typename U, typename S>
 inline void score_tile(const U* query, int64_t depth, const S* const* keys, const S* const* next_keys, int64_t stride,

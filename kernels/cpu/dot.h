@@ -9,17 +9,20 @@ constexpr int kDotRows = kLanes == 16 ? 6 : 2;          // rows of x: 24 sums an
 inline Words load_products(const bf16* p) { return load_words(p); }
 inline Floats load_products(const float* p) { return load(p); }
 
-// out [kRows, kDotOuts] = x·wᵀ over `size` features, T bfloat16 or float.
+// out [kRows, kDotOuts] = x·wᵀ over `size` features, T bfloat16 or float. Requests as many rows from `next_w` meanwhile.
 template <int kRows, typename T>
-inline void dot_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t size, float* out,
-                     int64_t out_stride) {
+inline void dot_tile(const T* x, int64_t x_stride, const T* w, const T* next_w, int64_t w_stride, int64_t size,
+                     float* out, int64_t out_stride) {
   constexpr int64_t kStep = sizeof(Floats) / sizeof(T);
   Floats sum[kRows][kDotOuts] = {};
   int64_t i = 0;
   for (; i + kStep <= size; i += kStep) {
     decltype(load_products(w)) weight[kDotOuts];
 #pragma GCC unroll 4
-    for (int o = 0; o < kDotOuts; ++o) weight[o] = load_products(w + o * w_stride + i);
+    for (int o = 0; o < kDotOuts; ++o) {
+      weight[o] = load_products(w + o * w_stride + i);
+      request(next_w + o * w_stride + i);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const auto row = load_products(x + r * x_stride + i);
@@ -35,17 +38,19 @@ inline void dot_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride,
         out[r * out_stride + o] += to_float(x[r * x_stride + i]) * to_float(w[o * w_stride + i]);
 }
 
-// out [kRows, count] = x·wᵀ for any number of rows of w. The last few are computed as often as a tile wants: what lies
-// behind them may be another's memory.
+// out [kRows, count] = x·wᵀ for any number of rows of w, those from `next_w` on being needed after them. The last few are
+// computed as often as a tile wants: what lies behind them may be another's memory.
 template <int kRows, typename T>
-inline void dot_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t count, int64_t size, float* out,
-                     int64_t out_stride) {
+inline void dot_rows(const T* x, int64_t x_stride, const T* w, const T* next_w, int64_t w_stride, int64_t count,
+                     int64_t size, float* out, int64_t out_stride) {
   int64_t o = 0;
-  for (; o + kDotOuts <= count; o += kDotOuts)
-    dot_tile<kRows>(x, x_stride, w + o * w_stride, w_stride, size, out + o, out_stride);
+  for (; o + kDotOuts <= count; o += kDotOuts) {
+    const T* next = o + 2 * kDotOuts <= count ? w + (o + kDotOuts) * w_stride : next_w;
+    dot_tile<kRows>(x, x_stride, w + o * w_stride, next, w_stride, size, out + o, out_stride);
+  }
   for (; o < count; ++o) {
     float same[kRows * kDotOuts];
-    dot_tile<kRows>(x, x_stride, w + o * w_stride, 0, size, same, kDotOuts);
+    dot_tile<kRows>(x, x_stride, w + o * w_stride, next_w, 0, size, same, kDotOuts);
     for (int r = 0; r < kRows; ++r) out[r * out_stride + o] = same[r * kDotOuts];
   }
 }

@@ -134,7 +134,8 @@ void run_plain(const Linear& l, const bf16* w, int64_t num_in) {
     const int64_t count = std::min(kGroup, l.num_out - first);
     for_each_row_tile<kDotRows>(l.rows, [&](auto tile_rows, int64_t row) {
       float sums[tile_rows][kGroup] = {};
-      dot_rows<tile_rows>(l.x + row * l.x_stride, l.x_stride, w + first * num_in, num_in, count, num_in, sums[0], kGroup);
+      dot_rows<tile_rows>(l.x + row * l.x_stride, l.x_stride, w + first * num_in, w + (first + count) * num_in, num_in,
+                          count, num_in, sums[0], kGroup);
       for (int r = 0; r < tile_rows; ++r)
         for (int64_t o = 0; o < count; o += kLanes) l.finish(load(&sums[r][o]), row + r, first + o);
     });

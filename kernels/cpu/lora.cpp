@@ -1,8 +1,12 @@
 // Segmented LoRA: y[rows of g, slice n] += weight·scaling·(x·Aᵀ)·B, each slot at its own rank.
 //
-// Two phases with a barrier between: shrink fills h for every (segment row, slice), expand adds to y. Expand is split over
-// columns only: each thread goes through all segments for its columns, so that rows in several segments (composition)
-// are added to by one thread, in segment order, whatever the number of threads.
+// Two phases with a barrier between: shrink makes h for every pair (segment, slice), expand adds to y. Shrink is cut into
+// units of equal cost, of which each thread takes a stretch. Expand is split over columns only: each thread goes through
+// all segments for its columns, so that rows in several segments (composition) are added to by one thread, in segment
+// order, whatever the number of threads.
+//
+// An adapter lies anywhere in memory and is used for few rows, so that getting it is most of the work: both phases
+// request what comes next where they load what they have.
 #include <algorithm>
 #include <vector>
 
@@ -12,19 +16,25 @@
 
 namespace {
 
-constexpr int64_t kShrinkRows = kDotRows;  // rows of a work item: few, so that one adapter's rows keep all threads busy
-constexpr int64_t kExpandRows = 24;        // rows that go through a stretch of B together
-constexpr int kVectors = 4;        // of columns in an expand tile
+constexpr int kVectors = 4;                          // of columns in an expand tile
+constexpr int kExpandTileRows = kLanes == 16 ? 6 : 2;  // with kVectors sums each, they fit the registers
+constexpr int64_t kExpandRows = 24;                  // rows that go through a stretch of B together
 constexpr int64_t kColumns = kVectors * kLanes;
+// How far ahead memory is requested: some microseconds' worth of work, and what a thread's share of the caches holds.
+constexpr int64_t kBlocksAhead = 2;   // of A, kDotOuts rows each
+constexpr int64_t kColumnsAhead = 4 * kColumns;
 
-struct ShrinkItem {
-  int64_t segment, slice, first, count;
+// A slice that a segment's adapter changes.
+struct Pair {
+  int64_t segment, slice, rank;
+  int64_t row_blocks;  // of kDotRows rows
+  int64_t unit;        // first unit of shrink: kDotOuts rows of A with kDotRows rows of x, one block of A after the other
+  int64_t h;           // where its [rows, rank] begin
 };
 
 // What the calling thread lays out for all of them.
 struct Work {
-  std::vector<ShrinkItem> items;
-  std::vector<int64_t> offset;  // of each segment's rows in h
+  std::vector<Pair> pairs;
   std::vector<float> h;
 };
 
@@ -54,154 +64,171 @@ struct Lora {
   static constexpr bool kSameType = std::is_same_v<X, W> && !std::is_same_v<X, _Float16>;
   using Product = std::conditional_t<kSameType, X, float>;
 
+  int64_t place(const Pair& pair) const { return slot[pair.segment] * num_slices + pair.slice; }
+  int64_t length(const Pair& pair) const { return end[pair.segment] - start[pair.segment]; }
+  const W* block_of_a(const Pair& pair, int64_t block) const {
+    return a + (place(pair) * max_rank + block * kDotOuts) * num_in;
+  }
+  static int64_t num_blocks(const Pair& pair) { return (pair.rank + kDotOuts - 1) / kDotOuts; }
+  // The block of A that is needed kBlocksAhead after this one; at the end, this one.
+  const W* block_ahead(const std::vector<Pair>& pairs, size_t p, int64_t block) const {
+    const W* own = block_of_a(pairs[p], block);
+    for (block += kBlocksAhead; p < pairs.size(); block -= num_blocks(pairs[p++]))
+      if (block < num_blocks(pairs[p])) return block_of_a(pairs[p], block);
+    return own;
+  }
+  int64_t slice_begin(int64_t n) const { return n == 0 ? 0 : slice_end[n - 1]; }
+
+  // `count` rows of `size` features side by side as float32.
   template <typename T>
-  static const Product* products(const T* source, int64_t count, std::vector<float>& scratch) {
-    if constexpr (kSameType) {
-      return source;
-    } else {
-      scratch.resize(count);
-      for_each_vector(count, [&](int64_t i, int64_t n) { store(load(source + i, n), &scratch[i], n); });
-      return scratch.data();
+  static const float* widen_rows(const T* source, int64_t stride, int64_t count, int64_t size,
+                                 std::vector<float>& out) {
+    out.resize(count * size);
+    for (int64_t k = 0; k < count; ++k)
+      for_each_vector(size, [&](int64_t i, int64_t n) { store(load(source + k * stride + i, n), &out[k * size + i], n); });
+    return out.data();
+  }
+
+  // h = weight·scaling·x·Aᵀ for the units from `unit` to `last`.
+  void shrink(const std::vector<Pair>& pairs, int64_t unit, int64_t last, float* h) const {
+    Wide& wide = thread_own<Wide>();
+    const W* widened = nullptr;  // the block of A that wide.a holds
+    for (size_t p = 0; unit < last; ++p) {
+      const Pair& pair = pairs[p];
+      const float factor = weight[pair.segment] * scaling[place(pair)];
+      for (; unit < std::min(last, pair.unit + num_blocks(pair) * pair.row_blocks); ++unit) {
+        const int64_t block = (unit - pair.unit) / pair.row_blocks;
+        const int64_t row = (unit - pair.unit) % pair.row_blocks * kDotRows;
+        const int64_t outs = std::min<int64_t>(kDotOuts, pair.rank - block * kDotOuts);
+        const W* own_a = block_of_a(pair, block);
+        const W* next_a = row == 0 ? block_ahead(pairs, p, block) : own_a;
+        float* out = h + pair.h + row * pair.rank + block * kDotOuts;
+        const X* rows = x + (start[pair.segment] + row) * x_stride;
+        for_each_row_tile<kDotRows>(std::min<int64_t>(kDotRows, length(pair) - row), [&](auto count, int64_t) {
+          if constexpr (kSameType) {
+            dot_rows<count>(rows, x_stride, own_a, next_a, num_in, outs, num_in, out, pair.rank);
+          } else {
+            if (widened != own_a) widen_rows(own_a, num_in, outs, num_in, wide.a);
+            widened = own_a;
+            widen_rows(rows, x_stride, count, num_in, wide.x);
+            dot_rows<count>(wide.x.data(), num_in, wide.a.data(), wide.a.data(), num_in, outs, num_in, out, pair.rank);
+          }
+          for (int64_t k = 0; k < count; ++k)
+            for (int64_t r = 0; r < outs; ++r) out[k * pair.rank + r] *= factor;
+        });
+      }
     }
   }
 
-  // An adapter lies anywhere in memory, so its part is asked for while the one before it is computed.
-  void prefetch_a(const ShrinkItem& item) const {
-    const int64_t place = slot[item.segment] * num_slices + item.slice;
-    prefetch(a + place * max_rank * num_in, rank[place] * num_in * sizeof(W));
-  }
-
-  void prefetch_b(int64_t g, int64_t n, int64_t first, int64_t last) const {
-    const W* own_b = b + slot[g] * max_rank * num_out;
-    for (int64_t r = 0; r < rank[slot[g] * num_slices + n]; ++r)
-      prefetch(own_b + r * num_out + first, (last - first) * sizeof(W));
-  }
-
-  // h [rows of the item, rank] = weight·scaling·x·Aᵀ, rows `h_stride` apart.
-  void shrink(const ShrinkItem& item, float* h, int64_t h_stride) const {
-    Wide& wide = thread_own<Wide>();
-    const int64_t place = slot[item.segment] * num_slices + item.slice;
-    const int64_t own_rank = rank[place];
-    const float factor = weight[item.segment] * scaling[place];
-    const Product* own_a = products(a + place * max_rank * num_in, own_rank * num_in, wide.a);
-    const X* rows = x + (start[item.segment] + item.first) * x_stride;
-    for_each_row_tile<kDotRows>(item.count, [&](auto tile_rows, int64_t row) {
-      const Product* own_x;
-      int64_t own_stride = x_stride;
-      if constexpr (kSameType) {
-        own_x = rows + row * x_stride;
-      } else {
-        wide.x.resize(tile_rows * num_in);
-        for (int64_t k = 0; k < tile_rows; ++k)
-          for_each_vector(num_in, [&](int64_t i, int64_t n) {
-            store(load(rows + (row + k) * x_stride + i, n), &wide.x[k * num_in + i], n);
-          });
-        own_x = wide.x.data();
-        own_stride = num_in;
+  // y [kRows, kColumns] += h [kRows, own_rank]·B [own_rank, kColumns].
+  template <int kRows>
+  void expand_tile(const float* h, int64_t own_rank, const W* own_b, const W* next_b, X* out) const {
+    Floats sum[kRows][kVectors] = {};
+    for (int64_t r = 0; r < own_rank; ++r) {
+      Floats row[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) row[v] = load(own_b + r * num_out + v * kLanes);
+#pragma GCC unroll 4
+      for (size_t byte = 0; byte < kColumns * sizeof(W); byte += 64)
+        request(reinterpret_cast<const char*>(next_b + r * num_out) + byte);
+#pragma GCC unroll 6
+      for (int k = 0; k < kRows; ++k) {
+        const Floats factor = broadcast(h[k * own_rank + r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[k][v] += factor * row[v];
       }
-      float* own_h = h + row * h_stride;
-      dot_rows<tile_rows>(own_x, own_stride, own_a, num_in, own_rank, num_in, own_h, h_stride);
-      for (int64_t k = 0; k < tile_rows; ++k)
-        for (int64_t r = 0; r < own_rank; ++r) own_h[k * h_stride + r] *= factor;
+    }
+#pragma GCC unroll 6
+    for (int k = 0; k < kRows; ++k)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        X* place = out + k * y_stride + v * kLanes;
+        store(load(place) + sum[k][v], place);
+      }
+  }
+
+  // The same for a row and `count` < kColumns columns.
+  void expand_rest(const float* h, int64_t own_rank, const W* own_b, int64_t count, X* out) const {
+    for_each_vector(count, [&](int64_t i, int64_t n) {
+      Floats total = {};
+      for (int64_t r = 0; r < own_rank; ++r) total += h[r] * load(own_b + r * num_out + i, n);
+      store(load(out + i, n) + total, out + i, n);
     });
   }
 
-  // y [kRows, count] += h [kRows, rank]·B [rank, count], count <= kColumns.
-  template <int kRows>
-  void expand_tile(const float* h, int64_t h_stride, const W* own_b, int64_t own_rank, int64_t count, X* out) const {
-    Floats sum[kRows][kVectors] = {};
-    if (count == kColumns) {
-      for (int64_t r = 0; r < own_rank; ++r) {
-        Floats row[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) row[v] = load(own_b + r * num_out + v * kLanes);
-#pragma GCC unroll 4
-        for (int k = 0; k < kRows; ++k) {
-          const Floats factor = broadcast(h[k * h_stride + r]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) sum[k][v] += factor * row[v];
-        }
+  struct Columns {
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+  };
+
+  const W* columns_of_b(const Pair& pair) const { return b + slot[pair.segment] * max_rank * num_out; }
+
+  // Adds a pair's part to its columns. The thread's next pair is requested while this one ends.
+  void expand(const Pair& pair, Columns own, const Pair& next, Columns next_own, const float* h) const {
+    const W* own_b = columns_of_b(pair);
+    const int64_t ahead = std::min(kColumnsAhead, own.count());
+    for (int64_t row = 0; row < length(pair); row += kExpandRows) {
+      const int64_t num_rows = std::min(kExpandRows, length(pair) - row);
+      const float* own_h = h + row * pair.rank;
+      X* out = y + (start[pair.segment] + row) * y_stride;
+      int64_t column = own.first;
+      for (; column + kColumns <= own.last; column += kColumns) {
+        const int64_t beyond = column + ahead - own.last;
+        const W* next_b = beyond < 0                   ? own_b + column + ahead
+                          : beyond < next_own.count() ? columns_of_b(next) + next_own.first + beyond
+                                                       : own_b + column;
+        for_each_row_tile<kExpandTileRows>(num_rows, [&](auto rows, int64_t k) {
+          expand_tile<rows>(own_h + k * pair.rank, pair.rank, own_b + column, next_b, out + k * y_stride + column);
+        });
       }
-#pragma GCC unroll 4
-      for (int k = 0; k < kRows; ++k)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          X* place = out + k * y_stride + v * kLanes;
-          store(load(place) + sum[k][v], place);
-        }
-      return;
+      if (column < own.last)
+        for (int64_t k = 0; k < num_rows; ++k)
+          expand_rest(own_h + k * pair.rank, pair.rank, own_b + column, own.last - column, out + k * y_stride + column);
     }
-    for (int k = 0; k < kRows; ++k)
-      for_each_vector(count, [&](int64_t i, int64_t n) {
-        Floats total = {};
-        for (int64_t r = 0; r < own_rank; ++r) total += h[k * h_stride + r] * load(own_b + r * num_out + i, n);
-        X* place = out + k * y_stride + i;
-        store(load(place, n) + total, place, n);
-      });
   }
 
-  // Segment g's rows, columns `first` … `last` of slice n.
-  void expand(int64_t g, int64_t n, int64_t first, int64_t last, const float* h, int64_t h_stride) const {
-    const int64_t own_rank = rank[slot[g] * num_slices + n];
-    if (own_rank == 0) return;
-    const W* own_b = b + slot[g] * max_rank * num_out;
-    const int64_t length = end[g] - start[g];
-    for (int64_t block = 0; block < length; block += kExpandRows) {
-      const int64_t stop = std::min(length, block + kExpandRows);
-      for (int64_t column = first; column < last; column += kColumns) {
-        const int64_t count = std::min(kColumns, last - column);
-        int64_t k = block;
-        for (; k + 4 <= stop; k += 4)
-          expand_tile<4>(h + k * h_stride, h_stride, own_b + column, own_rank, count,
-                         y + (start[g] + k) * y_stride + column);
-        for (; k < stop; ++k)
-          expand_tile<1>(h + k * h_stride, h_stride, own_b + column, own_rank, count,
-                         y + (start[g] + k) * y_stride + column);
-      }
+  // Those of a pair among a thread's, maybe none.
+  Columns columns(const Pair& pair, Columns thread) const {
+    return {std::max(slice_begin(pair.slice), thread.first), std::min<int64_t>(slice_end[pair.slice], thread.last)};
+  }
+
+  void expand_all(const std::vector<Pair>& pairs, Columns thread, const float* h) const {
+    for (size_t p = 0, next; p < pairs.size(); p = next) {
+      const Columns own = columns(pairs[p], thread);
+      for (next = p + 1; next < pairs.size() && columns(pairs[next], thread).count() <= 0;) ++next;
+      const Pair& next_pair = pairs[next < pairs.size() ? next : p];
+      if (own.count() > 0) expand(pairs[p], own, next_pair, columns(next_pair, thread), h + pairs[p].h);
     }
   }
 
   void run() const {
     Work& work = thread_own<Work>();
-    work.items.clear();
-    work.offset.clear();
-    int64_t num_rows = 0;
-    for (int64_t g = 0; g < num_segments; ++g) {
-      work.offset.push_back(num_rows);
-      const int64_t length = end[g] - start[g];
-      for (int64_t n = 0; n < num_slices; ++n)
-        if (rank[slot[g] * num_slices + n] > 0)
-          for (int64_t first = 0; first < length; first += kShrinkRows)
-            work.items.push_back({g, n, first, std::min(kShrinkRows, length - first)});
-      num_rows += length;
-    }
-    if (work.items.empty()) return;
-    const int64_t width = num_slices * max_rank;
-    work.h.resize(num_rows * width);
-    const ShrinkItem* items = work.items.data();
-    const int64_t num_items = work.items.size();
-    const int64_t* row_offset = work.offset.data();
+    work.pairs.clear();
+    int64_t num_units = 0, size_of_h = 0;
+    for (int64_t g = 0; g < num_segments; ++g)
+      for (int64_t n = 0; n < num_slices; ++n) {
+        Pair pair{g, n, rank[slot[g] * num_slices + n], 0, num_units, size_of_h};
+        const int64_t rows = length(pair);
+        if (pair.rank == 0 || rows <= 0) continue;
+        pair.row_blocks = (rows + kDotRows - 1) / kDotRows;
+        work.pairs.push_back(pair);
+        num_units += pair.row_blocks * num_blocks(pair);
+        size_of_h += (rows * pair.rank + kLanes - 1) / kLanes * kLanes;  // no line belongs to two pairs
+      }
+    if (work.pairs.empty()) return;
+    work.h.resize(size_of_h);
     float* h = work.h.data();
 
 #pragma omp parallel
     {
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < num_items; ++i) {
-        const ShrinkItem& item = items[i];
-        if (i + threads < num_items && items[i + threads].first == 0) prefetch_a(items[i + threads]);
-        shrink(item, h + (row_offset[item.segment] + item.first) * width + item.slice * max_rank, width);
-      }
-      const int64_t num_blocks = (num_out + kColumns - 1) / kColumns;
-      const int64_t own_first = num_blocks * thread / threads * kColumns;
-      const int64_t own_last = std::min(num_out, num_blocks * (thread + 1) / threads * kColumns);
-      for (int64_t g = 0; g < num_segments; ++g)
-        for (int64_t n = 0, begin = 0; n < num_slices; begin = slice_end[n++]) {
-          const int64_t first = std::max<int64_t>(begin, own_first), last = std::min<int64_t>(slice_end[n], own_last);
-          if (first >= last) continue;
-          if (g + 1 < num_segments) prefetch_b(g + 1, n, first, last);
-          expand(g, n, first, last, h + row_offset[g] * width + n * max_rank, width);
-        }
+      shrink(work.pairs, num_units * thread / threads, num_units * (thread + 1) / threads, h);
+#pragma omp barrier
+      const int64_t num_stretches = (num_out + kColumns - 1) / kColumns;
+      expand_all(work.pairs,
+                 {num_stretches * thread / threads * kColumns,
+                  std::min(num_out, num_stretches * (thread + 1) / threads * kColumns)},
+                 h);
     }
   }
 };

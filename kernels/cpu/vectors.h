@@ -143,11 +143,10 @@ inline Floats round_to(Floats x) {
   }
 }
 
-// Asks for memory that is read soon. For what lies where the processor cannot guess it: pages, adapters.
-inline void prefetch(const void* first, int64_t bytes) {
-  const char* p = static_cast<const char*>(first);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
+// Asks for a line that is read soon, where the processor cannot guess it: pages, adapters. To be called for one line at a
+// time, between products: many requests at once fill the queue of misses and stop everything behind them. Into the second
+// level: what is worked on and what comes next would crowd the first.
+inline void request(const void* place) { __builtin_prefetch(place, 0, 2); }
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Words broadcast(uint32_t x) { return x - Words{}; }
