@@ -285,7 +285,7 @@ def main() -> None:
     print(table(outcomes))
     reason = chart.missing()
     if reason is None:
-        chart.draw(outcomes, f"{facts.get('cpu', '')}, {facts.get('cores', '?')} cores", stem.with_suffix(".png"))
+        chart.draw(outcomes, facts, stem.with_suffix(".png"))
     else:
         print(reason, file=sys.stderr)
     print(f"written: {stem}.json, .md" + ("" if reason else ", .png"), file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,14 @@ class Record:
 
     results: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = field(default_factory=dict)  # by round
     failures: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, results: Iterable[Mapping[str, Any]]) -> Record:
+        """What `as_json` gave, without the failures."""
+        record = cls()
+        for result in results:
+            record.add(result["side"], result["workload"], result["round"], result)
+        return record
 
     def add(self, side: str, workload: str, number: int, result: Mapping[str, Any]) -> None:
         self.results.setdefault((side, workload), {})[number] = result

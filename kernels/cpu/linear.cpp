@@ -47,13 +47,13 @@ struct Linear {
   int64_t rows, pairs, num_out;
 
   // kRows rows from `row` on, kVectors vectors of outputs from `first` on, whose weights begin at `w`. On the way as
-  // many cache lines as there are pairs are fetched from `ahead` on: the multipliers are busy, the memory is not.
+  // many cache lines as there are pairs are requested from `ahead` on: the multipliers are busy, the memory is not.
   template <int kRows, int kVectors, typename W>
   void tile(const W* w, int64_t row, int64_t first, const char* ahead) const {
     const int64_t group_size = pairs * kGroup * 2;
     Floats sum[kRows][kVectors] = {};
     for (int64_t k = 0; k < pairs; ++k) {
-      __builtin_prefetch(ahead + k * kLine, 0, 2);
+      request(ahead + k * kLine);
       Words weight[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def test_a_list_of_samples_counts_as_its_median_and_keys_reach_below_keys() -> N
     record = Record()
     record.add("ours", "w", 0, {"ttft_ms": {"p50": [1.0, 9.0, 2.0]}})
     assert record.values(Figure("ours", "w", "ttft_ms.p50")) == {0: 2.0}
+
+
+def test_what_was_written_gives_the_same_figures_again() -> None:
+    record = Record()
+    record.add("ours", "w", 0, {"speed": 10.0})
+    record.add("vllm", "w", 0, {"speed": 4.0})
+    again = Record.from_json(json.loads(json.dumps(record.as_json())))
+    assert again.outcome(RATIO) == record.outcome(RATIO)
 
 
 @pytest.mark.parametrize(
