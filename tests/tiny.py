@@ -26,6 +26,7 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
 from lorafleet.workers.errors import LoRAFleetError
 
+TOLERANCE = 1e-4  # of log-probabilities, in float32
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 _SIZES: dict[str, Any] = {
@@ -84,24 +85,42 @@ def make_adapter(
     rank: int = 4,
     targets: list[str] | None = None,
     seed: int = 1,
-    use_rslora: bool = False,
     strength: float = 0.1,
     name: str = "default",
+    **options: Any,
 ) -> PeftModel:
     """A random PEFT adapter with non-zero B, saved into `directory`; the PEFT model for reference outputs.
+
+    `options`: more fields of LoraConfig.
 
     Wraps (and changes) the given model: give it a fresh copy, or call `unload` on the result.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=targets or ALL_TARGETS, use_rslora=use_rslora, task_type="CAUSAL_LM"
-    )
+    fields = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets or ALL_TARGETS, "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**fields | options)
     peft_model = get_peft_model(model, config, adapter_name=name)
     for parameter_name, parameter in peft_model.named_parameters():
         if "lora_" in parameter_name:
             parameter.data.normal_(0.0, strength)
     peft_model.eval().save_pretrained(directory)
     return peft_model
+
+
+def fuse(adapted: PeftModel, adapter: Path, fused: str, parts: list[str]) -> None:
+    """Let the parts share the first one's A, and save them as one module, as for a base that has it so."""
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    layers = {name.split(f".{parts[0]}.")[0] for name in weights if f".{parts[0]}." in name}
+    for layer in layers:
+        own = [{side: weights.pop(f"{layer}.{part}.lora_{side}.weight") for side in "AB"} for part in parts]
+        weights[f"{layer}.{fused}.lora_A.weight"] = own[0]["A"]
+        weights[f"{layer}.{fused}.lora_B.weight"] = torch.cat([sides["B"] for sides in own])
+        for part in parts[1:]:
+            adapted.get_parameter(f"{layer}.{part}.lora_A.default.weight").data = own[0]["A"].clone()
+    save_file(weights, file)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = [*(target for target in config["target_modules"] if target not in parts), fused]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
 def save_config(name: str, directory: Path, change: dict[str, object]) -> None:
@@ -167,6 +186,20 @@ def gather(events: list[RequestEvent], results: dict[str, Result]) -> None:
         if event.logprobs is not None:
             result.logprobs.append(event.logprobs)
         result.finish, result.error = event.finish, event.error
+
+
+def assert_agrees(result: Result, reference: Any, prompt: list[int]) -> None:
+    """A greedy answer with log-probabilities, computed in float32, is the reference's."""
+    assert result.token_ids == greedy(reference, prompt, len(result.token_ids))
+    with torch.no_grad():
+        expected = reference(torch.tensor([prompt + result.token_ids])).logits[0].log_softmax(dim=-1)
+    assert len(result.logprobs) == len(result.token_ids)
+    for i, logprobs in enumerate(result.logprobs):
+        row = expected[len(prompt) - 1 + i]
+        torch.testing.assert_close(logprobs.logprob, row[result.token_ids[i]].item(), atol=TOLERANCE, rtol=0)
+        ours = torch.tensor(logprobs.top_logprobs)
+        torch.testing.assert_close(ours, row[list(logprobs.top_ids)], atol=TOLERANCE, rtol=0)
+        assert set(logprobs.top_ids) == set(row.topk(len(logprobs.top_ids)).indices.tolist())
 
 
 CHAT_TEMPLATE = (

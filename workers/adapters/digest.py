@@ -21,14 +21,14 @@ _TICK_NS = 20_000_000  # longer than any tick of the clock that files are stampe
 
 
 class AdapterHash:
-    """SHA-256 over rank, scaling, and each tensor's place, dtype, shape and bytes, added in canonical order."""
+    """SHA-256 over each tensor's place, scaling, dtype, shape and bytes, added in canonical order."""
 
-    def __init__(self, *, lora_rank: int, scaling: float) -> None:
-        self._hash = hashlib.sha256(b"lorafleet adapter 1\0" + struct.pack("<qd", lora_rank, scaling))
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(b"lorafleet adapter 2\0")
 
-    def add(self, layer: int, linear: str, side: str, tensor: torch.Tensor) -> None:
+    def add(self, layer: int, linear: str, side: str, scaling: float, tensor: torch.Tensor) -> None:
         head = f"{layer}\0{linear}\0{side}\0{tensor.dtype}\0{tuple(tensor.shape)}\0"
-        self._hash.update(head.encode())
+        self._hash.update(head.encode() + struct.pack("<d", scaling))
         self._hash.update(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:

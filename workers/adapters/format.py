@@ -1,64 +1,43 @@
 """A PEFT LoRA directory, checked and turned into what a slot can hold.
 
 Strict: what an adapter asks for is applied in full or refused with a reason. Which linears an adapter changes is read
-off its tensors; its config says how much, and whether it asks for anything else. Only safetensors is read.
+off its tensors, how much is said by its config (config.py). Only safetensors is read.
 
-Owns: the format, its refusals, reading the weights. Leaves to others: finding the directory (sources.py), keeping
-loaded adapters (store.py), slots (model/lora.py).
+Owns: the format of the weights, its refusals, reading them. Leaves to others: finding the directory (sources.py),
+keeping loaded adapters (store.py), slots (model/lora.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-# Fields of PEFT's LoraConfig that say how the adapter was made or which modules it touches (its tensors tell that), and
-# change nothing of what it computes.
-_NEUTRAL = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_dropout",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-    ]
-)
-_APPLIED = frozenset(["peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights"])
-# Initialisations that rewrite the base weights, on which the adapter then relies.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+# Where a decoder layer keeps its linears, by checkpoint name.
+_PARENTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"), "self_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "gate_up_proj"), "mlp"),
+}
+# Of adapters that were trained on fused linears: the parts share A, and B has their rows in this order.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 _TENSOR = re.compile(
-    r"(?:base_model\.model\.)?model\.layers\.(?P<layer>[0-9]+)\."
-    r"(?:self_attn\.(?=[qkvo]_proj\.)|mlp\.(?=(?:gate|up|down)_proj\.))(?P<linear>\w+)"
+    r"(?:base_model\.model\.)?model\.layers\.(?P<layer>[0-9]+)\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)"
     r"\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight"
 )
 
@@ -70,30 +49,39 @@ class BaseShapes:
     num_layers: int
     linears: Mapping[str, tuple[int, int]]
 
+    def of(self, linear: str) -> tuple[int, int] | None:
+        """Of a linear or of several fused into one; None if the model has none such."""
+        parts = [self.linears.get(part) for part in _FUSED.get(linear, (linear,))]
+        known = [part for part in parts if part is not None]
+        return (known[0][0], sum(num_out for _, num_out in known)) if len(known) == len(parts) else None
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """A verified adapter on disk; enough to load it again. Small, since thousands are kept."""
 
-    digest: str  # identity: config fields that matter, and the tensors' bytes
+    digest: str  # identity: the tensors' bytes, and what the config makes of them
     path: Path
-    lora_rank: int
-    scaling: float
+    config: AdapterConfig
+    lora_rank: int  # the highest of its modules
     num_elements: int
-    base_model_name: str | None
     stamp: FileStamp | None = None  # of the weights file that was hashed; None: nothing vouches for it, hash again
+
+
+class LoraPair(NamedTuple):
+    """What changes one linear. B is turned already, as the slots want it: filling a slot only copies rows."""
+
+    a_RI: torch.Tensor
+    b_RO: torch.Tensor
+    scaling: float
 
 
 @dataclass(frozen=True, slots=True)
 class HostAdapter:
-    """An adapter's weights in host memory of their own. (layer, linear) → (A [rank, in], B [rank, out]), contiguous.
-
-    B is turned already, as the slots want it: filling a slot only copies rows.
-    """
+    """An adapter's weights in host memory of their own, by (layer, linear)."""
 
     digest: str
-    scaling: float
-    weights: Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+    weights: Mapping[tuple[int, str], LoraPair]
     num_bytes: int
 
 
@@ -102,16 +90,8 @@ def read_spec(path: Path, base: BaseShapes, *, max_lora_rank: int) -> AdapterSpe
 
     Takes 20 ms longer for a file that has just been written, see `FileStamp.settle`.
     """
-    config = _read_config(path)
-    scaling = _scaling(path, config)
-    lora_rank = config["r"]
-    if lora_rank > max_lora_rank:
-        raise _refused(
-            path / CONFIG_FILE,
-            f"has rank {lora_rank}, the limit is {max_lora_rank}. Start with --max-lora-rank {lora_rank}.",
-            "rank_too_large",
-        )
-    weights = _read_weights(path, base, lora_rank, settle=True)
+    config = read_config(path)
+    weights = _read_weights(path, base, config, max_lora_rank, settle=True)
     if weights.changed:
         raise _refused(
             path / WEIGHTS_FILE, "changed while it was read. Register it when it is complete.", "changed_while_read"
@@ -124,12 +104,11 @@ def read_spec(path: Path, base: BaseShapes, *, max_lora_rank: int) -> AdapterSpe
                 "non_finite",
             )
     return AdapterSpec(
-        digest=_digest(weights, lora_rank, scaling),
+        digest=_digest(weights, config),
         path=path,
-        lora_rank=lora_rank,
-        scaling=scaling,
+        config=config,
+        lora_rank=max(tensor.shape[0] for _, _, side, tensor in weights.tensors if side == "A"),
         num_elements=sum(tensor.numel() for *_, tensor in weights.tensors),
-        base_model_name=config.get("base_model_name_or_path"),
         stamp=weights.stamp,
     )
 
@@ -142,11 +121,11 @@ def load_adapter(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> Hos
     overflow in `dtype`.
     """
     try:
-        weights = _read_weights(spec.path, base, spec.lora_rank)
+        weights = _read_weights(spec.path, base, spec.config)
     except AdapterRefusedError as error:
         raise AdapterUnavailableError(f"{error.message} It was fine when it was registered.", param="model") from error
     proven = weights.stamp is not None and weights.stamp == spec.stamp and not weights.changed
-    if not proven and _digest(weights, spec.lora_rank, spec.scaling) != spec.digest:
+    if not proven and _digest(weights, spec.config) != spec.digest:
         raise AdapterUnavailableError(
             f"{spec.path} changed since it was registered; register it again to serve the new version.", param="model"
         )
@@ -161,12 +140,14 @@ def load_adapter(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> Hos
                 "non_finite",
             )
         kept.setdefault((layer, linear), {})[side] = tensor if side == "A" else _turned_in_place(tensor)
-    return HostAdapter(
-        digest=spec.digest,
-        scaling=spec.scaling,
-        weights={key: (sides["A"], sides["B"]) for key, sides in kept.items()},
-        num_bytes=spec.num_elements * dtype.itemsize,
-    )
+    pairs: dict[tuple[int, str], LoraPair] = {}
+    for (layer, linear), sides in kept.items():
+        scaling = spec.config.scaling(_module(layer, linear))
+        parts = _FUSED.get(linear, (linear,))
+        columns = sides["B"].split([base.linears[part][1] for part in parts], dim=1)
+        for part, b_RO in zip(parts, columns, strict=True):
+            pairs[layer, part] = LoraPair(sides["A"], b_RO, scaling)
+    return HostAdapter(digest=spec.digest, weights=pairs, num_bytes=spec.num_elements * dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +159,16 @@ class _Weights:
     changed: bool  # while it was read
 
 
-def _digest(weights: _Weights, lora_rank: int, scaling: float) -> str:
-    adapter_hash = AdapterHash(lora_rank=lora_rank, scaling=scaling)
+def _digest(weights: _Weights, config: AdapterConfig) -> str:
+    adapter_hash = AdapterHash()
     for layer, linear, side, tensor in weights.tensors:
-        adapter_hash.add(layer, linear, side, tensor)
+        adapter_hash.add(layer, linear, side, config.scaling(_module(layer, linear)), tensor)
     return adapter_hash.hexdigest()
+
+
+def _module(layer: int, linear: str) -> str:
+    """As the base model names it, and as patterns in configs mean it."""
+    return f"model.layers.{layer}.{_PARENTS[linear]}.{linear}"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -212,53 +198,12 @@ def _refused(where: Path, what: str, reason: str) -> AdapterRefusedError:
     return AdapterRefusedError(f"{where} {what}", reason=reason)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The config's fields, checked: everything in it is applied, neutral or refused."""
-    if not path.is_dir():
-        raise _refused(path, "is not a directory. Give a directory with a PEFT adapter.", "missing_directory")
-    config_path = path / CONFIG_FILE
-    if not config_path.is_file():
-        raise _refused(path, f"has no {CONFIG_FILE}: not a PEFT adapter.", "not_peft")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _refused(config_path, f"cannot be read as JSON: {error}.", "bad_config") from error
-    if not isinstance(config, dict):
-        raise _refused(config_path, f"holds {type(config).__name__}, not a JSON object.", "bad_config")
-    if config.get("peft_type") != "LORA":
-        raise _refused(
-            config_path, f"has peft_type {config.get('peft_type')!r}; only LORA is served.", "unsupported_peft_type"
-        )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        raise _refused(
-            config_path,
-            f"has init_lora_weights {init!r}, which changes the base weights. Convert it to a plain LoRA with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
-            "unsupported_feature",
-        )
-    for name, value in config.items():
-        if name in _NEUTRAL or name in _APPLIED or not value or (name == "bias" and value == "none"):
-            continue
-        raise _refused(config_path, f"asks for {name}={value!r}, which is not supported (yet).", "unsupported_feature")
-    return config
-
-
-def _scaling(path: Path, config: Mapping[str, Any]) -> float:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise _refused(path / CONFIG_FILE, f"has r={rank!r}; it must be a positive integer.", "bad_config")
-    # JSON as Python reads it has NaN, Infinity and integers beyond any float.
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
-        raise _refused(path / CONFIG_FILE, f"has lora_alpha={alpha!r}; it must be a finite number.", "bad_config")
-    # rsLoRA: Kalajdzievski 2023.
-    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
-
-
-def _read_weights(path: Path, base: BaseShapes, lora_rank: int, *, settle: bool = False) -> _Weights:
+def _read_weights(
+    path: Path, base: BaseShapes, config: AdapterConfig, max_lora_rank: int | None = None, *, settle: bool = False
+) -> _Weights:
     """Read the weights file once, into one buffer of our own, of which the tensors are views.
 
-    Names, shapes and dtypes are checked before that. `settle`: the stamp is to be proof of what is read.
+    Names, shapes, ranks and dtypes are checked before that. `settle`: the stamp is to be proof of what is read.
     """
     weights_path = path / WEIGHTS_FILE
     if not weights_path.is_file():
@@ -279,7 +224,7 @@ def _read_weights(path: Path, base: BaseShapes, lora_rank: int, *, settle: bool 
         with weights_path.open("rb") as file:
             stamp = FileStamp.of(file)
             proof = stamp if not settle or stamp.settle() else None
-            places, num_bytes = _places(weights_path, file.fileno(), base, lora_rank)
+            places, num_bytes = _places(weights_path, file.fileno(), base, config, max_lora_rank)
             # No gaps, says the library: the last tensor ends where the file does.
             file.seek(-num_bytes, os.SEEK_END)
             data = torch.empty(-(-num_bytes // 4) * 4, dtype=torch.uint8)  # whole elements of any dtype
@@ -317,7 +262,9 @@ def _views(data: torch.Tensor, places: list[_Place]) -> list[tuple[int, str, str
     return views
 
 
-def _places(weights_path: Path, descriptor: int, base: BaseShapes, lora_rank: int) -> tuple[list[_Place], int]:
+def _places(
+    weights_path: Path, descriptor: int, base: BaseShapes, config: AdapterConfig, max_lora_rank: int | None
+) -> tuple[list[_Place], int]:
     """Where the tensors are, in canonical order, and the bytes of all; everything in the header is checked."""
     # By its descriptor: the path may lead to another file by now. pread: a mapped file that shrinks kills the process.
     with safe_open(f"/dev/fd/{descriptor}", framework="pt", backend="pread") as header:
@@ -325,8 +272,17 @@ def _places(weights_path: Path, descriptor: int, base: BaseShapes, lora_rank: in
         keys = _keys(weights_path, sorted(in_file_order), base)
         slices = {name: header.get_slice(name) for name in in_file_order}
         shapes = {name: slices[name].get_shape() for name in in_file_order}
-        for name, (_, linear, side) in keys.items():
-            _check_shape(weights_path, name, side, shapes[name], base.linears[linear], lora_rank)
+        for name, (layer, linear, side) in keys.items():
+            shape, lora_rank = base.of(linear), config.rank(_module(layer, linear))
+            assert shape is not None
+            if max_lora_rank is not None and lora_rank > max_lora_rank:
+                raise _refused(
+                    weights_path.with_name(CONFIG_FILE),
+                    f"has rank {lora_rank} for {_module(layer, linear)}, the limit is {max_lora_rank}. Start with "
+                    f"--max-lora-rank {lora_rank}.",
+                    "rank_too_large",
+                )
+            _check_shape(weights_path, name, side, shapes[name], shape, lora_rank)
         dtypes = {name: _DTYPES.get(slices[name].get_dtype()) for name in keys}
         for name, dtype in dtypes.items():
             if dtype is None:
@@ -360,7 +316,7 @@ def _keys(weights_path: Path, names: list[str], base: BaseShapes) -> dict[str, t
     found: dict[tuple[int, str, str], str] = {}
     for name in names:
         match = _TENSOR.fullmatch(name)
-        if match is None or match["linear"] not in base.linears:
+        if match is None or _PARENTS.get(match["linear"]) != match["parent"] or base.of(match["linear"]) is None:
             raise _refused(
                 weights_path,
                 f"has the tensor {name}; supported is LoRA on the decoder layers' {', '.join(base.linears)}.",
@@ -380,6 +336,13 @@ def _keys(weights_path: Path, names: list[str], base: BaseShapes) -> dict[str, t
     if not found:
         raise _refused(weights_path, "holds no LoRA weights.", "no_weights")
     for layer, linear, side in found:
+        for part in _FUSED.get(linear, ()):
+            if (layer, part, side) in found:
+                raise _refused(
+                    weights_path,
+                    f"has LoRA on {linear} and on {part} of layer {layer}, which is a part of it.",
+                    "overlapping_targets",
+                )
         other = "B" if side == "A" else "A"
         if (layer, linear, other) not in found:
             raise _refused(

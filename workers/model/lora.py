@@ -64,18 +64,18 @@ class LoraLinear:
 
     def write(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter's part into a slot that no running request uses."""
-        ranks = [0] * len(self._parts)
+        ranks, scalings = [0] * len(self._parts), [0.0] * len(self._parts)
         begin = 0
         for n, (part, end) in enumerate(zip(self._parts, self._ends, strict=True)):
-            weights = adapter.weights.get((self._layer, part.name))
-            if weights is not None:
-                a_RI, b_RO = weights
-                rank = ranks[n] = a_RI.shape[0]
-                self.a_LNRI[slot, n, :rank] = _cut(a_RI, self._columns)
-                self.b_LRO[slot, :rank, begin:end] = _cut(b_RO, part.rows)
+            pair = adapter.weights.get((self._layer, part.name))
+            if pair is not None:
+                rank = ranks[n] = pair.a_RI.shape[0]
+                scalings[n] = pair.scaling
+                self.a_LNRI[slot, n, :rank] = _cut(pair.a_RI, self._columns)
+                self.b_LRO[slot, :rank, begin:end] = _cut(pair.b_RO, part.rows)
             begin = end
         self.rank_LN[slot] = torch.tensor(ranks, dtype=torch.int32)
-        self.scaling_LN[slot] = adapter.scaling
+        self.scaling_LN[slot] = torch.tensor(scalings, dtype=torch.float32)
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
         """y += the adapters' terms for the rows in `segments`."""

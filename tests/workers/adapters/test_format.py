@@ -13,19 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorafleet.workers.adapters import format as adapter_format
+from lorafleet.workers.adapters.config import CONFIG_FILE
 from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
-from lorafleet.workers.adapters.format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterSpec,
-    BaseShapes,
-    load_adapter,
-    read_spec,
-)
+from lorafleet.workers.adapters.format import WEIGHTS_FILE, AdapterSpec, BaseShapes, load_adapter, read_spec
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
 
 RANK = 4
@@ -123,6 +118,12 @@ def test_a_config_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
         ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
         ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+        ({"lora_alpha": 1e39}, "lora_alpha=1e+39"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern=['q_proj']"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj']=0"),
+        ({"rank_pattern": {"q_(proj": 2}}, "rank_pattern for 'q_(proj'"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern['q_proj']='4'"),
+        ({"alpha_pattern": {"*": 4}}, "alpha_pattern for '*'"),
     ],
 )
 def test_a_rank_or_alpha_that_is_no_usable_number_is_refused(
@@ -143,8 +144,6 @@ def test_another_peft_method_is_refused(peft_type: str | None, tmp_path: Path) -
         {"bias": "all"},
         {"bias": "lora_only"},
         {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
         {"trainable_token_indices": [3]},
         {"alora_invocation_tokens": [3, 4]},
         {"fan_in_fan_out": True},
@@ -172,6 +171,68 @@ def test_a_rank_over_the_limit_is_refused_with_the_flag_that_lets_it_in(tmp_path
     write(tmp_path)
     assert_refused(tmp_path, "rank_too_large", "rank 4", "limit is 3", "--max-lora-rank 4.", max_lora_rank=3)
     assert read(tmp_path, max_lora_rank=4).lora_rank == RANK
+
+
+def test_a_rank_over_the_limit_in_a_pattern_is_refused_with_the_module(tmp_path: Path) -> None:
+    write(tmp_path, {"rank_pattern": {r"layers\.1\..*": 32}})
+    assert_refused(tmp_path, "rank_too_large", "rank 32 for model.layers.1.mlp.down_proj", "--max-lora-rank 32.")
+
+
+PATTERNS = {"q_proj": 2, r"1\.mlp\.down_proj": 3, "own_proj": 7, "layers.0": 7}
+
+
+def test_patterns_say_rank_and_alpha_of_each_module_as_in_peft(tmp_path: Path) -> None:
+    weights = tensors()
+    for name, tensor in weights.items():
+        rank = get_pattern_rank(name)
+        weights[name] = (tensor[:rank] if "lora_A" in name else tensor[:, :rank]).contiguous()
+    spec = read(
+        write(tmp_path, {"rank_pattern": PATTERNS, "alpha_pattern": {"down_proj": 6, "0.self_attn.q_proj": 1}}, weights)
+    )
+    assert spec.lora_rank == 3
+    loaded = load_adapter(spec, BASE, torch.float32).weights
+    assert {key: (pair.a_RI.shape[0], pair.scaling) for key, pair in loaded.items()} == {
+        (0, "q_proj"): (2, 0.5),
+        (1, "q_proj"): (2, 4.0),
+        (1, "down_proj"): (3, 2.0),
+    }
+
+
+def get_pattern_rank(name: str) -> int:
+    """PEFT's own answer."""
+    module = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+    return PATTERNS.get(get_pattern_key(PATTERNS.keys(), module), RANK)
+
+
+def test_an_alpha_in_a_pattern_changes_the_digest(tmp_path: Path) -> None:
+    changed = read(write(tmp_path / "changed", {"alpha_pattern": {"down_proj": 9}}))
+    assert changed.digest != read(write(tmp_path / "plain")).digest
+    same = read(
+        write(tmp_path / "same", {"alpha_pattern": {"down_proj": 8, "o_proj": 9}, "rank_pattern": {"o_proj": 9}})
+    )
+    assert same.digest == read(write(tmp_path / "plain")).digest
+
+
+FUSED_BASE = BaseShapes(num_layers=1, linears={"q_proj": (8, 8), "k_proj": (8, 4), "v_proj": (8, 4), "o_proj": (8, 8)})
+FUSED_A, FUSED_B = (name.format(layer=0, linear="self_attn.qkv_proj") for name in (A, B))
+
+
+def test_a_fused_module_is_its_parts_with_one_a(tmp_path: Path) -> None:
+    weights = {FUSED_A: torch.randn(RANK, 8), FUSED_B: torch.randn(16, RANK)}
+    spec = read_spec(write(tmp_path, weights=weights), FUSED_BASE, max_lora_rank=RANK)
+    loaded = load_adapter(spec, FUSED_BASE, torch.float32)
+    assert loaded.num_bytes == 4 * (RANK * 8 + 16 * RANK), "A is kept once"
+    assert list(loaded.weights) == [(0, "q_proj"), (0, "k_proj"), (0, "v_proj")]
+    assert all(torch.equal(pair.a_RI, weights[FUSED_A]) for pair in loaded.weights.values())
+    assert torch.equal(torch.cat([pair.b_RO for pair in loaded.weights.values()], dim=1), weights[FUSED_B].T)
+
+
+def test_a_module_and_a_part_of_it_are_refused(tmp_path: Path) -> None:
+    weights = {FUSED_A: torch.randn(RANK, 8), FUSED_B: torch.randn(16, RANK)}
+    write(tmp_path, weights=weights | {Q0_A: torch.randn(RANK, 8), Q0_B: torch.randn(8, RANK)})
+    with pytest.raises(AdapterRefusedError, match="qkv_proj and on q_proj of layer 0") as caught:
+        read_spec(tmp_path, FUSED_BASE, max_lora_rank=RANK)
+    assert caught.value.reason == "overlapping_targets"
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
@@ -395,13 +456,13 @@ def test_alpha_and_rslora_say_the_scaling_and_change_the_digest(
     change: dict[str, Any], scaling: float, tmp_path: Path
 ) -> None:
     spec = read(write(tmp_path / "changed", change))
-    assert spec.scaling == scaling
+    assert spec.config.scaling("model.layers.0.self_attn.q_proj") == scaling
     assert (spec.digest == read(write(tmp_path / "plain")).digest) is (not change)
 
 
 def test_a_spec_says_what_an_adapter_takes(tmp_path: Path) -> None:
     spec = read(write(tmp_path, {"base_model_name_or_path": "org/base"}))
-    assert (spec.path, spec.lora_rank, spec.base_model_name) == (tmp_path, RANK, "org/base")
+    assert (spec.path, spec.lora_rank, spec.config.base_model_name) == (tmp_path, RANK, "org/base")
     assert spec.num_elements == sum(tensor.numel() for tensor in tensors().values())
     assert load_adapter(spec, BASE, torch.bfloat16).num_bytes == 2 * spec.num_elements
 
@@ -413,9 +474,9 @@ def test_loaded_weights_are_the_files_in_memory_of_their_own(stored: torch.dtype
     expected = {name: tensor.to(torch.float32, copy=True) for name, tensor in load_file(file).items()}
     with file.open("r+b") as opened:  # in place: a memory map would see it
         opened.write(b"\xff" * file.stat().st_size)
-    assert adapter.scaling == 2.0
     assert set(adapter.weights) == {(0, "q_proj"), (1, "q_proj"), (1, "down_proj")}
-    for (layer, linear), (a, b) in adapter.weights.items():
+    for (layer, linear), (a, b, scaling) in adapter.weights.items():
+        assert scaling == 2.0
         path = f"mlp.{linear}" if linear == "down_proj" else f"self_attn.{linear}"
         torch.testing.assert_close(a, expected[A.format(layer=layer, linear=path)], rtol=0, atol=0)
         torch.testing.assert_close(b, expected[B.format(layer=layer, linear=path)].T, rtol=0, atol=0)
@@ -425,7 +486,7 @@ def test_loaded_weights_are_the_files_in_memory_of_their_own(stored: torch.dtype
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_loaded_weights_share_one_buffer_of_the_size_that_is_accounted(stored: torch.dtype, tmp_path: Path) -> None:
     adapter = load_adapter(read(write(tmp_path, weights=tensors(stored))), BASE, torch.bfloat16)
-    storages = [tensor.untyped_storage() for pair in adapter.weights.values() for tensor in pair]
+    storages = [tensor.untyped_storage() for a, b, _ in adapter.weights.values() for tensor in (a, b)]
     assert len({storage.data_ptr() for storage in storages}) == 1
     assert storages[0].nbytes() == adapter.num_bytes
 
@@ -445,7 +506,7 @@ def test_a_file_of_mixed_dtypes_is_loaded_wherever_its_tensors_lie(tmp_path: Pat
     )
     spec = read_spec(tmp_path, base, max_lora_rank=1)
     assert spec.num_elements == 6
-    loaded_a, loaded_b = load_adapter(spec, base, torch.float32).weights[0, "q_proj"]
+    loaded_a, loaded_b, _ = load_adapter(spec, base, torch.float32).weights[0, "q_proj"]
     assert loaded_a.tolist() == a.tolist()
     assert loaded_b.tolist() == b.T.tolist()
 
@@ -514,8 +575,8 @@ def hashes(monkeypatch: pytest.MonkeyPatch) -> list[AdapterHash]:
     made: list[AdapterHash] = []
 
     class Counted(AdapterHash):
-        def __init__(self, *, lora_rank: int, scaling: float) -> None:
-            super().__init__(lora_rank=lora_rank, scaling=scaling)
+        def __init__(self) -> None:
+            super().__init__()
             made.append(self)
 
     monkeypatch.setattr(adapter_format, "AdapterHash", Counted)
@@ -611,7 +672,7 @@ def test_a_file_that_is_replaced_while_it_is_loaded_is_read_as_it_was(tmp_path: 
     expected = load_adapter(spec, BASE, torch.float32).weights
     meddle(lambda: (other / WEIGHTS_FILE).replace(spec.path / WEIGHTS_FILE))
     loaded = load_adapter(spec, BASE, torch.float32).weights
-    for key, (a, b) in loaded.items():
-        torch.testing.assert_close((a, b), expected[key], rtol=0, atol=0)
+    for key, pair in loaded.items():
+        torch.testing.assert_close(pair, expected[key], rtol=0, atol=0)
     with pytest.raises(AdapterUnavailableError, match="changed since"):
         load_adapter(spec, BASE, torch.float32)

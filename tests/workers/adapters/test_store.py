@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lorafleet.workers.adapters import store as adapter_store
+from lorafleet.workers.adapters.config import AdapterConfig
 from lorafleet.workers.adapters.format import AdapterSpec, BaseShapes, HostAdapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError
@@ -26,7 +27,7 @@ BASE = BaseShapes(num_layers=1, linears={})
 
 def spec(digest: str, num_bytes: int = 10) -> AdapterSpec:
     # Two bytes an element: the stores below are of bfloat16.
-    return AdapterSpec(digest, Path("/adapters") / digest, 1, 1.0, num_bytes // 2, None)
+    return AdapterSpec(digest, Path("/adapters") / digest, AdapterConfig(None, 1, 1.0, False), 1, num_bytes // 2)
 
 
 class Disk:
@@ -60,7 +61,7 @@ class Disk:
             assert may_end.wait(TIMEOUT_S)
         if wanted.digest in self.broken:
             raise self.broken[wanted.digest]
-        return HostAdapter(wanted.digest, 1.0, {}, wanted.num_elements * dtype.itemsize)
+        return HostAdapter(wanted.digest, {}, wanted.num_elements * dtype.itemsize)
 
 
 class Clock:

@@ -59,9 +59,13 @@ def run_rank(rank: int, size: int, port: int, model_dir: Path, adapter_dir: Path
     ("name", "size"), [("llama2", 2), ("smollm2", 4), ("qwen2", 2), ("qwen3", 4), ("llama-biased", 2)]
 )
 def test_sharded_ranks_give_the_logits_of_one(name: str, size: int, tmp_path: Path) -> None:
-    """Four ranks over two key-value heads replicate those."""
+    """Four ranks over two key-value heads replicate those. The adapter has fused modules and modules of other ranks."""
     model = tiny.make_model(name, tmp_path / "model")
-    tiny.make_adapter(model, tmp_path / "adapter")
+    adapted = tiny.make_adapter(
+        model, tmp_path / "adapter", rank_pattern={"1.mlp.down_proj": 2, "o_proj": 7}, alpha_pattern={"o_proj": 3}
+    )
+    tiny.fuse(adapted, tmp_path / "adapter", "qkv_proj", ["q_proj", "k_proj", "v_proj"])
+    tiny.fuse(adapted, tmp_path / "adapter", "gate_up_proj", ["gate_proj", "up_proj"])
     expected = logits(tmp_path / "model", tmp_path / "adapter", TensorParallelGroup())
     assert not torch.allclose(expected[0], expected[1], atol=1e-2), "the adapter must make a difference"
     with socket.socket() as probe:
