@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.linear import linear, prepare
-from lorafleet.kernels.lora import LoraSegments, lora_add_
+from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
 from lorafleet.kernels.paged_kv import key_shape, value_shape
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 
@@ -125,7 +125,8 @@ def lora(spec: ModelSpec, lora_rank: int = 8) -> None:
                 for _ in range(_NUM_COPIES)
             ]
             rank = torch.full((16, num_slices), lora_rank, dtype=torch.int32)
-            scaling = torch.ones(16, num_slices)
+            scaling, plain = torch.ones(16, num_slices), torch.zeros(16, num_slices, dtype=torch.int32)
+            scale, shift = torch.ones(2, 16, num_out)
             ends = torch.tensor(widths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
             bounds = torch.tensor([rows * i // count for i in range(count + 1)], dtype=torch.int32)
             slots = torch.randperm(16)[:count].to(torch.int32)
@@ -135,7 +136,7 @@ def lora(spec: ModelSpec, lora_rank: int = 8) -> None:
 
             def run() -> None:
                 a, b = next(turns)  # noqa: B023
-                lora_add_(y, x, a, b, rank, scaling, ends, segments)  # noqa: B023
+                lora_add_(y, x, LoraSlots(a, b, rank, scaling, plain, scale, shift, ends), segments)  # noqa: B023
 
             total += median_us(run)
             num_bytes += 2 * count * lora_rank * (num_slices * num_in + num_out)

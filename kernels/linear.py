@@ -104,6 +104,12 @@ def gather_rows(weight: LinearWeight, ids_T: torch.Tensor) -> torch.Tensor:
     return weight.data[ids_T // _GROUP, :, ids_T % _GROUP].flatten(1)
 
 
+def dense(weight: LinearWeight, rows: slice) -> torch.Tensor:
+    """Rows of W as float32 [O, I], in memory of their own: what is multiplied with, rounding to integers included."""
+    data_OI = (_unpack(weight) if weight.is_packed else weight.data)[rows].to(torch.float32, copy=True)
+    return data_OI if weight.scale_O is None else data_OI.mul_(weight.scale_O[rows, None])
+
+
 def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [O, I], float32 scale [O]) with weight ≈ scale · integers: symmetric, rounded to nearest, per output."""
     scale_O = weight_OI.abs().amax(dim=1).float().clamp_min_(torch.finfo(torch.float32).tiny) / 127

@@ -4,6 +4,12 @@ For each segment g, its rows x and each slice n of the fused linear, with slot s
 
     y[:, slice n] += weight[g] · scaling[s, n] · (x · A[s, n, :r]ᵀ) · B[s, :r, slice n]
 
+and where is_affine[s, n], after that, with weight[g] 1 and these rows in no other segment:
+
+    y[:, slice n] = scale[s, slice n] · y[:, slice n] + shift[s, slice n]
+
+which is DoRA's renormalisation (Liu et al. 2024), an adapter's own bias, or both.
+
 A row may lie in several segments (a composition of adapters) or in none (the base model, whose y stays as it is, bit by
 bit). Only an adapter's own rank is computed. Weights of a slot touch no rows but those of its segments, whatever they
 hold.
@@ -30,29 +36,33 @@ class LoraSegments:
     weight_G: torch.Tensor  # float32, 1 unless adapters are composed
 
 
-def lora_add_(
-    y_TO: torch.Tensor,
-    x_TI: torch.Tensor,
-    a_LNRI: torch.Tensor,
-    b_LRO: torch.Tensor,
-    rank_LN: torch.Tensor,
-    scaling_LN: torch.Tensor,
-    slice_end_N: torch.Tensor,
-    segments: LoraSegments,
-) -> None:
-    """Add the adapters' terms to y in place; the products are float32. rank 0 is a slice that the adapter leaves alone.
+@dataclass(frozen=True, slots=True)
+class LoraSlots:
+    """Adapters' weights for one fused linear. All contiguous; the adapters' dtype may differ from the activations'."""
 
-    rank_LN, slice_end_N: int32. scaling_LN: float32. The adapters' dtype may differ from x's and y's.
-    """
+    a_LNRI: torch.Tensor
+    b_LRO: torch.Tensor
+    rank_LN: torch.Tensor  # int32; 0 for a slice that the adapter leaves alone
+    scaling_LN: torch.Tensor  # float32
+    is_affine_LN: torch.Tensor  # int32
+    scale_LO: torch.Tensor  # float32
+    shift_LO: torch.Tensor  # float32
+    slice_end_N: torch.Tensor  # int32
+
+
+def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments) -> None:
+    """Add the adapters' terms to y in place; the products are float32."""
     native = library()
     if native is None or y_TO.device.type != "cpu":
-        lora_add_reference_(y_TO, x_TI, a_LNRI, b_LRO, rank_LN, scaling_LN, slice_end_N, segments)
+        lora_add_reference_(y_TO, x_TI, slots, segments)
         return
+    a_LNRI, b_LRO = slots.a_LNRI, slots.b_LRO
     _, num_slices, max_rank, num_in = a_LNRI.shape
     assert y_TO.stride(1) == x_TI.stride(1) == 1 and y_TO.dtype == x_TI.dtype and a_LNRI.dtype == b_LRO.dtype
     assert a_LNRI.is_contiguous() and b_LRO.is_contiguous() and x_TI.shape[1] == num_in
     assert y_TO.shape[1] == b_LRO.shape[2] and b_LRO.shape[1] == max_rank
-    assert rank_LN.dtype == slice_end_N.dtype == segments.start_G.dtype == torch.int32
+    assert slots.rank_LN.dtype == slots.is_affine_LN.dtype == segments.start_G.dtype == torch.int32
+    assert slots.scale_LO.dtype == slots.shift_LO.dtype == slots.scaling_LN.dtype == torch.float32
     native.lf_lora_add(
         DTYPE_CODES[y_TO.dtype],
         DTYPE_CODES[a_LNRI.dtype],
@@ -62,9 +72,12 @@ def lora_add_(
         x_TI.stride(0),
         a_LNRI.data_ptr(),
         b_LRO.data_ptr(),
-        rank_LN.data_ptr(),
-        scaling_LN.data_ptr(),
-        slice_end_N.data_ptr(),
+        slots.rank_LN.data_ptr(),
+        slots.scaling_LN.data_ptr(),
+        slots.is_affine_LN.data_ptr(),
+        slots.scale_LO.data_ptr(),
+        slots.shift_LO.data_ptr(),
+        slots.slice_end_N.data_ptr(),
         segments.start_G.data_ptr(),
         segments.end_G.data_ptr(),
         segments.slot_G.data_ptr(),
@@ -77,22 +90,21 @@ def lora_add_(
     )
 
 
-def lora_add_reference_(
-    y_TO: torch.Tensor,
-    x_TI: torch.Tensor,
-    a_LNRI: torch.Tensor,
-    b_LRO: torch.Tensor,
-    rank_LN: torch.Tensor,
-    scaling_LN: torch.Tensor,
-    slice_end_N: torch.Tensor,
-    segments: LoraSegments,
-) -> None:
+def lora_add_reference_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments) -> None:
     """Segment by segment: defines what is right."""
-    ends = slice_end_N.tolist()
+    ends = slots.slice_end_N.tolist()
     columns = segments.start_G.tolist(), segments.end_G.tolist(), segments.slot_G.tolist(), segments.weight_G.tolist()
     for start, end, slot, weight in zip(*columns, strict=True):
+        if start >= end:
+            continue
         for n, (begin, stop) in enumerate(zip([0, *ends], ends, strict=False)):
-            rank = int(rank_LN[slot, n])
-            if rank and start < end:
-                h = weight * scaling_LN[slot, n] * (x_TI[start:end].float() @ a_LNRI[slot, n, :rank].float().T)
-                y_TO[start:end, begin:stop] += (h @ b_LRO[slot, :rank, begin:stop].float()).to(y_TO.dtype)
+            rank, is_affine = int(slots.rank_LN[slot, n]), bool(slots.is_affine_LN[slot, n])
+            if not rank and not is_affine:
+                continue
+            own = y_TO[start:end, begin:stop].float()
+            if rank:
+                h = x_TI[start:end].float() @ slots.a_LNRI[slot, n, :rank].float().T
+                own += (weight * slots.scaling_LN[slot, n] * h) @ slots.b_LRO[slot, :rank, begin:stop].float()
+            if is_affine:
+                own = own * slots.scale_LO[slot, begin:stop] + slots.shift_LO[slot, begin:stop]
+            y_TO[start:end, begin:stop] = own.to(y_TO.dtype)

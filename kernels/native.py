@@ -35,7 +35,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lf_silu_mul": (_INT, _P, _P, _I64, _I64),
     "lf_rope_kv_write": (_INT, _P, _I64, _P, _P, _P, _P, _P, *(_I64,) * 5, _P, _P, _F32),
     "lf_paged_attention": (_INT, _P, _I64, _P, _P, _P, _I64, _P, _P, _P, *(_I64,) * 5, _F32, _I64),
-    "lf_lora_add": (_INT, _INT, _P, _I64, _P, _I64, *(_P,) * 9, *(_I64,) * 5),
+    "lf_lora_add": (_INT, _INT, _P, _I64, _P, _I64, *(_P,) * 12, *(_I64,) * 5),
     "lf_linear": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
     "lf_linear_packed": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
     "lf_linear_packed_int8": (_P, _I64, _P, _P, _P, _P, *(_I64,) * 3),

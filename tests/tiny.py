@@ -100,7 +100,9 @@ def make_adapter(
     config = LoraConfig(**fields | options)
     peft_model = get_peft_model(model, config, adapter_name=name)
     for parameter_name, parameter in peft_model.named_parameters():
-        if "lora_" in parameter_name:
+        if "magnitude" in parameter_name:
+            parameter.data.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
+        elif parameter.requires_grad:  # LoRA's, and biases that are trained
             parameter.data.normal_(0.0, strength)
     peft_model.eval().save_pretrained(directory)
     return peft_model

@@ -41,7 +41,7 @@ class MemoryPlan:
     max_model_len: int
     max_num_batched_tokens: int
     max_num_seqs: int
-    slot_bytes: int  # one adapter slot at --max-lora-rank
+    slot_bytes: int  # one adapter slot at --max-lora-rank, with a scale and a shift of every output
     max_loras: int  # 0: LoRA is off
     host_cache_bytes: int
     max_cpu_loras: int | None
@@ -105,6 +105,7 @@ def plan_memory(
     if config.lora is not None:
         max_loras = config.lora.max_loras
         slot_bytes = spec.lora_elements(config.lora.max_lora_rank) * DTYPE_BYTES[lora_dtype] // ranks
+        slot_bytes += spec.num_linear_outputs * 2 * DTYPE_BYTES["float32"] // ranks  # scale and shift
         host_cache = config.lora.host_cache_bytes or (
             config.lora.max_cpu_loras * slot_bytes
             if config.lora.max_cpu_loras is not None

@@ -1,4 +1,5 @@
-// Segmented LoRA: y[rows of g, slice n] += weight·scaling·(x·Aᵀ)·B, each slot at its own rank.
+// Segmented LoRA: y[rows of g, slice n] += weight·scaling·(x·Aᵀ)·B, each slot at its own rank. Slices with a scale and a
+// shift of the outputs (DoRA, an adapter's bias) get them in the same pass.
 //
 // Two phases with a barrier between: shrink makes h for every pair (segment, slice), expand adds to y. Shrink is cut into
 // units of equal cost, of which each thread takes a stretch. Expand is split over columns only: each thread goes through
@@ -51,8 +52,11 @@ struct Lora {
   int64_t x_stride;
   const W* a;  // [L, N, R, I]
   const W* b;  // [L, R, O]
-  const int32_t* rank;   // [L, N]
-  const float* scaling;  // [L, N]
+  const int32_t* rank;       // [L, N]
+  const float* scaling;      // [L, N]
+  const int32_t* is_affine;  // [L, N]
+  const float* scale;        // [L, O], of affine slices only
+  const float* shift;        // [L, O]
   const int32_t* slice_end;
   const int32_t* start;
   const int32_t* end;
@@ -120,9 +124,22 @@ struct Lora {
     }
   }
 
-  // y [kRows, kColumns] += h [kRows, own_rank]·B [own_rank, kColumns].
+  // What becomes of the outputs of a pair after its term is added: scale·y + shift, or y where there is no scale.
+  struct Affine {
+    const float *scale, *shift;
+    Floats operator()(Floats value, int64_t column, int64_t count = kLanes) const {
+      return scale == nullptr ? value : value * load(scale + column, count) + load(shift + column, count);
+    }
+  };
+  Affine affine(const Pair& pair) const {
+    if (!is_affine[place(pair)]) return {nullptr, nullptr};
+    return {scale + slot[pair.segment] * num_out, shift + slot[pair.segment] * num_out};
+  }
+
+  // y [kRows, kColumns] += h [kRows, own_rank]·B [own_rank, kColumns], at `column`.
   template <int kRows>
-  void expand_tile(const float* h, int64_t own_rank, const W* own_b, const W* next_b, X* out) const {
+  void expand_tile(const float* h, int64_t own_rank, const W* own_b, const W* next_b, const Affine& change,
+                   int64_t column, X* out) const {
     Floats sum[kRows][kVectors] = {};
     for (int64_t r = 0; r < own_rank; ++r) {
       Floats row[kVectors];
@@ -143,16 +160,17 @@ struct Lora {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         X* place = out + k * y_stride + v * kLanes;
-        store(load(place) + sum[k][v], place);
+        store(change(load(place) + sum[k][v], column + v * kLanes), place);
       }
   }
 
   // The same for a row and `count` < kColumns columns.
-  void expand_rest(const float* h, int64_t own_rank, const W* own_b, int64_t count, X* out) const {
+  void expand_rest(const float* h, int64_t own_rank, const W* own_b, int64_t count, const Affine& change,
+                   int64_t column, X* out) const {
     for_each_vector(count, [&](int64_t i, int64_t n) {
       Floats total = {};
       for (int64_t r = 0; r < own_rank; ++r) total += h[r] * load(own_b + r * num_out + i, n);
-      store(load(out + i, n) + total, out + i, n);
+      store(change(load(out + i, n) + total, column + i, n), out + i, n);
     });
   }
 
@@ -166,6 +184,7 @@ struct Lora {
   // Adds a pair's part to its columns. The thread's next pair is requested while this one ends.
   void expand(const Pair& pair, Columns own, const Pair& next, Columns next_own, const float* h) const {
     const W* own_b = columns_of_b(pair);
+    const Affine change = affine(pair);
     const int64_t ahead = std::min(kColumnsAhead, own.count());
     for (int64_t row = 0; row < length(pair); row += kExpandRows) {
       const int64_t num_rows = std::min(kExpandRows, length(pair) - row);
@@ -178,12 +197,14 @@ struct Lora {
                           : beyond < next_own.count() ? columns_of_b(next) + next_own.first + beyond
                                                        : own_b + column;
         for_each_row_tile<kExpandTileRows>(num_rows, [&](auto rows, int64_t k) {
-          expand_tile<rows>(own_h + k * pair.rank, pair.rank, own_b + column, next_b, out + k * y_stride + column);
+          expand_tile<rows>(own_h + k * pair.rank, pair.rank, own_b + column, next_b, change, column,
+                            out + k * y_stride + column);
         });
       }
       if (column < own.last)
         for (int64_t k = 0; k < num_rows; ++k)
-          expand_rest(own_h + k * pair.rank, pair.rank, own_b + column, own.last - column, out + k * y_stride + column);
+          expand_rest(own_h + k * pair.rank, pair.rank, own_b + column, own.last - column, change, column,
+                      out + k * y_stride + column);
     }
   }
 
@@ -209,7 +230,7 @@ struct Lora {
       for (int64_t n = 0; n < num_slices; ++n) {
         Pair pair{g, n, rank[slot[g] * num_slices + n], 0, num_units, size_of_h};
         const int64_t rows = length(pair);
-        if (pair.rank == 0 || rows <= 0) continue;
+        if ((pair.rank == 0 && !is_affine[place(pair)]) || rows <= 0) continue;
         pair.row_blocks = (rows + kDotRows - 1) / kDotRows;
         work.pairs.push_back(pair);
         num_units += pair.row_blocks * num_blocks(pair);
@@ -238,16 +259,17 @@ struct Lora {
 extern "C" {
 
 void lf_lora_add(int dtype, int lora_dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride, const void* a,
-                 const void* b, const int32_t* rank, const float* scaling, const int32_t* slice_end,
-                 const int32_t* start, const int32_t* end, const int32_t* slot, const float* weight,
+                 const void* b, const int32_t* rank, const float* scaling, const int32_t* is_affine,
+                 const float* scale, const float* shift, const int32_t* slice_end, const int32_t* start,
+                 const int32_t* end, const int32_t* slot, const float* weight,
                  int64_t num_segments, int64_t num_slices, int64_t max_rank, int64_t num_in, int64_t num_out) {
   with_dtype(dtype, [&](auto* x_tag) {
     with_dtype(lora_dtype, [&](auto* w_tag) {
       using X = element<decltype(x_tag)>;
       using W = element<decltype(w_tag)>;
       Lora<X, W>{static_cast<X*>(y), y_stride, static_cast<const X*>(x), x_stride, static_cast<const W*>(a),
-                 static_cast<const W*>(b), rank, scaling, slice_end, start, end, slot, weight, num_segments,
-                 num_slices, max_rank, num_in, num_out}
+                 static_cast<const W*>(b), rank, scaling, is_affine, scale, shift, slice_end, start, end, slot,
+                 weight, num_segments, num_slices, max_rank, num_in, num_out}
           .run();
     });
   });

@@ -36,7 +36,7 @@ def spoil_non_finite(adapter: Path) -> None:
 
 def spoil_feature(adapter: Path) -> None:
     path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
 
 
 def spoil_shape(adapter: Path) -> None:
@@ -51,7 +51,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "not PEFT": (spoil_not_peft, "adapter_config.json"),
     "pickle": (spoil_pickle, "adapter_model.bin is a pickle"),
     "non-finite weights": (spoil_non_finite, "NaN"),
-    "unsupported feature": (spoil_feature, "use_dora"),
+    "unsupported feature": (spoil_feature, "modules_to_save"),
     "shapes of another base": (spoil_shape, "another base model"),
 }
 

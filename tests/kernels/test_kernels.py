@@ -16,7 +16,7 @@ from lorafleet.kernels.activation import silu_mul
 from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.build import Level, supported_levels
 from lorafleet.kernels.linear import gather_rows, linear, linear_reference, prepare, quantize_int8
-from lorafleet.kernels.lora import LoraSegments, lora_add_
+from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
 from lorafleet.kernels.native import forced, library
 from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
 from lorafleet.kernels.paged_kv import key_shape, read, value_shape, write_
@@ -243,6 +243,10 @@ class LoraCase:
         )
         self.scaling = torch.rand(slots, len(widths)) + 0.5
         self.ends = torch.tensor(widths, dtype=torch.int32).cumsum(0).to(torch.int32)
+        # A slice with LoRA and one without, of slots that no composition uses.
+        self.is_affine = torch.zeros(slots, len(widths), dtype=torch.int32)
+        self.is_affine[3, 1:] = self.is_affine[4, ::2] = 1
+        self.scale, self.shift = torch.rand(2, slots, sum(widths)) + 0.5
 
     def run(self, segments: list[tuple[int, int, int, float]]) -> torch.Tensor:
         """segments: (first row, behind the last, slot, weight)."""
@@ -252,7 +256,8 @@ class LoraCase:
             torch.tensor(columns[3], dtype=torch.float32),
         )
         y = self.y.clone()
-        lora_add_(y, self.x, self.a, self.b, self.rank, self.scaling, self.ends, packed)
+        changes = self.is_affine, self.scale, self.shift
+        lora_add_(y, self.x, LoraSlots(self.a, self.b, self.rank, self.scaling, *changes, self.ends), packed)
         return y
 
 
@@ -293,6 +298,19 @@ def test_lora_equals_its_formula() -> None:
         expected[3:9, begin:end] += 0.5 * case.scaling[2, n] * delta
         begin = end
     close(case.run([(3, 9, 2, 0.5)]), expected)
+
+
+def test_lora_with_a_scale_and_a_shift_equals_its_formula() -> None:
+    case = LoraCase(40, torch.float32, torch.float32)
+    expected = case.y.clone()
+    q, k, v = slice(0, 70), slice(70, 86), slice(86, 119)
+    delta = case.x[3:9] @ case.a[4, 0, :5].T @ case.b[4, :5, q]
+    expected[3:9, q] = case.scale[4, q] * (expected[3:9, q] + case.scaling[4, 0] * delta) + case.shift[4, q]
+    expected[3:9, k] += case.scaling[4, 1] * (case.x[3:9] @ case.a[4, 1, :5].T @ case.b[4, :5, k])
+    delta = case.x[3:9] @ case.a[4, 2, :5].T @ case.b[4, :5, v]
+    expected[3:9, v] = case.scale[4, v] * (expected[3:9, v] + case.scaling[4, 2] * delta) + case.shift[4, v]
+    expected[20:21, 70:] = case.scale[3, 70:] * expected[20:21, 70:] + case.shift[3, 70:]  # no LoRA at all
+    close(case.run([(3, 9, 4, 1.0), (20, 21, 3, 1.0)]), expected)
 
 
 def test_nan_weights_harm_only_rows_of_their_slot() -> None:

@@ -194,12 +194,13 @@ def test_a_bound_on_adapters_sizes_the_host_cache_and_bytes_overrule_it(memory: 
     assert plan(memory, LoRAConfig(max_loras=300)).host_cache_bytes == 300 * slot_bytes
 
 
-def test_a_slot_is_the_size_of_the_largest_adapter_in_the_adapters_dtype() -> None:
+def test_a_slot_is_the_size_of_the_largest_adapter_in_the_adapters_dtype_and_a_scale_and_a_shift() -> None:
     engine = EngineConfig(model="m", lora=LoRAConfig(max_lora_rank=5))
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         made = plan_memory(SPEC, engine, BIG, dtype="bfloat16", lora_dtype=dtype)
         sides = (576 + 576) + 2 * (576 + 192) + (576 + 576) + 3 * (576 + 1536)
-        assert made.slot_bytes == 30 * 5 * sides * size
+        outputs = 576 + 2 * 192 + 576 + 2 * 1536 + 576
+        assert made.slot_bytes == 30 * (5 * sides * size + outputs * 2 * 4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

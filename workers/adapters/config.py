@@ -39,7 +39,18 @@ _NEUTRAL = frozenset(
     ]
 )
 _APPLIED = frozenset(
-    ["peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern"]
+    [
+        "alpha_pattern",
+        "bias",
+        "init_lora_weights",
+        "lora_alpha",
+        "lora_bias",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "use_dora",
+        "use_rslora",
+    ]
 )
 # Initialisations that rewrite the base weights, on which the adapter then relies.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -54,6 +65,9 @@ class AdapterConfig:
     lora_rank: int
     lora_alpha: float
     use_rslora: bool
+    use_dora: bool = False  # Liu et al. 2024
+    lora_bias: bool = False  # B has a bias
+    trains_bias: bool = False  # the base model's biases, where it has some, are the adapter's own
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...] = ()
     alpha_pattern: tuple[tuple[re.Pattern[str], float], ...] = ()
 
@@ -94,6 +108,9 @@ def read_config(directory: Path) -> AdapterConfig:
         lora_rank=_rank(path, "r", fields.get("r")),
         lora_alpha=_alpha(path, "lora_alpha", fields.get("lora_alpha")),
         use_rslora=bool(fields.get("use_rslora")),
+        use_dora=bool(fields.get("use_dora")),
+        lora_bias=bool(fields.get("lora_bias")),
+        trains_bias=_trains_bias(path, fields.get("bias", "none")),
         rank_pattern=tuple(
             (_compiled(path, "rank_pattern", key), _rank(path, f"rank_pattern[{key!r}]", value))
             for key, value in _pattern(path, fields, "rank_pattern").items()
@@ -115,9 +132,15 @@ def _check_features(path: Path, fields: Mapping[str, Any]) -> None:
             "unsupported_feature",
         )
     for name, value in fields.items():
-        if name in _NEUTRAL or name in _APPLIED or not value or (name == "bias" and value == "none"):
+        if name in _NEUTRAL or name in _APPLIED or not value:
             continue
         raise _refused(path, f"asks for {name}={value!r}, which is not supported (yet).", "unsupported_feature")
+
+
+def _trains_bias(path: Path, value: Any) -> bool:
+    if value not in ("none", "all", "lora_only"):
+        raise _refused(path, f"has bias={value!r}; it must be none, all or lora_only.", "bad_config")
+    return bool(value != "none")
 
 
 def _rank(path: Path, name: str, value: Any) -> int:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,19 @@ _PARENTS = {
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 _TENSOR = re.compile(
-    r"(?:base_model\.model\.)?model\.layers\.(?P<layer>[0-9]+)\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)"
-    r"\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight"
+    r"(?:base_model\.model\.)?model\.layers\.(?P<layer>[0-9]+)\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)\."
+    r"(?:(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<B_bias>lora_B(?:\.[^.]+)?\.bias)"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)|(?P<bias>(?:base_layer\.)?bias))"
 )
+_VECTORS = ("B_bias", "bias", "magnitude")  # one value an output
+_SIDES = ("A", "B", *_VECTORS)
+_SIDE_NAMES = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "B_bias": "the bias of lora_B",
+    "bias": "the bias",
+    "magnitude": "lora_magnitude_vector",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +74,24 @@ class AdapterSpec:
     path: Path
     config: AdapterConfig
     lora_rank: int  # the highest of its modules
-    num_elements: int
+    num_elements: int  # of A and B
+    num_vector_elements: int = 0  # of biases and magnitudes
     stamp: FileStamp | None = None  # of the weights file that was hashed; None: nothing vouches for it, hash again
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """In host memory: A and B in `dtype`; vectors as they were read, in float32, and norms as long as they."""
+        return self.num_elements * dtype.itemsize + self.num_vector_elements * 12
 
-class LoraPair(NamedTuple):
-    """What changes one linear. B is turned already, as the slots want it: filling a slot only copies rows."""
 
-    a_RI: torch.Tensor
+class LinearChange(NamedTuple):
+    """What an adapter does to one linear. B is turned already, as slots want it: filling one only copies rows."""
+
+    a_RI: torch.Tensor  # R is 0 where only the bias is the adapter's
     b_RO: torch.Tensor
     scaling: float
+    b_bias_O: torch.Tensor | None = None  # float32, as all vectors: added to (A·x)·B before the scaling
+    bias_O: torch.Tensor | None = None  # in place of the base model's
+    magnitude_O: torch.Tensor | None = None  # DoRA's
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +99,10 @@ class HostAdapter:
     """An adapter's weights in host memory of their own, by (layer, linear)."""
 
     digest: str
-    weights: Mapping[tuple[int, str], LoraPair]
+    weights: Mapping[tuple[int, str], LinearChange]
     num_bytes: int
+    # DoRA's, of the rows of W + s·B·A. They take the base's weights, so the first slot that is filled finds them.
+    norms: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
 def read_spec(path: Path, base: BaseShapes, *, max_lora_rank: int) -> AdapterSpec:
@@ -100,7 +120,7 @@ def read_spec(path: Path, base: BaseShapes, *, max_lora_rank: int) -> AdapterSpe
         if not _is_finite(tensor):
             raise _refused(
                 path / WEIGHTS_FILE,
-                f"has NaN or infinite values in lora_{side} of layer {layer} {linear}. Train or save it again.",
+                f"has NaN or infinite values in {_SIDE_NAMES[side]} of layer {layer} {linear}. Train or save it again.",
                 "non_finite",
             )
     return AdapterSpec(
@@ -108,7 +128,8 @@ def read_spec(path: Path, base: BaseShapes, *, max_lora_rank: int) -> AdapterSpe
         path=path,
         config=config,
         lora_rank=max(tensor.shape[0] for _, _, side, tensor in weights.tensors if side == "A"),
-        num_elements=sum(tensor.numel() for *_, tensor in weights.tensors),
+        num_elements=sum(tensor.numel() for _, _, side, tensor in weights.tensors if side not in _VECTORS),
+        num_vector_elements=sum(tensor.numel() for _, _, side, tensor in weights.tensors if side in _VECTORS),
         stamp=weights.stamp,
     )
 
@@ -136,25 +157,38 @@ def load_adapter(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> Hos
         if stored.dtype in wider and not _is_finite(tensor):
             raise _refused(
                 spec.path / WEIGHTS_FILE,
-                f"overflows in {dtype} in lora_{side} of layer {layer} {linear}. Use --lora-dtype bfloat16.",
+                f"overflows in {dtype} in {_SIDE_NAMES[side]} of layer {layer} {linear}. Use --lora-dtype bfloat16.",
                 "non_finite",
             )
-        kept.setdefault((layer, linear), {})[side] = tensor if side == "A" else _turned_in_place(tensor)
-    pairs: dict[tuple[int, str], LoraPair] = {}
+        kept.setdefault((layer, linear), {})[side] = _turned_in_place(tensor) if side == "B" else tensor
+    changes: dict[tuple[int, str], LinearChange] = {}
     for (layer, linear), sides in kept.items():
-        scaling = spec.config.scaling(_module(layer, linear))
-        parts = _FUSED.get(linear, (linear,))
-        columns = sides["B"].split([base.linears[part][1] for part in parts], dim=1)
-        for part, b_RO in zip(parts, columns, strict=True):
-            pairs[layer, part] = LoraPair(sides["A"], b_RO, scaling)
-    return HostAdapter(digest=spec.digest, weights=pairs, num_bytes=spec.num_elements * dtype.itemsize)
+        changes |= _split(layer, linear, sides, spec.config.scaling(_module(layer, linear)), base, dtype)
+    return HostAdapter(digest=spec.digest, weights=changes, num_bytes=spec.num_bytes(dtype))
+
+
+def _split(
+    layer: int, linear: str, sides: Mapping[str, torch.Tensor], scaling: float, base: BaseShapes, dtype: torch.dtype
+) -> dict[tuple[int, str], LinearChange]:
+    """By the linears that a module is made of; most are made of themselves."""
+    parts = _FUSED.get(linear, (linear,))
+    num_in, num_out = base.linears[parts[0]][0], sum(base.linears[part][1] for part in parts)
+    nothing = {"A": torch.empty(0, num_in, dtype=dtype), "B": torch.empty(0, num_out, dtype=dtype)}
+    a_RI, b_RO = (sides.get(side, none) for side, none in nothing.items())
+    changes, begin = {}, 0
+    for part in parts:
+        end = begin + base.linears[part][1]
+        vectors = [sides[name][begin:end] if name in sides else None for name in _VECTORS]
+        changes[layer, part] = LinearChange(a_RI, b_RO[:, begin:end], scaling, *vectors)
+        begin = end
+    return changes
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
     """What one read of the weights file gave."""
 
-    tensors: list[tuple[int, str, str, torch.Tensor]]  # (layer, linear, "A" or "B", weights), in canonical order
+    tensors: list[tuple[int, str, str, torch.Tensor]]  # (layer, linear, side, weights), in canonical order
     stamp: FileStamp | None  # None: it proves nothing
     changed: bool  # while it was read
 
@@ -177,13 +211,14 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _in_dtype(weights: _Weights, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The tensors themselves if all are in `dtype`, else converted into one new buffer."""
-    tensors = [tensor for *_, tensor in weights.tensors]
-    if all(tensor.dtype == dtype for tensor in tensors):
-        return tensors
-    sizes = [tensor.numel() for tensor in tensors]
-    parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
-    return [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    """The matrices themselves if all are in `dtype`, else converted into one new buffer. Vectors become float32."""
+    matrices = [tensor for _, _, side, tensor in weights.tensors if side not in _VECTORS]
+    if any(tensor.dtype != dtype for tensor in matrices):
+        sizes = [tensor.numel() for tensor in matrices]
+        parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
+        matrices = [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, matrices, strict=True)]
+    rest = iter(matrices)
+    return [tensor.float() if side in _VECTORS else next(rest) for _, _, side, tensor in weights.tensors]
 
 
 def _turned_in_place(b_OR: torch.Tensor) -> torch.Tensor:
@@ -246,7 +281,7 @@ class _Place(NamedTuple):
     side: str
     start: int
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 def _views(data: torch.Tensor, places: list[_Place]) -> list[tuple[int, str, str, torch.Tensor]]:
@@ -254,9 +289,10 @@ def _views(data: torch.Tensor, places: list[_Place]) -> list[tuple[int, str, str
     views = []
     for layer, linear, side, start, dtype, shape in places:
         if start % dtype.itemsize == 0:
-            tensor = elements[dtype].as_strided(shape, (shape[1], 1), start // dtype.itemsize)
+            strides = (shape[1], 1) if len(shape) == 2 else (1,)
+            tensor = elements[dtype].as_strided(shape, strides, start // dtype.itemsize)
         else:  # possible where dtypes are mixed
-            stop = start + shape[0] * shape[1] * dtype.itemsize
+            stop = start + math.prod(shape) * dtype.itemsize
             tensor = data[start:stop].clone().view(dtype).view(shape)
         views.append((layer, linear, side, tensor))
     return views
@@ -269,7 +305,7 @@ def _places(
     # By its descriptor: the path may lead to another file by now. pread: a mapped file that shrinks kills the process.
     with safe_open(f"/dev/fd/{descriptor}", framework="pt", backend="pread") as header:
         in_file_order = header.offset_keys()
-        keys = _keys(weights_path, sorted(in_file_order), base)
+        keys = _keys(weights_path, sorted(in_file_order), base, config)
         slices = {name: header.get_slice(name) for name in in_file_order}
         shapes = {name: slices[name].get_shape() for name in in_file_order}
         for name, (layer, linear, side) in keys.items():
@@ -278,7 +314,7 @@ def _places(
             if max_lora_rank is not None and lora_rank > max_lora_rank:
                 raise _refused(
                     weights_path.with_name(CONFIG_FILE),
-                    f"has rank {lora_rank} for {_module(layer, linear)}, the limit is {max_lora_rank}. Start with "
+                    f"has rank {lora_rank}, the limit is {max_lora_rank} ({_module(layer, linear)}). Start with "
                     f"--max-lora-rank {lora_rank}.",
                     "rank_too_large",
                 )
@@ -296,8 +332,8 @@ def _places(
     for name in in_file_order:
         dtype, shape = dtypes[name], shapes[name]
         assert dtype is not None
-        places.append(_Place(*keys[name], start, dtype, (shape[0], shape[1])))
-        start += shape[0] * shape[1] * dtype.itemsize
+        places.append(_Place(*keys[name], start, dtype, tuple(shape)))
+        start += math.prod(shape) * dtype.itemsize
     return sorted(places), start
 
 
@@ -311,8 +347,10 @@ def _is_pickle(path: Path) -> bool:
     return head == b"PK" or head[:1] == b"\x80"
 
 
-def _keys(weights_path: Path, names: list[str], base: BaseShapes) -> dict[str, tuple[int, str, str]]:
-    """What each name is, in canonical order. All must be an A or a B of a linear that the base has."""
+def _keys(
+    weights_path: Path, names: list[str], base: BaseShapes, config: AdapterConfig
+) -> dict[str, tuple[int, str, str]]:
+    """What each name is, in canonical order. All must be of linears that the base has, and as the config says."""
     found: dict[tuple[int, str, str], str] = {}
     for name in names:
         match = _TENSOR.fullmatch(name)
@@ -329,36 +367,58 @@ def _keys(weights_path: Path, names: list[str], base: BaseShapes) -> dict[str, t
                 f"has {name}, the base model has {base.num_layers} layers. Was it trained for another base model?",
                 "unknown_layer",
             )
-        key = (layer, match["linear"], match["side"])
+        key = (layer, match["linear"], str(match.lastgroup))
         if key in found:
             raise _refused(weights_path, f"has two tensors for one place: {found[key]} and {name}.", "bad_safetensors")
         found[key] = name
-    if not found:
+    if not any(side == "A" for _, _, side in found):
         raise _refused(weights_path, "holds no LoRA weights.", "no_weights")
-    for layer, linear, side in found:
+    for layer, linear in dict.fromkeys((layer, linear) for layer, linear, _ in found):
+        _check_module(weights_path, layer, linear, {side for side in _SIDES if (layer, linear, side) in found}, config)
         for part in _FUSED.get(linear, ()):
-            if (layer, part, side) in found:
+            if any((layer, part, side) in found for side in _SIDES):
                 raise _refused(
                     weights_path,
                     f"has LoRA on {linear} and on {part} of layer {layer}, which is a part of it.",
                     "overlapping_targets",
                 )
-        other = "B" if side == "A" else "A"
-        if (layer, linear, other) not in found:
-            raise _refused(
-                weights_path, f"has lora_{side} of layer {layer} {linear} without lora_{other}.", "missing_pair"
-            )
     return {name: key for key, name in sorted(found.items())}
+
+
+def _check_module(weights_path: Path, layer: int, linear: str, sides: set[str], config: AdapterConfig) -> None:
+    """A module has the tensors that the config asks for, and no others."""
+    where = f"layer {layer} {linear}"
+    for side, other in (("A", "B"), ("B", "A")):
+        if side in sides and other not in sides:
+            raise _refused(weights_path, f"has lora_{side} of {where} without lora_{other}.", "missing_pair")
+    for side, option, is_asked in (
+        ("magnitude", "use_dora", config.use_dora and "A" in sides),
+        ("B_bias", "lora_bias", config.lora_bias and "A" in sides),
+        ("bias", "bias", config.trains_bias),
+    ):
+        if side in sides and not is_asked:
+            raise _refused(
+                weights_path,
+                f"has {_SIDE_NAMES[side]} of {where}, but {CONFIG_FILE} does not ask for it with {option}.",
+                "config_mismatch",
+            )
+        # A bias of its own has a module only where the base model has one.
+        if is_asked and side not in sides and side != "bias":
+            raise _refused(
+                weights_path,
+                f"lacks {_SIDE_NAMES[side]} of {where}, which {CONFIG_FILE} asks for with {option}.",
+                "config_mismatch",
+            )
 
 
 def _check_shape(
     weights_path: Path, name: str, side: str, shape: list[int], base: tuple[int, int], lora_rank: int
 ) -> None:
     num_in, num_out = base
-    expected = [lora_rank, num_in] if side == "A" else [num_out, lora_rank]
+    expected = {"A": [lora_rank, num_in], "B": [num_out, lora_rank]}.get(side, [num_out])
     if shape == expected:
         return
-    if len(shape) == 2 and shape[1 if side == "A" else 0] == expected[1 if side == "A" else 0]:
+    if len(shape) == len(expected) == 2 and shape[1 if side == "A" else 0] == expected[1 if side == "A" else 0]:
         raise _refused(
             weights_path, f"has {name} of shape {shape}; {CONFIG_FILE} says r={lora_rank}: {expected}.", "rank_mismatch"
         )

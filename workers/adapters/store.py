@@ -198,7 +198,7 @@ class AdapterStore:
             assert len(self._prefetches) <= _MAX_PREFETCHES
 
     def _size(self, spec: AdapterSpec) -> int:
-        return spec.num_elements * self._dtype.itemsize
+        return spec.num_bytes(self._dtype)
 
     def _admit(self) -> None:
         """Start the loads for which there is room, oldest first. The lock is held."""

@@ -9,7 +9,7 @@ T tokens of the step, H hidden, E fused q,k,v features of this rank, S sequences
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,13 @@ from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.lora import LoraSegments
 from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
 from lorafleet.kernels.rope import rope_kv_write_
+from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
-from lorafleet.workers.model.lora import LoraLinear, Part, SlotShape
+from lorafleet.workers.model.lora import Part, SlotShape
 from lorafleet.workers.model.rope import cos_sin_table
 from lorafleet.workers.model.step_input import StepInput
 from lorafleet.workers.tp.group import TensorParallelGroup
@@ -99,6 +100,9 @@ class DecoderLayer:
         self._q_norm_D = format.empty(dim) if spec.qk_norm else None
         self._k_norm_D = format.empty(dim) if spec.qk_norm else None
 
+    def linears(self) -> tuple[ColumnParallelLinear | RowParallelLinear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
     def load(self, reader: CheckpointReader) -> None:
         prefix = f"model.layers.{self._index}"
         self.qkv.load(reader, f"{prefix}.self_attn")
@@ -111,9 +115,13 @@ class DecoderLayer:
             reader.read_into(self._q_norm_D, f"{prefix}.self_attn.q_norm.weight")
             reader.read_into(self._k_norm_D, f"{prefix}.self_attn.k_norm.weight")
 
-    def add_slots(self, shape: SlotShape) -> Iterator[LoraLinear]:
-        for linear in (self.qkv, self.o, self.gate_up, self.down):
-            yield linear.add_slots(self._index, shape)
+    def add_slots(self, shape: SlotShape) -> None:
+        for linear in self.linears():
+            linear.add_slots(self._index, shape)
+
+    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+        for linear in self.linears():
+            linear.write_adapter(slot, adapter)
 
     def forward(self, work: Activations, step: StepInput, cache: KVCache, cos_sin: torch.Tensor) -> None:
         """Read and write `work`: the residual stream, and in x_TH what is to be added to it next."""
@@ -199,12 +207,18 @@ class Decoder:
         reader.read_into(self._norm_H, "model.norm.weight")
         for layer in self._layers:
             layer.load(reader)
-        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        linears = (linear for layer in self._layers for linear in layer.linears())
         self._is_recordable = self._group.size == 1 and all(linear.weight.is_packed for linear in linears)
 
-    def add_slots(self, shape: SlotShape) -> list[LoraLinear]:
+    def add_slots(self, shape: SlotShape) -> None:
         """Allocate adapter slots in every linear."""
-        return [linear for layer in self._layers for linear in layer.add_slots(shape)]
+        for layer in self._layers:
+            layer.add_slots(shape)
+
+    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+        """Copy an adapter into a slot that no request uses. The base weights are loaded."""
+        for layer in self._layers:
+            layer.write_adapter(slot, adapter)
 
     def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor:
         """Run one step; logits [rows in step.sample_rows, V] in the model's dtype, for the rows that sample."""

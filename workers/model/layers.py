@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from lorafleet.kernels.linear import LinearWeight, gather_rows, linear, prepare
 from lorafleet.kernels.lora import LoraSegments
+from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.model.loader import CheckpointReader
-from lorafleet.workers.model.lora import LoraLinear, Part, SlotShape
+from lorafleet.workers.model.lora import BaseLinear, LoraLinear, Part, SlotShape
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 
@@ -57,9 +58,12 @@ class ColumnParallelLinear:
             begin = end
         self.weight, self.bias_O = prepare(weight_OI, int8=self._format.int8), bias_O
 
-    def add_slots(self, layer: int, shape: SlotShape) -> LoraLinear:
+    def add_slots(self, layer: int, shape: SlotShape) -> None:
         self.lora = LoraLinear(layer, self._parts, slice(0, self._num_in), shape)
-        return self.lora
+
+    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+        assert self.lora is not None
+        self.lora.write(slot, adapter, BaseLinear(self.weight, self.bias_O, adds_bias=True, is_whole=True))
 
     def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
         """Into `out_TO`, contiguous."""
@@ -94,10 +98,14 @@ class RowParallelLinear:
             self.bias_O = self._format.empty(self._num_out)
             reader.read_into(self.bias_O, f"{prefix}.{self._name}.bias")
 
-    def add_slots(self, layer: int, shape: SlotShape) -> LoraLinear:
-        parts = (Part(self._name, 0, self._num_out),)
-        self.lora = LoraLinear(layer, parts, self._columns, shape)
-        return self.lora
+    def add_slots(self, layer: int, shape: SlotShape) -> None:
+        self.lora = LoraLinear(layer, (Part(self._name, 0, self._num_out),), self._columns, shape)
+
+    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+        assert self.lora is not None
+        group = self._group
+        base = BaseLinear(self.weight, self.bias_O, adds_bias=group.rank == 0, is_whole=group.size == 1)
+        self.lora.write(slot, adapter, base)
 
     def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
         """Into `out_TO`, contiguous."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafleet.kernels.lora import LoraSegments, lora_add_
-from lorafleet.workers.adapters.format import HostAdapter
+from lorafleet.kernels.linear import LinearWeight, dense
+from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
+from lorafleet.workers.adapters.format import HostAdapter, LinearChange
+from lorafleet.workers.errors import AdapterRefusedError
 
 # L slots, N linears fused into one, R lora rank, T tokens, I in features, O out features of the fused linear
 
@@ -44,6 +46,16 @@ class SlotShape:
     device: torch.device
 
 
+@dataclass(frozen=True, slots=True)
+class BaseLinear:
+    """What LoRA is added to, as this rank holds it."""
+
+    weight: LinearWeight
+    bias_O: torch.Tensor | None
+    adds_bias: bool  # one rank does
+    is_whole: bool  # all input features are here
+
+
 class LoraLinear:
     """All slots' A and B for one fused linear of one layer."""
 
@@ -54,34 +66,85 @@ class LoraLinear:
         self._columns = columns
         slots, rank = shape.num_slots, shape.max_lora_rank
         num_in, num_out = columns.stop - columns.start, sum(part.size for part in parts)
-        self.a_LNRI = torch.zeros(slots, len(parts), rank, num_in, dtype=shape.dtype, device=shape.device)
-        self.b_LRO = torch.zeros(slots, rank, num_out, dtype=shape.dtype, device=shape.device)
-        self.rank_LN = torch.zeros(slots, len(parts), dtype=torch.int32, device=shape.device)
-        self.scaling_LN = torch.zeros(slots, len(parts), dtype=torch.float32, device=shape.device)
         ends = torch.tensor([part.size for part in parts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.slice_end_N = ends.to(shape.device)
         self._ends = ends.tolist()
 
-    def write(self, slot: int, adapter: HostAdapter) -> None:
+        def zeros(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(sizes, dtype=dtype, device=shape.device)
+
+        self._slots = LoraSlots(
+            a_LNRI=zeros(slots, len(parts), rank, num_in, dtype=shape.dtype),
+            b_LRO=zeros(slots, rank, num_out, dtype=shape.dtype),
+            rank_LN=zeros(slots, len(parts), dtype=torch.int32),
+            scaling_LN=zeros(slots, len(parts), dtype=torch.float32),
+            is_affine_LN=zeros(slots, len(parts), dtype=torch.int32),
+            scale_LO=zeros(slots, num_out, dtype=torch.float32),
+            shift_LO=zeros(slots, num_out, dtype=torch.float32),
+            slice_end_N=ends.to(shape.device),
+        )
+
+    def write(self, slot: int, adapter: HostAdapter, base: BaseLinear) -> None:
         """Put an adapter's part into a slot that no running request uses."""
-        ranks, scalings = [0] * len(self._parts), [0.0] * len(self._parts)
+        slots = self._slots
+        ranks, affine = [0] * len(self._parts), [0] * len(self._parts)
+        scalings = [0.0] * len(self._parts)
         begin = 0
         for n, (part, end) in enumerate(zip(self._parts, self._ends, strict=True)):
-            pair = adapter.weights.get((self._layer, part.name))
-            if pair is not None:
-                rank = ranks[n] = pair.a_RI.shape[0]
-                scalings[n] = pair.scaling
-                self.a_LNRI[slot, n, :rank] = _cut(pair.a_RI, self._columns)
-                self.b_LRO[slot, :rank, begin:end] = _cut(pair.b_RO, part.rows)
+            change = adapter.weights.get((self._layer, part.name))
+            if change is not None:
+                rank = ranks[n] = change.a_RI.shape[0]
+                scalings[n] = change.scaling
+                slots.a_LNRI[slot, n, :rank] = _cut(change.a_RI, self._columns)
+                slots.b_LRO[slot, :rank, begin:end] = _cut(change.b_RO, part.rows)
+                if any(vector is not None for vector in (change.b_bias_O, change.bias_O, change.magnitude_O)):
+                    affine[n] = 1
+                    norm_O = adapter.norms.get((self._layer, part.name))
+                    if norm_O is None and change.magnitude_O is not None:
+                        norm_O = adapter.norms[self._layer, part.name] = _norm(change, part, base, slice(begin, end))
+                    scale_O, shift_O = _affine(change, norm_O, part, base, slice(begin, end))
+                    slots.scale_LO[slot, begin:end] = scale_O
+                    slots.shift_LO[slot, begin:end] = shift_O
             begin = end
-        self.rank_LN[slot] = torch.tensor(ranks, dtype=torch.int32)
-        self.scaling_LN[slot] = torch.tensor(scalings, dtype=torch.float32)
+        slots.rank_LN[slot] = torch.tensor(ranks, dtype=torch.int32)
+        slots.scaling_LN[slot] = torch.tensor(scalings, dtype=torch.float32)
+        slots.is_affine_LN[slot] = torch.tensor(affine, dtype=torch.int32)
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
         """y += the adapters' terms for the rows in `segments`."""
-        lora_add_(y_TO, x_TI, self.a_LNRI, self.b_LRO, self.rank_LN, self.scaling_LN, self.slice_end_N, segments)
+        lora_add_(y_TO, x_TI, self._slots, segments)
 
 
 def _cut(weights: torch.Tensor, columns: slice) -> torch.Tensor:
     # One rank alone wants them all, and a slice would take it as long as the copy.
     return weights if columns.stop - columns.start == weights.shape[1] else weights[:, columns]
+
+
+def _norm(change: LinearChange, part: Part, base: BaseLinear, rows: slice) -> torch.Tensor:
+    """Of the rows of W + s·B·A, [O], in float32. `rows`: where the part is among the base's."""
+    if not base.is_whole:
+        raise AdapterRefusedError(
+            f"DoRA on {part.name} is not supported with tensor parallelism (yet).", reason="unsupported_feature"
+        )
+    changed_OI = dense(base.weight, rows).cpu()
+    changed_OI.addmm_(_cut(change.b_RO, part.rows).T.float(), change.a_RI.float(), alpha=change.scaling)
+    return changed_OI.square_().sum(dim=1).sqrt_()
+
+
+def _affine(
+    change: LinearChange, norm_O: torch.Tensor | None, part: Part, base: BaseLinear, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift) of a part's outputs.
+
+    The base gives W·x + b, an adapter m·(W·x + s·(B·A·x + c)) + b': m = magnitude ÷ norm with DoRA, else 1; c the bias
+    of B; b' the adapter's own bias, else b.
+    """
+    scale_O, bias_O, shift_O = torch.ones(part.size), torch.zeros(part.size), torch.zeros(part.size)
+    if change.magnitude_O is not None and norm_O is not None:
+        scale_O = change.magnitude_O[part.rows] / norm_O
+    if base.adds_bias:
+        if base.bias_O is not None:
+            bias_O = base.bias_O[rows].float().cpu()
+        shift_O = (bias_O if change.bias_O is None else change.bias_O[part.rows]) - scale_O * bias_O
+        if change.b_bias_O is not None:
+            shift_O += change.scaling * scale_O * change.b_bias_O[part.rows]
+    return scale_O, shift_O

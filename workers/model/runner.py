@@ -19,7 +19,7 @@ from lorafleet.workers.model.decoder import Decoder
 from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
-from lorafleet.workers.model.lora import LoraLinear, SlotShape
+from lorafleet.workers.model.lora import SlotShape
 from lorafleet.workers.model.sampling import Sampled, Sampler
 from lorafleet.workers.model.step_input import StepBuffers
 from lorafleet.workers.tp.group import TensorParallelGroup
@@ -66,10 +66,9 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(spec.eos_token_ids)
-        self._lora_linears: list[LoraLinear] = []
         if plan.max_loras:
             shape = SlotShape(plan.max_loras, max_lora_rank, getattr(torch, plan.lora_dtype), device)
-            self._lora_linears = self._decoder.add_slots(shape)
+            self._decoder.add_slots(shape)
 
     def load(self, model_dir: Path) -> None:
         """Read the weights, and build the kernels if this machine has none yet. Raises `ModelError`."""
@@ -105,5 +104,4 @@ class ModelRunner:
 
     def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Copy an adapter into a slot that no request uses. May run on another thread while `run` runs."""
-        for linear in self._lora_linears:
-            linear.write(slot, adapter)
+        self._decoder.write_adapter(slot, adapter)

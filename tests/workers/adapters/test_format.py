@@ -124,6 +124,7 @@ def test_a_config_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ({"rank_pattern": {"q_(proj": 2}}, "rank_pattern for 'q_(proj'"),
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern['q_proj']='4'"),
         ({"alpha_pattern": {"*": 4}}, "alpha_pattern for '*'"),
+        ({"bias": "some"}, "bias='some'"),
     ],
 )
 def test_a_rank_or_alpha_that_is_no_usable_number_is_refused(
@@ -140,14 +141,10 @@ def test_another_peft_method_is_refused(peft_type: str | None, tmp_path: Path) -
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True},
-        {"bias": "all"},
-        {"bias": "lora_only"},
         {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [3]},
         {"alora_invocation_tokens": [3, 4]},
         {"fan_in_fan_out": True},
-        {"lora_bias": True},
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["experts"]},
         {"megatron_config": {"a": 1}},
@@ -175,7 +172,7 @@ def test_a_rank_over_the_limit_is_refused_with_the_flag_that_lets_it_in(tmp_path
 
 def test_a_rank_over_the_limit_in_a_pattern_is_refused_with_the_module(tmp_path: Path) -> None:
     write(tmp_path, {"rank_pattern": {r"layers\.1\..*": 32}})
-    assert_refused(tmp_path, "rank_too_large", "rank 32 for model.layers.1.mlp.down_proj", "--max-lora-rank 32.")
+    assert_refused(tmp_path, "rank_too_large", "rank 32", "model.layers.1.mlp.down_proj", "--max-lora-rank 32.")
 
 
 PATTERNS = {"q_proj": 2, r"1\.mlp\.down_proj": 3, "own_proj": 7, "layers.0": 7}
@@ -298,7 +295,6 @@ def test_an_unreadable_weights_file_is_refused(tmp_path: Path, monkeypatch: pyte
         "base_model.model.model.layers.0.mlp.experts.0.down_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.q_proj.lora_A.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.bias",
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.weight",
         "base_model.model.model.layers.-1.self_attn.q_proj.lora_A.weight",
         "vision.model.layers.0.self_attn.q_proj.lora_A.weight",
@@ -326,6 +322,55 @@ def test_half_a_pair_is_refused(gone: str, named: str, tmp_path: Path) -> None:
     weights = tensors()
     del weights[gone]
     assert_refused(write(tmp_path, weights=weights), "missing_pair", WEIGHTS_FILE, named)
+
+
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "field"),
+    [
+        ({}, "lora_magnitude_vector", "use_dora"),
+        ({}, "lora_B.bias", "lora_bias"),
+        ({}, "base_layer.bias", "bias"),
+        ({"use_dora": True}, None, "use_dora"),
+        ({"lora_bias": True}, None, "lora_bias"),
+    ],
+)
+def test_a_config_and_tensors_that_disagree_are_refused(
+    config: dict[str, Any], name: str | None, field: str, tmp_path: Path
+) -> None:
+    more = {} if name is None else {MODULE + name: torch.ones(8)}
+    write(tmp_path, config, tensors() | more)
+    assert_refused(tmp_path, "config_mismatch", WEIGHTS_FILE, "layer 0 q_proj", CONFIG_FILE, field)
+
+
+@pytest.mark.parametrize("end", ["", ".weight", ".default.weight"])
+def test_vectors_are_kept_in_float32_and_accounted(end: str, tmp_path: Path) -> None:
+    """In every style of keys that PEFT has had."""
+    values = torch.rand(3, 8) * 3
+    modules = {name: tensor for name, tensor in tensors().items() if name.startswith(MODULE)}
+    names = (f"lora_magnitude_vector{end}", "lora_B.bias", "base_layer.bias")
+    weights = modules | {MODULE + name: values[i].clone() for i, name in enumerate(names)}
+    spec = read(write(tmp_path, {"use_dora": True, "lora_bias": True, "bias": "all"}, weights))
+    assert (spec.num_elements, spec.num_vector_elements) == (2 * 8 * RANK, 24)
+    adapter = load_adapter(spec, BASE, torch.bfloat16)
+    change = adapter.weights[0, "q_proj"]
+    assert change.magnitude_O is not None and change.b_bias_O is not None and change.bias_O is not None
+    assert torch.equal(torch.stack([change.magnitude_O, change.b_bias_O, change.bias_O]), values)
+    assert adapter.num_bytes == 2 * spec.num_elements + 12 * 24
+
+
+@pytest.mark.parametrize("shape", [(9,), (8, 1), ()])
+def test_a_vector_of_another_shape_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    name = MODULE + "base_layer.bias"
+    write(tmp_path, {"bias": "all"}, tensors() | {name: torch.zeros(shape)})
+    assert_refused(tmp_path, "wrong_shape", WEIGHTS_FILE, name, str(list(shape)))
+
+
+def test_biases_alone_are_no_lora(tmp_path: Path) -> None:
+    write(tmp_path, {"bias": "all"}, {MODULE + "base_layer.bias": torch.zeros(8)})
+    assert_refused(tmp_path, "no_weights", WEIGHTS_FILE)
 
 
 @pytest.mark.parametrize(
@@ -475,8 +520,8 @@ def test_loaded_weights_are_the_files_in_memory_of_their_own(stored: torch.dtype
     with file.open("r+b") as opened:  # in place: a memory map would see it
         opened.write(b"\xff" * file.stat().st_size)
     assert set(adapter.weights) == {(0, "q_proj"), (1, "q_proj"), (1, "down_proj")}
-    for (layer, linear), (a, b, scaling) in adapter.weights.items():
-        assert scaling == 2.0
+    for (layer, linear), (a, b, scaling, *vectors) in adapter.weights.items():
+        assert scaling == 2.0 and vectors == [None, None, None]
         path = f"mlp.{linear}" if linear == "down_proj" else f"self_attn.{linear}"
         torch.testing.assert_close(a, expected[A.format(layer=layer, linear=path)], rtol=0, atol=0)
         torch.testing.assert_close(b, expected[B.format(layer=layer, linear=path)].T, rtol=0, atol=0)
@@ -486,7 +531,7 @@ def test_loaded_weights_are_the_files_in_memory_of_their_own(stored: torch.dtype
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_loaded_weights_share_one_buffer_of_the_size_that_is_accounted(stored: torch.dtype, tmp_path: Path) -> None:
     adapter = load_adapter(read(write(tmp_path, weights=tensors(stored))), BASE, torch.bfloat16)
-    storages = [tensor.untyped_storage() for a, b, _ in adapter.weights.values() for tensor in (a, b)]
+    storages = [tensor.untyped_storage() for a, b, *_ in adapter.weights.values() for tensor in (a, b)]
     assert len({storage.data_ptr() for storage in storages}) == 1
     assert storages[0].nbytes() == adapter.num_bytes
 
@@ -506,7 +551,7 @@ def test_a_file_of_mixed_dtypes_is_loaded_wherever_its_tensors_lie(tmp_path: Pat
     )
     spec = read_spec(tmp_path, base, max_lora_rank=1)
     assert spec.num_elements == 6
-    loaded_a, loaded_b, _ = load_adapter(spec, base, torch.float32).weights[0, "q_proj"]
+    loaded_a, loaded_b, *_ = load_adapter(spec, base, torch.float32).weights[0, "q_proj"]
     assert loaded_a.tolist() == a.tolist()
     assert loaded_b.tolist() == b.T.tolist()
 

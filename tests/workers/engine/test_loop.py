@@ -149,7 +149,7 @@ def test_an_adapter_with_nan_weights_fails_its_own_requests_only(
     def fetch(digest: str):  # type: ignore[no-untyped-def]
         future = load(digest)
         if digest == poisoned:
-            for a_RI, b_RO, _ in future.result().weights.values():
+            for a_RI, b_RO, *_ in future.result().weights.values():
                 a_RI.fill_(torch.nan)
                 b_RO.fill_(torch.nan)
         return future

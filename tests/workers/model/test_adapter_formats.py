@@ -30,6 +30,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all-linear": {"target_modules": "all-linear"},
     "regular expression": {"target_modules": r".*layers\.[02]\..*\.(q|down)_proj"},
     "some layers": {"layers_to_transform": [1]},
+    "bias of B": {"lora_bias": True},
+    "DoRA": {"use_dora": True},
+    "DoRA with rsLoRA and patterns": PATTERNS | {"use_dora": True, "use_rslora": True},
+}
+# (architecture with biases, options)
+BIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "all biases": ("qwen2", {"bias": "all"}),
+    "biases of linears without LoRA": ("llama-biased", {"bias": "all", "targets": ["q_proj", "down_proj"]}),
+    "LoRA's biases alone": ("qwen2", {"bias": "lora_only"}),
+    "DoRA on a base with biases": ("llama-biased", {"use_dora": True}),
+    "DoRA with biases": ("llama-biased", {"use_dora": True, "bias": "all"}),
+    "bias of B on a base with biases": ("llama-biased", {"lora_bias": True}),
 }
 
 
@@ -51,9 +63,18 @@ def assert_served_as_by_peft(directory: Path, adapter: Path, adapted: PeftModel,
     assert max(difference) > 100 * tiny.TOLERANCE, "the adapter must make a difference"
 
 
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of biases of B
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_an_adapter_is_applied_as_its_config_says(options: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.make_model("smollm2", tmp_path / "model")
+    adapted = tiny.make_adapter(copy.deepcopy(model), tmp_path / "adapter", **options)
+    assert_served_as_by_peft(tmp_path / "model", tmp_path / "adapter", adapted, model)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(("name", "options"), BIASES.values(), ids=BIASES.keys())
+def test_an_adapters_biases_are_its_own(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.make_model(name, tmp_path / "model")
     adapted = tiny.make_adapter(copy.deepcopy(model), tmp_path / "adapter", **options)
     assert_served_as_by_peft(tmp_path / "model", tmp_path / "adapter", adapted, model)
 
