@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 _START_TIMEOUT_S = 900.0
 _GATEWAY_START_S = 60.0
+_POLL_S = 0.1
 
 
 class Stopped(Exception):
@@ -43,11 +43,13 @@ class Stopped(Exception):
 
 
 class _Signals:
-    """SIGINT and SIGTERM as an event; the second one raises in the main thread to cut a drain short."""
+    """How often SIGINT and SIGTERM came: the first asks for the end, the second cuts a drain short.
+
+    They are only counted. Any lock, an Event's too, may be held by the very code that the next signal interrupts.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.event = threading.Event()
 
     def install(self) -> None:
         signal.signal(signal.SIGINT, self._handle)
@@ -55,10 +57,9 @@ class _Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
-        self.event.set()
 
     def check(self) -> None:
-        if self.event.is_set():
+        if self.count:
             raise Stopped
 
 
@@ -84,14 +85,15 @@ def serve(config: ServeConfig) -> None:
             )
             _wait_for_gateway(config, gateway, signals)
             _announce(config, ready, time.monotonic() - began)
-            while not signals.event.wait(0.5):
+            while not signals.count:
                 if gateway.poll() is not None:
                     raise ConfigError(
                         f"The gateway ended by itself with exit code {gateway.returncode}; see its log above."
                     )
+                time.sleep(_POLL_S)
         except Stopped:
             pass
-        if signals.event.is_set():
+        if signals.count:
             _say(f"draining (at most {config.drain_timeout_s:g} s; press Ctrl-C again to stop at once) ...")
             _drain_gateway(gateway, config.drain_timeout_s, signals)
     _say("stopped")
@@ -168,7 +170,7 @@ def _drain_gateway(gateway: subprocess.Popen[bytes], timeout_s: float, signals: 
     deadline = time.monotonic() + timeout_s + 5.0
     while gateway.poll() is None and time.monotonic() < deadline and signals.count < 2:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            gateway.wait(0.1)
+            gateway.wait(_POLL_S)
 
 
 @contextlib.contextmanager
@@ -233,7 +235,7 @@ def _wait_for_gateway(config: ServeConfig, gateway: subprocess.Popen[bytes], sig
         with contextlib.suppress(urllib.error.URLError, OSError):
             opener.open(f"{_url(config)}/ready", timeout=2).close()
             return
-        signals.event.wait(0.1)
+        time.sleep(_POLL_S)
     raise ConfigError(f"The gateway was not ready within {_GATEWAY_START_S:g} s.")
 
 
