@@ -207,7 +207,7 @@ def flood():
         os.kill(pid, signal.SIGTERM)
 
 threading.Thread(target=flood, daemon=True).start()
-while signals.count < 5_000:
+while signals.count < 1_000:
     try:
         signals.check()
     except Stopped:
