@@ -107,7 +107,10 @@ class LoraLinear:
             begin = end
         slots.rank_LN[slot] = torch.tensor(ranks, dtype=torch.int32)
         slots.scaling_LN[slot] = torch.tensor(scalings, dtype=torch.float32)
-        slots.is_affine_LN[slot] = torch.tensor(affine, dtype=torch.int32)
+        if any(affine):
+            slots.is_affine_LN[slot] = torch.tensor(affine, dtype=torch.int32)
+        else:
+            slots.is_affine_LN[slot].zero_()
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
         """y += the adapters' terms for the rows in `segments`."""
