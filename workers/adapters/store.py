@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafleet.workers.adapters.format import AdapterSpec, BaseShapes, HostAdapter, load_adapter
+from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter, load_adapter
+from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFleetError
 
 _FIRST_RETRY_S = 1.0

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorafleet.workers.adapters.format import BaseShapes
+from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.errors import ModelError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

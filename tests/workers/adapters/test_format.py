@@ -18,9 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorafleet.workers.adapters import format as adapter_format
+from lorafleet.workers.adapters import weights_file
 from lorafleet.workers.adapters.config import CONFIG_FILE
 from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
-from lorafleet.workers.adapters.format import WEIGHTS_FILE, AdapterSpec, BaseShapes, load_adapter, read_spec
+from lorafleet.workers.adapters.format import AdapterSpec, load_adapter, read_spec
+from lorafleet.workers.adapters.modules import BaseShapes
+from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
 
 RANK = 4
@@ -281,7 +284,7 @@ def test_an_unreadable_weights_file_is_refused(tmp_path: Path, monkeypatch: pyte
         (tmp_path / WEIGHTS_FILE).unlink(missing_ok=True)  # gone between the check and the read
         raise PermissionError("not allowed")
 
-    monkeypatch.setattr(adapter_format, "safe_open", deny)
+    monkeypatch.setattr(weights_file, "safe_open", deny)
     assert_refused(tmp_path, "bad_safetensors", WEIGHTS_FILE, "not allowed")
 
 
@@ -359,6 +362,11 @@ def test_vectors_are_kept_in_float32_and_accounted(end: str, tmp_path: Path) -> 
     assert change.magnitude_O is not None and change.b_bias_O is not None and change.bias_O is not None
     assert torch.equal(torch.stack([change.magnitude_O, change.b_bias_O, change.bias_O]), values)
     assert adapter.num_bytes == 2 * spec.num_elements + 12 * 24
+    held = {
+        t.data_ptr(): t.nbytes()
+        for t in (tensor.untyped_storage() for tensor in change if isinstance(tensor, torch.Tensor))
+    }
+    assert sum(held.values()) <= adapter.num_bytes, "no vector keeps the file's buffer in memory"
 
 
 @pytest.mark.parametrize("shape", [(9,), (8, 1), ()])
@@ -686,11 +694,11 @@ def meddle(monkeypatch: pytest.MonkeyPatch) -> Meddle:
 
     def once(happen: Callable[[], object]) -> None:
         def opened(*args: Any, **kwargs: Any) -> Any:
-            monkeypatch.setattr(adapter_format, "safe_open", safe_open)
+            monkeypatch.setattr(weights_file, "safe_open", safe_open)
             happen()
             return safe_open(*args, **kwargs)
 
-        monkeypatch.setattr(adapter_format, "safe_open", opened)
+        monkeypatch.setattr(weights_file, "safe_open", opened)
 
     return once
 

@@ -17,7 +17,8 @@ import torch
 
 from lorafleet.workers.adapters import store as adapter_store
 from lorafleet.workers.adapters.config import AdapterConfig
-from lorafleet.workers.adapters.format import AdapterSpec, BaseShapes, HostAdapter
+from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
+from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError
 

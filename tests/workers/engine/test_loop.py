@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import Result, gather, run_engine
 
-from lorafleet.workers.adapters.format import AdapterSpec, BaseShapes, HostAdapter
+from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
+from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
