@@ -89,7 +89,7 @@ def linear(
 
 
 def linear_reference(x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    data_OI = _unpack(weight) if weight.is_packed else weight.data
+    data_OI = _unpack(weight.data)[: weight.num_out] if weight.is_packed else weight.data
     if weight.scale_O is None:
         return F.linear(x_TI, data_OI, bias_O)
     # The integers are exact in bfloat16, which has 8 significant bits; the scale is applied to the result.
@@ -106,7 +106,13 @@ def gather_rows(weight: LinearWeight, ids_T: torch.Tensor) -> torch.Tensor:
 
 def dense(weight: LinearWeight, rows: slice) -> torch.Tensor:
     """Rows of W as float32 [O, I], in memory of their own: what is multiplied with, rounding to integers included."""
-    data_OI = (_unpack(weight) if weight.is_packed else weight.data)[rows].to(torch.float32, copy=True)
+    if weight.is_packed:
+        first = rows.start // _GROUP
+        groups = weight.data[first : -(-rows.stop // _GROUP)]
+        data_OI = _unpack(groups)[rows.start - first * _GROUP : rows.stop - first * _GROUP]
+    else:
+        data_OI = weight.data[rows]
+    data_OI = data_OI.to(torch.float32, copy=True)
     return data_OI if weight.scale_O is None else data_OI.mul_(weight.scale_O[rows, None])
 
 
@@ -122,5 +128,5 @@ def _pack(weight_OI: torch.Tensor) -> torch.Tensor:
     return padded.view(-1, _GROUP, num_in // 2, 2).transpose(1, 2).contiguous()
 
 
-def _unpack(weight: LinearWeight) -> torch.Tensor:
-    return weight.data.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_out]
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -51,12 +51,7 @@ inline void score_tile(const U* query, int64_t depth, const S* const* keys, cons
     const decltype(load_units(k0)) row[kTileVectors] = {load_units(k0 + k * stride), load_units(k1 + k * stride),
                                                         load_units(k2 + k * stride), load_units(k3 + k * stride)};
     request(n0 + k * stride), request(n1 + k * stride), request(n2 + k * stride), request(n3 + k * stride);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const auto unit = broadcast(query[r * depth + k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = multiply_add(sum[r][v], unit, row[v]);
-    }
+    add_products(sum, query + k, depth, row);
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
@@ -81,12 +76,7 @@ inline void value_tile(const U* weights, int64_t weight_stride, const S* const* 
       row[v] = load_units(place + v * kLanes);
       request(next_values[k] + column + v * kLanes);
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const auto unit = broadcast(weights[r * weight_stride + k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], unit, row[v]);
-    }
+    add_products(sum, weights + k, weight_stride, row);
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)

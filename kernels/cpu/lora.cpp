@@ -148,12 +148,7 @@ struct Lora {
 #pragma GCC unroll 4
       for (size_t byte = 0; byte < kColumns * sizeof(W); byte += 64)
         request(reinterpret_cast<const char*>(next_b + r * num_out) + byte);
-#pragma GCC unroll 6
-      for (int k = 0; k < kRows; ++k) {
-        const Floats factor = broadcast(h[k * own_rank + r]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[k][v] += factor * row[v];
-      }
+      add_products(sum, h + r, own_rank, row);
     }
 #pragma GCC unroll 6
     for (int k = 0; k < kRows; ++k)
@@ -234,7 +229,7 @@ struct Lora {
         pair.row_blocks = (rows + kDotRows - 1) / kDotRows;
         work.pairs.push_back(pair);
         num_units += pair.row_blocks * num_blocks(pair);
-        size_of_h += (rows * pair.rank + kLanes - 1) / kLanes * kLanes;  // no line belongs to two pairs
+        size_of_h += rows * pair.rank;
       }
     if (work.pairs.empty()) return;
     work.h.resize(size_of_h);

@@ -162,6 +162,19 @@ inline Floats multiply_add(Floats sum, Words a, Words b) {
 #endif
 }
 
+// sum[r][v] += factors[r·stride]·row[v]: a step of a register tile, a row of one operand for several of the other. Always
+// inlined: what it is given lies in registers.
+template <int kRows, int kVectors, typename U, typename V>
+__attribute__((always_inline)) inline void add_products(Floats (&sum)[kRows][kVectors], const U* factors,
+                                                        int64_t stride, const V (&row)[kVectors]) {
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    const V factor = broadcast(factors[r * stride]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], factor, row[v]);
+  }
+}
+
 inline float sum_lanes(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
