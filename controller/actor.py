@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -15,16 +16,17 @@ from pathlib import Path
 
 import grpc
 
+from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.cluster import WORKER_PREFIX, WorkerCluster, WorkerLost
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.reconcile import reconcile
 from lorafleet.controller.service import ControllerService, files_digest, read_tokenizer_files
-from lorafleet.proto import worker_pb2, worker_pb2_grpc
+from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
-from lorafleet.workers.errors import LoRAFleetError, status_of
-from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
+from lorafleet.workers.errors import ERRORS, AdapterRefusedError, LoRAFleetError, status_of
+from lorafleet.workers.rpc import create_server
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ LOST_S = 5.0  # a worker that has not answered for so long is taken out of the t
 START_TIMEOUT_S = 600.0
 RETRY_S = 1.0
 RESTART_S = 10.0  # between attempts of a worker that cannot start, such as one whose files are away
+RESYNC_S = 30.0  # between attempts to load an adapter again that a restarted worker could not read
+_REFUSED = ERRORS[AdapterRefusedError].code
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class ControllerActor:
         self._cluster = WorkerCluster()
         self._desired = [f"{WORKER_PREFIX}0"]
         self._ready: dict[str, WorkerReady] = {}
+        self._clients: dict[str, WorkerClient] = {}  # of the workers in the table
+        self._bare: set[str] = set()  # workers that are made without the start-up's adapters
         self._failed: WorkerFailed | None = None
         self._settled = asyncio.Event()  # all wanted workers serve, or one cannot
         self._run = asyncio.get_running_loop().create_task(self._start())
@@ -89,7 +95,14 @@ class ControllerActor:
             tokenizer_digest=digest,
             created=int(time.time()),
         )
-        self._service = ControllerService(self._catalogue, {digest: files})
+        self._updates = AdapterUpdates(
+            self._catalogue,
+            self._clients.values,
+            lambda: self._service.changed(),
+            allowed=self._config.allow_runtime_lora_updates,
+            roots=self._config.lora_roots,
+        )
+        self._service = ControllerService(self._catalogue, {digest: files}, self._updates)
         self._server = create_server(self._token)
         add_ControllerServicer_to_server(self._service, self._server)
         self._server.add_insecure_port(f"{self._host}:{self._port}")
@@ -114,8 +127,14 @@ class ControllerActor:
             if isinstance(worker, WorkerFailed):
                 logger.error("worker %s cannot start: %s", name, worker.message)
                 self._fail(worker)
-                await asyncio.sleep(RESTART_S)
-                await asyncio.to_thread(self._cluster.restart_worker, name)
+                if self._failed is None and worker.code == _REFUSED and name not in self._bare:
+                    # An adapter of the start-up has gone or changed since. That must not keep the others from serving.
+                    self._bare.add(name)
+                    await asyncio.to_thread(self._cluster.remove_worker, name)
+                    await self._create(name)
+                else:
+                    await asyncio.sleep(RESTART_S)
+                    await asyncio.to_thread(self._cluster.restart_worker, name)
                 continue
             logger.info(
                 "worker %s is %s, generation %d, at %s", name, worker.worker_id, worker.generation, worker.address
@@ -123,41 +142,43 @@ class ControllerActor:
             self._ready[name] = worker
             if len(self._ready) == len(self._desired):
                 self._settled.set()
-            await self._poll_until_lost(worker)
+            async with WorkerClient(worker.address, self._token) as client:
+                await self._poll_until_lost(name, worker, client)
             logger.warning(
                 "worker %s (%s) does not answer; it takes no requests until it is back", name, worker.worker_id
             )
+            self._clients.pop(name, None)
             if self._catalogue.drop_worker(worker.worker_id):
                 self._service.changed()
 
-    async def _poll_until_lost(self, worker: WorkerReady) -> None:
+    async def _poll_until_lost(self, name: str, worker: WorkerReady, client: WorkerClient) -> None:
+        """Publish the worker once it knows the fleet's adapters, and follow its state. Returns when it is lost."""
         last_answer = time.monotonic()
-        async with grpc.aio.insecure_channel(worker.address, options=CLIENT_OPTIONS) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
-            while True:
-                try:
-                    report = await stub.GetReport(
-                        worker_pb2.ReportRequest(), timeout=LOST_S, metadata=bearer(self._token)
-                    )
-                except grpc.aio.AioRpcError as error:
-                    # A refused connection is a dead process; silence may be a busy machine.
-                    if error.code() is grpc.StatusCode.UNAVAILABLE or time.monotonic() - last_answer > LOST_S:
-                        return
-                else:
-                    if (report.worker_id, report.generation) != (worker.worker_id, worker.generation):
-                        return
-                    last_answer = time.monotonic()
-                    if self._catalogue.put_worker(worker, report.state):
-                        self._service.changed()
-                await asyncio.sleep(POLL_S)
+        sync_at = last_answer
+        while True:
+            try:
+                report = await client.report()
+                if (report.worker_id, report.generation) != (worker.worker_id, worker.generation):
+                    return
+                if time.monotonic() >= sync_at:
+                    failed = await self._updates.sync(client)
+                    sync_at = time.monotonic() + RESYNC_S if failed else math.inf
+            except grpc.aio.AioRpcError as error:
+                # A refused connection is a dead process; silence may be a busy machine.
+                if error.code() is grpc.StatusCode.UNAVAILABLE or time.monotonic() - last_answer > LOST_S:
+                    return
+            else:
+                last_answer = time.monotonic()
+                self._clients[name] = client
+                if self._catalogue.put_worker(worker, report.state):
+                    self._service.changed()
+            await asyncio.sleep(POLL_S)
 
     async def _drain_worker(self, worker: WorkerReady, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        async with grpc.aio.insecure_channel(worker.address, options=CLIENT_OPTIONS) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
+        async with WorkerClient(worker.address, self._token) as client:
             while time.monotonic() < deadline:
-                reply = await stub.Drain(worker_pb2.DrainRequest(), timeout=LOST_S, metadata=bearer(self._token))
-                if not reply.num_unfinished:
+                if not await client.drain():
                     return
                 await asyncio.sleep(0.05)
 
@@ -167,7 +188,7 @@ class ControllerActor:
             self._cluster.create_worker,
             name,
             config.engine,
-            config.adapters,
+            () if name in self._bare else config.adapters,
             self._host,
             self._token,
             config.log_level,

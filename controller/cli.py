@@ -23,6 +23,8 @@ from lorafleet.workers.errors import ConfigError, LoRAFleetError
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 
+VLLM_UPDATES_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
 # LoRA flags by destination; given without --enable-lora they would have no effect, so they are refused.
 _LORA_FLAGS = {
     "max_loras": "--max-loras",
@@ -161,6 +163,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     adapters.add_argument("--lora-dtype", choices=DTYPES, help="of adapter weights (default: the model's)")
 
+    adapters.add_argument(
+        "--allow-runtime-lora-updates",
+        action="store_true",
+        help="serve POST /v1/load_lora_adapter and /v1/unload_lora_adapter (default: off; "
+        f"${VLLM_UPDATES_VARIABLE}=1 turns it on too)",
+    )
+    adapters.add_argument(
+        "--lora-root",
+        nargs="+",
+        action="extend",
+        metavar="ROOT",
+        help="where adapters that are loaded at run time may come from: directories, hf:// for any Hugging Face id, "
+        "hf://ORG for one organisation's",
+    )
+
     fleet = serve.add_argument_group("fleet")
     fleet.add_argument(
         "--ray-address", metavar="ADDRESS", help="a running Ray cluster to use (default: a Ray of its own)"
@@ -175,6 +192,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     if given and not args.enable_lora:
         flags = ", ".join(_LORA_FLAGS[name] for name in given)
         raise ConfigError(f"{flags} is given without --enable-lora, where it would have no effect.")
+    # Whoever has the variable set for vLLM may well start servers without LoRA too.
+    by_variable = args.enable_lora and os.environ.get(VLLM_UPDATES_VARIABLE, "").lower() in ("1", "true")
     engine = EngineConfig(
         model=args.model,
         dtype=args.dtype,
@@ -200,9 +219,16 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         api_keys=tuple(api_keys),
         seed=args.seed,
         drain_timeout_s=args.drain_timeout_s,
+        allow_runtime_lora_updates=args.allow_runtime_lora_updates or by_variable,
+        lora_roots=tuple(_lora_root(root) for root in args.lora_root or ()),
         ray_address=args.ray_address,
         log_level=args.log_level,
     )
+
+
+def _lora_root(root: str) -> str:
+    # Workers on other nodes, or in Ray's own directories, know nothing of this one.
+    return root if root.startswith("hf://") else str(Path(root).expanduser().absolute())
 
 
 def size(text: str) -> int:

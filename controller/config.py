@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import ConfigError
@@ -21,6 +22,10 @@ class ServeConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     seed: int | None = None
     drain_timeout_s: float = 30.0
+    allow_runtime_lora_updates: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter
+    lora_roots: tuple[
+        str, ...
+    ] = ()  # below which adapters that are loaded so must lie; see workers/adapters/sources.py
     ray_address: str | None = None  # None: a Ray of our own on this machine
     log_level: str = "warning"
 
@@ -35,6 +40,18 @@ class ServeConfig:
             raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none.")
         if self.adapters and self.engine.lora is None:
             raise ConfigError("--lora-modules is given without --enable-lora. Add --enable-lora.")
+        if self.allow_runtime_lora_updates and self.engine.lora is None:
+            raise ConfigError("--allow-runtime-lora-updates is given without --enable-lora. Add --enable-lora.")
+        if self.allow_runtime_lora_updates and not self.lora_roots:
+            raise ConfigError(
+                "--allow-runtime-lora-updates needs --lora-root: a directory, hf:// or hf://ORG that adapters may be "
+                "loaded from."
+            )
+        if self.lora_roots and not self.allow_runtime_lora_updates:
+            raise ConfigError("--lora-root is given without --allow-runtime-lora-updates, where it has no effect.")
+        for root in self.lora_roots:
+            if not root.startswith("hf://") and not Path(root).is_absolute():
+                raise ConfigError(f"--lora-root is {root!r}; give an absolute directory, hf:// or hf://ORG.")
         counts = Counter([*self.served_model_names, *(adapter.name for adapter in self.adapters)])
         twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:

@@ -1,4 +1,4 @@
-"""The controller's gRPC face: the routing table to whoever watches, tokenizer files by digest."""
+"""The controller's gRPC face: the routing table to whoever watches, tokenizer files by digest, adapter updates."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import grpc
 
+from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.proto import controller_pb2, controller_pb2_grpc
-from lorafleet.workers.errors import ModelError
+from lorafleet.workers.errors import LoRAFleetError, ModelError
+from lorafleet.workers.rpc import failure_of
 from lorafleet.workers.text.tokenizer import TOKENIZER_FILES
 
 _CHUNK_BYTES = 1 << 20
@@ -37,9 +39,10 @@ def files_digest(files: Mapping[str, bytes]) -> str:
 class ControllerService(controller_pb2_grpc.ControllerServicer):
     """Publishes one catalogue. Call `changed` after each change of it."""
 
-    def __init__(self, catalogue: Catalogue, files: Mapping[str, Mapping[str, bytes]]) -> None:
+    def __init__(self, catalogue: Catalogue, files: Mapping[str, Mapping[str, bytes]], updates: AdapterUpdates) -> None:
         """files: by digest, then by name."""
         self._catalogue = catalogue
+        self._updates = updates
         self._files = files
         self._changed = asyncio.Event()
 
@@ -56,6 +59,30 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
             if self._catalogue.is_complete:
                 yield self._catalogue.table()
             await changed.wait()
+
+    async def LoadAdapter(
+        self, request: controller_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.AdapterUpdate:
+        try:
+            await self._updates.load(request.name, request.root, load_inplace=request.load_inplace)
+        except LoRAFleetError as error:
+            return controller_pb2.AdapterUpdate(failure=failure_of(error))
+        return self._update()
+
+    async def UnloadAdapter(
+        self, request: controller_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.AdapterUpdate:
+        try:
+            freed = await self._updates.unload(request.name)
+        except LoRAFleetError as error:
+            return controller_pb2.AdapterUpdate(failure=failure_of(error))
+        update = self._update()
+        update.device_bytes, update.host_bytes = freed.device_bytes, freed.host_bytes
+        update.num_draining = freed.num_draining
+        return update
+
+    def _update(self) -> controller_pb2.AdapterUpdate:
+        return controller_pb2.AdapterUpdate(incarnation=self._catalogue.incarnation, version=self._catalogue.version)
 
     async def GetFiles(
         self, request: controller_pb2.GetFilesRequest, context: grpc.aio.ServicerContext

@@ -23,9 +23,9 @@ class RoutingTable(_message.Message):
     incarnation: str
     version: int
     base: BaseModel
-    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    adapters: _containers.RepeatedCompositeFieldContainer[_worker_pb2.Adapter]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerEndpoint]
-    def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerEndpoint, _Mapping]]] = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_worker_pb2.Adapter, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerEndpoint, _Mapping]]] = ...) -> None: ...
 
 class BaseModel(_message.Message):
     __slots__ = ("names", "root", "created", "tokenizer_digest", "max_model_len", "vocab_size")
@@ -42,24 +42,6 @@ class BaseModel(_message.Message):
     max_model_len: int
     vocab_size: int
     def __init__(self, names: _Optional[_Iterable[str]] = ..., root: _Optional[str] = ..., created: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
-
-class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    ROOT_FIELD_NUMBER: _ClassVar[int]
-    PARENT_FIELD_NUMBER: _ClassVar[int]
-    CREATED_FIELD_NUMBER: _ClassVar[int]
-    LORA_RANK_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    digest: str
-    version: int
-    root: str
-    parent: str
-    created: int
-    lora_rank: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ...) -> None: ...
 
 class WorkerEndpoint(_message.Message):
     __slots__ = ("worker_id", "generation", "address", "state", "max_num_seqs", "max_loras")
@@ -90,3 +72,35 @@ class FileChunk(_message.Message):
     name: str
     data: bytes
     def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class LoadAdapterRequest(_message.Message):
+    __slots__ = ("name", "root", "load_inplace")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_INPLACE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    root: str
+    load_inplace: bool
+    def __init__(self, name: _Optional[str] = ..., root: _Optional[str] = ..., load_inplace: bool = ...) -> None: ...
+
+class UnloadAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class AdapterUpdate(_message.Message):
+    __slots__ = ("failure", "incarnation", "version", "device_bytes", "host_bytes", "num_draining")
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    failure: _worker_pb2.Failure
+    incarnation: str
+    version: int
+    device_bytes: int
+    host_bytes: int
+    num_draining: int
+    def __init__(self, failure: _Optional[_Union[_worker_pb2.Failure, _Mapping]] = ..., incarnation: _Optional[str] = ..., version: _Optional[int] = ..., device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., num_draining: _Optional[int] = ...) -> None: ...

@@ -44,6 +44,16 @@ class ControllerStub(object):
                 request_serializer=lorafleet_dot_proto_dot_controller__pb2.GetFilesRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_proto_dot_controller__pb2.FileChunk.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/lorafleet.Controller/LoadAdapter',
+                request_serializer=lorafleet_dot_proto_dot_controller__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/lorafleet.Controller/UnloadAdapter',
+                request_serializer=lorafleet_dot_proto_dot_controller__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer(object):
@@ -64,6 +74,20 @@ class ControllerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Load an adapter on every worker and publish it under a name; all or nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Take a name out of the table; answers when every worker has freed its adapter, or after some time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +100,16 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.GetFiles,
                     request_deserializer=lorafleet_dot_proto_dot_controller__pb2.GetFilesRequest.FromString,
                     response_serializer=lorafleet_dot_proto_dot_controller__pb2.FileChunk.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=lorafleet_dot_proto_dot_controller__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=lorafleet_dot_proto_dot_controller__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +166,60 @@ class Controller(object):
             '/lorafleet.Controller/GetFiles',
             lorafleet_dot_proto_dot_controller__pb2.GetFilesRequest.SerializeToString,
             lorafleet_dot_proto_dot_controller__pb2.FileChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Controller/LoadAdapter',
+            lorafleet_dot_proto_dot_controller__pb2.LoadAdapterRequest.SerializeToString,
+            lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Controller/UnloadAdapter',
+            lorafleet_dot_proto_dot_controller__pb2.UnloadAdapterRequest.SerializeToString,
+            lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,21 @@ class WorkerStub(object):
                 request_serializer=lorafleet_dot_proto_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_proto_dot_worker__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.RegisterAdapter = channel.unary_unary(
+                '/lorafleet.Worker/RegisterAdapter',
+                request_serializer=lorafleet_dot_proto_dot_worker__pb2.RegisterAdapterRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_worker__pb2.RegisterAdapterReply.FromString,
+                _registered_method=True)
+        self.UnregisterAdapter = channel.unary_unary(
+                '/lorafleet.Worker/UnregisterAdapter',
+                request_serializer=lorafleet_dot_proto_dot_worker__pb2.UnregisterAdapterRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_worker__pb2.UnregisterAdapterReply.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/lorafleet.Worker/ListAdapters',
+                request_serializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -74,6 +89,28 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RegisterAdapter(self, request, context):
+        """Read and verify an adapter and know it as (name, version), beside other versions of that name. Its digest may be
+        used in Generate from then on. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnregisterAdapter(self, request, context):
+        """Forget (name, version). With the last name for its content new requests are refused, and the answer comes when the
+        accepted ones have ended and its memory is free; a call that does not wait so long changes nothing of that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +128,21 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=lorafleet_dot_proto_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=lorafleet_dot_proto_dot_worker__pb2.DrainReply.SerializeToString,
+            ),
+            'RegisterAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterAdapter,
+                    request_deserializer=lorafleet_dot_proto_dot_worker__pb2.RegisterAdapterRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_worker__pb2.RegisterAdapterReply.SerializeToString,
+            ),
+            'UnregisterAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnregisterAdapter,
+                    request_deserializer=lorafleet_dot_proto_dot_worker__pb2.UnregisterAdapterRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_worker__pb2.UnregisterAdapterReply.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +226,87 @@ class Worker(object):
             '/lorafleet.Worker/Drain',
             lorafleet_dot_proto_dot_worker__pb2.DrainRequest.SerializeToString,
             lorafleet_dot_proto_dot_worker__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Worker/RegisterAdapter',
+            lorafleet_dot_proto_dot_worker__pb2.RegisterAdapterRequest.SerializeToString,
+            lorafleet_dot_proto_dot_worker__pb2.RegisterAdapterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnregisterAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Worker/UnregisterAdapter',
+            lorafleet_dot_proto_dot_worker__pb2.UnregisterAdapterRequest.SerializeToString,
+            lorafleet_dot_proto_dot_worker__pb2.UnregisterAdapterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Worker/ListAdapters',
+            lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.SerializeToString,
+            lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,24 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafleet.proto import worker_pb2
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFleetError, status_of
 
 if TYPE_CHECKING:
+    from lorafleet.workers.adapter_registry import AdapterRegistry
     from lorafleet.workers.engine.loop import Engine
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """An adapter that a worker has verified."""
-
-    name: str
-    digest: str
-    lora_rank: int
-    root: str
-    base_model_name: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +34,7 @@ class WorkerReady:
     worker_id: str
     generation: int
     address: str  # host:port of its gRPC server
-    adapters: tuple[AdapterInfo, ...]
+    adapters: tuple[worker_pb2.Adapter, ...]  # when it started
     plan: tuple[str, ...]  # what to print: the memory plan and what computes
     max_model_len: int
     vocab_size: int
@@ -79,40 +70,49 @@ class WorkerActor:
 
     async def _start(self) -> WorkerReady | WorkerFailed:
         try:
-            engine, adapters = await asyncio.to_thread(self._load)
-            return await self._serve(engine, adapters)
+            engine, registry = await asyncio.to_thread(self._load)
+            return await self._serve(engine, registry)
         except LoRAFleetError as error:
             return WorkerFailed(status_of(error).code, error.message)
         except Exception as error:
             logger.exception("the worker could not start")
             return WorkerFailed(status_of(InternalError("")).code, f"The worker could not start: {error!r}")
 
-    def _load(self) -> tuple[Engine, tuple[AdapterInfo, ...]]:
+    def _load(self) -> tuple[Engine, AdapterRegistry]:
         """Plan the memory, check the adapters, read the weights: cheap refusals first."""
+        from lorafleet.workers.adapter_registry import AdapterRegistry
         from lorafleet.workers.engine.loop import Engine
 
         engine = Engine.from_config(self._config)
-        infos = []
+        registry = AdapterRegistry(engine)
         for module in self._adapters:
+            request = worker_pb2.RegisterAdapterRequest(
+                name=module.name,
+                version=1,
+                root=module.path,
+                parent=module.base_model_name or "",
+                created=int(time.time()),
+            )
             try:
-                spec = engine.register_adapter(module.path)
+                registry.register(request)
             except AdapterRefusedError as error:
                 raise AdapterRefusedError(f"Adapter {module.name!r}: {error.message}", reason=error.reason) from error
-            infos.append(AdapterInfo(module.name, spec.digest, spec.lora_rank, module.path, module.base_model_name))
         engine.load()
         # What is here now stays. Without this, each full collection looks through it and stops the engine for 0.2 s.
         gc.collect()
         gc.freeze()
-        return engine, tuple(infos)
+        return engine, registry
 
-    async def _serve(self, engine: Engine, adapters: tuple[AdapterInfo, ...]) -> WorkerReady:
+    async def _serve(self, engine: Engine, registry: AdapterRegistry) -> WorkerReady:
         from lorafleet.proto.worker_pb2_grpc import add_WorkerServicer_to_server
         from lorafleet.workers.rpc import create_server
         from lorafleet.workers.service import WorkerService
 
         worker_id, generation = uuid.uuid4().hex, time.time_ns()
         # os._exit: a crashed engine's threads must not keep the process from being replaced.
-        self._service = WorkerService(engine, worker_id=worker_id, generation=generation, on_crash=lambda: os._exit(1))
+        self._service = WorkerService(
+            engine, registry, worker_id=worker_id, generation=generation, on_crash=lambda: os._exit(1)
+        )
         self._server = create_server(self._token)
         add_WorkerServicer_to_server(self._service, self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
@@ -123,7 +123,7 @@ class WorkerActor:
             worker_id=worker_id,
             generation=generation,
             address=f"{self._host}:{port}",
-            adapters=adapters,
+            adapters=tuple(registry.all()),
             plan=tuple(engine.describe()),
             max_model_len=engine.max_model_len,
             vocab_size=engine.vocab_size,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from lorafleet.workers.args import EngineArgs
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import RequestEvent
 from lorafleet.workers.engine.thread import EngineThread
-from lorafleet.workers.errors import InternalError, LoRAFleetError
+from lorafleet.workers.errors import InternalError, LoRAFleetError, UnknownModelError
 from lorafleet.workers.lora_ids import LoRAIds
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.text.tokenizer import Tokenizer
 from lorafleet.workers.text_requests import Prompt, TextRequests
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class AsyncLLM:
@@ -57,7 +61,7 @@ class AsyncLLM:
         Raises what `LLMEngine.add_request` raises, and the request's own error. Leaving the iteration early cancels
         the request.
         """
-        digest = await self._loop.run_in_executor(self._registrar, self._lora_ids.digest, lora_request)
+        digest = await self._registered(self._lora_ids.digest, lora_request)
         generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest)
         # Unbounded on purpose: an output is one shared, growing object, so a slow reader holds small references only.
         queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
@@ -81,12 +85,45 @@ class AsyncLLM:
             if not finished:
                 self._requests.drop(request_id)
 
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Verify an adapter and bring it into the host cache before a request names it; with load_inplace, anew.
+
+        Raises `AdapterConflictError`, `AdapterRefusedError`.
+        """
+        load = self._lora_ids.load if lora_request.load_inplace else self._lora_ids.digest
+        digest = await self._registered(load, lora_request)
+        assert digest is not None
+        self.engine.prefetch_adapter(digest)
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Forget an id; returns when its requests have ended and its adapter's slot and memory are free.
+
+        False when the id stands for nothing.
+        """
+        try:
+            freed = await self._registered(self._lora_ids.remove, lora_id)
+        except UnknownModelError:
+            return False
+        if freed is not None:
+            await asyncio.wrap_future(freed)
+        return True
+
+    async def list_loras(self) -> set[int]:
+        """The ids that stand for an adapter."""
+        return self._lora_ids.known()
+
     async def close(self) -> None:
         """Stop the engine; open requests end with an error."""
         await asyncio.to_thread(self._thread.stop)
         self._fail_all(InternalError("The engine was closed."))
         await asyncio.to_thread(self.engine.close)
         self._registrar.shutdown()
+        await asyncio.to_thread(self._lora_ids.close)
+
+    async def _registered(self, function: Callable[[_T], _R], argument: _T) -> _R:
+        """On the one thread that may touch the ids, since reading an adapter takes long."""
+        return await self._loop.run_in_executor(self._registrar, function, argument)
 
     def _publish(self, step: int, events: Sequence[RequestEvent]) -> None:
         self._loop.call_soon_threadsafe(self._apply, events)

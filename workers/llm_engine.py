@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorafleet.workers.args import EngineArgs
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.errors import LoRAFleetError, UnknownModelError
 from lorafleet.workers.lora_ids import LoRAIds
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
@@ -62,6 +62,34 @@ class LLMEngine:
         for engine_id in self._requests.engine_ids(request_id):
             self.engine.cancel(engine_id)
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Verify an adapter and bring it into the host cache before a request names it; with load_inplace, anew.
+
+        Raises `AdapterConflictError`, `AdapterRefusedError`.
+        """
+        ids = self._lora_ids
+        digest = ids.load(lora_request) if lora_request.load_inplace else ids.digest(lora_request)
+        assert digest is not None
+        self.engine.prefetch_adapter(digest)
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget an id; its adapter's slot and memory are free when its requests have ended, at once if none is open.
+
+        False when the id stands for nothing.
+        """
+        try:
+            self._lora_ids.remove(lora_id)
+        except UnknownModelError:
+            return False
+        if not self.has_unfinished_requests():
+            self.engine.step()
+        return True
+
+    def list_loras(self) -> set[int]:
+        """The ids that stand for an adapter."""
+        return self._lora_ids.known()
+
     def has_unfinished_requests(self) -> bool:
         return len(self._requests) > 0
 
@@ -79,4 +107,5 @@ class LLMEngine:
         return outputs
 
     def close(self) -> None:
+        self._lora_ids.close()
         self.engine.close()

@@ -1,18 +1,24 @@
-"""Which adapter a caller's `lora_int_id` stands for: one id, one adapter, for the life of the engine."""
+"""Which adapter a caller's `lora_int_id` stands for: one id, one adapter, until it is removed or loaded in place."""
 
 from __future__ import annotations
 
-from lorafleet.workers.engine.loop import Engine
+from concurrent.futures import Future
+
+from lorafleet.workers.adapters.aliases import Aliases
+from lorafleet.workers.engine.loop import Engine, FreedBytes
 from lorafleet.workers.errors import AdapterConflictError
 from lorafleet.workers.params import LoRARequest
 
 
 class LoRAIds:
-    """Registers adapters with the engine when they are first named."""
+    """Registers adapters with the engine when they are first named. One owner calls it."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._by_id: dict[int, tuple[LoRARequest, str]] = {}
+        self._aliases: Aliases[int] = Aliases(engine)
+        self._requests: dict[int, LoRARequest] = {}
+
+    def known(self) -> set[int]:
+        return set(self._requests)
 
     def digest(self, request: LoRARequest | None) -> str | None:
         """The digest to generate with; None is the base model. Reads the adapter's file at the first call.
@@ -21,13 +27,30 @@ class LoRAIds:
         """
         if request is None:
             return None
-        known = self._by_id.get(request.lora_int_id)
+        known = self._requests.get(request.lora_int_id)
         if known is None:
-            known = request, self._engine.register_adapter(request.lora_path).digest
-            self._by_id[request.lora_int_id] = known
-        elif known[0] != request:
+            return self.load(request)
+        if (known.lora_name, known.lora_path) != (request.lora_name, request.lora_path):
+            if request.load_inplace:
+                return self.load(request)
             raise AdapterConflictError(
-                f"lora_int_id {request.lora_int_id} stands for {known[0].lora_name!r} ({known[0].lora_path}), not for "
-                f"{request.lora_name!r} ({request.lora_path}). Give each adapter an id of its own."
+                f"lora_int_id {request.lora_int_id} stands for {known.lora_name!r} ({known.lora_path}), not for "
+                f"{request.lora_name!r} ({request.lora_path}). Give each adapter an id of its own, or set load_inplace."
             )
-        return known[1]
+        spec = self._aliases.get(request.lora_int_id)
+        assert spec is not None
+        return spec.digest
+
+    def load(self, request: LoRARequest) -> str:
+        """Read the adapter's file now; its digest. The id stands for that from now on. Raises `AdapterRefusedError`."""
+        spec = self._aliases.add(request.lora_int_id, request.lora_path).result()
+        self._requests[request.lora_int_id] = request
+        return spec.digest
+
+    def remove(self, lora_int_id: int) -> Future[FreedBytes] | None:
+        """Give an id back; see `Aliases.remove`. Raises `UnknownModelError`."""
+        self._requests.pop(lora_int_id, None)
+        return self._aliases.remove(lora_int_id).result()
+
+    def close(self) -> None:
+        self._aliases.close()

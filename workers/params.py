@@ -142,12 +142,14 @@ class SamplingParams:
 class LoRARequest:
     """Which adapter to use: `LoRARequest("sql_adapter", 1, "/path/or/hub-id")`, as in vLLM.
 
-    lora_int_id: > 0, the caller's; one id stands for one adapter for the life of the engine.
+    lora_int_id: > 0, the caller's; one id stands for one adapter until it is removed. load_inplace: from now on the id
+    stands for this name and path, whatever it stood for before.
     """
 
     lora_name: str
     lora_int_id: int
     lora_path: str
+    load_inplace: bool = False
 
     def __post_init__(self) -> None:
         if not self.lora_name:

@@ -1,4 +1,4 @@
-"""How our gRPC servers are set up: bearer token, one owner per port, patience with keepalive pings."""
+"""How our gRPC servers are set up: bearer token, one owner per port, patience with keepalive pings; errors as data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
+
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.errors import LoRAFleetError, error_from_code, status_of
 
 MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million token ids is a few MB
 
@@ -42,6 +45,16 @@ def create_server(token: str) -> grpc.aio.Server:
 def bearer(token: str) -> Sequence[tuple[str, str]]:
     """The metadata of a call to such a server."""
     return (("authorization", f"Bearer {token}"),)
+
+
+def failure_of(error: LoRAFleetError) -> worker_pb2.Failure:
+    """An error in a reply, since a call's own status has no room for codes and reasons."""
+    return worker_pb2.Failure(code=status_of(error).code, message=error.message, reason=getattr(error, "reason", ""))
+
+
+def error_of(failure: worker_pb2.Failure) -> LoRAFleetError:
+    """The error that `failure_of` turned into data."""
+    return error_from_code(failure.code, failure.message, reason=failure.reason)
 
 
 class _BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]

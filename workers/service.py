@@ -16,11 +16,20 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
+from lorafleet.workers.adapter_registry import AdapterRegistry
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.thread import EngineThread
-from lorafleet.workers.errors import DrainingError, InternalError, InvalidRequestError, LoRAFleetError, status_of
+from lorafleet.workers.errors import (
+    DrainingError,
+    InternalError,
+    InvalidRequestError,
+    LoRAFleetError,
+    UnknownModelError,
+    status_of,
+)
+from lorafleet.workers.rpc import failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +48,18 @@ _FINISH = {
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Serves one engine. Create on the event loop that will serve; `start` starts the engine's thread."""
 
-    def __init__(self, engine: Engine, *, worker_id: str, generation: int, on_crash: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        registry: AdapterRegistry,
+        *,
+        worker_id: str,
+        generation: int,
+        on_crash: Callable[[], None],
+    ) -> None:
         """`on_crash` is called on the event loop after the engine thread crashed and all requests were told."""
         self._engine = engine
+        self._registry = registry
         self._worker_id = worker_id
         self._generation = generation
         self._on_crash = on_crash
@@ -122,6 +140,36 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Drain(self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DrainReply:
         self.drain()
         return worker_pb2.DrainReply(num_unfinished=self.num_unfinished)
+
+    async def RegisterAdapter(
+        self, request: worker_pb2.RegisterAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.RegisterAdapterReply:
+        try:
+            adapter = await asyncio.to_thread(self._registry.register, request)
+        except LoRAFleetError as error:
+            logger.info("adapter %s refused: %s", request.name, error.message)
+            return worker_pb2.RegisterAdapterReply(failure=failure_of(error))
+        self._registry.prefetch(adapter)
+        logger.info("adapter %s version %d is %s", adapter.name, adapter.version, adapter.digest)
+        return worker_pb2.RegisterAdapterReply(adapter=adapter)
+
+    async def UnregisterAdapter(
+        self, request: worker_pb2.UnregisterAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.UnregisterAdapterReply:
+        try:
+            freeing = await asyncio.to_thread(self._registry.unregister, request.name, request.version)
+        except UnknownModelError:
+            return worker_pb2.UnregisterAdapterReply(found=False)
+        logger.info("adapter %s version %d is unloaded", request.name, request.version)
+        if freeing is None:
+            return worker_pb2.UnregisterAdapterReply(found=True)
+        freed = await asyncio.wrap_future(freeing)
+        return worker_pb2.UnregisterAdapterReply(found=True, device_bytes=freed.device, host_bytes=freed.host)
+
+    async def ListAdapters(
+        self, request: worker_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ListAdaptersReply:
+        return worker_pb2.ListAdaptersReply(adapters=self._registry.all())
 
     async def _hello(self, context: grpc.aio.ServicerContext) -> worker_pb2.Hello:
         try:

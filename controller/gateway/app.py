@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from lorafleet.controller.gateway import chat, completions, health, models, tokenization
+from lorafleet.controller.gateway import adapters, chat, completions, health, models, tokenization
 from lorafleet.controller.gateway.auth import ApiKeys, auth_middleware
 from lorafleet.controller.gateway.errors import error_middleware
 from lorafleet.controller.gateway.state import ABORT_GRACE_S, STATE, GatewayState
@@ -37,6 +37,8 @@ def make_app(state: GatewayState) -> web.Application:
             web.get("/v1/models/{id:.+}", models.get_model),
             web.post("/v1/completions", completions.create_completion),
             web.post("/v1/chat/completions", chat.create_chat_completion),
+            web.post("/v1/load_lora_adapter", adapters.load_adapter),
+            web.post("/v1/unload_lora_adapter", adapters.unload_adapter),
             web.post("/tokenize", tokenization.tokenize),
             web.post("/detokenize", tokenization.detokenize),
         ]

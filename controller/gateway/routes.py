@@ -1,4 +1,5 @@
-"""What the controller publishes, kept at hand: the routing table and the text of the model.
+"""What the controller publishes, kept at hand: the routing table and the text of the model. And what clients want
+changed of it, passed on.
 
 Owns: the Watch stream and its reconnecting, fetching files by digest. Leaves to others: what follows from a table
 (pool.py, state.py).
@@ -21,11 +22,12 @@ from lorafleet.controller.gateway.model_text import ModelText
 from lorafleet.controller.gateway.routing_table import RoutingTable
 from lorafleet.controller.gateway.wire import Backoff, controller_stub, describe, open_channel
 from lorafleet.proto import controller_pb2
-from lorafleet.workers.errors import LoRAFleetError, ModelError
-from lorafleet.workers.rpc import bearer
+from lorafleet.workers.errors import DeadlineError, LoRAFleetError, ModelError, WorkerUnavailableError
+from lorafleet.workers.rpc import bearer, error_of
 
 WATCH_DEADLINE_S: Final = 600.0  # then the stream is opened anew: a controller that hangs is not waited for longer
 FILES_DEADLINE_S: Final = 60.0
+TABLE_S: Final = 10.0  # for a table that the controller has already sent
 MAX_FILES_BYTES: Final = 512 << 20
 
 logger = logging.getLogger(__name__)
@@ -51,12 +53,15 @@ class RoutesClient:
         self._gateway_id = gateway_id
         self._executor = executor
         self._on_table = on_table
+        self._channel: Any = None
+        self._arrived = asyncio.Event()  # set, and replaced, with each new table
         self._task: asyncio.Task[None] | None = None
         self._text_task: asyncio.Task[None] | None = None
         self._text_digest = ""  # of the text that is loaded or being loaded
 
     def start(self) -> None:
         """Begin to watch."""
+        self._channel = open_channel(self._address)
         self._task = asyncio.create_task(self._run(), name="routes")
 
     async def close(self) -> None:
@@ -65,27 +70,52 @@ class RoutesClient:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def update(self, method: str, request: Any, timeout_s: float) -> controller_pb2.AdapterUpdate:
+        """Have the controller change its table, and wait until the change is here.
+
+        Raises what the controller refused it with, `WorkerUnavailableError` when it is away, `DeadlineError`.
+        """
+        call = getattr(controller_stub(self._channel), method)
+        try:
+            done: controller_pb2.AdapterUpdate = await call(request, metadata=self._metadata, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlineError(f"The controller did not answer within {timeout_s:g} s.") from error
+            logger.warning("%s failed: %s", method, describe(error))
+            raise WorkerUnavailableError("The controller cannot be reached now. Try again in a moment.") from error
+        if done.HasField("failure"):
+            raise error_of(done.failure)
+        try:
+            async with asyncio.timeout(TABLE_S):
+                while not self._has(done):
+                    await self._arrived.wait()
+        except TimeoutError:
+            raise DeadlineError("It is done, but this gateway has not heard of it yet. See GET /v1/models.") from None
+        return done
+
+    def _has(self, done: controller_pb2.AdapterUpdate) -> bool:
+        table = self.table  # another incarnation of the controller knows it too, or it was lost with the old one
+        return table is not None and (table.incarnation != done.incarnation or table.version >= done.version)
 
     async def _run(self) -> None:
-        channel = open_channel(self._address)
         backoff = Backoff(0.1, 2.0)
         logged = ""  # what is the same again need not be said again
-        try:
-            while True:
-                try:
-                    await self._watch(controller_stub(channel), backoff)
-                    reason = "it ended the stream"
-                except grpc.aio.AioRpcError as error:
-                    expected = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self.table is not None
-                    reason = "" if expected else describe(error)
-                if reason and reason != logged:
-                    # Before the first table the controller is merely starting.
-                    level = logging.INFO if self.table is None else logging.WARNING
-                    logger.log(level, "controller %s: %s; the last table stays valid", self._address, reason)
-                logged = reason
-                await asyncio.sleep(backoff.next_s())
-        finally:
-            await channel.close()
+        while True:
+            try:
+                await self._watch(controller_stub(self._channel), backoff)
+                reason = "it ended the stream"
+            except grpc.aio.AioRpcError as error:
+                expected = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self.table is not None
+                reason = "" if expected else describe(error)
+            if reason and reason != logged:
+                # Before the first table the controller is merely starting.
+                level = logging.INFO if self.table is None else logging.WARNING
+                logger.log(level, "controller %s: %s; the last table stays valid", self._address, reason)
+            logged = reason
+            await asyncio.sleep(backoff.next_s())
 
     async def _watch(self, stub: Any, backoff: Backoff) -> None:
         request = controller_pb2.WatchRequest(gateway_id=self._gateway_id)
@@ -110,6 +140,8 @@ class RoutesClient:
                 self._load_text(stub, table.tokenizer_digest), name="tokenizer loader"
             )
         self._on_table(table)
+        self._arrived.set()
+        self._arrived = asyncio.Event()
 
     async def _load_text(self, stub: Any, digest: str) -> None:
         """Until it succeeds, or a table with another digest cancels it."""

@@ -91,6 +91,20 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
+class LoadAdapterBody(msgspec.Struct, kw_only=True):
+    """POST /v1/load_lora_adapter. lora_path: a directory on the workers or a hub id."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False  # replace the adapter that has this name
+
+
+class UnloadAdapterBody(msgspec.Struct, kw_only=True):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
 ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Fields that do not bear on the answer, whatever they say."""
 
@@ -114,9 +128,11 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "guided_json": (),
     "guided_regex": (),
     "include_reasoning": (True,),
+    "is_3d_lora_weight": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
     "logits_processors": ([],),
+    "lora_int_id": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),

@@ -47,7 +47,7 @@ class GatewayState:
         gateway_id = uuid.uuid4().hex
         self._executor = ThreadPoolExecutor(config.num_tokenizer_threads, thread_name_prefix="tokenizer")
         self._pool = WorkerPool(gateway_id=gateway_id, token=config.token, times=config.times)
-        self._routes = RoutesClient(
+        self.routes = RoutesClient(
             config.controller,
             token=config.token,
             gateway_id=gateway_id,
@@ -64,18 +64,18 @@ class GatewayState:
                 VllmCollector(
                     self.metrics,
                     views=self._pool.views,
-                    table=lambda: self._routes.table,
+                    table=lambda: self.routes.table,
                     adapters_in_use=lambda: [entry.name for entry in self._running.values() if entry.digest],
                 )
             )
 
     def start(self) -> None:
         """Begin to watch the controller; sessions follow from what it says."""
-        self._routes.start()
+        self.routes.start()
 
     async def close(self) -> None:
         """End every connection to the fleet."""
-        await self._routes.close()
+        await self.routes.close()
         await self._pool.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -96,9 +96,9 @@ class GatewayState:
         """Why no request can be answered now; None if one can."""
         if self.admission.draining:
             return "draining"
-        if self._routes.table is None:
+        if self.routes.table is None:
             return "no routing table from the controller yet"
-        if self._routes.text is None:
+        if self.routes.text is None:
             return "no tokenizer from the controller yet"
         if not self._pool.has_ready_worker:
             return "no worker is ready"
@@ -107,16 +107,16 @@ class GatewayState:
     @property
     def table(self) -> RoutingTable:
         """The routing table. Raises WorkerUnavailableError before the first."""
-        if self._routes.table is None:
+        if self.routes.table is None:
             raise WorkerUnavailableError("The gateway has not heard from its controller yet. Try again in a moment.")
-        return self._routes.table
+        return self.routes.table
 
     @property
     def text(self) -> ModelText:
         """The model's tokenizer and template. Raises WorkerUnavailableError before the first."""
-        if self._routes.text is None:
+        if self.routes.text is None:
             raise WorkerUnavailableError("The model's tokenizer is still being loaded. Try again in a moment.")
-        return self._routes.text
+        return self.routes.text
 
     async def in_thread(self, function: Callable[[], _T]) -> _T:
         """Run something that takes long (a tokenizer, a template) off the event loop."""

@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 
 from lorafleet.controller import actor as actor_module
+from lorafleet.controller import adapters as adapters_module
 from lorafleet.controller.actor import ControllerActor, FleetReady
 from lorafleet.controller.cluster import WorkerLost
 from lorafleet.controller.config import ServeConfig
@@ -34,6 +35,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     state: worker_pb2.WorkerState = worker_pb2.WORKER_READY
     num_unfinished: int = 0
     drained: bool = False
+    adapters: dict[tuple[str, int], worker_pb2.Adapter] = field(default_factory=dict)
     answering: asyncio.Event = field(default_factory=asyncio.Event)
     server: Any = None
     address: str = ""
@@ -55,6 +57,20 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def GetReport(self, request: Any, context: Any) -> worker_pb2.WorkerReport:
         await self.answering.wait()
         return worker_pb2.WorkerReport(worker_id=self.worker_id, generation=1, state=self.state)
+
+    async def ListAdapters(self, request: Any, context: Any) -> worker_pb2.ListAdaptersReply:
+        return worker_pb2.ListAdaptersReply(adapters=self.adapters.values())
+
+    async def RegisterAdapter(self, request: Any, context: Any) -> worker_pb2.RegisterAdapterReply:
+        adapter = worker_pb2.Adapter(
+            name=request.name, version=request.version, root=request.root, digest=f"digest of {request.root}"
+        )
+        self.adapters[request.name, request.version] = adapter
+        return worker_pb2.RegisterAdapterReply(adapter=adapter)
+
+    async def UnregisterAdapter(self, request: Any, context: Any) -> worker_pb2.UnregisterAdapterReply:
+        del self.adapters[request.name, request.version]
+        return worker_pb2.UnregisterAdapterReply(found=True)
 
     async def Drain(self, request: Any, context: Any) -> worker_pb2.DrainReply:
         self.drained = True
@@ -157,6 +173,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     cluster = FakeCluster()
     monkeypatch.setattr(actor_module, "WorkerCluster", lambda: cluster)
     monkeypatch.setattr(actor_module, "POLL_S", 0.01)
+    monkeypatch.setattr(adapters_module, "GRACE_S", 0.0)
     monkeypatch.setattr(actor_module, "RETRY_S", 0.01)
     monkeypatch.setattr(actor_module, "RESTART_S", 0.01)
     return cluster
@@ -253,6 +270,43 @@ async def test_a_worker_whose_actor_is_gone_is_created_anew(fleet: Fleet, start:
     fleet.cluster.answers.put_nowait((await start("worker-b")).ready)
     await fleet.workers_become("worker-b")
     assert fleet.cluster.created == [NAME, NAME]
+
+
+async def test_a_restarted_worker_is_in_the_table_when_it_knows_what_was_loaded_and_not_what_was_unloaded(
+    fleet: Fleet, start: StartWorker
+) -> None:
+    def started() -> dict[tuple[str, int], worker_pb2.Adapter]:
+        return {("start-up", 1): worker_pb2.Adapter(name="start-up", version=1, root="/start-up", digest="d")}
+
+    worker = await start("worker-a", adapters=started())
+    fleet.cluster.answers.put_nowait(worker.ready)
+    table = await fleet.workers_become("worker-a")
+    assert [adapter.name for adapter in table.adapters] == ["start-up"]
+    updates = fleet.controller._updates
+    updates._allowed = True
+    await updates.load("sql", "/adapters/sql", load_inplace=False)
+    await updates.unload("start-up")
+    await worker.kill()
+    await fleet.workers_become()
+    again = await start("worker-b", adapters=started())
+    fleet.cluster.answers.put_nowait(again.ready)
+    table = await fleet.workers_become("worker-b")
+    assert again.adapters.keys() == {("sql", 1)}
+    assert [(adapter.name, adapter.digest) for adapter in table.adapters] == [("sql", "digest of /adapters/sql")]
+
+
+async def test_an_adapter_of_the_start_up_that_is_gone_does_not_keep_a_worker_from_coming_back(
+    fleet: Fleet, start: StartWorker
+) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    await worker.kill()
+    fleet.cluster.answers.put_nowait(WorkerFailed("adapter_refused", "Adapter 'sql': it is gone."))
+    fleet.cluster.answers.put_nowait((await start("worker-b")).ready)
+    await fleet.workers_become("worker-b")
+    assert (fleet.cluster.removed, fleet.cluster.created) == ([NAME], [NAME, NAME])
+    assert not fleet.cluster.restarted
 
 
 async def test_a_change_of_state_is_published(fleet: Fleet, start: StartWorker) -> None:

@@ -8,17 +8,15 @@ import pytest
 
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.proto import worker_pb2
-from lorafleet.workers.actor import AdapterInfo, WorkerReady
+from lorafleet.workers.actor import WorkerReady
+from lorafleet.workers.errors import UnknownModelError
 
 READY, DRAINING = worker_pb2.WORKER_READY, worker_pb2.WORKER_DRAINING
 WORKER = WorkerReady(
     worker_id="worker-a",
     generation=1,
     address="127.0.0.1:1000",
-    adapters=(
-        AdapterInfo("sql", "digest-1", 8, "/adapters/sql", None),
-        AdapterInfo("json", "digest-2", 4, "org/json", "base-alias"),
-    ),
+    adapters=(),
     plan=("memory plan",),
     max_model_len=128,
     vocab_size=300,
@@ -29,7 +27,15 @@ WORKER = WorkerReady(
 
 @pytest.fixture
 def catalogue() -> Catalogue:
-    return Catalogue(names=("base", "base-alias"), root="/models/base", tokenizer_digest="tokenizer", created=1234)
+    catalogue = Catalogue(names=("base", "base-alias"), root="/models/base", tokenizer_digest="tokenizer", created=1234)
+    catalogue.adopt(
+        [
+            worker_pb2.Adapter(name="json", digest="digest-2", version=3, root="org/json", parent="base-alias"),
+            worker_pb2.Adapter(name="json", digest="digest-0", version=2, root="org/json"),
+            worker_pb2.Adapter(name="sql", digest="digest-1", version=1, root="/adapters/sql", lora_rank=8),
+        ]
+    )
+    return catalogue
 
 
 def test_the_table_says_what_is_served_and_where(catalogue: Catalogue) -> None:
@@ -38,10 +44,11 @@ def test_the_table_says_what_is_served_and_where(catalogue: Catalogue) -> None:
     assert list(table.base.names) == ["base", "base-alias"]
     assert (table.base.root, table.base.created, table.base.tokenizer_digest) == ("/models/base", 1234, "tokenizer")
     assert (table.base.max_model_len, table.base.vocab_size) == (128, 300)
-    assert [(entry.name, entry.digest, entry.parent, entry.lora_rank) for entry in table.adapters] == [
-        ("sql", "digest-1", "base", 8),
-        ("json", "digest-2", "base-alias", 4),
+    assert [(entry.name, entry.digest, entry.version, entry.parent) for entry in table.adapters] == [
+        ("sql", "digest-1", 1, "base"),
+        ("json", "digest-2", 3, "base-alias"),
     ]
+    assert table.adapters[0].lora_rank == 8
     (worker,) = table.workers
     assert (worker.worker_id, worker.generation, worker.address) == ("worker-a", 1, "127.0.0.1:1000")
     assert (worker.state, worker.max_num_seqs, worker.max_loras) == (READY, 16, 4)
@@ -89,3 +96,25 @@ def test_it_is_complete_from_the_first_worker_on(catalogue: Catalogue) -> None:
 def test_every_run_of_the_controller_is_an_incarnation_of_its_own(catalogue: Catalogue) -> None:
     other = Catalogue(names=("base",), root="", tokenizer_digest="", created=0)
     assert catalogue.table().incarnation and catalogue.table().incarnation != other.table().incarnation
+
+
+def test_only_the_first_worker_tells_which_adapters_there_are(catalogue: Catalogue) -> None:
+    catalogue.adopt([worker_pb2.Adapter(name="stray", version=1)])
+    assert [adapter.name for adapter in catalogue.adapters()] == ["sql", "json"]
+
+
+def test_a_version_is_never_used_again(catalogue: Catalogue) -> None:
+    assert (catalogue.next_version("json"), catalogue.next_version("new")) == (4, 1)
+    before = catalogue.version
+    catalogue.put_adapter(worker_pb2.Adapter(name="json", version=4, digest="digest-4"))
+    assert catalogue.drop_adapter("json").digest == "digest-4"
+    assert catalogue.version == before + 2
+    assert catalogue.adapter("json") is None
+    assert catalogue.next_version("json") == 5
+
+
+def test_a_name_that_is_not_there_cannot_be_dropped(catalogue: Catalogue) -> None:
+    before = catalogue.version
+    with pytest.raises(UnknownModelError, match="'nobody'"):
+        catalogue.drop_adapter("nobody")
+    assert catalogue.version == before

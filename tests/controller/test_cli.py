@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,17 @@ def test_api_keys_come_from_the_flag_or_else_from_the_environment(monkeypatch: p
     assert "three" not in repr(config("--api-key", "three"))
 
 
+def test_runtime_updates_are_turned_on_by_the_flag_or_vllms_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = ("--lora-root", "adapters", "hf://org", "--lora-root", "/a")
+    given = config("--enable-lora", "--allow-runtime-lora-updates", *roots)
+    assert given.allow_runtime_lora_updates
+    assert given.lora_roots == (str(Path.cwd() / "adapters"), "hf://org", "/a")
+    assert not config().allow_runtime_lora_updates
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    assert config("--enable-lora", "--lora-root", "/a").allow_runtime_lora_updates
+    assert not config().allow_runtime_lora_updates, "nothing can be loaded without LoRA"
+
+
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [
@@ -127,6 +139,9 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--lora-dtype", "float32"], "--lora-dtype is given without --enable-lora"),
         (["--lora-host-cache-bytes", "1GiB"], "--lora-host-cache-bytes is given without --enable-lora"),
         (["--lora-modules", "a=b"], "--lora-modules is given without --enable-lora"),
+        (["--allow-runtime-lora-updates"], "--allow-runtime-lora-updates is given without --enable-lora"),
+        (["--enable-lora", "--allow-runtime-lora-updates"], "--allow-runtime-lora-updates needs --lora-root"),
+        (["--enable-lora", "--lora-root", "/a"], "--lora-root is given without --allow-runtime-lora-updates"),
         (["--enable-lora", "--max-loras", "0"], "--max-loras is 0"),
         (["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "2"], "--max-cpu-loras is 2"),
         (["--enable-lora", "--max-lora-rank", "1000"], "--max-lora-rank is 1000"),

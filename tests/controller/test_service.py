@@ -10,6 +10,7 @@ from typing import Any, cast
 import grpc.aio
 import pytest
 
+from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.service import ControllerService, files_digest, read_tokenizer_files
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2
@@ -46,7 +47,9 @@ class Fleet:
 @pytest.fixture
 async def fleet() -> AsyncIterator[Fleet]:
     catalogue = Catalogue(names=("base",), root="/base", tokenizer_digest=files_digest(FILES), created=1)
-    service = ControllerService(catalogue, {files_digest(FILES): FILES})
+    catalogue.adopt([])
+    updates = AdapterUpdates(catalogue, list, lambda: service.changed(), allowed=True, roots=("/adapters",))
+    service = ControllerService(catalogue, {files_digest(FILES): FILES}, updates)
     server = create_server(TOKEN)
     cast(Any, controller_pb2_grpc.add_ControllerServicer_to_server)(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -106,6 +109,14 @@ async def test_files_of_an_unknown_digest_are_not_found(fleet: Fleet) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await fleet.stub.GetFiles(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S).read()
     assert failed.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_what_is_refused_comes_back_as_the_error_that_it_is(fleet: Fleet) -> None:
+    call = {"metadata": bearer(TOKEN), "timeout": TIMEOUT_S}
+    load = controller_pb2.LoadAdapterRequest(name="base", root="/adapters/a")
+    assert (await fleet.stub.LoadAdapter(load, **call)).failure.code == "adapter_conflict"
+    unload = controller_pb2.UnloadAdapterRequest(name="nobody")
+    assert (await fleet.stub.UnloadAdapter(unload, **call)).failure.code == "model_not_found"
 
 
 @pytest.mark.parametrize("metadata", [None, bearer("wrong")])

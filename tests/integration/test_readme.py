@@ -64,10 +64,21 @@ def test_the_serve_command(demo_model: Path) -> None:
         assert placeholder in command
         command = command.replace(placeholder, value)
     port = free_port()
-    server = spawn([*shlex.split(command), "--port", str(port)], port)
+    updates = ["--allow-runtime-lora-updates", "--lora-root", str(adapters)]
+    server = spawn([*shlex.split(command), *updates, "--port", str(port)], port)
     try:
         server.wait_until_ready()
         assert '"support"' in server.get("/v1/models")[1]
+        curls = block_with("bash", "load_lora_adapter").replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        assert "/adapters/sql2" in curls
+        result = subprocess.run(
+            ["bash", "-e", "-c", curls.replace("/adapters/sql2", str(adapters / "json")).replace("curl ", "curl -sf ")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert result.stdout.count("Success") == 2
     finally:
         server.stop()
 

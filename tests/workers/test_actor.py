@@ -42,7 +42,7 @@ class FakeEngine:
         cls.done.append("plan")
         return cls(config)
 
-    def register_adapter(self, path: str) -> Any:
+    def register_adapter(self, path: str, *, roots: object = None) -> Any:
         if "bad" in path:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
@@ -95,8 +95,8 @@ async def start(actors: list[WorkerActor], *adapters: LoRAModule) -> WorkerReady
 async def test_a_worker_says_what_it_serves_and_answers_there(actors: list[WorkerActor]) -> None:
     ready = await start(actors, LoRAModule("sql", "/sql"), LoRAModule("json", "org/json", "base"))
     assert isinstance(ready, WorkerReady)
-    assert [(adapter.name, adapter.digest, adapter.root, adapter.base_model_name) for adapter in ready.adapters] == [
-        ("sql", "digest of /sql", "/sql", None),
+    assert [(adapter.name, adapter.digest, adapter.root, adapter.parent) for adapter in ready.adapters] == [
+        ("sql", "digest of /sql", "/sql", ""),
         ("json", "digest of org/json", "org/json", "base"),
     ]
     assert ready.plan == ("memory plan", "  weights")

@@ -276,3 +276,39 @@ async def test_an_error_reaches_its_awaiter_only(root: Path, async_llm: AsyncLLM
     with pytest.raises(AdapterRefusedError):
         await anext(async_llm.generate("a", GREEDY, "missing", LoRARequest("gone", 5, str(root / "gone"))))
     assert [output async for output in async_llm.generate("a", GREEDY, "good")][-1].finished
+
+
+def test_adapters_are_added_listed_replaced_in_place_and_removed(llm: LLM, root: Path) -> None:
+    engine = llm.llm_engine
+    ids = engine.list_loras()
+    sql, pirate = (
+        texts(llm.generate("the fox", GREEDY, lora_request=lora(root, name, number), use_tqdm=False))
+        for name, number in (("sql", 11), ("pirate", 12))
+    )
+    assert engine.list_loras() == ids | {11, 12}
+    assert engine.add_lora(lora(root, "sql", 13))
+    with pytest.raises(AdapterConflictError, match="load_inplace"):
+        engine.add_lora(lora(root, "pirate", 13))
+    assert texts(llm.generate("the fox", GREEDY, lora_request=lora(root, "sql", 13), use_tqdm=False)) == sql
+    assert engine.add_lora(LoRARequest("pirate", 13, str(root / "pirate"), load_inplace=True))
+    assert texts(llm.generate("the fox", GREEDY, lora_request=lora(root, "pirate", 13), use_tqdm=False)) == pirate
+    assert all(engine.remove_lora(number) for number in (11, 12, 13))
+    assert not engine.remove_lora(11)
+    assert engine.list_loras() == ids
+
+
+async def test_removing_awaits_the_requests(root: Path) -> None:
+    llm = await AsyncLLM.from_engine_args(EngineArgs(model=str(root / "model"), enable_lora=True, dtype="float32"))
+    try:
+        request = lora(root, "sql", 1)
+        assert await llm.add_lora(request) and await llm.list_loras() == {1}
+        outputs = llm.generate("the fox", GREEDY, "one", request)
+        await anext(outputs)
+        removing = asyncio.ensure_future(llm.remove_lora(1))
+        last = [output async for output in outputs][-1]
+        assert last.finished and last.outputs[0].finish_reason == "length"
+        assert await removing
+        assert llm.engine.stats().device_adapters == ()
+        assert not await llm.remove_lora(1)
+    finally:
+        await llm.close()

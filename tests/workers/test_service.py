@@ -8,6 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,10 +19,11 @@ import pytest
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers import service as service_module
-from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.adapter_registry import AdapterRegistry
+from lorafleet.workers.engine.loop import Engine, FreedBytes
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
 from lorafleet.workers.engine.stats import EngineStats
-from lorafleet.workers.errors import InvalidRequestError, QueueFullError, UnknownModelError
+from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, QueueFullError, UnknownModelError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
 from lorafleet.workers.service import WorkerService
 
@@ -32,6 +34,34 @@ TIMEOUT_S = 10.0
 
 def expected_tokens(prompt: list[int], max_tokens: int) -> list[int]:
     return [(sum(prompt) + position) % 1000 for position in range(max_tokens)]
+
+
+class FakeRegistry:
+    """Adapters without files; what is freed is freed when the test says so."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, worker_pb2.Adapter] = {}
+        self.prefetched: list[str] = []
+        self.freed: Future[FreedBytes] | None = Future()
+
+    def all(self) -> list[worker_pb2.Adapter]:
+        return list(self.adapters.values())
+
+    def register(self, request: worker_pb2.RegisterAdapterRequest) -> worker_pb2.Adapter:
+        if request.root == "bad":
+            raise AdapterRefusedError("bad is bad.", reason="rank_too_large")
+        adapter = worker_pb2.Adapter(name=request.name, version=request.version, digest="d", root=request.root)
+        self.adapters[request.name] = adapter
+        return adapter
+
+    def prefetch(self, adapter: worker_pb2.Adapter) -> None:
+        self.prefetched.append(adapter.name)
+
+    def unregister(self, name: str, version: int) -> Future[FreedBytes] | None:
+        if name not in self.adapters:
+            raise UnknownModelError("No such adapter.")
+        del self.adapters[name]
+        return self.freed
 
 
 class FakeEngine:
@@ -189,6 +219,7 @@ class Worker:
     """A served fake engine."""
 
     engine: FakeEngine
+    registry: FakeRegistry
     service: WorkerService
     address: str
     crashed: asyncio.Event
@@ -218,13 +249,20 @@ class Worker:
 @pytest.fixture
 async def worker() -> AsyncIterator[Worker]:
     engine, crashed = FakeEngine(), asyncio.Event()
-    service = WorkerService(cast(Engine, engine), worker_id=WORKER_ID, generation=GENERATION, on_crash=crashed.set)
+    registry = FakeRegistry()
+    service = WorkerService(
+        cast(Engine, engine),
+        cast(AdapterRegistry, registry),
+        worker_id=WORKER_ID,
+        generation=GENERATION,
+        on_crash=crashed.set,
+    )
     server = create_server(TOKEN)
     cast(Any, worker_pb2_grpc.add_WorkerServicer_to_server)(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     service.start()
-    yield Worker(engine, service, f"127.0.0.1:{port}", crashed)
+    yield Worker(engine, registry, service, f"127.0.0.1:{port}", crashed)
     await server.stop(None)
     await service.stop()
 
@@ -498,3 +536,39 @@ async def test_every_request_ends_exactly_once_whatever_is_done(worker: Worker, 
             await client.read_until(lambda client=client: len(client.heartbeats) > 1)  # type: ignore[misc]
             assert {len(client.endings[stream]) for stream in streams} == {1}
         assert worker.service.num_unfinished == worker.engine.num_running == 0
+
+
+async def test_adapters_are_registered_listed_and_unregistered(worker: Worker) -> None:
+    call = {"metadata": bearer(TOKEN), "timeout": TIMEOUT_S}
+    async with worker.channel() as stub:
+        reply = await stub.RegisterAdapter(
+            worker_pb2.RegisterAdapterRequest(name="sql", version=3, root="/adapters/sql"), **call
+        )
+        assert (reply.adapter.name, reply.adapter.version, reply.adapter.digest) == ("sql", 3, "d")
+        assert worker.registry.prefetched == ["sql"]
+        refused = await stub.RegisterAdapter(worker_pb2.RegisterAdapterRequest(name="x", root="bad"), **call)
+        assert (refused.failure.code, refused.failure.reason) == ("adapter_refused", "rank_too_large")
+        assert refused.failure.message == "bad is bad."
+        listed = await stub.ListAdapters(worker_pb2.ListAdaptersRequest(), **call)
+        assert list(listed.adapters) == [reply.adapter]
+        assert worker.registry.freed is not None
+        worker.registry.freed.set_result(FreedBytes(20, 6))
+        gone = await stub.UnregisterAdapter(worker_pb2.UnregisterAdapterRequest(name="sql", version=3), **call)
+        assert (gone.found, gone.device_bytes, gone.host_bytes) == (True, 20, 6)
+        unknown = await stub.UnregisterAdapter(worker_pb2.UnregisterAdapterRequest(name="sql", version=3), **call)
+        assert not unknown.found
+
+
+async def test_an_unregistration_waits_until_all_is_free_and_goes_on_when_nobody_waits(worker: Worker) -> None:
+    freed = worker.registry.freed
+    assert freed is not None
+    freed.set_running_or_notify_cancel()
+    async with worker.channel() as stub:
+        request = worker_pb2.RegisterAdapterRequest(name="sql", version=1, root="/adapters/sql")
+        await stub.RegisterAdapter(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S)
+        forget = worker_pb2.UnregisterAdapterRequest(name="sql", version=1)
+        assert await status(stub.UnregisterAdapter(forget, metadata=bearer(TOKEN), timeout=0.2)) is (
+            grpc.StatusCode.DEADLINE_EXCEEDED
+        )
+    assert not freed.cancelled()
+    freed.set_result(FreedBytes(0, 0))

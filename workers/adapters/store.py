@@ -107,9 +107,18 @@ class AdapterStore:
             self._specs[spec.digest] = spec
             self._failures.pop(spec.digest, None)
 
-    def is_registered(self, digest: str) -> bool:
+    def forget(self, digest: str) -> int:
+        """Take an adapter that nobody holds out of the store; the bytes of host memory that this freed."""
         with self._lock:
-            return digest in self._specs
+            del self._specs[digest]
+            self._failures.pop(digest, None)
+            entry = self._entries.pop(digest, None)
+            if entry is None:
+                return 0
+            assert not entry.holders
+            self._bytes -= entry.num_bytes
+            self._admit()
+            return entry.num_bytes
 
     def fetch(self, digest: str) -> Future[HostAdapter]:
         """The adapter, held until `release`; loads it on a reader thread if need be, once for all who ask.
@@ -210,7 +219,7 @@ class AdapterStore:
             del self._queue[digest]
             self._entries[digest] = entry
             self._bytes += entry.num_bytes
-            self._readers.submit(self._read, digest, entry)
+            self._readers.submit(self._read, self._specs[digest], entry)
 
     def _make_room(self, num_bytes: int) -> bool:
         for digest in [digest for digest, entry in self._entries.items() if not entry.holders]:
@@ -248,21 +257,25 @@ class AdapterStore:
             # Whoever waits for room comes first; that includes a fetch of this very adapter.
             if self._closed or digest in self._entries or self._queue or self._recent_failure(digest) is not None:
                 return
-            entry = _Entry(Future(), self._size(self._specs[digest]), holders=0, is_ahead=True)
+            spec = self._specs.get(digest)
+            if spec is None:  # forgotten meanwhile
+                return
+            entry = _Entry(Future(), self._size(spec), holders=0, is_ahead=True)
             if not self._make_room_ahead(entry.num_bytes):
                 return
             self._entries[digest] = entry
             self._bytes += entry.num_bytes
-        self._read(digest, entry)
+        self._read(spec, entry)
 
     def _recent_failure(self, digest: str) -> LoRAFleetError | None:
         """The error of a failed load that is not to be tried again yet."""
         failure = self._failures.get(digest)
         return failure.error if failure is not None and self._clock() < failure.retry_at else None
 
-    def _read(self, digest: str, entry: _Entry) -> None:
+    def _read(self, spec: AdapterSpec, entry: _Entry) -> None:
+        digest = spec.digest
         try:
-            adapter = self._load(self._specs[digest], self._base, self._dtype)
+            adapter = self._load(spec, self._base, self._dtype)
         except Exception as caught:
             error = (
                 caught if isinstance(caught, LoRAFleetError) else InternalError(f"Reading an adapter failed: {caught}")
@@ -275,7 +288,7 @@ class AdapterStore:
                         else _FIRST_RETRY_S
                     )
                     self._failures[digest] = _Failure(error, self._clock() + delay_s, delay_s)
-                if self._entries.get(digest) is entry:  # no fetch has taken the room
+                if self._entries.get(digest) is entry:  # no fetch has taken the room, and it was not forgotten
                     del self._entries[digest]
                     self._bytes -= entry.num_bytes
                 self._num_failures += 1

@@ -54,6 +54,15 @@ class AdapterSlots:
     def fail_load(self, digest: str) -> None:
         self._empty.append(self._loading.pop(digest))
 
+    def drop(self, digest: str) -> bool:
+        """Empty the slot of an adapter that no request uses; False if it is in none."""
+        assert digest not in self._pins and digest not in self._loading
+        slot = self._ready.pop(digest, None)
+        if slot is None:
+            return False
+        self._empty.append(slot)
+        return True
+
     def pin(self, digest: str) -> None:
         """One more running request uses a ready adapter."""
         self._ready.move_to_end(digest)

@@ -1,8 +1,9 @@
 """The engine: where deciding meets executing. The one module of this package that knows the model runner.
 
 `Engine` is stepped by one thread (`LLMEngine` does so itself, others through thread.py). `submit`, `cancel`,
-`register_adapter` and `stats` may be called from any thread: what they ask for lands in an inbox that the next step
-drains. No step ever waits for an adapter: loads run on threads of their own and report through the same inbox.
+`register_adapter`, `unregister_adapter` and `stats` may be called from any thread: what they ask for lands in an inbox
+that the next step drains. No step ever waits for an adapter: loads run on threads of their own and report through the
+same inbox.
 
 Every accepted request ends in exactly one event with a `finish`.
 """
@@ -13,7 +14,8 @@ import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from lorafleet.workers.engine.scheduler import Scheduler, SlotLoad
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.errors import (
     AdapterRefusedError,
+    AdapterUnavailableError,
     ContextLengthError,
     InternalError,
     InvalidRequestError,
@@ -48,6 +51,22 @@ from lorafleet.workers.model.runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 _NUM_LOADERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FreedBytes:
+    """What unregistering an adapter gave back. device: a slot that others may have now; slots are never shrunk."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Retire:
+    """An adapter that is not registered any more, to be freed when the last request that names it has ended."""
+
+    digest: str
+    freed: Future[FreedBytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +108,14 @@ class Engine:
         self._loaders = ThreadPoolExecutor(
             _NUM_LOADERS, thread_name_prefix="lorafleet-slot", initializer=torch.set_num_threads, initargs=(1,)
         )
-        self._lock = threading.Lock()  # guards the four below
-        self._inbox: deque[GenerateRequest | str | _Loaded] = deque()  # a str is a request id to cancel
+        self._lock = threading.Lock()  # guards the five below
+        self._inbox: deque[GenerateRequest | str | _Loaded | _Retire] = deque()  # a str is a request id to cancel
+        self._adapters: set[str] = set()  # digests that new requests may name
         self._wake = threading.Condition(self._lock)
         self._unfinished: set[str] = set()
         self._closed = False
         self._is_warm = False
+        self._retiring: list[_Retire] = []
         self._arrivals = 0
         self._num_loading = 0
         self._num_steps = 0
@@ -135,31 +156,60 @@ class Engine:
 
     # Any thread.
 
-    def register_adapter(self, path_or_id: str) -> AdapterSpec:
+    def register_adapter(self, path_or_id: str, *, roots: Sequence[str] | None = None) -> AdapterSpec:
         """Find, read and verify an adapter, so that requests may name its digest. Slow: it reads the file.
 
-        Idempotent; the same content gives the same digest. Raises `AdapterRefusedError`.
+        Idempotent; the same content gives the same digest. roots: where it must lie, see `resolve_adapter`. Raises
+        `AdapterRefusedError`.
         """
         if self.config.lora is None:
             raise AdapterRefusedError(
                 f"LoRA is off, so adapter {path_or_id!r} cannot be used. Start with --enable-lora (enable_lora=True).",
                 reason="lora_disabled",
             )
-        path = resolve_adapter(path_or_id)
+        path = resolve_adapter(path_or_id, roots)
         spec = read_adapter_spec(path, self.spec.base_shapes, max_lora_rank=self._max_lora_rank)
-        self._store.register(spec)
+        with self._lock:
+            self._store.register(spec)
+            self._adapters.add(spec.digest)
         return spec
+
+    def unregister_adapter(self, digest: str) -> Future[FreedBytes]:
+        """Accept no more requests for an adapter; free its slot and host memory when those accepted have ended.
+
+        The future is done in the step that frees it. Registered again before that, the adapter stays, and nothing is
+        freed. Raises `UnknownModelError` for a digest that is not registered.
+        """
+        freed: Future[FreedBytes] = Future()
+        freed.set_running_or_notify_cancel()  # nobody who waits can cancel it
+        with self._lock:
+            if digest not in self._adapters:
+                raise UnknownModelError(f"No adapter with digest {digest} is registered here.", param="model")
+            self._adapters.remove(digest)
+            self._inbox.append(_Retire(digest, freed))
+            self._wake.notify()
+        return freed
+
+    def prefetch_adapter(self, digest: str) -> None:
+        """Bring a registered adapter into the host cache in the background, if there is room."""
+        self._store.prefetch(digest)
 
     def submit(self, request: GenerateRequest) -> None:
         """Accept a request; its events come out of later steps.
 
-        Raises `InvalidRequestError`, `ContextLengthError`, `UnknownModelError` (an unregistered digest) or
+        Raises `InvalidRequestError`, `ContextLengthError`, `AdapterUnavailableError` (an unregistered digest) or
         `QueueFullError`; the request is then not accepted and has no events.
         """
         self._check(request)
         with self._lock:
             if self._closed:
                 raise InternalError("The engine is closed.")
+            # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
+            if request.adapter is not None and request.adapter not in self._adapters:
+                raise AdapterUnavailableError(
+                    f"No adapter with digest {request.adapter} is registered here (any more). Name its model again.",
+                    param="model",
+                )
             if request.request_id in self._unfinished:
                 raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
             bound = self.config.max_waiting + self.config.max_num_seqs
@@ -195,6 +245,9 @@ class Engine:
         with self._lock:
             self._closed = True
             self._wake.notify_all()
+            retiring = self._retiring + [message for message in self._inbox if isinstance(message, _Retire)]
+        for retire in retiring:
+            retire.freed.set_exception(InternalError("The engine is closed."))
         self._store.close()
         self._loaders.shutdown(wait=True, cancel_futures=True)
 
@@ -253,6 +306,7 @@ class Engine:
                 self._num_output_tokens += 1
                 events.append(RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish))
             self._step_began = None
+        self._free_retired()
         with self._lock:
             self._unfinished.difference_update(event.request_id for event in events if event.finish is not None)
         self._stats = self._take_stats()
@@ -264,6 +318,9 @@ class Engine:
         with self._lock:
             queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
             assert all(request_id in self._scheduler or request_id in queued for request_id in self._unfinished)
+            retiring = {message.digest for message in self._inbox if isinstance(message, _Retire)}
+            retiring.update(retire.digest for retire in self._retiring)
+            assert set(self._slots.resident()) <= self._adapters | retiring
 
     def _check(self, request: GenerateRequest) -> None:
         prompt, sampling = request.prompt_token_ids, request.sampling
@@ -281,8 +338,6 @@ class Engine:
                     f"{what} has a token id outside 0 to {self.vocab_size - 1}.",
                     param="prompt" if ids is prompt else what,
                 )
-        if request.adapter is not None and not self._store.is_registered(request.adapter):
-            raise UnknownModelError(f"No adapter with digest {request.adapter} is registered here.", param="model")
 
     def _has_work(self) -> bool:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
@@ -302,6 +357,8 @@ class Engine:
                 self._scheduler.add(Request.from_generate(message, self._arrivals))
             elif isinstance(message, _Loaded):
                 self._finish_load(message, events)
+            elif isinstance(message, _Retire):
+                self._retiring.append(message)
             elif self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
@@ -316,6 +373,21 @@ class Engine:
         for request_id in self._scheduler.waiting_for(digest):
             self._scheduler.remove(request_id)
             events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=loaded.error))
+
+    def _free_retired(self) -> None:
+        """Free the retired adapters that no request uses any more."""
+        for retire in list(self._retiring):
+            digest = retire.digest
+            if self._scheduler.uses(digest) or self._slots.is_loading(digest):
+                continue
+            self._retiring.remove(retire)
+            with self._lock:
+                if digest in self._adapters or any(other.digest == digest for other in self._retiring):
+                    freed = FreedBytes(0, 0)
+                else:
+                    device = self.plan.slot_bytes if self._slots.drop(digest) else 0
+                    freed = FreedBytes(device, self._store.forget(digest))
+            retire.freed.set_result(freed)
 
     def _load_slot(self, load: SlotLoad) -> None:
         """On a loader thread: disk to host if need be, host to device, report."""

@@ -113,6 +113,10 @@ class Scheduler:
             self._waiting.remove(request)
         return True
 
+    def uses(self, digest: str) -> bool:
+        """Whether any request, waiting or running, names this adapter."""
+        return any(request.adapter == digest for request in self._requests.values())
+
     def waiting_for(self, digest: str) -> list[str]:
         """Ids of the requests that wait and name this adapter."""
         return [request.request_id for request in self._waiting if request.adapter == digest]

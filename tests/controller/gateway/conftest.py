@@ -219,6 +219,8 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
     table: controller_pb2.RoutingTable
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_watches: int = 0
+    loads: list[controller_pb2.LoadAdapterRequest] = field(default_factory=list)
+    update_failure: worker_pb2.Failure | None = None
     address: str = ""
     server: Any = None
 
@@ -244,6 +246,24 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
             changed = self.changed
             yield self.table
             await changed.wait()
+
+    async def LoadAdapter(self, request: Any, context: Any) -> controller_pb2.AdapterUpdate:
+        self.loads.append(request)
+        return await self._update(lambda: self.table.adapters.add(name=request.name, digest="new", version=1))
+
+    async def UnloadAdapter(self, request: Any, context: Any) -> controller_pb2.AdapterUpdate:
+        kept = [adapter for adapter in self.table.adapters if adapter.name != request.name]
+        update = await self._update(lambda: (self.table.ClearField("adapters"), self.table.adapters.extend(kept)))
+        update.device_bytes, update.host_bytes, update.num_draining = 1000, 300, 1
+        return update
+
+    async def _update(self, change: Callable[[], object]) -> controller_pb2.AdapterUpdate:
+        """Answers first and publishes a moment later, as may happen on two streams."""
+        if self.update_failure is not None:
+            return controller_pb2.AdapterUpdate(failure=self.update_failure)
+        change()
+        asyncio.get_running_loop().call_later(0.1, self.publish)
+        return controller_pb2.AdapterUpdate(incarnation=self.table.incarnation, version=self.table.version + 1)
 
     async def GetFiles(self, request: Any, context: Any) -> AsyncIterator[controller_pb2.FileChunk]:
         if request.digest not in self.files:

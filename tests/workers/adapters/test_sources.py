@@ -29,9 +29,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ids
 
 
-def refusal(path_or_id: str) -> AdapterRefusedError:
+def refusal(path_or_id: str, roots: list[str] | None = None) -> AdapterRefusedError:
     with pytest.raises(AdapterRefusedError) as caught:
-        resolve_adapter(path_or_id)
+        resolve_adapter(path_or_id, roots)
     return caught.value
 
 
@@ -103,3 +103,61 @@ def test_a_hub_id_is_asked_of_the_hub_and_its_failure_names_it(asked: list[str])
     error = refusal("org/missing")
     assert (error.reason, error.message) == ("not_found", "org/missing is not on the hub.")
     assert asked == ["org/there", "org/missing"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Two roots with an adapter each, a link out of the first, and a secret outside."""
+    for path in ("one/a", "one/team/b", "two/c", "secret"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "one" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "one" / "inner").symlink_to(tmp_path / "one" / "team")
+    (tmp_path / "link-to-one").symlink_to(tmp_path / "one")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("{disk}/one/a", "one/a"),
+        ("{disk}/two/c", "two/c"),
+        ("{disk}/link-to-one/a", "one/a"),
+        ("a", "one/a"),
+        ("team/b", "one/team/b"),
+        ("inner/b", "one/team/b"),
+        ("./team/../a", "one/a"),
+        ("c", "two/c"),
+    ],
+)
+def test_what_lies_below_a_root_is_found_relative_paths_too(path: str, found: str, disk: Path) -> None:
+    roots = [f"{disk}/one", f"{disk}/two"]
+    assert resolve_adapter(path.format(disk=disk), roots) == disk / found
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["{disk}/secret", "../secret", "{disk}/one/../secret", "link", "{disk}/one/link", "nowhere", "/", "~", "org/there"],
+)
+def test_what_lies_elsewhere_is_refused_whether_it_exists_or_not(path: str, disk: Path, asked: list[str]) -> None:
+    error = refusal(path.format(disk=disk), [f"{disk}/one", f"{disk}/two"])
+    assert error.reason == "outside_roots"
+    assert f"--lora-root ({disk}/one, {disk}/two)" in error.message
+    assert not asked
+
+
+def test_a_path_with_a_nul_is_refused(disk: Path) -> None:
+    assert refusal("a\0b", [str(disk)]).reason == "missing_directory"
+
+
+@pytest.mark.parametrize(("root", "allowed"), [("hf://", True), ("hf://org", True), ("hf://or", False)])
+def test_hub_ids_need_a_root_of_their_own(
+    root: str, allowed: bool, disk: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (disk / "org" / "there").mkdir(parents=True)
+    monkeypatch.chdir(disk)  # a directory of that name where the worker happens to run is none of its business
+    roots = [f"{disk}/one", root]
+    if allowed:
+        assert resolve_adapter("org/there", roots) == Path("/cache/there")
+    else:
+        assert refusal("org/there", roots).reason == "outside_roots"
+        assert not asked

@@ -27,7 +27,6 @@ from lorafleet.workers.errors import (
     LoRAFleetError,
     NonFiniteLogitsError,
     QueueFullError,
-    UnknownModelError,
 )
 
 NUM_OUTPUT = 10
@@ -323,7 +322,7 @@ def test_base_batches_run_no_lora_op(fleet: Fleet, engines: list[Engine], monkey
         ((-1,), GREEDY, None, InvalidRequestError),
         ((5,), dataclasses.replace(GREEDY, stop_token_ids=frozenset([131])), None, InvalidRequestError),
         ((5,), dataclasses.replace(GREEDY, max_tokens=256), None, ContextLengthError),
-        ((5,), GREEDY, "no such digest", UnknownModelError),
+        ((5,), GREEDY, "no such digest", AdapterUnavailableError),
     ],
 )
 def test_what_cannot_run_is_refused_on_submission(

@@ -1,0 +1,70 @@
+"""One worker as the controller calls it. Every call has a deadline; one that fails raises `grpc.aio.AioRpcError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc.aio
+
+from lorafleet.proto import worker_pb2, worker_pb2_grpc
+from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, error_of
+
+CALL_S = 5.0
+REGISTER_S = 600.0  # an adapter may have to be downloaded
+
+
+class WorkerClient:
+    """A context: the connection ends with it."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._stub: Any = worker_pb2_grpc.WorkerStub(self._channel)
+        self._metadata = bearer(token)
+
+    async def __aenter__(self) -> WorkerClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def report(self) -> worker_pb2.WorkerReport:
+        report: worker_pb2.WorkerReport = await self._call(self._stub.GetReport, worker_pb2.ReportRequest(), CALL_S)
+        return report
+
+    async def drain(self) -> int:
+        """Let it refuse new requests; how many still run."""
+        reply = await self._call(self._stub.Drain, worker_pb2.DrainRequest(), CALL_S)
+        return int(reply.num_unfinished)
+
+    async def adapters(self) -> list[worker_pb2.Adapter]:
+        reply = await self._call(self._stub.ListAdapters, worker_pb2.ListAdaptersRequest(), CALL_S)
+        return list(reply.adapters)
+
+    async def register(self, adapter: worker_pb2.Adapter, allowed_roots: Sequence[str] = ()) -> worker_pb2.Adapter:
+        """Have `adapter` read from its root; as the worker found it. Raises the worker's `AdapterRefusedError`."""
+        request = worker_pb2.RegisterAdapterRequest(
+            name=adapter.name,
+            version=adapter.version,
+            root=adapter.root,
+            parent=adapter.parent,
+            created=adapter.created,
+            allowed_roots=allowed_roots,
+        )
+        reply = await self._call(self._stub.RegisterAdapter, request, REGISTER_S)
+        if reply.HasField("failure"):
+            raise error_of(reply.failure)
+        registered: worker_pb2.Adapter = reply.adapter
+        return registered
+
+    async def unregister(self, adapter: worker_pb2.Adapter, timeout_s: float) -> worker_pb2.UnregisterAdapterReply:
+        """Have it forgotten, and wait until it is freed, for at most `timeout_s`."""
+        request = worker_pb2.UnregisterAdapterRequest(name=adapter.name, version=adapter.version)
+        reply: worker_pb2.UnregisterAdapterReply = await self._call(self._stub.UnregisterAdapter, request, timeout_s)
+        return reply
+
+    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+        return await method(request, timeout=timeout_s, metadata=self._metadata)

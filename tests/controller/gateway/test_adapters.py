@@ -1,0 +1,80 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter as vLLM's clients call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorafleet.proto import worker_pb2
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+async def text(fleet: Any, path: str, body: dict[str, Any]) -> tuple[int, str, Any]:
+    async with fleet.http.post(path, json=body) as response:
+        return response.status, await response.text(), response.headers
+
+
+async def test_a_loaded_adapter_answers_the_very_next_request(fleet: Any) -> None:
+    status, said, _ = await text(fleet, LOAD, {"lora_name": "new", "lora_path": "/adapters/new"})
+    assert (status, said) == (200, "Success: LoRA adapter 'new' added successfully.")
+    (load,) = fleet.controller.loads
+    assert (load.name, load.root, load.load_inplace) == ("new", "/adapters/new", False)
+    answer = await fleet.openai.completions.create(model="new", prompt="hello", max_tokens=2)
+    assert answer.model == "new"
+    assert fleet.worker.generates[-1].adapter_digest == "new"
+
+
+async def test_an_unloaded_adapter_is_gone_for_the_very_next_request(fleet: Any) -> None:
+    status, said, headers = await text(fleet, UNLOAD, {"lora_name": "sql-adapter"})
+    assert (status, said) == (200, "Success: LoRA adapter 'sql-adapter' removed successfully.")
+    assert headers["x-lorafleet-freed-device-bytes"] == "1000"
+    assert headers["x-lorafleet-freed-host-bytes"] == "300"
+    assert headers["x-lorafleet-draining-workers"] == "1"
+    status, answer = await fleet.post("/v1/completions", {"model": "sql-adapter", "prompt": "hello"})
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_load_inplace_is_passed_on(fleet: Any) -> None:
+    await text(fleet, LOAD, {"lora_name": "new", "lora_path": "x", "load_inplace": True, "is_3d_lora_weight": False})
+    assert fleet.controller.loads[0].load_inplace
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (LOAD, {"lora_name": "new"}, "lora_path"),
+        (LOAD, {"lora_path": "/x"}, "lora_name"),
+        (LOAD, {"lora_name": "new", "lora_path": "/x", "load_inplace": "yes"}, "load_inplace"),
+        (LOAD, {"lora_name": "new", "lora_path": "/x", "is_3d_lora_weight": True}, "is_3d_lora_weight"),
+        (UNLOAD, {}, "lora_name"),
+        (UNLOAD, {"lora_name": "sql-adapter", "lora_int_id": 3}, "lora_int_id"),
+    ],
+)
+async def test_a_body_that_does_not_fit_names_its_field(
+    path: str, body: dict[str, Any], param: str, fleet: Any
+) -> None:
+    status, answer = await fleet.post(path, body)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "status"),
+    [("adapter_conflict", "", 409), ("adapter_refused", "rank_too_large", 422), ("model_not_found", "", 404)],
+)
+async def test_what_the_controller_refuses_is_answered_with_its_status(
+    code: str, reason: str, status: int, fleet: Any
+) -> None:
+    fleet.controller.update_failure = worker_pb2.Failure(code=code, message="Because.", reason=reason)
+    for path, body in ((LOAD, {"lora_name": "new", "lora_path": "/x"}), (UNLOAD, {"lora_name": "new"})):
+        got, answer = await fleet.post(path, body)
+        assert (got, answer["error"]["code"], answer["error"]["message"]) == (status, code, "Because.")
+        assert answer["error"].get("reason", "") == reason
+
+
+async def test_without_its_controller_nothing_changes_and_the_answer_says_so(fleet: Any) -> None:
+    await fleet.controller.kill()
+    status, answer = await fleet.post(LOAD, {"lora_name": "new", "lora_path": "/x"})
+    assert (status, answer["error"]["code"]) == (503, "no_worker")
+    assert (await fleet.openai.completions.create(model="sql-adapter", prompt="hello", max_tokens=2)).choices

@@ -1,0 +1,151 @@
+"""Adapters come and go on a running server, as vLLM's clients would have it; a worker's death forgets none."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+from serving import Server, start, wait_until
+
+PROMPT = [9, 40, 77, 21, 63, 112, 5, 90]
+NUM_OUTPUT = 8
+
+
+@dataclass
+class Fleet:
+    """A server; its adapters on disk; what transformers + peft answer through each (and "tiny", the base model)."""
+
+    server: Server
+    root: Path
+    expected: dict[str, list[int]]
+
+    def post(self, path: str, body: dict[str, object]) -> tuple[int, str]:
+        request = urllib.request.Request(
+            f"{self.server.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def load(self, name: str, adapter: str, **options: object) -> tuple[int, str]:
+        return self.post(
+            "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.root / "adapters" / adapter)} | options
+        )
+
+    def unload(self, name: str) -> tuple[int, str]:
+        return self.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def complete(self, model: str) -> tuple[int, str]:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": NUM_OUTPUT, "temperature": 0, "ignore_eos": True}
+        return self.post("/v1/completions", body | {"skip_special_tokens": False})
+
+    def answers_as(self, model: str, adapter: str) -> bool:
+        status, body = self.complete(model)
+        assert status == 200, body
+        return bool(self.text_of(adapter) == json.loads(body)["choices"][0]["text"])
+
+    def text_of(self, adapter: str) -> str:
+        _, body = self.post("/detokenize", {"tokens": self.expected[adapter]})
+        return str(json.loads(body)["prompt"])
+
+    def models(self) -> list[str]:
+        return [model["id"] for model in json.loads(self.server.get("/v1/models")[1])["data"]]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    root = tmp_path_factory.mktemp("runtime")
+    model = tiny.make_model("smollm2", root / "model")
+    tiny.save_tokenizer(root / "model")
+    expected = {"tiny": tiny.greedy(model, PROMPT, NUM_OUTPUT)}
+    for seed, name in enumerate(("start", "one", "two")):
+        adapted = tiny.make_adapter(copy.deepcopy(model), root / "adapters" / name, seed=seed + 1, strength=0.3)
+        expected[name] = tiny.greedy(adapted, PROMPT, NUM_OUTPUT)
+    assert len({tuple(ids) for ids in expected.values()}) == len(expected)
+    tiny.make_adapter(copy.deepcopy(model), root / "adapters" / "large", rank=64)
+    tiny.make_adapter(copy.deepcopy(model), root / "elsewhere")
+    arguments = ["--served-model-name", "tiny", "--dtype", "float32", "--enable-lora", "--lora-root"]
+    arguments += [str(root / "adapters"), "--lora-modules", f"start={root / 'adapters' / 'start'}"]
+    server = start(str(root / "model"), *arguments, environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+    try:
+        server.wait_until_ready()
+        yield Fleet(server, root, expected)
+    finally:
+        server.stop()
+
+
+def test_an_adapter_is_loaded_replaced_in_place_and_unloaded(fleet: Fleet) -> None:
+    assert fleet.complete("new")[0] == 404
+    assert fleet.load("new", "one") == (200, "Success: LoRA adapter 'new' added successfully.")
+    assert fleet.models() == ["tiny", "new", "start"]
+    assert fleet.answers_as("new", "one")
+    assert fleet.load("new", "two")[0] == 409
+    assert fleet.answers_as("new", "one")
+    assert fleet.load("new", "two", load_inplace=True)[0] == 200
+    assert fleet.answers_as("new", "two")
+    assert fleet.unload("new") == (200, "Success: LoRA adapter 'new' removed successfully.")
+    assert fleet.complete("new")[0] == fleet.unload("new")[0] == 404
+    assert fleet.answers_as("start", "start") and fleet.answers_as("tiny", "tiny")
+
+
+def test_a_file_that_changed_under_its_name_is_the_new_adapter_after_a_reload(fleet: Fleet) -> None:
+    moving = fleet.root / "adapters" / "moving"
+    shutil.copytree(fleet.root / "adapters" / "one", moving)
+    assert fleet.load("moving", "moving")[0] == 200
+    assert fleet.answers_as("moving", "one")
+    shutil.copy(fleet.root / "adapters" / "two" / "adapter_model.safetensors", moving)
+    assert fleet.load("moving", "moving", load_inplace=True)[0] == 200
+    assert fleet.answers_as("moving", "two")
+    assert fleet.unload("moving")[0] == 200
+
+
+def test_what_cannot_be_loaded_is_refused_with_its_reason_and_changes_nothing(fleet: Fleet) -> None:
+    for adapter, reason in (
+        ("large", "rank_too_large"),
+        ("nowhere", "outside_roots"),
+        ("../elsewhere", "outside_roots"),
+    ):
+        status, body = fleet.load("bad", adapter)
+        assert (status, json.loads(body)["error"]["reason"]) == (422, reason)
+    assert fleet.load("start", "large", load_inplace=True)[0] == 422
+    assert fleet.answers_as("start", "start")
+    assert "bad" not in fleet.models()
+
+
+def test_requests_in_flight_survive_the_unload_of_their_adapter(fleet: Fleet) -> None:
+    assert fleet.load("brief", "one")[0] == 200
+    answers: list[tuple[int, str]] = []
+    body = {"model": "brief", "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True, "n": 4}
+    running = threading.Thread(target=lambda: answers.append(fleet.post("/v1/completions", body)))
+    running.start()
+    wait_until(lambda: fleet.server.metric("vllm:num_requests_running") > 0, "the request runs")
+    assert fleet.unload("brief")[0] == 200
+    running.join(60)
+    ((status, answer),) = answers
+    assert status == 200
+    assert [choice["finish_reason"] for choice in json.loads(answer)["choices"]] == ["length"] * 4
+
+
+def test_a_worker_that_comes_back_has_what_was_loaded_and_not_what_was_unloaded(fleet: Fleet) -> None:
+    assert fleet.load("kept", "two")[0] == 200
+    assert fleet.unload("start")[0] == 200
+    shutil.rmtree(fleet.root / "adapters" / "start")
+    (worker,) = [pid for pid in fleet.server.children() if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: fleet.server.get("/ready")[0] != 200, "the worker is missed")
+    wait_until(lambda: fleet.server.get("/ready")[0] == 200, "the worker is back", 90)
+    assert fleet.answers_as("kept", "two")
+    assert fleet.models() == ["tiny", "kept"]
