@@ -21,12 +21,13 @@ from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.cluster import WORKER_PREFIX, WorkerCluster, WorkerLost
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.reconcile import reconcile
-from lorafleet.controller.service import ControllerService, files_digest, read_tokenizer_files
+from lorafleet.controller.service import ControllerService, read_tokenizer_files
 from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.errors import ERRORS, AdapterRefusedError, LoRAFleetError, status_of
 from lorafleet.workers.rpc import create_server
+from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
 

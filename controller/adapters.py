@@ -27,6 +27,7 @@ from lorafleet.workers.errors import (
     NotFoundError,
     WorkerUnavailableError,
 )
+from lorafleet.workers.text.files import files_digest
 
 _T = TypeVar("_T")
 
@@ -153,6 +154,17 @@ class AdapterUpdates:
                     failed.add((adapter.name, adapter.version))
                 else:
                     known[adapter.name, adapter.version] = adapter
+
+    async def files(self, digest: str) -> dict[str, bytes] | None:
+        """An adapter's tokenizer and template, from a worker that has them; None: none has."""
+        for worker in list(self._workers()):
+            try:
+                files = await worker.files(digest)
+            except grpc.aio.AioRpcError:
+                continue
+            if files_digest(files) == digest:
+                return files
+        return None
 
     async def close(self) -> None:
         """Stop whatever is under way."""

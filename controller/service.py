@@ -1,9 +1,11 @@
-"""The controller's gRPC face: the routing table to whoever watches, tokenizer files by digest, adapter updates."""
+"""The controller's gRPC face: the routing table to whoever watches, tokenizer files by digest, adapter updates.
+
+The base model's files are kept here; an adapter's come from a worker, which can read its directory.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -11,29 +13,18 @@ import grpc
 
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
-from lorafleet.proto import controller_pb2, controller_pb2_grpc
+from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2
 from lorafleet.workers.errors import LoRAFleetError, ModelError
 from lorafleet.workers.rpc import failure_of
-from lorafleet.workers.text.tokenizer import TOKENIZER_FILES
-
-_CHUNK_BYTES = 1 << 20
+from lorafleet.workers.text.files import chunks, read_text_files
 
 
 def read_tokenizer_files(model_dir: Path) -> dict[str, bytes]:
     """The files that a tokenizer is made of. Raises `ModelError`."""
-    files = {name: (model_dir / name).read_bytes() for name in TOKENIZER_FILES if (model_dir / name).is_file()}
+    files = read_text_files(model_dir)
     if "tokenizer.json" not in files:
         raise ModelError(f"{model_dir} has no tokenizer.json; only fast tokenizers are served.")
     return files
-
-
-def files_digest(files: Mapping[str, bytes]) -> str:
-    """SHA-256 over names and contents."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(f"{name}\0{len(files[name])}\0".encode())
-        digest.update(files[name])
-    return digest.hexdigest()
 
 
 class ControllerService(controller_pb2_grpc.ControllerServicer):
@@ -85,12 +76,13 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         return controller_pb2.AdapterUpdate(incarnation=self._catalogue.incarnation, version=self._catalogue.version)
 
     async def GetFiles(
-        self, request: controller_pb2.GetFilesRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[controller_pb2.FileChunk]:
+        self, request: worker_pb2.GetFilesRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.FileChunk]:
         files = self._files.get(request.digest)
+        if files is None:
+            files = await self._updates.files(request.digest)
         if files is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"No files with digest {request.digest} are known here.")
             return
-        for name, data in files.items():
-            for start in range(0, max(len(data), 1), _CHUNK_BYTES):
-                yield controller_pb2.FileChunk(name=name, data=data[start : start + _CHUNK_BYTES])
+        for name, data in chunks(files):
+            yield worker_pb2.FileChunk(name=name, data=data)

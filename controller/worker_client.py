@@ -12,6 +12,7 @@ from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, error_of
 
 CALL_S = 5.0
+FILES_S = 30.0
 REGISTER_S = 600.0  # an adapter may have to be downloaded
 
 
@@ -65,6 +66,14 @@ class WorkerClient:
         request = worker_pb2.UnregisterAdapterRequest(name=adapter.name, version=adapter.version)
         reply: worker_pb2.UnregisterAdapterReply = await self._call(self._stub.UnregisterAdapter, request, timeout_s)
         return reply
+
+    async def files(self, digest: str) -> dict[str, bytes]:
+        """Tokenizer and template files of an adapter that is registered there."""
+        request = worker_pb2.GetFilesRequest(digest=digest)
+        files: dict[str, bytearray] = {}
+        async for chunk in self._stub.GetFiles(request, timeout=FILES_S, metadata=self._metadata):
+            files.setdefault(chunk.name, bytearray()).extend(chunk.data)
+        return {name: bytes(data) for name, data in files.items()}
 
     async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         return await method(request, timeout=timeout_s, metadata=self._metadata)

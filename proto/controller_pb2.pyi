@@ -59,20 +59,6 @@ class WorkerEndpoint(_message.Message):
     max_loras: int
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ...) -> None: ...
 
-class GetFilesRequest(_message.Message):
-    __slots__ = ("digest",)
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
-    digest: str
-    def __init__(self, digest: _Optional[str] = ...) -> None: ...
-
-class FileChunk(_message.Message):
-    __slots__ = ("name", "data")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    data: bytes
-    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
-
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "root", "load_inplace")
     NAME_FIELD_NUMBER: _ClassVar[int]

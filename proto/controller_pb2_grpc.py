@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from lorafleet.proto import controller_pb2 as lorafleet_dot_proto_dot_controller__pb2
+from lorafleet.proto import worker_pb2 as lorafleet_dot_proto_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -41,8 +42,8 @@ class ControllerStub(object):
                 _registered_method=True)
         self.GetFiles = channel.unary_stream(
                 '/lorafleet.Controller/GetFiles',
-                request_serializer=lorafleet_dot_proto_dot_controller__pb2.GetFilesRequest.SerializeToString,
-                response_deserializer=lorafleet_dot_proto_dot_controller__pb2.FileChunk.FromString,
+                request_serializer=lorafleet_dot_proto_dot_worker__pb2.GetFilesRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_worker__pb2.FileChunk.FromString,
                 _registered_method=True)
         self.LoadAdapter = channel.unary_unary(
                 '/lorafleet.Controller/LoadAdapter',
@@ -98,8 +99,8 @@ def add_ControllerServicer_to_server(servicer, server):
             ),
             'GetFiles': grpc.unary_stream_rpc_method_handler(
                     servicer.GetFiles,
-                    request_deserializer=lorafleet_dot_proto_dot_controller__pb2.GetFilesRequest.FromString,
-                    response_serializer=lorafleet_dot_proto_dot_controller__pb2.FileChunk.SerializeToString,
+                    request_deserializer=lorafleet_dot_proto_dot_worker__pb2.GetFilesRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_worker__pb2.FileChunk.SerializeToString,
             ),
             'LoadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadAdapter,
@@ -164,8 +165,8 @@ class Controller(object):
             request,
             target,
             '/lorafleet.Controller/GetFiles',
-            lorafleet_dot_proto_dot_controller__pb2.GetFilesRequest.SerializeToString,
-            lorafleet_dot_proto_dot_controller__pb2.FileChunk.FromString,
+            lorafleet_dot_proto_dot_worker__pb2.GetFilesRequest.SerializeToString,
+            lorafleet_dot_proto_dot_worker__pb2.FileChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,6 +64,11 @@ class WorkerStub(object):
                 request_serializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.FromString,
                 _registered_method=True)
+        self.GetFiles = channel.unary_stream(
+                '/lorafleet.Worker/GetFiles',
+                request_serializer=lorafleet_dot_proto_dot_worker__pb2.GetFilesRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_worker__pb2.FileChunk.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -111,6 +116,13 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetFiles(self, request, context):
+        """Tokenizer and template files of an adapter's text_digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +155,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.FromString,
                     response_serializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.SerializeToString,
+            ),
+            'GetFiles': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetFiles,
+                    request_deserializer=lorafleet_dot_proto_dot_worker__pb2.GetFilesRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_worker__pb2.FileChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +324,33 @@ class Worker(object):
             '/lorafleet.Worker/ListAdapters',
             lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.SerializeToString,
             lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorafleet.Worker/GetFiles',
+            lorafleet_dot_proto_dot_worker__pb2.GetFilesRequest.SerializeToString,
+            lorafleet_dot_proto_dot_worker__pb2.FileChunk.FromString,
             options,
             channel_credentials,
             insecure,

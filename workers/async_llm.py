@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from lorafleet.workers.args import EngineArgs
@@ -15,6 +16,7 @@ from lorafleet.workers.errors import InternalError, LoRAFleetError, UnknownModel
 from lorafleet.workers.lora_ids import LoRAIds
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
+from lorafleet.workers.text.adapter_texts import MAX_ADAPTER_TEXTS, AdapterTexts
 from lorafleet.workers.text.tokenizer import Tokenizer
 from lorafleet.workers.text_requests import Prompt, TextRequests
 
@@ -27,12 +29,11 @@ class AsyncLLM:
 
     def __init__(self, engine: Engine, *, seed: int | None) -> None:
         self.engine = engine
-        self.tokenizer = Tokenizer.from_dir(engine.config.model)
+        self._texts = AdapterTexts(Path(engine.config.model), MAX_ADAPTER_TEXTS)
+        self.tokenizer = self._texts.model.tokenizer
         self._loop = asyncio.get_running_loop()
         self._lora_ids = LoRAIds(engine)
-        self._requests = TextRequests(
-            self.tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed
-        )
+        self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed)
         self._queues: dict[str, asyncio.Queue[RequestOutput | LoRAFleetError]] = {}
         self._registrar = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-register")
         self._thread = EngineThread(engine, self._publish, self._crashed)
@@ -61,8 +62,10 @@ class AsyncLLM:
         Raises what `LLMEngine.add_request` raises, and the request's own error. Leaving the iteration early cancels
         the request.
         """
-        digest = await self._registered(self._lora_ids.digest, lora_request)
-        generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest)
+        digest, tokenizer = None, self.tokenizer
+        if lora_request is not None:
+            digest, tokenizer = await self._registered(self._adapter, lora_request)
+        generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest, tokenizer)
         # Unbounded on purpose: an output is one shared, growing object, so a slow reader holds small references only.
         queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
         self._queues[request_id] = queue
@@ -90,10 +93,8 @@ class AsyncLLM:
 
         Raises `AdapterConflictError`, `AdapterRefusedError`.
         """
-        load = self._lora_ids.load if lora_request.load_inplace else self._lora_ids.digest
-        digest = await self._registered(load, lora_request)
-        assert digest is not None
-        self.engine.prefetch_adapter(digest)
+        load = self._lora_ids.load if lora_request.load_inplace else self._lora_ids.spec
+        self.engine.prefetch_adapter((await self._registered(load, lora_request)).digest)
         return True
 
     async def remove_lora(self, lora_id: int) -> bool:
@@ -120,6 +121,11 @@ class AsyncLLM:
         await asyncio.to_thread(self.engine.close)
         self._registrar.shutdown()
         await asyncio.to_thread(self._lora_ids.close)
+
+    def _adapter(self, lora_request: LoRARequest) -> tuple[str, Tokenizer]:
+        """Its digest, and its own tokenizer or the model's."""
+        spec = self._lora_ids.spec(lora_request)
+        return spec.digest, (self._texts.of(spec.path) or self._texts.model).tokenizer
 
     async def _registered(self, function: Callable[[_T], _R], argument: _T) -> _R:
         """On the one thread that may touch the ids, since reading an adapter takes long."""

@@ -16,7 +16,6 @@ from lorafleet.workers.generation_defaults import read_generation_defaults
 from lorafleet.workers.llm_engine import LLMEngine
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
-from lorafleet.workers.text.chat_template import ChatTemplate
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -30,7 +29,6 @@ class LLM:
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.llm_engine = LLMEngine.from_engine_args(EngineArgs(model=model, **kwargs))
-        self._chat_template = ChatTemplate.from_tokenizer(self.llm_engine.tokenizer)
         self._ids = itertools.count()
 
     def __enter__(self) -> LLM:
@@ -44,8 +42,9 @@ class LLM:
     def close(self) -> None:
         self.llm_engine.close()
 
-    def get_tokenizer(self) -> Tokenizer:
-        return self.llm_engine.tokenizer
+    def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Tokenizer:
+        """The model's; an adapter's own, if it has one."""
+        return self.llm_engine.text(lora_request).tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults, from its generation_config.json."""
@@ -78,21 +77,18 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
-        """Generate the next message of one conversation or many, through the model's chat template."""
+        """Generate the next message of one conversation or many, through the model's chat template or the adapter's."""
         if not messages:
             raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
         conversations = cast(Sequence[Messages], [messages] if isinstance(messages[0], Mapping) else messages)
-        tokenizer = self.llm_engine.tokenizer
+        loras = _one_each("lora_request", lora_request, (LoRARequest, type(None)), len(conversations))
         inputs = [
-            tokenizer.encode(
-                self._chat_template.render(
-                    conversation, add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens
-                ),
-                add_special_tokens=False,
+            self.llm_engine.text(lora).encode_chat(
+                conversation, add_generation_prompt=add_generation_prompt, add_special_tokens=False
             )
-            for conversation in conversations
+            for conversation, lora in zip(conversations, loras, strict=True)
         ]
-        return self._run(inputs, sampling_params, lora_request, use_tqdm)
+        return self._run(inputs, sampling_params, loras, use_tqdm)
 
     def _run(
         self,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lorafleet.workers.args import EngineArgs
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import LoRAFleetError, UnknownModelError
 from lorafleet.workers.lora_ids import LoRAIds
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
-from lorafleet.workers.text.tokenizer import Tokenizer
+from lorafleet.workers.text.adapter_texts import MAX_ADAPTER_TEXTS, AdapterTexts
+from lorafleet.workers.text.model_text import ModelText
 from lorafleet.workers.text_requests import Prompt, TextRequests
 
 
@@ -17,11 +20,10 @@ class LLMEngine:
 
     def __init__(self, engine: Engine, *, seed: int | None) -> None:
         self.engine = engine
-        self.tokenizer = Tokenizer.from_dir(engine.config.model)
+        self._texts = AdapterTexts(Path(engine.config.model), MAX_ADAPTER_TEXTS)
+        self.tokenizer = self._texts.model.tokenizer
         self._lora_ids = LoRAIds(engine)
-        self._requests = TextRequests(
-            self.tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed
-        )
+        self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
@@ -32,6 +34,14 @@ class LLMEngine:
         engine.bind_thread()
         return cls(engine, seed=args.seed)
 
+    def text(self, lora_request: LoRARequest | None = None) -> ModelText:
+        """Tokenizer and template: the adapter's own, if it has them, else the model's.
+
+        Raises what `LoRAIds.spec` raises, and `ModelError` for a broken tokenizer.
+        """
+        own = None if lora_request is None else self._texts.of(self._lora_ids.spec(lora_request).path)
+        return own or self._texts.model
+
     def add_request(
         self,
         request_id: str,
@@ -41,11 +51,12 @@ class LLMEngine:
     ) -> None:
         """Queue a request; its outputs come from `step`.
 
-        prompt: text, or token ids. Raises what `TextRequests.open`, `LoRAIds.digest` and `Engine.submit` raise; nothing
-        of the request is left behind then.
+        prompt: text, or token ids. Raises what `TextRequests.open`, `text` and `Engine.submit` raise; nothing of the
+        request is left behind then.
         """
-        digest = self._lora_ids.digest(lora_request)
-        generates = self._requests.open(request_id, prompt, params, lora_request, digest)
+        digest = None if lora_request is None else self._lora_ids.spec(lora_request).digest
+        tokenizer = self.text(lora_request).tokenizer
+        generates = self._requests.open(request_id, prompt, params, lora_request, digest, tokenizer)
         submitted = 0
         try:
             for generate in generates:
@@ -67,10 +78,8 @@ class LLMEngine:
 
         Raises `AdapterConflictError`, `AdapterRefusedError`.
         """
-        ids = self._lora_ids
-        digest = ids.load(lora_request) if lora_request.load_inplace else ids.digest(lora_request)
-        assert digest is not None
-        self.engine.prefetch_adapter(digest)
+        load = self._lora_ids.load if lora_request.load_inplace else self._lora_ids.spec
+        self.engine.prefetch_adapter(load(lora_request).digest)
         return True
 
     def remove_lora(self, lora_id: int) -> bool:

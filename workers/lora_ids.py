@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from lorafleet.workers.adapters.aliases import Aliases
+from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.engine.loop import Engine, FreedBytes
 from lorafleet.workers.errors import AdapterConflictError
 from lorafleet.workers.params import LoRARequest
@@ -20,13 +21,11 @@ class LoRAIds:
     def known(self) -> set[int]:
         return set(self._requests)
 
-    def digest(self, request: LoRARequest | None) -> str | None:
-        """The digest to generate with; None is the base model. Reads the adapter's file at the first call.
+    def spec(self, request: LoRARequest) -> AdapterSpec:
+        """What the id stands for. Reads the adapter's file at the first call.
 
         Raises `AdapterConflictError` when the id stands for another adapter, `AdapterRefusedError`.
         """
-        if request is None:
-            return None
         known = self._requests.get(request.lora_int_id)
         if known is None:
             return self.load(request)
@@ -39,13 +38,13 @@ class LoRAIds:
             )
         spec = self._aliases.get(request.lora_int_id)
         assert spec is not None
-        return spec.digest
+        return spec
 
-    def load(self, request: LoRARequest) -> str:
-        """Read the adapter's file now; its digest. The id stands for that from now on. Raises `AdapterRefusedError`."""
+    def load(self, request: LoRARequest) -> AdapterSpec:
+        """Read the adapter's file now; the id stands for that from now on. Raises `AdapterRefusedError`."""
         spec = self._aliases.add(request.lora_int_id, request.lora_path).result()
         self._requests[request.lora_int_id] = request
-        return spec.digest
+        return spec
 
     def remove(self, lora_int_id: int) -> Future[FreedBytes] | None:
         """Give an id back; see `Aliases.remove`. Raises `UnknownModelError`."""

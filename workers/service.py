@@ -30,6 +30,7 @@ from lorafleet.workers.errors import (
     status_of,
 )
 from lorafleet.workers.rpc import failure_of
+from lorafleet.workers.text.files import chunks
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ListAdaptersReply:
         return worker_pb2.ListAdaptersReply(adapters=self._registry.all())
+
+    async def GetFiles(
+        self, request: worker_pb2.GetFilesRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.FileChunk]:
+        files = await asyncio.to_thread(self._registry.text_files, request.digest)
+        if files is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"No files with digest {request.digest} are known here.")
+            return
+        for name, data in chunks(files):
+            yield worker_pb2.FileChunk(name=name, data=data)
 
     async def _hello(self, context: grpc.aio.ServicerContext) -> worker_pb2.Hello:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
@@ -35,6 +35,7 @@ class _TextRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     lora_request: LoRARequest | None
+    tokenizer: Tokenizer
     choices: list[_Choice] = field(default_factory=list)
     error: LoRAFleetError | None = None
 
@@ -61,8 +62,7 @@ class _TextRequest:
 class TextRequests:
     """Open requests by id; turns them into `GenerateRequest`s and events back into `RequestOutput`s."""
 
-    def __init__(self, tokenizer: Tokenizer, *, max_model_len: int, vocab_size: int, seed: int | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, *, max_model_len: int, vocab_size: int, seed: int | None) -> None:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._random = random.Random(seed)
@@ -75,19 +75,28 @@ class TextRequests:
         return len(self._requests)
 
     def open(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, lora: LoRARequest | None, digest: str | None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        lora: LoRARequest | None,
+        digest: str | None,
+        tokenizer: Tokenizer,
     ) -> list[GenerateRequest]:
-        """Start a request: one `GenerateRequest` per choice, to be submitted. Raises `InvalidRequestError` & co."""
+        """Start a request: one `GenerateRequest` per choice, to be submitted. Raises `InvalidRequestError` & co.
+
+        digest and tokenizer: the adapter's, or None and the base model's.
+        """
         if request_id in self._requests:
             raise InvalidRequestError(f"Request id {request_id!r} is in use.", param="request_id")
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if any(type(token_id) is not int for token_id in ids):
             raise InvalidRequestError("A prompt of token ids must be a list of integers.", param="prompt")
         if not ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
         seed = self._random.getrandbits(64)
         request = _TextRequest(
-            request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora
+            request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora, tokenizer
         )
         generates = []
         for index, engine_id in enumerate(request.engine_ids):
@@ -97,7 +106,7 @@ class TextRequests:
                 vocab_size=self._vocab_size,
                 seed=seed,
                 choice=index,
-                eos_token_ids=self._tokenizer.eos_token_ids,
+                eos_token_ids=tokenizer.eos_token_ids,
             )
             generates.append(GenerateRequest(engine_id, tuple(ids), options, digest))
         for generate in generates:
@@ -106,7 +115,7 @@ class TextRequests:
                 generate.sampling.choice, "", [], 0.0 if wants_logprobs else None, [] if wants_logprobs else None
             )
             output_text = OutputText(
-                self._tokenizer,
+                tokenizer,
                 ids,
                 stop=params.stops,
                 include_stop_str_in_output=params.include_stop_str_in_output,
@@ -160,7 +169,8 @@ class TextRequests:
             if used:
                 output.token_ids.append(event.token_id)
                 if event.logprobs is not None and output.logprobs is not None:
-                    output.logprobs.append(self._logprobs(event.token_id, event.logprobs))
+                    decode = choice.owner.tokenizer.decode_token
+                    output.logprobs.append(_logprobs(event.token_id, event.logprobs, decode))
                     output.cumulative_logprob = (output.cumulative_logprob or 0.0) + event.logprobs.logprob
             if delta.stop_reason is not None:
                 output.finish_reason, output.stop_reason = "stop", delta.stop_reason
@@ -178,9 +188,9 @@ class TextRequests:
         if output.finish_reason is not None:
             del self._choices[event.request_id]
 
-    def _logprobs(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        decode = self._tokenizer.decode_token
-        row = {token_id: Logprob(logprobs.logprob, logprobs.rank, decode(token_id))}
-        for rank, (top_id, value) in enumerate(zip(logprobs.top_ids, logprobs.top_logprobs, strict=True), start=1):
-            row.setdefault(top_id, Logprob(value, rank, decode(top_id)))
-        return row
+
+def _logprobs(token_id: int, logprobs: TokenLogprobs, decode: Callable[[int], str]) -> dict[int, Logprob]:
+    row = {token_id: Logprob(logprobs.logprob, logprobs.rank, decode(token_id))}
+    for rank, (top_id, value) in enumerate(zip(logprobs.top_ids, logprobs.top_logprobs, strict=True), start=1):
+        row.setdefault(top_id, Logprob(value, rank, decode(top_id)))
+    return row

@@ -36,8 +36,9 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
         fields = decode(body, ChatRequest)
         has_usage = check_stream_options(fields)
-        table, text = state.table, state.text
+        table = state.table
         model = table.resolve(fields.model)
+        text = await state.text_of(model)
         num_logprobs = _num_logprobs(fields)
         params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
         check_messages(fields.messages)

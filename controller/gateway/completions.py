@@ -17,13 +17,13 @@ from lorafleet.controller.gateway.errors import REQUEST_ID
 from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.limits import read_body
 from lorafleet.controller.gateway.logprobs import CompletionColumns, CompletionLogprobs
-from lorafleet.controller.gateway.model_text import ModelText
 from lorafleet.controller.gateway.sampling import sampling_params
 from lorafleet.controller.gateway.schema import CompletionRequest, check_stream_options, decode
 from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer, usage_of
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
+from lorafleet.workers.text.model_text import ModelText
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128
@@ -40,8 +40,9 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         has_usage = check_stream_options(fields)
         if fields.echo and fields.logprobs is not None:
             raise InvalidRequestError("echo together with logprobs is not supported. Leave one out.", param="echo")
-        table, text = state.table, state.text
+        table = state.table
         model = table.resolve(fields.model)
+        text = await state.text_of(model)
         max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
         params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=fields.logprobs)
         if not isinstance(fields.prompt, str) and len(fields.prompt) > max(table.max_model_len, MAX_PROMPTS):

@@ -18,12 +18,13 @@ from typing import Any, Final
 
 import grpc.aio
 
-from lorafleet.controller.gateway.model_text import ModelText
 from lorafleet.controller.gateway.routing_table import RoutingTable
+from lorafleet.controller.gateway.texts import Texts
 from lorafleet.controller.gateway.wire import Backoff, controller_stub, describe, open_channel
-from lorafleet.proto import controller_pb2
+from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import DeadlineError, LoRAFleetError, ModelError, WorkerUnavailableError
 from lorafleet.workers.rpc import bearer, error_of
+from lorafleet.workers.text.model_text import ModelText
 
 WATCH_DEADLINE_S: Final = 600.0  # then the stream is opened anew: a controller that hangs is not waited for longer
 FILES_DEADLINE_S: Final = 60.0
@@ -45,9 +46,13 @@ class RoutesClient:
         executor: Executor,
         on_table: Callable[[RoutingTable], None],
     ) -> None:
-        """executor: where tokenizers are built. on_table: called with each new table."""
+        """executor: where tokenizers are built. on_table: called with each new table.
+
+        text: the base model's. adapter_texts: of adapters that bring their own.
+        """
         self.table: RoutingTable | None = None
         self.text: ModelText | None = None
+        self.adapter_texts = Texts(self._fetch, executor)
         self._address = address
         self._metadata = bearer(token)
         self._gateway_id = gateway_id
@@ -70,6 +75,7 @@ class RoutesClient:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.adapter_texts.close()
         if self._channel is not None:
             await self._channel.close()
 
@@ -123,11 +129,11 @@ class RoutesClient:
         try:
             async for message in call:
                 backoff.reset()
-                self._take(stub, RoutingTable.from_wire(message))
+                self._take(RoutingTable.from_wire(message))
         finally:
             call.cancel()
 
-    def _take(self, stub: Any, table: RoutingTable) -> None:
+    def _take(self, table: RoutingTable) -> None:
         old = self.table
         if old is not None and old.incarnation == table.incarnation and table.version < old.version:
             return
@@ -136,19 +142,17 @@ class RoutesClient:
             self._text_digest = table.tokenizer_digest
             if self._text_task is not None:
                 self._text_task.cancel()
-            self._text_task = asyncio.create_task(
-                self._load_text(stub, table.tokenizer_digest), name="tokenizer loader"
-            )
+            self._text_task = asyncio.create_task(self._load_text(table.tokenizer_digest), name="tokenizer loader")
         self._on_table(table)
         self._arrived.set()
         self._arrived = asyncio.Event()
 
-    async def _load_text(self, stub: Any, digest: str) -> None:
+    async def _load_text(self, digest: str) -> None:
         """Until it succeeds, or a table with another digest cancels it."""
         backoff = Backoff(0.2, 5.0)
         while True:
             try:
-                files = await self._fetch(stub, digest)
+                files = await self._fetch(digest)
                 text = await asyncio.get_running_loop().run_in_executor(
                     self._executor, ModelText.from_files, digest, files
                 )
@@ -160,9 +164,9 @@ class RoutesClient:
                 logger.info("tokenizer %s loaded", digest[:16])
                 return
 
-    async def _fetch(self, stub: Any, digest: str) -> dict[str, bytes]:
-        request = controller_pb2.GetFilesRequest(digest=digest)
-        call = stub.GetFiles(request, metadata=self._metadata, timeout=FILES_DEADLINE_S)
+    async def _fetch(self, digest: str) -> dict[str, bytes]:
+        request = worker_pb2.GetFilesRequest(digest=digest)
+        call = controller_stub(self._channel).GetFiles(request, metadata=self._metadata, timeout=FILES_DEADLINE_S)
         files: dict[str, bytearray] = {}
         num_bytes = 0
         async for chunk in call:

@@ -28,6 +28,7 @@ class ModelEntry:
     root: str
     parent: str | None  # None for the base model
     created: int  # unix seconds
+    text_digest: str = ""  # of its own tokenizer and template; empty: the base model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,13 @@ class RoutingTable:
             if not adapter.digest or adapter.name in base.names:
                 continue  # the first would be answered by the base model, the second would hide it
             models[adapter.name] = ModelEntry(
-                adapter.name, adapter.digest, adapter.version, adapter.root, adapter.parent, adapter.created
+                adapter.name,
+                adapter.digest,
+                adapter.version,
+                adapter.root,
+                adapter.parent,
+                adapter.created,
+                adapter.text_digest,
             )
         adapters = sorted(list(models.values())[num_base:], key=lambda entry: entry.name)
         return cls(

@@ -21,7 +21,6 @@ from lorafleet.controller.gateway.fleet_metrics import FleetCollector
 from lorafleet.controller.gateway.generation import Generation
 from lorafleet.controller.gateway.limits import Admission
 from lorafleet.controller.gateway.metrics import Metrics
-from lorafleet.controller.gateway.model_text import ModelText
 from lorafleet.controller.gateway.pool import WorkerPool
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
@@ -29,6 +28,7 @@ from lorafleet.controller.gateway.sampling import wire_samplings
 from lorafleet.controller.gateway.vllm_metrics import VllmCollector
 from lorafleet.workers.errors import DeadlineError, DrainingError, InvalidRequestError, WorkerUnavailableError
 from lorafleet.workers.params import SamplingParams
+from lorafleet.workers.text.model_text import ModelText
 
 ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
 
@@ -113,10 +113,17 @@ class GatewayState:
 
     @property
     def text(self) -> ModelText:
-        """The model's tokenizer and template. Raises WorkerUnavailableError before the first."""
+        """The base model's tokenizer and template. Raises WorkerUnavailableError before the first."""
         if self.routes.text is None:
             raise WorkerUnavailableError("The model's tokenizer is still being loaded. Try again in a moment.")
         return self.routes.text
+
+    async def text_of(self, model: ModelEntry) -> ModelText:
+        """A model's tokenizer and template: an adapter's own, if it has one. Raises WorkerUnavailableError."""
+        text = self.text
+        if not model.text_digest or model.text_digest == text.digest:
+            return text
+        return await self.routes.adapter_texts.get(model.text_digest)
 
     async def in_thread(self, function: Callable[[], _T]) -> _T:
         """Run something that takes long (a tokenizer, a template) off the event loop."""

@@ -1,6 +1,6 @@
 """POST /tokenize and /detokenize, in vLLM's shapes.
 
-Owns: the two endpoints. Leaves to others: the tokenizer (model_text.py).
+Owns: the two endpoints. Leaves to others: the tokenizer (workers/text).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from aiohttp import web
 
 from lorafleet.controller.gateway.chat import check_messages
 from lorafleet.controller.gateway.limits import read_body
-from lorafleet.controller.gateway.model_text import ModelText
 from lorafleet.controller.gateway.schema import DetokenizeRequest, TokenizeRequest, decode
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.text.model_text import ModelText
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -23,9 +23,8 @@ async def tokenize(request: web.Request) -> web.Response:
         config = state.config
         body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
         fields = decode(body, TokenizeRequest)
-        table, text = state.table, state.text
-        if fields.model is not None:
-            table.resolve(fields.model)
+        table = state.table
+        text = state.text if fields.model is None else await state.text_of(table.resolve(fields.model))
         if (fields.prompt is None) == (fields.messages is None):
             raise InvalidRequestError("Give either prompt or messages.", param="prompt")
         if fields.messages is not None:
@@ -48,9 +47,8 @@ async def detokenize(request: web.Request) -> web.Response:
         config = state.config
         body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
         fields = decode(body, DetokenizeRequest)
-        table, text = state.table, state.text
-        if fields.model is not None:
-            table.resolve(fields.model)
+        table = state.table
+        text = state.text if fields.model is None else await state.text_of(table.resolve(fields.model))
         bad = next((token_id for token_id in fields.tokens if not 0 <= token_id < table.vocab_size), None)
         if bad is not None:
             raise InvalidRequestError(

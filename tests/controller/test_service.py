@@ -12,11 +12,12 @@ import pytest
 
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
-from lorafleet.controller.service import ControllerService, files_digest, read_tokenizer_files
+from lorafleet.controller.service import ControllerService, read_tokenizer_files
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2
 from lorafleet.workers.actor import WorkerReady
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
+from lorafleet.workers.text.files import files_digest
 
 TOKEN = "fleet-token"
 TIMEOUT_S = 10.0
@@ -95,7 +96,7 @@ async def test_a_controller_that_has_just_begun_does_not_say_that_there_are_no_w
 
 async def test_files_come_in_chunks_that_name_them_empty_ones_too(fleet: Fleet) -> None:
     digest = files_digest(FILES)
-    call = fleet.stub.GetFiles(controller_pb2.GetFilesRequest(digest=digest), metadata=bearer(TOKEN), timeout=TIMEOUT_S)
+    call = fleet.stub.GetFiles(worker_pb2.GetFilesRequest(digest=digest), metadata=bearer(TOKEN), timeout=TIMEOUT_S)
     got: dict[str, bytes] = {}
     async for chunk in call:
         assert len(chunk.data) <= 1 << 20
@@ -105,7 +106,7 @@ async def test_files_come_in_chunks_that_name_them_empty_ones_too(fleet: Fleet) 
 
 
 async def test_files_of_an_unknown_digest_are_not_found(fleet: Fleet) -> None:
-    request = controller_pb2.GetFilesRequest(digest="other")
+    request = worker_pb2.GetFilesRequest(digest="other")
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await fleet.stub.GetFiles(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S).read()
     assert failed.value.code() is grpc.StatusCode.NOT_FOUND
@@ -124,7 +125,7 @@ async def test_every_call_needs_the_fleets_token(fleet: Fleet, metadata: Any) ->
     fleet.put()
     for call in (
         fleet.stub.Watch(controller_pb2.WatchRequest(), metadata=metadata, timeout=TIMEOUT_S),
-        fleet.stub.GetFiles(controller_pb2.GetFilesRequest(), metadata=metadata, timeout=TIMEOUT_S),
+        fleet.stub.GetFiles(worker_pb2.GetFilesRequest(), metadata=metadata, timeout=TIMEOUT_S),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await call.read()

@@ -125,10 +125,25 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason_and_changes_nothing(fl
     assert "bad" not in fleet.models()
 
 
+def test_an_adapters_own_template_is_used_for_its_chats(fleet: Fleet) -> None:
+    own = fleet.root / "adapters" / "own"
+    shutil.copytree(fleet.root / "adapters" / "one", own)
+    (own / "chat_template.jinja").write_text("[{{ messages[0]['content'] }}]")
+    assert fleet.load("own", "own")[0] == 200
+    chat = {"messages": [{"role": "user", "content": "the fox"}]}
+    _, with_own = fleet.post("/tokenize", {"model": "own"} | chat)
+    _, plain = fleet.post("/tokenize", {"model": "tiny", "prompt": "[the fox]", "add_special_tokens": False})
+    assert json.loads(with_own)["tokens"] == json.loads(plain)["tokens"]
+    (own / "chat_template.jinja").write_text("{{ broken")
+    status, body = fleet.load("broken", "own")
+    assert (status, json.loads(body)["error"]["reason"]) == (422, "bad_tokenizer")
+    assert fleet.unload("own")[0] == 200
+
+
 def test_requests_in_flight_survive_the_unload_of_their_adapter(fleet: Fleet) -> None:
     assert fleet.load("brief", "one")[0] == 200
     answers: list[tuple[int, str]] = []
-    body = {"model": "brief", "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True, "n": 4}
+    body = {"model": "brief", "prompt": PROMPT, "max_tokens": 240, "temperature": 0, "ignore_eos": True, "n": 16}
     running = threading.Thread(target=lambda: answers.append(fleet.post("/v1/completions", body)))
     running.start()
     wait_until(lambda: fleet.server.metric("vllm:num_requests_running") > 0, "the request runs")
@@ -136,7 +151,7 @@ def test_requests_in_flight_survive_the_unload_of_their_adapter(fleet: Fleet) ->
     running.join(60)
     ((status, answer),) = answers
     assert status == 200
-    assert [choice["finish_reason"] for choice in json.loads(answer)["choices"]] == ["length"] * 4
+    assert [choice["finish_reason"] for choice in json.loads(answer)["choices"]] == ["length"] * 16
 
 
 def test_a_worker_that_comes_back_has_what_was_loaded_and_not_what_was_unloaded(fleet: Fleet) -> None:

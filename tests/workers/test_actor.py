@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ class FakeEngine:
         if "bad" in path:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
-        return SimpleNamespace(digest=f"digest of {path}", lora_rank=8)
+        return SimpleNamespace(digest=f"digest of {path}", lora_rank=8, path=Path(path))
 
     def describe(self) -> list[str]:
         return ["memory plan", "  weights"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -312,3 +314,26 @@ async def test_removing_awaits_the_requests(root: Path) -> None:
         assert not await llm.remove_lora(1)
     finally:
         await llm.close()
+
+
+def test_an_adapters_own_template_and_tokenizer_are_used_for_its_requests(llm: LLM, root: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(root / "sql", own)
+    (own / "chat_template.jinja").write_text("[{{ messages[0]['content'] }}]")
+    request = LoRARequest("own", 21, str(own))
+    messages = [{"role": "user", "content": "hi"}]
+    with_own, without = llm.chat([messages] * 2, GREEDY, lora_request=[request, lora(root, "sql", 22)], use_tqdm=False)
+    assert with_own.prompt_token_ids == llm.get_tokenizer().encode("[hi]", add_special_tokens=False)
+    assert without.prompt_token_ids == llm.get_tokenizer().encode("<user>hi\n<assistant>", add_special_tokens=False)
+
+    vocabulary = json.loads((root / "model" / "tokenizer.json").read_text())
+    words = {token_id: word for word, token_id in vocabulary["model"]["vocab"].items()}
+    words[5], words[6] = words[6], words[5]
+    vocabulary["model"]["vocab"] = {word: token_id for token_id, word in words.items()}
+    (own / "tokenizer.json").write_text(json.dumps(vocabulary))
+    swapped = LoRARequest("own", 21, str(own), load_inplace=True)
+    assert llm.llm_engine.add_lora(swapped)
+    model, adapter = llm.get_tokenizer(), llm.get_tokenizer(swapped)
+    assert adapter.decode([5, 6]) == model.decode([6, 5])
+    (output,) = llm.generate([[9, 8]], GREEDY, lora_request=swapped, use_tqdm=False)
+    assert output.outputs[0].text == adapter.decode(output.outputs[0].token_ids)

@@ -265,12 +265,12 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
         asyncio.get_running_loop().call_later(0.1, self.publish)
         return controller_pb2.AdapterUpdate(incarnation=self.table.incarnation, version=self.table.version + 1)
 
-    async def GetFiles(self, request: Any, context: Any) -> AsyncIterator[controller_pb2.FileChunk]:
+    async def GetFiles(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.FileChunk]:
         if request.digest not in self.files:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no files {request.digest}")
         for name, data in self.files[request.digest].items():
             for start in range(0, len(data), 1000):
-                yield controller_pb2.FileChunk(name=name, data=data[start : start + 1000])
+                yield worker_pb2.FileChunk(name=name, data=data[start : start + 1000])
 
 
 @dataclass(eq=False)

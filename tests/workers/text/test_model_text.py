@@ -1,13 +1,26 @@
-"""A model's files as the gateway uses them."""
+"""A model's files as gateways and offline engines use them."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from lorafleet.controller.gateway.model_text import ModelText, sampling_defaults
 from lorafleet.workers.errors import ModelError
+from lorafleet.workers.text.model_text import ModelText, sampling_defaults
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['content'] }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer_files(byte_level_dir: Path) -> dict[str, bytes]:
+    return {
+        "tokenizer.json": (byte_level_dir / "tokenizer.json").read_bytes(),
+        "chat_template.jinja": TEMPLATE.encode(),
+    }
 
 
 @pytest.mark.parametrize(
@@ -38,4 +51,4 @@ def test_a_chat_is_the_templates_text_tokenized(tokenizer_files: dict[str, bytes
     text = ModelText.from_files("d", tokenizer_files)
     ids = text.encode_chat([{"role": "user", "content": "hello"}], add_generation_prompt=True, add_special_tokens=False)
     decoded = text.tokenizer.decode(ids, skip_special_tokens=False)
-    assert decoded == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert decoded == "<hello>:"
