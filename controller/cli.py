@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from lorafleet.controller.config import ServeConfig
 from lorafleet.workers.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, LoRAConfig, LoRAModule
+from lorafleet.workers.engine.eviction import EVICTIONS
 from lorafleet.workers.errors import ConfigError, LoRAFleetError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -32,6 +33,7 @@ _LORA_FLAGS = {
     "max_cpu_loras": "--max-cpu-loras",
     "host_cache_bytes": "--lora-host-cache-bytes",
     "lora_dtype": "--lora-dtype",
+    "eviction": "--lora-eviction",
 }
 
 
@@ -162,6 +164,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the host cache (default: at most 1GiB and an eighth of the free memory)",
     )
     adapters.add_argument("--lora-dtype", choices=DTYPES, help="of adapter weights (default: the model's)")
+    adapters.add_argument(
+        "--lora-eviction",
+        dest="eviction",
+        choices=EVICTIONS,
+        help="which adapter makes room for another: the least recently used, or the cheapest to do without, "
+        f"by size, reload time, recency and frequency (default: {lora.eviction})",
+    )
 
     adapters.add_argument(
         "--allow-runtime-lora-updates",

@@ -71,7 +71,17 @@ def test_workers_import_kernels_and_proto_and_never_the_controller(module: str) 
 
 @pytest.mark.parametrize("module", modules("controller"))
 def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
-    light = ["actor", "config", "engine.request", "errors", "generation_defaults", "model.source", "params", "rpc"]
+    light = [
+        "actor",
+        "config",
+        "engine.eviction",
+        "engine.request",
+        "errors",
+        "generation_defaults",
+        "model.source",
+        "params",
+        "rpc",
+    ]
     own = [
         name for name in outside(module, ("lorafleet.controller", "lorafleet.proto")) if name.startswith("lorafleet")
     ]

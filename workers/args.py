@@ -34,6 +34,7 @@ class EngineArgs:
     max_cpu_loras: int | None = None
     lora_host_cache_bytes: int | None = None
     lora_dtype: str | None = None
+    lora_eviction: str | None = None
 
     def to_config(self) -> EngineConfig:
         """Check everything and resolve the model to a directory (downloading or converting it if need be).
@@ -68,6 +69,7 @@ class EngineArgs:
             "max_cpu_loras": self.max_cpu_loras,
             "host_cache_bytes": self.lora_host_cache_bytes,
             "lora_dtype": self.lora_dtype,
+            "eviction": self.lora_eviction,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if not self.enable_lora:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from lorafleet.workers.engine.eviction import EVICTIONS
 from lorafleet.workers.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,6 +35,7 @@ class LoRAConfig:
     max_cpu_loras: int | None = None  # adapters in the host cache; None: bounded by bytes alone
     host_cache_bytes: int | None = None  # None: the memory plan's default
     lora_dtype: str = "auto"  # auto: the model's
+    eviction: str = "lru"  # which adapter makes room: lru, or cost (GreedyDual-Size-Frequency)
 
     def __post_init__(self) -> None:
         _at_least("--max-loras", self.max_loras, 1)
@@ -48,6 +50,7 @@ class LoRAConfig:
         if self.host_cache_bytes is not None:
             _at_least("--lora-host-cache-bytes", self.host_cache_bytes, 1)
         _one_of("--lora-dtype", self.lora_dtype, DTYPES)
+        _one_of("--lora-eviction", self.eviction, EVICTIONS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""The host tier: verified adapters by digest, and an LRU cache of the loaded ones, bounded by bytes and by count.
+"""The host tier: verified adapters by digest, and a cache of the loaded ones, bounded by bytes and by count.
 
-Thread-safe. An adapter that was handed out stays until it is released; what nobody holds is evicted, least recently
-used first, when room is needed. A fetch for which there is no room waits for a release: the bounds are kept.
+Thread-safe. An adapter that was handed out stays until it is released; what nobody holds is evicted when room is
+needed, in the order that the eviction policy gives. A fetch for which there is no room waits for a release: the bounds
+are kept.
 
 A prefetch is only a hint. It has a thread of its own and never makes a fetch wait: a fetch may take the room even of
 one that is being read, whose memory is then free when that read ends.
@@ -20,6 +21,7 @@ import torch
 
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter, load_adapter
 from lorafleet.workers.adapters.modules import BaseShapes
+from lorafleet.workers.engine.eviction import Eviction, LeastRecentlyUsed
 from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFleetError
 
 _FIRST_RETRY_S = 1.0
@@ -54,6 +56,7 @@ class _Entry:
     future: Future[HostAdapter]
     num_bytes: int
     holders: int
+    load_s: float = 0.0  # that reading it took
     is_ahead: bool = False  # prefetched, and not fetched since
 
 
@@ -67,6 +70,7 @@ class AdapterStore:
         max_bytes: int,
         max_adapters: int | None,
         dtype: torch.dtype,
+        eviction: Eviction | None = None,
         load: Callable[[AdapterSpec, BaseShapes, torch.dtype], HostAdapter] = load_adapter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,6 +78,7 @@ class AdapterStore:
         self._max_bytes = max_bytes
         self._max_adapters = max_adapters
         self._dtype = dtype
+        self._eviction = eviction or LeastRecentlyUsed()
         self._load = load
         self._clock = clock
         self._lock = threading.Lock()
@@ -116,6 +121,7 @@ class AdapterStore:
             if entry is None:
                 return 0
             assert not entry.holders
+            self._eviction.drop(digest)
             self._bytes -= entry.num_bytes
             self._admit()
             return entry.num_bytes
@@ -136,6 +142,7 @@ class AdapterStore:
                 self._hits += 1
                 if digest in self._entries:
                     self._entries.move_to_end(digest)
+                    self._eviction.use(digest, num_bytes=entry.num_bytes, reload_s=entry.load_s)
                 return entry.future
             error = self._recent_failure(digest)
             if error is not None:
@@ -222,7 +229,9 @@ class AdapterStore:
             self._readers.submit(self._read, self._specs[digest], entry)
 
     def _make_room(self, num_bytes: int) -> bool:
-        for digest in [digest for digest, entry in self._entries.items() if not entry.holders]:
+        if self._fits(num_bytes):
+            return True
+        for digest in self._eviction.order(digest for digest, entry in self._entries.items() if not entry.holders):
             if self._fits(num_bytes):
                 break
             self._evict(digest)
@@ -230,7 +239,9 @@ class AdapterStore:
 
     def _make_room_ahead(self, num_bytes: int) -> bool:
         """Room for a prefetch: only at the cost of what no prefetch brought, and only if that is enough."""
-        spare = [digest for digest, entry in self._entries.items() if not entry.holders and not entry.is_ahead]
+        spare = self._eviction.order(
+            digest for digest, entry in self._entries.items() if not entry.holders and not entry.is_ahead
+        )
         if not self._fits(num_bytes, but=spare):
             return False
         for digest in spare:
@@ -247,6 +258,7 @@ class AdapterStore:
         return few and cached_bytes + num_bytes <= self._max_bytes
 
     def _evict(self, digest: str) -> None:
+        self._eviction.evict(digest)
         self._bytes -= self._entries.pop(digest).num_bytes
         self._evictions += 1
 
@@ -274,6 +286,7 @@ class AdapterStore:
 
     def _read(self, spec: AdapterSpec, entry: _Entry) -> None:
         digest = spec.digest
+        began = self._clock()
         try:
             adapter = self._load(spec, self._base, self._dtype)
         except Exception as caught:
@@ -290,6 +303,7 @@ class AdapterStore:
                     self._failures[digest] = _Failure(error, self._clock() + delay_s, delay_s)
                 if self._entries.get(digest) is entry:  # no fetch has taken the room, and it was not forgotten
                     del self._entries[digest]
+                    self._eviction.drop(digest)
                     self._bytes -= entry.num_bytes
                 self._num_failures += 1
                 self._admit()
@@ -298,6 +312,9 @@ class AdapterStore:
         with self._lock:
             self._failures.pop(digest, None)
             self._loads += 1
+            entry.load_s = self._clock() - began
+            if self._entries.get(digest) is entry:
+                self._eviction.use(digest, num_bytes=entry.num_bytes, reload_s=entry.load_s)
         entry.future.set_result(adapter)
 
 

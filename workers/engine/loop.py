@@ -29,6 +29,7 @@ from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
+from lorafleet.workers.engine.eviction import make_eviction
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
 from lorafleet.workers.engine.scheduler import Scheduler, SlotLoad
 from lorafleet.workers.engine.stats import EngineStats
@@ -104,6 +105,7 @@ class Engine:
             max_bytes=plan.host_cache_bytes,
             max_adapters=plan.max_cpu_loras,
             dtype=getattr(torch, plan.lora_dtype),
+            eviction=make_eviction(lora.eviction if lora else "lru"),
         )
         self._loaders = ThreadPoolExecutor(
             _NUM_LOADERS, thread_name_prefix="lorafleet-slot", initializer=torch.set_num_threads, initargs=(1,)

@@ -20,6 +20,7 @@ from lorafleet.workers.adapters.config import AdapterConfig
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.adapters.store import AdapterStore
+from lorafleet.workers.engine.eviction import make_eviction
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError
 
 TIMEOUT_S = 20.0
@@ -90,9 +91,17 @@ MakeStore = Callable[..., AdapterStore]
 def make_store(disk: Disk, clock: Clock) -> Iterator[MakeStore]:
     stores: list[AdapterStore] = []
 
-    def make(*, names: str = "abcd", max_bytes: int = 1000, max_adapters: int | None = None) -> AdapterStore:
+    def make(
+        *, names: str = "abcd", max_bytes: int = 1000, max_adapters: int | None = None, eviction: str = "lru"
+    ) -> AdapterStore:
         store = AdapterStore(
-            BASE, max_bytes=max_bytes, max_adapters=max_adapters, dtype=torch.bfloat16, load=disk.load, clock=clock
+            BASE,
+            max_bytes=max_bytes,
+            max_adapters=max_adapters,
+            dtype=torch.bfloat16,
+            eviction=make_eviction(eviction),
+            load=disk.load,
+            clock=clock,
         )
         stores.append(store)
         for name in names:
@@ -173,6 +182,19 @@ def test_an_adapter_larger_than_the_cache_is_refused_at_registration(make_store:
         store.register(spec("big", 102))
     assert info.value.reason == "larger_than_host_cache"
     assert store.stats().num_registered == 4
+
+
+def test_by_cost_what_was_slow_to_read_and_often_used_stays(make_store: MakeStore, disk: Disk, clock: Clock) -> None:
+    def read(wanted: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
+        clock.now_s += 5.0 if wanted.digest == "a" else 1.0
+        return disk.load(wanted, base, dtype)
+
+    store = make_store(max_adapters=3, eviction="cost")
+    store._load = read
+    for name in "aabbbbbc":
+        use(store, name)
+    use(store, "d")
+    assert store.resident() == ("a", "b", "d"), "c was read as quickly as b and used less often"
 
 
 def test_what_is_held_is_never_evicted(make_store: MakeStore, disk: Disk) -> None:
