@@ -19,6 +19,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    tenants_file: str | None = None  # read and checked; the gateway reads it again
     seed: int | None = None
     drain_timeout_s: float = 30.0
     ray_address: str | None = None  # None: a Ray of our own on this machine
