@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.gateway.tenants import read_tenants, tenants_of
 from lorafleet.workers.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, LoRAConfig, LoRAModule
 from lorafleet.workers.engine.eviction import EVICTIONS
 from lorafleet.workers.errors import ConfigError, LoRAFleetError
@@ -81,6 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="clients must send one of these as a bearer token (default: $LORAFLEET_API_KEY, else none is asked for)",
     )
     http.add_argument(
+        "--tenants",
+        metavar="FILE",
+        help='tenants that share the workers by weight: JSON, [{"name": "acme", "api_keys": ["..."], "weight": 2.0, '
+        '"priority": 0}]; weight (default 1) is a share of service, tenants of lower priority (default 0) come first '
+        "(default: each API key is a tenant)",
+    )
+    http.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names of the base model (default: MODEL as given)"
     )
     http.add_argument(
@@ -117,6 +125,15 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="tokens computed in one step (default: 512 on a CPU, 2048 on CUDA)",
+    )
+    batch.add_argument(
+        "--max-adapter-wait-s",
+        type=float,
+        default=engine.max_adapter_wait_s,
+        metavar="S",
+        help="the longest that a client (a tenant's requests for one model) gets no token while others do; near it "
+        "running requests give way, and more clients than can be served in time get 429; 0 is no bound "
+        "(default: %(default)g)",
     )
     batch.add_argument(
         "--block-size", type=int, default=engine.block_size, help="tokens of a KV page (default: %(default)s)"
@@ -211,6 +228,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        max_adapter_wait_s=args.max_adapter_wait_s,
         block_size=args.block_size,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -219,6 +237,10 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         lora=LoRAConfig(**given) if args.enable_lora else None,
     )
     api_keys = args.api_key or [key for key in os.environ.get("LORAFLEET_API_KEY", "").split(",") if key]
+    tenants_file = None
+    if args.tenants is not None:
+        tenants_of(api_keys, read_tenants(Path(args.tenants)))  # refuses now what the gateway would refuse
+        tenants_file = str(Path(args.tenants).absolute())
     return ServeConfig(
         engine=engine,
         served_model_names=tuple(args.served_model_name or [args.model]),
@@ -226,6 +248,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         host=args.host,
         port=args.port,
         api_keys=tuple(api_keys),
+        tenants_file=tenants_file,
         seed=args.seed,
         drain_timeout_s=args.drain_timeout_s,
         allow_runtime_lora_updates=args.allow_runtime_lora_updates or by_variable,

@@ -20,6 +20,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    tenants_file: str | None = None  # read and checked; the gateway reads it again
     seed: int | None = None
     drain_timeout_s: float = 30.0
     allow_runtime_lora_updates: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter

@@ -146,6 +146,8 @@ def _gateway(config: ServeConfig, controller: str, token_file: Path) -> Iterator
     command += ["--controller", controller, "--token-file", str(token_file), "--exit-with-parent"]
     command += ["--host", config.host, "--port", str(config.port)]
     command += ["--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level]
+    if config.tenants_file is not None:
+        command += ["--tenants", config.tenants_file]
     if config.seed is not None:
         command += ["--seed", str(config.seed)]
     # Keys travel in the environment: a command line is visible to every user of the machine.
@@ -251,7 +253,7 @@ def _announce(config: ServeConfig, workers: tuple[WorkerReady, ...], seconds: fl
     for adapter in workers[0].adapters:
         print(f"  adapter {adapter.name:<18} rank {adapter.lora_rank:>3}  {adapter.digest[:12]}  {adapter.root}")
     print(f"\nready in {seconds:.1f} s: {url}  (OpenAI API under {url}/v1)\n")
-    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_keys or config.tenants_file else ""
     print(f"curl {url}/v1/models{key}")
     models = [base, workers[0].adapters[0].name if workers[0].adapters else base]
     prompts = [

@@ -64,18 +64,26 @@ class Welcome(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling")
+    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     stream: int
     request_id: str
     adapter_digest: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
-    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    tenant: str
+    tenant_weight: float
+    adapter_weight: float
+    priority: int
+    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "choice", "num_logprobs", "stop_token_ids", "ignore_eos", "min_tokens")

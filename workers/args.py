@@ -12,7 +12,8 @@ from lorafleet.workers.errors import ConfigError
 class EngineArgs:
     """Names, meaning and defaults of `lorafleet serve`'s flags; a test compares them.
 
-    model: a directory, a Hugging Face id or a GGUF file.
+    model: a directory, a Hugging Face id or a GGUF file. One default is another: max_adapter_wait_s is 0, no bound,
+    since what runs offline queues everything at once and wants it done soonest.
     """
 
     model: str
@@ -23,6 +24,7 @@ class EngineArgs:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    max_adapter_wait_s: float = 0.0
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -55,6 +57,7 @@ class EngineArgs:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            max_adapter_wait_s=self.max_adapter_wait_s,
             block_size=self.block_size,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             gpu_memory_utilization=self.gpu_memory_utilization,

@@ -69,6 +69,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
     tensor_parallel_size: int = 1
     max_waiting: int = 4096  # requests queued in the engine beyond the running ones; more get 429
+    # How long a client (a tenant's requests for one adapter) may get no token while others do; 0: as long as it takes.
+    max_adapter_wait_s: float = 60.0
     lora: LoRAConfig | None = None  # None: LoRA is off
     num_threads: int | None = None  # CPU threads of the engine; None: all that this process may use
 
@@ -98,6 +100,11 @@ class EngineConfig:
             raise ConfigError(f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be in (0, 1].")
         _at_least("--tensor-parallel-size", self.tensor_parallel_size, 1)
         _at_least("--max-waiting", self.max_waiting, 1)
+        if self.max_adapter_wait_s and not 1.0 <= self.max_adapter_wait_s <= 86400.0:  # true for NaN
+            raise ConfigError(
+                f"--max-adapter-wait-s is {self.max_adapter_wait_s:g}; it must be between 1 and 86400, or 0 for no "
+                "bound."
+            )
         if self.num_threads is not None:
             _at_least("--num-threads", self.num_threads, 1)
 

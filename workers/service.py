@@ -228,6 +228,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     tuple(generate.prompt_token_ids),
                     _sampling(generate.sampling),
                     generate.adapter_digest or None,
+                    tenant=generate.tenant,
+                    tenant_weight=generate.tenant_weight or 1.0,
+                    adapter_weight=generate.adapter_weight or 1.0,
+                    priority=generate.priority,
                 )
             )
         except LoRAFleetError as error:

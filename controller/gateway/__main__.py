@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.server import serve
+from lorafleet.controller.gateway.tenants import read_tenants
 from lorafleet.workers.errors import ConfigError
 
 API_KEY_VARIABLE = "LORAFLEET_API_KEY"
@@ -38,7 +39,11 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         nargs="+",
         action="extend",
         metavar="KEY",
-        help=f"clients must send one of these; if left out, ${API_KEY_VARIABLE} (several: comma-separated)",
+        help=f"clients must send one of these, each a tenant of its own; if left out, ${API_KEY_VARIABLE} (several: "
+        "comma-separated)",
+    )
+    parser.add_argument(
+        "--tenants", type=Path, metavar="FILE", help="JSON: tenants with names, api_keys, weights and priorities"
     )
     parser.add_argument("--seed", type=int, help="of the seeds drawn for requests that give none")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -78,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         host=args.host,
         port=args.port,
         api_keys=tuple(api_keys),
+        tenants=read_tenants(args.tenants) if args.tenants else {},
         seed=args.seed,
         drain_timeout_s=args.drain_timeout_s,
         max_body_bytes=args.max_body_bytes,

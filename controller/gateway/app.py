@@ -16,13 +16,15 @@ from lorafleet.controller.gateway import adapters, chat, completions, health, mo
 from lorafleet.controller.gateway.auth import ApiKeys, auth_middleware
 from lorafleet.controller.gateway.errors import error_middleware
 from lorafleet.controller.gateway.state import ABORT_GRACE_S, STATE, GatewayState
+from lorafleet.controller.gateway.tenants import tenants_of
 
 
 def make_app(state: GatewayState) -> web.Application:
     """The application; it starts and closes `state`."""
+    keys = ApiKeys(tenants_of(state.config.api_keys, state.config.tenants))
     app = web.Application(
         client_max_size=state.config.max_body_bytes,
-        middlewares=[_count_requests, error_middleware, auth_middleware(ApiKeys(state.config.api_keys))],
+        middlewares=[_count_requests, error_middleware, auth_middleware(keys)],
     )
     app[STATE] = state
     app.cleanup_ctx.append(_life)

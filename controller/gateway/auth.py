@@ -1,40 +1,48 @@
 """API keys: every path asks for one, if there are any, except those that say whether the process is well.
 
-Owns: the check. Leaves to others: where keys come from (__main__.py).
+Owns: the check, and whose a request is. Leaves to others: where keys come from (__main__.py, tenants.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.workers.errors import AuthenticationError
 
+TENANT: Final = web.RequestKey("tenant", Tenant)
+"""Of every request that is not for one of `OPEN_PATHS`."""
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/ping"})
 
 
 class ApiKeys:
     """Keys known by their SHA-256; the keys themselves are not kept."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+    def __init__(self, tenants: Mapping[str, Tenant]) -> None:
+        """tenants: by key; without any, no key is asked for."""
+        self._tenants = {_digest(key): tenant for key, tenant in tenants.items()}
 
-    def check(self, header: str | None) -> None:
-        """header: of `Authorization`. Raises AuthenticationError. Takes the same time whichever key is nearly right."""
-        if not self._digests:
-            return
+    def check(self, header: str | None) -> Tenant:
+        """Whose key `header`, of `Authorization`, has. Takes the same time whichever key is nearly right.
+
+        Raises AuthenticationError.
+        """
+        if not self._tenants:
+            return Tenant()
         scheme, _, key = (header or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise AuthenticationError("This server asks for an API key. Send it as 'Authorization: Bearer KEY'.")
         digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not any(matches):
+        matches = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(digest, known)]
+        if not matches:
             raise AuthenticationError("The API key is not known to this server.")
+        return matches[0]
 
 
 def _digest(key: str) -> bytes:
@@ -47,7 +55,7 @@ def auth_middleware(keys: ApiKeys) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in OPEN_PATHS:
-            keys.check(request.headers.get("Authorization"))
+            request[TENANT] = keys.check(request.headers.get("Authorization"))
         return await handler(request)
 
     return check

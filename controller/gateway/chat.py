@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from lorafleet.controller.gateway.auth import TENANT
 from lorafleet.controller.gateway.errors import REQUEST_ID
 from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.limits import read_body
@@ -57,6 +58,8 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         }
         with state.generate(
             request_id=request[REQUEST_ID],
+            tenant=request[TENANT],
+            priority=fields.priority,
             table=table,
             text=text,
             model=model,

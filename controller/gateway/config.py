@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lorafleet.controller.gateway.tenants import Tenant, tenants_of
 from lorafleet.workers.errors import ConfigError
 
 
@@ -30,7 +31,10 @@ class GatewayConfig:
     token: str = field(repr=False)  # the fleet's bearer token, for gRPC
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
-    api_keys: tuple[str, ...] = field(default=(), repr=False)  # empty: no key is asked for
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # each is a tenant of its own
+    tenants: dict[str, Tenant] = field(
+        default_factory=dict, repr=False
+    )  # by API key; without any key none is asked for
     seed: int | None = None  # of the seeds drawn for requests without one; None: the operating system's
     drain_timeout_s: float = 30.0
     max_body_bytes: int = 8 << 20
@@ -52,6 +56,7 @@ class GatewayConfig:
             raise ConfigError(f"--port is {self.port}; it must be between 0 and 65535.")
         if not all(self.api_keys):
             raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none.")
+        tenants_of(self.api_keys, self.tenants)
         for flag, value in (
             ("--max-body-bytes", self.max_body_bytes),
             ("--max-in-flight", self.max_in_flight),

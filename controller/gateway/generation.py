@@ -19,6 +19,7 @@ from typing import Literal, Self
 from lorafleet.controller.gateway.inbox import ChoiceQueue, Inbox
 from lorafleet.controller.gateway.metrics import ModelMetrics
 from lorafleet.controller.gateway.session import WorkerSession
+from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
 from lorafleet.workers.errors import LoRAFleetError
@@ -55,6 +56,8 @@ class Generation:
         self,
         *,
         request_id: str,
+        tenant: Tenant,
+        priority: int,
         tokenizer: Tokenizer,
         params: SamplingParams,
         max_queued_tokens: int,
@@ -63,6 +66,8 @@ class Generation:
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self._request_id = request_id
+        self._tenant = tenant
+        self._priority = priority
         self._tokenizer = tokenizer
         self._params = params
         self._metrics = metrics
@@ -111,6 +116,9 @@ class Generation:
                 adapter_digest=adapter,
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling,
+                tenant=self._tenant.name,
+                tenant_weight=self._tenant.weight,
+                priority=self._priority,
             )
             text = OutputText(
                 self._tokenizer,

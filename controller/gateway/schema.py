@@ -46,13 +46,14 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class GenerateFields(SamplingFields, kw_only=True):
-    """What completions and chat share besides sampling."""
+    """What completions and chat share besides sampling. priority: lower is earlier; it adds to the tenant's."""
 
     model: str
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
+    priority: int | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -136,7 +137,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "reasoning_effort": (),

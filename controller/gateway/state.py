@@ -25,6 +25,7 @@ from lorafleet.controller.gateway.pool import WorkerPool
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
 from lorafleet.controller.gateway.sampling import wire_samplings
+from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.controller.gateway.vllm_metrics import VllmCollector
 from lorafleet.workers.errors import DeadlineError, DrainingError, InvalidRequestError, WorkerUnavailableError
 from lorafleet.workers.params import SamplingParams
@@ -138,6 +139,8 @@ class GatewayState:
         self,
         *,
         request_id: str,
+        tenant: Tenant,
+        priority: int | None,
         table: RoutingTable,
         text: ModelText,
         model: ModelEntry,
@@ -147,6 +150,7 @@ class GatewayState:
     ) -> Iterator[Generation]:
         """Submit all choices of all prompts; what still runs at the block's end is cancelled.
 
+        priority: as the request asks for it; it adds to the tenant's.
         Raises what is wrong with the request before any of it is submitted.
         """
         samplings = []
@@ -167,6 +171,8 @@ class GatewayState:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(
             request_id=request_id,
+            tenant=tenant,
+            priority=tenant.priority_of(priority),
             tokenizer=text.tokenizer,
             params=params,
             max_queued_tokens=self.config.max_queued_tokens,

@@ -7,6 +7,7 @@ evicted first, and never while pinned or loading.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
 
 
 class AdapterSlots:
@@ -30,17 +31,28 @@ class AdapterSlots:
         """Ready adapters, least recently used first."""
         return tuple(self._ready)
 
+    def occupants(self) -> frozenset[str]:
+        """Adapters that are ready or being loaded."""
+        return frozenset(self._loading.keys() | self._ready.keys())
+
     def pinned(self) -> tuple[str, ...]:
         return tuple(self._pins)
 
-    def start_load(self, digest: str) -> int | None:
-        """A slot to load `digest` into, evicting the least recently used unpinned adapter if need be.
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self._pins
 
-        None when every slot is pinned or loading. The slot is nobody's until `finish_load` or `fail_load`.
+    def obstacles(self, digest: str) -> tuple[str, ...]:
+        """Pinned adapters that `digest` could be loaded in place of."""
+        return self.pinned()
+
+    def start_load(self, digest: str, keep: Container[str] = ()) -> int | None:
+        """A slot to load `digest` into, evicting the least recently used adapter, not pinned nor in `keep`, if need be.
+
+        None when there is none to evict. The slot is nobody's until `finish_load` or `fail_load`.
         """
         assert digest not in self._loading and digest not in self._ready
         if not self._empty:
-            victim = next((ready for ready in self._ready if ready not in self._pins), None)
+            victim = next((ready for ready in self._ready if ready not in self._pins and ready not in keep), None)
             if victim is None:
                 return None
             self._empty.append(self._ready.pop(victim))

@@ -33,6 +33,7 @@ from lorafleet.workers.engine.eviction import make_eviction
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
 from lorafleet.workers.engine.scheduler import Scheduler, SlotLoad
 from lorafleet.workers.engine.stats import EngineStats
+from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
     AdapterRefusedError,
     AdapterUnavailableError,
@@ -99,6 +100,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,
+            max_wait_s=config.max_adapter_wait_s,
         )
         self._store = AdapterStore(
             spec.base_shapes,
@@ -110,11 +112,12 @@ class Engine:
         self._loaders = ThreadPoolExecutor(
             _NUM_LOADERS, thread_name_prefix="lorafleet-slot", initializer=torch.set_num_threads, initargs=(1,)
         )
-        self._lock = threading.Lock()  # guards the five below
+        self._lock = threading.Lock()  # guards the six below
         self._inbox: deque[GenerateRequest | str | _Loaded | _Retire] = deque()  # a str is a request id to cancel
         self._adapters: set[str] = set()  # digests that new requests may name
         self._wake = threading.Condition(self._lock)
-        self._unfinished: set[str] = set()
+        self._unfinished: dict[str, GenerateRequest] = {}
+        self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
         self._closed = False
         self._is_warm = False
         self._retiring: list[_Retire] = []
@@ -200,7 +203,8 @@ class Engine:
         """Accept a request; its events come out of later steps.
 
         Raises `InvalidRequestError`, `ContextLengthError`, `AdapterUnavailableError` (an unregistered digest) or
-        `QueueFullError`; the request is then not accepted and has no events.
+        `QueueFullError` (too many requests, or more clients than max_adapter_wait_s could be kept for); the request is
+        then not accepted and has no events.
         """
         self._check(request)
         with self._lock:
@@ -219,7 +223,8 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._unfinished)} requests run or wait, the limit is {bound}. Try again later."
                 )
-            self._unfinished.add(request.request_id)
+            self._entrance.enter(request.tenant, request.adapter)
+            self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()
 
@@ -310,7 +315,12 @@ class Engine:
             self._step_began = None
         self._free_retired()
         with self._lock:
-            self._unfinished.difference_update(event.request_id for event in events if event.finish is not None)
+            for event in events:
+                if event.finish is not None:
+                    ended = self._unfinished.pop(event.request_id)
+                    self._entrance.leave(ended.tenant, ended.adapter)
+            self._entrance.num_served_clients = self._scheduler.num_served_clients
+            self._entrance.num_served_adapters = self._scheduler.num_served_adapters
         self._stats = self._take_stats()
         return events
 

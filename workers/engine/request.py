@@ -11,6 +11,9 @@ from enum import StrEnum
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 
 MAX_LOGPROBS = 20
+MAX_TENANT_CHARS = 256
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+MAX_PRIORITY = 2**31 - 1
 
 _RANGES = (
     ("max_tokens", 1, 2**31),
@@ -67,12 +70,32 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One choice to generate."""
+    """One choice to generate. Raises `InvalidRequestError` for a tenant, weight or priority out of range."""
 
     request_id: str  # unique within the engine; the front end's
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingOptions
     adapter: str | None = None  # digest of a registered adapter; None is the base model
+    tenant: str = ""  # whose request it is; the gateway knows by the API key
+    tenant_weight: float = 1.0  # share of service relative to other tenants
+    adapter_weight: float = 1.0  # share relative to the tenant's other adapters
+    priority: int = 0  # lower is served earlier, whatever the shares
+
+    def __post_init__(self) -> None:
+        if len(self.tenant) > MAX_TENANT_CHARS:
+            raise InvalidRequestError(
+                f"The tenant's name has {len(self.tenant)} characters, the limit is {MAX_TENANT_CHARS}.", param="tenant"
+            )
+        for name in ("tenant_weight", "adapter_weight"):
+            weight = getattr(self, name)
+            if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
+                raise InvalidRequestError(
+                    f"{name} is {weight}; it must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", param=name
+                )
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority is {self.priority}; it must be between {-MAX_PRIORITY} and {MAX_PRIORITY}.", param="priority"
+            )
 
 
 class FinishReason(StrEnum):
@@ -117,14 +140,33 @@ class Request:
     token_ids: list[int]  # prompt, then output
     num_prompt_tokens: int
     arrival: int  # order of arrival within the engine; older is smaller
+    tenant: str
+    tenant_weight: float
+    adapter_weight: float
+    priority: int
     num_computed_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     num_preemptions: int = 0
+    is_charged: bool = False  # the prompt is in the counters of service; recomputing it is not charged again
+    is_urgent: bool = False  # it began to run because its client had waited for too long
+    started_at: float = 0.0  # when it last began to run
+    num_tokens_at_start: int = 0  # tokens that were known then
 
     @classmethod
     def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:
         prompt = list(request.prompt_token_ids)
-        return cls(request.request_id, request.sampling, request.adapter, prompt, len(prompt), arrival)
+        return cls(
+            request.request_id,
+            request.sampling,
+            request.adapter,
+            prompt,
+            len(prompt),
+            arrival,
+            request.tenant,
+            request.tenant_weight,
+            request.adapter_weight,
+            request.priority,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -139,6 +181,6 @@ class Request:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
-    def max_remaining_tokens(self) -> int:
-        """The most tokens this request may still produce."""
-        return self.sampling.max_tokens - self.num_output_tokens
+    def has_progressed(self) -> bool:
+        """Whether it has got a token since it last began to run."""
+        return len(self.token_ids) > self.num_tokens_at_start

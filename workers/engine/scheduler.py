@@ -1,23 +1,31 @@
-"""Who runs in the next step, and for how many tokens. Pure: no clock, no threads, no tensors.
+"""Who runs in the next step, and for how many tokens. Pure: its clock is injected; no threads, no tensors.
 
 One quantity decides everything: {request: number of tokens this step}. A prompt, a piece of a prompt, a single decode
 token and the recomputation after a preemption are the same thing with different numbers.
 
-Order is order of arrival. One thing lets a younger request pass an older one that waits: the older one's adapter has
-no slot yet and the younger one's has. That keeps batches full, and it is bounded: after `patience` steps the passed
-adapter claims a slot, whose adapter then takes no new requests until its running ones are done (see `_admit`).
+Requests are let in in the order of service (clients.py): priority, then the tenant and its adapter that have had
+least, then arrival. One thing lets a request pass one that ranks before it: that one's adapter has no slot yet and its
+own has. That keeps batches full, and it is bounded twice. An adapter that has been passed for a turn claims a slot,
+whose adapter then takes nobody new until its running requests are done (`_claims`). And where `max_wait_s` is at risk,
+running requests give way (`_give_turns`).
+
+A request that has begun to run is never preempted before it has got a token. So every preemption is paid for with a
+token that was not there before, there are fewer preemptions than tokens, and requests cannot preempt each other for
+ever, whoever gives way to whom. Nor can a step be left with nobody to run for want of pages: only a request that has
+got a token needs more of them, so it may give way itself, and the last one finds all that it needs.
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
+from lorafleet.workers.engine.clients import Client, Clients
 from lorafleet.workers.engine.request import FinishReason, Request
+from lorafleet.workers.engine.turns import WaitBound
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,17 @@ class StepPlan:
         return sum(entry.num_tokens for entry in self.scheduled)
 
 
+@dataclass(slots=True)
+class _Turns:
+    """What those that must have a turn still lack, and others therefore cannot have in this step."""
+
+    adapters: list[str]  # that must have a slot, longest wait first
+    keep: set[str]  # adapters of all that must have a turn: they are not evicted
+    claimed: set[str] = field(default_factory=set)  # adapters that take nobody new
+    num_seats: int = 0  # kept free for requests whose adapters are being loaded
+    is_blocked: bool = False  # someone waits for a seat or pages: nobody else may take them
+
+
 class Scheduler:
     """Owns every request from `add` to its end, their pages and their pins."""
 
@@ -67,21 +86,25 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
-        patience: int = 32,
+        max_wait_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """max_wait_s: how long a client may get no token; 0 is no bound. clock: seconds that never go back."""
         self._pool = pool
         self._slots = slots
         self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
-        self._patience = patience
-        self._num_steps = 0
-        self._blocked_since: dict[str, int] = {}  # adapters that wait for a slot → the step when that began
+        self._clock = clock
+        self._now = clock()
+        bound = WaitBound(max_wait_s, slots.num_slots, max_num_seqs)
+        self._turn_s = bound.turn_s
+        self._clients = Clients(bound)
+        self._held_since: dict[str, float] = {}  # adapters in or on the way into slots → when they got them
         self._announced: set[str] = set()  # adapters that still wait for a slot and were in a plan's prefetches
         self._requests: dict[str, Request] = {}
-        self._running: list[Request] = []  # oldest first
-        self._waiting: list[Request] = []  # oldest first
+        self._running: list[Request] = []  # by start; prompts are computed in this order
         self.num_preemptions = 0
 
     @property
@@ -90,7 +113,16 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._clients.num_waiting
+
+    @property
+    def num_served_clients(self) -> int:
+        """Clients (a tenant's requests for one adapter) with running requests."""
+        return self._clients.num_served_clients
+
+    @property
+    def num_served_adapters(self) -> int:
+        return self._clients.num_served_adapters
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -99,18 +131,18 @@ class Scheduler:
         assert request.request_id not in self._requests
         assert self._pages_for(request.num_prompt_tokens + request.sampling.max_tokens) <= self._pool.num_pages
         self._requests[request.request_id] = request
-        insort(self._waiting, request, key=_by_arrival)
+        self._clients.add(request, self._clock())
 
     def remove(self, request_id: str) -> bool:
         """Forget a request wherever it is, and free everything it holds. False: it is not here (any more)."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        if request in self._running:
-            self._release(request)
+        runs = request in self._running
+        if runs:
             self._running.remove(request)
-        else:
-            self._waiting.remove(request)
+            self._release(request)
+        self._clients.drop(request, runs=runs)
         return True
 
     def uses(self, digest: str) -> bool:
@@ -119,48 +151,22 @@ class Scheduler:
 
     def waiting_for(self, digest: str) -> list[str]:
         """Ids of the requests that wait and name this adapter."""
-        return [request.request_id for request in self._waiting if request.adapter == digest]
+        return [request.request_id for request in self._clients.waiting_for(digest)]
 
     def schedule(self) -> StepPlan:
-        """Choose the next step. Running requests come first, oldest first, then waiting ones."""
-        self._num_steps += 1
-        scheduled: list[Scheduled] = []
-        budget = self._max_num_batched_tokens
-        preempted = False
-        for request in list(self._running):
-            if budget == 0:
-                break
-            if not request.pages:
-                continue  # preempted for an older one in this very loop
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            while not self._grow(request, request.num_computed_tokens + num_tokens):
-                # The youngest gives way. It recomputes later what it loses now; the oldest always gets on, so that
-                # the whole always does.
-                preempted = True
-                victim = self._running[-1]
-                self._preempt(victim)
-                if victim is request:
-                    break
-            else:
-                scheduled.append(self._entry(request, num_tokens))
-                budget -= num_tokens
+        """Choose the next step: those that run go on, then waiting ones are let in."""
+        self._now = self._clock()
+        self._clients.set_hot(self._slots.occupants())
         loads: list[SlotLoad] = []
-        if not preempted:
-            for request in self._admit(loads):
-                if budget == 0 or len(self._running) >= self._max_num_seqs:
-                    break
-                # All pages of what is known at once, so that no prompt is preempted half way.
-                if not self._grow(request, request.num_tokens):
-                    break
-                self._waiting.remove(request)
-                insort(self._running, request, key=_by_arrival)
-                if request.adapter is not None:
-                    self._slots.pin(request.adapter)
-                num_tokens = min(request.num_uncomputed_tokens, budget)
-                scheduled.append(self._entry(request, num_tokens))
-                budget -= num_tokens
-        scheduled.sort(key=lambda entry: -1 if entry.slot is None else entry.slot)
-        return StepPlan(tuple(scheduled), tuple(loads), self._prefetches())
+        turns = self._give_turns(loads)
+        scheduled: dict[Request, int] = {}
+        budget, preempted = self._go_on(scheduled)
+        if not preempted and not turns.is_blocked:
+            self._let_in(scheduled, budget, turns, loads)
+        cold = self._clients.next_cold(self._slots.num_slots)
+        entries = [self._entry(request, num_tokens) for request, num_tokens in scheduled.items()]
+        entries.sort(key=lambda entry: -1 if entry.slot is None else entry.slot)
+        return StepPlan(tuple(entries), tuple(loads), self._prefetches([*turns.adapters, *cold]))
 
     def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
         """Book one scheduled part as computed, with the token sampled at its end; the reason if that ended it."""
@@ -169,6 +175,7 @@ class Scheduler:
         if token_id is None:
             return None
         request.token_ids.append(token_id)
+        self._clients.charge_output(request, self._now)
         sampling = request.sampling
         if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
             finish = FinishReason.STOP
@@ -179,58 +186,184 @@ class Scheduler:
         self.remove(request.request_id)
         return finish
 
-    def _admit(self, loads: list[SlotLoad]) -> Iterator[Request]:
-        """Waiting requests that may start now, oldest first; the caller stops when budget, seats or pages run out.
+    def _go_on(self, scheduled: dict[Request, int]) -> tuple[int, bool]:
+        """Schedule running requests, single tokens before prompts; the budget that is left, and whether pages ran out.
 
-        A request whose adapter is in no slot starts a load (into `loads`) if a slot can be had. If none can, and it has
-        been passed for long enough, its adapter claims one: of the adapters in use, that which is bound to be done
-        first (by its requests' token limits). A claimed adapter admits nobody younger than the claim, so every wait is
-        bounded by the patience and the tokens that running requests may still produce, however many new requests come
-        for adapters that sit in slots.
+        When they do, the request that ranks last gives way, of those that have got a token since they began.
         """
-        blocked_since: dict[str, int] = {}
-        claimed: set[str] = set()  # ready adapters whose slot is promised
-        for request in list(self._waiting):
-            digest = request.adapter
-            if digest is None:
-                yield request
+        budget = self._max_num_batched_tokens
+        preempted = False
+        prompts = []
+        for request in list(self._running):
+            if not request.pages:
+                continue  # preempted in this very loop
+            if request.num_uncomputed_tokens > 1:
+                prompts.append(request)
                 continue
-            if self._slots.slot_of(digest) is not None:
-                if digest not in claimed:
-                    yield request
-                continue
-            if digest in blocked_since or self._slots.is_loading(digest):
-                continue
-            slot = self._slots.start_load(digest)
-            if slot is not None:
-                self._blocked_since.pop(digest, None)
-                loads.append(SlotLoad(digest, slot))
-                continue
-            blocked_since[digest] = self._blocked_since.setdefault(digest, self._num_steps)
-            candidates = [pinned for pinned in self._slots.pinned() if pinned not in claimed]
-            if candidates and self._num_steps - blocked_since[digest] >= self._patience:
-                claimed.add(min(candidates, key=self._tokens_to_go))
-        self._blocked_since = blocked_since  # forgets adapters that nobody waits for any more
+            while not self._grow(request, request.num_tokens):
+                preempted = True
+                victim = max((other for other in self._running if other.has_progressed), key=self._clients.rank_of)
+                budget += scheduled.pop(victim, 0)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                if budget:
+                    scheduled[request] = 1
+                    budget -= 1
+        prompts.sort(key=lambda request: not request.is_urgent)
+        for request in prompts:
+            if budget == 0:
+                break
+            scheduled[request] = min(request.num_uncomputed_tokens, budget)
+            budget -= scheduled[request]
+        return budget, preempted
 
-    def _prefetches(self) -> tuple[str, ...]:
-        """The adapters that are next in line for a slot, oldest first, at most one a slot; each is named once.
+    def _let_in(self, scheduled: dict[Request, int], budget: int, turns: _Turns, loads: list[SlotLoad]) -> None:
+        """Start waiting requests in the order of service until budget, seats or pages run out.
 
-        Looks only at the requests that could join the next batch, so that a long queue costs nothing.
+        One whose adapter is in no slot starts a load (into `loads`) if a slot can be had; if none can, those that rank
+        behind it pass.
         """
-        next_up = dict.fromkeys(  # a set in order
-            request.adapter
-            for request in self._waiting[: self._max_num_seqs]
-            if request.adapter is not None
-            and self._slots.slot_of(request.adapter) is None
-            and not self._slots.is_loading(request.adapter)
-        )
-        fresh = tuple(digest for digest in islice(next_up, self._slots.num_slots) if digest not in self._announced)
-        self._announced = (self._announced & next_up.keys()).union(fresh)
+        clients = self._clients
+        wanted = [digest for digest in self._slots.resident() if clients.is_wanted(digest)]
+        claimed = turns.claimed | self._claims([digest for digest in wanted if digest not in turns.claimed])
+        unclaimed = [digest for digest in wanted if digest not in claimed]
+        keep = turns.keep.union(unclaimed)
+        max_running = self._max_num_seqs - turns.num_seats
+        has_slot = True
+        while True:
+            warm = [client for adapter in (None, *unclaimed) if (client := clients.first(adapter)) is not None]
+            best = min(warm, key=clients.rank, default=None)
+            while has_slot and (cold := clients.first_cold()) is not None:
+                if best is not None and clients.rank(best) < clients.rank(cold):
+                    break
+                has_slot = self._start_load(cold, keep, loads)
+            if best is None or budget == 0 or len(self._running) >= max_running:
+                return
+            request = best.waiting[0]
+            # All pages of what is known at once, so that no prompt is preempted half way.
+            if not self._grow(request, request.num_tokens):
+                return
+            self._start(request)
+            scheduled[request] = min(request.num_uncomputed_tokens, budget)
+            budget -= scheduled[request]
+
+    def _claims(self, wanted: list[str]) -> set[str]:
+        """Adapters that take nobody new, so that their slots come free: one for each cold one that they would pass.
+
+        It must have waited for a turn and they have held their slots for one, and rank behind it: those that rank last
+        are claimed first.
+        """
+        before = self._now - self._turn_s
+        ranks = {
+            digest: self._clients.rank(client)
+            for digest in wanted
+            if self._held_since.get(digest, before) <= before and (client := self._clients.first(digest)) is not None
+        }
+        claimed: set[str] = set()
+        for digest in self._clients.next_cold(self._slots.num_slots) if ranks else ():
+            client = self._clients.first(digest)
+            if not ranks or client is None or self._clients.slot_line.since(digest) > before:
+                continue
+            last = max(ranks, key=ranks.__getitem__)
+            if ranks[last] < self._clients.rank(client):
+                break
+            del ranks[last]
+            claimed.add(last)
+        return claimed
+
+    def _give_turns(self, loads: list[SlotLoad]) -> _Turns:
+        """Give places to those that could not be served in time otherwise; running requests give way (turns.py)."""
+        clients = self._clients
+        adapters = clients.slot_line.due(self._now)
+        due = dict.fromkeys(clients.longest_unserved(digest) for digest in adapters)  # a set in order
+        for client in clients.seat_line.due(self._now):
+            if client.adapter is None or self._slots.slot_of(client.adapter) is not None:
+                due[client] = None
+        turns = _Turns(adapters, {client.adapter for client in due if client.adapter is not None})
+        for client in due:
+            digest = client.adapter
+            if digest is None or self._slots.slot_of(digest) is not None:
+                turns.is_blocked |= not self._start_by_turn(client)
+                continue
+            turns.num_seats += 1
+            if self._slots.is_loading(digest):
+                continue
+            while not self._start_load(client, turns.keep, loads):
+                others = [other for other in self._slots.obstacles(digest) if other not in turns.keep]
+                if not self._preempt_one_of(others):
+                    unclaimed = [other for other in others if other not in turns.claimed]
+                    turns.claimed.update(sorted(unclaimed, key=self._held_since.__getitem__)[:1])
+                    break
+        return turns
+
+    def _start_by_turn(self, client: Client) -> bool:
+        """Start a client's next request before all others, in place of running ones if need be.
+
+        Those give way that rank last, and have run for a turn and got a token. Nobody does if it would not suffice.
+        """
+        request = client.waiting[0]
+        before = self._now - self._turn_s
+        others = [other for other in self._running if other.has_progressed and other.started_at <= before]
+        num_pages = self._pool.num_free + sum(len(other.pages) for other in others)
+        if num_pages < self._pages_for(request.num_tokens):
+            return False
+        others.sort(key=self._clients.rank_of)
+        while len(self._running) >= self._max_num_seqs or not self._grow(request, request.num_tokens):
+            if not others:
+                return False
+            self._preempt(others.pop())
+        self._start(request)
+        request.is_urgent = True
+        return True
+
+    def _preempt_one_of(self, adapters: list[str]) -> bool:
+        """Take the slot from the adapter whose requests rank last, of those that have held theirs for a turn.
+
+        An adapter with a request that has got no token yet is left alone. False: there is none.
+        """
+        before = self._now - self._turn_s
+        held = {digest for digest in adapters if self._held_since[digest] <= before}
+        running: dict[str, list[Request]] = {}
+        for request in self._running:
+            if request.adapter in held:
+                running.setdefault(request.adapter, []).append(request)
+        ranks = {
+            digest: min(map(self._clients.rank_of, requests))
+            for digest, requests in running.items()
+            if all(request.has_progressed for request in requests)
+        }
+        if not ranks:
+            return False
+        for request in running[max(ranks, key=ranks.__getitem__)]:
+            self._preempt(request)
+        return True
+
+    def _prefetches(self, adapters: list[str]) -> tuple[str, ...]:
+        """The adapters that are next in line for a slot, at most one a slot; each is named once."""
+        next_up = dict.fromkeys(digest for digest in adapters if self._is_cold(digest))  # a set in order
+        names = list(next_up)[: self._slots.num_slots]
+        fresh = tuple(digest for digest in names if digest not in self._announced)
+        self._announced = self._announced.intersection(names).union(fresh)
         return fresh
 
-    def _tokens_to_go(self, digest: str) -> int:
-        """The most steps until all running requests of an adapter are done."""
-        return max(request.max_remaining_tokens for request in self._running if request.adapter == digest)
+    def _is_cold(self, digest: str) -> bool:
+        return self._slots.slot_of(digest) is None and not self._slots.is_loading(digest)
+
+    def _start_load(self, client: Client, keep: set[str], loads: list[SlotLoad]) -> bool:
+        """Bring a client's adapter into a slot, if one can be had. From here on it counts as served."""
+        digest = client.adapter
+        assert digest is not None
+        slot = self._slots.start_load(digest, keep)
+        if slot is None:
+            return False
+        loads.append(SlotLoad(digest, slot))
+        self._held_since = {held: since for held, since in self._held_since.items() if not self._is_cold(held)}
+        self._held_since[digest] = self._now
+        self._clients.charge_prompt(client.waiting[0])
+        self._clients.set_hot(self._slots.occupants())
+        return True
 
     def _entry(self, request: Request, num_tokens: int) -> Scheduled:
         slot = None if request.adapter is None else self._slots.slot_of(request.adapter)
@@ -247,24 +380,38 @@ class Scheduler:
         request.pages.extend(pages)
         return True
 
+    def _start(self, request: Request) -> None:
+        """Let a waiting request that has its pages run."""
+        self._clients.start(request)
+        self._clients.charge_prompt(request)
+        self._running.append(request)
+        request.is_urgent = False
+        request.started_at = self._now
+        request.num_tokens_at_start = request.num_tokens
+        if request.adapter is not None:
+            self._slots.pin(request.adapter)
+            self._held_since.setdefault(request.adapter, self._now)
+
     def _preempt(self, request: Request) -> None:
+        assert request.has_progressed
         self._running.remove(request)
         self._release(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self._waiting, request, key=_by_arrival)
+        self._clients.put_back(request)
 
     def _release(self, request: Request) -> None:
         self._pool.free(request.pages)
         if request.adapter is not None:
             self._slots.unpin(request.adapter)
+            if not self._slots.is_pinned(request.adapter):
+                del self._held_since[request.adapter]
 
     def check_integrity(self) -> None:
         """Every request is in one list, holds its pages and its pin, and nothing else is held. For tests."""
-        for requests in (self._running, self._waiting):
-            assert requests == sorted(requests, key=_by_arrival)
-        ids = [request.request_id for request in self._running + self._waiting]
+        waiting = self._clients.check_integrity(self._running)
+        ids = [request.request_id for request in self._running + waiting]
         assert sorted(ids) == sorted(self._requests)
         assert len(self._running) <= self._max_num_seqs
         self._pool.check_integrity(request.pages for request in self._requests.values())
@@ -272,11 +419,9 @@ class Scheduler:
         pins: dict[str, int] = {}
         for request in self._running:
             assert request.num_computed_tokens <= len(request.pages) * self._page_size
+            assert request.is_charged
             if request.adapter is not None:
                 pins[request.adapter] = pins.get(request.adapter, 0) + 1
         assert pins == self._slots._pins
-        assert all(not request.pages and not request.num_computed_tokens for request in self._waiting)
-
-
-def _by_arrival(request: Request) -> int:
-    return request.arrival
+        assert pins.keys() <= self._held_since.keys()
+        assert all(not request.pages and not request.num_computed_tokens for request in waiting)

@@ -7,20 +7,22 @@ from typing import Any
 import pytest
 
 from lorafleet.controller.gateway.auth import ApiKeys
+from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.workers.errors import AuthenticationError
 
+KEYS = {"key-1": Tenant("one"), "key-2": Tenant("two")}
 CLOSED = ("/v1/models", "/v1/models/tiny", "/metrics", "/version", "/no/such/path")
 
 
 @pytest.mark.parametrize("header", [None, "", "key-1", "Basic key-1", "Bearer", "Bearer ", "Bearer key-3", "Bearer é"])
 def test_what_is_no_known_key_is_refused(header: str | None) -> None:
     with pytest.raises(AuthenticationError):
-        ApiKeys(["key-1", "key-2"]).check(header)
+        ApiKeys(KEYS).check(header)
 
 
 @pytest.mark.parametrize("header", ["Bearer key-1", "bearer key-2", "Bearer  key-1 "])
 def test_each_of_several_keys_is_good(header: str) -> None:
-    ApiKeys(["key-1", "key-2"]).check(header)
+    ApiKeys(KEYS).check(header)
 
 
 async def test_all_but_the_health_paths_ask_for_a_key(new_fleet: Any) -> None:

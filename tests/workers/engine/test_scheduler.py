@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.engine.scheduler import Scheduler, StepPlan
+from lorafleet.workers.engine.turns import TURN_S
 
 EOS = 1
 PAGE = 4
@@ -28,8 +30,11 @@ class World:
         max_num_seqs: int = 4,
         budget: int = 16,
         auto_load: bool = True,
-        patience: int = 0,
+        step_s: float = 1.0,
+        max_wait_s: float = 0.0,
     ) -> None:
+        self.now = 0.0
+        self.step_s = step_s
         self.slots = AdapterSlots(slots)
         self.scheduler = Scheduler(
             BlockPool(pages),
@@ -38,16 +43,18 @@ class World:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             eos_token_ids=frozenset([EOS]),
-            patience=patience,
+            max_wait_s=max_wait_s,
+            clock=lambda: self.now,
         )
         self.auto_load = auto_load
         self.finished: dict[str, FinishReason] = {}
         self.order: list[str] = []  # ids by first appearance in a step
         self._arrivals = 0
 
-    def add(self, name: str, prompt: int, max_tokens: int = 4, adapter: str | None = None) -> Request:
+    def add(self, name: str, prompt: int, max_tokens: int = 4, adapter: str | None = None, **fields: Any) -> Request:
+        """fields: of GenerateRequest."""
         self._arrivals += 1
-        generate = GenerateRequest(name, (7,) * prompt, SamplingOptions(max_tokens=max_tokens), adapter)
+        generate = GenerateRequest(name, (7,) * prompt, SamplingOptions(max_tokens=max_tokens), adapter, **fields)
         request = Request.from_generate(generate, self._arrivals)
         self.scheduler.add(request)
         return request
@@ -64,6 +71,7 @@ class World:
             if reason is not None:
                 assert entry.request.request_id not in self.finished
                 self.finished[entry.request.request_id] = reason
+        self.now += self.step_s
         if self.auto_load:
             for load in plan.loads:
                 self.slots.finish_load(load.digest)
@@ -155,14 +163,15 @@ def test_an_adapter_without_a_slot_claims_one_and_newcomers_for_the_claimed_one_
     world.step()
     world.step()
     world.add("y1", 2, max_tokens=2, adapter="y")
+    world.step()
     for i in range(2, 6):
         world.add(f"x{i}", 2, max_tokens=6, adapter="x")
     world.run()
-    assert world.order.index("y1") == 1, "no x that came after y1 may start before it"
+    assert world.order.index("y1") == 1, "no x that came after y1 had waited for a turn may start before it"
 
 
-def test_until_patience_ends_younger_requests_for_resident_adapters_fill_the_batch() -> None:
-    world = World(slots=1, max_num_seqs=8, patience=3)
+def test_until_a_turn_is_over_younger_requests_for_resident_adapters_fill_the_batch() -> None:
+    world = World(slots=1, max_num_seqs=8, step_s=TURN_S / 4)
     world.add("x1", 2, max_tokens=20, adapter="x")
     world.step()
     world.step()
@@ -171,13 +180,13 @@ def test_until_patience_ends_younger_requests_for_resident_adapters_fill_the_bat
         world.add(f"x{i}", 2, max_tokens=20, adapter="x")
         world.step()
     world.run()
-    assert world.order == ["x1", "x2", "x3", "x4", "y1", "x5", "x6", "x7"]
+    assert world.order == ["x1", "x2", "x3", "x4", "x5", "y1", "x6", "x7"]
 
 
-@pytest.mark.parametrize("patience", [0, 5])
+@pytest.mark.parametrize("step_s", [TURN_S, TURN_S / 5])
 @pytest.mark.parametrize("num_adapters", [3, 16])
-def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters: int, patience: int) -> None:
-    world = World(slots=2, max_num_seqs=4, pages=200, patience=patience)
+def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters: int, step_s: float) -> None:
+    world = World(slots=2, max_num_seqs=4, pages=200, step_s=step_s)
     world.add("hot0", 2, max_tokens=8, adapter="hot")
     for i in range(num_adapters):
         world.add(f"cold{i}", 2, max_tokens=8, adapter=f"cold{i}")
@@ -241,18 +250,19 @@ def test_an_adapter_that_gets_its_slot_in_this_step_is_not_prefetched() -> None:
     assert world.step().prefetches == ()
 
 
-def test_adapters_are_prefetched_for_the_next_batch_while_no_seat_is_free() -> None:
+def test_adapters_that_rank_before_the_next_request_are_loaded_while_no_seat_is_free() -> None:
     world = World(slots=2, max_num_seqs=2)
-    for name, adapter in (("1", None), ("2", None), ("3", None), ("x", "x"), ("y", "y")):
+    for name, adapter in (("1", None), ("2", None), ("3", None), ("x", "x"), ("y", "y"), ("z", "z")):
         world.add(name, 2, max_tokens=20, adapter=adapter)
     plan = world.step()
-    assert (plan.loads, plan.prefetches) == ((), ("x",)), "y is further off than a batch is long"
+    assert ([load.digest for load in plan.loads], plan.prefetches) == (["x", "y"], ("z",))
+    assert tokens(plan) == {"1": 2, "2": 2}
 
 
 def test_an_adapter_that_lost_its_slot_while_a_preempted_request_waits_is_prefetched() -> None:
     world = World(pages=4, slots=1, max_num_seqs=2, auto_load=False)
     world.add("old", 7, max_tokens=8)
-    world.add("young", 7, max_tokens=5, adapter="x")
+    world.add("young", 7, max_tokens=5, adapter="x", priority=1)
     world.step()
     world.slots.finish_load("x")
     plans = [world.step() for _ in range(3)]
@@ -286,7 +296,8 @@ REQUESTS = st.tuples(
     max_num_seqs=st.integers(1, 6),
     extra_budget=st.integers(0, 20),
     eos_every=st.integers(2, 9),
-    patience=st.integers(0, 6),
+    step_s=st.sampled_from([0.1, 0.5, 1.0]),
+    max_wait_s=st.sampled_from([0.0, 4.0, 60.0]),
     load_delay=st.integers(0, 3),
 )
 def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
@@ -296,7 +307,8 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     max_num_seqs: int,
     extra_budget: int,
     eos_every: int,
-    patience: int,
+    step_s: float,
+    max_wait_s: float,
     load_delay: int,
 ) -> None:
     world = World(
@@ -305,7 +317,8 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
         max_num_seqs=max_num_seqs,
         budget=max_num_seqs + extra_budget,
         auto_load=False,
-        patience=patience,
+        step_s=step_s,
+        max_wait_s=max_wait_s,
     )
     cancels: dict[str, int] = {}
     removed: set[str] = set()

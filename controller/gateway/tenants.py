@@ -1,0 +1,93 @@
+"""Tenants: who sends a request, by its API key, and what share of the workers is theirs.
+
+Owns: the file that names them, and what a key stands for. Leaves to others: the check of a request's key (auth.py),
+sharing (workers/engine/fairness.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from lorafleet.workers.engine.request import MAX_PRIORITY, MAX_TENANT_CHARS, MAX_WEIGHT, MIN_WEIGHT
+from lorafleet.workers.errors import ConfigError, InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose a request is. Without keys everybody is the one without a name."""
+
+    name: str = ""
+    weight: float = 1.0  # share of service relative to other tenants
+    priority: int = 0  # lower is served earlier, whatever the shares
+
+    def priority_of(self, asked: int | None) -> int:
+        """Of a request that asks for `asked`, which adds to the tenant's. Raises InvalidRequestError."""
+        priority = self.priority + (asked or 0)
+        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority is {asked}; with the tenant's own it must be between {-MAX_PRIORITY} and {MAX_PRIORITY}.",
+                param="priority",
+            )
+        return priority
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    api_keys: list[str]
+    weight: float = 1.0
+    priority: int = 0
+
+
+def read_tenants(path: Path) -> dict[str, Tenant]:
+    """API key → tenant, of a JSON file: `[{"name": ..., "api_keys": [...], "weight": 1.0, "priority": 0}, ...]`.
+
+    Raises ConfigError, whose text names no key.
+    """
+    try:
+        entries = msgspec.json.decode(path.read_bytes(), type=list[_Entry])
+    except OSError as error:
+        raise ConfigError(f"--tenants {path} cannot be read: {error.strerror}.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # A decode error of msgspec has types and places in it, never values.
+        said = str(error) if isinstance(error, msgspec.DecodeError) else "it is not UTF-8"
+        raise ConfigError(f"--tenants {path}: {said.rstrip('.')}.") from None
+    tenants: dict[str, Tenant] = {}
+    names: set[str] = set()
+    for number, entry in enumerate(entries):
+        where = f"--tenants {path}: tenant {number}"
+        if not 0 < len(entry.name) <= MAX_TENANT_CHARS:
+            raise ConfigError(f"{where} has a name of {len(entry.name)} characters; 1 to {MAX_TENANT_CHARS} may be.")
+        if entry.name in names:
+            raise ConfigError(f"{where}: the name {entry.name!r} is given twice.")
+        names.add(entry.name)
+        if not MIN_WEIGHT <= entry.weight <= MAX_WEIGHT:
+            raise ConfigError(f"{where}: weight is {entry.weight}; it must be {MIN_WEIGHT:g} to {MAX_WEIGHT:g}.")
+        if not -MAX_PRIORITY <= entry.priority <= MAX_PRIORITY:
+            raise ConfigError(f"{where}: priority is {entry.priority}; it must be {-MAX_PRIORITY} to {MAX_PRIORITY}.")
+        if not entry.api_keys:
+            raise ConfigError(f"{where} has no api_keys; nobody could be this tenant.")
+        for key in entry.api_keys:
+            if not key or key != key.strip():
+                raise ConfigError(f"{where} has an API key that is empty or begins or ends with white space.")
+            if key in tenants:
+                raise ConfigError(f"{where} has an API key that is given before.")
+            tenants[key] = Tenant(entry.name, entry.weight, entry.priority)
+    if not tenants:
+        raise ConfigError(f"--tenants {path} names no tenant.")
+    return tenants
+
+
+def tenants_of(api_keys: Sequence[str], tenants: dict[str, Tenant]) -> dict[str, Tenant]:
+    """API key → tenant, of both flags: each key of --api-key is a tenant of its own. Raises ConfigError."""
+    if not tenants.keys().isdisjoint(api_keys):
+        raise ConfigError("A key of --api-key is also in the file of --tenants. Leave it out of one of them.")
+    return tenants | {key: Tenant(f"key-{digest[:8]}") for key, digest in _hexdigests(api_keys)}
+
+
+def _hexdigests(keys: Iterable[str]) -> Iterable[tuple[str, str]]:
+    return ((key, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()) for key in keys)

@@ -1,0 +1,157 @@
+"""The scheduler under everything at once: arrivals, cancels, loads that fail, time, errors. Nothing may be amiss.
+
+Few pages, slots and seats, so that requests get in each other's way all the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.block_pool import BlockPool
+from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.scheduler import Scheduler
+
+PAGE = 4
+EOS = 1
+
+
+class Machine(RuleBasedStateMachine):
+    """Rules are what the loop, the loaders and the clock may do, in any order."""
+
+    @initialize(
+        pages=st.integers(10, 30),
+        slots=st.integers(0, 3),
+        seats=st.integers(1, 5),
+        extra_budget=st.integers(0, 12),
+        max_wait_s=st.sampled_from([0.0, 1.0, 8.0]),
+    )
+    def start(self, pages: int, slots: int, seats: int, extra_budget: int, max_wait_s: float) -> None:
+        self.now = 0.0
+        self.pages = pages
+        self.slots = AdapterSlots(slots)
+        self.scheduler = Scheduler(
+            BlockPool(pages),
+            self.slots,
+            page_size=PAGE,
+            max_num_seqs=seats,
+            max_num_batched_tokens=seats + extra_budget,
+            eos_token_ids=frozenset([EOS]),
+            max_wait_s=max_wait_s,
+            clock=lambda: self.now,
+        )
+        self.requests: dict[str, Request] = {}  # unfinished
+        self.ended: dict[str, str] = {}
+        self.loading: list[str] = []
+        self.num_added = 0
+        self.num_outputs = 0
+
+    @rule(
+        prompt=st.integers(1, 20),
+        max_tokens=st.integers(1, 14),
+        adapter=st.sampled_from([None, "a", "b", "c", "d", "e"]),
+        tenant=st.sampled_from(["", "t", "u"]),
+        tenant_weight=st.sampled_from([0.5, 1.0, 3.0]),
+        adapter_weight=st.sampled_from([1.0, 2.0]),
+        priority=st.sampled_from([0, 0, 0, -1, 2]),
+    )
+    def add(self, prompt: int, max_tokens: int, adapter: str | None, **fields: Any) -> None:
+        if not self.slots.num_slots:
+            adapter = None
+        self.num_added += 1
+        sampling = SamplingOptions(max_tokens=max_tokens)
+        generate = GenerateRequest(f"r{self.num_added}", (7,) * prompt, sampling, adapter, **fields)
+        request = Request.from_generate(generate, self.num_added)
+        self.requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self._end(data.draw(st.sampled_from(sorted(self.requests))), "cancelled")
+
+    @rule(seconds=st.sampled_from([0.05, 0.3, 1.0, 5.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: self.loading)
+    @rule(data=st.data(), fails=st.booleans())
+    def end_a_load(self, data: st.DataObject, fails: bool) -> None:
+        digest = self.loading.pop(data.draw(st.integers(0, len(self.loading) - 1)))
+        if not fails:
+            self.slots.finish_load(digest)
+            return
+        self.slots.fail_load(digest)
+        for request_id in self.scheduler.waiting_for(digest):
+            self._end(request_id, "failed")
+
+    @rule(seconds=st.sampled_from([0.01, 0.2]), results=st.lists(st.sampled_from("7777E!"), min_size=5, max_size=5))
+    def step(self, seconds: float, results: list[str]) -> None:
+        """results: a token, EOS, or logits that are not finite, for each that samples."""
+        plan = self.scheduler.schedule()
+        self.now += seconds
+        self.scheduler.check_integrity()
+        assert sum(entry.num_tokens for entry in plan.scheduled) <= self.scheduler._max_num_batched_tokens
+        assert len(plan.prefetches) <= self.slots.num_slots
+        slots = [-1 if entry.slot is None else entry.slot for entry in plan.scheduled]
+        assert slots == sorted(slots)
+        self.loading += [load.digest for load in plan.loads]
+        assert plan.scheduled or self.loading or not self.requests, "there is work that nobody does"
+        for entry, result in zip(plan.scheduled, results, strict=False):
+            request = entry.request
+            assert entry.num_tokens >= 1
+            assert request.num_computed_tokens + entry.num_tokens <= len(request.pages) * PAGE
+            if request.adapter is not None:
+                assert entry.slot == self.slots.slot_of(request.adapter)
+            if not entry.samples:
+                self.scheduler.commit(entry, None)
+            elif result == "!":
+                self._end(request.request_id, "not finite")
+            else:
+                self.num_outputs += 1
+                if self.scheduler.commit(entry, EOS if result == "E" else 7) is not None:
+                    self._note_end(request.request_id, "finished")
+
+    @invariant()
+    def nothing_is_amiss(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+            assert self.scheduler.num_preemptions <= self.num_outputs
+            assert all(name in self.scheduler for name in self.requests)
+            assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.requests)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        remaining = sum(len(request.token_ids) + request.sampling.max_tokens for request in self.requests.values())
+        for _ in range(200 + 20 * remaining):
+            if not self.requests:
+                break
+            for digest in self.loading:
+                self.slots.finish_load(digest)
+            self.loading.clear()
+            self.step(0.2, ["7"] * 5)
+        assert not self.requests, "no progress"
+        assert len(self.ended) == self.num_added
+        assert self.scheduler._pool.num_free == self.pages
+        assert self.slots.pinned() == ()
+        self.scheduler.check_integrity()
+
+    def _end(self, request_id: str, why: str) -> None:
+        assert self.scheduler.remove(request_id)
+        self._note_end(request_id, why)
+
+    def _note_end(self, request_id: str, why: str) -> None:
+        assert request_id not in self.ended
+        self.ended[request_id] = why
+        del self.requests[request_id]
+
+
+TestScheduler = Machine.TestCase
+TestScheduler.settings = settings(
+    max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -1,0 +1,101 @@
+"""The bound's arithmetic: when somebody's time is running out, and how many may wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorafleet.workers.engine.turns import Entrance, Line, WaitBound
+from lorafleet.workers.errors import QueueFullError
+
+BOUND = WaitBound(max_wait_s=10.0, num_slots=2, num_seats=4)  # turns of a second; two adapters a turn
+
+
+def line(*since: float, bound: WaitBound = BOUND) -> Line[int]:
+    waiting: Line[int] = Line(bound.num_adapter_places, bound)
+    for item, at in enumerate(since):
+        waiting.add(item, at)
+    waiting.check_integrity()
+    return waiting
+
+
+@pytest.mark.parametrize(
+    ("since", "now", "due"),
+    [
+        ([], 100.0, []),
+        ([0.0], 7.9, []),
+        ([0.0], 8.0, [0]),  # a turn for the holders, one for its own first token
+        ([0.0, 1.0], 8.0, [0]),
+        ([0.0, 0.0, 0.0], 6.9, []),
+        ([0.0, 0.0, 0.0], 7.0, [0, 1]),  # the third needs those before it to have had their turn
+        ([0.0, 0.0, 5.0], 8.0, [0, 1]),
+        ([5.0, 0.0, 2.0], 8.0, [1]),  # longest wait first, not first come
+        ([0.0] * 16, 0.9, []),
+        ([0.0] * 16, 1.0, [0, 1]),
+    ],
+)
+def test_turns_are_due_just_early_enough(since: list[float], now: float, due: list[int]) -> None:
+    assert line(*since).due(now) == due
+
+
+def test_without_a_bound_nobody_is_ever_due() -> None:
+    assert line(0.0, 0.0, 0.0, bound=WaitBound(0.0, 2, 4)).due(1e9) == []
+
+
+def test_an_item_keeps_its_place_until_it_leaves() -> None:
+    waiting = line(3.0, 1.0)
+    waiting.add(0, 0.0)
+    assert waiting.since(0) == 3.0 and len(waiting) == 2
+    waiting.discard(0)
+    waiting.discard(0)
+    assert 0 not in waiting
+    waiting.add(0, 0.0)
+    assert waiting.due(100.0) == [0, 1]
+
+
+@pytest.mark.parametrize(("max_wait_s", "turn_s"), [(0.0, 1.0), (1.0, 0.25), (2.0, 0.5), (4.0, 1.0), (600.0, 1.0)])
+def test_a_turn_is_a_second_or_a_quarter_of_the_bound(max_wait_s: float, turn_s: float) -> None:
+    assert WaitBound(max_wait_s, 1, 1).turn_s == turn_s
+
+
+def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
+    assert (BOUND.max_adapters, BOUND.max_clients) == (2 * 8, 4 * 7)
+    assert WaitBound(1.0, 8, 64).max_adapters == 16
+    assert WaitBound(10.0, 8, 1).max_adapters == 8, "one seat is one place, however many slots there are"
+
+
+def test_adapters_beyond_what_the_bound_can_serve_are_refused_by_number_and_flag() -> None:
+    entrance = Entrance(BOUND)
+    for number in range(18):
+        entrance.num_served_adapters = min(number, 2)
+        entrance.enter("t", f"a{number}")
+    assert entrance.num_waiting_adapters == 16
+    with pytest.raises(
+        QueueFullError, match="^16 adapters wait .*--max-adapter-wait-s 10 can be kept for 16.*--max-loras"
+    ):
+        entrance.enter("t", "new")
+    entrance.enter("t", "a0")  # runs
+    entrance.enter("other", "a9")  # waits anyhow
+    entrance.enter("t", None)  # needs no slot
+    entrance.leave("t", "a17")
+    entrance.enter("t", "new")
+
+
+def test_clients_beyond_what_the_bound_can_serve_are_refused() -> None:
+    entrance = Entrance(BOUND)
+    for number in range(28):
+        entrance.enter(f"t{number}", None)
+    with pytest.raises(QueueFullError, match=r"28 clients .*--max-num-seqs"):
+        entrance.enter("new", None)
+    entrance.enter("t3", None)
+    entrance.num_served_clients = 1
+    entrance.enter("new", None)
+
+
+def test_without_a_bound_nobody_is_refused_and_nothing_is_kept_of_those_that_left() -> None:
+    entrance = Entrance(WaitBound(0.0, 1, 1))
+    for number in range(1000):
+        entrance.enter("t", f"a{number}")
+    assert entrance.num_waiting_adapters == entrance.num_waiting_clients == 1000
+    for number in range(1000):
+        entrance.leave("t", f"a{number}")
+    assert not entrance._clients and not entrance._adapters

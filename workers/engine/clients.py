@@ -1,0 +1,269 @@
+"""Who wants what: each client's requests that wait, and the order between clients.
+
+A client is one tenant's requests for one adapter or for the base model. The order of service: priority (lower first),
+the tenant with the least counter, its adapter with the least counter (fairness.py), order of arrival. Only a client's
+first request takes part in it, and clients whose adapters are in no slot are ranked apart from the others, so that a
+long queue costs nothing but its memory.
+
+Beside it the two lines of those that get nothing at all (turns.py): clients none of whose requests runs wait for a
+seat, adapters none of whose requests runs wait for a slot.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN, Fairness
+from lorafleet.workers.engine.ranking import Ranking
+from lorafleet.workers.engine.request import Request
+from lorafleet.workers.engine.turns import Line, WaitBound
+
+Rank = tuple[
+    int, float, float, int
+]  # priority, tenant's counter, adapter's counter, arrival; the least is served first
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """One tenant's requests for one adapter. Forgotten with its last request."""
+
+    tenant: str
+    adapter: str | None
+    since: float  # when it last got a token, or else when it came
+    waiting: list[Request] = field(default_factory=list)  # by priority, then arrival
+    num_running: int = 0
+
+
+class Clients:
+    """All clients with requests."""
+
+    def __init__(self, bound: WaitBound) -> None:
+        self._fairness = Fairness()
+        self._clients: dict[tuple[str, str | None], Client] = {}
+        self._by_adapter: dict[str | None, Ranking[Client]] = {}  # clients with waiting requests
+        self._hot: frozenset[str] = frozenset()  # adapters in slots or on the way there
+        # Clients with waiting requests whose adapters are cold: tenants are ranked, and each tenant's clients. A
+        # tenant's counter, which others of its requests let grow, thus is in one key, however many adapters wait.
+        self._cold: dict[str, Ranking[Client]] = {}
+        self._cold_tenants: Ranking[str] = Ranking(self._rank_of_tenant)
+        self._num_running: Counter[str | None] = Counter()  # requests by adapter
+        self.num_waiting = 0  # requests
+        self.num_served_clients = 0
+        self.slot_line: Line[str] = Line(bound.num_adapter_places, bound)
+        self.seat_line: Line[Client] = Line(bound.num_seats, bound)
+
+    @property
+    def num_served_adapters(self) -> int:
+        """Adapters with running requests."""
+        return len(self._num_running) - (None in self._num_running)
+
+    def add(self, request: Request, now: float) -> None:
+        """A new request waits."""
+        client = self._clients.get((request.tenant, request.adapter))
+        if client is None:
+            client = self._clients[request.tenant, request.adapter] = Client(request.tenant, request.adapter, now)
+        self._enqueue(client, request)
+
+    def start(self, request: Request) -> None:
+        """A waiting request runs."""
+        client = self._client_of(request)
+        self._dequeue(client, request)
+        client.num_running += 1
+        self._num_running[request.adapter] += 1
+        self.num_served_clients += client.num_running == 1
+        self._changed(client)
+
+    def put_back(self, request: Request) -> None:
+        """A running request waits again."""
+        client = self._client_of(request)
+        self._end_run(client)
+        self._enqueue(client, request)
+
+    def drop(self, request: Request, *, runs: bool) -> None:
+        """A request is gone."""
+        client = self._client_of(request)
+        if runs:
+            self._end_run(client)
+        else:
+            self._dequeue(client, request)
+        self._changed(client)
+
+    def charge_prompt(self, request: Request) -> None:
+        """Book the part of a prompt that is to be computed, once: when the request starts, or its adapter's load."""
+        if not request.is_charged:
+            request.is_charged = True
+            num_tokens = max(0, request.num_prompt_tokens - request.num_computed_tokens)
+            self._charge(request, PROMPT_TOKEN * num_tokens)
+
+    def charge_output(self, request: Request, now: float) -> None:
+        """Book a new token of a running request."""
+        self._client_of(request).since = now
+        self._charge(request, OUTPUT_TOKEN)
+
+    def first(self, adapter: str | None) -> Client | None:
+        """Of the clients with requests that wait for this adapter, the one that is served next."""
+        clients = self._by_adapter.get(adapter)
+        return None if clients is None else clients.first()
+
+    def longest_unserved(self, adapter: str) -> Client:
+        """Of the clients with requests that wait for this adapter, the one that has had no token for longest."""
+        return min(self._by_adapter[adapter], key=lambda client: client.since)
+
+    def is_wanted(self, adapter: str | None) -> bool:
+        """Whether requests wait for this adapter."""
+        return adapter in self._by_adapter
+
+    def set_hot(self, adapters: frozenset[str]) -> None:
+        """Say which adapters are in slots or on the way there; all others are cold."""
+        changed, self._hot = self._hot ^ adapters, adapters
+        for adapter in changed:
+            for client in self._by_adapter.get(adapter, ()):
+                self._rank_cold(client)
+
+    def first_cold(self) -> Client | None:
+        """The client that is served next of those with cold adapters."""
+        tenant = self._cold_tenants.first()
+        return None if tenant is None else self._cold[tenant].first()
+
+    def next_cold(self, num_adapters: int) -> list[str]:
+        """The cold adapters that are likely to be next, some of each tenant, since each that is served is charged."""
+        tenants = self._cold_tenants.take(num_adapters)
+        if not tenants:
+            return []
+        columns = [self._cold[tenant].take(-(-num_adapters // len(tenants))) for tenant in tenants]
+        clients = [client for row in zip_longest(*columns) for client in row if client is not None]
+        adapters = dict.fromkeys(client.adapter for client in clients if client.adapter is not None)  # a set in order
+        return list(adapters)[:num_adapters]
+
+    def waiting_for(self, adapter: str | None) -> list[Request]:
+        """The requests that wait for this adapter, by arrival."""
+        requests = [request for client in self._by_adapter.get(adapter, ()) for request in client.waiting]
+        return sorted(requests, key=lambda request: request.arrival)
+
+    def rank(self, client: Client) -> Rank:
+        """Of a client with waiting requests."""
+        return self.rank_of(client.waiting[0])
+
+    def rank_of(self, request: Request) -> Rank:
+        """Of a request that waits or runs: whoever ranks last gives way first."""
+        return request.priority, *self._fairness.service(request.tenant, request.adapter), request.arrival
+
+    def _rank_of_tenant(self, tenant: str) -> Rank:
+        client = self._cold[tenant].first()
+        assert client is not None
+        return self.rank(client)
+
+    def _rank_in_tenant(self, client: Client) -> tuple[int, float, int]:
+        priority, _, counter, arrival = self.rank(client)
+        return priority, counter, arrival
+
+    def _rank_cold(self, client: Client) -> None:
+        """Put a client into the ranking of cold ones, or take it out."""
+        tenant = client.tenant
+        if client.waiting and client.adapter is not None and client.adapter not in self._hot:
+            self._cold.setdefault(tenant, Ranking(self._rank_in_tenant)).push(client)
+            self._cold_tenants.push(tenant)
+        elif (clients := self._cold.get(tenant)) is not None:
+            clients.discard(client)
+            if not clients:
+                del self._cold[tenant]
+                self._cold_tenants.discard(tenant)
+
+    def _client_of(self, request: Request) -> Client:
+        return self._clients[request.tenant, request.adapter]
+
+    def _charge(self, request: Request, service: float) -> None:
+        self._fairness.charge(
+            request.tenant,
+            request.adapter,
+            service,
+            tenant_weight=request.tenant_weight,
+            adapter_weight=request.adapter_weight,
+        )
+
+    def _enqueue(self, client: Client, request: Request) -> None:
+        insort(client.waiting, request, key=_in_client)
+        self.num_waiting += 1
+        self._changed(client)
+
+    def _dequeue(self, client: Client, request: Request) -> None:
+        place = bisect_left(client.waiting, _in_client(request), key=_in_client)
+        assert client.waiting[place] is request
+        del client.waiting[place]
+        self.num_waiting -= 1
+
+    def _end_run(self, client: Client) -> None:
+        client.num_running -= 1
+        self.num_served_clients -= client.num_running == 0
+        self._num_running[client.adapter] -= 1
+        if not self._num_running[client.adapter]:
+            del self._num_running[client.adapter]
+
+    def _changed(self, client: Client) -> None:
+        """Bring everything into line with what a client's requests do now."""
+        adapter, waits, runs = client.adapter, bool(client.waiting), client.num_running > 0
+        self._fairness.update(client.tenant, adapter, waits=waits, runs=runs)
+        if waits:
+            self._by_adapter.setdefault(adapter, Ranking(self.rank)).push(client)
+        elif (clients := self._by_adapter.get(adapter)) is not None:
+            clients.discard(client)
+            if not clients:
+                del self._by_adapter[adapter]
+        if waits and not runs:
+            self.seat_line.add(client, client.since)
+        else:
+            self.seat_line.discard(client)
+        self._rank_cold(client)
+        if adapter is not None:
+            if adapter in self._by_adapter and adapter not in self._num_running:
+                if adapter not in self.slot_line:
+                    self.slot_line.add(adapter, self.longest_unserved(adapter).since)
+            else:
+                self.slot_line.discard(adapter)
+        if not waits and not runs:
+            del self._clients[client.tenant, adapter]
+
+    def check_integrity(self, running: Iterator[Request] | list[Request]) -> list[Request]:
+        """Clients, lines and rankings are those of the requests; returns those that wait. For tests."""
+        num_running = Counter((request.tenant, request.adapter) for request in running)
+        assert num_running.keys() <= self._clients.keys()
+        waiting = []
+        for key, client in self._clients.items():
+            assert key == (client.tenant, client.adapter)
+            assert client.num_running == num_running[key]
+            assert client.waiting or client.num_running
+            assert client.waiting == sorted(client.waiting, key=_in_client)
+            assert all((request.tenant, request.adapter) == key for request in client.waiting)
+            assert (client in self._by_adapter.get(client.adapter, ())) == bool(client.waiting)
+            assert (client in self.seat_line) == (client.num_running == 0)
+            waiting += client.waiting
+        assert self.num_waiting == len(waiting)
+        assert self.num_served_clients == len(num_running)
+        by_adapter = Counter(adapter for _, adapter in num_running.elements())
+        assert self._num_running == by_adapter
+        adapters = {request.adapter for request in waiting}
+        assert self._by_adapter.keys() == adapters
+        cold = {client for client in self._clients.values() if client.waiting and client.adapter is not None}
+        cold = {client for client in cold if client.adapter not in self._hot}
+        assert {client for clients in self._cold.values() for client in clients} == cold
+        assert set(self._cold_tenants) == self._cold.keys() == {client.tenant for client in cold}
+        assert len(self.slot_line) == len(adapters - {None} - by_adapter.keys())
+        assert len(self.seat_line) == sum(not client.num_running for client in self._clients.values())
+        assert all(adapter in self.slot_line for adapter in adapters - by_adapter.keys() if adapter is not None)
+        for clients in self._by_adapter.values():
+            clients.check_integrity()
+        for clients in self._cold.values():
+            clients.check_integrity()
+        self._cold_tenants.check_integrity()
+        self.slot_line.check_integrity()
+        self.seat_line.check_integrity()
+        self._fairness.check_integrity()
+        return waiting
+
+
+def _in_client(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
