@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 
 
-def write_adapter(spec: ModelSpec, directory: Path, *, lora_rank: int, seed: int) -> None:
-    """An adapter on all seven linears in bfloat16, small enough to leave the model's logits finite."""
+def write_adapter(spec: ModelSpec, directory: Path, *, lora_rank: int, seed: int, strength: float = 0.01) -> None:
+    """An adapter on all seven linears in bfloat16. strength: of B; the default leaves the model's logits finite."""
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -26,7 +26,7 @@ def write_adapter(spec: ModelSpec, directory: Path, *, lora_rank: int, seed: int
             block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             prefix = f"base_model.model.model.layers.{layer}.{block}.{name}"
             a_RI = torch.randn(lora_rank, num_in, generator=generator) / num_in**0.5
-            b_OR = torch.randn(num_out, lora_rank, generator=generator) * 0.01
+            b_OR = torch.randn(num_out, lora_rank, generator=generator) * strength
             tensors[f"{prefix}.lora_A.weight"] = a_RI.bfloat16()
             tensors[f"{prefix}.lora_B.weight"] = b_OR.bfloat16()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -41,12 +41,14 @@ def write_adapter(spec: ModelSpec, directory: Path, *, lora_rank: int, seed: int
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def write_adapters(model_dir: Path, out_dir: Path, *, count: int, lora_rank: int = 8) -> dict[str, Path]:
+def write_adapters(
+    model_dir: Path, out_dir: Path, *, count: int, lora_rank: int = 8, strength: float = 0.01
+) -> dict[str, Path]:
     """`count` different adapters in out_dir; directories by name."""
     spec = read_spec(model_dir)
     adapters = {f"random-{i:03d}": out_dir / f"random-{i:03d}" for i in range(count)}
     for seed, directory in enumerate(adapters.values()):
-        write_adapter(spec, directory, lora_rank=lora_rank, seed=seed)
+        write_adapter(spec, directory, lora_rank=lora_rank, seed=seed, strength=strength)
     return adapters
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
-
+from lorafleet.workers.adapters.background import background_threads
 from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.errors import UnknownModelError
 
@@ -29,8 +28,7 @@ class Aliases(Generic[_Alias]):
         self._engine = engine
         self._lock = threading.Lock()
         self._specs: dict[_Alias, AdapterSpec] = {}
-        # One torch thread: a team of OpenMP threads beside the engine's would slow every step.
-        self._thread = ThreadPoolExecutor(1, "lorafleet-register", initializer=torch.set_num_threads, initargs=(1,))
+        self._thread = background_threads(1, "lorafleet-register")
 
     def get(self, alias: _Alias) -> AdapterSpec | None:
         with self._lock:

@@ -14,15 +14,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
+from lorafleet.workers.adapters.background import background_threads
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter, load_adapter
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.engine.eviction import Eviction, LeastRecentlyUsed
-from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFleetError
+from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError, LoRAFleetError
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
@@ -82,7 +84,7 @@ class AdapterStore:
         self._load = load
         self._clock = clock
         self._lock = threading.Lock()
-        self._specs: dict[str, AdapterSpec] = {}
+        self._specs: dict[str, list[AdapterSpec]] = {}  # where each digest was seen, last first
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._queue: OrderedDict[str, _Entry] = OrderedDict()  # fetches that wait for room, oldest first
         self._failures: dict[str, _Failure] = {}
@@ -90,14 +92,12 @@ class AdapterStore:
         self._closed = False
         self._hits = self._loads = self._num_failures = self._evictions = 0
         self._prefetches: set[str] = set()  # that wait for their thread
-        # Converting must not start a team of OpenMP threads beside the engine's.
-        self._readers = ThreadPoolExecutor(
-            _NUM_READERS, "lorafleet-adapter", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._prefetcher = ThreadPoolExecutor(1, "lorafleet-prefetch", initializer=torch.set_num_threads, initargs=(1,))
+        self._readers = background_threads(_NUM_READERS, "lorafleet-adapter")
+        self._prefetcher = background_threads(1, "lorafleet-prefetch")
 
     def register(self, spec: AdapterSpec) -> None:
-        """Make an adapter fetchable. Registering a digest again takes the newer path and forgets earlier failures.
+        """Make an adapter fetchable. Registering a digest again adds another path to it, which is tried first, and
+        forgets earlier failures.
 
         Raises `AdapterRefusedError` when it alone is larger than the whole cache.
         """
@@ -109,7 +109,8 @@ class AdapterStore:
                 reason="larger_than_host_cache",
             )
         with self._lock:
-            self._specs[spec.digest] = spec
+            others = [known for known in self._specs.get(spec.digest, ()) if known.path != spec.path]
+            self._specs[spec.digest] = [spec, *others]
             self._failures.pop(spec.digest, None)
 
     def forget(self, digest: str) -> int:
@@ -147,7 +148,7 @@ class AdapterStore:
             error = self._recent_failure(digest)
             if error is not None:
                 return _failed(error)
-            entry = _Entry(Future(), self._size(self._specs[digest]), holders=1)
+            entry = _Entry(Future(), self._size(self._specs[digest][0]), holders=1)
             self._queue[digest] = entry
             self._admit()
             return entry.future
@@ -269,26 +270,26 @@ class AdapterStore:
             # Whoever waits for room comes first; that includes a fetch of this very adapter.
             if self._closed or digest in self._entries or self._queue or self._recent_failure(digest) is not None:
                 return
-            spec = self._specs.get(digest)
-            if spec is None:  # forgotten meanwhile
+            specs = self._specs.get(digest)
+            if specs is None:  # forgotten meanwhile
                 return
-            entry = _Entry(Future(), self._size(spec), holders=0, is_ahead=True)
+            entry = _Entry(Future(), self._size(specs[0]), holders=0, is_ahead=True)
             if not self._make_room_ahead(entry.num_bytes):
                 return
             self._entries[digest] = entry
             self._bytes += entry.num_bytes
-        self._read(spec, entry)
+        self._read(specs, entry)
 
     def _recent_failure(self, digest: str) -> LoRAFleetError | None:
         """The error of a failed load that is not to be tried again yet."""
         failure = self._failures.get(digest)
         return failure.error if failure is not None and self._clock() < failure.retry_at else None
 
-    def _read(self, spec: AdapterSpec, entry: _Entry) -> None:
-        digest = spec.digest
+    def _read(self, specs: Sequence[AdapterSpec], entry: _Entry) -> None:
+        digest = specs[0].digest
         began = self._clock()
         try:
-            adapter = self._load(spec, self._base, self._dtype)
+            adapter = self._load_first(specs)
         except Exception as caught:
             error = (
                 caught if isinstance(caught, LoRAFleetError) else InternalError(f"Reading an adapter failed: {caught}")
@@ -316,6 +317,13 @@ class AdapterStore:
             if self._entries.get(digest) is entry:
                 self._eviction.use(digest, num_bytes=entry.num_bytes, reload_s=entry.load_s)
         entry.future.set_result(adapter)
+
+    def _load_first(self, specs: Sequence[AdapterSpec]) -> HostAdapter:
+        """From the first path where it still is."""
+        for spec in specs[:-1]:
+            with suppress(AdapterUnavailableError):
+                return self._load(spec, self._base, self._dtype)
+        return self._load(specs[-1], self._base, self._dtype)
 
 
 def _failed(error: LoRAFleetError) -> Future[HostAdapter]:

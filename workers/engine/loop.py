@@ -15,13 +15,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorafleet.kernels import native
+from lorafleet.workers.adapters.background import background_threads
 from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
 from lorafleet.workers.adapters.sources import resolve_adapter
@@ -109,9 +110,7 @@ class Engine:
             dtype=getattr(torch, plan.lora_dtype),
             eviction=make_eviction(lora.eviction if lora else "lru"),
         )
-        self._loaders = ThreadPoolExecutor(
-            _NUM_LOADERS, thread_name_prefix="lorafleet-slot", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._loaders = background_threads(_NUM_LOADERS, "lorafleet-slot")
         self._lock = threading.Lock()  # guards the six below
         self._inbox: deque[GenerateRequest | str | _Loaded | _Retire] = deque()  # a str is a request id to cancel
         self._adapters: set[str] = set()  # digests that new requests may name

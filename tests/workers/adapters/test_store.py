@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -673,3 +674,24 @@ def test_what_is_forgotten_while_a_prefetch_reads_it_leaves_nothing_behind(make_
     prefetched(store)
     assert store.resident() == ("b",)
     store.check_integrity()
+
+
+def test_content_that_was_seen_in_two_places_is_read_where_it_still_is(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_bytes=100)
+    copy = replace(spec("a"), path=Path("/copies/a"))
+    store.register(copy)
+    gone: set[Path] = {copy.path}
+
+    def load(wanted: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
+        if wanted.path in gone:
+            raise AdapterUnavailableError(f"{wanted.path} changed.")
+        return disk.load(wanted, base, dtype)
+
+    store._load = load
+    use(store, "a")
+    store.forget("a")
+    store.register(spec("a"))
+    store.register(copy)
+    gone.add(spec("a").path)
+    error = error_of(store.fetch("a"))
+    assert isinstance(error, AdapterUnavailableError) and "/adapters/a changed" in error.message

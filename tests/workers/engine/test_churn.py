@@ -1,0 +1,81 @@
+"""Adapters come, change and go under traffic that does not fit: no answer is wrong, none is missing, nothing is left.
+
+A run of minutes or hours, over any model: `python -m benchmarks.churn`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from benchmarks.churn_run import BASE, Churn, ChurnSettings, Reference
+from benchmarks.random_adapters import write_adapters
+from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.request import FinishReason
+
+NAMES = [f"n{i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("churn")
+    tiny.make_model("qwen2", root / "model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def contents(root: Path) -> list[Path]:
+    return list(write_adapters(root / "model", root / "contents", count=24, lora_rank=4, strength=0.5).values())
+
+
+def make_engine(root: Path, *, max_loras: int, **changes: object) -> Engine:
+    lora = LoRAConfig(max_loras=max_loras, max_cpu_loras=max(max_loras, 5))
+    config = EngineConfig(
+        model=str(root / "model"), dtype="float32", num_threads=1, max_model_len=96, lora=lora, **changes
+    )  # type: ignore[arg-type]
+    engine = Engine.from_config(config)
+    engine.load()
+    engine.bind_thread()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path, contents: list[Path]) -> Iterator[Reference]:
+    engine = make_engine(root, max_loras=1, max_num_seqs=1)
+    yield Reference(engine, contents)
+    engine.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference, tmp_path: Path) -> None:
+    """Slots for 4 of 12 adapters, host room for 5, pages for a few long requests of 16."""
+    engine = make_engine(root, max_loras=4, max_num_seqs=16, kv_cache_memory_bytes=110_000)
+    settings = ChurnSettings(num_requests=600, arrival_rate=400.0, abort_rate=20.0, reload_rate=10.0, seed=seed)
+    churn = Churn(engine, contents, NAMES, tmp_path, settings)
+    result = churn.run()
+    assert len(result.asks) + result.num_refused == settings.num_requests
+    assert all(ask.num_terminal == 1 for ask in result.asks)
+    wrong = [ask for ask in result.asks if not reference.is_right(ask)]
+    assert not wrong, [(ask.name, ask.content, ask.finish, ask.error, ask.token_ids) for ask in wrong[:3]]
+    # All that the test is about did happen.
+    ends = Counter(ask.finish for ask in result.asks)
+    assert ends[FinishReason.LENGTH] > 200 and ends[FinishReason.STOP] and ends[FinishReason.CANCELLED]
+    assert len({ask.content for ask in result.asks} - {BASE}) > 12, "names stood for more than one content"
+    assert result.num_reloads > 5 and result.num_retired > 2
+    stats = engine.stats()
+    assert stats.num_preemptions > 10
+    assert stats.num_slot_loads > 50 and stats.num_adapter_loads > 20
+    # And nothing is left of it.
+    churn.close()
+    engine.check_integrity()
+    engine._store.check_integrity()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_pages) == (0, 0, stats.num_pages)
+    assert stats.device_adapters == stats.host_adapters == ()
+    assert engine._store.stats().num_registered == stats.host_cache_bytes == 0
+    engine.close()
