@@ -99,6 +99,7 @@ class Churn:
             ]
             for _ in range(settings.num_prompts)
         ]
+        self._stops = frozenset(self._rng.sample(vocab, min(64, len(vocab) // 8)))
         for name, content in zip(names, contents, strict=False):
             self._put(name, content, self._new_directory())
 
@@ -161,7 +162,7 @@ class Churn:
                 temperature=0.0 if greedy else 0.8,
                 top_p=1.0 if greedy else 0.95,
                 seed=rng.randrange(2),
-                num_logprobs=None,
+                stop_token_ids=self._stops if rng.random() < 0.3 else frozenset(),
                 ignore_eos=rng.random() < 0.5,
             ),
             None if spec is None else spec.digest,
@@ -260,6 +261,7 @@ class Reference:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed,
+                stop_token_ids=sampling.stop_token_ids,
                 ignore_eos=sampling.ignore_eos,
                 num_logprobs=2,
             )

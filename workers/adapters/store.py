@@ -63,7 +63,9 @@ class _Entry:
 
 
 class AdapterStore:
-    """`load` and `clock` are for tests."""
+    """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even behind a
+    preemption and when the file has changed since. `load` and `clock` are for tests.
+    """
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class AdapterStore:
         max_adapters: int | None,
         dtype: torch.dtype,
         eviction: Eviction | None = None,
+        is_in_use: Callable[[str], bool] = lambda _: False,
         load: Callable[[AdapterSpec, BaseShapes, torch.dtype], HostAdapter] = load_adapter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -81,6 +84,7 @@ class AdapterStore:
         self._max_adapters = max_adapters
         self._dtype = dtype
         self._eviction = eviction or LeastRecentlyUsed()
+        self._is_in_use = is_in_use
         self._load = load
         self._clock = clock
         self._lock = threading.Lock()
@@ -232,7 +236,8 @@ class AdapterStore:
     def _make_room(self, num_bytes: int) -> bool:
         if self._fits(num_bytes):
             return True
-        for digest in self._eviction.order(digest for digest, entry in self._entries.items() if not entry.holders):
+        spare = self._eviction.order(digest for digest, entry in self._entries.items() if not entry.holders)
+        for digest in sorted(spare, key=self._is_in_use):  # stable
             if self._fits(num_bytes):
                 break
             self._evict(digest)
@@ -241,7 +246,9 @@ class AdapterStore:
     def _make_room_ahead(self, num_bytes: int) -> bool:
         """Room for a prefetch: only at the cost of what no prefetch brought, and only if that is enough."""
         spare = self._eviction.order(
-            digest for digest, entry in self._entries.items() if not entry.holders and not entry.is_ahead
+            digest
+            for digest, entry in self._entries.items()
+            if not entry.holders and not entry.is_ahead and not self._is_in_use(digest)
         )
         if not self._fits(num_bytes, but=spare):
             return False

@@ -109,6 +109,7 @@ class Engine:
             max_adapters=plan.max_cpu_loras,
             dtype=getattr(torch, plan.lora_dtype),
             eviction=make_eviction(lora.eviction if lora else "lru"),
+            is_in_use=self._scheduler.is_in_use,
         )
         self._loaders = background_threads(_NUM_LOADERS, "lorafleet-slot")
         self._lock = threading.Lock()  # guards the six below

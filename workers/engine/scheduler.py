@@ -18,6 +18,7 @@ got a token needs more of them, so it may give way itself, and the last one find
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -104,6 +105,7 @@ class Scheduler:
         self._held_since: dict[str, float] = {}  # adapters in or on the way into slots → when they got them
         self._announced: set[str] = set()  # adapters that still wait for a slot and were in a plan's prefetches
         self._requests: dict[str, Request] = {}
+        self._begun: Counter[str] = Counter()  # adapters → requests that have begun to run and have not ended
         self._running: list[Request] = []  # by start; prompts are computed in this order
         self.num_preemptions = 0
 
@@ -143,7 +145,15 @@ class Scheduler:
             self._running.remove(request)
             self._release(request)
         self._clients.drop(request, runs=runs)
+        if request.adapter is not None and (runs or request.num_preemptions):
+            self._begun[request.adapter] -= 1
+            if not self._begun[request.adapter]:
+                del self._begun[request.adapter]
         return True
+
+    def is_in_use(self, digest: str) -> bool:
+        """Whether an adapter is in a slot, or a request for it has begun and waits to go on. For any thread."""
+        return digest in self._begun or self._slots.slot_of(digest) is not None
 
     def uses(self, digest: str) -> bool:
         """Whether any request, waiting or running, names this adapter."""
@@ -389,6 +399,8 @@ class Scheduler:
         request.started_at = self._now
         request.num_tokens_at_start = request.num_tokens
         if request.adapter is not None:
+            if not request.num_preemptions:
+                self._begun[request.adapter] += 1
             self._slots.pin(request.adapter)
             self._held_since.setdefault(request.adapter, self._now)
 
@@ -424,4 +436,7 @@ class Scheduler:
                 pins[request.adapter] = pins.get(request.adapter, 0) + 1
         assert pins == self._slots._pins
         assert pins.keys() <= self._held_since.keys()
+        begun = [request.adapter for request in waiting if request.num_preemptions]
+        begun += [request.adapter for request in self._running]
+        assert self._begun == Counter(adapter for adapter in begun if adapter is not None)
         assert all(not request.pages and not request.num_computed_tokens for request in waiting)

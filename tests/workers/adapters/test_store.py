@@ -695,3 +695,17 @@ def test_content_that_was_seen_in_two_places_is_read_where_it_still_is(make_stor
     gone.add(spec("a").path)
     error = error_of(store.fetch("a"))
     assert isinstance(error, AdapterUnavailableError) and "/adapters/a changed" in error.message
+
+
+def test_what_is_in_use_goes_last_and_never_for_a_prefetch(make_store: MakeStore) -> None:
+    store = make_store(max_adapters=2)
+    needed = {"a"}
+    store._is_in_use = needed.__contains__
+    for name in "abc":
+        use(store, name)
+    assert store.resident() == ("a", "c")
+    needed.add("c")
+    prefetched(store, "d")
+    assert store.resident() == ("a", "c")
+    use(store, "d")
+    assert store.resident() == ("c", "d")

@@ -34,7 +34,7 @@ def contents(root: Path) -> list[Path]:
 
 
 def make_engine(root: Path, *, max_loras: int, **changes: object) -> Engine:
-    lora = LoRAConfig(max_loras=max_loras, max_cpu_loras=max(max_loras, 5))
+    lora = LoRAConfig(max_loras=max_loras, max_cpu_loras=max(max_loras, 8))
     config = EngineConfig(
         model=str(root / "model"), dtype="float32", num_threads=1, max_model_len=96, lora=lora, **changes
     )  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def reference(root: Path, contents: list[Path]) -> Iterator[Reference]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference, tmp_path: Path) -> None:
-    """Slots for 4 of 12 adapters, host room for 5, pages for a few long requests of 16."""
+    """Slots for 4 of 12 adapters, host room for 8, pages for a few long requests of 16."""
     engine = make_engine(root, max_loras=4, max_num_seqs=16, kv_cache_memory_bytes=110_000)
     settings = ChurnSettings(num_requests=600, arrival_rate=400.0, abort_rate=20.0, reload_rate=10.0, seed=seed)
     churn = Churn(engine, contents, NAMES, tmp_path, settings)
@@ -69,7 +69,7 @@ def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference
     assert result.num_reloads > 5 and result.num_retired > 2
     stats = engine.stats()
     assert stats.num_preemptions > 10
-    assert stats.num_slot_loads > 50 and stats.num_adapter_loads > 20
+    assert stats.num_slot_loads > 25 and stats.num_adapter_loads > 20
     # And nothing is left of it.
     churn.close()
     engine.check_integrity()

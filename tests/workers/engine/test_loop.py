@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +262,9 @@ def test_an_adapter_that_cannot_be_prefetched_fails_its_own_requests_only(
     broken.mkdir()
     for file in fleet.adapter_dirs["mlp"].iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
+    config = json.loads((broken / "adapter_config.json").read_text())
+    # Another adapter than the one that it was copied from, which could be read in its stead.
+    (broken / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
     engine = fleet.engine(max_loras=1)
     engines.append(engine)
     requests = [request for request in fleet.requests(engine) if not request.request_id.startswith("mlp:")]
