@@ -30,6 +30,8 @@ _LORA_FLAGS = {
     "max_cpu_loras": "--max-cpu-loras",
     "host_cache_bytes": "--lora-host-cache-bytes",
     "lora_dtype": "--lora-dtype",
+    "extra_vocab_size": "--lora-extra-vocab-size",
+    "full_weight_bytes": "--lora-full-weight-bytes",
 }
 
 
@@ -160,6 +162,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the host cache (default: at most 1GiB and an eighth of the free memory)",
     )
     adapters.add_argument("--lora-dtype", choices=DTYPES, help="of adapter weights (default: the model's)")
+    adapters.add_argument(
+        "--lora-extra-vocab-size",
+        dest="extra_vocab_size",
+        type=int,
+        metavar="N",
+        help=f"token ids that an adapter may add to the model's (default: {lora.extra_vocab_size})",
+    )
+    adapters.add_argument(
+        "--lora-full-weight-bytes",
+        dest="full_weight_bytes",
+        type=size,
+        metavar="SIZE",
+        help="of the embeddings and heads that adapters in slots have of their own, LoRA on them included (default: four "
+        "vocabulary matrices, and at most a sixteenth of the memory that may be used)",
+    )
 
     fleet = serve.add_argument_group("fleet")
     fleet.add_argument(

@@ -34,6 +34,8 @@ class EngineArgs:
     max_cpu_loras: int | None = None
     lora_host_cache_bytes: int | None = None
     lora_dtype: str | None = None
+    lora_extra_vocab_size: int | None = None
+    lora_full_weight_bytes: int | None = None
 
     def to_config(self) -> EngineConfig:
         """Check everything and resolve the model to a directory (downloading or converting it if need be).
@@ -68,6 +70,8 @@ class EngineArgs:
             "max_cpu_loras": self.max_cpu_loras,
             "host_cache_bytes": self.lora_host_cache_bytes,
             "lora_dtype": self.lora_dtype,
+            "extra_vocab_size": self.lora_extra_vocab_size,
+            "full_weight_bytes": self.lora_full_weight_bytes,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if not self.enable_lora:

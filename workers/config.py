@@ -34,6 +34,8 @@ class LoRAConfig:
     max_cpu_loras: int | None = None  # adapters in the host cache; None: bounded by bytes alone
     host_cache_bytes: int | None = None  # None: the memory plan's default
     lora_dtype: str = "auto"  # auto: the model's
+    extra_vocab_size: int = 256  # token ids that an adapter may add to the model's
+    full_weight_bytes: int | None = None  # of embeddings and heads of adapters in slots; None: the memory plan's default
 
     def __post_init__(self) -> None:
         _at_least("--max-loras", self.max_loras, 1)
@@ -47,6 +49,9 @@ class LoRAConfig:
             )
         if self.host_cache_bytes is not None:
             _at_least("--lora-host-cache-bytes", self.host_cache_bytes, 1)
+        _at_least("--lora-extra-vocab-size", self.extra_vocab_size, 0)
+        if self.full_weight_bytes is not None:
+            _at_least("--lora-full-weight-bytes", self.full_weight_bytes, 0)
         _one_of("--lora-dtype", self.lora_dtype, DTYPES)
 
 

@@ -111,6 +111,11 @@ class AdapterStore:
         with self._lock:
             return digest in self._specs
 
+    def spec(self, digest: str) -> AdapterSpec | None:
+        """Of a registered adapter."""
+        with self._lock:
+            return self._specs.get(digest)
+
     def fetch(self, digest: str) -> Future[HostAdapter]:
         """The adapter, held until `release`; loads it on a reader thread if need be, once for all who ask.
 

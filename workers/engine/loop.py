@@ -43,6 +43,7 @@ from lorafleet.workers.errors import (
 from lorafleet.workers.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
+from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Engine:
         self._max_lora_rank = lora.max_lora_rank if lora else 0
         self._runner = ModelRunner(spec, plan, max_lora_rank=self._max_lora_rank, device=device)
         self._pool = BlockPool(plan.num_pages)
-        self._slots = AdapterSlots(plan.max_loras)
+        self._slots = AdapterSlots(plan.max_loras, max_bytes=plan.full_weight_bytes, bytes_of=self._full_weight_bytes)
         self._scheduler = Scheduler(
             self._pool,
             self._slots,
@@ -146,7 +147,21 @@ class Engine:
                 reason="lora_disabled",
             )
         path = resolve_adapter(path_or_id)
-        spec = read_adapter_spec(path, self.spec.base_shapes, max_lora_rank=self._max_lora_rank)
+        lora = self.config.lora
+        spec = read_adapter_spec(
+            path,
+            self.spec.base_shapes,
+            max_lora_rank=self._max_lora_rank,
+            max_extra_vocab=lora.extra_vocab_size,
+            base_rows=CheckpointReader(Path(self.config.model)).rows,
+        )
+        num_bytes = self.plan.full_weight_bytes_of(self.spec, spec.vocabulary)
+        if num_bytes > self.plan.full_weight_bytes:
+            raise AdapterRefusedError(
+                f"{path} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for such weights holds "
+                f"{self.plan.full_weight_bytes}. Raise --lora-full-weight-bytes.",
+                reason="larger_than_full_weight_pool",
+            )
         self._store.register(spec)
         return spec
 
@@ -225,6 +240,8 @@ class Engine:
         events: list[RequestEvent] = []
         self._drain(events)
         plan = self._scheduler.schedule()
+        for slot in self._slots.take_emptied():
+            self._runner.clear_slot(slot)
         for load in plan.loads:
             self._num_loading += 1
             self._loaders.submit(self._load_slot, load)
@@ -275,14 +292,23 @@ class Engine:
                 f"{self.max_model_len} tokens.",
                 param="max_tokens",
             )
+        vocab_size = self.vocab_size
+        if request.adapter is not None:
+            spec = self._store.spec(request.adapter)
+            if spec is None:
+                raise UnknownModelError(f"No adapter with digest {request.adapter} is registered here.", param="model")
+            vocab_size = spec.vocab_size
         for what, ids in (("The prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
-            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise InvalidRequestError(
-                    f"{what} has a token id outside 0 to {self.vocab_size - 1}.",
+                    f"{what} has a token id outside 0 to {vocab_size - 1}.",
                     param="prompt" if ids is prompt else what,
                 )
-        if request.adapter is not None and not self._store.is_registered(request.adapter):
-            raise UnknownModelError(f"No adapter with digest {request.adapter} is registered here.", param="model")
+
+    def _full_weight_bytes(self, digest: str) -> int:
+        """What a registered adapter takes of the pool beside the slots."""
+        spec = self._store.spec(digest)
+        return 0 if spec is None else self.plan.full_weight_bytes_of(self.spec, spec.vocabulary)
 
     def _has_work(self) -> bool:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.

@@ -203,9 +203,8 @@ class Scheduler:
                 loads.append(SlotLoad(digest, slot))
                 continue
             blocked_since[digest] = self._blocked_since.setdefault(digest, self._num_steps)
-            candidates = [pinned for pinned in self._slots.pinned() if pinned not in claimed]
-            if candidates and self._num_steps - blocked_since[digest] >= self._patience:
-                claimed.add(min(candidates, key=self._tokens_to_go))
+            if self._num_steps - blocked_since[digest] >= self._patience:
+                claimed.update(self._slots.in_the_way(digest, self._tokens_to_go, claimed))
         self._blocked_since = blocked_since  # forgets adapters that nobody waits for any more
 
     def _prefetches(self) -> tuple[str, ...]:

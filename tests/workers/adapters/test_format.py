@@ -437,7 +437,7 @@ def test_every_key_style_of_peft_is_the_same_adapter(rename: Callable[[str], str
     plain = read(write(tmp_path / "plain"))
     renamed = write(tmp_path / "renamed", weights={rename(name): value for name, value in tensors().items()})
     spec = read(renamed)
-    assert spec == replace(plain, path=renamed, stamp=spec.stamp)
+    assert spec == replace(plain, path=renamed, stamps=spec.stamps)
     ours, theirs = (load_adapter(one, BASE, torch.float32).weights for one in (plain, spec))
     assert ours.keys() == theirs.keys()
     for key in ours:
@@ -680,7 +680,7 @@ def test_a_stamp_that_proves_nothing_is_not_relied_on(
     with monkeypatch.context() as patched:
         patched.setattr(FileStamp, "settle", lambda self: False)
         spec = read(write(tmp_path))
-    assert spec.stamp is None
+    assert spec.stamps is None
     load_adapter(spec, BASE, torch.float32)
     assert len(hashes) == 2
 
