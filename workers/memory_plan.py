@@ -17,8 +17,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
 _CPU_KV_BYTES = 4 * _GIB  # default bound on a CPU, where memory is shared with everything else
 _HOST_CACHE_BYTES = 1 * _GIB  # default bound
-# Default bound of adapters' own embeddings and heads: so many matrices of the vocabulary, and at most such a share of what
-# may be used and of what would be left. It never makes a plan fail.
+# Default bound of adapters' own embeddings and heads: so many matrices of the vocabulary, at most such a share of what may
+# be used, and a quarter of what is left beside all else. It never makes a plan fail.
 _NUM_TABLES = 4
 _TABLE_SHARE = 16
 
@@ -160,7 +160,7 @@ def plan_memory(
     if config.lora is not None and config.lora.full_weight_bytes is None:
         left = max(0, budget - fixed - max(needed, kv_bytes or 0))
         table = spec.vocab_size * spec.hidden_size * DTYPE_BYTES[dtype] // ranks
-        full_weights = min(_NUM_TABLES * table, budget // _TABLE_SHARE, left)
+        full_weights = min(_NUM_TABLES * table, budget // _TABLE_SHARE, left // 4)
         fixed += full_weights
     room = budget - fixed
     if needed > room:

@@ -29,8 +29,11 @@ class World:
         budget: int = 16,
         auto_load: bool = True,
         patience: int = 0,
+        max_bytes: int = 0,
+        sizes: dict[str, int] | None = None,
     ) -> None:
-        self.slots = AdapterSlots(slots)
+        """`sizes`: bytes of adapters with an embedding or a head of their own, of which there may be `max_bytes`."""
+        self.slots = AdapterSlots(slots, max_bytes=max_bytes, bytes_of=lambda digest: (sizes or {}).get(digest, 0))
         self.scheduler = Scheduler(
             BlockPool(pages),
             self.slots,
@@ -190,6 +193,25 @@ def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters:
     assert {f"cold{i}" for i in range(num_adapters)} <= started
 
 
+@pytest.mark.parametrize("patience", [0, 5])
+def test_a_stream_of_requests_for_resident_adapters_does_not_starve_one_that_needs_all_of_the_pool(
+    patience: int,
+) -> None:
+    """Two others share the pool, and neither is idle for long; slots there are enough."""
+    sizes = {"half": 3, "other half": 2, "whole": 5}
+    world = World(slots=8, max_num_seqs=8, pages=200, patience=patience, max_bytes=5, sizes=sizes)
+    for step in range(200):
+        if step % 2 == 0:
+            for adapter in ("half", "other half", "plain"):
+                world.add(f"{adapter}{step}", 2, max_tokens=8, adapter=adapter)
+        if step == 20:
+            world.add("whole", 2, max_tokens=8, adapter="whole")
+        world.step()
+        if "whole" in world.order:
+            return
+    raise AssertionError("the adapter that needs the whole pool never ran")
+
+
 def test_a_removed_request_gives_everything_back() -> None:
     world = World(slots=1)
     world.add("running", 5, adapter="x")
@@ -288,6 +310,7 @@ REQUESTS = st.tuples(
     eos_every=st.integers(2, 9),
     patience=st.integers(0, 6),
     load_delay=st.integers(0, 3),
+    max_bytes=st.integers(5, 10),
 )
 def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     requests: list[tuple[int, int, str | None, int, int | None]],
@@ -298,6 +321,7 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     eos_every: int,
     patience: int,
     load_delay: int,
+    max_bytes: int,
 ) -> None:
     world = World(
         pages=pages,
@@ -306,6 +330,8 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
         budget=max_num_seqs + extra_budget,
         auto_load=False,
         patience=patience,
+        max_bytes=max_bytes,
+        sizes={"c": 2, "d": 3, "e": 5},
     )
     cancels: dict[str, int] = {}
     removed: set[str] = set()
