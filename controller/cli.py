@@ -174,8 +174,8 @@ def make_parser() -> argparse.ArgumentParser:
         dest="full_weight_bytes",
         type=size,
         metavar="SIZE",
-        help="of the embeddings and heads that adapters in slots have of their own, LoRA on them included (default: four "
-        "vocabulary matrices, and at most a sixteenth of the memory that may be used)",
+        help="of the embeddings and heads that adapters in slots have of their own, LoRA on them included (default: "
+        "four vocabulary matrices, and at most a sixteenth of the memory that may be used)",
     )
 
     fleet = serve.add_argument_group("fleet")

@@ -19,7 +19,7 @@ def rms_norm(
     out_TH: torch.Tensor | None = None,
     which_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The norm of each row, in `out_TH` if that is given. which_T: int32; None: the first weight, or the only one [H]."""
+    """The norm of each row, in `out_TH` if that is given. which_T: int32; None: the first weight, or the only, [H]."""
     native = library()
     if native is None or x_TH.device.type != "cpu":
         out = rms_norm_reference(x_TH, weight_WH, eps, which_T)

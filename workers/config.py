@@ -35,7 +35,9 @@ class LoRAConfig:
     host_cache_bytes: int | None = None  # None: the memory plan's default
     lora_dtype: str = "auto"  # auto: the model's
     extra_vocab_size: int = 256  # token ids that an adapter may add to the model's
-    full_weight_bytes: int | None = None  # of embeddings and heads of adapters in slots; None: the memory plan's default
+    full_weight_bytes: int | None = (
+        None  # of embeddings and heads of adapters in slots; None: the memory plan's default
+    )
 
     def __post_init__(self) -> None:
         _at_least("--max-loras", self.max_loras, 1)

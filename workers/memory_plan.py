@@ -1,7 +1,7 @@
 """How one rank's memory is divided, decided before anything is loaded. Pure arithmetic: no torch, no files.
 
-Owns: the sizes of KV cache, adapter slots, adapters' own embeddings and heads, and host cache, and the refusal of what cannot fit. Leaves to others:
-measuring the memory (model/device.py), allocating it.
+Owns: the sizes of KV cache, adapter slots, adapters' own embeddings and heads, and host cache, and the refusal of what
+cannot fit. Leaves to others: measuring the memory (model/device.py), allocating it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
 _CPU_KV_BYTES = 4 * _GIB  # default bound on a CPU, where memory is shared with everything else
 _HOST_CACHE_BYTES = 1 * _GIB  # default bound
-# Default bound of adapters' own embeddings and heads: so many matrices of the vocabulary, at most such a share of what may
-# be used, and a quarter of what is left beside all else. It never makes a plan fail.
+# Default bound of adapters' own embeddings and heads: so many matrices of the vocabulary, at most such a share of what
+# may be used, and a quarter of what is left beside all else. It never makes a plan fail.
 _NUM_TABLES = 4
 _TABLE_SHARE = 16
 
@@ -94,7 +94,7 @@ class MemoryPlan:
                     f"{self.max_loras} slots of {format_bytes(self.slot_bytes)} in {self.lora_dtype}",
                 )
             )
-            rows.append(("adapter embeddings", self.full_weight_bytes, "bound; own embeddings and heads of adapters in slots"))
+            rows.append(("adapter embeddings", self.full_weight_bytes, "bound; filled by adapters that have their own"))
             bound = "" if self.max_cpu_loras is None else f", at most {self.max_cpu_loras} adapters"
             rows.append(("host adapter cache", self.host_cache_bytes, f"bound; filled as adapters are used{bound}"))
         head = f"memory plan ({self.device}, may use {format_bytes(self.budget_bytes)})"

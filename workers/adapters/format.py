@@ -44,7 +44,7 @@ class AdapterSpec:
     lora_rank: int  # the highest of its modules
     num_elements: int  # of matrices: A, B, and rows of embedding and head
     num_vector_elements: int = 0  # of biases, magnitudes and the adapter's own norms
-    vocabulary: Vocabulary = Vocabulary(0)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
     stamps: tuple[FileStamp, ...] | None = None  # of the files that were hashed; None: nothing vouches, hash again
 
     @property
@@ -123,13 +123,12 @@ def read_spec(
         if not torch.equal(tables[first], tables[second]):
             raise _refused(
                 path,
-                f"has two different tensors for one place, {' and '.join(_named(NO_LAYER, *p) for p in (first, second))}"
-                ".",
+                f"has two different tensors for one place: {_named(NO_LAYER, *first)} and {_named(NO_LAYER, *second)}.",
                 "bad_safetensors",
             )
     vocabulary = weights.vocabulary
-    for place in sorted(vocabulary.base_weights()) if base_rows is not None else ():
-        if _is_the_bases(tables[place], place, base, base_rows):
+    for place in sorted(vocabulary.base_weights()):
+        if base_rows is not None and _is_the_bases(tables[place], place, base, base_rows):
             vocabulary = vocabulary.without(place, base)
     kept = _kept(weights, vocabulary)
     return AdapterSpec(
@@ -249,9 +248,7 @@ def _split(
     return changes
 
 
-def _digest(
-    tensors: list[tuple[int, str, str, torch.Tensor]], config: AdapterConfig, vocabulary: Vocabulary
-) -> str:
+def _digest(tensors: list[tuple[int, str, str, torch.Tensor]], config: AdapterConfig, vocabulary: Vocabulary) -> str:
     adapter_hash = AdapterHash()
     for layer, module, side, tensor in tensors:
         adapter_hash.add(layer, module, side, config.scaling(module_name(layer, module)), tensor)

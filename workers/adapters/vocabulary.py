@@ -54,7 +54,7 @@ class Table:
 class Vocabulary:
     """The adapter's own vocabulary: the ids from 0 to `size`, and what it changes of the tables."""
 
-    size: int
+    size: int = 0
     tables: Mapping[str, Table] = field(default_factory=dict)  # those that it changes, by module
     twins: tuple[tuple[Place, Place], ...] = ()  # tensors that must be equal, since they are one in PEFT
 
@@ -109,9 +109,7 @@ class Vocabulary:
 def is_saved(module: str, config: AdapterConfig, base: BaseShapes) -> bool:
     """Whether the module's whole weight is the adapter's own."""
     tied = module == HEAD and base.tie_embeddings and config.ensure_weight_tying
-    return config.saves(module_name(NO_LAYER, module)) or (
-        tied and config.saves(module_name(NO_LAYER, EMBEDDING))
-    )
+    return config.saves(module_name(NO_LAYER, module)) or (tied and config.saves(module_name(NO_LAYER, EMBEDDING)))
 
 
 def plan_vocabulary(
@@ -194,10 +192,11 @@ def _weights(
         if embedding is not None and head is not None:
             twins.append((embedding, head))
         replaced = dict.fromkeys(TABLES, embedding or head)
-    if base.tie_embeddings and config.ensure_weight_tying and own[EMBEDDING] is not None:
-        if own[HEAD] is not None:
-            twins.append((own[EMBEDDING], own[HEAD]))
-        own[HEAD] = own[EMBEDDING]
+    embedding, head = own[EMBEDDING], own[HEAD]
+    if base.tie_embeddings and config.ensure_weight_tying and embedding is not None:
+        if head is not None:
+            twins.append((embedding, head))
+        own[HEAD] = embedding
     for module in TABLES:
         saved = is_saved(module, config, base)
         if saved and own[module] is None:
@@ -251,17 +250,15 @@ def _trained_tokens(
         if module in ids:
             if shapes[place][0] != len(ids[module]):
                 raise refuse(
-                    f"has {shapes[place][0]} trained tokens of {module}; trainable_token_indices in {CONFIG_FILE} names "
-                    f"{len(ids[module])}.",
+                    f"has {shapes[place][0]} trained tokens of {module}; {CONFIG_FILE} names {len(ids[module])} with "
+                    "trainable_token_indices.",
                     "config_mismatch",
                 )
             rows[module] = Rows(place, ids[module])
     return rows
 
 
-def _size(
-    module: str, table: Table, shapes: Mapping[Place, tuple[int, ...]], base: BaseShapes, refuse: Refuse
-) -> int:
+def _size(module: str, table: Table, shapes: Mapping[Place, tuple[int, ...]], base: BaseShapes, refuse: Refuse) -> int:
     """How many ids have a row."""
     size = base.vocab_size
     if table.weight is not None:
@@ -287,8 +284,8 @@ def _checked_size(sizes: Mapping[str, int], base: BaseShapes, max_extra: int | N
     size = sizes[EMBEDDING]
     if sizes[HEAD] != size:
         raise refuse(
-            f"has a vocabulary of {size} ids in {EMBEDDING} and of {sizes[HEAD]} in {HEAD}. Save both tables of a resized "
-            "model (save_embedding_layers=True).",
+            f"has a vocabulary of {size} ids in {EMBEDDING} and of {sizes[HEAD]} in {HEAD}. Save both tables of a "
+            "resized model (save_embedding_layers=True).",
             "vocab_mismatch",
         )
     extra = size - base.vocab_size

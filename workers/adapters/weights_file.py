@@ -62,9 +62,7 @@ _EMBEDDING = re.compile(
     rf"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)|{_WHOLE})"
 )
 _HEAD = re.compile(rf"{_PREFIX}lm_head\.(?:{_LORA}|{_WHOLE})")
-_NORM = re.compile(
-    rf"{_PREFIX}model\.(?:layers\.(?P<layer>[0-9]+)\.(?P<name>(?:self_attn\.)?\w+)|norm)\.weight"
-)
+_NORM = re.compile(rf"{_PREFIX}model\.(?:layers\.(?P<layer>[0-9]+)\.(?P<name>(?:self_attn\.)?\w+)|norm)\.weight")
 _NEW_EMBEDDINGS = {"input_embeddings": EMBEDDING, "output_embeddings": HEAD}
 VECTORS = ("B_bias", "bias", "magnitude")  # one value an output
 _SIDES = ("A", "B", *VECTORS)
@@ -170,7 +168,9 @@ def _read_new_embeddings(path: Path, base: BaseShapes, settle: bool) -> _File:
         if file.suffix in (".bin", ".pt", ".pth"):
             raise _pickle(file)
         if file.name != NEW_EMBEDDINGS_FILE or not base.vocab_size:
-            raise _refused(file, f"is no file that is served; added tokens are in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature")
+            raise _refused(
+                file, f"is no file that is served; added tokens are in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature"
+            )
 
     def keys(header: Any) -> dict[str, tuple[int, str, str]]:
         names = header.offset_keys()
@@ -252,7 +252,7 @@ def _check_header(
     names = sorted(header.offset_keys())
     shapes = {name: list(header.get_slice(name).get_shape()) for name in names}
     keys, twins = _keys(weights_path, names, base, config)
-    for name, (layer, module, side) in keys.items():
+    for layer, module, side in keys.values():
         lora_rank = config.rank(module_name(layer, module))
         if side in _SIDES and max_lora_rank is not None and lora_rank > max_lora_rank:
             raise _refused(
@@ -267,7 +267,7 @@ def _check_header(
         if layer == NO_LAYER and module in TABLES and not side.endswith(TWIN)
     }
     vocabulary = plan_vocabulary(
-        tables | new, config, base, max_extra_vocab, lambda what, reason: _refused(weights_path, what, reason)
+        {**tables, **new}, config, base, max_extra_vocab, lambda what, reason: _refused(weights_path, what, reason)
     )
     in_and_out = {EMBEDDING: (vocabulary.size, base.hidden_size), HEAD: (base.hidden_size, vocabulary.size)}
     for name, (layer, module, side) in keys.items():

@@ -70,8 +70,8 @@ class StepBuffers:
     ) -> StepInput:
         """Lay out a non-empty plan that is grouped by adapter slot, as `StepPlan` promises.
 
-        `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own. The result
-        is good until the next call.
+        `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own. What
+        comes back is good until the next call.
         """
         page_size = self._page_size
         token_ids, positions, slot_mapping = self._token_ids, self._positions, self._slot_mapping
@@ -111,7 +111,9 @@ class StepBuffers:
         num_seqs = len(scheduled)
         starts, ends, slots, _, _ = self._segments
         which_norm_T, own_tables = None, []
-        for start, end, slot, *samples in self._segments[:, :num_segments].T.tolist() if with_norms or with_tables else ():
+        for start, end, slot, *samples in (
+            self._segments[:, :num_segments].T.tolist() if with_norms or with_tables else ()
+        ):
             if slot in with_norms:
                 if which_norm_T is None:
                     self._which_norm[:row] = 0

@@ -1,7 +1,7 @@
 """The adapters' own parts of embedding and head, each at its exact size, made when its slot is filled.
 
-Whatever is as large as the vocabulary is here and not in the slots' tables. How many bytes of it there may be at a time,
-engine/adapter_slots.py decides; a slot's part is freed when it is cleared or filled anew.
+Whatever is as large as the vocabulary is here and not in the slots' tables. How many bytes of it there may be at a
+time, engine/adapter_slots.py decides; a slot's part is freed when it is cleared or filled anew.
 
 Under tensor parallelism a rank has the rows of its range of the base's vocabulary. The rows of added ids, behind them,
 are on every rank: there they are few.
