@@ -27,7 +27,7 @@ class AsyncLLM:
         self._loop = asyncio.get_running_loop()
         self._lora_ids = LoRAIds(engine)
         self._requests = TextRequests(
-            self.tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed
+            self.tokenizer, max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed
         )
         self._queues: dict[str, asyncio.Queue[RequestOutput | LoRAFleetError]] = {}
         self._registrar = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-register")

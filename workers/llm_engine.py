@@ -20,7 +20,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.from_dir(engine.config.model)
         self._lora_ids = LoRAIds(engine)
         self._requests = TextRequests(
-            self.tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed
+            self.tokenizer, max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed
         )
 
     @classmethod

@@ -153,7 +153,7 @@ class Engine:
             self.spec.base_shapes,
             max_lora_rank=self._max_lora_rank,
             max_extra_vocab=lora.extra_vocab_size,
-            base_rows=CheckpointReader(Path(self.config.model)).rows,
+            base_rows=lambda name, rows: CheckpointReader(Path(self.config.model)).rows(name, rows),
         )
         num_bytes = self.plan.full_weight_bytes_of(self.spec, spec.vocabulary)
         if num_bytes > self.plan.full_weight_bytes:
@@ -164,6 +164,18 @@ class Engine:
             )
         self._store.register(spec)
         return spec
+
+    def vocab_size_of(self, adapter: str | None) -> int:
+        """How many token ids a request may hold: the base model's, and those that its adapter adds.
+
+        Raises `UnknownModelError` for an unregistered digest.
+        """
+        if adapter is None:
+            return self.vocab_size
+        spec = self._store.spec(adapter)
+        if spec is None:
+            raise UnknownModelError(f"No adapter with digest {adapter} is registered here.", param="model")
+        return spec.vocab_size
 
     def submit(self, request: GenerateRequest) -> None:
         """Accept a request; its events come out of later steps.
@@ -292,12 +304,7 @@ class Engine:
                 f"{self.max_model_len} tokens.",
                 param="max_tokens",
             )
-        vocab_size = self.vocab_size
-        if request.adapter is not None:
-            spec = self._store.spec(request.adapter)
-            if spec is None:
-                raise UnknownModelError(f"No adapter with digest {request.adapter} is registered here.", param="model")
-            vocab_size = spec.vocab_size
+        vocab_size = self.vocab_size_of(request.adapter)
         for what, ids in (("The prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise InvalidRequestError(
