@@ -43,7 +43,8 @@ class AdapterSpec:
     config: AdapterConfig
     lora_rank: int  # the highest of its modules
     num_elements: int  # of matrices: A, B, and rows of embedding and head
-    num_vector_elements: int = 0  # of biases, magnitudes and the adapter's own norms
+    num_vector_elements: int = 0  # of biases and magnitudes
+    num_norm_elements: int = 0  # of norms in place of the base model's
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     stamps: tuple[FileStamp, ...] | None = None  # of the files that were hashed; None: nothing vouches, hash again
 
@@ -53,8 +54,8 @@ class AdapterSpec:
         return self.vocabulary.size
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """In host memory: matrices in `dtype`; vectors as they were read, in float32, and norms as long as they."""
-        return self.num_elements * dtype.itemsize + self.num_vector_elements * 12
+        """In host memory: matrices in `dtype`; vectors as they were read, in float32, and DoRA's norms as long."""
+        return self.num_elements * dtype.itemsize + self.num_vector_elements * 12 + self.num_norm_elements * 4
 
 
 class LinearChange(NamedTuple):
@@ -137,7 +138,8 @@ def read_spec(
         config=config,
         lora_rank=max(tensor.shape[0] for _, _, side, tensor in kept if side == "A"),
         num_elements=sum(tensor.numel() for _, _, _, tensor in kept if tensor.dim() == 2),
-        num_vector_elements=sum(tensor.numel() for _, _, _, tensor in kept if tensor.dim() == 1),
+        num_vector_elements=sum(tensor.numel() for _, _, side, tensor in kept if side in VECTORS),
+        num_norm_elements=sum(tensor.numel() for _, module, _, tensor in kept if module in base.norms),
         vocabulary=vocabulary,
         stamps=weights.stamps,
     )

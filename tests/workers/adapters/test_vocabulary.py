@@ -340,6 +340,7 @@ def test_norms_of_its_own_are_kept_in_float32(tmp_path: Path) -> None:
     adapter = load_adapter(
         read(write(tmp_path, {"modules_to_save": ["input_layernorm"]}, shapes)), UNTIED, torch.bfloat16
     )
+    assert adapter.num_bytes == 2 * 2 * R * H + 4 * 2 * H
     stored = load_file(tmp_path / WEIGHTS_FILE)
     for layer in (0, 1):
         expected = stored[f"base_model.model.model.layers.{layer}.input_layernorm.weight"]

@@ -40,6 +40,7 @@ PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning"),
     pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),  # of biases of B
 ]
 
@@ -61,6 +62,14 @@ ADAPTERS: dict[str, Options] = {
     "own embedding and head": {"modules_to_save": BOTH},
     "own embedding, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "LoRA on the embedding, tied": {"targets": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "own head, tied": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "LoRA on the head, tied": {"targets": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    "added tokens, own embedding, tied": {
+        "added": 3,
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "trained tokens, tied": {"trainable_token_indices": [4, 8], "ensure_weight_tying": True},
     "own norms": {"modules_to_save": ["input_layernorm", "post_attention_layernorm"]},
     "own norms by their end": {"modules_to_save": ["norm"]},
     "two norms and a head": {"modules_to_save": ["model.norm", "layers.1.input_layernorm", "lm_head"]},
