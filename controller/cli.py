@@ -35,6 +35,8 @@ _LORA_FLAGS = {
     "host_cache_bytes": "--lora-host-cache-bytes",
     "lora_dtype": "--lora-dtype",
     "eviction": "--lora-eviction",
+    "extra_vocab_size": "--lora-extra-vocab-size",
+    "full_weight_bytes": "--lora-full-weight-bytes",
 }
 
 
@@ -188,7 +190,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="which adapter makes room for another: the least recently used, or the cheapest to do without, "
         f"by size, reload time, recency and frequency (default: {lora.eviction})",
     )
-
+    adapters.add_argument(
+        "--lora-extra-vocab-size",
+        dest="extra_vocab_size",
+        type=int,
+        metavar="N",
+        help=f"token ids that an adapter may add to the model's (default: {lora.extra_vocab_size})",
+    )
+    adapters.add_argument(
+        "--lora-full-weight-bytes",
+        dest="full_weight_bytes",
+        type=size,
+        metavar="SIZE",
+        help="of the embeddings and heads that adapters in slots have of their own, LoRA on them included (default: "
+        "four vocabulary matrices, and at most a sixteenth of the memory that may be used)",
+    )
     adapters.add_argument(
         "--allow-runtime-lora-updates",
         action="store_true",

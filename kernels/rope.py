@@ -1,9 +1,10 @@
 """Rotary position embedding (Su et al. 2021) on fused q,k,v rows, and the write of k and v into the paged cache.
 
 For each head x of q and k, with halves (a, b) and the position's angles θ: (a·cos θ − b·sin θ, b·cos θ + a·sin θ), the
-half-split convention of transformers. With norms given (Qwen3) each head is RMS-normalised first.
+half-split convention of transformers. With norms given (Qwen3) each head is RMS-normalised first; where rows have norms
+of their own, `which_T` says each row's, as in norm.py.
 
-T rows, E = (q heads + 2·kv heads)·D, M positions, D head dim.
+T rows, E = (q heads + 2·kv heads)·D, M positions, D head dim, W weights of a norm.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ def rope_kv_write_(
     slot_mapping_T: torch.Tensor,
     num_q_heads: int,
     num_kv_heads: int,
-    q_norm_D: torch.Tensor | None = None,
-    k_norm_D: torch.Tensor | None = None,
+    q_norm_WD: torch.Tensor | None = None,
+    k_norm_WD: torch.Tensor | None = None,
     eps: float = 0.0,
+    which_T: torch.Tensor | None = None,
 ) -> None:
     """Rotate q and k in place, then write k and v.
 
@@ -44,9 +46,10 @@ def rope_kv_write_(
             slot_mapping_T,
             num_q_heads,
             num_kv_heads,
-            q_norm_D,
-            k_norm_D,
+            q_norm_WD,
+            k_norm_WD,
             eps,
+            which_T,
         )
         return
     head_dim, page_size = v_cache.shape[3], k_cache.shape[3]
@@ -54,6 +57,8 @@ def rope_kv_write_(
     assert qkv_TE.dtype == k_cache.dtype == v_cache.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert cos_sin_MD.dtype == torch.float32 and cos_sin_MD.is_contiguous() and head_dim <= 512
     assert positions_T.dtype == slot_mapping_T.dtype == torch.int64
+    assert which_T is None or which_T.dtype == torch.int32
+    assert all(norm is None or norm.is_contiguous() for norm in (q_norm_WD, k_norm_WD))
     native.lf_rope_kv_write(
         DTYPE_CODES[qkv_TE.dtype],
         qkv_TE.data_ptr(),
@@ -68,8 +73,9 @@ def rope_kv_write_(
         num_kv_heads,
         head_dim,
         page_size,
-        None if q_norm_D is None else q_norm_D.data_ptr(),
-        None if k_norm_D is None else k_norm_D.data_ptr(),
+        None if q_norm_WD is None else q_norm_WD.data_ptr(),
+        None if k_norm_WD is None else k_norm_WD.data_ptr(),
+        None if which_T is None else which_T.data_ptr(),
         eps,
     )
 
@@ -83,15 +89,16 @@ def _reference_(
     slot_mapping_T: torch.Tensor,
     num_q_heads: int,
     num_kv_heads: int,
-    q_norm_D: torch.Tensor | None,
-    k_norm_D: torch.Tensor | None,
+    q_norm_WD: torch.Tensor | None,
+    k_norm_WD: torch.Tensor | None,
     eps: float,
+    which_T: torch.Tensor | None,
 ) -> None:
     head_dim = v_cache.shape[3]
     heads = qkv_TE.unflatten(1, (num_q_heads + 2 * num_kv_heads, head_dim))
     q, k, v = heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
     cos, sin = cos_sin_MD[positions_T][:, None, :].chunk(2, dim=-1)
-    for x, norm in ((q, q_norm_D), (k, k_norm_D)):
-        a, b = (x if norm is None else rms_norm_reference(x, norm, eps)).float().chunk(2, dim=-1)
+    for x, norm in ((q, q_norm_WD), (k, k_norm_WD)):
+        a, b = (x if norm is None else rms_norm_reference(x, norm, eps, which_T)).float().chunk(2, dim=-1)
         x.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
     write_(k_cache, v_cache, slot_mapping_T, k, v)

@@ -87,11 +87,12 @@ def make_adapter(
     seed: int = 1,
     strength: float = 0.1,
     name: str = "default",
+    save_embedding_layers: bool | str = "auto",
     **options: Any,
 ) -> PeftModel:
     """A random PEFT adapter with non-zero B, saved into `directory`; the PEFT model for reference outputs.
 
-    `options`: more fields of LoraConfig.
+    `options`: more fields of LoraConfig. What they say to train is random, too.
 
     Wraps (and changes) the given model: give it a fresh copy, or call `unload` on the result.
     """
@@ -102,9 +103,11 @@ def make_adapter(
     for parameter_name, parameter in peft_model.named_parameters():
         if "magnitude" in parameter_name:
             parameter.data.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
-        elif parameter.requires_grad:  # LoRA's, and biases that are trained
+        elif parameter.requires_grad and "norm.modules_to_save" in parameter_name:
+            parameter.data.normal_(1.0, 3 * strength)
+        elif parameter.requires_grad:  # LoRA's, biases that are trained, embeddings and heads
             parameter.data.normal_(0.0, strength)
-    peft_model.eval().save_pretrained(directory)
+    peft_model.eval().save_pretrained(directory, save_embedding_layers=save_embedding_layers)
     return peft_model
 
 

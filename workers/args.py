@@ -37,6 +37,8 @@ class EngineArgs:
     lora_host_cache_bytes: int | None = None
     lora_dtype: str | None = None
     lora_eviction: str | None = None
+    lora_extra_vocab_size: int | None = None
+    lora_full_weight_bytes: int | None = None
 
     def to_config(self) -> EngineConfig:
         """Check everything and resolve the model to a directory (downloading or converting it if need be).
@@ -73,6 +75,8 @@ class EngineArgs:
             "host_cache_bytes": self.lora_host_cache_bytes,
             "lora_dtype": self.lora_dtype,
             "eviction": self.lora_eviction,
+            "extra_vocab_size": self.lora_extra_vocab_size,
+            "full_weight_bytes": self.lora_full_weight_bytes,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if not self.enable_lora:

@@ -33,7 +33,7 @@ class AsyncLLM:
         self.tokenizer = self._texts.model.tokenizer
         self._loop = asyncio.get_running_loop()
         self._lora_ids = LoRAIds(engine)
-        self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed)
+        self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)
         self._queues: dict[str, asyncio.Queue[RequestOutput | LoRAFleetError]] = {}
         self._registrar = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-register")
         self._thread = EngineThread(engine, self._publish, self._crashed)

@@ -36,6 +36,10 @@ class LoRAConfig:
     host_cache_bytes: int | None = None  # None: the memory plan's default
     lora_dtype: str = "auto"  # auto: the model's
     eviction: str = "lru"  # which adapter makes room: lru, or cost (GreedyDual-Size-Frequency)
+    extra_vocab_size: int = 256  # token ids that an adapter may add to the model's
+    full_weight_bytes: int | None = (
+        None  # of embeddings and heads of adapters in slots; None: the memory plan's default
+    )
 
     def __post_init__(self) -> None:
         _at_least("--max-loras", self.max_loras, 1)
@@ -49,6 +53,9 @@ class LoRAConfig:
             )
         if self.host_cache_bytes is not None:
             _at_least("--lora-host-cache-bytes", self.host_cache_bytes, 1)
+        _at_least("--lora-extra-vocab-size", self.extra_vocab_size, 0)
+        if self.full_weight_bytes is not None:
+            _at_least("--lora-full-weight-bytes", self.full_weight_bytes, 0)
         _one_of("--lora-dtype", self.lora_dtype, DTYPES)
         _one_of("--lora-eviction", self.eviction, EVICTIONS)
 

@@ -23,7 +23,7 @@ class LLMEngine:
         self._texts = AdapterTexts(Path(engine.config.model), MAX_ADAPTER_TEXTS)
         self.tokenizer = self._texts.model.tokenizer
         self._lora_ids = LoRAIds(engine)
-        self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size, seed=seed)
+        self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:

@@ -1,13 +1,14 @@
 """How one rank's memory is divided, decided before anything is loaded. Pure arithmetic: no torch, no files.
 
-Owns: the sizes of KV cache, adapter slots and host cache, and the refusal of what cannot fit. Leaves to others:
-measuring the memory (model/device.py), allocating it.
+Owns: the sizes of KV cache, adapter slots, adapters' own embeddings and heads, and host cache, and the refusal of what
+cannot fit. Leaves to others: measuring the memory (model/device.py), allocating it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorafleet.workers.adapters.vocabulary import Vocabulary
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.errors import MemoryPlanError
 from lorafleet.workers.model.architecture import ModelSpec
@@ -16,6 +17,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
 _CPU_KV_BYTES = 4 * _GIB  # default bound on a CPU, where memory is shared with everything else
 _HOST_CACHE_BYTES = 1 * _GIB  # default bound
+# Default bound of adapters' own embeddings and heads: so many matrices of the vocabulary, at most such a share of what
+# may be used, and a quarter of what is left beside all else. It never makes a plan fail.
+_NUM_TABLES = 4
+_TABLE_SHARE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +48,23 @@ class MemoryPlan:
     max_num_seqs: int
     slot_bytes: int  # one adapter slot at --max-lora-rank, with a scale and a shift of every output
     max_loras: int  # 0: LoRA is off
+    full_weight_bytes: int  # bound of adapters' own embeddings and heads, beside the slots
     host_cache_bytes: int
     max_cpu_loras: int | None
     dtype: str
     quantization: str | None
     lora_dtype: str
     device: str
+    tensor_parallel_size: int
+
+    def full_weight_bytes_of(self, spec: ModelSpec, vocabulary: Vocabulary) -> int:
+        """What an adapter with such a vocabulary takes of `full_weight_bytes`."""
+        return vocabulary.device_bytes(
+            spec.base_shapes,
+            itemsize=DTYPE_BYTES[self.dtype],
+            lora_itemsize=DTYPE_BYTES[self.lora_dtype],
+            ranks=self.tensor_parallel_size,
+        )
 
     @property
     def num_kv_tokens(self) -> int:
@@ -78,6 +94,7 @@ class MemoryPlan:
                     f"{self.max_loras} slots of {format_bytes(self.slot_bytes)} in {self.lora_dtype}",
                 )
             )
+            rows.append(("adapter embeddings", self.full_weight_bytes, "bound; filled by adapters that have their own"))
             bound = "" if self.max_cpu_loras is None else f", at most {self.max_cpu_loras} adapters"
             rows.append(("host adapter cache", self.host_cache_bytes, f"bound; filled as adapters are used{bound}"))
         head = f"memory plan ({self.device}, may use {format_bytes(self.budget_bytes)})"
@@ -106,6 +123,7 @@ def plan_memory(
         max_loras = config.lora.max_loras
         slot_bytes = spec.lora_elements(config.lora.max_lora_rank) * DTYPE_BYTES[lora_dtype] // ranks
         slot_bytes += spec.num_linear_outputs * 2 * DTYPE_BYTES["float32"] // ranks  # scale and shift
+        slot_bytes += spec.num_norm_elements * DTYPE_BYTES[dtype]
         host_cache = config.lora.host_cache_bytes or (
             config.lora.max_cpu_loras * slot_bytes
             if config.lora.max_cpu_loras is not None
@@ -117,14 +135,17 @@ def plan_memory(
                 f"{format_bytes(slot_bytes)} that it backs. Give at least {max_loras * slot_bytes} bytes, or lower "
                 "--max-loras or --max-lora-rank."
             )
-    fixed = weights + activations + slot_bytes * max_loras + (host_cache if memory.is_cpu else 0)
+    full_weights = (config.lora.full_weight_bytes or 0) if config.lora is not None else 0
+    fixed = weights + activations + slot_bytes * max_loras + full_weights + (host_cache if memory.is_cpu else 0)
     if fixed > budget:
+        tables = f", embeddings and heads of adapters ({format_bytes(full_weights)})" if full_weights else ""
         raise MemoryPlanError(
             f"Weights ({format_bytes(weights)}), workspace ({format_bytes(activations)}), {max_loras} adapter slots "
-            f"({format_bytes(slot_bytes * max_loras)}) and host cache ({format_bytes(host_cache)}) need "
+            f"({format_bytes(slot_bytes * max_loras)}){tables} and host cache ({format_bytes(host_cache)}) need "
             f"{format_bytes(fixed)}; {format_bytes(budget)} may be used ({format_bytes(memory.available_bytes)} "
             f"available, --gpu-memory-utilization {config.gpu_memory_utilization}). Lower --max-loras, "
-            "--max-lora-rank, --max-cpu-loras or --max-num-batched-tokens, or use a smaller model."
+            f"--max-lora-rank, --max-cpu-loras{', --lora-full-weight-bytes' if tables else ''} or "
+            "--max-num-batched-tokens, or use a smaller model."
         )
     if not memory.is_cpu and host_cache > memory.host_available_bytes:
         raise MemoryPlanError(
@@ -133,10 +154,15 @@ def plan_memory(
             "--lora-host-cache-bytes."
         )
     page_bytes = spec.kv_elements_per_token(ranks) * DTYPE_BYTES[dtype] * config.block_size
-    room = budget - fixed
     pages_of_one = -(-max_model_len // config.block_size)
     needed = pages_of_one * page_bytes
     kv_bytes = config.kv_cache_memory_bytes
+    if config.lora is not None and config.lora.full_weight_bytes is None:
+        left = max(0, budget - fixed - max(needed, kv_bytes or 0))
+        table = spec.vocab_size * spec.hidden_size * DTYPE_BYTES[dtype] // ranks
+        full_weights = min(_NUM_TABLES * table, budget // _TABLE_SHARE, left // 4)
+        fixed += full_weights
+    room = budget - fixed
     if needed > room:
         raise MemoryPlanError(
             f"--max-model-len {max_model_len} needs {format_bytes(needed)} of KV cache for one sequence; "
@@ -174,12 +200,14 @@ def plan_memory(
         max_num_seqs=config.max_num_seqs,
         slot_bytes=slot_bytes,
         max_loras=max_loras,
+        full_weight_bytes=full_weights,
         host_cache_bytes=host_cache,
         max_cpu_loras=None if config.lora is None else config.lora.max_cpu_loras,
         dtype=dtype,
         quantization=config.quantization,
         lora_dtype=lora_dtype,
         device="cpu" if memory.is_cpu else "cuda",
+        tensor_parallel_size=ranks,
     )
 
 

@@ -62,9 +62,10 @@ class _TextRequest:
 class TextRequests:
     """Open requests by id; turns them into `GenerateRequest`s and events back into `RequestOutput`s."""
 
-    def __init__(self, *, max_model_len: int, vocab_size: int, seed: int | None) -> None:
+    def __init__(self, *, max_model_len: int, vocab_size_of: Callable[[str | None], int], seed: int | None) -> None:
+        """`vocab_size_of`: an adapter's, by digest; the base model's of None."""
         self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
+        self._vocab_size_of = vocab_size_of
         self._random = random.Random(seed)
         self._requests: dict[str, _TextRequest] = {}
         self._choices: dict[str, _Choice] = {}  # by the engine's request id
@@ -103,7 +104,7 @@ class TextRequests:
             options = params.options(
                 num_prompt_tokens=len(ids),
                 max_model_len=self._max_model_len,
-                vocab_size=self._vocab_size,
+                vocab_size=self._vocab_size_of(digest),
                 seed=seed,
                 choice=index,
                 eos_token_ids=tokenizer.eos_token_ids,

@@ -23,6 +23,12 @@ void normalise(const float* x, const T* weight, float eps, T* out, int64_t size)
   });
 }
 
+// Row r's weight among several of `size`, by number; without numbers the first.
+template <typename T>
+const T* weight_of(const void* weights, const int32_t* which, int64_t r, int64_t size) {
+  return static_cast<const T*>(weights) + (which == nullptr ? 0 : which[r] * size);
+}
+
 template <typename T>
 void rotate_head(T* head, const T* norm, float eps, const float* cos_sin, int64_t dim) {
   if (norm != nullptr) {
@@ -44,7 +50,8 @@ void rotate_head(T* head, const T* norm, float eps, const float* cos_sin, int64_
 extern "C" {
 
 // x [rows, size] → out [rows, size].
-void lf_rms_norm(int dtype, const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t size) {
+void lf_rms_norm(int dtype, const void* x, const void* weight, const int32_t* which, float eps, void* out,
+                 int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
 #pragma omp parallel if (rows > 8)
@@ -54,15 +61,15 @@ void lf_rms_norm(int dtype, const void* x, const void* weight, float eps, void* 
       for (int64_t r = 0; r < rows; ++r) {
         const T* own = static_cast<const T*>(x) + r * size;
         for_each_vector(size, [&](int64_t i, int64_t n) { store(load(own + i, n), &row[i], n); });
-        normalise(row.data(), static_cast<const T*>(weight), eps, static_cast<T*>(out) + r * size, size);
+        normalise(row.data(), weight_of<T>(weight, which, r, size), eps, static_cast<T*>(out) + r * size, size);
       }
     }
   });
 }
 
 // residual += x, x = norm(residual)·weight, both [rows, size], in place.
-void lf_fused_add_rms_norm(int dtype, void* x, void* residual, const void* weight, float eps, int64_t rows,
-                           int64_t size) {
+void lf_fused_add_rms_norm(int dtype, void* x, void* residual, const void* weight, const int32_t* which, float eps,
+                           int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
 #pragma omp parallel if (rows > 8)
@@ -77,7 +84,7 @@ void lf_fused_add_rms_norm(int dtype, void* x, void* residual, const void* weigh
           store(sum, stream + i, n);
           store(sum, &row[i], n);
         });
-        normalise(row.data(), static_cast<const T*>(weight), eps, own, size);
+        normalise(row.data(), weight_of<T>(weight, which, r, size), eps, own, size);
       }
     }
   });
@@ -103,7 +110,8 @@ void lf_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_
 // Rotates q and k of each fused row in place and writes k and v to the caches.
 void lf_rope_kv_write(int dtype, void* qkv, int64_t stride, const float* cos_sin, const int64_t* positions,
                       void* k_cache, void* v_cache, const int64_t* slot_mapping, int64_t rows, int64_t q_heads,
-                      int64_t kv_heads, int64_t dim, int64_t page, const void* q_norm, const void* k_norm, float eps) {
+                      int64_t kv_heads, int64_t dim, int64_t page, const void* q_norm, const void* k_norm,
+                      const int32_t* which, float eps) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
     const Pages pages{kv_heads, page, dim};
@@ -111,13 +119,14 @@ void lf_rope_kv_write(int dtype, void* qkv, int64_t stride, const float* cos_sin
     for (int64_t r = 0; r < rows; ++r) {
       T* row = static_cast<T*>(qkv) + r * stride;
       const float* angles = cos_sin + positions[r] * dim;
-      for (int64_t h = 0; h < q_heads; ++h)
-        rotate_head(row + h * dim, static_cast<const T*>(q_norm), eps, angles, dim);
+      const T* own_q_norm = q_norm == nullptr ? nullptr : weight_of<T>(q_norm, which, r, dim);
+      const T* own_k_norm = k_norm == nullptr ? nullptr : weight_of<T>(k_norm, which, r, dim);
+      for (int64_t h = 0; h < q_heads; ++h) rotate_head(row + h * dim, own_q_norm, eps, angles, dim);
       T* keys = row + q_heads * dim;
       const T* values = keys + kv_heads * dim;
       const int64_t slot = slot_mapping[r];
       for (int64_t h = 0; h < kv_heads; ++h) {
-        rotate_head(keys + h * dim, static_cast<const T*>(k_norm), eps, angles, dim);
+        rotate_head(keys + h * dim, own_k_norm, eps, angles, dim);
         pages.write(keys + h * dim, values + h * dim, slot, h, static_cast<T*>(k_cache), static_cast<T*>(v_cache));
       }
     }

@@ -65,6 +65,23 @@ def test_norms(dtype: torch.dtype, rows: int, size: int) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("rows", [1, 33])
+def test_norms_with_a_weight_of_each_rows_own(dtype: torch.dtype, rows: int) -> None:
+    x, residual = torch.randn(rows, 49).to(dtype), torch.randn(rows, 49).to(dtype)
+    weights = torch.randn(5, 49).to(dtype)
+    which = torch.randint(0, 5, (rows,), dtype=torch.int32)
+    ours = rms_norm(x, weights, 1e-5, which_T=which)
+    ours_x, ours_residual = x.clone(), residual.clone()
+    fused_add_rms_norm_(ours_x, ours_residual, weights, 1e-5, which)
+    with forced(None):
+        close(ours, rms_norm(x, weights, 1e-5, which_T=which))
+        fused_add_rms_norm_(x, residual, weights, 1e-5, which)
+    close(ours_x, x)
+    close(ours_residual, residual)
+    assert torch.equal(rms_norm(x, weights, 1e-5), rms_norm(x, weights[0].contiguous(), 1e-5)), "without, the first"
+
+
+@dtypes
 @pytest.mark.parametrize("size", [1, 80, 1537])
 def test_silu_mul(dtype: torch.dtype, size: int) -> None:
     x = (torch.randn(9, 2 * size) * 4).to(dtype)
@@ -75,19 +92,21 @@ def test_silu_mul(dtype: torch.dtype, size: int) -> None:
 
 @dtypes
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 4, 16), (9, 3, 64), (8, 1, 32), (2, 2, 128)])
-@pytest.mark.parametrize("normed", [False, True])
-def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int, normed: bool) -> None:
+@pytest.mark.parametrize("num_norms", [0, 1, 4])
+def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int, num_norms: int) -> None:
+    """Without norms, with one of q and k each, or with one of each row's own."""
     rows, pages, page = 21, 7, 8
     qkv = torch.randn(rows, (q_heads + 2 * kv_heads) * dim).to(dtype)
     angles = torch.rand(100, dim // 2) * 6
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     positions = torch.randint(0, 100, (rows,))
     slots = torch.randperm(pages * page)[:rows]
-    norms = (torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)) if normed else (None, None)
+    norms = tuple(torch.randn(2, num_norms, dim).to(dtype)) if num_norms else (None, None)
+    which = torch.randint(0, num_norms, (rows,), dtype=torch.int32) if num_norms > 1 else None
 
     def run() -> tuple[torch.Tensor, ...]:
         own, (keys, values) = qkv.clone(), empty_pages(pages, kv_heads, page, dim, dtype)
-        rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, *norms, 1e-6)
+        rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, *norms, 1e-6, which)
         return own, keys, values
 
     with forced(None):

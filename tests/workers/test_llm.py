@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from transformers import AutoModelForCausalLM
 
 from lorafleet.workers import LLM, AsyncLLM, EngineArgs, LLMEngine, LoRARequest, RequestOutput, SamplingParams
 from lorafleet.workers.errors import (
@@ -48,6 +50,20 @@ def lora(root: Path, name: str, number: int) -> LoRARequest:
 
 def texts(outputs: list[RequestOutput]) -> list[str]:
     return [output.outputs[0].text for output in outputs]
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_ids_that_an_adapter_adds_may_be_in_its_requests(llm: LLM, root: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(root / "model")
+    wide.resize_token_embeddings(133, mean_resizing=False)
+    adapted = tiny.make_adapter(wide, root / "wide")
+    params = dataclasses.replace(GREEDY, stop_token_ids=[132])
+    request, prompt = lora(root, "wide", 19), [40, 131, 132]
+    (output,) = llm.generate([prompt], params, lora_request=request, use_tqdm=False)
+    assert output.outputs[0].token_ids == tiny.greedy(adapted, prompt, len(output.outputs[0].token_ids))
+    for ids, options in ((prompt, GREEDY), ([40], params)):
+        with pytest.raises(InvalidRequestError, match=r"13[0-2]"):
+            llm.generate([ids], options, use_tqdm=False)
 
 
 def test_generate_has_vllms_shape(llm: LLM) -> None:

@@ -58,6 +58,7 @@ def check(made: MemoryPlan, memory: DeviceMemory, config: EngineConfig) -> None:
     """What holds for every plan: it fits, and one sequence of the full length does too."""
     assert made.budget_bytes <= memory.available_bytes
     used = made.weight_bytes + made.activation_bytes + made.kv_bytes + made.slot_bytes * made.max_loras
+    used += made.full_weight_bytes
     assert used + (made.host_cache_bytes if memory.is_cpu else 0) <= made.budget_bytes
     assert made.host_cache_bytes <= memory.host_available_bytes
     assert made.host_cache_bytes >= made.max_loras * made.slot_bytes
@@ -93,6 +94,7 @@ def test_a_small_cpu_machine_gets_an_eighth_for_adapters_and_half_of_the_rest_fo
     assert made.budget_bytes == SMALL.available_bytes
     assert made.host_cache_bytes == SMALL.host_available_bytes // 8
     fixed = made.weight_bytes + made.activation_bytes + made.slot_bytes * 8 + made.host_cache_bytes
+    fixed += made.full_weight_bytes
     assert made.kv_bytes == (made.budget_bytes - fixed) // 2 // PAGE_BYTES * PAGE_BYTES
 
 
@@ -194,13 +196,14 @@ def test_a_bound_on_adapters_sizes_the_host_cache_and_bytes_overrule_it(memory: 
     assert plan(memory, LoRAConfig(max_loras=300)).host_cache_bytes == 300 * slot_bytes
 
 
-def test_a_slot_is_the_size_of_the_largest_adapter_in_the_adapters_dtype_and_a_scale_and_a_shift() -> None:
+def test_a_slot_is_the_largest_adapter_in_the_adapters_dtype_with_a_scale_a_shift_and_norms() -> None:
     engine = EngineConfig(model="m", lora=LoRAConfig(max_lora_rank=5))
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         made = plan_memory(SPEC, engine, BIG, dtype="bfloat16", lora_dtype=dtype)
         sides = (576 + 576) + 2 * (576 + 192) + (576 + 576) + 3 * (576 + 1536)
         outputs = 576 + 2 * 192 + 576 + 2 * 1536 + 576
-        assert made.slot_bytes == 30 * (5 * sides * size + outputs * 2 * 4)
+        norms = (2 * 30 + 1) * 576 * 2
+        assert made.slot_bytes == 30 * (5 * sides * size + outputs * 2 * 4) + norms
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -226,9 +229,9 @@ def test_weights_take_the_bytes_that_are_planned_for_them(quantization: str | No
     runner.load(tmp_path)
     decoder = runner._decoder
     weights = {id(one): one for one in (decoder._embedding.weight, decoder._head.weight)}  # tied: the same
-    tensors = [decoder._norm_H]
+    tensors = [decoder._norm.weight_WH]
     for layer in decoder._layers:
-        tensors += [layer._input_norm_H, layer._post_norm_H]
+        tensors += [norm.weight_WH for norm in layer.norms()]
         weights |= {id(one.weight): one.weight for one in (layer.qkv, layer.o, layer.gate_up, layer.down)}
     for weight in weights.values():
         tensors += [weight.data] if weight.scale_O is None else [weight.data, weight.scale_O]
@@ -262,6 +265,27 @@ def test_a_host_cache_larger_than_the_hosts_memory_is_refused_beside_a_gpu() -> 
     assert "--lora-host-cache-bytes" in message
 
 
+def test_adapters_own_embeddings_get_four_tables_by_default_and_never_make_a_plan_fail() -> None:
+    table = 49152 * 576 * 2
+    assert plan(BIG, LoRAConfig()).full_weight_bytes == 4 * table
+    small = plan(SMALL, LoRAConfig(), max_model_len=2048)
+    assert small.full_weight_bytes == small.budget_bytes // 16
+    assert plan(BIG).full_weight_bytes == 0
+    assert plan(BIG, LoRAConfig(full_weight_bytes=GIB)).full_weight_bytes == GIB
+    assert plan(BIG, LoRAConfig(full_weight_bytes=0)).full_weight_bytes == 0
+    full = plan(BIG, LoRAConfig(full_weight_bytes=0)).budget_bytes
+    message = refusal(BIG, LoRAConfig(full_weight_bytes=full))
+    assert "embeddings and heads of adapters (57.6 GiB)" in message and "--lora-full-weight-bytes" in message
+    tight = DeviceMemory(4 * GIB, made_without(BIG) + ONE_SEQUENCE, 60 * GIB, is_cpu=False)
+    assert plan(tight, LoRAConfig(), gpu_memory_utilization=1.0).full_weight_bytes == 0
+
+
+def made_without(memory: DeviceMemory) -> int:
+    """What is fixed beside keys and values, on a GPU."""
+    made = plan(memory, LoRAConfig(full_weight_bytes=0), max_num_batched_tokens=2048)
+    return made.weight_bytes + made.activation_bytes + made.slot_bytes * made.max_loras
+
+
 def test_the_printed_plan_names_each_part() -> None:
     made = plan(BIG, LoRAConfig(max_cpu_loras=20))
     text = "\n".join(made.lines())
@@ -271,11 +295,13 @@ def test_the_printed_plan_names_each_part() -> None:
         "KV cache",
         "workspace",
         "adapter slots",
+        "adapter embeddings",
         "host adapter cache",
         "at most 20 adapters",
     ):
         assert part in text
-    for size in (made.weight_bytes, made.kv_bytes, made.activation_bytes, made.slot_bytes * 8, made.host_cache_bytes):
+    bounds = (made.slot_bytes * 8, made.full_weight_bytes, made.host_cache_bytes)
+    for size in (made.weight_bytes, made.kv_bytes, made.activation_bytes, *bounds):
         assert format_bytes(size) in text
     assert f"{made.num_pages:,} pages of 16 = {made.num_kv_tokens:,} tokens" in text
 

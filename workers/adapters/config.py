@@ -22,7 +22,6 @@ _NEUTRAL = frozenset(
     [
         "auto_mapping",
         "base_model_name_or_path",
-        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "inference_mode",
@@ -42,12 +41,15 @@ _APPLIED = frozenset(
     [
         "alpha_pattern",
         "bias",
+        "ensure_weight_tying",
         "init_lora_weights",
         "lora_alpha",
         "lora_bias",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     ]
@@ -70,6 +72,13 @@ class AdapterConfig:
     trains_bias: bool = False  # the base model's biases, where it has some, are the adapter's own
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...] = ()
     alpha_pattern: tuple[tuple[re.Pattern[str], float], ...] = ()
+    modules_to_save: tuple[str, ...] = ()  # ends of names of modules whose whole weights are the adapter's own
+    trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # by ends of names: the ids whose rows are its own
+    ensure_weight_tying: bool = False  # what is the embedding's own is the head's too, if the base model ties them
+
+    def saves(self, module: str) -> bool:
+        """Whether the module's whole weight is the adapter's own."""
+        return any(module.endswith(end) for end in self.modules_to_save)
 
     def rank(self, module: str) -> int:
         """The first pattern that names the module decides, as in PEFT."""
@@ -119,6 +128,9 @@ def read_config(directory: Path) -> AdapterConfig:
             (_compiled(path, "alpha_pattern", key), _alpha(path, f"alpha_pattern[{key!r}]", value))
             for key, value in _pattern(path, fields, "alpha_pattern").items()
         ),
+        modules_to_save=_names(path, "modules_to_save", fields.get("modules_to_save") or []),
+        trainable_tokens=_trainable_tokens(path, fields.get("trainable_token_indices") or {}),
+        ensure_weight_tying=bool(fields.get("ensure_weight_tying")),
     )
 
 
@@ -161,6 +173,28 @@ def _pattern(path: Path, fields: Mapping[str, Any], name: str) -> dict[str, Any]
     if not isinstance(pattern, dict):
         raise _refused(path, f"has {name}={pattern!r}; it must be an object of module names.", "bad_config")
     return pattern
+
+
+def _names(path: Path, name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
+        raise _refused(path, f"has {name}={value!r}; it must be a list of module names.", "bad_config")
+    return tuple(value)
+
+
+def _trainable_tokens(path: Path, value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """A list alone is of the embedding."""
+    by_module = {"embed_tokens": value} if isinstance(value, list) else value
+    if not isinstance(by_module, dict):
+        raise _refused(path, f"has trainable_token_indices={value!r}; it must be a list or an object.", "bad_config")
+    for module, ids in by_module.items():
+        usable = isinstance(ids, list) and all(type(token_id) is int and token_id >= 0 for token_id in ids)
+        if not module or not usable or len(set(ids)) < len(ids):
+            raise _refused(
+                path,
+                f"has trainable_token_indices={ids!r} for {module!r}; they must be different token ids.",
+                "bad_config",
+            )
+    return tuple((module, tuple(ids)) for module, ids in by_module.items() if ids)
 
 
 def _compiled(path: Path, name: str, key: str) -> re.Pattern[str]:

@@ -21,7 +21,7 @@ _TICK_NS = 20_000_000  # longer than any tick of the clock that files are stampe
 
 
 class AdapterHash:
-    """SHA-256 over each tensor's place, scaling, dtype, shape and bytes, added in canonical order."""
+    """SHA-256 over each tensor's place, scaling, dtype, shape and bytes, added in canonical order; then over notes."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256(b"lorafleet adapter 2\0")
@@ -30,6 +30,10 @@ class AdapterHash:
         head = f"{layer}\0{linear}\0{side}\0{tensor.dtype}\0{tuple(tensor.shape)}\0"
         self._hash.update(head.encode() + struct.pack("<d", scaling))
         self._hash.update(tensor.contiguous().view(torch.uint8).numpy().data)
+
+    def note(self, text: str) -> None:
+        """Something besides the tensors that changes the mathematics. Tensors come before all notes."""
+        self._hash.update(f"\0{len(text)}\0{text}".encode())
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

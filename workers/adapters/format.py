@@ -8,7 +8,7 @@ slots (model/lora.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +17,21 @@ import torch
 
 from lorafleet.workers.adapters.config import AdapterConfig, read_config
 from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
-from lorafleet.workers.adapters.modules import FUSED, BaseShapes, module_name
-from lorafleet.workers.adapters.weights_file import DTYPES, SIDE_NAMES, VECTORS, WEIGHTS_FILE, Weights, read_weights
+from lorafleet.workers.adapters.modules import EMBEDDING, FUSED, HEAD, NO_LAYER, BaseShapes, module_name
+from lorafleet.workers.adapters.vocabulary import TABLES, Place, Vocabulary
+from lorafleet.workers.adapters.weights_file import (
+    DTYPES,
+    SIDE_NAMES,
+    TWIN,
+    VECTORS,
+    WEIGHTS_FILE,
+    Weights,
+    read_weights,
+    where,
+)
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
+
+_COMPARED_ROWS = 4096  # at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +42,20 @@ class AdapterSpec:
     path: Path
     config: AdapterConfig
     lora_rank: int  # the highest of its modules
-    num_elements: int  # of A and B
+    num_elements: int  # of matrices: A, B, and rows of embedding and head
     num_vector_elements: int = 0  # of biases and magnitudes
-    stamp: FileStamp | None = None  # of the weights file that was hashed; None: nothing vouches for it, hash again
+    num_norm_elements: int = 0  # of norms in place of the base model's
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    stamps: tuple[FileStamp, ...] | None = None  # of the files that were hashed; None: nothing vouches, hash again
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that requests for this adapter may hold: the base model's, and those that it adds."""
+        return self.vocabulary.size
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """In host memory: A and B in `dtype`; vectors as they were read, in float32, and norms as long as they."""
-        return self.num_elements * dtype.itemsize + self.num_vector_elements * 12
+        """In host memory: matrices in `dtype`; vectors as they were read, in float32, and DoRA's norms as long."""
+        return self.num_elements * dtype.itemsize + self.num_vector_elements * 12 + self.num_norm_elements * 4
 
 
 class LinearChange(NamedTuple):
@@ -50,6 +69,14 @@ class LinearChange(NamedTuple):
     magnitude_O: torch.Tensor | None = None  # DoRA's
 
 
+class TableChange(NamedTuple):
+    """What an adapter does to the embedding or the head."""
+
+    weight_VH: torch.Tensor | None = None  # in place of the base model's
+    rows: tuple[tuple[tuple[int, ...], torch.Tensor], ...] = ()  # over that: (ids, their rows), later over earlier
+    lora: LinearChange | None = None  # on top; the embedding's A, [R, V], lies in memory as [V, R]
+
+
 @dataclass(frozen=True, slots=True)
 class HostAdapter:
     """An adapter's weights in host memory of their own, by (layer, linear)."""
@@ -57,34 +84,64 @@ class HostAdapter:
     digest: str
     weights: Mapping[tuple[int, str], LinearChange]
     num_bytes: int
+    norm_weights: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)  # in place of the base model's
+    tables: Mapping[str, TableChange] = field(default_factory=dict)  # by module; those that it changes
+    vocab_size: int = 0
     # DoRA's, of the rows of W + s·B·A. They take the base's weights, so the first slot that is filled finds them.
     norms: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
-def read_spec(path: Path, base: BaseShapes, *, max_lora_rank: int) -> AdapterSpec:
+# (checkpoint name, rows) → those of the base model's tensor.
+BaseRows = Callable[[str, slice], torch.Tensor]
+
+
+def read_spec(
+    path: Path,
+    base: BaseShapes,
+    *,
+    max_lora_rank: int,
+    max_extra_vocab: int = 0,
+    base_rows: BaseRows | None = None,
+) -> AdapterSpec:
     """Read and verify an adapter, weights included. Raises `AdapterRefusedError` with a reason code.
 
-    Takes 20 ms longer for a file that has just been written, see `FileStamp.settle`.
+    `base_rows`: to find out which of its tables are the base model's own; without it none are taken for such. Takes
+    20 ms longer for a file that has just been written, see `FileStamp.settle`.
     """
     config = read_config(path)
-    weights = read_weights(path, base, config, max_lora_rank, settle=True)
+    weights = read_weights(path, base, config, max_lora_rank, max_extra_vocab, settle=True)
     if weights.changed:
         raise _refused(path, "changed while it was read. Register it when it is complete.", "changed_while_read")
-    for layer, linear, side, tensor in weights.tensors:
+    for layer, module, side, tensor in weights.tensors:
         if not _is_finite(tensor):
             raise _refused(
                 path,
-                f"has NaN or infinite values in {SIDE_NAMES[side]} of layer {layer} {linear}. Train or save it again.",
+                f"has NaN or infinite values in {_named(layer, module, side)}. Train or save it again.",
                 "non_finite",
             )
+    tables = {(module, side): tensor for layer, module, side, tensor in weights.tensors if layer == NO_LAYER}
+    for first, second in weights.twins:
+        if not torch.equal(tables[first], tables[second]):
+            raise _refused(
+                path,
+                f"has two different tensors for one place: {_named(NO_LAYER, *first)} and {_named(NO_LAYER, *second)}.",
+                "bad_safetensors",
+            )
+    vocabulary = weights.vocabulary
+    for place in sorted(vocabulary.base_weights()):
+        if base_rows is not None and _is_the_bases(tables[place], place, base, base_rows):
+            vocabulary = vocabulary.without(place, base)
+    kept = _kept(weights, vocabulary)
     return AdapterSpec(
-        digest=_digest(weights, config),
+        digest=_digest(kept, config, vocabulary),
         path=path,
         config=config,
-        lora_rank=max(tensor.shape[0] for _, _, side, tensor in weights.tensors if side == "A"),
-        num_elements=sum(tensor.numel() for _, _, side, tensor in weights.tensors if side not in VECTORS),
-        num_vector_elements=sum(tensor.numel() for _, _, side, tensor in weights.tensors if side in VECTORS),
-        stamp=weights.stamp,
+        lora_rank=max(tensor.shape[0] for _, _, side, tensor in kept if side == "A"),
+        num_elements=sum(tensor.numel() for _, _, _, tensor in kept if tensor.dim() == 2),
+        num_vector_elements=sum(tensor.numel() for _, _, side, tensor in kept if side in VECTORS),
+        num_norm_elements=sum(tensor.numel() for _, module, _, tensor in kept if module in base.norms),
+        vocabulary=vocabulary,
+        stamps=weights.stamps,
     )
 
 
@@ -99,26 +156,77 @@ def load_adapter(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> Hos
         weights = read_weights(spec.path, base, spec.config)
     except AdapterRefusedError as error:
         raise AdapterUnavailableError(f"{error.message} It was fine when it was registered.", param="model") from error
-    proven = weights.stamp is not None and weights.stamp == spec.stamp and not weights.changed
-    if not proven and _digest(weights, spec.config) != spec.digest:
+    kept = _kept(weights, spec.vocabulary)
+    proven = weights.stamps is not None and weights.stamps == spec.stamps and not weights.changed
+    if not proven and _digest(kept, spec.config, spec.vocabulary) != spec.digest:
         raise AdapterUnavailableError(
             f"{spec.path} changed since it was registered; register it again to serve the new version.", param="model"
         )
     # What was verified is finite, so only a smaller range can make it otherwise.
     wider = {other for other in DTYPES.values() if torch.finfo(other).max > torch.finfo(dtype).max}
-    kept: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-    for (layer, linear, side, stored), tensor in zip(weights.tensors, _in_dtype(weights, dtype), strict=True):
+    is_all = spec.num_elements == sum(tensor.numel() for _, _, _, tensor in weights.tensors if tensor.dim() == 2)
+    modules: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for (layer, module, side, stored), tensor in zip(kept, _in_dtype(kept, dtype, copy=not is_all), strict=True):
         if stored.dtype in wider and not _is_finite(tensor):
             raise _refused(
                 spec.path,
-                f"overflows in {dtype} in {SIDE_NAMES[side]} of layer {layer} {linear}. Use --lora-dtype bfloat16.",
+                f"overflows in {dtype} in {_named(layer, module, side)}. Use --lora-dtype bfloat16.",
                 "non_finite",
             )
-        kept.setdefault((layer, linear), {})[side] = _turned_in_place(tensor) if side == "B" else tensor
+        turned = side == "B" or (side == "A" and module == EMBEDDING)
+        modules.setdefault((layer, module), {})[side] = _turned_in_place(tensor) if turned else tensor
+    norms = {key: sides.pop("own") for key, sides in modules.items() if key[1] in base.norms}
+    sides_of = {module: modules.pop((NO_LAYER, module), {}) for module in TABLES}
     changes: dict[tuple[int, str], LinearChange] = {}
-    for (layer, linear), sides in kept.items():
-        changes |= _split(layer, linear, sides, spec.config.scaling(module_name(layer, linear)), base, dtype)
-    return HostAdapter(digest=spec.digest, weights=changes, num_bytes=spec.num_bytes(dtype))
+    for (layer, linear), sides in modules.items():
+        if sides:
+            changes |= _split(layer, linear, sides, spec.config.scaling(module_name(layer, linear)), base, dtype)
+    return HostAdapter(
+        digest=spec.digest,
+        weights=changes,
+        num_bytes=spec.num_bytes(dtype),
+        norm_weights=norms,
+        tables=_tables(sides_of, spec),
+        vocab_size=spec.vocab_size,
+    )
+
+
+def _tables(sides_of: Mapping[str, Mapping[str, torch.Tensor]], spec: AdapterSpec) -> dict[str, TableChange]:
+    changes = {}
+    for module, table in spec.vocabulary.tables.items():
+        lora, sides = None, sides_of[module]
+        if table.lora_rank:
+            # The embedding's A was turned so that a token's column of it is a row.
+            a_RI = sides["A"].T if module == EMBEDDING else sides["A"]
+            scaling = spec.config.scaling(module_name(NO_LAYER, module))
+            lora = LinearChange(a_RI, sides["B"], scaling, sides.get("B_bias"), None, sides.get("magnitude"))
+        changes[module] = TableChange(
+            weight_VH=None if table.weight is None else sides_of[table.weight[0]][table.weight[1]],
+            rows=tuple((rows.ids, sides_of[rows.place[0]][rows.place[1]]) for rows in table.rows),
+            lora=lora,
+        )
+    return changes
+
+
+def _kept(weights: Weights, vocabulary: Vocabulary) -> list[tuple[int, str, str, torch.Tensor]]:
+    """The tensors without those, and those rows, that nothing is computed with."""
+    kept = []
+    for layer, module, side, tensor in weights.tensors:
+        if layer != NO_LAYER or module not in TABLES:
+            kept.append((layer, module, side, tensor))
+        elif (rows := vocabulary.kept((module, side))) is not None:
+            kept.append((layer, module, side, tensor[rows]))
+    return kept
+
+
+def _is_the_bases(table_VH: torch.Tensor, place: Place, base: BaseShapes, base_rows: BaseRows) -> bool:
+    """Whether the rows of the base model's ids are just what its checkpoint has."""
+    name = "lm_head.weight" if place[0] == HEAD and not base.tie_embeddings else "model.embed_tokens.weight"
+    for first in range(0, base.vocab_size, _COMPARED_ROWS):
+        rows = slice(first, min(first + _COMPARED_ROWS, base.vocab_size))
+        if not torch.equal(table_VH[rows].float(), base_rows(name, rows).float()):
+            return False
+    return True
 
 
 def _split(
@@ -142,10 +250,12 @@ def _split(
     return changes
 
 
-def _digest(weights: Weights, config: AdapterConfig) -> str:
+def _digest(tensors: list[tuple[int, str, str, torch.Tensor]], config: AdapterConfig, vocabulary: Vocabulary) -> str:
     adapter_hash = AdapterHash()
-    for layer, linear, side, tensor in weights.tensors:
-        adapter_hash.add(layer, linear, side, config.scaling(module_name(layer, linear)), tensor)
+    for layer, module, side, tensor in tensors:
+        adapter_hash.add(layer, module, side, config.scaling(module_name(layer, module)), tensor)
+    for module, table in sorted(vocabulary.tables.items()):
+        adapter_hash.note(f"{module} {table.weight} {[(rows.place, rows.ids) for rows in table.rows]}")
     return adapter_hash.hexdigest()
 
 
@@ -154,18 +264,21 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
-def _in_dtype(weights: Weights, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The matrices themselves if all are in `dtype`, else converted into one new buffer. Vectors become float32."""
-    matrices = [tensor for _, _, side, tensor in weights.tensors if side not in VECTORS]
-    if any(tensor.dtype != dtype for tensor in matrices):
+def _in_dtype(
+    tensors: list[tuple[int, str, str, torch.Tensor]], dtype: torch.dtype, *, copy: bool
+) -> list[torch.Tensor]:
+    """The matrices themselves if all are in `dtype`, else converted into one new buffer. Vectors become float32.
+
+    `copy`: a new buffer in any case, since more was read than is kept.
+    """
+    matrices = [tensor for _, _, _, tensor in tensors if tensor.dim() == 2]
+    if copy or any(tensor.dtype != dtype for tensor in matrices):
         sizes = [tensor.numel() for tensor in matrices]
         parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
         matrices = [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, matrices, strict=True)]
     rest = iter(matrices)
     # Copies: a view would keep the whole file in memory beside the new buffer.
-    return [
-        tensor.to(torch.float32, copy=True) if side in VECTORS else next(rest) for _, _, side, tensor in weights.tensors
-    ]
+    return [next(rest) if tensor.dim() == 2 else tensor.to(torch.float32, copy=True) for _, _, _, tensor in tensors]
 
 
 def _turned_in_place(b_OR: torch.Tensor) -> torch.Tensor:
@@ -174,6 +287,10 @@ def _turned_in_place(b_OR: torch.Tensor) -> torch.Tensor:
     words_OR = b_OR.view(torch.int32 if b_OR.itemsize == 4 else torch.int16).numpy()
     words_OR.reshape(-1)[:] = words_OR.T.ravel()
     return b_OR.view(b_OR.shape[1], b_OR.shape[0])
+
+
+def _named(layer: int, module: str, side: str) -> str:
+    return f"{SIDE_NAMES[side.rstrip(TWIN)]} of {where(layer, module)}"
 
 
 def _refused(path: Path, what: str, reason: str) -> AdapterRefusedError:

@@ -12,7 +12,14 @@ from pathlib import Path
 from lorafleet.workers import hub
 from lorafleet.workers.errors import AdapterRefusedError
 
-_FILES = ("adapter_config.json", "*.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*")
+_FILES = (
+    "adapter_config.json",
+    "*.safetensors",
+    "new_embeddings*",  # a pickle of them is refused, not left out
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+)
 
 
 HUB_ROOT = "hf://"

@@ -63,8 +63,8 @@ class _Entry:
 
 
 class AdapterStore:
-    """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even behind a
-    preemption and when the file has changed since. `load` and `clock` are for tests.
+    """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even behind
+    a preemption and when the file has changed since. `load` and `clock` are for tests.
     """
 
     def __init__(
@@ -130,6 +130,12 @@ class AdapterStore:
             self._bytes -= entry.num_bytes
             self._admit()
             return entry.num_bytes
+
+    def spec(self, digest: str) -> AdapterSpec | None:
+        """Of a registered adapter; None for any other."""
+        with self._lock:
+            specs = self._specs.get(digest)
+            return None if specs is None else specs[0]
 
     def fetch(self, digest: str) -> Future[HostAdapter]:
         """The adapter, held until `release`; loads it on a reader thread if need be, once for all who ask.

@@ -1,6 +1,7 @@
 """A PEFT adapter's adapter_model.safetensors: its header checked against base model and config, its tensors read.
 
-Which linears an adapter changes is read off the names here. What cannot be applied is refused with a reason.
+Which modules an adapter changes is read off the names here. What cannot be applied is refused with a reason. Beside it
+may lie new_embeddings.safetensors with the rows of added tokens, a convention of S-LoRA and vLLM.
 """
 
 from __future__ import annotations
@@ -8,27 +9,61 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig
 from lorafleet.workers.adapters.digest import FileStamp
-from lorafleet.workers.adapters.modules import FUSED, PARENTS, BaseShapes, module_name
+from lorafleet.workers.adapters.modules import (
+    EMBEDDING,
+    FINAL_NORM,
+    FUSED,
+    HEAD,
+    NO_LAYER,
+    PARENTS,
+    BaseShapes,
+    module_name,
+)
+from lorafleet.workers.adapters.vocabulary import (
+    NEW_EMBEDDINGS_FILE,
+    TABLES,
+    Place,
+    Vocabulary,
+    is_saved,
+    plan_vocabulary,
+)
 from lorafleet.workers.errors import AdapterRefusedError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-_TENSOR = re.compile(
-    r"(?:base_model\.model\.)?model\.layers\.(?P<layer>[0-9]+)\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)\."
-    r"(?:(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<B_bias>lora_B(?:\.[^.]+)?\.bias)"
-    r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)|(?P<bias>(?:base_layer\.)?bias))"
+_PREFIX = r"(?:base_model\.model\.)?"
+_LORA = (
+    r"(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<B_bias>lora_B(?:\.[^.]+)?\.bias)"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)"
 )
+_LINEAR = re.compile(
+    rf"{_PREFIX}model\.layers\.(?P<layer>[0-9]+)\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)\."
+    rf"(?:{_LORA}|(?P<bias>(?:base_layer\.)?bias))"
+)
+# A whole weight has several names where PEFT saves the table since the vocabulary was resized, or LoRA is on it.
+_WHOLE = (
+    r"(?P<tokens>token_adapter\.trainable_tokens_delta(?:\.[^.]+)?)|(?P<own>modules_to_save(?:\.[^.]+)?\.weight)"
+    r"|(?P<base>(?:base_layer|original_module|token_adapter\.base_layer)\.weight)|(?P<weight>weight)"
+)
+_EMBEDDING = re.compile(
+    rf"{_PREFIX}model\.embed_tokens\.(?:(?P<A>lora_embedding_A(?:\.[^.]+)?)|(?P<B>lora_embedding_B(?:\.[^.]+)?)"
+    rf"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)|{_WHOLE})"
+)
+_HEAD = re.compile(rf"{_PREFIX}lm_head\.(?:{_LORA}|{_WHOLE})")
+_NORM = re.compile(rf"{_PREFIX}model\.(?:layers\.(?P<layer>[0-9]+)\.(?P<name>(?:self_attn\.)?\w+)|norm)\.weight")
+_NEW_EMBEDDINGS = {"input_embeddings": EMBEDDING, "output_embeddings": HEAD}
 VECTORS = ("B_bias", "bias", "magnitude")  # one value an output
 _SIDES = ("A", "B", *VECTORS)
 SIDE_NAMES = {
@@ -37,45 +72,83 @@ SIDE_NAMES = {
     "B_bias": "the bias of lora_B",
     "bias": "the bias",
     "magnitude": "lora_magnitude_vector",
+    "own": "the weight",
+    "base": "the base weight",
+    "tokens": "the trained tokens",
+    "new": "the added tokens",
 }
+TWIN = "'"  # behind the side of a tensor that has two names
+
+
+def where(layer: int, module: str) -> str:
+    """For people."""
+    return module if layer == NO_LAYER else f"layer {layer} {module}"
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """What one read of the weights file gave."""
 
-    tensors: list[tuple[int, str, str, torch.Tensor]]  # (layer, linear, side, weights), in canonical order
-    stamp: FileStamp | None  # None: it proves nothing
+    tensors: list[tuple[int, str, str, torch.Tensor]]  # (layer, module, side, weights), in canonical order
+    vocabulary: Vocabulary
+    twins: tuple[tuple[Place, Place], ...]  # of the tables: tensors that must be equal
+    stamps: tuple[FileStamp, ...] | None  # of each file; None: they prove nothing
     changed: bool  # while it was read
 
 
 def read_weights(
-    path: Path, base: BaseShapes, config: AdapterConfig, max_lora_rank: int | None = None, *, settle: bool = False
+    path: Path,
+    base: BaseShapes,
+    config: AdapterConfig,
+    max_lora_rank: int | None = None,
+    max_extra_vocab: int | None = None,
+    *,
+    settle: bool = False,
 ) -> Weights:
-    """Read the weights file once, into one buffer of our own, of which the tensors are views.
+    """Read each file once, into one buffer of our own, of which the tensors are views.
 
-    Names, shapes, ranks and dtypes are checked before that. `settle`: the stamp is to be proof of what is read.
+    Names, shapes, ranks and dtypes are checked before that. `settle`: the stamps are to be proof of what is read.
     """
     weights_path = path / WEIGHTS_FILE
     if not weights_path.is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickles:
-            raise _refused(
-                path / pickles[0],
-                "is a pickle, which is never read since it can run code. Save the adapter with safetensors.",
-                "pickle",
-            )
+            raise _pickle(path / pickles[0])
         raise _refused(path, f"has no {WEIGHTS_FILE}.", "missing_weights")
-    extra = sorted(file.name for file in path.glob("new_embeddings*"))
-    if extra:
-        raise _refused(
-            path / extra[0], "carries added embeddings, which are not supported (yet).", "unsupported_feature"
-        )
+    files = [_read_new_embeddings(path, base, settle)] if any(path.glob("new_embeddings*")) else []
+    new = {(module, side): tuple(tensor.shape) for file in files for _, module, side, tensor in file.tensors}
+    _check_saved(path / CONFIG_FILE, config, base)
+    plan: list[tuple[Vocabulary, tuple[tuple[Place, Place], ...]]] = []
+
+    def places(header: Any) -> dict[str, tuple[int, str, str]]:
+        keys, own, twins = _check_header(weights_path, header, base, config, max_lora_rank, max_extra_vocab, new)
+        plan.append((own, twins))
+        return keys
+
+    files.append(_read_file(weights_path, places, settle))
+    ((vocabulary, twins),) = plan
+    return Weights(
+        tensors=sorted((entry for file in files for entry in file.tensors), key=lambda entry: entry[:3]),
+        vocabulary=vocabulary,
+        twins=twins,
+        stamps=None if any(file.stamp is None for file in files) else tuple(file.stamp for file in files if file.stamp),
+        changed=any(file.changed for file in files),
+    )
+
+
+class _File(NamedTuple):
+    tensors: list[tuple[int, str, str, torch.Tensor]]
+    stamp: FileStamp | None
+    changed: bool
+
+
+def _read_file(path: Path, keys_of: Callable[[Any], dict[str, tuple[int, str, str]]], settle: bool) -> _File:
+    """`keys_of`: checks an open header, and says what each name is."""
     try:
-        with weights_path.open("rb") as file:
+        with path.open("rb") as file:
             stamp = FileStamp.of(file)
             proof = stamp if not settle or stamp.settle() else None
-            places, num_bytes = _places(weights_path, file.fileno(), base, config, max_lora_rank)
+            places, num_bytes = _places(path, file.fileno(), keys_of)
             # No gaps, says the library: the last tensor ends where the file does.
             file.seek(-num_bytes, os.SEEK_END)
             data = torch.empty(-(-num_bytes // 4) * 4, dtype=torch.uint8)  # whole elements of any dtype
@@ -83,17 +156,41 @@ def read_weights(
                 raise OSError("it ends early")
             changed = FileStamp.of(file) != stamp
     except (SafetensorError, OSError) as error:
-        if _is_pickle(weights_path):
-            raise _refused(weights_path, "is a pickle under another name, which is never read.", "pickle") from error
-        raise _refused(weights_path, f"cannot be read as safetensors: {error}.", "bad_safetensors") from error
-    return Weights(_views(data, places), proof, changed)
+        if _is_pickle(path):
+            raise _refused(path, "is a pickle under another name, which is never read.", "pickle") from error
+        raise _refused(path, f"cannot be read as safetensors: {error}.", "bad_safetensors") from error
+    return _File(_views(data, places), proof, changed)
+
+
+def _read_new_embeddings(path: Path, base: BaseShapes, settle: bool) -> _File:
+    """The rows of tokens behind the base's vocabulary."""
+    for file in sorted(path.glob("new_embeddings*")):
+        if file.suffix in (".bin", ".pt", ".pth"):
+            raise _pickle(file)
+        if file.name != NEW_EMBEDDINGS_FILE or not base.vocab_size:
+            raise _refused(
+                file, f"is no file that is served; added tokens are in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature"
+            )
+
+    def keys(header: Any) -> dict[str, tuple[int, str, str]]:
+        names = header.offset_keys()
+        for name in names:
+            if name not in _NEW_EMBEDDINGS:
+                raise _refused(
+                    path / NEW_EMBEDDINGS_FILE,
+                    f"has the tensor {name}; supported are {' and '.join(_NEW_EMBEDDINGS)}.",
+                    "unsupported_target",
+                )
+        return {name: (NO_LAYER, _NEW_EMBEDDINGS[name], "new") for name in names}
+
+    return _read_file(path / NEW_EMBEDDINGS_FILE, keys, settle)
 
 
 class _Place(NamedTuple):
     """Where a tensor's bytes begin behind the header, and what they are. Sorts canonically."""
 
     layer: int
-    linear: str
+    module: str
     side: str
     start: int
     dtype: torch.dtype
@@ -103,43 +200,32 @@ class _Place(NamedTuple):
 def _views(data: torch.Tensor, places: list[_Place]) -> list[tuple[int, str, str, torch.Tensor]]:
     elements = {dtype: data.view(dtype) for dtype in DTYPES.values()}
     views = []
-    for layer, linear, side, start, dtype, shape in places:
+    for layer, module, side, start, dtype, shape in places:
         if start % dtype.itemsize == 0:
             strides = (shape[1], 1) if len(shape) == 2 else (1,)
             tensor = elements[dtype].as_strided(shape, strides, start // dtype.itemsize)
         else:  # possible where dtypes are mixed
             stop = start + math.prod(shape) * dtype.itemsize
             tensor = data[start:stop].clone().view(dtype).view(shape)
-        views.append((layer, linear, side, tensor))
+        views.append((layer, module, side, tensor))
     return views
 
 
 def _places(
-    weights_path: Path, descriptor: int, base: BaseShapes, config: AdapterConfig, max_lora_rank: int | None
+    path: Path, descriptor: int, keys_of: Callable[[Any], dict[str, tuple[int, str, str]]]
 ) -> tuple[list[_Place], int]:
     """Where the tensors are, in canonical order, and the bytes of all; everything in the header is checked."""
     # By its descriptor: the path may lead to another file by now. pread: a mapped file that shrinks kills the process.
     with safe_open(f"/dev/fd/{descriptor}", framework="pt", backend="pread") as header:
         in_file_order = header.offset_keys()
-        keys = _keys(weights_path, sorted(in_file_order), base, config)
+        keys = keys_of(header)
         slices = {name: header.get_slice(name) for name in in_file_order}
-        shapes = {name: slices[name].get_shape() for name in in_file_order}
-        for name, (layer, linear, side) in keys.items():
-            shape, lora_rank = base.of(linear), config.rank(module_name(layer, linear))
-            assert shape is not None
-            if max_lora_rank is not None and lora_rank > max_lora_rank:
-                raise _refused(
-                    weights_path.with_name(CONFIG_FILE),
-                    f"has rank {lora_rank}, the limit is {max_lora_rank} ({module_name(layer, linear)}). Start with "
-                    f"--max-lora-rank {lora_rank}.",
-                    "rank_too_large",
-                )
-            _check_shape(weights_path, name, side, shapes[name], shape, lora_rank)
+        shapes = {name: tuple(slices[name].get_shape()) for name in in_file_order}
         dtypes = {name: DTYPES.get(slices[name].get_dtype()) for name in keys}
         for name, dtype in dtypes.items():
             if dtype is None:
                 raise _refused(
-                    weights_path,
+                    path,
                     f"has {name} in {header.get_tensor(name).dtype}; float32, float16 and bfloat16 are read.",
                     "unsupported_dtype",
                 )
@@ -148,9 +234,50 @@ def _places(
     for name in in_file_order:
         dtype, shape = dtypes[name], shapes[name]
         assert dtype is not None
-        places.append(_Place(*keys[name], start, dtype, tuple(shape)))
+        places.append(_Place(*keys[name], start, dtype, shape))
         start += math.prod(shape) * dtype.itemsize
     return sorted(places), start
+
+
+def _check_header(
+    weights_path: Path,
+    header: Any,
+    base: BaseShapes,
+    config: AdapterConfig,
+    max_lora_rank: int | None,
+    max_extra_vocab: int | None,
+    new: Mapping[Place, tuple[int, ...]],
+) -> tuple[dict[str, tuple[int, str, str]], Vocabulary, tuple[tuple[Place, Place], ...]]:
+    """What each name is, and what all of them do to the vocabulary. `new`: shapes of added tokens' rows."""
+    names = sorted(header.offset_keys())
+    shapes = {name: list(header.get_slice(name).get_shape()) for name in names}
+    keys, twins = _keys(weights_path, names, base, config)
+    for layer, module, side in keys.values():
+        lora_rank = config.rank(module_name(layer, module))
+        if side in _SIDES and max_lora_rank is not None and lora_rank > max_lora_rank:
+            raise _refused(
+                weights_path.with_name(CONFIG_FILE),
+                f"has rank {lora_rank}, the limit is {max_lora_rank} ({module_name(layer, module)}). Start with "
+                f"--max-lora-rank {lora_rank}.",
+                "rank_too_large",
+            )
+    tables = {
+        (module, side): tuple(shapes[name])
+        for name, (layer, module, side) in keys.items()
+        if layer == NO_LAYER and module in TABLES and not side.endswith(TWIN)
+    }
+    vocabulary = plan_vocabulary(
+        {**tables, **new}, config, base, max_extra_vocab, lambda what, reason: _refused(weights_path, what, reason)
+    )
+    in_and_out = {EMBEDDING: (vocabulary.size, base.hidden_size), HEAD: (base.hidden_size, vocabulary.size)}
+    for name, (layer, module, side) in keys.items():
+        if side in _SIDES:
+            shape = in_and_out[module] if layer == NO_LAYER else base.of(module)
+            assert shape is not None
+            _check_shape(weights_path, name, side, shapes[name], shape, config.rank(module_name(layer, module)))
+        elif module in base.norms:
+            _check_shape(weights_path, name, side, shapes[name], (0, base.norms[module]), 0)
+    return keys, vocabulary, (*twins, *vocabulary.twins)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -164,49 +291,106 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _keys(
-    weights_path: Path, names: list[str], base: BaseShapes, config: AdapterConfig
-) -> dict[str, tuple[int, str, str]]:
-    """What each name is, in canonical order. All must be of linears that the base has, and as the config says."""
+    weights_path: Path, names: Sequence[str], base: BaseShapes, config: AdapterConfig
+) -> tuple[dict[str, tuple[int, str, str]], tuple[tuple[Place, Place], ...]]:
+    """What each name is, in canonical order, and which are two names of one tensor.
+
+    All must be of modules that the base has, and as the config says.
+    """
     found: dict[tuple[int, str, str], str] = {}
+    twins: list[tuple[Place, Place]] = []
+    plain: set[str] = set()  # tables with a weight of the base model's own name
     for name in names:
-        match = _TENSOR.fullmatch(name)
-        if match is None or PARENTS.get(match["linear"]) != match["parent"] or base.of(match["linear"]) is None:
-            raise _refused(
-                weights_path,
-                f"has the tensor {name}; supported is LoRA on the decoder layers' {', '.join(base.linears)}.",
-                "unsupported_target",
-            )
-        layer = int(match["layer"])
+        layer, module, side = _key(weights_path, name, base)
         if layer >= base.num_layers:
             raise _refused(
                 weights_path,
                 f"has {name}, the base model has {base.num_layers} layers. Was it trained for another base model?",
                 "unknown_layer",
             )
-        key = (layer, match["linear"], str(match.lastgroup))
+        if side == "weight":
+            plain.add(module)
+            side = "own" if is_saved(module, config, base) else "base"
+        if (layer, module, side) in found and module in TABLES and side in ("own", "base"):
+            first = (module, side)
+            while (layer, module, side) in found:
+                side += TWIN
+            twins.append((first, (module, side)))
+        key = (layer, module, side)
         if key in found:
             raise _refused(weights_path, f"has two tensors for one place: {found[key]} and {name}.", "bad_safetensors")
         found[key] = name
     if not any(side == "A" for _, _, side in found):
         raise _refused(weights_path, "holds no LoRA weights.", "no_weights")
-    for layer, linear in dict.fromkeys((layer, linear) for layer, linear, _ in found):
-        _check_module(weights_path, layer, linear, {side for side in _SIDES if (layer, linear, side) in found}, config)
-        for part in FUSED.get(linear, ()):
+    for layer, module in dict.fromkeys((layer, module) for layer, module, _ in found):
+        sides = {side for side in _SIDES if (layer, module, side) in found}
+        _check_module(weights_path, layer, module, sides, config)
+        if "A" in sides and module in plain:
+            raise _refused(weights_path, f"has LoRA on {module} and its weight.", "overlapping_targets")
+        for part in FUSED.get(module, ()):
             if any((layer, part, side) in found for side in _SIDES):
                 raise _refused(
                     weights_path,
-                    f"has LoRA on {linear} and on {part} of layer {layer}, which is a part of it.",
+                    f"has LoRA on {module} and on {part} of layer {layer}, which is a part of it.",
                     "overlapping_targets",
                 )
-    return {name: key for key, name in sorted(found.items())}
+    for layer, module in base.norm_places():
+        if ((layer, module, "own") in found) is not config.saves(module_name(layer, module)):
+            verb, asks = ("has", "does not ask") if (layer, module, "own") in found else ("lacks", "asks")
+            raise _refused(
+                weights_path,
+                f"{verb} the weight of {module_name(layer, module)}, {'but' if verb == 'has' else 'though'} "
+                f"{CONFIG_FILE} {asks} for it with modules_to_save.",
+                "config_mismatch",
+            )
+    return {name: key for key, name in sorted(found.items())}, tuple(twins)
 
 
-def _check_module(weights_path: Path, layer: int, linear: str, sides: set[str], config: AdapterConfig) -> None:
-    """A module has the tensors that the config asks for, and no others."""
-    where = f"layer {layer} {linear}"
+def _key(weights_path: Path, name: str, base: BaseShapes) -> tuple[int, str, str]:
+    """(layer, module, side) that a name is of; the side is "weight" where only the config can say whose it is."""
+    match = _LINEAR.fullmatch(name)
+    if match is not None and PARENTS.get(match["linear"]) == match["parent"] and base.of(match["linear"]) is not None:
+        return int(match["layer"]), match["linear"], str(match.lastgroup)
+    for module, pattern in ((EMBEDDING, _EMBEDDING), (HEAD, _HEAD)):
+        match = pattern.fullmatch(name)
+        if match is not None and base.vocab_size:
+            return NO_LAYER, module, str(match.lastgroup)
+    match = _NORM.fullmatch(name)
+    if match is not None:
+        norm = FINAL_NORM if match["name"] is None else match["name"].rpartition(".")[2]
+        layer = NO_LAYER if match["layer"] is None else int(match["layer"])
+        is_known = norm in base.norms and (norm == FINAL_NORM) is (layer == NO_LAYER)
+        if is_known and name.endswith(f"{module_name(layer, norm)}.weight"):
+            return layer, norm, "own"
+    raise _refused(
+        weights_path,
+        f"has the tensor {name}; supported are LoRA on {', '.join(base.linears)}, {' and '.join(TABLES)}, and whole "
+        f"weights of {', '.join(TABLES)} and norms.",
+        "unsupported_target",
+    )
+
+
+def _check_saved(config_path: Path, config: AdapterConfig, base: BaseShapes) -> None:
+    """`modules_to_save` names modules whose whole weights are served, and no others."""
+    served = [module_name(layer, norm) for layer, norm in base.norm_places()]
+    served += [module_name(NO_LAYER, table) for table in TABLES if base.vocab_size]
+    linears = [module_name(layer, linear) for layer in range(base.num_layers) for linear in base.linears]
+    for end in config.modules_to_save:
+        other = next((linear for linear in linears if linear.endswith(end)), None)
+        if other is not None or not any(module.endswith(end) for module in served):
+            raise _refused(
+                config_path,
+                f"asks for modules_to_save={end!r}; served whole are {', '.join(TABLES)} and the model's norms.",
+                "unsupported_target",
+            )
+
+
+def _check_module(weights_path: Path, layer: int, module: str, sides: set[str], config: AdapterConfig) -> None:
+    """A module has the tensors of LoRA that the config asks for, and no others."""
+    place = where(layer, module)
     for side, other in (("A", "B"), ("B", "A")):
         if side in sides and other not in sides:
-            raise _refused(weights_path, f"has lora_{side} of {where} without lora_{other}.", "missing_pair")
+            raise _refused(weights_path, f"has lora_{side} of {place} without lora_{other}.", "missing_pair")
     for side, option, is_asked in (
         ("magnitude", "use_dora", config.use_dora and "A" in sides),
         ("B_bias", "lora_bias", config.lora_bias and "A" in sides),
@@ -215,14 +399,14 @@ def _check_module(weights_path: Path, layer: int, linear: str, sides: set[str], 
         if side in sides and not is_asked:
             raise _refused(
                 weights_path,
-                f"has {SIDE_NAMES[side]} of {where}, but {CONFIG_FILE} does not ask for it with {option}.",
+                f"has {SIDE_NAMES[side]} of {place}, but {CONFIG_FILE} does not ask for it with {option}.",
                 "config_mismatch",
             )
         # A bias of its own has a module only where the base model has one.
         if is_asked and side not in sides and side != "bias":
             raise _refused(
                 weights_path,
-                f"lacks {SIDE_NAMES[side]} of {where}, which {CONFIG_FILE} asks for with {option}.",
+                f"lacks {SIDE_NAMES[side]} of {place}, which {CONFIG_FILE} asks for with {option}.",
                 "config_mismatch",
             )
 
@@ -245,5 +429,11 @@ def _check_shape(
     )
 
 
-def _refused(where: Path, what: str, reason: str) -> AdapterRefusedError:
-    return AdapterRefusedError(f"{where} {what}", reason=reason)
+def _pickle(path: Path) -> AdapterRefusedError:
+    return _refused(
+        path, "is a pickle, which is never read since it can run code. Save the adapter with safetensors.", "pickle"
+    )
+
+
+def _refused(path: Path, what: str, reason: str) -> AdapterRefusedError:
+    return AdapterRefusedError(f"{path} {what}", reason=reason)

@@ -36,6 +36,7 @@ from lorafleet.workers.engine.scheduler import Scheduler, SlotLoad
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
+    AdapterConflictError,
     AdapterRefusedError,
     AdapterUnavailableError,
     ContextLengthError,
@@ -49,6 +50,7 @@ from lorafleet.workers.errors import (
 from lorafleet.workers.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
+from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ _NUM_LOADERS = 4
 
 @dataclass(frozen=True, slots=True)
 class FreedBytes:
-    """What unregistering an adapter gave back. device: a slot that others may have now; slots are never shrunk."""
+    """What unregistering an adapter gave back. device: a slot, for others, and what it had of the pool beside it."""
 
     device: int
     host: int
@@ -73,11 +75,19 @@ class _Retire:
 
 
 @dataclass(frozen=True, slots=True)
+class _Pin:
+    """An adapter that is to stay in its slot."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Loaded:
     """A loader thread's report; `error` None means that the slot holds the adapter."""
 
     load: SlotLoad
     error: LoRAFleetError | None
+    seconds: float
 
 
 class Engine:
@@ -93,7 +103,13 @@ class Engine:
         self._max_lora_rank = lora.max_lora_rank if lora else 0
         self._runner = ModelRunner(spec, plan, max_lora_rank=self._max_lora_rank, device=device)
         self._pool = BlockPool(plan.num_pages)
-        self._slots = AdapterSlots(plan.max_loras)
+        eviction = lora.eviction if lora else "lru"
+        self._slots = AdapterSlots(
+            plan.max_loras,
+            max_bytes=plan.full_weight_bytes,
+            bytes_of=self._full_weight_bytes,
+            eviction=make_eviction(eviction),
+        )
         self._scheduler = Scheduler(
             self._pool,
             self._slots,
@@ -108,13 +124,16 @@ class Engine:
             max_bytes=plan.host_cache_bytes,
             max_adapters=plan.max_cpu_loras,
             dtype=getattr(torch, plan.lora_dtype),
-            eviction=make_eviction(lora.eviction if lora else "lru"),
+            eviction=make_eviction(eviction),
             is_in_use=self._scheduler.is_in_use,
         )
         self._loaders = background_threads(_NUM_LOADERS, "lorafleet-slot")
-        self._lock = threading.Lock()  # guards the six below
-        self._inbox: deque[GenerateRequest | str | _Loaded | _Retire] = deque()  # a str is a request id to cancel
+        self._lock = threading.Lock()  # guards the seven below
+        self._inbox: deque[GenerateRequest | str | _Loaded | _Retire | _Pin] = (
+            deque()
+        )  # a str is a request id to cancel
         self._adapters: set[str] = set()  # digests that new requests may name
+        self._pinned: set[str] = set()  # of these, those that stay in their slots
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
         self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
@@ -173,7 +192,21 @@ class Engine:
                 reason="lora_disabled",
             )
         path = resolve_adapter(path_or_id, roots)
-        spec = read_adapter_spec(path, self.spec.base_shapes, max_lora_rank=self._max_lora_rank)
+        lora = self.config.lora
+        spec = read_adapter_spec(
+            path,
+            self.spec.base_shapes,
+            max_lora_rank=self._max_lora_rank,
+            max_extra_vocab=lora.extra_vocab_size,
+            base_rows=lambda name, rows: CheckpointReader(Path(self.config.model)).rows(name, rows),
+        )
+        num_bytes = self.plan.full_weight_bytes_of(self.spec, spec.vocabulary)
+        if num_bytes > self.plan.full_weight_bytes:
+            raise AdapterRefusedError(
+                f"{path} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for such weights holds "
+                f"{self.plan.full_weight_bytes}. Raise --lora-full-weight-bytes.",
+                reason="larger_than_full_weight_pool",
+            )
         with self._lock:
             self._store.register(spec)
             self._adapters.add(spec.digest)
@@ -191,6 +224,7 @@ class Engine:
             if digest not in self._adapters:
                 raise UnknownModelError(f"No adapter with digest {digest} is registered here.", param="model")
             self._adapters.remove(digest)
+            self._pinned.discard(digest)
             self._inbox.append(_Retire(digest, freed))
             self._wake.notify()
         return freed
@@ -198,6 +232,36 @@ class Engine:
     def prefetch_adapter(self, digest: str) -> None:
         """Bring a registered adapter into the host cache in the background, if there is room."""
         self._store.prefetch(digest)
+
+    def pin_adapter(self, digest: str) -> None:
+        """Bring a registered adapter into a slot as soon as one is free, and keep it there until it is unregistered.
+
+        Raises `AdapterConflictError` when every slot but one is taken so: other adapters need one to take turns in.
+        """
+        with self._lock:
+            if digest not in self._adapters:
+                raise self._unregistered(digest)
+            limit = self.plan.max_loras - 1
+            if digest not in self._pinned and len(self._pinned) >= limit:
+                raise AdapterConflictError(
+                    f"{len(self._pinned)} adapters are pinned; of {self.plan.max_loras} slots {limit} may be taken so. "
+                    "Raise --max-loras, or unload a pinned one."
+                )
+            self._pinned.add(digest)
+            self._inbox.append(_Pin(digest))
+            self._wake.notify()
+
+    def vocab_size_of(self, adapter: str | None) -> int:
+        """How many token ids a request may hold: the base model's, and those that its adapter adds.
+
+        Raises `AdapterUnavailableError` for an unregistered digest.
+        """
+        if adapter is None:
+            return self.vocab_size
+        spec = self._store.spec(adapter)
+        if spec is None:
+            raise self._unregistered(adapter)
+        return spec.vocab_size
 
     def submit(self, request: GenerateRequest) -> None:
         """Accept a request; its events come out of later steps.
@@ -212,10 +276,7 @@ class Engine:
                 raise InternalError("The engine is closed.")
             # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
             if request.adapter is not None and request.adapter not in self._adapters:
-                raise AdapterUnavailableError(
-                    f"No adapter with digest {request.adapter} is registered here (any more). Name its model again.",
-                    param="model",
-                )
+                raise self._unregistered(request.adapter)
             if request.request_id in self._unfinished:
                 raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
             bound = self.config.max_waiting + self.config.max_num_seqs
@@ -285,9 +346,9 @@ class Engine:
         events: list[RequestEvent] = []
         self._drain(events)
         plan = self._scheduler.schedule()
+        self._clear_emptied()
         for load in plan.loads:
-            self._num_loading += 1
-            self._loaders.submit(self._load_slot, load)
+            self._start_load(load)
         for digest in plan.prefetches:
             self._store.prefetch(digest)
         if plan.scheduled:
@@ -344,12 +405,24 @@ class Engine:
                 f"{self.max_model_len} tokens.",
                 param="max_tokens",
             )
+        vocab_size = self.vocab_size_of(request.adapter)
         for what, ids in (("The prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
-            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise InvalidRequestError(
-                    f"{what} has a token id outside 0 to {self.vocab_size - 1}.",
+                    f"{what} has a token id outside 0 to {vocab_size - 1}.",
                     param="prompt" if ids is prompt else what,
                 )
+
+    @staticmethod
+    def _unregistered(digest: str) -> AdapterUnavailableError:
+        return AdapterUnavailableError(
+            f"No adapter with digest {digest} is registered here (any more). Name its model again.", param="model"
+        )
+
+    def _full_weight_bytes(self, digest: str) -> int:
+        """What a registered adapter takes of the pool beside the slots."""
+        spec = self._store.spec(digest)
+        return 0 if spec is None else self.plan.full_weight_bytes_of(self.spec, spec.vocabulary)
 
     def _has_work(self) -> bool:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
@@ -370,7 +443,10 @@ class Engine:
             elif isinstance(message, _Loaded):
                 self._finish_load(message, events)
             elif isinstance(message, _Retire):
+                self._slots.stay(message.digest, False)
                 self._retiring.append(message)
+            elif isinstance(message, _Pin):
+                self._pin(message.digest)
             elif self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
@@ -378,7 +454,7 @@ class Engine:
         self._num_loading -= 1
         digest = loaded.load.digest
         if loaded.error is None:
-            self._slots.finish_load(digest)
+            self._slots.finish_load(digest, loaded.seconds)
             self._num_slot_loads += 1
             return
         self._slots.fail_load(digest)
@@ -397,12 +473,31 @@ class Engine:
                 if digest in self._adapters or any(other.digest == digest for other in self._retiring):
                     freed = FreedBytes(0, 0)
                 else:
-                    device = self.plan.slot_bytes if self._slots.drop(digest) else 0
+                    pool_bytes = self._slots.drop(digest)
+                    device = 0 if pool_bytes is None else self.plan.slot_bytes + pool_bytes
                     freed = FreedBytes(device, self._store.forget(digest))
+            self._clear_emptied()
             retire.freed.set_result(freed)
+
+    def _clear_emptied(self) -> None:
+        for slot in self._slots.take_emptied():
+            self._runner.clear_slot(slot)
+
+    def _pin(self, digest: str) -> None:
+        self._slots.stay(digest, True)
+        if self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
+            slot = self._slots.start_load(digest)
+            if slot is not None:  # else it comes with its first request
+                self._clear_emptied()
+                self._start_load(SlotLoad(digest, slot))
+
+    def _start_load(self, load: SlotLoad) -> None:
+        self._num_loading += 1
+        self._loaders.submit(self._load_slot, load)
 
     def _load_slot(self, load: SlotLoad) -> None:
         """On a loader thread: disk to host if need be, host to device, report."""
+        began = time.monotonic()
         error: LoRAFleetError | None = None
         try:
             adapter = self._store.fetch(load.digest).result()
@@ -416,7 +511,7 @@ class Engine:
             logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
             error = InternalError("Loading the adapter failed; the worker's log says why.")
         with self._lock:
-            self._inbox.append(_Loaded(load, error))
+            self._inbox.append(_Loaded(load, error, time.monotonic() - began))
             self._wake.notify()
 
     def _take_stats(self) -> EngineStats:

@@ -263,7 +263,7 @@ class Scheduler:
         """Adapters that take nobody new, so that their slots come free: one for each cold one that they would pass.
 
         It must have waited for a turn and they have held their slots for one, and rank behind it: those that rank last
-        are claimed first.
+        are claimed first. One that waits for memory beside its slot claims all that have some.
         """
         before = self._now - self._turn_s
         ranks = {
@@ -276,11 +276,13 @@ class Scheduler:
             client = self._clients.first(digest)
             if not ranks or client is None or self._clients.slot_line.since(digest) > before:
                 continue
-            last = max(ranks, key=ranks.__getitem__)
-            if ranks[last] < self._clients.rank(client):
-                break
-            del ranks[last]
-            claimed.add(last)
+            own_rank = self._clients.rank(client)
+            behind = [other for other in self._slots.blockers(digest) if other in ranks and ranks[other] > own_rank]
+            if not self._slots.lacks_bytes(digest):
+                behind = sorted(behind, key=ranks.__getitem__)[-1:]
+            for other in behind:
+                del ranks[other]
+            claimed.update(behind)
         return claimed
 
     def _give_turns(self, loads: list[SlotLoad]) -> _Turns:

@@ -72,7 +72,24 @@ class ModelSpec:
 
     @property
     def base_shapes(self) -> BaseShapes:
-        return BaseShapes(num_layers=self.num_layers, linears=self.linears)
+        return BaseShapes(
+            num_layers=self.num_layers,
+            linears=self.linears,
+            norms=self.norms,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            tie_embeddings=self.tie_embeddings,
+        )
+
+    @property
+    def norms(self) -> Mapping[str, int]:
+        """Sizes of the norms: those of each layer, and the model's."""
+        sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), self.hidden_size)
+        return sizes | (dict.fromkeys(("q_norm", "k_norm"), self.head_dim) if self.qk_norm else {})
+
+    @property
+    def num_norm_elements(self) -> int:
+        return sum(size * (1 if name == "norm" else self.num_layers) for name, size in self.norms.items())
 
     @property
     def num_linear_parameters(self) -> int:

@@ -21,14 +21,17 @@ from lorafleet.kernels.lora import LoraSegments
 from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
 from lorafleet.kernels.rope import rope_kv_write_
 from lorafleet.workers.adapters.format import HostAdapter
+from lorafleet.workers.adapters.modules import FINAL_NORM, NO_LAYER
 from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import Part, SlotShape
+from lorafleet.workers.model.norm import Norm
 from lorafleet.workers.model.rope import cos_sin_table
 from lorafleet.workers.model.step_input import StepInput
+from lorafleet.workers.model.vocabulary import VocabularyPart, make_part
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 # A recording of SmolLM2's 30 layers takes 50 KB; steps of more tokens spend little of their time in Python.
@@ -95,13 +98,17 @@ class DecoderLayer:
         self.down = RowParallelLinear(
             "down_proj", spec.intermediate_size, hidden, bias=spec.mlp_bias, format=format, group=group
         )
-        self._input_norm_H = format.empty(hidden)
-        self._post_norm_H = format.empty(hidden)
-        self._q_norm_D = format.empty(dim) if spec.qk_norm else None
-        self._k_norm_D = format.empty(dim) if spec.qk_norm else None
+        self._input_norm = Norm(index, "input_layernorm", format.empty(hidden))
+        self._post_norm = Norm(index, "post_attention_layernorm", format.empty(hidden))
+        self._q_norm = Norm(index, "q_norm", format.empty(dim)) if spec.qk_norm else None
+        self._k_norm = Norm(index, "k_norm", format.empty(dim)) if spec.qk_norm else None
 
     def linears(self) -> tuple[ColumnParallelLinear | RowParallelLinear, ...]:
         return self.qkv, self.o, self.gate_up, self.down
+
+    def norms(self) -> tuple[Norm, ...]:
+        every = self._input_norm, self._post_norm, self._q_norm, self._k_norm
+        return tuple(norm for norm in every if norm is not None)
 
     def load(self, reader: CheckpointReader) -> None:
         prefix = f"model.layers.{self._index}"
@@ -109,15 +116,14 @@ class DecoderLayer:
         self.o.load(reader, f"{prefix}.self_attn")
         self.gate_up.load(reader, f"{prefix}.mlp")
         self.down.load(reader, f"{prefix}.mlp")
-        reader.read_into(self._input_norm_H, f"{prefix}.input_layernorm.weight")
-        reader.read_into(self._post_norm_H, f"{prefix}.post_attention_layernorm.weight")
-        if self._q_norm_D is not None and self._k_norm_D is not None:
-            reader.read_into(self._q_norm_D, f"{prefix}.self_attn.q_norm.weight")
-            reader.read_into(self._k_norm_D, f"{prefix}.self_attn.k_norm.weight")
+        for norm in self.norms():
+            norm.load(reader)
 
     def add_slots(self, shape: SlotShape) -> None:
         for linear in self.linears():
             linear.add_slots(self._index, shape)
+        for norm in self.norms():
+            norm.add_slots(shape.num_slots)
 
     def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
         for linear in self.linears():
@@ -126,10 +132,11 @@ class DecoderLayer:
     def forward(self, work: Activations, step: StepInput, cache: KVCache, cos_sin: torch.Tensor) -> None:
         """Read and write `work`: the residual stream, and in x_TH what is to be added to it next."""
         segments: LoraSegments | None = step.segments
+        which_norm_T = step.which_norm_T
         if self._index == 0:  # nothing to add yet
-            rms_norm(work.residual_TH, self._input_norm_H, self._eps, work.x_TH)
+            rms_norm(work.residual_TH, self._input_norm.weight_WH, self._eps, work.x_TH, which_norm_T)
         else:
-            fused_add_rms_norm_(work.x_TH, work.residual_TH, self._input_norm_H, self._eps)
+            fused_add_rms_norm_(work.x_TH, work.residual_TH, self._input_norm.weight_WH, self._eps, which_norm_T)
         keys, values = cache.keys[self._index], cache.values[self._index]
         self.qkv(work.x_TH, segments, work.qkv_TE)
         rope_kv_write_(
@@ -141,9 +148,10 @@ class DecoderLayer:
             step.slot_mapping_T,
             self._num_q_heads,
             self._num_kv_heads,
-            self._q_norm_D,
-            self._k_norm_D,
+            None if self._q_norm is None else self._q_norm.weight_WH,
+            None if self._k_norm is None else self._k_norm.weight_WH,
             self._eps,
+            which_norm_T,
         )
         paged_attention(
             work.qkv_TE[:, : self._q_size],
@@ -158,7 +166,7 @@ class DecoderLayer:
             work.attended_TQ,
         )
         self.o(work.attended_TQ, segments, work.x_TH)
-        fused_add_rms_norm_(work.x_TH, work.residual_TH, self._post_norm_H, self._eps)
+        fused_add_rms_norm_(work.x_TH, work.residual_TH, self._post_norm.weight_WH, self._eps, which_norm_T)
         self.gate_up(work.x_TH, segments, work.gate_up_T2F)
         silu_mul(work.gate_up_T2F, work.inner_TF)
         self.down(work.inner_TF, segments, work.x_TH)
@@ -194,41 +202,70 @@ class Decoder:
             else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, is_head=True, format=format, group=group)
         )
         self._layers = [DecoderLayer(i, spec, group, format) for i in range(spec.num_layers)]
-        self._norm_H = format.empty(spec.hidden_size)
+        self._norm = Norm(NO_LAYER, FINAL_NORM, format.empty(spec.hidden_size))
         self._cos_sin_MD = cos_sin_table(spec, max_model_len).to(format.device)
         self._work = Activations.allocate(spec, max_num_tokens, format, group)
         self._recordings: OrderedDict[Hashable, native.Recording] = OrderedDict()  # least recently used first
+        self._lora_dtype = format.dtype
+        self.with_norms: set[int] = set()  # slots whose adapters have norms of their own
+        self.tables: dict[int, VocabularyPart] = {}  # by slot, of adapters with an embedding or a head of their own
 
     def load(self, reader: CheckpointReader) -> None:
         """Read this rank's shard. Raises `ModelError`."""
         self._embedding.load(reader, "model.embed_tokens.weight")
         if self._head is not self._embedding:
             self._head.load(reader, "lm_head.weight")
-        reader.read_into(self._norm_H, "model.norm.weight")
+        self._norm.load(reader)
         for layer in self._layers:
             layer.load(reader)
         linears = (linear for layer in self._layers for linear in layer.linears())
         self._is_recordable = self._group.size == 1 and all(linear.weight.is_packed for linear in linears)
 
     def add_slots(self, shape: SlotShape) -> None:
-        """Allocate adapter slots in every linear."""
+        """Allocate adapter slots in every linear and norm. Before `load`."""
+        self._lora_dtype = shape.dtype
+        self._norm.add_slots(shape.num_slots)
         for layer in self._layers:
             layer.add_slots(shape)
 
     def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Copy an adapter into a slot that no request uses. The base weights are loaded."""
+        self.clear_slot(slot)
         for layer in self._layers:
             layer.write_adapter(slot, adapter)
+        if adapter.norm_weights:
+            for norm in (self._norm, *(norm for layer in self._layers for norm in layer.norms())):
+                norm.write(slot, adapter)
+            self.with_norms.add(slot)
+        if adapter.tables:
+            ids = self._embedding.ids(adapter.vocab_size)
+            self.tables[slot] = make_part(adapter, ids, self._embedding.weight, self._head.weight, self._lora_dtype)
+
+    def clear_slot(self, slot: int) -> None:
+        """Free the embedding and the head of a slot's adapter."""
+        self.tables.pop(slot, None)
+        self.with_norms.discard(slot)
 
     def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor:
-        """Run one step; logits [rows in step.sample_rows, V] in the model's dtype, for the rows that sample."""
+        """Run one step; logits [rows in step.sample_rows, V] in the model's dtype, for the rows that sample.
+
+        They are wider where a row's adapter adds ids (see `VocabParallelEmbedding.logits`).
+        """
         work = self._work.first(step.token_ids_T.shape[0])
-        work.residual_TH.copy_(self._embedding.embed(step.token_ids_T))
+        embeddings, heads = [], []
+        for own in step.own_tables:
+            part = self.tables[own.slot]
+            if part.embedding is not None:
+                embeddings.append((own.rows, part.embedding))
+            if part.head is not None and own.samples.start < own.samples.stop:
+                heads.append((own.samples, part.head))
+        work.residual_TH.copy_(self._embedding.embed(step.token_ids_T, embeddings))
         self._run_layers(work, step, cache)
         rows = step.sample_rows
         x_SH, residual_SH = work.x_TH.index_select(0, rows), work.residual_TH.index_select(0, rows)
-        fused_add_rms_norm_(x_SH, residual_SH, self._norm_H, self._eps)
-        return self._head.logits(x_SH)
+        which_norm_S = None if step.which_norm_T is None else step.which_norm_T.index_select(0, rows)
+        fused_add_rms_norm_(x_SH, residual_SH, self._norm.weight_WH, self._eps, which_norm_S)
+        return self._head.logits(x_SH, heads)
 
     def _run_layers(self, work: Activations, step: StepInput, cache: KVCache) -> None:
         kernels = native.library()
@@ -239,7 +276,7 @@ class Decoder:
             return
         # All that the calls hold besides addresses that never change (see StepBuffers, Activations).
         num_segments = 0 if step.segments is None else step.segments.slot_G.shape[0]
-        shape = (kernels, num_tokens, step.context_len_S.shape[0], num_segments)
+        shape = (kernels, num_tokens, step.context_len_S.shape[0], num_segments, step.which_norm_T is None)
         recording = self._recordings.pop(shape, None)
         if recording is not None:
             recording.replay()

@@ -7,6 +7,7 @@ T tokens of the step, H hidden, I in features, O out features of this rank, V vo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from lorafleet.kernels.lora import LoraSegments
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import BaseLinear, LoraLinear, Part, SlotShape
+from lorafleet.workers.model.vocabulary import EmbeddingPart, HeadPart, IdRange
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 
@@ -140,18 +142,45 @@ class VocabParallelEmbedding:
         reader.read_into(weight_VH, name, rows=slice(self._start, self._stop))
         self.weight = prepare(weight_VH, packed=None if self._is_head else False)
 
-    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        if self._group.size == 1:
+    def ids(self, size: int) -> IdRange:
+        """Those of this rank in an adapter's vocabulary of that size."""
+        return IdRange(self._start, self._stop, self._vocab_size, size - self._vocab_size, self._group.rank == 0)
+
+    def embed(self, token_ids_T: torch.Tensor, own: Sequence[tuple[slice, EmbeddingPart]] = ()) -> torch.Tensor:
+        """[T, H]. `own`: rows of adapters that have an embedding of their own; other rows hold the base's ids alone."""
+        if self._group.size == 1 and not own:
             return gather_rows(self.weight, token_ids_T)
         local_T = token_ids_T - self._start
         elsewhere_T = (local_T < 0) | (local_T >= self._stop - self._start)
-        x_TH = gather_rows(self.weight, local_T.masked_fill(elsewhere_T, 0))
-        return self._group.all_reduce_(x_TH.masked_fill(elsewhere_T[:, None], 0.0))
+        x_TH = gather_rows(self.weight, local_T.masked_fill(elsewhere_T, 0)).masked_fill(elsewhere_T[:, None], 0.0)
+        for rows, part in own:
+            part.apply_(x_TH[rows], token_ids_T[rows])
+        return self._group.all_reduce_(x_TH)
 
-    def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, V] on every rank."""
-        local_TV = linear(x_TH, self.weight)
+    def logits(self, x_TH: torch.Tensor, own: Sequence[tuple[slice, HeadPart]] = ()) -> torch.Tensor:
+        """[T, V] on every rank; wider where a row's adapter adds ids, which are -inf for all others."""
+        local_TX = linear(x_TH, self.weight) if not own else self._own_logits(x_TH, own)
         if self._group.size == 1:
-            return local_TV
-        padded_TV = F.pad(local_TV, (0, self._per_rank - local_TV.shape[1]))
-        return self._group.all_gather_columns(padded_TV)[:, : self._vocab_size]
+            return local_TX
+        num_own = self._stop - self._start
+        padded_TV = F.pad(local_TX[:, :num_own], (0, self._per_rank - num_own))
+        logits_TV = self._group.all_gather_columns(padded_TV)[:, : self._vocab_size]
+        return torch.cat([logits_TV, local_TX[:, num_own:]], dim=1) if own else logits_TV
+
+    def _own_logits(self, x_TH: torch.Tensor, own: Sequence[tuple[slice, HeadPart]]) -> torch.Tensor:
+        """This rank's, then those of added ids."""
+        num_own = self._stop - self._start
+        num_added = max(part.ids.num_added for _, part in own)
+        if num_added == 0 and all(part.weight is None for _, part in own):
+            logits_TX = linear(x_TH, self.weight)
+        else:
+            logits_TX = x_TH.new_full((x_TH.shape[0], num_own + num_added), -torch.inf)
+            uses_base_T = torch.ones(x_TH.shape[0], dtype=torch.bool, device=x_TH.device)
+            for rows, part in own:
+                uses_base_T[rows] = part.weight is None
+            base_rows = uses_base_T.nonzero()[:, 0]
+            if len(base_rows):
+                logits_TX[base_rows, :num_own] = linear(x_TH[base_rows], self.weight)
+        for rows, part in own:
+            part.apply_(x_TH[rows], logits_TX[rows, : part.ids.size])
+        return logits_TX

@@ -39,6 +39,11 @@ class CheckpointReader:
             )
         out.copy_(source)
 
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor, as the file has them. Raises `ModelError`."""
+        part: torch.Tensor = self._slice(name)[rows]
+        return part
+
     def _slice(self, name: str) -> Any:
         file = self._file_of.get(name)
         if file is None:

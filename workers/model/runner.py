@@ -99,9 +99,22 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """[entries that sample, V] in the model's dtype; keys and values of all scheduled tokens are written."""
-        return self._decoder.forward(self._buffers.fill(plan.scheduled), self._cache)
+        """[entries that sample, V] in the model's dtype; keys and values of all scheduled tokens are written.
+
+        Wider than the base's vocabulary where a row's adapter adds ids; those are -inf for the others.
+        """
+        decoder = self._decoder
+        step = self._buffers.fill(plan.scheduled, with_norms=decoder.with_norms, with_tables=decoder.tables)
+        return decoder.forward(step, self._cache)
 
     def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Copy an adapter into a slot that no request uses. May run on another thread while `run` runs."""
         self._decoder.write_adapter(slot, adapter)
+
+    def clear_slot(self, slot: int) -> None:
+        """Free what a slot's adapter has beyond the slot: its embedding and head. No request uses it."""
+        self._decoder.clear_slot(slot)
+
+    def table_bytes(self) -> int:
+        """Of the memory that adapters' embeddings and heads hold."""
+        return sum(part.num_bytes() for part in self._decoder.tables.values())

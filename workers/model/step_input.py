@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,15 @@ from lorafleet.workers.engine.scheduler import Scheduled
 
 
 @dataclass(frozen=True, slots=True)
+class OwnTables:
+    """A segment whose adapter has an embedding or a head of its own."""
+
+    slot: int
+    rows: slice
+    samples: slice  # among the rows that sample
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """All of one step. Sequence s has the rows query_start[s] to query_start[s + 1]."""
 
@@ -28,6 +37,8 @@ class StepInput:
     context_len_S: torch.Tensor  # int32: keys to attend to, this step's included
     sample_rows: torch.Tensor  # int64: rows whose logits are wanted
     segments: LoraSegments | None  # None: nobody in this step uses an adapter, no LoRA op runs
+    which_norm_T: torch.Tensor | None = None  # int32, as model/norm.py counts; None: all rows have the base model's
+    own_tables: tuple[OwnTables, ...] = ()
 
 
 class StepBuffers:
@@ -49,13 +60,18 @@ class StepBuffers:
         self._query_start = np.zeros(max_num_seqs + 1, np.int32)
         self._context_len = np.zeros(max_num_seqs, np.int32)
         self._sample_rows = np.zeros(max_num_seqs, np.int64)
-        self._segments = np.zeros((3, max_num_seqs), np.int32)  # first row, behind the last, slot
+        # First row, behind the last, slot, first row that samples, behind the last.
+        self._segments = np.zeros((5, max_num_seqs), np.int32)
+        self._which_norm = np.zeros(max_num_tokens, np.int32)
         self._weights = torch.ones(max_num_seqs, dtype=torch.float32, device=device)
 
-    def fill(self, scheduled: Sequence[Scheduled]) -> StepInput:
+    def fill(
+        self, scheduled: Sequence[Scheduled], *, with_norms: Collection[int] = (), with_tables: Collection[int] = ()
+    ) -> StepInput:
         """Lay out a non-empty plan that is grouped by adapter slot, as `StepPlan` promises.
 
-        The result is good until the next call.
+        `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own. What
+        comes back is good until the next call.
         """
         page_size = self._page_size
         token_ids, positions, slot_mapping = self._token_ids, self._positions, self._slot_mapping
@@ -79,19 +95,32 @@ class StepBuffers:
                 slot_mapping[row:end] = pages[own // page_size].astype(np.int64) * page_size + own % page_size
             self._context_len[s] = last
             self._query_start[s + 1] = end
+            first_sample = num_samples
             if entry.samples:
                 self._sample_rows[num_samples] = end - 1
                 num_samples += 1
             if entry.slot is not None:
                 if entry.slot != last_slot:
-                    self._segments[:, num_segments] = row, end, entry.slot
+                    self._segments[:, num_segments] = row, end, entry.slot, first_sample, num_samples
                     num_segments += 1
                 else:
                     self._segments[1, num_segments - 1] = end
+                    self._segments[4, num_segments - 1] = num_samples
             last_slot = entry.slot
             row = end
         num_seqs = len(scheduled)
-        starts, ends, slots = self._segments
+        starts, ends, slots, _, _ = self._segments
+        which_norm_T, own_tables = None, []
+        for start, end, slot, *samples in (
+            self._segments[:, :num_segments].T.tolist() if with_norms or with_tables else ()
+        ):
+            if slot in with_norms:
+                if which_norm_T is None:
+                    self._which_norm[:row] = 0
+                    which_norm_T = self._which_norm[:row]
+                which_norm_T[start:end] = 1 + slot
+            if slot in with_tables:
+                own_tables.append(OwnTables(slot, slice(start, end), slice(*samples)))
         return StepInput(
             token_ids_T=self._tensor(token_ids[:row]),
             positions_T=self._tensor(positions[:row]),
@@ -108,6 +137,8 @@ class StepBuffers:
             )
             if num_segments
             else None,
+            which_norm_T=None if which_norm_T is None else self._tensor(which_norm_T),
+            own_tables=tuple(own_tables),
         )
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:

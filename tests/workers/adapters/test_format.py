@@ -128,6 +128,13 @@ def test_a_config_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern['q_proj']='4'"),
         ({"alpha_pattern": {"*": 4}}, "alpha_pattern for '*'"),
         ({"bias": "some"}, "bias='some'"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head'"),
+        ({"modules_to_save": [3]}, "modules_to_save=[3]"),
+        ({"trainable_token_indices": 3}, "trainable_token_indices=3"),
+        ({"trainable_token_indices": [3, 3]}, "[3, 3]"),
+        ({"trainable_token_indices": [-1]}, "[-1]"),
+        ({"trainable_token_indices": [True]}, "[True]"),
+        ({"trainable_token_indices": {"lm_head": 3}}, "trainable_token_indices=3"),
     ],
 )
 def test_a_rank_or_alpha_that_is_no_usable_number_is_refused(
@@ -144,8 +151,6 @@ def test_another_peft_method_is_refused(peft_type: str | None, tmp_path: Path) -
 @pytest.mark.parametrize(
     "change",
     [
-        {"modules_to_save": ["lm_head"]},
-        {"trainable_token_indices": [3]},
         {"alora_invocation_tokens": [3, 4]},
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
@@ -291,9 +296,11 @@ def test_an_unreadable_weights_file_is_refused(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "name",
     [
-        "base_model.model.model.embed_tokens.lora_embedding_A",
-        "base_model.model.lm_head.lora_A.weight",
-        "base_model.model.lm_head.weight",
+        "base_model.model.model.embed_tokens.lora_A.weight",
+        "base_model.model.lm_head.lora_embedding_A",
+        "base_model.model.lm_head.bias",
+        "base_model.model.model.layers.0.input_layernorm.weight",
+        "base_model.model.model.norm.weight",
         "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.experts.0.down_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.q_proj.lora_A.weight",
@@ -306,12 +313,6 @@ def test_an_unreadable_weights_file_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_tensor_that_is_not_lora_on_a_served_linear_is_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path, weights=tensors() | {name: torch.zeros(RANK, 8)})
     assert_refused(tmp_path, "unsupported_target", WEIGHTS_FILE, name, "q_proj, v_proj, down_proj")
-
-
-def test_added_embeddings_beside_the_weights_are_refused(tmp_path: Path) -> None:
-    write(tmp_path)
-    (tmp_path / "new_embeddings.safetensors").touch()
-    assert_refused(tmp_path, "unsupported_feature", "new_embeddings.safetensors")
 
 
 def test_a_layer_that_the_base_model_lacks_is_refused(tmp_path: Path) -> None:
@@ -437,7 +438,7 @@ def test_every_key_style_of_peft_is_the_same_adapter(rename: Callable[[str], str
     plain = read(write(tmp_path / "plain"))
     renamed = write(tmp_path / "renamed", weights={rename(name): value for name, value in tensors().items()})
     spec = read(renamed)
-    assert spec == replace(plain, path=renamed, stamp=spec.stamp)
+    assert spec == replace(plain, path=renamed, stamps=spec.stamps)
     ours, theirs = (load_adapter(one, BASE, torch.float32).weights for one in (plain, spec))
     assert ours.keys() == theirs.keys()
     for key in ours:
@@ -680,7 +681,7 @@ def test_a_stamp_that_proves_nothing_is_not_relied_on(
     with monkeypatch.context() as patched:
         patched.setattr(FileStamp, "settle", lambda self: False)
         spec = read(write(tmp_path))
-    assert spec.stamp is None
+    assert spec.stamps is None
     load_adapter(spec, BASE, torch.float32)
     assert len(hashes) == 2
 

@@ -157,7 +157,7 @@ def test_embeddings_head_and_norms_stay_in_bfloat16(name: str, tmp_path: Path) -
         for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
             assert linear.weight.data.dtype == torch.int8
             assert linear.weight.scale_O is not None and linear.weight.scale_O.dtype == torch.float32
-        assert layer._input_norm_H.dtype == torch.bfloat16
+        assert all(norm.weight_WH.dtype == torch.bfloat16 for norm in layer.norms())
     for weight in (decoder._embedding.weight, decoder._head.weight):
         assert weight.scale_O is None and weight.data.dtype == torch.bfloat16
     ids = torch.arange(model.config.vocab_size)
