@@ -253,6 +253,24 @@ async def test_requests_of_one_session_run_together_and_each_gets_its_own_tokens
     assert worker.service.num_unfinished == 0
 
 
+async def test_whose_a_request_is_and_what_it_weighs_reach_the_engine(worker: Worker) -> None:
+    worker.engine.paused = True
+    async with worker.session() as client:
+        await client.generate(1, [1], tenant="acme", tenant_weight=2.5, adapter_weight=0.5, priority=-3)
+        await client.generate(2, [1])
+        await eventually(lambda: worker.engine.num_running == 2)
+        one, other = (request for request, _ in worker.engine._running.values())
+        assert (one.tenant, one.tenant_weight, one.adapter_weight, one.priority) == ("acme", 2.5, 0.5, -3)
+        assert (other.tenant, other.tenant_weight, other.adapter_weight, other.priority) == ("", 1.0, 1.0, 0)
+        await client.generate(3, [1], tenant_weight=1e9)
+        ended = (await client.ending(3)).ended
+        assert ended is not None and ended.error_code == "invalid_request"
+        assert "tenant_weight" in ended.error_message
+        worker.engine.resume()
+        await client.ending(1)
+        await client.ending(2)
+
+
 async def test_sessions_do_not_see_each_others_streams(worker: Worker) -> None:
     async with worker.session() as one, worker.session() as other:
         await one.generate(1, [100])

@@ -264,7 +264,7 @@ class Engine:
                     ended = self._unfinished.pop(event.request_id)
                     self._entrance.leave(ended.tenant, ended.adapter)
             self._entrance.num_served_clients = self._scheduler.num_served_clients
-            self._entrance.num_served_adapters = self._scheduler.num_served_adapters
+            self._entrance.num_served_turns = self._scheduler.num_served_turns
         self._stats = self._take_stats()
         return events
 

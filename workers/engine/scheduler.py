@@ -121,8 +121,9 @@ class Scheduler:
         return self._clients.num_served_clients
 
     @property
-    def num_served_adapters(self) -> int:
-        return self._clients.num_served_adapters
+    def num_served_turns(self) -> int:
+        """What `Entrance` needs to know of adapters whose clients are served."""
+        return self._clients.num_served_turns
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -273,10 +274,12 @@ class Scheduler:
         """Give places to those that could not be served in time otherwise; running requests give way (turns.py)."""
         clients = self._clients
         adapters = clients.slot_line.due(self._now)
-        due = dict.fromkeys(clients.longest_unserved(digest) for digest in adapters)  # a set in order
+        served = [clients.served_by_turn(digest) for digest in adapters]
+        due = dict.fromkeys(first for first, *_ in served)  # a set in order
         for client in clients.seat_line.due(self._now):
             if client.adapter is None or self._slots.slot_of(client.adapter) is not None:
                 due[client] = None
+        due |= dict.fromkeys(client for _, *others in served for client in others)
         turns = _Turns(adapters, {client.adapter for client in due if client.adapter is not None})
         for client in due:
             digest = client.adapter
