@@ -155,7 +155,7 @@ class Simulation:
         number = next(self._numbers)
         generate = GenerateRequest(
             f"{number}",
-            (7,) * arrival.num_prompt,
+            (number,) * arrival.num_prompt,  # no two prompts begin alike
             SamplingOptions(max_tokens=arrival.num_output),
             arrival.adapter,
             arrival.tenant,

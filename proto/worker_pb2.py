@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafleet/proto/worker.proto\x12\tlorafleet\"\x8c\x01\n\x0eGatewayMessage\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.lorafleet.HelloH\x00\x12\'\n\x08generate\x18\x02 \x01(\x0b\x32\x13.lorafleet.GenerateH\x00\x12#\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x11.lorafleet.CancelH\x00\x42\t\n\x07message\"\x94\x01\n\rWorkerMessage\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.lorafleet.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.lorafleet.StepOutputsH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.lorafleet.HeartbeatH\x00\x42\t\n\x07message\"B\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"0\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\xd8\x01\n\x08Generate\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.lorafleet.Sampling\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x15\n\rtenant_weight\x18\x07 \x01(\x01\x12\x16\n\x0e\x61\x64\x61pter_weight\x18\x08 \x01(\x01\x12\x10\n\x08priority\x18\t \x01(\x11\"\xbb\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x0e\n\x06\x63hoice\x18\n \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x12\n\nmin_tokens\x18\x0e \x01(\rB\x0f\n\r_num_logprobs\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06stream\x18\x01 \x01(\r\"\xa8\x01\n\x0bStepOutputs\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06stream\x18\x02 \x03(\r\x12\x10\n\x08token_id\x18\x03 \x03(\r\x12!\n\x06\x66inish\x18\x04 \x03(\x0e\x32\x11.lorafleet.Finish\x12%\n\x08logprobs\x18\x05 \x03(\x0b\x32\x13.lorafleet.Logprobs\x12\x1f\n\x05\x65nded\x18\x06 \x03(\x0b\x32\x10.lorafleet.Ended\"]\n\x08Logprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"k\n\x05\x45nded\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x11\n\tcancelled\x18\x02 \x01(\x08\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x05 \x01(\t\"\x84\x01\n\tHeartbeat\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.lorafleet.WorkerState\x12\x18\n\x10last_step_age_ms\x18\x02 \x01(\r\x12\x1d\n\x04load\x18\x03 \x01(\x0b\x32\x0f.lorafleet.Load\x12\x17\n\x0f\x64\x65vice_adapters\x18\x04 \x03(\t\"[\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x11\n\tnum_pages\x18\x03 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x04 \x01(\r\"\x0f\n\rReportRequest\"\xd8\x01\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.lorafleet.WorkerState\x12\x1d\n\x04load\x18\x04 \x01(\x0b\x32\x0f.lorafleet.Load\x12\x17\n\x0f\x64\x65vice_adapters\x18\x05 \x03(\t\x12\x15\n\rhost_adapters\x18\x06 \x03(\t\x12+\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x19.lorafleet.EngineCounters\"\xa5\x01\n\x0e\x45ngineCounters\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\x04\x12\x19\n\x11num_adapter_loads\x18\x05 \x01(\x04\x12\x16\n\x0enum_slot_loads\x18\x06 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"$\n\nDrainReply\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r*=\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02*I\n\x0bWorkerState\x12\x13\n\x0fWORKER_STARTING\x10\x00\x12\x10\n\x0cWORKER_READY\x10\x01\x12\x13\n\x0fWORKER_DRAINING\x10\x02\x32\xc5\x01\n\x06Worker\x12\x42\n\x07Session\x12\x19.lorafleet.GatewayMessage\x1a\x18.lorafleet.WorkerMessage(\x01\x30\x01\x12>\n\tGetReport\x12\x18.lorafleet.ReportRequest\x1a\x17.lorafleet.WorkerReport\x12\x37\n\x05\x44rain\x12\x17.lorafleet.DrainRequest\x1a\x15.lorafleet.DrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafleet/proto/worker.proto\x12\tlorafleet\"\x8c\x01\n\x0eGatewayMessage\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.lorafleet.HelloH\x00\x12\'\n\x08generate\x18\x02 \x01(\x0b\x32\x13.lorafleet.GenerateH\x00\x12#\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x11.lorafleet.CancelH\x00\x42\t\n\x07message\"\x94\x01\n\rWorkerMessage\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.lorafleet.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.lorafleet.StepOutputsH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.lorafleet.HeartbeatH\x00\x42\t\n\x07message\"B\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"0\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\xec\x01\n\x08Generate\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.lorafleet.Sampling\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x15\n\rtenant_weight\x18\x07 \x01(\x01\x12\x16\n\x0e\x61\x64\x61pter_weight\x18\x08 \x01(\x01\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x12\n\ncache_salt\x18\n \x01(\t\"\xbb\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x0e\n\x06\x63hoice\x18\n \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x12\n\nmin_tokens\x18\x0e \x01(\rB\x0f\n\r_num_logprobs\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06stream\x18\x01 \x01(\r\"\xcb\x01\n\x0bStepOutputs\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06stream\x18\x02 \x03(\r\x12\x10\n\x08token_id\x18\x03 \x03(\r\x12!\n\x06\x66inish\x18\x04 \x03(\x0e\x32\x11.lorafleet.Finish\x12%\n\x08logprobs\x18\x05 \x03(\x0b\x32\x13.lorafleet.Logprobs\x12\x1f\n\x05\x65nded\x18\x06 \x03(\x0b\x32\x10.lorafleet.Ended\x12!\n\x06\x63\x61\x63hed\x18\x07 \x03(\x0b\x32\x11.lorafleet.Cached\",\n\x06\x43\x61\x63hed\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"]\n\x08Logprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"k\n\x05\x45nded\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x11\n\tcancelled\x18\x02 \x01(\x08\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x05 \x01(\t\"\x84\x01\n\tHeartbeat\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.lorafleet.WorkerState\x12\x18\n\x10last_step_age_ms\x18\x02 \x01(\r\x12\x1d\n\x04load\x18\x03 \x01(\x0b\x32\x0f.lorafleet.Load\x12\x17\n\x0f\x64\x65vice_adapters\x18\x04 \x03(\t\"[\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x11\n\tnum_pages\x18\x03 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x04 \x01(\r\"\x0f\n\rReportRequest\"\xd8\x01\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.lorafleet.WorkerState\x12\x1d\n\x04load\x18\x04 \x01(\x0b\x32\x0f.lorafleet.Load\x12\x17\n\x0f\x64\x65vice_adapters\x18\x05 \x03(\t\x12\x15\n\rhost_adapters\x18\x06 \x03(\t\x12+\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x19.lorafleet.EngineCounters\"\xe5\x01\n\x0e\x45ngineCounters\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\x04\x12\x19\n\x11num_adapter_loads\x18\x05 \x01(\x04\x12\x16\n\x0enum_slot_loads\x18\x06 \x01(\x04\x12\x1f\n\x17num_prefix_query_tokens\x18\x07 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x08 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"$\n\nDrainReply\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r*=\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02*I\n\x0bWorkerState\x12\x13\n\x0fWORKER_STARTING\x10\x00\x12\x10\n\x0cWORKER_READY\x10\x01\x12\x13\n\x0fWORKER_DRAINING\x10\x02\x32\xc5\x01\n\x06Worker\x12\x42\n\x07Session\x12\x19.lorafleet.GatewayMessage\x1a\x18.lorafleet.WorkerMessage(\x01\x30\x01\x12>\n\tGetReport\x12\x18.lorafleet.ReportRequest\x1a\x17.lorafleet.WorkerReport\x12\x37\n\x05\x44rain\x12\x17.lorafleet.DrainRequest\x1a\x15.lorafleet.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorafleet.proto.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISH']._serialized_start=2079
-  _globals['_FINISH']._serialized_end=2140
-  _globals['_WORKERSTATE']._serialized_start=2142
-  _globals['_WORKERSTATE']._serialized_end=2215
+  _globals['_FINISH']._serialized_start=2244
+  _globals['_FINISH']._serialized_end=2305
+  _globals['_WORKERSTATE']._serialized_start=2307
+  _globals['_WORKERSTATE']._serialized_end=2380
   _globals['_GATEWAYMESSAGE']._serialized_start=44
   _globals['_GATEWAYMESSAGE']._serialized_end=184
   _globals['_WORKERMESSAGE']._serialized_start=187
@@ -44,31 +44,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WELCOME']._serialized_start=405
   _globals['_WELCOME']._serialized_end=453
   _globals['_GENERATE']._serialized_start=456
-  _globals['_GENERATE']._serialized_end=672
-  _globals['_SAMPLING']._serialized_start=675
-  _globals['_SAMPLING']._serialized_end=990
-  _globals['_CANCEL']._serialized_start=992
-  _globals['_CANCEL']._serialized_end=1016
-  _globals['_STEPOUTPUTS']._serialized_start=1019
-  _globals['_STEPOUTPUTS']._serialized_end=1187
-  _globals['_LOGPROBS']._serialized_start=1189
-  _globals['_LOGPROBS']._serialized_end=1282
-  _globals['_ENDED']._serialized_start=1284
-  _globals['_ENDED']._serialized_end=1391
-  _globals['_HEARTBEAT']._serialized_start=1394
-  _globals['_HEARTBEAT']._serialized_end=1526
-  _globals['_LOAD']._serialized_start=1528
-  _globals['_LOAD']._serialized_end=1619
-  _globals['_REPORTREQUEST']._serialized_start=1621
-  _globals['_REPORTREQUEST']._serialized_end=1636
-  _globals['_WORKERREPORT']._serialized_start=1639
-  _globals['_WORKERREPORT']._serialized_end=1855
-  _globals['_ENGINECOUNTERS']._serialized_start=1858
-  _globals['_ENGINECOUNTERS']._serialized_end=2023
-  _globals['_DRAINREQUEST']._serialized_start=2025
-  _globals['_DRAINREQUEST']._serialized_end=2039
-  _globals['_DRAINREPLY']._serialized_start=2041
-  _globals['_DRAINREPLY']._serialized_end=2077
-  _globals['_WORKER']._serialized_start=2218
-  _globals['_WORKER']._serialized_end=2415
+  _globals['_GENERATE']._serialized_end=692
+  _globals['_SAMPLING']._serialized_start=695
+  _globals['_SAMPLING']._serialized_end=1010
+  _globals['_CANCEL']._serialized_start=1012
+  _globals['_CANCEL']._serialized_end=1036
+  _globals['_STEPOUTPUTS']._serialized_start=1039
+  _globals['_STEPOUTPUTS']._serialized_end=1242
+  _globals['_CACHED']._serialized_start=1244
+  _globals['_CACHED']._serialized_end=1288
+  _globals['_LOGPROBS']._serialized_start=1290
+  _globals['_LOGPROBS']._serialized_end=1383
+  _globals['_ENDED']._serialized_start=1385
+  _globals['_ENDED']._serialized_end=1492
+  _globals['_HEARTBEAT']._serialized_start=1495
+  _globals['_HEARTBEAT']._serialized_end=1627
+  _globals['_LOAD']._serialized_start=1629
+  _globals['_LOAD']._serialized_end=1720
+  _globals['_REPORTREQUEST']._serialized_start=1722
+  _globals['_REPORTREQUEST']._serialized_end=1737
+  _globals['_WORKERREPORT']._serialized_start=1740
+  _globals['_WORKERREPORT']._serialized_end=1956
+  _globals['_ENGINECOUNTERS']._serialized_start=1959
+  _globals['_ENGINECOUNTERS']._serialized_end=2188
+  _globals['_DRAINREQUEST']._serialized_start=2190
+  _globals['_DRAINREQUEST']._serialized_end=2204
+  _globals['_DRAINREPLY']._serialized_start=2206
+  _globals['_DRAINREPLY']._serialized_end=2242
+  _globals['_WORKER']._serialized_start=2383
+  _globals['_WORKER']._serialized_end=2580
 # @@protoc_insertion_point(module_scope)

@@ -95,11 +95,11 @@ class Clients:
             self._dequeue(client, request)
         self._changed(client)
 
-    def charge_prompt(self, request: Request) -> None:
+    def charge_prompt(self, request: Request, num_cached_tokens: int) -> None:
         """Book the part of a prompt that is to be computed, once: when the request starts, or its adapter's load."""
         if not request.is_charged:
             request.is_charged = True
-            num_tokens = max(0, request.num_prompt_tokens - request.num_computed_tokens)
+            num_tokens = max(0, request.num_prompt_tokens - num_cached_tokens)
             self._charge(request, PROMPT_TOKEN * num_tokens)
 
     def charge_output(self, request: Request, now: float) -> None:

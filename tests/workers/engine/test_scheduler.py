@@ -33,6 +33,7 @@ class World:
         auto_load: bool = True,
         step_s: float = 1.0,
         max_wait_s: float = 0.0,
+        prefix_caching: bool = False,
     ) -> None:
         self.now = 0.0
         self.step_s = step_s
@@ -45,6 +46,7 @@ class World:
             max_num_batched_tokens=budget,
             eos_token_ids=frozenset([EOS]),
             max_wait_s=max_wait_s,
+            enable_prefix_caching=prefix_caching,
             clock=lambda: self.now,
         )
         self.auto_load = auto_load
