@@ -89,6 +89,12 @@ def test_tenants_come_from_a_file_that_is_checked_at_once(
     assert "--tenants tenants.json" in said and "unknown field `api_key`" in said and "secret-key" not in said
 
 
+def test_prefix_caching_is_on_unless_it_is_turned_off() -> None:
+    assert config().engine.enable_prefix_caching
+    assert config("--enable-prefix-caching").engine.enable_prefix_caching
+    assert not config("--no-enable-prefix-caching").engine.enable_prefix_caching
+
+
 def test_the_bound_on_waiting_is_on_unless_it_is_turned_off() -> None:
     assert config().engine.max_adapter_wait_s == 60.0
     assert config("--max-adapter-wait-s", "0").engine.max_adapter_wait_s == 0.0
