@@ -36,6 +36,7 @@ class Arrival:
     weight: float = 1.0  # the tenant's
     priority: int = 0
     repeats: bool = False  # sent again as soon as it has ended, so that its client never has nothing to do
+    retries: bool = False  # sent again when it was refused, after the time that the refusal names
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,7 @@ class Outcome:
     num_preemptions: int = 0
     seconds: float = 0.0
     schedule_s: list[float] = field(default_factory=list)  # real time of each call
-    first_waits: dict[Key, float] = field(
-        default_factory=dict
-    )  # until the first token of a client that came or came back
+    first_waits: dict[Key, float] = field(default_factory=dict)  # until the first token since it came, or came back
     waits: dict[Key, float] = field(default_factory=dict)  # between any two tokens
     service: dict[str, float] = field(default_factory=dict)  # by tenant, not weighted
     history: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # (time, service by tenant)
@@ -140,16 +139,14 @@ class Simulation:
 
     def _submit(self, arrival: Arrival) -> None:
         key = (arrival.tenant, arrival.adapter)
-        waiting = self._entrance.num_waiting_adapters
-        is_new = arrival.adapter is not None and not any(
-            adapter == arrival.adapter and num for (_, adapter), num in self._num_open.items()
-        )
+        waiting = self._entrance.num_waiting_turns
+        is_new = arrival.adapter is not None and all(adapter != arrival.adapter for _, adapter in self._num_open)
         try:
             self._entrance.enter(*key)
         except QueueFullError as error:
             self.outcome.num_refused += 1
             self.outcome.refusals.append((waiting, True))
-            if arrival.repeats:
+            if arrival.repeats or arrival.retries:
                 self._push_again(arrival, error.retry_after_s or 1.0)
             return
         if is_new:
@@ -158,7 +155,7 @@ class Simulation:
         number = next(self._numbers)
         generate = GenerateRequest(
             f"{number}",
-            (7,) * arrival.num_prompt,
+            (number,) * arrival.num_prompt,  # no two prompts begin alike
             SamplingOptions(max_tokens=arrival.num_output),
             arrival.adapter,
             arrival.tenant,
@@ -195,7 +192,7 @@ class Simulation:
                 self._finish(key, self._arrival_of.pop(request.request_id))
         outcome.history.append((self.now, dict(outcome.service)))
         self._entrance.num_served_clients = self.scheduler.num_served_clients
-        self._entrance.num_served_adapters = self.scheduler.num_served_adapters
+        self._entrance.num_served_turns = self.scheduler.num_served_turns
 
     def _finish(self, key: Key, arrival: Arrival) -> None:
         self.outcome.num_finished += 1

@@ -42,10 +42,13 @@ WORKLOADS = {
 
 
 def make_requests(workload: Workload, adapters: Sequence[str], *, vocab_size: int, seed: int = 0) -> list[BenchRequest]:
-    """Random prompts, adapters in turn. Raises ValueError when there are fewer adapters than the workload names."""
+    """Random prompts, other ones for each workload and seed; adapters in turn.
+
+    Raises ValueError when there are fewer adapters than the workload names.
+    """
     if len(adapters) < workload.num_adapters:
         raise ValueError(f"{workload.name} needs {workload.num_adapters} adapters, there are {len(adapters)}.")
-    rng = random.Random(seed)
+    rng = random.Random(f"{workload.name} {seed}")
     low = min(100, vocab_size // 2)  # above the special tokens of every vocabulary we know
     return [
         BenchRequest(

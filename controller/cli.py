@@ -141,6 +141,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--block-size", type=int, default=engine.block_size, help="tokens of a KV page (default: %(default)s)"
     )
     batch.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=engine.enable_prefix_caching,
+        help="compute the beginning that prompts have in common once, for each adapter and tenant (default: on)",
+    )
+    batch.add_argument(
         "--gpu-memory-utilization",
         type=float,
         default=engine.gpu_memory_utilization,
@@ -246,6 +252,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_adapter_wait_s=args.max_adapter_wait_s,
         block_size=args.block_size,
+        enable_prefix_caching=args.enable_prefix_caching,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel_size=args.tensor_parallel_size,

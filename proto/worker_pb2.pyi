@@ -64,7 +64,7 @@ class Welcome(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority")
+    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority", "cache_salt")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class Generate(_message.Message):
     TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     stream: int
     request_id: str
     adapter_digest: str
@@ -83,7 +84,8 @@ class Generate(_message.Message):
     tenant_weight: float
     adapter_weight: float
     priority: int
-    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "choice", "num_logprobs", "stop_token_ids", "ignore_eos", "min_tokens")
@@ -124,20 +126,30 @@ class Cancel(_message.Message):
     def __init__(self, stream: _Optional[int] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
-    __slots__ = ("step", "stream", "token_id", "finish", "logprobs", "ended")
+    __slots__ = ("step", "stream", "token_id", "finish", "logprobs", "ended", "cached")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STREAM_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
     step: int
     stream: _containers.RepeatedScalarFieldContainer[int]
     token_id: _containers.RepeatedScalarFieldContainer[int]
     finish: _containers.RepeatedScalarFieldContainer[Finish]
     logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
     ended: _containers.RepeatedCompositeFieldContainer[Ended]
-    def __init__(self, step: _Optional[int] = ..., stream: _Optional[_Iterable[int]] = ..., token_id: _Optional[_Iterable[int]] = ..., finish: _Optional[_Iterable[_Union[Finish, str]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ...) -> None: ...
+    cached: _containers.RepeatedCompositeFieldContainer[Cached]
+    def __init__(self, step: _Optional[int] = ..., stream: _Optional[_Iterable[int]] = ..., token_id: _Optional[_Iterable[int]] = ..., finish: _Optional[_Iterable[_Union[Finish, str]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., cached: _Optional[_Iterable[_Union[Cached, _Mapping]]] = ...) -> None: ...
+
+class Cached(_message.Message):
+    __slots__ = ("stream", "num_tokens")
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    stream: int
+    num_tokens: int
+    def __init__(self, stream: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("row", "logprob", "rank", "top_ids", "top_logprobs")
@@ -214,20 +226,24 @@ class WorkerReport(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., device_adapters: _Optional[_Iterable[str]] = ..., host_adapters: _Optional[_Iterable[str]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
-    __slots__ = ("num_steps", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "num_adapter_loads", "num_slot_loads")
+    __slots__ = ("num_steps", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "num_adapter_loads", "num_slot_loads", "num_prefix_query_tokens", "num_prefix_hit_tokens")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_ADAPTER_LOADS_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOT_LOADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_prompt_tokens: int
     num_output_tokens: int
     num_preemptions: int
     num_adapter_loads: int
     num_slot_loads: int
-    def __init__(self, num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_adapter_loads: _Optional[int] = ..., num_slot_loads: _Optional[int] = ...) -> None: ...
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+    def __init__(self, num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_adapter_loads: _Optional[int] = ..., num_slot_loads: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank", "text_digest")

@@ -155,8 +155,9 @@ def serve_flags() -> dict[str, Any]:
 
 def test_engine_args_have_the_flags_of_serve_and_their_defaults() -> None:
     flags = serve_flags()
+    assert EngineArgs(model="m").max_adapter_wait_s == 0.0, "offline there is no bound"
     for field in dataclasses.fields(EngineArgs):
-        if field.name != "model":
+        if field.name not in ("model", "max_adapter_wait_s"):
             flag = "--" + field.name.replace("_", "-")
             assert (flag, field.default) == (flag, flags.get(flag, "no such flag"))
 

@@ -26,6 +26,7 @@ class EngineArgs:
     max_num_batched_tokens: int | None = None
     max_adapter_wait_s: float = 0.0
     block_size: int = 16
+    enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -61,6 +62,7 @@ class EngineArgs:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_adapter_wait_s=self.max_adapter_wait_s,
             block_size=self.block_size,
+            enable_prefix_caching=self.enable_prefix_caching,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             gpu_memory_utilization=self.gpu_memory_utilization,
             num_threads=self.num_threads,

@@ -135,6 +135,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 num_preemptions=stats.num_preemptions,
                 num_adapter_loads=stats.num_adapter_loads,
                 num_slot_loads=stats.num_slot_loads,
+                num_prefix_query_tokens=stats.num_prefix_query_tokens,
+                num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
             ),
         )
 
@@ -232,6 +234,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     tenant_weight=generate.tenant_weight or 1.0,
                     adapter_weight=generate.adapter_weight or 1.0,
                     priority=generate.priority,
+                    cache_salt=generate.cache_salt,
                 )
             )
         except LoRAFleetError as error:
@@ -283,6 +286,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                         top_ids=event.logprobs.top_ids,
                         top_logprobs=event.logprobs.top_logprobs,
                     )
+                if event.num_cached_tokens:
+                    output.cached.add(stream=stream, num_tokens=event.num_cached_tokens)
                 output.stream.append(stream)
                 output.token_id.append(event.token_id)
                 output.finish.append(_FINISH[event.finish])

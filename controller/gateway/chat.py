@@ -19,7 +19,7 @@ from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.limits import read_body
 from lorafleet.controller.gateway.logprobs import chat_logprobs
 from lorafleet.controller.gateway.sampling import sampling_params
-from lorafleet.controller.gateway.schema import ChatRequest, check_stream_options, decode
+from lorafleet.controller.gateway.schema import ChatRequest, cache_salt_of, check_stream_options, decode
 from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer, usage_of
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.workers.engine.request import MAX_LOGPROBS
@@ -60,6 +60,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
             request_id=request[REQUEST_ID],
             tenant=request[TENANT],
             priority=fields.priority,
+            cache_salt=cache_salt_of(fields),
             table=table,
             text=text,
             model=model,
@@ -161,6 +162,6 @@ class ChatFrames:
             return self._template.text(delta.index, delta.text)
         return self._template.full(delta, _logprobs(delta, self._tokenizer, self._num_logprobs))
 
-    def usage(self, usage: dict[str, int]) -> bytes:
+    def usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk with the usage."""
         return self._template.usage(usage)

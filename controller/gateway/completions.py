@@ -19,7 +19,7 @@ from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.limits import read_body
 from lorafleet.controller.gateway.logprobs import CompletionColumns, CompletionLogprobs
 from lorafleet.controller.gateway.sampling import sampling_params
-from lorafleet.controller.gateway.schema import CompletionRequest, check_stream_options, decode
+from lorafleet.controller.gateway.schema import CompletionRequest, cache_salt_of, check_stream_options, decode
 from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer, usage_of
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.workers.errors import InvalidRequestError
@@ -71,6 +71,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
             request_id=request[REQUEST_ID],
             tenant=request[TENANT],
             priority=fields.priority,
+            cache_salt=cache_salt_of(fields),
             table=table,
             text=text,
             model=model,
@@ -172,6 +173,6 @@ class CompletionFrames:
         logprobs = self._columns[delta.index].add(delta.token_ids, delta.logprobs) if self._columns else None
         return self._template.full(delta, logprobs)
 
-    def usage(self, usage: dict[str, int]) -> bytes:
+    def usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk with the usage."""
         return self._template.usage(usage)

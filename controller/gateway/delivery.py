@@ -25,6 +25,10 @@ def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> No
     """
     if not len(step.stream) == len(step.token_id) == len(step.finish):
         raise SessionLost("a step with columns of different lengths")
+    for cached in step.cached:
+        queue = streams.get(cached.stream)
+        if queue is not None:
+            queue.num_cached_tokens = cached.num_tokens
     logprobs = {entry.row: _token_logprobs(entry) for entry in step.logprobs} if step.logprobs else {}
     rows = zip(step.stream, step.token_id, step.finish, strict=True)
     for row, (stream, token_id, finish) in enumerate(rows):

@@ -58,6 +58,7 @@ class Generation:
         request_id: str,
         tenant: Tenant,
         priority: int,
+        cache_salt: str,
         tokenizer: Tokenizer,
         params: SamplingParams,
         max_queued_tokens: int,
@@ -68,6 +69,7 @@ class Generation:
         self._request_id = request_id
         self._tenant = tenant
         self._priority = priority
+        self._cache_salt = cache_salt
         self._tokenizer = tokenizer
         self._params = params
         self._metrics = metrics
@@ -75,11 +77,17 @@ class Generation:
         self._has_token = False
         self._inbox = Inbox(max_queued_tokens, self._cancel_all)
         self._choices: list[_Choice] = []
+        self._choices_by_prompt: list[list[_Choice]] = []
         self._num_open = 0
 
     @property
     def num_choices(self) -> int:
         return len(self._choices)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were computed for no choice."""
+        return sum(min(choice.queue.num_cached_tokens for choice in choices) for choices in self._choices_by_prompt)
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +117,7 @@ class Generation:
         """Start one choice for each of `samplings`. Raises WorkerUnavailableError."""
         params = self._params
         self.num_prompt_tokens += len(prompt_token_ids)
+        first = len(self._choices)
         for sampling in samplings:
             queue = self._inbox.open_queue(len(self._choices))
             generate = worker_pb2.Generate(
@@ -119,6 +128,7 @@ class Generation:
                 tenant=self._tenant.name,
                 tenant_weight=self._tenant.weight,
                 priority=self._priority,
+                cache_salt=self._cache_salt,
             )
             text = OutputText(
                 self._tokenizer,
@@ -130,6 +140,7 @@ class Generation:
             )
             self._choices.append(_Choice(queue, text, session, session.submit(queue, generate)))
             self._num_open += 1
+        self._choices_by_prompt.append(self._choices[first:])
 
     async def next(self) -> list[ChoiceDelta]:
         """What has come since the last call, one delta for each choice that gained something; empty at the end.

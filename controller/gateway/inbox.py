@@ -34,6 +34,7 @@ class ChoiceQueue:
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish: FinishReason | None = None
+    num_cached_tokens: int = 0  # of the prompt, those that the worker did not compute for this choice
 
     def put(self, token_id: int, finish: FinishReason | None, logprobs: TokenLogprobs | None) -> None:
         """One more token. Too many that nobody takes fail the request."""

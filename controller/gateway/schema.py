@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from lorafleet.workers.engine.request import MAX_SALT_CHARS
 from lorafleet.workers.errors import InvalidRequestError
 
 
@@ -46,7 +47,11 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class GenerateFields(SamplingFields, kw_only=True):
-    """What completions and chat share besides sampling. priority: lower is earlier; it adds to the tenant's."""
+    """What completions and chat share besides sampling.
+
+    priority: lower is served earlier; it adds to the tenant's. cache_salt: only requests of the same tenant with the
+    same one share what was computed for their prompts.
+    """
 
     model: str
     max_tokens: int | None = None
@@ -54,6 +59,7 @@ class GenerateFields(SamplingFields, kw_only=True):
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
     priority: int | None = None
+    cache_salt: str | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -115,7 +121,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -215,3 +220,15 @@ def check_stream_options(fields: GenerateFields) -> bool:
         if getattr(options, name):
             raise InvalidRequestError(f"stream_options.{name} is not supported. Leave it out.", param="stream_options")
     return bool(options.include_usage)
+
+
+def cache_salt_of(fields: GenerateFields) -> str:
+    """Empty if none is given. Raises InvalidRequestError for one that is too long, or given and empty (vLLM's rule)."""
+    salt = fields.cache_salt
+    if salt is None:
+        return ""
+    if not 0 < len(salt) <= MAX_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters; give 1 to {MAX_SALT_CHARS}, or leave it out.", param="cache_salt"
+        )
+    return salt

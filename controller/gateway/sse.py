@@ -28,10 +28,15 @@ _LARGE_BYTES = 1 << 15  # a write of so much may have to wait by itself
 _json = msgspec.json.Encoder().encode
 
 
-def usage_of(generation: Generation) -> dict[str, int]:
+def usage_of(generation: Generation) -> dict[str, Any]:
     """`usage` as OpenAI gives it. EOS counts."""
     num_prompt, num_output = generation.num_prompt_tokens, generation.num_output_tokens
-    return {"prompt_tokens": num_prompt, "total_tokens": num_prompt + num_output, "completion_tokens": num_output}
+    return {
+        "prompt_tokens": num_prompt,
+        "total_tokens": num_prompt + num_output,
+        "completion_tokens": num_output,
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+    }
 
 
 class Frames(Protocol):
@@ -43,7 +48,7 @@ class Frames(Protocol):
     def delta(self, delta: ChoiceDelta) -> bytes:
         """One choice's gain."""
 
-    def usage(self, usage: dict[str, int]) -> bytes:
+    def usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk that holds the usage and no choices."""
 
 
@@ -85,7 +90,7 @@ class ChunkTemplate:
         """A chunk of one choice with any fields."""
         return self._choices[index] + _json(fields)[1:-1] + self._tail
 
-    def usage(self, usage: dict[str, int]) -> bytes:
+    def usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk behind all choices."""
         return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
 

@@ -87,6 +87,30 @@ def test_runtime_updates_are_turned_on_by_the_flag_or_vllms_variable(monkeypatch
     assert not config().allow_runtime_lora_updates, "nothing can be loaded without LoRA"
 
 
+def test_tenants_come_from_a_file_that_is_checked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tenants.json").write_text('[{"name": "acme", "api_keys": ["secret-key"]}]')
+    assert config("--tenants", "tenants.json").tenants_file == str(tmp_path / "tenants.json")
+    assert config().tenants_file is None
+    assert "also in the file" in refusal(capsys, "--tenants", "tenants.json", "--api-key", "secret-key")
+    (tmp_path / "tenants.json").write_text('[{"name": "acme", "api_key": "secret-key"}]')
+    said = refusal(capsys, "--tenants", "tenants.json")
+    assert "--tenants tenants.json" in said and "unknown field `api_key`" in said and "secret-key" not in said
+
+
+def test_prefix_caching_is_on_unless_it_is_turned_off() -> None:
+    assert config().engine.enable_prefix_caching
+    assert config("--enable-prefix-caching").engine.enable_prefix_caching
+    assert not config("--no-enable-prefix-caching").engine.enable_prefix_caching
+
+
+def test_the_bound_on_waiting_is_on_unless_it_is_turned_off() -> None:
+    assert config().engine.max_adapter_wait_s == 60.0
+    assert config("--max-adapter-wait-s", "0").engine.max_adapter_wait_s == 0.0
+
+
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [
@@ -130,6 +154,10 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--kv-cache-memory-bytes", "4XiB"], "'4XiB' is not a size"),
         (["--kv-cache-memory-bytes", "-1"], "--kv-cache-memory-bytes"),
         (["--tensor-parallel-size", "2"], "one rank per worker"),
+        (["--max-adapter-wait-s", "0.5"], "--max-adapter-wait-s is 0.5"),
+        (["--max-adapter-wait-s", "-1"], "--max-adapter-wait-s is -1"),
+        (["--max-adapter-wait-s", "nan"], "--max-adapter-wait-s is nan"),
+        (["--tenants", "/no/such/file"], "--tenants /no/such/file cannot be read"),
         (["--drain-timeout-s", "-1"], "--drain-timeout-s is -1"),
         (["--drain-timeout-s", "nan"], "--drain-timeout-s is nan"),
         (["--api-key", ""], "--api-key"),

@@ -73,6 +73,8 @@ class FakeEngine:
         self.crash = False
         self.step_s = 0.001  # a step takes its time, else no event loop could keep up
         self.num_slots: int | None = None  # of the queue; None: any number
+        self.num_cached_tokens = 0  # that each request finds
+        self.last_salt = ""
         self._changed = threading.Condition()
         self._running: dict[str, tuple[GenerateRequest, int]] = {}
         self._cancels: list[str] = []
@@ -87,6 +89,7 @@ class FakeEngine:
             if self.num_slots is not None and len(self._running) >= self.num_slots:
                 raise QueueFullError("Full.")
             assert request.request_id not in self._running
+            self.last_salt = request.cache_salt
             self._running[request.request_id] = (request, 0)
             self._changed.notify_all()
 
@@ -113,6 +116,8 @@ class FakeEngine:
             host_adapters=("digest-a", "digest-b"),
             num_steps=3,
             num_output_tokens=5,
+            num_prefix_query_tokens=70,
+            num_prefix_hit_tokens=32,
             last_step_age_s=0.25,
         )
 
@@ -150,7 +155,8 @@ class FakeEngine:
                 if request.sampling.num_logprobs is not None:
                     num_top = request.sampling.num_logprobs
                     logprobs = TokenLogprobs(-0.5, 1, (token_id,) * num_top, (-0.5,) * num_top)
-                events.append(RequestEvent(request_id, token_id, logprobs, finish))
+                num_cached = self.num_cached_tokens if position == 0 else 0
+                events.append(RequestEvent(request_id, token_id, logprobs, finish, num_cached_tokens=num_cached))
                 if finish is None:
                     self._running[request_id] = (request, position + 1)
                 else:
@@ -175,6 +181,7 @@ class Client:
     endings: dict[int, list[Ending]] = field(default_factory=lambda: defaultdict(list))
     logprobs: list[worker_pb2.Logprobs] = field(default_factory=list)
     heartbeats: list[worker_pb2.Heartbeat] = field(default_factory=list)
+    cached: list[tuple[int, int]] = field(default_factory=list)
 
     async def send(self, **message: Any) -> None:
         await self.call.write(worker_pb2.GatewayMessage(**message))
@@ -195,6 +202,7 @@ class Client:
         if message.WhichOneof("message") == "heartbeat":
             self.heartbeats.append(message.heartbeat)
         step = message.step
+        self.cached.extend((cached.stream, cached.num_tokens) for cached in step.cached)
         self.logprobs.extend(step.logprobs)
         for stream, token_id, finish in zip(step.stream, step.token_id, step.finish, strict=True):
             assert not self.endings[stream], "a token after the terminal event"
@@ -289,6 +297,36 @@ async def test_requests_of_one_session_run_together_and_each_gets_its_own_tokens
             assert (await client.ending(stream)).finish == worker_pb2.FINISH_LENGTH
             assert client.tokens[stream] == expected_tokens([stream, 10], stream)
     assert worker.service.num_unfinished == 0
+
+
+async def test_whose_a_request_is_and_what_it_weighs_reach_the_engine(worker: Worker) -> None:
+    worker.engine.paused = True
+    async with worker.session() as client:
+        await client.generate(1, [1], tenant="acme", tenant_weight=2.5, adapter_weight=0.5, priority=-3)
+        await client.generate(2, [1])
+        await eventually(lambda: worker.engine.num_running == 2)
+        one, other = (request for request, _ in worker.engine._running.values())
+        assert (one.tenant, one.tenant_weight, one.adapter_weight, one.priority) == ("acme", 2.5, 0.5, -3)
+        assert (other.tenant, other.tenant_weight, other.adapter_weight, other.priority) == ("", 1.0, 1.0, 0)
+        await client.generate(3, [1], tenant_weight=1e9)
+        ended = (await client.ending(3)).ended
+        assert ended is not None and ended.error_code == "invalid_request"
+        assert "tenant_weight" in ended.error_message
+        worker.engine.resume()
+        await client.ending(1)
+        await client.ending(2)
+
+
+async def test_how_much_of_a_prompt_was_found_comes_with_its_first_token(worker: Worker) -> None:
+    async with worker.session() as client:
+        await client.generate(1, [1], max_tokens=2)
+        await client.ending(1)
+        assert not client.cached
+        worker.engine.num_cached_tokens = 48
+        await client.generate(2, [1], max_tokens=3, cache_salt="s")
+        await client.ending(2)
+        assert client.cached == [(2, 48)]
+        assert worker.engine.last_salt == "s"
 
 
 async def test_sessions_do_not_see_each_others_streams(worker: Worker) -> None:
@@ -441,6 +479,7 @@ async def test_a_report_has_identity_load_and_counters(worker: Worker) -> None:
     assert (report.worker_id, report.generation, report.state) == (WORKER_ID, GENERATION, worker_pb2.WORKER_READY)
     assert list(report.host_adapters) == ["digest-a", "digest-b"]
     assert (report.counters.num_steps, report.counters.num_output_tokens) == (3, 5)
+    assert (report.counters.num_prefix_query_tokens, report.counters.num_prefix_hit_tokens) == (70, 32)
 
 
 async def test_a_draining_worker_finishes_what_runs_and_refuses_the_rest(worker: Worker) -> None:

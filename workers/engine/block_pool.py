@@ -1,40 +1,101 @@
-"""The pages of the KV cache as numbers: who may write where. The memory itself is model/kv_cache.py's."""
+"""The pages of the KV cache as numbers: who may write where, and what is in them. The memory is model/kv_cache.py's.
+
+A page is held by any number of requests, or free. One that is full may have a name (prefix.py); a page that is freed
+keeps its name and content until it is handed out as an empty one, so a free page may be found and held again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence, Set
 
 
 class BlockPool:
-    """A fixed number of pages, each free or held by exactly one request."""
+    """A fixed number of pages. Named pages are never written again while they have their names."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        # A stack: the page freed last is handed out first, while its memory is still in the caches.
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._num_holders = [0] * num_pages
+        self._names: list[bytes | None] = [None] * num_pages
+        self._page_of: dict[bytes, int] = {}
+        # In the order in which they are handed out. Pages without a name come first, the one freed last before the
+        # others, while its memory is still in the caches; then named ones, least recently used first.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
 
     @property
     def num_free(self) -> int:
+        """Pages that nobody holds, named ones included."""
         return len(self._free)
 
-    def allocate(self, num_pages: int) -> list[int] | None:
-        """`num_pages` pages, or None (and nothing taken) when there are fewer."""
-        if num_pages > len(self._free):
+    def find(self, names: Sequence[bytes]) -> list[int]:
+        """The pages of the longest beginning of `names` that is here."""
+        pages = []
+        for name in names:
+            page = self._page_of.get(name)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def allocate(self, num_pages: int, shared: Sequence[int] = ()) -> list[int] | None:
+        """Hold `shared`, which were found, and `num_pages` empty pages; None, and nothing held, if there are fewer."""
+        if num_pages > len(self._free) - sum(page in self._free for page in shared):
             return None
-        if num_pages == 0:
-            return []
-        pages = self._free[-num_pages:]
-        del self._free[-num_pages:]
+        for page in shared:
+            if not self._num_holders[page]:
+                del self._free[page]
+            self._num_holders[page] += 1
+        pages = list(shared)
+        for _ in range(num_pages):
+            page, _ = self._free.popitem(last=False)
+            self._forget(page)
+            self._num_holders[page] = 1
+            pages.append(page)
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Take back pages; the caller's list is emptied, so that nothing can be freed twice through it."""
-        self._free.extend(reversed(pages))
+        """Let go of pages; the caller's list is emptied, so that nothing can be freed twice through it."""
+        for page in reversed(pages):  # a later page is of use only to those that have the earlier ones
+            self._num_holders[page] -= 1
+            if not self._num_holders[page]:
+                self._free[page] = None
+                if self._names[page] is None:
+                    self._free.move_to_end(page, last=False)
         pages.clear()
 
-    def check_integrity(self, holders: Iterable[list[int]]) -> None:
-        """Every page is free or in exactly one holder's list. For tests."""
-        seen = list(self._free)
-        for pages in holders:
-            seen.extend(pages)
-        assert sorted(seen) == list(range(self.num_pages)), f"{len(seen)} pages accounted for of {self.num_pages}"
+    def name(self, page: int, name: bytes) -> None:
+        """Say what is in a full page that somebody holds. If another page has the name, this one stays without."""
+        assert self._num_holders[page] and self._names[page] in (None, name)
+        if self._page_of.setdefault(name, page) == page:
+            self._names[page] = name
+
+    def spoil(self, pages: Iterable[int]) -> None:
+        """Let nobody find these pages any more."""
+        for page in pages:
+            self._forget(page)
+
+    def num_free_without(self, holders: Iterable[Sequence[int]], but: Set[int]) -> int:
+        """How many pages, not counting `but`, would be free if these holders let go of theirs."""
+        released = Counter(page for pages in holders for page in pages)
+        freed = sum(num == self._num_holders[page] and page not in but for page, num in released.items())
+        return freed + len(self._free) - sum(page in self._free for page in but)
+
+    def _forget(self, page: int) -> None:
+        name = self._names[page]
+        if name is not None:
+            del self._page_of[name]
+            self._names[page] = None
+
+    def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
+        """Pages are free or held, by exactly so many; names are of one page each, handed out last. For tests."""
+        held = Counter(page for pages in holders for page in pages)
+        assert [held[page] for page in range(self.num_pages)] == self._num_holders
+        assert self._free.keys() == {page for page in range(self.num_pages) if not held[page]}
+        named = {page: name for page, name in enumerate(self._names) if name is not None}
+        assert self._page_of == {name: page for page, name in named.items()} and len(self._page_of) == len(named)
+        has_name = [page in named for page in self._free]
+        assert has_name == sorted(has_name)
+
+    def name_of(self, page: int) -> bytes | None:
+        """For tests."""
+        return self._names[page]

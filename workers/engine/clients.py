@@ -6,7 +6,7 @@ first request takes part in it, and clients whose adapters are in no slot are ra
 long queue costs nothing but its memory.
 
 Beside it the two lines of those that get nothing at all (turns.py): clients none of whose requests runs wait for a
-seat, adapters none of whose requests runs wait for a slot.
+seat, and their adapters for a slot.
 """
 
 from __future__ import annotations
@@ -50,22 +50,26 @@ class Clients:
         # tenant's counter, which others of its requests let grow, thus is in one key, however many adapters wait.
         self._cold: dict[str, Ranking[Client]] = {}
         self._cold_tenants: Ranking[str] = Ranking(self._rank_of_tenant)
-        self._num_running: Counter[str | None] = Counter()  # requests by adapter
         self.num_waiting = 0  # requests
+        self._bound = bound
+        self._num_clients: Counter[str] = Counter()  # by adapter
+        self._num_turns = 0  # that they would need if none of them were served
+        self._unserved: dict[str, set[Client]] = {}  # by adapter: none of the client's requests runs
         self.num_served_clients = 0
         self.slot_line: Line[str] = Line(bound.num_adapter_places, bound)
         self.seat_line: Line[Client] = Line(bound.num_seats, bound)
 
     @property
-    def num_served_adapters(self) -> int:
-        """Adapters with running requests."""
-        return len(self._num_running) - (None in self._num_running)
+    def num_served_turns(self) -> int:
+        """Of the turns that adapters would need for all their clients, those that nobody waits for."""
+        return self._num_turns - self.slot_line.num_turns
 
     def add(self, request: Request, now: float) -> None:
         """A new request waits."""
         client = self._clients.get((request.tenant, request.adapter))
         if client is None:
             client = self._clients[request.tenant, request.adapter] = Client(request.tenant, request.adapter, now)
+            self._count(request.adapter, 1)
         self._enqueue(client, request)
 
     def start(self, request: Request) -> None:
@@ -73,7 +77,6 @@ class Clients:
         client = self._client_of(request)
         self._dequeue(client, request)
         client.num_running += 1
-        self._num_running[request.adapter] += 1
         self.num_served_clients += client.num_running == 1
         self._changed(client)
 
@@ -92,11 +95,11 @@ class Clients:
             self._dequeue(client, request)
         self._changed(client)
 
-    def charge_prompt(self, request: Request) -> None:
+    def charge_prompt(self, request: Request, num_cached_tokens: int) -> None:
         """Book the part of a prompt that is to be computed, once: when the request starts, or its adapter's load."""
         if not request.is_charged:
             request.is_charged = True
-            num_tokens = max(0, request.num_prompt_tokens - request.num_computed_tokens)
+            num_tokens = max(0, request.num_prompt_tokens - num_cached_tokens)
             self._charge(request, PROMPT_TOKEN * num_tokens)
 
     def charge_output(self, request: Request, now: float) -> None:
@@ -109,9 +112,10 @@ class Clients:
         clients = self._by_adapter.get(adapter)
         return None if clients is None else clients.first()
 
-    def longest_unserved(self, adapter: str) -> Client:
-        """Of the clients with requests that wait for this adapter, the one that has had no token for longest."""
-        return min(self._by_adapter[adapter], key=lambda client: client.since)
+    def served_by_turn(self, adapter: str) -> list[Client]:
+        """Of the clients with requests that only wait, for this adapter, those that its turn is for, longest first."""
+        clients = sorted(self._unserved.get(adapter, ()), key=lambda client: (client.since, client.waiting[0].arrival))
+        return clients[: self._bound.num_clients_a_turn]
 
     def is_wanted(self, adapter: str | None) -> bool:
         """Whether requests wait for this adapter."""
@@ -199,9 +203,15 @@ class Clients:
     def _end_run(self, client: Client) -> None:
         client.num_running -= 1
         self.num_served_clients -= client.num_running == 0
-        self._num_running[client.adapter] -= 1
-        if not self._num_running[client.adapter]:
-            del self._num_running[client.adapter]
+
+    def _count(self, adapter: str | None, change: int) -> None:
+        if adapter is not None:
+            num_turns = self._bound.num_turns
+            self._num_turns -= num_turns(self._num_clients[adapter])
+            self._num_clients[adapter] += change
+            self._num_turns += num_turns(self._num_clients[adapter])
+            if not self._num_clients[adapter]:
+                del self._num_clients[adapter]
 
     def _changed(self, client: Client) -> None:
         """Bring everything into line with what a client's requests do now."""
@@ -213,19 +223,29 @@ class Clients:
             clients.discard(client)
             if not clients:
                 del self._by_adapter[adapter]
+        self._rank_cold(client)
         if waits and not runs:
-            self.seat_line.add(client, client.since)
+            self.seat_line.put(client, client.since)
         else:
             self.seat_line.discard(client)
-        self._rank_cold(client)
         if adapter is not None:
-            if adapter in self._by_adapter and adapter not in self._num_running:
-                if adapter not in self.slot_line:
-                    self.slot_line.add(adapter, self.longest_unserved(adapter).since)
-            else:
-                self.slot_line.discard(adapter)
+            self._line_up(adapter, client, waits and not runs)
         if not waits and not runs:
             del self._clients[client.tenant, adapter]
+            self._count(adapter, -1)
+
+    def _line_up(self, adapter: str, client: Client, is_unserved: bool) -> None:
+        unserved = self._unserved.setdefault(adapter, set())
+        if is_unserved:
+            unserved.add(client)
+        else:
+            unserved.discard(client)
+        if unserved:
+            since = min(client.since for client in unserved)
+            self.slot_line.put(adapter, since, self._bound.num_turns(len(unserved)))
+        else:
+            del self._unserved[adapter]
+            self.slot_line.discard(adapter)
 
     def check_integrity(self, running: Iterator[Request] | list[Request]) -> list[Request]:
         """Clients, lines and rankings are those of the requests; returns those that wait. For tests."""
@@ -243,17 +263,24 @@ class Clients:
             waiting += client.waiting
         assert self.num_waiting == len(waiting)
         assert self.num_served_clients == len(num_running)
-        by_adapter = Counter(adapter for _, adapter in num_running.elements())
-        assert self._num_running == by_adapter
         adapters = {request.adapter for request in waiting}
         assert self._by_adapter.keys() == adapters
         cold = {client for client in self._clients.values() if client.waiting and client.adapter is not None}
         cold = {client for client in cold if client.adapter not in self._hot}
         assert {client for clients in self._cold.values() for client in clients} == cold
         assert set(self._cold_tenants) == self._cold.keys() == {client.tenant for client in cold}
-        assert len(self.slot_line) == len(adapters - {None} - by_adapter.keys())
+        lined_up: dict[str, set[Client]] = {}
+        for client in self._clients.values():
+            if client.adapter is not None and not client.num_running:
+                lined_up.setdefault(client.adapter, set()).add(client)
+        assert self._unserved == lined_up
+        assert len(self.slot_line) == len(lined_up)
+        for adapter, unserved in lined_up.items():
+            assert self.slot_line.since(adapter) == min(client.since for client in unserved)
+        assert self.slot_line.num_turns == sum(self._bound.num_turns(len(unserved)) for unserved in lined_up.values())
+        assert self._num_clients == Counter(adapter for _, adapter in self._clients if adapter is not None)
+        assert self._num_turns == sum(map(self._bound.num_turns, self._num_clients.values()))
         assert len(self.seat_line) == sum(not client.num_running for client in self._clients.values())
-        assert all(adapter in self.slot_line for adapter in adapters - by_adapter.keys() if adapter is not None)
         for clients in self._by_adapter.values():
             clients.check_integrity()
         for clients in self._cold.values():

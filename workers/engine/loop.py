@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -118,6 +118,7 @@ class Engine:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,
             max_wait_s=config.max_adapter_wait_s,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         self._store = AdapterStore(
             spec.base_shapes,
@@ -365,14 +366,17 @@ class Engine:
                     continue
                 sampled = next(results)
                 if not sampled.is_finite:
-                    self._scheduler.remove(request.request_id)
+                    self._scheduler.remove(request.request_id, is_spoiled=True)
                     adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
                     error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
                     events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
                     continue
                 finish = self._scheduler.commit(entry, sampled.token_id)
                 self._num_output_tokens += 1
-                events.append(RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish))
+                event = RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish)
+                if request.num_output_tokens == 1 and request.num_cached_tokens:
+                    event = replace(event, num_cached_tokens=request.num_cached_tokens)
+                events.append(event)
             self._step_began = None
         self._free_retired()
         with self._lock:
@@ -381,7 +385,7 @@ class Engine:
                     ended = self._unfinished.pop(event.request_id)
                     self._entrance.leave(ended.tenant, ended.adapter)
             self._entrance.num_served_clients = self._scheduler.num_served_clients
-            self._entrance.num_served_adapters = self._scheduler.num_served_adapters
+            self._entrance.num_served_turns = self._scheduler.num_served_turns
         self._stats = self._take_stats()
         return events
 
@@ -530,6 +534,8 @@ class Engine:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
+            num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_adapter_loads=store.loads,
             num_slot_loads=self._num_slot_loads,
         )

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from lorafleet.workers.engine.prefix import root_name
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 
 MAX_LOGPROBS = 20
 MAX_TENANT_CHARS = 256
+MAX_SALT_CHARS = 1024
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
 MAX_PRIORITY = 2**31 - 1
 
@@ -80,11 +82,16 @@ class GenerateRequest:
     tenant_weight: float = 1.0  # share of service relative to other tenants
     adapter_weight: float = 1.0  # share relative to the tenant's other adapters
     priority: int = 0  # lower is served earlier, whatever the shares
+    cache_salt: str = ""  # only requests of the tenant with the same one share what was computed
 
     def __post_init__(self) -> None:
         if len(self.tenant) > MAX_TENANT_CHARS:
             raise InvalidRequestError(
                 f"The tenant's name has {len(self.tenant)} characters, the limit is {MAX_TENANT_CHARS}.", param="tenant"
+            )
+        if len(self.cache_salt) > MAX_SALT_CHARS:
+            raise InvalidRequestError(
+                f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_SALT_CHARS}.", param="cache_salt"
             )
         for name in ("tenant_weight", "adapter_weight"):
             weight = getattr(self, name)
@@ -124,6 +131,7 @@ class RequestEvent:
     logprobs: TokenLogprobs | None = None
     finish: FinishReason | None = None
     error: LoRAFleetError | None = None  # with finish ERROR
+    num_cached_tokens: int = 0  # with a request's first token: of its prompt, those that needed no computing
 
 
 @dataclass(slots=True, eq=False)
@@ -131,7 +139,8 @@ class Request:
     """The engine's own state of one choice. Owned by the scheduler; nobody else changes it.
 
     Invariant: 0 <= num_computed_tokens <= len(token_ids), and `pages` hold the keys and values of exactly the
-    computed tokens. After a preemption num_computed_tokens is 0 and the outputs so far are recomputed with the prompt.
+    computed tokens. After a preemption num_computed_tokens is 0; when the request starts again, what its pages still
+    hold is found, and the rest is recomputed with the outputs so far.
     """
 
     request_id: str
@@ -140,12 +149,16 @@ class Request:
     token_ids: list[int]  # prompt, then output
     num_prompt_tokens: int
     arrival: int  # order of arrival within the engine; older is smaller
-    tenant: str
-    tenant_weight: float
-    adapter_weight: float
-    priority: int
+    tenant: str = ""
+    tenant_weight: float = 1.0
+    adapter_weight: float = 1.0
+    priority: int = 0
+    prefix_root: bytes = b""  # prefix.py; other requests with it may have the same pages
+    prefix_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
     num_computed_tokens: int = 0
     pages: list[int] = field(default_factory=list)
+    num_named_pages: int = 0  # of `pages`, those that the pool knows by their names or need not know
+    num_cached_tokens: int | None = None  # of the prompt, those that were found at its first start
     num_preemptions: int = 0
     is_charged: bool = False  # the prompt is in the counters of service; recomputing it is not charged again
     is_urgent: bool = False  # it began to run because its client had waited for too long
@@ -166,6 +179,7 @@ class Request:
             request.tenant_weight,
             request.adapter_weight,
             request.priority,
+            root_name(request.tenant, request.cache_salt, request.adapter),
         )
 
     @property

@@ -9,6 +9,9 @@ own has. That keeps batches full, and it is bounded twice. An adapter that has b
 whose adapter then takes nobody new until its running requests are done (`_claims`). And where `max_wait_s` is at risk,
 running requests give way (`_give_turns`).
 
+What the first pages of a request hold may have been computed for another one, or for itself before it was preempted
+(prefix.py); then it starts behind that. At least one token is left to compute.
+
 A request that has begun to run is never preempted before it has got a token. So every preemption is paid for with a
 token that was not there before, there are fewer preemptions than tokens, and requests cannot preempt each other for
 ever, whoever gives way to whom. Nor can a step be left with nobody to run for want of pages: only a request that has
@@ -25,6 +28,7 @@ from dataclasses import dataclass, field
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.clients import Client, Clients
+from lorafleet.workers.engine.prefix import extend_names
 from lorafleet.workers.engine.request import FinishReason, Request
 from lorafleet.workers.engine.turns import WaitBound
 
@@ -88,6 +92,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
         max_wait_s: float = 0.0,
+        enable_prefix_caching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_wait_s: how long a client may get no token; 0 is no bound. clock: seconds that never go back."""
@@ -97,6 +102,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
+        self._enable_prefix_caching = enable_prefix_caching
         self._clock = clock
         self._now = clock()
         bound = WaitBound(max_wait_s, slots.num_slots, max_num_seqs)
@@ -108,6 +114,8 @@ class Scheduler:
         self._begun: Counter[str] = Counter()  # adapters → requests that have begun to run and have not ended
         self._running: list[Request] = []  # by start; prompts are computed in this order
         self.num_preemptions = 0
+        self.num_prefix_query_tokens = 0  # known when requests started
+        self.num_prefix_hit_tokens = 0  # of these, those that needed no computing
 
     @property
     def num_running(self) -> int:
@@ -123,8 +131,9 @@ class Scheduler:
         return self._clients.num_served_clients
 
     @property
-    def num_served_adapters(self) -> int:
-        return self._clients.num_served_adapters
+    def num_served_turns(self) -> int:
+        """What `Entrance` needs to know of adapters whose clients are served."""
+        return self._clients.num_served_turns
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -135,13 +144,18 @@ class Scheduler:
         self._requests[request.request_id] = request
         self._clients.add(request, self._clock())
 
-    def remove(self, request_id: str) -> bool:
-        """Forget a request wherever it is, and free everything it holds. False: it is not here (any more)."""
+    def remove(self, request_id: str, *, is_spoiled: bool = False) -> bool:
+        """Forget a request wherever it is, and free everything it holds. False: it is not here (any more).
+
+        is_spoiled: its pages hold what nobody should find.
+        """
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
         runs = request in self._running
         if runs:
+            if is_spoiled:
+                self._pool.spoil(request.pages)
             self._running.remove(request)
             self._release(request)
         self._clients.drop(request, runs=runs)
@@ -182,6 +196,7 @@ class Scheduler:
         """Book one scheduled part as computed, with the token sampled at its end; the reason if that ended it."""
         request = entry.request
         request.num_computed_tokens += entry.num_tokens
+        self._name_pages(request, request.num_computed_tokens)
         if token_id is None:
             return None
         request.token_ids.append(token_id)
@@ -225,8 +240,7 @@ class Scheduler:
         for request in prompts:
             if budget == 0:
                 break
-            scheduled[request] = min(request.num_uncomputed_tokens, budget)
-            budget -= scheduled[request]
+            budget -= self._schedule_prompt(request, budget, scheduled)
         return budget, preempted
 
     def _let_in(self, scheduled: dict[Request, int], budget: int, turns: _Turns, loads: list[SlotLoad]) -> None:
@@ -252,12 +266,10 @@ class Scheduler:
             if best is None or budget == 0 or len(self._running) >= max_running:
                 return
             request = best.waiting[0]
-            # All pages of what is known at once, so that no prompt is preempted half way.
-            if not self._grow(request, request.num_tokens):
+            if not self._place(request):
                 return
             self._start(request)
-            scheduled[request] = min(request.num_uncomputed_tokens, budget)
-            budget -= scheduled[request]
+            budget -= self._schedule_prompt(request, budget, scheduled)
 
     def _claims(self, wanted: list[str]) -> set[str]:
         """Adapters that take nobody new, so that their slots come free: one for each cold one that they would pass.
@@ -289,10 +301,12 @@ class Scheduler:
         """Give places to those that could not be served in time otherwise; running requests give way (turns.py)."""
         clients = self._clients
         adapters = clients.slot_line.due(self._now)
-        due = dict.fromkeys(clients.longest_unserved(digest) for digest in adapters)  # a set in order
+        served = [clients.served_by_turn(digest) for digest in adapters]
+        due = dict.fromkeys(first for first, *_ in served)  # a set in order
         for client in clients.seat_line.due(self._now):
             if client.adapter is None or self._slots.slot_of(client.adapter) is not None:
                 due[client] = None
+        due |= dict.fromkeys(client for _, *others in served for client in others)
         turns = _Turns(adapters, {client.adapter for client in due if client.adapter is not None})
         for client in due:
             digest = client.adapter
@@ -318,11 +332,12 @@ class Scheduler:
         request = client.waiting[0]
         before = self._now - self._turn_s
         others = [other for other in self._running if other.has_progressed and other.started_at <= before]
-        num_pages = self._pool.num_free + sum(len(other.pages) for other in others)
-        if num_pages < self._pages_for(request.num_tokens):
-            return False
         others.sort(key=self._clients.rank_of)
-        while len(self._running) >= self._max_num_seqs or not self._grow(request, request.num_tokens):
+        found = self._find(request)
+        num_pages = self._pool.num_free_without((other.pages for other in others), set(found))
+        if num_pages < self._pages_for(request.num_tokens) - len(found):
+            return False
+        while len(self._running) >= self._max_num_seqs or not self._place(request):
             if not others:
                 return False
             self._preempt(others.pop())
@@ -373,7 +388,8 @@ class Scheduler:
         loads.append(SlotLoad(digest, slot))
         self._held_since = {held: since for held, since in self._held_since.items() if not self._is_cold(held)}
         self._held_since[digest] = self._now
-        self._clients.charge_prompt(client.waiting[0])
+        request = client.waiting[0]
+        self._clients.charge_prompt(request, self._page_size * len(self._find(request)))
         self._clients.set_hot(self._slots.occupants())
         return True
 
@@ -392,10 +408,55 @@ class Scheduler:
         request.pages.extend(pages)
         return True
 
+    def _find(self, request: Request) -> list[int]:
+        """Pages that hold a waiting request's tokens already, all but the last token at most: that one is computed."""
+        if not self._enable_prefix_caching:
+            return []
+        num_pages = (request.num_tokens - 1) // self._page_size
+        if num_pages > len(request.prefix_names):
+            extend_names(request.prefix_names, request.prefix_root, request.token_ids, self._page_size, num_pages)
+        return self._pool.find(request.prefix_names[:num_pages])
+
+    def _place(self, request: Request) -> bool:
+        """Give a waiting request pages for all that is known, so that no prompt is preempted half way, or nothing."""
+        found = self._find(request)
+        pages = self._pool.allocate(self._pages_for(request.num_tokens) - len(found), found)
+        if pages is None:
+            return False
+        request.pages = pages
+        request.num_named_pages = len(found)
+        request.num_computed_tokens = len(found) * self._page_size
+        return True
+
+    def _schedule_prompt(self, request: Request, budget: int, scheduled: dict[Request, int]) -> int:
+        """Schedule as many of a request's tokens as the budget allows; returns how many.
+
+        Its full pages get their names at once: a step writes all keys and values of a layer before it reads any, so
+        whoever starts later in this step may have them.
+        """
+        num_tokens = scheduled[request] = min(request.num_uncomputed_tokens, budget)
+        self._name_pages(request, request.num_computed_tokens + num_tokens)
+        return num_tokens
+
+    def _name_pages(self, request: Request, num_tokens: int) -> None:
+        """Name the pages that the first `num_tokens` tokens of a request fill."""
+        num_pages = num_tokens // self._page_size
+        if num_pages <= request.num_named_pages or not self._enable_prefix_caching:
+            return
+        names = request.prefix_names
+        extend_names(names, request.prefix_root, request.token_ids, self._page_size, num_pages)
+        for number in range(request.num_named_pages, num_pages):
+            self._pool.name(request.pages[number], names[number])
+        request.num_named_pages = num_pages
+
     def _start(self, request: Request) -> None:
         """Let a waiting request that has its pages run."""
         self._clients.start(request)
-        self._clients.charge_prompt(request)
+        self._clients.charge_prompt(request, request.num_computed_tokens)
+        self.num_prefix_query_tokens += request.num_tokens
+        self.num_prefix_hit_tokens += request.num_computed_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
         self._running.append(request)
         request.is_urgent = False
         request.started_at = self._now
@@ -410,7 +471,7 @@ class Scheduler:
         assert request.has_progressed
         self._running.remove(request)
         self._release(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_named_pages = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._clients.put_back(request)
@@ -434,6 +495,7 @@ class Scheduler:
         for request in self._running:
             assert request.num_computed_tokens <= len(request.pages) * self._page_size
             assert request.is_charged
+            self._check_names(request)
             if request.adapter is not None:
                 pins[request.adapter] = pins.get(request.adapter, 0) + 1
         assert pins == self._slots._pins
@@ -442,3 +504,9 @@ class Scheduler:
         begun += [request.adapter for request in self._running]
         assert self._begun == Counter(adapter for adapter in begun if adapter is not None)
         assert all(not request.pages and not request.num_computed_tokens for request in waiting)
+
+    def _check_names(self, request: Request) -> None:
+        """Its pages are found, if at all, by their own names. For tests."""
+        for number, page in enumerate(request.pages):
+            name = self._pool.name_of(page)
+            assert name is None or (number < request.num_named_pages and name == request.prefix_names[number])

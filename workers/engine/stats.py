@@ -20,6 +20,8 @@ class EngineStats:
     num_prompt_tokens: int = 0  # computed, recomputation after a preemption included
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_prefix_query_tokens: int = 0  # known when requests started, for the first time or again
+    num_prefix_hit_tokens: int = 0  # of these, those that were found and not computed
     num_adapter_loads: int = 0  # disk to host
     num_slot_loads: int = 0  # host to device
     last_step_age_s: float = 0.0  # since the running step began; 0 while idle

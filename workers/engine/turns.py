@@ -4,8 +4,12 @@ Places (adapter slots, or seats in the batch) are handed on in turns of q second
 one whose time is running out, but not before it has held it for q. With S places, a line served longest wait first, and
 the time to the first token (the adapter's load, the prompt) within q, the k-th in line, k from 0, has its first token
 at most (k // S + 2) * q from now: up to q until the present holders have had their turn, k // S turns of those before
-it, and its own. So with B the bound, turns must be given once somebody has waited for B - (k // S + 2) * q, and of
-those who wait at most S * (B / q - 2) can all be served in time. Until then places change hands by themselves.
+it, and its own. So with B the bound, turns must be given once somebody has waited for B - (k // S + 2) * q. Until then
+places change hands by themselves.
+
+An adapter's turn serves its share of the seats, so one that more tenants wait for counts as several in line. Those that
+lose a slot with all that ran there are in line again, at its end, with at most 2 * S turns: so of all that wait at most
+S * (B / q - 4) can be served in time.
 
 Pure: times are the caller's.
 """
@@ -37,21 +41,30 @@ class WaitBound:
     @property
     def turn_s(self) -> float:
         """How long a place is kept at least."""
-        return min(TURN_S, self.max_wait_s / 4) if self.max_wait_s else TURN_S
+        return min(TURN_S, self.max_wait_s / 8) if self.max_wait_s else TURN_S
 
     @property
     def num_adapter_places(self) -> int:
         return min(self.num_slots, self.num_seats)
 
     @property
-    def max_adapters(self) -> int:
-        """How many adapters may wait for a slot."""
-        return self.num_adapter_places * int(self.max_wait_s / self.turn_s - 2)
+    def num_clients_a_turn(self) -> int:
+        """How many clients an adapter's turn serves."""
+        return self.num_seats // max(1, self.num_adapter_places)
+
+    def num_turns(self, num_clients: int) -> int:
+        """How many turns an adapter needs for so many clients."""
+        return -(-num_clients // self.num_clients_a_turn)
+
+    @property
+    def max_turns(self) -> int:
+        """How many turns adapters may wait for."""
+        return self.num_adapter_places * int(self.max_wait_s / self.turn_s - 4)
 
     @property
     def max_clients(self) -> int:
-        """How many clients may wait for a seat; a turn less, for those that lose theirs with their adapter's slot."""
-        return self.num_seats * int(self.max_wait_s / self.turn_s - 3)
+        """How many clients may wait for a seat."""
+        return self.num_seats * int(self.max_wait_s / self.turn_s - 4)
 
 
 class Line(Generic[T]):
@@ -63,6 +76,8 @@ class Line(Generic[T]):
         self._numbers = count()
         self._entries: list[tuple[float, int, T]] = []  # (since when, number, item), sorted
         self._known: dict[T, tuple[float, int, T]] = {}
+        self._turns: dict[T, int] = {}
+        self.num_turns = 0  # of all in line
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -74,16 +89,21 @@ class Line(Generic[T]):
         """When an item that is in line began to wait."""
         return self._known[item][0]
 
-    def add(self, item: T, since: float) -> None:
-        """Put an item in line; one that is in line keeps its place."""
-        if item not in self._known:
+    def put(self, item: T, since: float, num_turns: int = 1) -> None:
+        """Put an item in line, or to where it belongs now. num_turns: how many places in line it counts for."""
+        old = self._known.get(item)
+        if old is None or old[0] != since:
+            self.discard(item)
             entry = self._known[item] = (since, next(self._numbers), item)
             insort(self._entries, entry)
+        self.num_turns += num_turns - self._turns.get(item, 0)
+        self._turns[item] = num_turns
 
     def discard(self, item: T) -> None:
         entry = self._known.pop(item, None)
         if entry is not None:
             del self._entries[bisect_left(self._entries, entry[:2], key=lambda known: known[:2])]
+            self.num_turns -= self._turns.pop(item)
 
     def due(self, now: float) -> list[T]:
         """Those that must have a place now, longest wait first, at most as many as there are places."""
@@ -91,15 +111,24 @@ class Line(Generic[T]):
         if not self._bound.max_wait_s or not self._entries:
             return []
         latest = now - self._bound.max_wait_s + 2 * turn_s  # whoever has waited since then is due at the line's head
-        head = self._entries[:places]
-        for turn, k in enumerate(range(places, len(self._entries), places), start=1):
-            if self._entries[k][0] <= latest + turn * turn_s:
-                return [item for _, _, item in head]
-        return [item for since, _, item in head if since <= latest]
+        if self._entries[0][0] > latest + (self.num_turns // places) * turn_s:
+            return []
+        due = []
+        k = 0
+        for since, _, item in self._entries:
+            turn = k // places
+            if since <= latest + turn * turn_s:
+                if turn:
+                    return [item for _, _, item in self._entries[:places]]
+                due.append(item)
+            k += self._turns[item]
+        return due
 
     def check_integrity(self) -> None:
         """For tests."""
         assert self._entries == sorted(self._known.values(), key=lambda entry: entry[:2])
+        assert self._turns.keys() == self._known.keys()
+        assert self.num_turns == sum(self._turns.values())
 
 
 class Entrance:
@@ -107,53 +136,60 @@ class Entrance:
 
     def __init__(self, bound: WaitBound) -> None:
         self._bound = bound
-        self._clients: Counter[tuple[str, str | None]] = Counter()  # unfinished requests by (tenant, adapter)
-        self._adapters: Counter[str] = Counter()
-        # Of these, those that had running requests after the last step. The owner sets them.
+        self._requests: Counter[tuple[str, str | None]] = Counter()  # unfinished ones of each client
+        self._clients: Counter[str] = Counter()  # of each adapter
+        self._num_turns = 0  # that all these clients of adapters need
+        # Of all this, what is not in line since it is served. The owner sets them after each step.
         self.num_served_clients = 0
-        self.num_served_adapters = 0
+        self.num_served_turns = 0
 
     @property
-    def num_waiting_adapters(self) -> int:
-        return max(0, len(self._adapters) - self.num_served_adapters)
+    def num_waiting_turns(self) -> int:
+        return max(0, self._num_turns - self.num_served_turns)
 
     @property
     def num_waiting_clients(self) -> int:
-        return max(0, len(self._clients) - self.num_served_clients)
+        return max(0, len(self._requests) - self.num_served_clients)
 
     def enter(self, tenant: str, adapter: str | None) -> None:
         """Count one more request. Raises `QueueFullError`: too many others wait for this one to be served in time."""
         bound = self._bound
-        if bound.max_wait_s:
-            if (
-                adapter is not None
-                and adapter not in self._adapters
-                and self.num_waiting_adapters >= bound.max_adapters
-            ):
-                raise QueueFullError(
-                    f"{self.num_waiting_adapters} adapters wait for one of {bound.num_adapter_places} places; "
-                    f"--max-adapter-wait-s {bound.max_wait_s:g} can be kept for {bound.max_adapters}. Try again later; "
-                    "a larger --max-adapter-wait-s or --max-loras lets more wait."
-                )
-            if (tenant, adapter) not in self._clients and self.num_waiting_clients >= bound.max_clients:
-                raise QueueFullError(
-                    f"{self.num_waiting_clients} clients (a tenant's requests for one model) wait for one of "
-                    f"{bound.num_seats} places; --max-adapter-wait-s {bound.max_wait_s:g} can be kept for "
-                    f"{bound.max_clients}. Try again later; a larger --max-adapter-wait-s or --max-num-seqs lets more "
-                    "wait."
-                )
-        self._clients[tenant, adapter] += 1
-        if adapter is not None:
-            self._adapters[adapter] += 1
+        if (tenant, adapter) not in self._requests:
+            num_more = 0
+            if adapter is not None:
+                num_clients = self._clients[adapter]
+                num_more = bound.num_turns(num_clients + 1) - bound.num_turns(num_clients)
+            if bound.max_wait_s:
+                self._check_room(num_more)
+            if adapter is not None:
+                self._clients[adapter] += 1
+            self._num_turns += num_more
+        self._requests[tenant, adapter] += 1
 
     def leave(self, tenant: str, adapter: str | None) -> None:
         """One request that was counted has ended."""
-        _count_down(self._clients, (tenant, adapter))
+        self._requests[tenant, adapter] -= 1
+        if self._requests[tenant, adapter]:
+            return
+        del self._requests[tenant, adapter]
         if adapter is not None:
-            _count_down(self._adapters, adapter)
+            num_clients = self._clients[adapter]
+            self._num_turns -= self._bound.num_turns(num_clients) - self._bound.num_turns(num_clients - 1)
+            self._clients[adapter] -= 1
+            if num_clients == 1:
+                del self._clients[adapter]
 
-
-def _count_down(counter: Counter[T], key: T) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
+    def _check_room(self, num_more_turns: int) -> None:
+        bound = self._bound
+        if num_more_turns and self.num_waiting_turns >= bound.max_turns:
+            raise QueueFullError(
+                f"{self.num_waiting_turns} adapters wait for {bound.num_adapter_places} slots (one that many tenants "
+                f"want counts several times); --max-adapter-wait-s {bound.max_wait_s:g} can be kept for "
+                f"{bound.max_turns}. Try again later; a larger --max-adapter-wait-s or --max-loras lets more wait."
+            )
+        if self.num_waiting_clients >= bound.max_clients:
+            raise QueueFullError(
+                f"{self.num_waiting_clients} clients (a tenant's requests for one model) wait for {bound.num_seats} "
+                f"seats; --max-adapter-wait-s {bound.max_wait_s:g} can be kept for {bound.max_clients}. Try again "
+                "later; a larger --max-adapter-wait-s or --max-num-seqs lets more wait."
+            )

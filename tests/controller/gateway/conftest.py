@@ -83,6 +83,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     answer: list[int] | None = None  # None: repeats the prompt
     permits: int | None = None  # steps that may still be taken; None: any number
     error: worker_pb2.Ended | None = None  # how each request ends at once
+    num_cached: list[int] = field(default_factory=list)  # tokens that the next requests find, one after the other
     heartbeats: bool = True
     welcome: bool = True
     device_adapters: list[str] = field(default_factory=list)
@@ -189,6 +190,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         source = self.answer if self.answer is not None else list(generate.prompt_token_ids)
         token_id = source[running.num_output % len(source)]
         running.num_output += 1
+        if running.num_output == 1 and self.num_cached and (num_tokens := self.num_cached.pop(0)):
+            step.cached.add(stream=stream, num_tokens=num_tokens)
         finish = worker_pb2.FINISH_NONE
         if token_id in sampling.stop_token_ids or (token_id == self.eos and not sampling.ignore_eos):
             finish = worker_pb2.FINISH_STOP

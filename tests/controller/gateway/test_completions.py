@@ -208,3 +208,28 @@ async def _complete(fleet: Any, stream: bool, **body: Any) -> dict[str, Any]:
         "stop_reason": choices[-1]["stop_reason"],
         "num_tokens": chunks[-1]["usage"]["completion_tokens"],
     }
+
+
+async def test_usage_tells_how_much_of_the_prompts_needed_no_computing(fleet: Any) -> None:
+    body = {"model": "tiny", "prompt": "hello world", "max_tokens": 3, "cache_salt": "abc"}
+    _, answer = await fleet.post("/v1/completions", body)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert fleet.worker.generates[0].cache_salt == "abc"
+    fleet.worker.num_cached = [1, 2]
+    _, answer = await fleet.post("/v1/completions", body | {"prompt": ["hello world", "hello fox"]})
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    fleet.worker.num_cached = [0, 2]
+    _, answer = await fleet.post("/v1/completions", body | {"n": 2})
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}, "one choice has computed the prompt"
+    fleet.worker.num_cached = [2]
+    stream = await fleet.openai.completions.create(
+        model="tiny", prompt="hello world", max_tokens=3, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 2
+
+
+async def test_an_empty_or_endless_cache_salt_is_refused(fleet: Any) -> None:
+    for salt in ("", "s" * 1025, 7):
+        status, answer = await fleet.post("/v1/completions", {"model": "tiny", "prompt": "a", "cache_salt": salt})
+        assert (status, answer["error"]["param"]) == (400, "cache_salt")

@@ -357,6 +357,38 @@ def test_a_full_queue_and_a_reused_id_are_refused(fleet: Fleet, engines: list[En
         engine.step()
 
 
+def test_more_clients_than_the_bound_can_serve_are_refused_while_others_go_on(
+    fleet: Fleet, engines: list[Engine]
+) -> None:
+    engine = fleet.engine(max_num_seqs=1, max_adapter_wait_s=1.0)
+    engines.append(engine)
+    requests = [GenerateRequest(f"{n}", (5,), GREEDY, tenant=f"t{n}") for n in range(5)]
+    for request in requests[:4]:
+        engine.submit(request)
+    with pytest.raises(QueueFullError, match=r"^4 clients .* for 1 seats; --max-adapter-wait-s 1 can be kept for 4\."):
+        engine.submit(requests[4])
+    engine.submit(dataclasses.replace(requests[3], request_id="of one that waits anyhow"))
+    engine.step()
+    engine.submit(requests[4])
+    while engine.has_unfinished():
+        engine.step()
+    assert not engine._entrance.num_waiting_clients and not engine._entrance._requests
+
+
+def test_tenants_and_priorities_reach_the_order_of_service(fleet: Fleet, engines: list[Engine]) -> None:
+    engine = fleet.engine(max_num_seqs=1)
+    engines.append(engine)
+    first = [GenerateRequest(f"a{n}", (5, 6), GREEDY, tenant="a") for n in range(3)]
+    later = GenerateRequest("b", (5, 6), GREEDY, tenant="b")
+    urgent = GenerateRequest("urgent", (5, 6), GREEDY, tenant="a", priority=-1)
+    for request in (*first, later, urgent):
+        engine.submit(request)
+    ended = []
+    while engine.has_unfinished():
+        ended += [event.request_id for event in engine.step() if event.finish]
+    assert ended == ["urgent", "b", "a0", "a1", "a2"]
+
+
 def test_an_adapter_without_lora_is_refused(fleet: Fleet, engines: list[Engine]) -> None:
     engine = fleet.engine(lora=None)
     engines.append(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ class World:
         max_wait_s: float = 0.0,
         max_bytes: int = 0,
         sizes: dict[str, int] | None = None,
+        prefix_caching: bool = False,
     ) -> None:
         """`sizes`: bytes of adapters with an embedding or a head of their own, of which there may be `max_bytes`."""
         self.now = 0.0
@@ -47,6 +49,7 @@ class World:
             max_num_batched_tokens=budget,
             eos_token_ids=frozenset([EOS]),
             max_wait_s=max_wait_s,
+            enable_prefix_caching=prefix_caching,
             clock=lambda: self.now,
         )
         self.auto_load = auto_load
@@ -299,6 +302,164 @@ def test_the_base_models_requests_prefetch_nothing() -> None:
     for name in "abc":
         world.add(name, 2)
     assert [world.step().prefetches for _ in range(3)] == [()] * 3
+
+
+def test_lower_priority_is_served_earlier_whoever_came_first() -> None:
+    world = World(max_num_seqs=1)
+    world.add("running", 2, max_tokens=1)
+    for name, priority in (("late", 5), ("normal", 0), ("early", -3), ("too", 0)):
+        world.add(name, 2, max_tokens=1, priority=priority)
+    world.run()
+    assert world.order == ["early", "running", "normal", "too", "late"]
+
+
+def test_a_tenant_that_floods_waits_behind_one_that_does_not() -> None:
+    world = World(max_num_seqs=1)
+    for number in range(6):
+        world.add(f"flood{number}", 2, max_tokens=2, tenant="flood")
+    world.step()
+    for number in range(3):
+        world.add(f"calm{number}", 2, max_tokens=2, tenant="calm")
+    world.run()
+    assert world.order[:6] == ["flood0", "calm0", "flood1", "calm1", "flood2", "calm2"]
+
+
+def test_weights_divide_service_between_tenants_and_between_a_tenants_adapters() -> None:
+    world = World(max_num_seqs=1, slots=2)
+    for number in range(60):
+        world.add(f"heavy{number}", 2, max_tokens=2, tenant="heavy", tenant_weight=3.0)
+        world.add(f"light{number}", 2, max_tokens=2, tenant="light")
+    for _ in range(80):
+        world.step()
+    served = [name[:5] for name in world.order[:40]]
+    assert (served.count("heavy"), served.count("light")) == (30, 10)
+
+    world = World(max_num_seqs=1, slots=2)
+    for number in range(60):
+        world.add(f"x{number}", 2, max_tokens=2, adapter="x", adapter_weight=3.0)
+        world.add(f"b{number}", 2, max_tokens=2)
+    for _ in range(81):
+        world.step()
+    served = [name[:1] for name in world.order[:40]]
+    assert (served.count("x"), served.count("b")) == (30, 10)
+
+
+def test_loads_are_shared_between_tenants_before_anybody_has_run() -> None:
+    world = World(slots=4, max_num_seqs=8)
+    for tenant in ("a", "b"):
+        for number in range(4):
+            world.add(f"{tenant}{number}", 2, adapter=f"{tenant}{number}", tenant=tenant)
+    assert [load.digest for load in world.step().loads] == ["a0", "b0", "a1", "b1"]
+
+
+def test_recomputation_is_not_charged_again() -> None:
+    world = World(pages=4, max_num_seqs=2)
+    world.add("old", 7, max_tokens=8, tenant="old")
+    young = world.add("young", 7, max_tokens=5, tenant="young", priority=1)
+    world.step()
+    service = world.scheduler._clients._fairness.service
+    assert service("young", None) == (9.0, 9.0)
+    while not young.num_preemptions:
+        world.step()
+    assert service("young", None) == (11.0, 11.0)
+    while young.num_output_tokens < 3:
+        world.step()
+    assert service("young", None) == (13.0, 13.0), "two output tokens and no prompt"
+
+
+def test_pages_are_given_up_by_whom_has_had_most() -> None:
+    world = World(pages=6, max_num_seqs=3, budget=32)
+    world.add("a", 7, max_tokens=9, tenant="a")
+    world.add("b1", 3, max_tokens=9, tenant="b")
+    b2 = world.add("b2", 3, max_tokens=9, tenant="b")
+    world.add("waits", 3, tenant="c", priority=9)
+    while not world.scheduler.num_preemptions:
+        world.step()
+    assert b2.num_preemptions == 1, "b has had most, and b2 is its youngest"
+
+
+def hold_all_slots(world: World, num_slots: int) -> None:
+    for number in range(num_slots):
+        world.add(f"holds{number}", 2, max_tokens=100, adapter=f"hot{number}")
+    for _ in range(3):
+        world.step()
+
+
+def test_an_adapter_whose_time_runs_out_gets_the_slot_of_the_one_that_has_had_most() -> None:
+    world = World(slots=2, max_wait_s=20.0, pages=200)
+    world.add("more", 9, max_tokens=100, adapter="hot1")
+    hold_all_slots(world, 2)
+    began = world.now
+    world.add("cold", 2, max_tokens=2, adapter="cold")
+    while "cold" not in world.order:
+        world.step()
+    assert 17.0 <= world.now - began <= 20.0, "not before it must be, and in time"
+    requests = world.scheduler._requests
+    assert [requests[name].num_preemptions for name in ("more", "holds1", "holds0")] == [1, 1, 0]
+    world.run()
+    assert len(world.finished) == 4
+
+
+def test_an_adapter_that_has_just_got_its_slot_keeps_it_for_a_turn() -> None:
+    world = World(slots=1, max_wait_s=8.0, pages=200, step_s=0.125)
+    for number in range(5):
+        world.add(f"r{number}", 2, max_tokens=100, adapter=f"a{number}")
+    began: dict[str, float] = {}
+    for _ in range(200):
+        before = world.now
+        for entry in world.step().scheduled:
+            began.setdefault(entry.request.request_id, before)
+    times = sorted(began.values())
+    assert len(times) == 5 and times[-1] <= 8.0
+    assert all(later - earlier >= TURN_S for earlier, later in pairwise(times))
+
+
+def test_nobody_gives_way_before_it_has_got_a_token() -> None:
+    world = World(slots=1, max_wait_s=4.0, budget=4, pages=200, step_s=1.0)
+    long = world.add("long", 40, max_tokens=5, adapter="hot")  # its prompt takes ten steps
+    world.add("cold", 2, max_tokens=2, adapter="cold")
+    while not long.num_preemptions:
+        assert world.now <= 14.0
+        world.step()
+    assert long.num_output_tokens == 1
+    world.run()
+    assert world.scheduler.num_preemptions <= 7, "a new token for each"
+
+
+def test_a_tenant_without_a_seat_gets_one_in_time() -> None:
+    world = World(slots=0, max_num_seqs=2, max_wait_s=20.0, pages=200)
+    for number in range(2):
+        world.add(f"holds{number}", 2, max_tokens=100, tenant="holds")
+    world.step()
+    began = world.now
+    world.add("comes", 2, max_tokens=2, tenant="comes", priority=7)
+    while "comes" not in world.order:
+        world.step()
+    assert 17.0 <= world.now - began <= 20.0, "even if it ranks last"
+    assert world.scheduler.num_preemptions == 1
+
+
+def test_a_large_request_gets_pages_in_time() -> None:
+    world = World(slots=0, max_num_seqs=8, max_wait_s=20.0, pages=40, budget=64)
+    for number in range(7):
+        world.add(f"holds{number}", 2, max_tokens=100, tenant="holds")
+    world.step()
+    began = world.now
+    large = world.add("large", 80, max_tokens=2, tenant="large")
+    for number in range(7, 20):
+        world.add(f"holds{number}", 2, max_tokens=100, tenant="holds")
+    while not large.num_output_tokens:
+        world.step()
+    assert world.now - began <= 20.0
+
+
+def test_without_a_bound_running_requests_keep_their_slots() -> None:
+    world = World(slots=2, pages=200)
+    hold_all_slots(world, 2)
+    world.add("cold", 2, max_tokens=2, adapter="cold")
+    world.run()
+    assert world.scheduler.num_preemptions == 0
+    assert len(world.finished) == 3
 
 
 REQUESTS = st.tuples(

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.engine.scheduler import Scheduler
+from lorafleet.workers.engine.scheduler import Scheduler, StepPlan
 
 PAGE = 4
 EOS = 1
@@ -29,8 +29,11 @@ class Machine(RuleBasedStateMachine):
         seats=st.integers(1, 5),
         extra_budget=st.integers(0, 12),
         max_wait_s=st.sampled_from([0.0, 1.0, 8.0]),
+        prefix_caching=st.booleans(),
     )
-    def start(self, pages: int, slots: int, seats: int, extra_budget: int, max_wait_s: float) -> None:
+    def start(
+        self, pages: int, slots: int, seats: int, extra_budget: int, max_wait_s: float, prefix_caching: bool
+    ) -> None:
         self.now = 0.0
         self.pages = pages
         self.slots = AdapterSlots(slots)
@@ -42,31 +45,39 @@ class Machine(RuleBasedStateMachine):
             max_num_batched_tokens=seats + extra_budget,
             eos_token_ids=frozenset([EOS]),
             max_wait_s=max_wait_s,
+            enable_prefix_caching=prefix_caching,
             clock=lambda: self.now,
         )
         self.requests: dict[str, Request] = {}  # unfinished
+        self.owners: dict[str, object] = {}
         self.ended: dict[str, str] = {}
         self.loading: list[str] = []
         self.num_added = 0
         self.num_outputs = 0
+        self.memory: dict[int, object] = {}  # place of a token → whose keys and values are there, and after what tokens
 
     @rule(
-        prompt=st.integers(1, 20),
+        prompt=st.one_of(
+            st.integers(1, 20).map(lambda length: (7,) * length),  # many that begin alike
+            st.lists(st.integers(5, 7), min_size=1, max_size=20).map(tuple),
+        ),
         max_tokens=st.integers(1, 14),
         adapter=st.sampled_from([None, "a", "b", "c", "d", "e"]),
         tenant=st.sampled_from(["", "t", "u"]),
         tenant_weight=st.sampled_from([0.5, 1.0, 3.0]),
         adapter_weight=st.sampled_from([1.0, 2.0]),
         priority=st.sampled_from([0, 0, 0, -1, 2]),
+        cache_salt=st.sampled_from(["", "", "s"]),
     )
-    def add(self, prompt: int, max_tokens: int, adapter: str | None, **fields: Any) -> None:
+    def add(self, prompt: tuple[int, ...], max_tokens: int, adapter: str | None, **fields: Any) -> None:
         if not self.slots.num_slots:
             adapter = None
         self.num_added += 1
         sampling = SamplingOptions(max_tokens=max_tokens)
-        generate = GenerateRequest(f"r{self.num_added}", (7,) * prompt, sampling, adapter, **fields)
+        generate = GenerateRequest(f"r{self.num_added}", prompt, sampling, adapter, **fields)
         request = Request.from_generate(generate, self.num_added)
         self.requests[request.request_id] = request
+        self.owners[request.request_id] = (generate.tenant, generate.cache_salt, adapter)
         self.scheduler.add(request)
 
     @precondition(lambda self: self.requests)
@@ -100,6 +111,7 @@ class Machine(RuleBasedStateMachine):
         slots = [-1 if entry.slot is None else entry.slot for entry in plan.scheduled]
         assert slots == sorted(slots)
         self.loading += [load.digest for load in plan.loads]
+        self._compute(plan)
         assert plan.scheduled or self.loading or not self.requests, "there is work that nobody does"
         for entry, result in zip(plan.scheduled, results, strict=False):
             request = entry.request
@@ -110,7 +122,8 @@ class Machine(RuleBasedStateMachine):
             if not entry.samples:
                 self.scheduler.commit(entry, None)
             elif result == "!":
-                self._end(request.request_id, "not finite")
+                assert self.scheduler.remove(request.request_id, is_spoiled=True)
+                self._note_end(request.request_id, "not finite")
             else:
                 self.num_outputs += 1
                 if self.scheduler.commit(entry, EOS if result == "E" else 7) is not None:
@@ -139,6 +152,23 @@ class Machine(RuleBasedStateMachine):
         assert len(self.ended) == self.num_added
         assert self.scheduler._pool.num_free == self.pages
         self.scheduler.check_integrity()
+
+    def _compute(self, plan: StepPlan) -> None:
+        """As the model does: write all of the step, then read. Everybody must read what is its own, or as good."""
+        for entry in plan.scheduled:
+            first = entry.request.num_computed_tokens
+            for position in range(first, first + entry.num_tokens):
+                self.memory[self._place(entry.request, position)] = self._content(entry.request, position)
+        for entry in plan.scheduled:
+            for position in range(entry.request.num_computed_tokens + entry.num_tokens):
+                read = self.memory[self._place(entry.request, position)]
+                assert read == self._content(entry.request, position)
+
+    def _place(self, request: Request, position: int) -> int:
+        return request.pages[position // PAGE] * PAGE + position % PAGE
+
+    def _content(self, request: Request, position: int) -> object:
+        return self.owners[request.request_id], tuple(request.token_ids[: position + 1])
 
     def _end(self, request_id: str, why: str) -> None:
         assert self.scheduler.remove(request_id)

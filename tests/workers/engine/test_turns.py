@@ -13,7 +13,7 @@ BOUND = WaitBound(max_wait_s=10.0, num_slots=2, num_seats=4)  # turns of a secon
 def line(*since: float, bound: WaitBound = BOUND) -> Line[int]:
     waiting: Line[int] = Line(bound.num_adapter_places, bound)
     for item, at in enumerate(since):
-        waiting.add(item, at)
+        waiting.put(item, at)
     waiting.check_integrity()
     return waiting
 
@@ -41,50 +41,66 @@ def test_without_a_bound_nobody_is_ever_due() -> None:
     assert line(0.0, 0.0, 0.0, bound=WaitBound(0.0, 2, 4)).due(1e9) == []
 
 
-def test_an_item_keeps_its_place_until_it_leaves() -> None:
+def test_an_item_that_needs_several_turns_holds_up_those_behind_it_for_as_long() -> None:
+    waiting = line(0.0)
+    waiting.put(1, 0.5, num_turns=5)
+    waiting.put(2, 1.0)
+    waiting.check_integrity()
+    assert waiting.num_turns == 7
+    assert waiting.due(5.9) == []
+    assert waiting.due(6.0) == [0, 1], "the seventh turn is the fourth round"
+    waiting.put(1, 0.5, num_turns=1)
+    assert waiting.num_turns == 3 and waiting.due(7.9) == [] and waiting.due(8.0) == [0, 1]
+
+
+def test_an_item_moves_when_it_waits_since_another_time() -> None:
     waiting = line(3.0, 1.0)
-    waiting.add(0, 0.0)
-    assert waiting.since(0) == 3.0 and len(waiting) == 2
-    waiting.discard(0)
-    waiting.discard(0)
-    assert 0 not in waiting
-    waiting.add(0, 0.0)
+    waiting.put(0, 0.0)
+    assert waiting.since(0) == 0.0 and len(waiting) == 2
     assert waiting.due(100.0) == [0, 1]
+    waiting.discard(0)
+    waiting.discard(0)
+    assert 0 not in waiting and waiting.num_turns == 1
+    waiting.check_integrity()
 
 
-@pytest.mark.parametrize(("max_wait_s", "turn_s"), [(0.0, 1.0), (1.0, 0.25), (2.0, 0.5), (4.0, 1.0), (600.0, 1.0)])
-def test_a_turn_is_a_second_or_a_quarter_of_the_bound(max_wait_s: float, turn_s: float) -> None:
+@pytest.mark.parametrize(("max_wait_s", "turn_s"), [(0.0, 1.0), (1.0, 0.125), (4.0, 0.5), (8.0, 1.0), (600.0, 1.0)])
+def test_a_turn_is_a_second_or_an_eighth_of_the_bound(max_wait_s: float, turn_s: float) -> None:
     assert WaitBound(max_wait_s, 1, 1).turn_s == turn_s
 
 
 def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
-    assert (BOUND.max_adapters, BOUND.max_clients) == (2 * 8, 4 * 7)
-    assert WaitBound(1.0, 8, 64).max_adapters == 16
-    assert WaitBound(10.0, 8, 1).max_adapters == 8, "one seat is one place, however many slots there are"
+    assert (BOUND.max_turns, BOUND.max_clients, BOUND.num_clients_a_turn) == (2 * 6, 4 * 6, 2)
+    assert WaitBound(60.0, 8, 64).max_turns == 448
+    assert WaitBound(1.0, 8, 64).max_turns == 32
+    assert WaitBound(10.0, 8, 1).max_turns == 6, "one seat is one place, however many slots there are"
+    assert [BOUND.num_turns(num) for num in range(5)] == [0, 1, 1, 2, 2]
 
 
 def test_adapters_beyond_what_the_bound_can_serve_are_refused_by_number_and_flag() -> None:
     entrance = Entrance(BOUND)
-    for number in range(18):
-        entrance.num_served_adapters = min(number, 2)
+    for number in range(14):
+        entrance.num_served_turns = min(number, 2)
         entrance.enter("t", f"a{number}")
-    assert entrance.num_waiting_adapters == 16
+    assert entrance.num_waiting_turns == 12
     with pytest.raises(
-        QueueFullError, match="^16 adapters wait .*--max-adapter-wait-s 10 can be kept for 16.*--max-loras"
+        QueueFullError, match=r"^12 adapters wait for 2 slots .*-wait-s 10 can be kept for 12\..*--max-loras"
     ):
         entrance.enter("t", "new")
     entrance.enter("t", "a0")  # runs
-    entrance.enter("other", "a9")  # waits anyhow
+    entrance.enter("other", "a9")  # is served in the same turn
     entrance.enter("t", None)  # needs no slot
-    entrance.leave("t", "a17")
-    entrance.enter("t", "new")
+    with pytest.raises(QueueFullError):
+        entrance.enter("third", "a9")
+    entrance.leave("t", "a13")
+    entrance.enter("third", "a9")
 
 
 def test_clients_beyond_what_the_bound_can_serve_are_refused() -> None:
     entrance = Entrance(BOUND)
-    for number in range(28):
+    for number in range(24):
         entrance.enter(f"t{number}", None)
-    with pytest.raises(QueueFullError, match=r"28 clients .*--max-num-seqs"):
+    with pytest.raises(QueueFullError, match=r"24 clients .* 4 seats.*--max-num-seqs"):
         entrance.enter("new", None)
     entrance.enter("t3", None)
     entrance.num_served_clients = 1
@@ -95,7 +111,7 @@ def test_without_a_bound_nobody_is_refused_and_nothing_is_kept_of_those_that_lef
     entrance = Entrance(WaitBound(0.0, 1, 1))
     for number in range(1000):
         entrance.enter("t", f"a{number}")
-    assert entrance.num_waiting_adapters == entrance.num_waiting_clients == 1000
+    assert entrance.num_waiting_turns == entrance.num_waiting_clients == 1000
     for number in range(1000):
         entrance.leave("t", f"a{number}")
-    assert not entrance._clients and not entrance._adapters
+    assert not entrance._clients and not entrance._requests and not entrance.num_waiting_turns
