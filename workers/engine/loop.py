@@ -28,6 +28,7 @@ from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
 from lorafleet.workers.adapters.sources import resolve_adapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.eviction import make_eviction
@@ -272,6 +273,7 @@ class Engine:
         then not accepted and has no events.
         """
         self._check(request)
+        request = self._activated(request)
         with self._lock:
             if self._closed:
                 raise InternalError("The engine is closed.")
@@ -416,6 +418,16 @@ class Engine:
                     f"{what} has a token id outside 0 to {vocab_size - 1}.",
                     param="prompt" if ids is prompt else what,
                 )
+
+    def _activated(self, request: GenerateRequest) -> GenerateRequest:
+        """The same, with the place where an activated adapter begins; if it does not, a request for the base model."""
+        spec = None if request.adapter is None else self._store.spec(request.adapter)
+        if spec is None or not spec.config.invocation_tokens:
+            return request
+        start = find_start(request.prompt_token_ids, spec.config.invocation_tokens)
+        if start is None:
+            return replace(request, adapter=None)
+        return replace(request, adapter_start=start)
 
     @staticmethod
     def _unregistered(digest: str) -> AdapterUnavailableError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from lorafleet.workers.engine.prefix import root_name
+from lorafleet.workers.engine.prefix import parting_name, root_name
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 
 MAX_LOGPROBS = 20
@@ -83,6 +83,7 @@ class GenerateRequest:
     adapter_weight: float = 1.0  # share relative to the tenant's other adapters
     priority: int = 0  # lower is served earlier, whatever the shares
     cache_salt: str = ""  # only requests of the tenant with the same one share what was computed
+    adapter_start: int = 0  # of the prompt, the first token that the adapter is applied to; the engine fills it in
 
     def __post_init__(self) -> None:
         if len(self.tenant) > MAX_TENANT_CHARS:
@@ -153,7 +154,9 @@ class Request:
     tenant_weight: float = 1.0
     adapter_weight: float = 1.0
     priority: int = 0
+    adapter_start: int = 0  # the tokens before it are computed with the base model
     prefix_root: bytes = b""  # prefix.py; other requests with it may have the same pages
+    prefix_parting: bytes = b""  # from the page of adapter_start on, only those with this one, too
     prefix_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
     num_computed_tokens: int = 0
     pages: list[int] = field(default_factory=list)
@@ -168,6 +171,8 @@ class Request:
     @classmethod
     def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:
         prompt = list(request.prompt_token_ids)
+        adapter, start = request.adapter, request.adapter_start
+        parts = adapter is not None and start > 0
         return cls(
             request.request_id,
             request.sampling,
@@ -179,7 +184,9 @@ class Request:
             request.tenant_weight,
             request.adapter_weight,
             request.priority,
-            root_name(request.tenant, request.cache_salt, request.adapter),
+            start,
+            root_name(request.tenant, request.cache_salt, None if parts else adapter),
+            parting_name(adapter, start) if adapter is not None and parts else b"",
         )
 
     @property

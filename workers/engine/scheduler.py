@@ -46,6 +46,11 @@ class Scheduled:
         """Whether this step reaches the end of what is known, so that a next token is to be sampled."""
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
 
+    @property
+    def num_base_tokens(self) -> int:
+        """Of its tokens the first ones, which come before the place where the adapter begins."""
+        return min(self.num_tokens, max(0, self.request.adapter_start - self.request.num_computed_tokens))
+
 
 @dataclass(frozen=True, slots=True)
 class SlotLoad:
@@ -57,7 +62,11 @@ class SlotLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step computes, grouped by slot (base model first), so that an adapter's rows are one segment."""
+    """What the next step computes, grouped by slot (base model first), so that an adapter's rows are one segment.
+
+    Where an activated adapter begins amid a request's rows, those before it part the others from the group. Such
+    requests come first in their group: there is one segment for each of them, and none more for all others.
+    """
 
     scheduled: tuple[Scheduled, ...]
     loads: tuple[SlotLoad, ...]
@@ -189,7 +198,7 @@ class Scheduler:
             self._let_in(scheduled, budget, turns, loads)
         cold = self._clients.next_cold(self._slots.num_slots)
         entries = [self._entry(request, num_tokens) for request, num_tokens in scheduled.items()]
-        entries.sort(key=lambda entry: -1 if entry.slot is None else entry.slot)
+        entries.sort(key=_row_order)
         return StepPlan(tuple(entries), tuple(loads), self._prefetches([*turns.adapters, *cold]))
 
     def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
@@ -414,7 +423,7 @@ class Scheduler:
             return []
         num_pages = (request.num_tokens - 1) // self._page_size
         if num_pages > len(request.prefix_names):
-            extend_names(request.prefix_names, request.prefix_root, request.token_ids, self._page_size, num_pages)
+            self._extend_names(request, num_pages)
         return self._pool.find(request.prefix_names[:num_pages])
 
     def _place(self, request: Request) -> bool:
@@ -443,11 +452,21 @@ class Scheduler:
         num_pages = num_tokens // self._page_size
         if num_pages <= request.num_named_pages or not self._enable_prefix_caching:
             return
-        names = request.prefix_names
-        extend_names(names, request.prefix_root, request.token_ids, self._page_size, num_pages)
+        self._extend_names(request, num_pages)
         for number in range(request.num_named_pages, num_pages):
-            self._pool.name(request.pages[number], names[number])
+            self._pool.name(request.pages[number], request.prefix_names[number])
         request.num_named_pages = num_pages
+
+    def _extend_names(self, request: Request, num_pages: int) -> None:
+        extend_names(
+            request.prefix_names,
+            request.prefix_root,
+            request.token_ids,
+            self._page_size,
+            num_pages,
+            parting=request.prefix_parting,
+            start=request.adapter_start,
+        )
 
     def _start(self, request: Request) -> None:
         """Let a waiting request that has its pages run."""
@@ -510,3 +529,10 @@ class Scheduler:
         for number, page in enumerate(request.pages):
             name = self._pool.name_of(page)
             assert name is None or (number < request.num_named_pages and name == request.prefix_names[number])
+
+
+def _row_order(entry: Scheduled) -> tuple[int, bool]:
+    num_base_tokens = entry.num_base_tokens
+    if entry.slot is None or num_base_tokens == entry.num_tokens:
+        return -1, False
+    return entry.slot, num_base_tokens == 0

@@ -70,13 +70,15 @@ class StepBuffers:
     ) -> StepInput:
         """Lay out a non-empty plan that is grouped by adapter slot, as `StepPlan` promises.
 
+        A segment is rows of one slot's adapter next to each other; rows before a request's `adapter_start` are in none.
+
         `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own. What
         comes back is good until the next call.
         """
         page_size = self._page_size
         token_ids, positions, slot_mapping = self._token_ids, self._positions, self._slot_mapping
         num_samples = num_segments = row = 0
-        last_slot: int | None = None
+        last_slot: int | None = None  # of the last row so far
         for s, entry in enumerate(scheduled):
             request = entry.request
             first = request.num_computed_tokens
@@ -99,14 +101,16 @@ class StepBuffers:
             if entry.samples:
                 self._sample_rows[num_samples] = end - 1
                 num_samples += 1
-            if entry.slot is not None:
-                if entry.slot != last_slot:
-                    self._segments[:, num_segments] = row, end, entry.slot, first_sample, num_samples
+            start = row + entry.num_base_tokens
+            slot = entry.slot if start < end else None
+            if slot is not None:
+                if slot != last_slot or start > row:
+                    self._segments[:, num_segments] = start, end, slot, first_sample, num_samples
                     num_segments += 1
                 else:
                     self._segments[1, num_segments - 1] = end
                     self._segments[4, num_segments - 1] = num_samples
-            last_slot = entry.slot
+            last_slot = slot
             row = end
         num_seqs = len(scheduled)
         starts, ends, slots, _, _ = self._segments

@@ -5,6 +5,7 @@ Few pages, slots and seats, so that requests get in each other's way all the tim
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -68,16 +69,19 @@ class Machine(RuleBasedStateMachine):
         adapter_weight=st.sampled_from([1.0, 2.0]),
         priority=st.sampled_from([0, 0, 0, -1, 2]),
         cache_salt=st.sampled_from(["", "", "s"]),
+        start=st.sampled_from([0, 0, 1, 3, 4, 9]),
     )
-    def add(self, prompt: tuple[int, ...], max_tokens: int, adapter: str | None, **fields: Any) -> None:
+    def add(self, prompt: tuple[int, ...], max_tokens: int, adapter: str | None, start: int, **fields: Any) -> None:
+        """start: where the adapter begins."""
         if not self.slots.num_slots:
             adapter = None
+        start = 0 if adapter is None else min(start, len(prompt) - 1)
         self.num_added += 1
         sampling = SamplingOptions(max_tokens=max_tokens)
-        generate = GenerateRequest(f"r{self.num_added}", prompt, sampling, adapter, **fields)
+        generate = GenerateRequest(f"r{self.num_added}", prompt, sampling, adapter, **fields, adapter_start=start)
         request = Request.from_generate(generate, self.num_added)
         self.requests[request.request_id] = request
-        self.owners[request.request_id] = (generate.tenant, generate.cache_salt, adapter)
+        self.owners[request.request_id] = (generate.tenant, generate.cache_salt)
         self.scheduler.add(request)
 
     @precondition(lambda self: self.requests)
@@ -108,8 +112,7 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert sum(entry.num_tokens for entry in plan.scheduled) <= self.scheduler._max_num_batched_tokens
         assert len(plan.prefetches) <= self.slots.num_slots
-        slots = [-1 if entry.slot is None else entry.slot for entry in plan.scheduled]
-        assert slots == sorted(slots)
+        self._check_order(plan)
         self.loading += [load.digest for load in plan.loads]
         self._compute(plan)
         assert plan.scheduled or self.loading or not self.requests, "there is work that nobody does"
@@ -168,7 +171,23 @@ class Machine(RuleBasedStateMachine):
         return request.pages[position // PAGE] * PAGE + position % PAGE
 
     def _content(self, request: Request, position: int) -> object:
-        return self.owners[request.request_id], tuple(request.token_ids[: position + 1])
+        computed_by = (request.adapter, request.adapter_start) if position >= request.adapter_start else (None, 0)
+        return self.owners[request.request_id], computed_by, tuple(request.token_ids[: position + 1])
+
+    def _check_order(self, plan: StepPlan) -> None:
+        """An adapter's rows are next to each other, but for base rows before its first ones in a request."""
+        rows: list[int | None] = []  # of each run of rows, the slot
+        num_parted: Counter[int | None] = Counter()
+        for entry in plan.scheduled:
+            start = entry.request.adapter_start
+            own = entry.request.num_computed_tokens
+            slots = {entry.slot if place >= start else None for place in range(own, own + entry.num_tokens)}
+            num_parted[entry.slot] += len(slots) == 2
+            for slot in sorted(slots, key=lambda slot: slot is not None):
+                if not rows or rows[-1] != slot:
+                    rows.append(slot)
+        runs = Counter(rows)
+        assert all(runs[slot] <= max(1, num_parted[slot]) for slot in runs if slot is not None)
 
     def _end(self, request_id: str, why: str) -> None:
         assert self.scheduler.remove(request_id)
