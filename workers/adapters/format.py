@@ -65,6 +65,11 @@ class AdapterSpec:
             parts.append(f"changes of {' and '.join(self.vocabulary.tables)}")
         return ", ".join(parts)
 
+    @property
+    def not_composable(self) -> str:
+        """Why it cannot be one of several adapters of a request, for people; empty: it can."""
+        return self.beyond_lora or ("invocation tokens" if self.config.invocation_tokens else "")
+
     def num_bytes(self, dtype: torch.dtype) -> int:
         """In host memory: matrices in `dtype`; vectors as they were read, in float32, and DoRA's norms as long."""
         return self.num_elements * dtype.itemsize + self.num_vector_elements * 12 + self.num_norm_elements * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
@@ -34,11 +36,12 @@ class World:
             max_num_tokens=max_num_tokens,
             max_num_seqs=8,
             max_model_len=64,
+            max_composed=2,
             device=torch.device("cpu"),
         )
         self.num_added = 0
 
-    def add(self, length: int, adapter: str | None = None, start: int = 0) -> None:
+    def add(self, length: int, adapter: str | None = None, start: int = 0, **fields: Any) -> None:
         """A prompt that nobody else has."""
         self.num_added += 1
         generate = GenerateRequest(
@@ -47,6 +50,7 @@ class World:
             SamplingOptions(max_tokens=9),
             adapter,
             adapter_start=start,
+            **fields,
         )
         self.scheduler.add(Request.from_generate(generate, self.num_added))
 
@@ -88,3 +92,19 @@ def test_pieces_of_a_prompt_are_the_base_models_until_the_adapter_begins() -> No
     assert segments(world.step()) == [(4, 8, 0)]
     assert segments(world.step()) == [(0, 8, 0)]
     assert segments(world.step()) == [(0, 2, 0)]
+
+
+def test_a_compositions_rows_are_in_a_segment_of_each_of_its_adapters() -> None:
+    world = World("a", "b")
+    composed = (("b", 0.5), ("a", -2.0))
+    world.add(3, composition=composed)
+    world.add(2, "a")
+    world.add(4, composition=composed)
+    world.add(1, composition=(("a", 1.0), ("b", 0.5)))
+    step = world.step()
+    assert step.query_start_S1.tolist() == [0, 2, 5, 9, 10]
+    assert segments(step) == [(0, 2, 0), (2, 9, 0), (2, 9, 1), (9, 10, 0), (9, 10, 1)]
+    assert step.segments is not None
+    assert step.segments.weight_G.tolist() == [1.0, -2.0, 0.5, 1.0, 0.5]
+    world.add(5)
+    assert segments(world.step()) == [(5, 6, 0), (6, 8, 0), (6, 8, 1), (8, 9, 0), (8, 9, 1)]
