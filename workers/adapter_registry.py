@@ -61,6 +61,7 @@ class AdapterRegistry:
             created=request.created,
             lora_rank=spec.lora_rank,
             text_digest="" if text is None else text.digest,
+            not_composable=spec.not_composable,
         )
         with self._lock:
             self._adapters[key] = adapter

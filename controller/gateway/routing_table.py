@@ -29,6 +29,13 @@ class ModelEntry:
     parent: str | None  # None for the base model
     created: int  # unix seconds
     text_digest: str = ""  # of its own tokenizer and template; empty: the base model's
+    not_composable: str = ""  # why it is not applied with a weight or with others
+    composition: tuple[tuple[ModelEntry, float], ...] = ()  # of a composition: its adapters and their weights
+
+    @property
+    def adapters(self) -> tuple[ModelEntry, ...]:
+        """All that must be in slots."""
+        return tuple(entry for entry, _ in self.composition) or ((self,) if self.digest else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,7 @@ class RoutingTable:
                 adapter.parent,
                 adapter.created,
                 adapter.text_digest,
+                adapter.not_composable,
             )
         adapters = sorted(list(models.values())[num_base:], key=lambda entry: entry.name)
         return cls(
