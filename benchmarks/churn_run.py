@@ -21,7 +21,6 @@ from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Requ
 from lorafleet.workers.errors import AdapterUnavailableError, LoRAFleetError, QueueFullError
 
 NEAR_TIE = 1e-3  # of two logits: closer ones may come out either way, since kernels differ by batch size
-BASE = ""  # the base model's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +31,7 @@ class ChurnSettings:
     arrival_rate: float = 200.0
     zipf_alpha: float = 1.0  # the k-th most popular adapter is asked for as k^-alpha
     base_share: float = 0.1  # of requests, for the base model
+    composed_share: float = 0.15  # of requests, for two or three adapters at once, weighted
     abort_rate: float = 5.0  # requests that their client gives up
     reload_rate: float = 5.0  # adapters whose file changes and that are loaded again under their name
     retire_rate: float = 5.0  # adapters that are unloaded; another one comes in their place
@@ -47,8 +47,8 @@ class Ask:
     """One request and what came of it. Moments in seconds of one monotonic clock."""
 
     request: GenerateRequest
-    name: str  # of the adapter; BASE
-    content: str  # of its file: the directory that it was copied from
+    names: tuple[str, ...]  # of its adapters; none: the base model
+    contents: tuple[tuple[str, float], ...]  # of their files: the directories that they were copied from; and weights
     is_cold: bool  # its adapter was in no slot when it was sent
     is_overtaken: bool  # another file has taken the place of its adapter's; what is not in memory is lost
     sent_s: float
@@ -151,8 +151,7 @@ class Churn:
 
     def _arrive(self, request_id: str, result: ChurnResult) -> None:
         rng, settings = self._rng, self._settings
-        name = BASE if rng.random() < settings.base_share else rng.choices(self._names, self._weights)[0]
-        spec = self._aliases.get(name) if name else None
+        names, composition = self._draw()
         greedy = rng.random() < 0.5
         request = GenerateRequest(
             request_id,
@@ -165,12 +164,13 @@ class Churn:
                 stop_token_ids=self._stops if rng.random() < 0.3 else frozenset(),
                 ignore_eos=rng.random() < 0.5,
             ),
-            None if spec is None else spec.digest,
             tenant=f"tenant-{rng.randrange(settings.num_tenants)}",
             priority=rng.choice((0, 0, 0, 1)),
+            composition=composition,
         )
-        is_cold = spec is not None and spec.digest not in self._engine.stats().device_adapters
-        ask = Ask(request, name, self._content_of.get(name, BASE), is_cold, False, time.monotonic())
+        is_cold = not set(request.digests).issubset(self._engine.stats().device_adapters)
+        contents = tuple((self._content_of[name], weight) for name, (_, weight) in zip(names, composition, strict=True))
+        ask = Ask(request, names, contents, is_cold, False, time.monotonic())
         try:
             self._engine.submit(request)
         except QueueFullError:
@@ -178,6 +178,21 @@ class Churn:
             return
         self._open[request_id] = ask
         result.asks.append(ask)
+
+    def _draw(self) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
+        """Names of adapters, their digests and weights; one has the weight 1, and the base model is none."""
+        rng, settings = self._rng, self._settings
+        kind = rng.random()
+        if kind < settings.base_share:
+            return (), ()
+        num = 1 if kind < 1 - settings.composed_share else rng.choice((2, 3))
+        names: dict[str, str] = {}  # by digest: two names may have one content
+        for name in rng.choices(self._names, self._weights, k=num):
+            spec = self._aliases.get(name)
+            assert spec is not None
+            names.setdefault(spec.digest, name)
+        weights = [1.0] if num == 1 else [rng.choice((0.5, 1.0, -0.25)) for _ in names]
+        return tuple(names.values()), tuple(zip(names, weights, strict=True))
 
     def _new_directory(self) -> Path:
         self._num_directories += 1
@@ -192,7 +207,7 @@ class Churn:
             self._put(name, content, self._new_directory())
             return
         for ask in self._open.values():
-            ask.is_overtaken |= ask.name == name
+            ask.is_overtaken |= name in ask.names
         self._put(name, content, self._directories[name])
 
     def _put(self, name: str, content: Path, directory: Path) -> None:
@@ -254,7 +269,7 @@ class Reference:
     def _answer(self, ask: Ask) -> tuple[list[int], list[float], FinishReason]:
         request = ask.request
         sampling = request.sampling
-        key = (ask.content, request.prompt_token_ids, sampling)
+        key = (frozenset(ask.contents), request.prompt_token_ids, sampling)
         if key not in self._known:
             options = SamplingOptions(
                 max_tokens=sampling.max_tokens,
@@ -265,8 +280,8 @@ class Reference:
                 ignore_eos=sampling.ignore_eos,
                 num_logprobs=2,
             )
-            digest = self._digests.get(ask.content)
-            self._engine.submit(GenerateRequest("alone", request.prompt_token_ids, options, digest))
+            parts = tuple((self._digests[content], weight) for content, weight in ask.contents)
+            self._engine.submit(GenerateRequest("alone", request.prompt_token_ids, options, composition=parts))
             token_ids: list[int] = []
             margins: list[float] = []
             finish = None
