@@ -18,6 +18,7 @@ from typing import Literal, Self
 
 from lorafleet.controller.gateway.inbox import ChoiceQueue, Inbox
 from lorafleet.controller.gateway.metrics import ModelMetrics
+from lorafleet.controller.gateway.routing_table import ModelEntry
 from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.proto import worker_pb2
@@ -110,7 +111,7 @@ class Generation:
     def add_prompt(
         self,
         session: WorkerSession,
-        adapter: str,
+        model: ModelEntry,
         prompt_token_ids: Sequence[int],
         samplings: Sequence[worker_pb2.Sampling],
     ) -> None:
@@ -122,11 +123,12 @@ class Generation:
             queue = self._inbox.open_queue(len(self._choices))
             generate = worker_pb2.Generate(
                 request_id=self._request_id,
-                adapter_digest=adapter,
+                adapter_digest=model.digest,
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling,
                 tenant=self._tenant.name,
                 tenant_weight=self._tenant.weight,
+                adapter_weight=model.weight,
                 priority=self._priority,
                 cache_salt=self._cache_salt,
             )

@@ -49,10 +49,11 @@ async def detokenize(request: web.Request) -> web.Response:
         fields = decode(body, DetokenizeRequest)
         table = state.table
         text = state.text if fields.model is None else await state.text_of(table.resolve(fields.model))
-        bad = next((token_id for token_id in fields.tokens if not 0 <= token_id < table.vocab_size), None)
+        vocab_size = table.vocab_size if fields.model is None else table.resolve(fields.model).vocab_size
+        bad = next((token_id for token_id in fields.tokens if not 0 <= token_id < vocab_size), None)
         if bad is not None:
             raise InvalidRequestError(
-                f"tokens has the token id {bad}; ids go from 0 to {table.vocab_size - 1}.", param="tokens"
+                f"tokens has the token id {bad}; ids go from 0 to {vocab_size - 1}.", param="tokens"
             )
         prompt = await state.in_thread(lambda: text.tokenizer.decode(fields.tokens, skip_special_tokens=False))
         return web.Response(body=msgspec.json.encode({"prompt": prompt}), content_type="application/json")

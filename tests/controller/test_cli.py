@@ -60,12 +60,15 @@ def test_lora_flags_reach_the_engine() -> None:
 def test_adapters_come_as_name_and_path_and_as_json_and_the_flag_may_be_repeated() -> None:
     adapters = config(
         *("--enable-lora", "--served-model-name", "base", "--lora-modules", "sql=~/sql", "eq=a=b"),
-        *("--lora-modules", '{"name": "json", "path": "org/json", "base_model_name": "base"}'),
+        *(
+            "--lora-modules",
+            '{"name": "json", "path": "org/json", "base_model_name": "base", "weight": 2, "pin": true}',
+        ),
     ).adapters
     assert adapters == (
         LoRAModule("sql", "~/sql"),
         LoRAModule("eq", "a=b"),
-        LoRAModule("json", "org/json", "base"),
+        LoRAModule("json", "org/json", "base", 2.0, True),
     )
 
 
