@@ -109,7 +109,7 @@ def test_no_client_waits_longer_than_the_bound_for_its_first_token(seed: int) ->
 
 
 def test_nothing_is_amiss_at_any_step_of_a_trace() -> None:
-    machine = Machine(num_slots=2, num_seats=8, num_pages=256)
+    machine = Machine(num_slots=2, num_seats=8, num_pages=700)
     assert Simulation(machine, 10.0, check=True).run(adversary(3, machine), 30.0).num_preemptions > 0
 
 
