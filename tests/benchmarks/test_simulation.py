@@ -125,7 +125,7 @@ def test_requests_are_refused_exactly_when_more_adapters_wait_than_the_bound_can
     outcome = Simulation(machine, 60.0).run(overload(), 90.0)
     assert outcome.num_refused > 0
     for num_waiting, was_refused in outcome.refusals:
-        assert was_refused == (num_waiting >= bound.max_turns)
+        assert was_refused == (num_waiting >= bound.max_turns())
     assert max(outcome.first_waits.values()) <= 60.0
     assert Simulation(machine, 60.0).run(held(), 90.0).num_refused == 0
 

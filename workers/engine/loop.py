@@ -386,6 +386,7 @@ class Engine:
                     self._entrance.leave(ended.tenant, ended.adapter)
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
+            self._entrance.num_pinned = self._slots.num_staying
         self._stats = self._take_stats()
         return events
 

@@ -181,6 +181,7 @@ class Scheduler:
         """Choose the next step: those that run go on, then waiting ones are let in."""
         self._now = self._clock()
         self._clients.set_hot(self._slots.occupants())
+        self._clients.set_pinned(self._slots.num_staying)
         loads: list[SlotLoad] = []
         turns = self._give_turns(loads)
         scheduled: dict[Request, int] = {}
@@ -263,6 +264,8 @@ class Scheduler:
                 if best is not None and clients.rank(best) < clients.rank(cold):
                     break
                 has_slot = self._start_load(cold, keep, loads)
+                if not has_slot:
+                    self._load_beside(keep, loads)
             if best is None or budget == 0 or len(self._running) >= max_running:
                 return
             request = best.waiting[0]
@@ -270,6 +273,13 @@ class Scheduler:
                 return
             self._start(request)
             budget -= self._schedule_prompt(request, budget, scheduled)
+
+    def _load_beside(self, keep: set[str], loads: list[SlotLoad]) -> None:
+        """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""
+        for digest in self._clients.next_cold(self._slots.num_slots):
+            client = self._clients.first(digest)
+            if client is not None and not self._slots.lacks_bytes(digest) and not self._start_load(client, keep, loads):
+                return
 
     def _claims(self, wanted: list[str]) -> set[str]:
         """Adapters that take nobody new, so that their slots come free: one for each cold one that they would pass.
