@@ -3,8 +3,9 @@
 python -m benchmarks.stalls --model DIR [--seconds 10] [--repeat 3] [--streams 8]
 
 The engine in this process. Streams generate without end, half of them on the base model; quiet and loading intervals
-take turns, and a loading one is compared with the mean of those beside it, since contexts grow. While loading, a new rank-16 adapter is registered each second (read, verified, hashed) and asked for a few
-tokens at once, so that it goes all the way from the disk into a slot.
+take turns, and a loading one is compared with the mean of those beside it, since contexts grow. While loading, a new
+rank-16 adapter is registered each second (read, verified, hashed) and asked for a few tokens at once, so that it goes
+all the way from the disk into a slot.
 """
 
 from __future__ import annotations
