@@ -103,6 +103,11 @@ class Churn:
         for name, content in zip(names, contents, strict=False):
             self._put(name, content, self._new_directory())
 
+    @property
+    def names(self) -> list[str]:
+        """Those that are live, most popular first."""
+        return list(self._names)
+
     def run(self) -> ChurnResult:
         """Returns when every request has ended. The adapters stay; `close` unloads them."""
         settings, engine = self._settings, self._engine
