@@ -21,6 +21,8 @@ from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Requ
 from lorafleet.workers.errors import AdapterUnavailableError, LoRAFleetError, QueueFullError
 
 NEAR_TIE = 1e-3  # of two logits: closer ones may come out either way, since kernels differ by batch size
+BASE = ""  # the base model's name
+MAX_COMPOSED = 3  # adapters of a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class ChurnSettings:
     arrival_rate: float = 200.0
     zipf_alpha: float = 1.0  # the k-th most popular adapter is asked for as k^-alpha
     base_share: float = 0.1  # of requests, for the base model
-    composed_share: float = 0.15  # of requests, for two or three adapters at once, weighted
+    composed_share: float = 0.0  # of requests, for up to MAX_COMPOSED adapters at once, weighted
     abort_rate: float = 5.0  # requests that their client gives up
     reload_rate: float = 5.0  # adapters whose file changes and that are loaded again under their name
     retire_rate: float = 5.0  # adapters that are unloaded; another one comes in their place
@@ -57,6 +59,11 @@ class Ask:
     finish: FinishReason | None = None
     num_terminal: int = 0
     error: LoRAFleetError | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return "+".join(self.names) or BASE
 
 
 @dataclass(slots=True)
@@ -102,6 +109,11 @@ class Churn:
         self._stops = frozenset(self._rng.sample(vocab, min(64, len(vocab) // 8)))
         for name, content in zip(names, contents, strict=False):
             self._put(name, content, self._new_directory())
+
+    @property
+    def names(self) -> list[str]:
+        """Those that are live, most popular first."""
+        return list(self._names)
 
     def run(self) -> ChurnResult:
         """Returns when every request has ended. The adapters stay; `close` unloads them."""
@@ -185,7 +197,7 @@ class Churn:
         kind = rng.random()
         if kind < settings.base_share:
             return (), ()
-        num = 1 if kind < 1 - settings.composed_share else rng.choice((2, 3))
+        num = 1 if kind < 1 - settings.composed_share else rng.randint(2, MAX_COMPOSED)
         names: dict[str, str] = {}  # by digest: two names may have one content
         for name in rng.choices(self._names, self._weights, k=num):
             spec = self._aliases.get(name)
@@ -246,7 +258,7 @@ class Reference:
     """What each request is answered when it has an engine to itself."""
 
     def __init__(self, engine: Engine, contents: Sequence[Path]) -> None:
-        """The engine holds the same model, and nobody else uses it."""
+        """The engine holds the same model, has MAX_COMPOSED slots, and nobody else uses it."""
         self._engine = engine
         self._digests = {path.name: engine.register_adapter(str(path)).digest for path in contents}
         self._known: dict[object, tuple[list[int], list[float], FinishReason]] = {}

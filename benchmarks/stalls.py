@@ -3,8 +3,9 @@
 python -m benchmarks.stalls --model DIR [--seconds 10] [--repeat 3] [--streams 8]
 
 The engine in this process. Streams generate without end, half of them on the base model; quiet and loading intervals
-take turns. While loading, a new rank-16 adapter is registered each second (read, verified, hashed) and asked for a few
-tokens at once, so that it goes all the way from the disk into a slot.
+take turns, and a loading one is compared with the mean of those beside it, since contexts grow. While loading, a new
+rank-16 adapter is registered each second (read, verified, hashed) and asked for a few tokens at once, so that it goes
+all the way from the disk into a slot.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -76,17 +76,14 @@ class Streams:
         self._engine.submit(GenerateRequest(name, tuple(range(100, 132)), options, digest))
 
 
-def load_adapters(
-    engine: Engine, streams: Streams, paths: list[Path], seconds: float, stop: threading.Event
-) -> list[float]:
+def load_adapters(engine: Engine, streams: Streams, paths: list[Path], seconds: float) -> list[float]:
     """Load one of `paths` each second; the milliseconds from its registration to its first token."""
     aliases: Aliases[str] = Aliases(engine)
     options = SamplingOptions(max_tokens=2, temperature=0.0, ignore_eos=True)
     asked: dict[str, float] = {}
     began = time.perf_counter()
     for number in range(int(seconds / EVERY_S)):
-        if stop.wait(max(0.0, began + number * EVERY_S - time.perf_counter())):
-            break
+        time.sleep(max(0.0, began + number * EVERY_S - time.perf_counter()))
         name = f"new-{paths[number].name}-{time.monotonic_ns()}"
         asked[name] = time.perf_counter()
         digest = aliases.add(name, str(paths[number])).result().digest
@@ -95,7 +92,7 @@ def load_adapters(
     for name in list(asked):
         aliases.remove(name).result()
     aliases.close()
-    return [1e3 * (streams.first_token_s[name] - at) for name, at in asked.items() if name in streams.first_token_s]
+    return [round(1e3 * (streams.first_token_s[name] - at), 1) for name, at in asked.items()]
 
 
 def row(gaps: list[float]) -> dict[str, float]:
@@ -107,6 +104,12 @@ def row(gaps: list[float]) -> dict[str, float]:
         "p99.9_ms": round(1e3 * float(p999), 2),
         "max_ms": round(1e3 * max(gaps), 2),
     }
+
+
+def quiet_row(streams: Streams, seconds: float) -> dict[str, float]:
+    streams.take_gaps()
+    time.sleep(seconds)
+    return row(streams.take_gaps())
 
 
 def main() -> None:
@@ -133,20 +136,21 @@ def main() -> None:
         time.sleep(3.0)
         rows: list[dict[str, Any]] = []
         ratios = []
+        before = quiet_row(streams, args.seconds)
         for repeat in range(args.repeat):
-            streams.take_gaps()
-            time.sleep(args.seconds)
-            quiet = row(streams.take_gaps())
-            first = load_adapters(engine, streams, new, args.seconds, threading.Event())
+            first = load_adapters(engine, streams, new, args.seconds)
             loading = row(streams.take_gaps())
-            ratios.append(loading["p99_ms"] / quiet["p99_ms"])
-            rows.append({"quiet": quiet, "loading": loading, "disk_to_first_token_ms": [round(ms, 1) for ms in first]})
+            after = quiet_row(streams, args.seconds)
+            ratios.append(2 * loading["p99_ms"] / (before["p99_ms"] + after["p99_ms"]))
+            rows.append({"before": before, "loading": loading, "after": after, "disk_to_first_token_ms": first})
             print(
-                f"{repeat}: quiet p50 {quiet['p50_ms']} p99 {quiet['p99_ms']} max {quiet['max_ms']} ms; loading p50 "
-                f"{loading['p50_ms']} p99 {loading['p99_ms']} max {loading['max_ms']} ms; p99 ratio {ratios[-1]:.3f}; "
-                f"disk to first token {statistics.median(first):.0f} ms",
+                f"{repeat}: p50, p99, max: quiet {before['p50_ms']} {before['p99_ms']} {before['max_ms']} ms, loading "
+                f"{loading['p50_ms']} {loading['p99_ms']} {loading['max_ms']} ms, quiet {after['p50_ms']} "
+                f"{after['p99_ms']} {after['max_ms']} ms; p99 ratio {ratios[-1]:.3f}; disk to first token "
+                f"{statistics.median(first):.0f} ms",
                 file=sys.stderr,
             )
+            before = after
         thread.stop()
         engine.close()
     json.dump({"rounds": rows, "p99_ratio": round(statistics.median(ratios), 3)}, sys.stdout, indent=2)

@@ -19,6 +19,7 @@ import grpc.aio
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -68,20 +69,26 @@ class AdapterUpdates:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def load(self, name: str, root: str, *, load_inplace: bool) -> worker_pb2.Adapter:
+    async def load(
+        self, name: str, root: str, *, load_inplace: bool, weight: float = 0.0, pin: bool = False
+    ) -> worker_pb2.Adapter:
         """Read and verify what lies at `root` on every worker, then let `name` stand for it.
 
-        Raises `AdapterConflictError` for a name that is taken (unless load_inplace), `AdapterRefusedError`,
-        `WorkerUnavailableError`; the name then stands for what it did.
+        weight, pin: see Adapter in worker.proto. Raises `AdapterConflictError` for a name that is taken (unless
+        load_inplace), `AdapterRefusedError`, `WorkerUnavailableError`; the name then stands for what it did.
         """
         self._check_allowed()
         _check_name(name, root)
+        if weight and not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
+            raise InvalidRequestError(
+                f"weight is {weight}; it must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", param="weight"
+            )
         if name in self._catalogue.base_names:
             raise AdapterConflictError(f"{name!r} is a name of the base model. Choose another.", param="lora_name")
         # A caller who does not wait for it leaves nothing half done.
-        return await asyncio.shield(self._keep(self._load(name, root, load_inplace=load_inplace)))
+        return await asyncio.shield(self._keep(self._load(name, root, load_inplace, weight, pin)))
 
-    async def _load(self, name: str, root: str, *, load_inplace: bool) -> worker_pb2.Adapter:
+    async def _load(self, name: str, root: str, load_inplace: bool, weight: float, pin: bool) -> worker_pb2.Adapter:
         async with self._lock(name):
             current = self._catalogue.adapter(name)
             if current is not None and not load_inplace:
@@ -96,6 +103,8 @@ class AdapterUpdates:
                 root=root,
                 parent=current.parent if current is not None else "",
                 created=int(time.time()),
+                weight=weight,
+                pin=pin,
             )
             workers = list(self._workers())
             adapter = await self._stage(wanted, workers)

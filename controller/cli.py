@@ -170,7 +170,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=lora_module,
         metavar="NAME=PATH",
         help="adapters to serve; PATH is a directory, a hub id or a hub cache folder. Or JSON: "
-        '{"name": ..., "path": ..., "base_model_name": ...}',
+        '{"name": ..., "path": ..., "base_model_name": ..., "weight": 1.0, "pin": false}: weight is its share of its '
+        "tenant's service, pin keeps it in a device slot",
     )
     adapters.add_argument(
         "--max-loras", type=int, metavar="N", help=f"adapters in one batch (default: {lora.max_loras})"
@@ -309,12 +310,18 @@ def _lora_module_from_json(text: str) -> LoRAModule:
         fields: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    unknown = sorted(set(fields) - {"name", "path", "base_model_name"})
+    unknown = sorted(set(fields) - {"name", "path", "base_model_name", "weight", "pin"})
     if unknown:
         raise argparse.ArgumentTypeError(f"{text!r} has the unknown field {unknown[0]!r}")
     if not all(isinstance(fields.get(key), str) and fields[key] for key in ("name", "path")):
         raise argparse.ArgumentTypeError(f"{text!r} needs a name and a path")
-    return LoRAModule(fields["name"], fields["path"], fields.get("base_model_name"))
+    weight, pin = fields.get("weight", 1.0), fields.get("pin", False)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not isinstance(pin, bool):
+        raise argparse.ArgumentTypeError(f"{text!r} must have a number as weight, and true or false as pin")
+    try:
+        return LoRAModule(fields["name"], fields["path"], fields.get("base_model_name"), float(weight), pin)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def _serve(config: ServeConfig) -> None:

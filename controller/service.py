@@ -55,7 +55,13 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         self, request: controller_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.AdapterUpdate:
         try:
-            await self._updates.load(request.name, request.root, load_inplace=request.load_inplace)
+            await self._updates.load(
+                request.name,
+                request.root,
+                load_inplace=request.load_inplace,
+                weight=request.weight,
+                pin=request.pin,
+            )
         except LoRAFleetError as error:
             return controller_pb2.AdapterUpdate(failure=failure_of(error))
         return self._update()

@@ -53,6 +53,8 @@ class WorkerClient:
             root=adapter.root,
             parent=adapter.parent,
             created=adapter.created,
+            weight=adapter.weight,
+            pin=adapter.pin,
             allowed_roots=allowed_roots,
         )
         reply = await self._call(self._stub.RegisterAdapter, request, REGISTER_S)

@@ -60,14 +60,18 @@ class WorkerEndpoint(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "root", "load_inplace")
+    __slots__ = ("name", "root", "load_inplace", "weight", "pin")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     LOAD_INPLACE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
     name: str
     root: str
     load_inplace: bool
-    def __init__(self, name: _Optional[str] = ..., root: _Optional[str] = ..., load_inplace: bool = ...) -> None: ...
+    weight: float
+    pin: bool
+    def __init__(self, name: _Optional[str] = ..., root: _Optional[str] = ..., load_inplace: bool = ..., weight: _Optional[float] = ..., pin: bool = ...) -> None: ...
 
 class UnloadAdapterRequest(_message.Message):
     __slots__ = ("name",)

@@ -256,7 +256,7 @@ class EngineCounters(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_adapter_loads: _Optional[int] = ..., num_slot_loads: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank", "text_digest", "not_composable")
+    __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank", "text_digest", "vocab_size", "weight", "pin", "not_composable")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -265,6 +265,9 @@ class Adapter(_message.Message):
     CREATED_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     TEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
     NOT_COMPOSABLE_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
@@ -274,24 +277,31 @@ class Adapter(_message.Message):
     created: int
     lora_rank: int
     text_digest: str
+    vocab_size: int
+    weight: float
+    pin: bool
     not_composable: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ..., text_digest: _Optional[str] = ..., not_composable: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ..., text_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., weight: _Optional[float] = ..., pin: bool = ..., not_composable: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "version", "root", "parent", "created", "allowed_roots")
+    __slots__ = ("name", "version", "root", "parent", "created", "allowed_roots", "weight", "pin")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_ROOTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     root: str
     parent: str
     created: int
     allowed_roots: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., allowed_roots: _Optional[_Iterable[str]] = ...) -> None: ...
+    weight: float
+    pin: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., allowed_roots: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., pin: bool = ...) -> None: ...
 
 class RegisterAdapterReply(_message.Message):
     __slots__ = ("adapter", "failure")

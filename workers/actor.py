@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.config import EngineConfig, LoRAModule
-from lorafleet.workers.errors import AdapterRefusedError, InternalError, LoRAFleetError, status_of
+from lorafleet.workers.errors import InternalError, LoRAFleetError, status_of
 
 if TYPE_CHECKING:
     from lorafleet.workers.adapter_registry import AdapterRegistry
@@ -92,11 +92,14 @@ class WorkerActor:
                 root=module.path,
                 parent=module.base_model_name or "",
                 created=int(time.time()),
+                weight=module.weight,
+                pin=module.pin,
             )
             try:
                 registry.register(request)
-            except AdapterRefusedError as error:
-                raise AdapterRefusedError(f"Adapter {module.name!r}: {error.message}", reason=error.reason) from error
+            except LoRAFleetError as error:
+                error.message = f"Adapter {module.name!r}: {error.message}"
+                raise
         engine.load()
         # What is here now stays. Without this, each full collection looks through it and stops the engine for 0.2 s.
         gc.collect()

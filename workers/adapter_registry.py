@@ -12,7 +12,7 @@ from pathlib import Path
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine, FreedBytes
-from lorafleet.workers.errors import AdapterRefusedError, ModelError
+from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError, ModelError
 from lorafleet.workers.text.adapter_texts import AdapterTexts
 from lorafleet.workers.text.files import files_digest
 
@@ -38,7 +38,7 @@ class AdapterRegistry:
     def register(self, request: worker_pb2.RegisterAdapterRequest) -> worker_pb2.Adapter:
         """Read and verify an adapter; one that is known under this name and version is not read again.
 
-        Raises `AdapterRefusedError`.
+        Raises `AdapterRefusedError`, and `AdapterConflictError` when no more adapters can be pinned.
         """
         key = request.name, request.version
         with self._lock:
@@ -49,9 +49,14 @@ class AdapterRegistry:
         try:
             with self._text_lock:
                 text = self._texts.of(spec.path)
+            if request.pin:
+                self._engine.pin_adapter(spec.digest)
         except ModelError as error:
             self._aliases.remove(key)
             raise AdapterRefusedError(f"{spec.path}: {error.message}", reason="bad_tokenizer") from error
+        except LoRAFleetError:
+            self._aliases.remove(key)
+            raise
         adapter = worker_pb2.Adapter(
             name=request.name,
             digest=spec.digest,
@@ -61,6 +66,9 @@ class AdapterRegistry:
             created=request.created,
             lora_rank=spec.lora_rank,
             text_digest="" if text is None else text.digest,
+            vocab_size=spec.vocab_size,
+            weight=request.weight,
+            pin=request.pin,
             not_composable=spec.not_composable,
         )
         with self._lock:

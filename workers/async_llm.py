@@ -110,6 +110,16 @@ class AsyncLLM:
             await asyncio.wrap_future(freed)
         return True
 
+    async def pin_lora(self, lora_id: int) -> bool:
+        """Keep an adapter in a device slot from now on, until it is removed. False when the id stands for nothing.
+
+        Raises `AdapterConflictError` when all slots but one are taken so.
+        """
+        digest = self._lora_ids.known_digest(lora_id)
+        if digest is not None:
+            self.engine.pin_adapter(digest)
+        return digest is not None
+
     async def list_loras(self) -> set[int]:
         """The ids that stand for an adapter."""
         return self._lora_ids.known()

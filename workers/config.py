@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 
 from lorafleet.workers.engine.eviction import EVICTIONS
+from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,6 +25,14 @@ class LoRAModule:
     name: str
     path: str
     base_model_name: str | None = None  # shown as `parent` in /v1/models
+    weight: float = 1.0  # share of service among a tenant's adapters
+    pin: bool = False  # keep it in a device slot
+
+    def __post_init__(self) -> None:
+        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:  # false for NaN too
+            raise ConfigError(
+                f"The weight of adapter {self.name!r} is {self.weight}; it must be {MIN_WEIGHT:g} to {MAX_WEIGHT:g}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

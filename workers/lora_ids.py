@@ -21,6 +21,11 @@ class LoRAIds:
     def known(self) -> set[int]:
         return set(self._requests)
 
+    def known_digest(self, lora_int_id: int) -> str | None:
+        """Of what an id stands for now."""
+        spec = self._aliases.get(lora_int_id)
+        return None if spec is None else spec.digest
+
     def spec(self, request: LoRARequest) -> AdapterSpec:
         """What the id stands for. Reads the adapter's file at the first call.
 

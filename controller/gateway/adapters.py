@@ -27,7 +27,11 @@ async def load_adapter(request: web.Request) -> web.Response:
         body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
         fields = decode(body, LoadAdapterBody)
         update = controller_pb2.LoadAdapterRequest(
-            name=fields.lora_name, root=fields.lora_path, load_inplace=fields.load_inplace
+            name=fields.lora_name,
+            root=fields.lora_path,
+            load_inplace=fields.load_inplace,
+            weight=1.0 if fields.weight is None else fields.weight,
+            pin=fields.pin,
         )
         await state.routes.update("LoadAdapter", update, LOAD_S)
     return web.Response(text=f"Success: LoRA adapter '{fields.lora_name}' added successfully.")

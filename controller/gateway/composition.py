@@ -110,5 +110,7 @@ def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str
         parent=base.name,
         created=base.created,
         text_digest=texts.pop(),
+        vocab_size=table.vocab_size,
+        weight=min(entry.weight for entry, _ in composition),  # so that nobody has a larger share by composing
         composition=tuple(composition),
     )

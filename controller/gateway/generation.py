@@ -128,6 +128,7 @@ class Generation:
                 sampling=sampling,
                 tenant=self._tenant.name,
                 tenant_weight=self._tenant.weight,
+                adapter_weight=model.weight,
                 priority=self._priority,
                 cache_salt=self._cache_salt,
                 composition=[

@@ -29,6 +29,8 @@ class ModelEntry:
     parent: str | None  # None for the base model
     created: int  # unix seconds
     text_digest: str = ""  # of its own tokenizer and template; empty: the base model's
+    vocab_size: int = 0  # token ids that its requests may hold
+    weight: float = 1.0  # share of service among a tenant's adapters
     not_composable: str = ""  # why it is not applied with a weight or with others
     composition: tuple[tuple[ModelEntry, float], ...] = ()  # of a composition: its adapters and their weights
 
@@ -70,7 +72,10 @@ class RoutingTable:
     def from_wire(cls, table: controller_pb2.RoutingTable) -> RoutingTable:
         """Of adapters with one name the highest version counts; a base model's name is never an adapter's."""
         base = table.base
-        models = {name: ModelEntry(name, "", 0, base.root, None, base.created) for name in base.names}
+        models = {
+            name: ModelEntry(name, "", 0, base.root, None, base.created, vocab_size=base.vocab_size)
+            for name in base.names
+        }
         num_base = len(models)
         for adapter in sorted(table.adapters, key=lambda entry: entry.version):
             if not adapter.digest or adapter.name in base.names:
@@ -83,6 +88,8 @@ class RoutingTable:
                 adapter.parent,
                 adapter.created,
                 adapter.text_digest,
+                adapter.vocab_size or base.vocab_size,
+                adapter.weight or 1.0,
                 adapter.not_composable,
             )
         adapters = sorted(list(models.values())[num_base:], key=lambda entry: entry.name)

@@ -112,6 +112,8 @@ class LoadAdapterBody(msgspec.Struct, kw_only=True):
     lora_name: str
     lora_path: str
     load_inplace: bool = False  # replace the adapter that has this name
+    weight: float | None = None  # its share of service among a tenant's adapters; 1 unless given
+    pin: bool = False  # keep it in a device slot
 
 
 class UnloadAdapterBody(msgspec.Struct, kw_only=True):

@@ -158,13 +158,13 @@ class GatewayState:
         """
         samplings = []
         for prompt in prompts:
-            _check_ids(prompt, table.vocab_size, prompt_field)
+            _check_ids(prompt, model.vocab_size, prompt_field)
             samplings.append(
                 wire_samplings(
                     params,
                     num_prompt_tokens=len(prompt),
                     max_model_len=table.max_model_len,
-                    vocab_size=table.vocab_size,
+                    vocab_size=model.vocab_size,
                     eos_token_ids=text.tokenizer.eos_token_ids,
                     draw_seed=self.draw_seed,
                     prompt_field=prompt_field,

@@ -26,7 +26,14 @@ class Tenant:
     priority: int = 0  # lower is served earlier, whatever the shares
 
     def priority_of(self, asked: int | None) -> int:
-        """Of a request that asks for `asked`, which adds to the tenant's. Raises InvalidRequestError."""
+        """Of a request that asks for `asked`, which adds to the tenant's. Raises InvalidRequestError.
+
+        Where there are tenants a request may fall behind others, not get ahead of other tenants'.
+        """
+        if self.name and asked is not None and asked < 0:
+            raise InvalidRequestError(
+                f"priority is {asked}; with an API key it must be 0 or more (0 is served first).", param="priority"
+            )
         priority = self.priority + (asked or 0)
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise InvalidRequestError(

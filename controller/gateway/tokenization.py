@@ -49,11 +49,13 @@ async def detokenize(request: web.Request) -> web.Response:
         body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
         fields = decode(body, DetokenizeRequest)
         table = state.table
-        text = state.text if fields.model is None else await state.text_of(resolve_name(table, fields.model))
-        bad = next((token_id for token_id in fields.tokens if not 0 <= token_id < table.vocab_size), None)
+        model = None if fields.model is None else resolve_name(table, fields.model)
+        text = state.text if model is None else await state.text_of(model)
+        vocab_size = table.vocab_size if model is None else model.vocab_size
+        bad = next((token_id for token_id in fields.tokens if not 0 <= token_id < vocab_size), None)
         if bad is not None:
             raise InvalidRequestError(
-                f"tokens has the token id {bad}; ids go from 0 to {table.vocab_size - 1}.", param="tokens"
+                f"tokens has the token id {bad}; ids go from 0 to {vocab_size - 1}.", param="tokens"
             )
         prompt = await state.in_thread(lambda: text.tokenizer.decode(fields.tokens, skip_special_tokens=False))
         return web.Response(body=msgspec.json.encode({"prompt": prompt}), content_type="application/json")

@@ -183,6 +183,18 @@ async def test_a_taken_name_is_replaced_only_in_place_and_the_old_version_goes(f
     assert all(worker.known.keys() == {("sql", 2)} for worker in fleet.workers)
 
 
+async def test_weight_and_pin_go_to_the_workers_and_into_the_table(fleet: Fleet) -> None:
+    await fleet.updates.load("sql", "/adapters/a", load_inplace=False, weight=2.5, pin=True)
+    (adapter,) = fleet.catalogue.table().adapters
+    assert (adapter.weight, adapter.pin) == (2.5, True)
+    worker = FakeClient()
+    await fleet.updates.sync(cast(WorkerClient, worker))
+    assert (worker.known["sql", 1].weight, worker.known["sql", 1].pin) == (2.5, True)
+    for weight in (-1.0, 1e4, float("nan")):
+        with pytest.raises(InvalidRequestError, match="weight is"):
+            await fleet.updates.load("other", "/adapters/b", load_inplace=False, weight=weight)
+
+
 async def test_a_failed_replacement_leaves_the_old_version_serving(fleet: Fleet) -> None:
     await fleet.load("sql", "/adapters/a")
     with pytest.raises(AdapterRefusedError):

@@ -60,12 +60,15 @@ def test_lora_flags_reach_the_engine() -> None:
 def test_adapters_come_as_name_and_path_and_as_json_and_the_flag_may_be_repeated() -> None:
     adapters = config(
         *("--enable-lora", "--served-model-name", "base", "--lora-modules", "sql=~/sql", "eq=a=b"),
-        *("--lora-modules", '{"name": "json", "path": "org/json", "base_model_name": "base"}'),
+        *(
+            "--lora-modules",
+            '{"name": "json", "path": "org/json", "base_model_name": "base", "weight": 2, "pin": true}',
+        ),
     ).adapters
     assert adapters == (
         LoRAModule("sql", "~/sql"),
         LoRAModule("eq", "a=b"),
-        LoRAModule("json", "org/json", "base"),
+        LoRAModule("json", "org/json", "base", 2.0, True),
     )
 
 
@@ -180,6 +183,9 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--enable-lora", "--lora-modules", '{"name": "a"}'], "needs a name and a path"),
         (["--enable-lora", "--lora-modules", '{"name": "a", "path": 1}'], "needs a name and a path"),
         (["--enable-lora", "--lora-modules", '{"name": "a", "path": "b", "rank": 1}'], "unknown field 'rank'"),
+        (["--enable-lora", "--lora-modules", '{"name": "a", "path": "b", "weight": "2"}'], "a number as weight"),
+        (["--enable-lora", "--lora-modules", '{"name": "a", "path": "b", "pin": 1}'], "true or false as pin"),
+        (["--enable-lora", "--lora-modules", '{"name": "a", "path": "b", "weight": 0}'], "weight of adapter 'a' is 0"),
         (["--enable-lora", "--lora-modules", "a=b", "a=c"], "'a' is given twice"),
         (["--enable-lora", "--lora-modules", "org/base=b"], "'org/base' is given twice"),
     ],

@@ -65,7 +65,11 @@ def test_a_stream_says_what_the_whole_says(client: openai.OpenAI) -> None:
         chunks = list(stream)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert text == whole.choices[0].message.content
-        assert chunks[-1].usage == whole.usage
+        first, second = whole.usage, chunks[-1].usage
+        assert first is not None and second is not None and second.prompt_tokens_details is not None
+        assert (first.prompt_tokens, first.completion_tokens) == (second.prompt_tokens, second.completion_tokens)
+        # The same prompt has just been computed.
+        assert second.prompt_tokens_details.cached_tokens == (first.prompt_tokens - 1) // 16 * 16
         finishes = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
         assert finishes[-1] == whole.choices[0].finish_reason and not any(finishes[:-1])
 

@@ -47,7 +47,7 @@ class FakeEngine:
         if "bad" in path:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
-        return SimpleNamespace(digest=f"digest of {path}", lora_rank=8, path=Path(path))
+        return SimpleNamespace(digest=f"digest of {path}", lora_rank=8, path=Path(path), vocab_size=300)
 
     def describe(self) -> list[str]:
         return ["memory plan", "  weights"]

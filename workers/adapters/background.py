@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_NICE = int(os.environ.get("X_NICE", "10"))
+# Measured with benchmarks/stalls.py on two busy cores: 0 lets a load take half of a core from a step, 19 makes it wait
+# for seconds.
+_NICE = 10
 
 
 def background_threads(num_threads: int, name: str) -> ThreadPoolExecutor:

@@ -131,6 +131,11 @@ class AdapterSlots:
         """Whether an adapter, from now on, leaves its slot only by `drop`."""
         (self._stay.add if stays else self._stay.discard)(digest)
 
+    @property
+    def num_staying(self) -> int:
+        """Slots that no other adapter can have."""
+        return len(self._stay)
+
     def pin(self, digest: str) -> None:
         """One more running request uses a ready adapter."""
         self._ready.move_to_end(digest)

@@ -136,6 +136,10 @@ class Clients:
                 hot[name] = self._compositions[name]
         return hot
 
+    def set_pinned(self, num_pinned: int) -> None:
+        """Say how many slots change hands no more."""
+        self.slot_line.num_places = self._bound.places_left(num_pinned)
+
     def set_hot(self, adapters: frozenset[str]) -> None:
         """Say which adapters are in slots or on the way there; all others are cold."""
         changed, self._hot = self._hot ^ adapters, adapters

@@ -53,10 +53,15 @@ from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.model.slot_write import SlotWrite
 
 logger = logging.getLogger(__name__)
 
 _NUM_LOADERS = 4
+# A step may be put off, by adapters that are copied to their slots, by this share of the one before it.
+_COPY_SHARE = 0.05
+_MIN_COPY_S = 50e-6
+_COPY_BYTES = 128 << 10  # in one piece: ten microseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +89,10 @@ class _Pin:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A loader thread's report; `error` None means that the slot holds the adapter."""
+    """A loader thread's report: an adapter that only has to be copied into its slot, or why that cannot be."""
 
     load: SlotLoad
-    error: LoRAFleetError | None
+    write: SlotWrite | LoRAFleetError
     seconds: float
 
 
@@ -142,6 +147,8 @@ class Engine:
         self._closed = False
         self._is_warm = False
         self._retiring: list[_Retire] = []
+        self._copying: deque[tuple[_Loaded, SlotWrite]] = deque()
+        self._copy_s = _MIN_COPY_S  # for copying to slots, in the next step
         self._arrivals = 0
         self._num_loading = 0
         self._num_steps = 0
@@ -314,11 +321,15 @@ class Engine:
     def stats(self) -> EngineStats:
         """The snapshot of the last step's end, with the age of the step that runs now."""
         began = self._step_began
-        stats = self._stats
-        if began is None:
-            return stats
-        values = {name: getattr(stats, name) for name in EngineStats.__slots__}
-        return EngineStats(**{**values, "last_step_age_s": time.monotonic() - began})
+        store = self._store.stats()
+        # What grows with the number of adapters is looked at here: a step takes a snapshot and must stay cheap.
+        return replace(
+            self._stats,
+            host_adapters=self._store.resident(),
+            host_cache_bytes=store.bytes,
+            num_adapter_loads=store.loads,
+            last_step_age_s=0.0 if began is None else time.monotonic() - began,
+        )
 
     def has_unfinished(self) -> bool:
         with self._lock:
@@ -361,6 +372,7 @@ class Engine:
         """Drain the inbox, run one step, say what came of it. Without runnable requests it returns at once."""
         events: list[RequestEvent] = []
         self._drain(events)
+        self._copy_to_slots()
         plan = self._scheduler.schedule()
         self._clear_emptied()
         for load in plan.loads:
@@ -392,6 +404,7 @@ class Engine:
                 if request.num_output_tokens == 1 and request.num_cached_tokens:
                     event = replace(event, num_cached_tokens=request.num_cached_tokens)
                 events.append(event)
+            self._copy_s = max(_MIN_COPY_S, _COPY_SHARE * (time.monotonic() - self._step_began))
             self._step_began = None
         self._free_retired()
         with self._lock:
@@ -401,6 +414,7 @@ class Engine:
                     self._entrance.leave(ended.tenant, ended.model_key, len(ended.digests))
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
+            self._entrance.num_pinned = self._slots.num_staying
         self._stats = self._take_stats()
         return events
 
@@ -481,6 +495,7 @@ class Engine:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
         return (
             bool(self._inbox)
+            or bool(self._copying)
             or self._scheduler.num_running > 0
             or (self._scheduler.num_waiting > 0 and self._num_loading == 0)
         )
@@ -504,16 +519,30 @@ class Engine:
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
     def _finish_load(self, loaded: _Loaded, events: list[RequestEvent]) -> None:
-        self._num_loading -= 1
         digest = loaded.load.digest
-        if loaded.error is None:
-            self._slots.finish_load(digest, loaded.seconds)
-            self._num_slot_loads += 1
+        if isinstance(loaded.write, SlotWrite):
+            self._copying.append((loaded, loaded.write))
             return
+        self._num_loading -= 1
         self._slots.fail_load(digest)
         for request_id in self._scheduler.waiting_for(digest):
             self._scheduler.remove(request_id)
-            events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=loaded.error))
+            events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=loaded.write))
+
+    def _copy_to_slots(self) -> None:
+        """Move adapters into their slots for as long as a step may be put off; until all are there if nothing runs."""
+        began = time.monotonic()
+        while self._copying:
+            loaded, write = self._copying[0]
+            if write.advance(_COPY_BYTES):
+                self._copying.popleft()
+                write.commit()
+                self._store.release(loaded.load.digest)
+                self._slots.finish_load(loaded.load.digest, loaded.seconds)
+                self._num_loading -= 1
+                self._num_slot_loads += 1
+            if self._scheduler.num_running and time.monotonic() - began >= self._copy_s:
+                return
 
     def _free_retired(self) -> None:
         """Free the retired adapters that no request uses any more."""
@@ -549,26 +578,26 @@ class Engine:
         self._loaders.submit(self._load_slot, load)
 
     def _load_slot(self, load: SlotLoad) -> None:
-        """On a loader thread: disk to host if need be, host to device, report."""
+        """On a loader thread: disk to host if need be, what can be done ahead of the copy to the device, report."""
         began = time.monotonic()
-        error: LoRAFleetError | None = None
+        write: SlotWrite | LoRAFleetError
         try:
-            adapter = self._store.fetch(load.digest).result()
+            adapter = self._store.fetch(load.digest).result()  # held until it is copied
             try:
-                self._runner.write_adapter(load.slot, adapter)
-            finally:
+                write = self._runner.prepare_adapter(load.slot, adapter)
+            except BaseException:
                 self._store.release(load.digest)
+                raise
         except LoRAFleetError as refused:
-            error = refused
+            write = refused
         except Exception:
             logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
-            error = InternalError("Loading the adapter failed; the worker's log says why.")
+            write = InternalError("Loading the adapter failed; the worker's log says why.")
         with self._lock:
-            self._inbox.append(_Loaded(load, error, time.monotonic() - began))
+            self._inbox.append(_Loaded(load, write, time.monotonic() - began))
             self._wake.notify()
 
     def _take_stats(self) -> EngineStats:
-        store = self._store.stats()
         with self._lock:
             queued = sum(isinstance(message, GenerateRequest) for message in self._inbox)
         return EngineStats(
@@ -577,14 +606,11 @@ class Engine:
             num_pages=self._pool.num_pages,
             num_free_pages=self._pool.num_free,
             device_adapters=self._slots.resident(),
-            host_adapters=self._store.resident(),
-            host_cache_bytes=store.bytes,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
-            num_adapter_loads=store.loads,
             num_slot_loads=self._num_slot_loads,
         )

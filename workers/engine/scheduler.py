@@ -198,6 +198,7 @@ class Scheduler:
         """Choose the next step: those that run go on, then waiting ones are let in."""
         self._now = self._clock()
         self._clients.set_hot(self._slots.occupants())
+        self._clients.set_pinned(self._slots.num_staying)
         loads: list[SlotLoad] = []
         turns = self._give_turns(loads)
         scheduled: dict[Request, int] = {}
@@ -281,7 +282,10 @@ class Scheduler:
                 if best is not None and clients.rank(best) < clients.rank(cold):
                     break
                 has_slot = self._start_load(cold, keep, loads)
-                keep.update(cold.digests if has_slot else ())
+                if has_slot:
+                    keep.update(cold.digests)
+                elif any(map(self._slots.lacks_bytes, cold.digests)):
+                    self._load_beside(keep, loads)
             if best is None or budget == 0 or len(self._running) >= max_running:
                 return
             request = best.waiting[0]
@@ -289,6 +293,16 @@ class Scheduler:
                 return
             self._start(request)
             budget -= self._schedule_prompt(request, budget, scheduled)
+
+    def _load_beside(self, keep: set[str], loads: list[SlotLoad]) -> None:
+        """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""
+        for adapter in self._clients.next_cold(self._slots.num_slots):
+            client = self._clients.first(adapter)
+            if client is None or not self._missing(client) or any(map(self._slots.lacks_bytes, client.digests)):
+                continue
+            if not self._start_load(client, keep, loads):
+                return
+            keep.update(client.digests)
 
     def _claims(self, hot: dict[str, tuple[str, ...]], claimed_before: set[str]) -> set[str]:
         """Adapters that take nobody new, so that their slots come free: one for each cold one that they would pass.

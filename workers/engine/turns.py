@@ -50,7 +50,7 @@ class WaitBound:
 
     @property
     def num_adapter_places(self) -> int:
-        return min(self.num_slots, self.num_seats)
+        return self.places_left(0)
 
     @property
     def num_clients_a_turn(self) -> int:
@@ -61,10 +61,13 @@ class WaitBound:
         """How many turns an adapter needs for so many clients, or a composition of `num_adapters`."""
         return -(-num_clients // self.num_clients_a_turn) * (2 * num_adapters - 1)
 
-    @property
-    def max_turns(self) -> int:
-        """How many turns adapters may wait for."""
-        return self.num_adapter_places * int(self.max_wait_s / self.turn_s - 4)
+    def max_turns(self, num_pinned: int = 0) -> int:
+        """How many turns adapters may wait for, when some slots change hands no more."""
+        return self.places_left(num_pinned) * int(self.max_wait_s / self.turn_s - 4)
+
+    def places_left(self, num_pinned: int) -> int:
+        """For adapters to take turns in."""
+        return min(max(1, self.num_slots - num_pinned), self.num_seats)
 
     @property
     def max_clients(self) -> int:
@@ -76,7 +79,7 @@ class Line(Generic[T]):
     """Those that wait for one kind of place, longest wait first."""
 
     def __init__(self, num_places: int, bound: WaitBound) -> None:
-        self._num_places = num_places
+        self.num_places = num_places  # may change
         self._bound = bound
         self._numbers = count()
         self._entries: list[tuple[float, int, T]] = []  # (since when, number, item), sorted
@@ -107,7 +110,7 @@ class Line(Generic[T]):
             insort(self._entries, entry)
         self.num_turns += num_turns - self._turns.get(item, 0)
         self._turns[item] = num_turns
-        self._widths[item] = min(width, self._num_places)
+        self._widths[item] = width
 
     def discard(self, item: T) -> None:
         entry = self._known.pop(item, None)
@@ -118,7 +121,7 @@ class Line(Generic[T]):
 
     def due(self, now: float) -> list[T]:
         """Those that must have a place now, longest wait first, at most as many as there are places."""
-        places, turn_s = self._num_places, self._bound.turn_s
+        places, turn_s = self.num_places, self._bound.turn_s
         if not self._bound.max_wait_s or not self._entries:
             return []
         latest = now - self._bound.max_wait_s + 2 * turn_s  # whoever has waited since then is due at the line's head
@@ -127,7 +130,7 @@ class Line(Generic[T]):
         due = []
         k = 0
         for since, _, item in self._entries:
-            width = self._widths[item]
+            width = min(self._widths[item], places)
             if k % places + width > places:  # the rest of that turn is too little for it
                 k += -k % places
             turn = k // places
@@ -141,9 +144,9 @@ class Line(Generic[T]):
     def _first_turn(self) -> list[T]:
         """Those at the line's head that have room together."""
         items = []
-        num_left = self._num_places
+        num_left = self.num_places
         for _, _, item in self._entries:
-            num_left -= self._widths[item]
+            num_left -= min(self._widths[item], self.num_places)
             if num_left < 0:
                 break
             items.append(item)
@@ -167,6 +170,7 @@ class Entrance:
         # Of all this, what is not in line since it is served. The owner sets them after each step.
         self.num_served_clients = 0
         self.num_served_turns = 0
+        self.num_pinned = 0  # adapters whose slots change hands no more
 
     @property
     def num_waiting_turns(self) -> int:
@@ -212,11 +216,12 @@ class Entrance:
 
     def _check_room(self, num_more_turns: int) -> None:
         bound = self._bound
-        if num_more_turns and self.num_waiting_turns >= bound.max_turns:
+        max_turns = bound.max_turns(self.num_pinned)
+        if num_more_turns and self.num_waiting_turns >= max_turns:
             raise QueueFullError(
-                f"{self.num_waiting_turns} adapters wait for {bound.num_adapter_places} slots (one that many tenants "
-                f"want counts several times); --max-adapter-wait-s {bound.max_wait_s:g} can be kept for "
-                f"{bound.max_turns}. Try again later; a larger --max-adapter-wait-s or --max-loras lets more wait."
+                f"{self.num_waiting_turns} adapters wait for {bound.places_left(self.num_pinned)} slots (one that many "
+                f"tenants want counts several times); --max-adapter-wait-s {bound.max_wait_s:g} can be kept for "
+                f"{max_turns}. Try again later; a larger --max-adapter-wait-s or --max-loras lets more wait."
             )
         if self.num_waiting_clients >= bound.max_clients:
             raise QueueFullError(

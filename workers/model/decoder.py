@@ -30,6 +30,7 @@ from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import Part, SlotShape
 from lorafleet.workers.model.norm import Norm
 from lorafleet.workers.model.rope import cos_sin_table
+from lorafleet.workers.model.slot_write import SlotRows, SlotWrite
 from lorafleet.workers.model.step_input import StepInput
 from lorafleet.workers.model.vocabulary import VocabularyPart, make_part
 from lorafleet.workers.tp.group import TensorParallelGroup
@@ -125,9 +126,9 @@ class DecoderLayer:
         for norm in self.norms():
             norm.add_slots(shape.num_slots)
 
-    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+    def slot_rows(self, adapter: HostAdapter, out: SlotRows) -> None:
         for linear in self.linears():
-            linear.write_adapter(slot, adapter)
+            linear.slot_rows(adapter, out)
 
     def forward(self, work: Activations, step: StepInput, cache: KVCache, cos_sin: torch.Tensor) -> None:
         """Read and write `work`: the residual stream, and in x_TH what is to be added to it next."""
@@ -228,18 +229,29 @@ class Decoder:
         for layer in self._layers:
             layer.add_slots(shape)
 
-    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
-        """Copy an adapter into a slot that no request uses. The base weights are loaded."""
-        self.clear_slot(slot)
+    def prepare_adapter(self, slot: int, adapter: HostAdapter) -> SlotWrite:
+        """Make ready what an adapter puts into a slot that no request uses. The base weights are loaded.
+
+        May run on another thread while `forward` runs.
+        """
+        out = SlotRows()
         for layer in self._layers:
-            layer.write_adapter(slot, adapter)
+            layer.slot_rows(adapter, out)
         if adapter.norm_weights:
             for norm in (self._norm, *(norm for layer in self._layers for norm in layer.norms())):
-                norm.write(slot, adapter)
-            self.with_norms.add(slot)
+                norm.slot_rows(adapter, out)
+        part = None
         if adapter.tables:
             ids = self._embedding.ids(adapter.vocab_size)
-            self.tables[slot] = make_part(adapter, ids, self._embedding.weight, self._head.weight, self._lora_dtype)
+            part = make_part(adapter, ids, self._embedding.weight, self._head.weight, self._lora_dtype)
+
+        def commit() -> None:
+            if adapter.norm_weights:
+                self.with_norms.add(slot)
+            if part is not None:
+                self.tables[slot] = part
+
+        return SlotWrite(slot, adapter, out.copies(), commit)
 
     def clear_slot(self, slot: int) -> None:
         """Free the embedding and the head of a slot's adapter."""

@@ -18,6 +18,7 @@ from lorafleet.kernels.lora import LoraSegments
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import BaseLinear, LoraLinear, Part, SlotShape
+from lorafleet.workers.model.slot_write import SlotRows
 from lorafleet.workers.model.vocabulary import EmbeddingPart, HeadPart, IdRange
 from lorafleet.workers.tp.group import TensorParallelGroup
 
@@ -63,9 +64,9 @@ class ColumnParallelLinear:
     def add_slots(self, layer: int, shape: SlotShape) -> None:
         self.lora = LoraLinear(layer, self._parts, slice(0, self._num_in), shape)
 
-    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+    def slot_rows(self, adapter: HostAdapter, out: SlotRows) -> None:
         assert self.lora is not None
-        self.lora.write(slot, adapter, BaseLinear(self.weight, self.bias_O, adds_bias=True, is_whole=True))
+        self.lora.rows(adapter, BaseLinear(self.weight, self.bias_O, adds_bias=True, is_whole=True), out)
 
     def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
         """Into `out_TO`, contiguous."""
@@ -103,11 +104,11 @@ class RowParallelLinear:
     def add_slots(self, layer: int, shape: SlotShape) -> None:
         self.lora = LoraLinear(layer, (Part(self._name, 0, self._num_out),), self._columns, shape)
 
-    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
+    def slot_rows(self, adapter: HostAdapter, out: SlotRows) -> None:
         assert self.lora is not None
         group = self._group
         base = BaseLinear(self.weight, self.bias_O, adds_bias=group.rank == 0, is_whole=group.size == 1)
-        self.lora.write(slot, adapter, base)
+        self.lora.rows(adapter, base, out)
 
     def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
         """Into `out_TO`, contiguous."""

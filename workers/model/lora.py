@@ -15,6 +15,7 @@ from lorafleet.kernels.linear import LinearWeight, dense
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange
 from lorafleet.workers.errors import AdapterRefusedError
+from lorafleet.workers.model.slot_write import SlotRows
 
 # L slots, N linears fused into one, R lora rank, T tokens, I in features, O out features of the fused linear
 
@@ -83,8 +84,8 @@ class LoraLinear:
             slice_end_N=ends.to(shape.device),
         )
 
-    def write(self, slot: int, adapter: HostAdapter, base: BaseLinear) -> None:
-        """Put an adapter's part into a slot that no running request uses."""
+    def rows(self, adapter: HostAdapter, base: BaseLinear, out: SlotRows) -> None:
+        """What an adapter puts into a slot. Slow with DoRA, the first time."""
         slots = self._slots
         ranks, affine = [0] * len(self._parts), [0] * len(self._parts)
         scalings = [0.0] * len(self._parts)
@@ -94,23 +95,21 @@ class LoraLinear:
             if change is not None:
                 rank = ranks[n] = change.a_RI.shape[0]
                 scalings[n] = change.scaling
-                slots.a_LNRI[slot, n, :rank] = _cut(change.a_RI, self._columns)
-                slots.b_LRO[slot, :rank, begin:end] = _cut(change.b_RO, part.rows)
+                if rank:
+                    out.add(slots.a_LNRI[:, n, :rank], _cut(change.a_RI, self._columns))
+                    out.add(slots.b_LRO[:, :rank, begin:end], _cut(change.b_RO, part.rows))
                 if any(vector is not None for vector in (change.b_bias_O, change.bias_O, change.magnitude_O)):
                     affine[n] = 1
                     norm_O = adapter.norms.get((self._layer, part.name))
                     if norm_O is None and change.magnitude_O is not None:
                         norm_O = adapter.norms[self._layer, part.name] = _norm(change, part, base, slice(begin, end))
                     scale_O, shift_O = _affine(change, norm_O, part, base, slice(begin, end))
-                    slots.scale_LO[slot, begin:end] = scale_O
-                    slots.shift_LO[slot, begin:end] = shift_O
+                    out.add(slots.scale_LO[:, begin:end], scale_O)
+                    out.add(slots.shift_LO[:, begin:end], shift_O)
             begin = end
-        slots.rank_LN[slot] = torch.tensor(ranks, dtype=torch.int32)
-        slots.scaling_LN[slot] = torch.tensor(scalings, dtype=torch.float32)
-        if any(affine):
-            slots.is_affine_LN[slot] = torch.tensor(affine, dtype=torch.int32)
-        else:
-            slots.is_affine_LN[slot].zero_()
+        out.add_numbers(slots.rank_LN, ranks)
+        out.add_numbers(slots.scaling_LN, scalings)
+        out.add_numbers(slots.is_affine_LN, affine)
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
         """y += the adapters' terms for the rows in `segments`."""

@@ -10,6 +10,7 @@ import torch
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.adapters.modules import module_name
 from lorafleet.workers.model.loader import CheckpointReader
+from lorafleet.workers.model.slot_write import SlotRows
 
 
 class Norm:
@@ -27,6 +28,6 @@ class Norm:
         """Before `load`."""
         self.weight_WH = self.weight_WH.new_empty(1 + num_slots, self.weight_WH.shape[1])
 
-    def write(self, slot: int, adapter: HostAdapter) -> None:
+    def slot_rows(self, adapter: HostAdapter, out: SlotRows) -> None:
         """Of an adapter with norms of its own: this one, or the base model's where it has none here."""
-        self.weight_WH[1 + slot] = adapter.norm_weights.get(self._key, self.weight_WH[0])
+        out.add(self.weight_WH[1:], adapter.norm_weights.get(self._key, self.weight_WH[0]))

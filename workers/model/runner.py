@@ -21,6 +21,7 @@ from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
 from lorafleet.workers.model.sampling import Sampled, Sampler
+from lorafleet.workers.model.slot_write import SlotWrite
 from lorafleet.workers.model.step_input import StepBuffers
 from lorafleet.workers.tp.group import TensorParallelGroup
 
@@ -108,9 +109,12 @@ class ModelRunner:
         step = self._buffers.fill(plan.scheduled, with_norms=decoder.with_norms, with_tables=decoder.tables)
         return decoder.forward(step, self._cache)
 
-    def write_adapter(self, slot: int, adapter: HostAdapter) -> None:
-        """Copy an adapter into a slot that no request uses. May run on another thread while `run` runs."""
-        self._decoder.write_adapter(slot, adapter)
+    def prepare_adapter(self, slot: int, adapter: HostAdapter) -> SlotWrite:
+        """Make ready what goes into a slot that no request uses. May run on another thread while `run` runs.
+
+        Between steps the write is advanced, and committed in the end.
+        """
+        return self._decoder.prepare_adapter(slot, adapter)
 
     def clear_slot(self, slot: int) -> None:
         """Free what a slot's adapter has beyond the slot: its embedding and head. No request uses it."""

@@ -36,9 +36,28 @@ async def test_an_unloaded_adapter_is_gone_for_the_very_next_request(fleet: Any)
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_load_inplace_is_passed_on(fleet: Any) -> None:
-    await text(fleet, LOAD, {"lora_name": "new", "lora_path": "x", "load_inplace": True, "is_3d_lora_weight": False})
-    assert fleet.controller.loads[0].load_inplace
+async def test_what_is_asked_for_is_passed_on(fleet: Any) -> None:
+    body = {"lora_name": "new", "lora_path": "x", "load_inplace": True, "is_3d_lora_weight": False}
+    await text(fleet, LOAD, body | {"weight": 3, "pin": True})
+    await text(fleet, LOAD, {"lora_name": "plain", "lora_path": "x"})
+    full, plain = fleet.controller.loads
+    assert (full.load_inplace, full.weight, full.pin) == (True, 3.0, True)
+    assert (plain.load_inplace, plain.weight, plain.pin) == (False, 1.0, False)
+
+
+async def test_an_adapters_share_and_vocabulary_are_those_of_the_table(fleet: Any, tokenizer: Any) -> None:
+    added = tokenizer.vocab_size
+    fleet.controller.table.adapters.add(name="wide", digest="d-wide", version=1, weight=2.5, vocab_size=added + 2)
+    fleet.controller.publish()
+    await fleet.until(lambda: "wide" in fleet.state.table.models)
+    body = {"prompt": [5, added + 1], "max_tokens": 1, "stop_token_ids": [added]}
+    assert (await fleet.post("/v1/completions", body | {"model": "wide"}))[0] == 200
+    assert fleet.worker.generates[-1].adapter_weight == 2.5
+    status, answer = await fleet.post("/v1/completions", body | {"model": "sql-adapter"})
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert (await fleet.post("/v1/completions", {"model": "tiny", "prompt": "hello", "max_tokens": 1}))[0] == 200
+    assert fleet.worker.generates[-1].adapter_weight == 1.0
+    assert (await fleet.post("/detokenize", {"model": "tiny", "tokens": [added + 1]}))[0] == 400
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,10 @@ def test_each_key_by_itself_is_a_tenant_named_by_its_hash() -> None:
 
 def test_a_requests_priority_adds_to_its_tenants() -> None:
     assert Tenant("a", priority=2).priority_of(None) == 2
-    assert Tenant("a", priority=2).priority_of(-5) == -3
+    assert Tenant("a", priority=2).priority_of(5) == 7
+    assert Tenant(priority=0).priority_of(-5) == -5, "without keys there is nobody to get ahead of"
+    with pytest.raises(InvalidRequestError, match="0 or more"):
+        Tenant("a", priority=2).priority_of(-5)
     with pytest.raises(InvalidRequestError, match="priority"):
         Tenant("a", priority=2).priority_of(2**31 - 1)
 

@@ -17,7 +17,7 @@ from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine, FreedBytes
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
-from lorafleet.workers.errors import AdapterUnavailableError, UnknownModelError
+from lorafleet.workers.errors import AdapterConflictError, AdapterUnavailableError, UnknownModelError
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = (5, 6, 7)
@@ -167,6 +167,27 @@ def test_an_alias_given_anew_lets_the_old_adapter_go(engine: Engine, root: Path)
     with pytest.raises(AdapterUnavailableError):
         engine.submit(GenerateRequest("late", PROMPT, GREEDY, old.digest))
     aliases.close()
+
+
+def test_a_pinned_adapter_is_in_a_slot_before_it_is_asked_for_and_stays_there(engine: Engine, root: Path) -> None:
+    specs = [engine.register_adapter(str(root / name)) for name in NAMES]
+    pinned = specs[0].digest
+    engine.pin_adapter(pinned)
+    engine.pin_adapter(pinned)
+    while not engine.stats().device_adapters:
+        assert engine.wait_for_work(timeout_s=10.0)
+        engine.step()
+    for spec in specs[1:] * 3:
+        answer(engine, spec.digest)
+        assert pinned in engine.stats().device_adapters
+    with pytest.raises(AdapterConflictError, match="1 adapters are pinned; of 2 slots 1 may be taken so"):
+        engine.pin_adapter(specs[1].digest)
+    freed = engine.unregister_adapter(pinned)
+    engine.step()
+    assert freed.result(0).device > 0
+    engine.pin_adapter(specs[1].digest)
+    with pytest.raises(AdapterUnavailableError):
+        engine.pin_adapter(pinned)
 
 
 def test_two_thousand_lives_leave_nothing_behind(engine: Engine, root: Path) -> None:

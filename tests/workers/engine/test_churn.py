@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from benchmarks.churn_run import Churn, ChurnSettings, Reference
+from benchmarks.churn_run import MAX_COMPOSED, Churn, ChurnSettings, Reference
 from benchmarks.random_adapters import write_adapters
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
@@ -46,7 +46,7 @@ def make_engine(root: Path, *, max_loras: int, **changes: object) -> Engine:
 
 @pytest.fixture(scope="module")
 def reference(root: Path, contents: list[Path]) -> Iterator[Reference]:
-    engine = make_engine(root, max_loras=3, max_num_seqs=1)
+    engine = make_engine(root, max_loras=MAX_COMPOSED, max_num_seqs=1)
     yield Reference(engine, contents)
     engine.close()
 
@@ -55,7 +55,9 @@ def reference(root: Path, contents: list[Path]) -> Iterator[Reference]:
 def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference, tmp_path: Path) -> None:
     """Slots for 4 of 12 adapters, host room for 8, pages for a few long requests of 16."""
     engine = make_engine(root, max_loras=4, max_num_seqs=16, kv_cache_memory_bytes=110_000)
-    settings = ChurnSettings(num_requests=600, arrival_rate=400.0, abort_rate=20.0, reload_rate=10.0, seed=seed)
+    settings = ChurnSettings(
+        num_requests=600, arrival_rate=400.0, composed_share=0.15, abort_rate=20.0, reload_rate=10.0, seed=seed
+    )
     churn = Churn(engine, contents, NAMES, tmp_path, settings)
     result = churn.run()
     assert len(result.asks) + result.num_refused == settings.num_requests

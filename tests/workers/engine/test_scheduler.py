@@ -205,6 +205,17 @@ def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters:
     assert {f"cold{i}" for i in range(num_adapters)} <= started
 
 
+def test_one_that_waits_for_memory_beside_its_slot_holds_nobody_back() -> None:
+    world = World(slots=4, pages=100, max_num_seqs=8, max_bytes=5, sizes={"half": 3, "whole": 5})
+    world.add("first", 2, max_tokens=50, adapter="half")
+    world.step()
+    world.add("second", 2, max_tokens=2, adapter="whole")
+    world.add("third", 2, max_tokens=2, adapter="plain")
+    for _ in range(6):
+        world.step()
+    assert "third" in world.order and "second" not in world.order
+
+
 @pytest.mark.parametrize("max_wait_s", [0.0, 30.0])
 def test_a_stream_of_requests_for_resident_adapters_does_not_starve_one_that_needs_all_of_the_pool(
     max_wait_s: float,

@@ -70,10 +70,11 @@ def test_a_turn_is_a_second_or_an_eighth_of_the_bound(max_wait_s: float, turn_s:
 
 
 def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
-    assert (BOUND.max_turns, BOUND.max_clients, BOUND.num_clients_a_turn) == (2 * 6, 4 * 6, 2)
-    assert WaitBound(60.0, 8, 64).max_turns == 448
-    assert WaitBound(1.0, 8, 64).max_turns == 32
-    assert WaitBound(10.0, 8, 1).max_turns == 6, "one seat is one place, however many slots there are"
+    assert (BOUND.max_turns(), BOUND.max_clients, BOUND.num_clients_a_turn) == (2 * 6, 4 * 6, 2)
+    assert WaitBound(60.0, 8, 64).max_turns() == 448
+    assert WaitBound(60.0, 8, 64).max_turns(num_pinned=3) == 280
+    assert WaitBound(1.0, 8, 64).max_turns() == 32
+    assert WaitBound(10.0, 8, 1).max_turns() == 6, "one seat is one place, however many slots there are"
     assert [BOUND.num_turns(num) for num in range(5)] == [0, 1, 1, 2, 2]
 
 

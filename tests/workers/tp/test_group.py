@@ -39,7 +39,10 @@ def logits(model_dir: Path, adapter_dirs: list[Path], group: TensorParallelGroup
     added: list[tuple[int, ...]] = [()]
     for number, adapter_dir in enumerate(adapter_dirs):
         adapter = read_spec(adapter_dir, spec.base_shapes, max_lora_rank=16, max_extra_vocab=256)
-        runner.write_adapter(1 + number, load_adapter(adapter, spec.base_shapes, torch.float32))
+        write = runner.prepare_adapter(1 + number, load_adapter(adapter, spec.base_shapes, torch.float32))
+        while not write.advance(max_bytes=1000):
+            pass
+        write.commit()
         added.append(tuple(range(spec.vocab_size, adapter.vocab_size)))
         planned = plan.full_weight_bytes_of(spec, adapter.vocabulary)
         assert 1 + number not in runner._decoder.tables or (

@@ -1,0 +1,67 @@
+"""Many small copies in one call: for each of them, place[i] = source, for the same i.
+
+Each place has a first dimension to choose from (the slot) and behind that the source's shape; the source has one or two
+dimensions. Their last dimensions are contiguous, and of one dtype. Called one by one, several hundred copies would cost
+many times their memory's time, and between any two of them another thread could take Python's lock.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from lorafleet.kernels.native import library
+
+_COLUMNS = 7  # of a row: source, place[0], bytes from place[i] to place[i + 1], rows, bytes of a row, strides of both
+
+
+class Copies:
+    """A list of copies, made once and run in pieces. Keeps the memory of places and sources."""
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """(place, source) each."""
+        self.num_copies = len(pairs)
+        self.num_bytes = sum(source.nbytes for _, source in pairs)
+        self._ends: list[int] = []  # bytes of the copies up to and with this one
+        total = 0
+        for place, source in pairs:
+            assert place.shape[1:] == source.shape and place.dtype == source.dtype and source.dim() in (1, 2)
+            assert source.stride(-1) == place.stride(-1) == 1 or source.shape[-1] <= 1
+            total += source.nbytes
+            self._ends.append(total)
+        self._pairs = pairs
+        self._rows: array[int] | None = None
+        if all(place.device.type == source.device.type == "cpu" for place, source in pairs):
+            self._rows = array("q")
+            for place, source in pairs:
+                rows = source.shape[0] if source.dim() == 2 else 1
+                strides = (source.stride(0), place.stride(1)) if source.dim() == 2 else (0, 0)
+                size = source.element_size()
+                self._rows.extend((source.data_ptr(), place.data_ptr(), place.stride(0) * size, rows))
+                self._rows.extend((source.shape[-1] * size, strides[0] * size, strides[1] * size))
+
+    def end_of(self, begin: int, max_bytes: int) -> int:
+        """Behind the last copy that, with those from `begin` on, takes at most `max_bytes`; one at least is taken."""
+        before = self._ends[begin - 1] if begin else 0
+        end = begin + 1
+        while end < self.num_copies and self._ends[end] - before <= max_bytes:
+            end += 1
+        return end
+
+    def run(self, i: int, begin: int = 0, end: int | None = None) -> None:
+        """Make the copies from `begin` to `end` (behind the last)."""
+        end = self.num_copies if end is None else end
+        native = library()
+        if native is None or self._rows is None:
+            copy_reference(self._pairs[begin:end], i)
+            return
+        address = self._rows.buffer_info()[0] + begin * _COLUMNS * self._rows.itemsize
+        native.lf_copy(address, i, end - begin)
+
+
+def copy_reference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], i: int) -> None:
+    """One by one: defines what is right."""
+    for place, source in pairs:
+        place[i].copy_(source, non_blocking=True)
