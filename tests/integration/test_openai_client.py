@@ -60,7 +60,7 @@ def test_adapters_answer_together_by_either_way_to_name_them(client: openai.Open
     together = ask(client, "smollm2", question, extra_body={"adapters": parts})
     assert together == ask(client, "json:-0.2+pirate:0.7", question)
     assert together not in (ask(client, "smollm2", question), ask(client, "pirate", question))
-    with pytest.raises(openai.NotFoundError, match="no model 'pirat'. Did you mean 'pirate'"):
+    with pytest.raises(openai.NotFoundError, match=r"no model 'pirat'\. Did you mean 'pirate'"):
         ask(client, "sql:0.5+pirat:0.5", question)
     with pytest.raises(openai.BadRequestError, match="names 'sql' twice"):
         ask(client, "sql:0.5+sql:0.5", question)
