@@ -56,7 +56,13 @@ def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference
     """Slots for 4 of 12 adapters, host room for 8, pages for a few long requests of 16."""
     engine = make_engine(root, max_loras=4, max_num_seqs=16, kv_cache_memory_bytes=110_000)
     settings = ChurnSettings(
-        num_requests=600, arrival_rate=400.0, composed_share=0.15, abort_rate=20.0, reload_rate=10.0, seed=seed
+        num_requests=600,
+        arrival_rate=400.0,
+        composed_share=0.15,
+        abort_rate=20.0,
+        reload_rate=12.0,
+        retire_rate=12.0,  # in a second and a half: more than two of them all but surely
+        seed=seed,
     )
     churn = Churn(engine, contents, NAMES, tmp_path, settings)
     result = churn.run()
