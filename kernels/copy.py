@@ -23,24 +23,29 @@ class Copies:
     def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """(place, source) each."""
         self.num_copies = len(pairs)
-        self.num_bytes = sum(source.nbytes for _, source in pairs)
         self._ends: list[int] = []  # bytes of the copies up to and with this one
-        total = 0
-        for place, source in pairs:
-            assert place.shape[1:] == source.shape and place.dtype == source.dtype and source.dim() in (1, 2)
-            assert source.stride(-1) == place.stride(-1) == 1 or source.shape[-1] <= 1
-            total += source.nbytes
-            self._ends.append(total)
         self._pairs = pairs
-        self._rows: array[int] | None = None
-        if all(place.device.type == source.device.type == "cpu" for place, source in pairs):
-            self._rows = array("q")
-            for place, source in pairs:
-                rows = source.shape[0] if source.dim() == 2 else 1
-                strides = (source.stride(0), place.stride(1)) if source.dim() == 2 else (0, 0)
-                size = source.element_size()
-                self._rows.extend((source.data_ptr(), place.data_ptr(), place.stride(0) * size, rows))
-                self._rows.extend((source.shape[-1] * size, strides[0] * size, strides[1] * size))
+        rows: array[int] = array("q")
+        total = 0
+        on_cpu = True
+        for place, source in pairs:
+            assert place.shape[1:] == source.shape and place.dtype == source.dtype
+            size = source.element_size()
+            if source.dim() == 2:
+                (height, width), (stride, unit) = source.shape, source.stride()
+                step, place_stride, place_unit = place.stride()
+            else:
+                (width,), (unit,), (step, place_unit) = source.shape, source.stride(), place.stride()
+                height, stride, place_stride = 1, 0, 0
+            assert unit == place_unit == 1 or width <= 1
+            width *= size
+            total += height * width
+            self._ends.append(total)
+            on_cpu = on_cpu and place.is_cpu and source.is_cpu
+            rows.extend((source.data_ptr(), place.data_ptr(), step * size, height, width))
+            rows.extend((stride * size, place_stride * size))
+        self.num_bytes = total
+        self._rows = rows if on_cpu else None
 
     def end_of(self, begin: int, max_bytes: int) -> int:
         """Behind the last copy that, with those from `begin` on, takes at most `max_bytes`; one at least is taken."""

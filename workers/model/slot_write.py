@@ -6,6 +6,7 @@ the thread that makes the steps is moving bytes.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,23 +20,26 @@ class SlotRows:
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._numbers: list[tuple[torch.Tensor, Sequence[float]]] = []
+        self._places_of_numbers: list[torch.Tensor] = []
+        self._numbers = bytearray()
 
     def add(self, place_L: torch.Tensor, source: torch.Tensor) -> None:
         """Behind the slots' dimension `place_L` has the shape of `source`."""
         self._pairs.append((place_L, source if source.dtype == place_L.dtype else source.to(place_L.dtype)))
 
-    def add_numbers(self, place_LN: torch.Tensor, values: Sequence[float]) -> None:
-        self._numbers.append((place_LN, values))
+    def add_numbers(
+        self, place_L3N: torch.Tensor, ranks: Sequence[int], scalings: Sequence[float], affine: Sequence[int]
+    ) -> None:
+        """`place_L3N` is of 32-bit integers; scalings go there as they lie in memory."""
+        count = len(ranks)
+        self._places_of_numbers.append(place_L3N)
+        self._numbers += struct.pack(f"={count}i{count}f{count}i", *ranks, *scalings, *affine)
 
     def copies(self) -> Copies:
-        pairs = self._pairs
-        for dtype in (torch.int32, torch.float32):
-            own = [(place, values) for place, values in self._numbers if place.dtype == dtype]
-            flat = torch.tensor([value for _, values in own for value in values], dtype=dtype)
-            parts = flat.split([len(values) for _, values in own])
-            pairs = pairs + [(place, part) for (place, _), part in zip(own, parts, strict=True)]
-        return Copies(pairs)
+        flat = torch.frombuffer(self._numbers, dtype=torch.int32)
+        parts = flat.split([place.shape[1] * place.shape[2] for place in self._places_of_numbers])
+        numbers = zip(self._places_of_numbers, parts, strict=True)
+        return Copies([*self._pairs, *((place, part.view(place.shape[1:])) for place, part in numbers)])
 
 
 class SlotWrite:
