@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.chart import missing
-from benchmarks.churn_run import BASE, Ask, Churn, ChurnResult, ChurnSettings, Reference
+from benchmarks.churn_run import BASE, MAX_COMPOSED, Ask, Churn, ChurnResult, ChurnSettings, Reference
 from benchmarks.random_adapters import write_adapters
 from benchmarks.tiny_model import write_tiny_model
 from lorafleet.workers.config import EngineConfig, LoRAConfig
@@ -41,7 +41,7 @@ def make_engine(model: Path, args: argparse.Namespace, *, max_loras: int, max_nu
         max_num_seqs=max_num_seqs,
         max_adapter_wait_s=args.max_adapter_wait_s,
         num_threads=args.num_threads,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes if max_loras > 1 else None,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes if max_num_seqs > 1 else None,
         max_model_len=256,
         lora=LoRAConfig(max_loras=max_loras, max_cpu_loras=max(args.max_cpu_loras, max_loras), eviction=args.eviction),
     )
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--arrival-rate", type=float, default=150.0, help="requests a second")
     parser.add_argument("--retire-rate", type=float, default=2.0, help="adapters a second that go, for new ones")
     parser.add_argument("--reload-rate", type=float, default=2.0, help="adapters a second whose content changes")
+    parser.add_argument("--composed-share", type=float, default=0.0, help="of requests that name several adapters")
     parser.add_argument("--abort-rate", type=float, default=2.0, help="requests a second that are given up")
     parser.add_argument("--max-loras", type=int, default=8)
     parser.add_argument("--max-cpu-loras", type=int, default=32)
@@ -168,7 +169,7 @@ def main() -> None:
         model = args.model or write_tiny_model(Path(scratch) / "model")
         folder = Path(scratch) / "contents"
         contents = list(write_adapters(model, folder, count=2 * args.adapters, lora_rank=8, strength=0.3).values())
-        reference_engine = make_engine(model, args, max_loras=1, max_num_seqs=1)
+        reference_engine = make_engine(model, args, max_loras=MAX_COMPOSED, max_num_seqs=1)
         reference = Reference(reference_engine, contents)
         for alpha in args.alpha:
             engine = make_engine(model, args, max_loras=args.max_loras, max_num_seqs=args.max_num_seqs)
@@ -179,6 +180,7 @@ def main() -> None:
                 abort_rate=args.abort_rate,
                 reload_rate=args.reload_rate,
                 retire_rate=args.retire_rate,
+                composed_share=args.composed_share,
                 seed=args.seed,
             )
             own = Path(scratch) / f"alpha-{alpha:g}"

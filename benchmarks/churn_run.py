@@ -22,6 +22,7 @@ from lorafleet.workers.errors import AdapterUnavailableError, LoRAFleetError, Qu
 
 NEAR_TIE = 1e-3  # of two logits: closer ones may come out either way, since kernels differ by batch size
 BASE = ""  # the base model's name
+MAX_COMPOSED = 3  # adapters of a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class ChurnSettings:
     arrival_rate: float = 200.0
     zipf_alpha: float = 1.0  # the k-th most popular adapter is asked for as k^-alpha
     base_share: float = 0.1  # of requests, for the base model
+    composed_share: float = 0.0  # of requests, for up to MAX_COMPOSED adapters at once, weighted
     abort_rate: float = 5.0  # requests that their client gives up
     reload_rate: float = 5.0  # adapters whose file changes and that are loaded again under their name
     retire_rate: float = 5.0  # adapters that are unloaded; another one comes in their place
@@ -47,8 +49,8 @@ class Ask:
     """One request and what came of it. Moments in seconds of one monotonic clock."""
 
     request: GenerateRequest
-    name: str  # of the adapter; BASE
-    content: str  # of its file: the directory that it was copied from
+    names: tuple[str, ...]  # of its adapters; none: the base model
+    contents: tuple[tuple[str, float], ...]  # of their files: the directories that they were copied from; and weights
     is_cold: bool  # its adapter was in no slot when it was sent
     is_overtaken: bool  # another file has taken the place of its adapter's; what is not in memory is lost
     sent_s: float
@@ -57,6 +59,11 @@ class Ask:
     finish: FinishReason | None = None
     num_terminal: int = 0
     error: LoRAFleetError | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return "+".join(self.names) or BASE
 
 
 @dataclass(slots=True)
@@ -156,8 +163,7 @@ class Churn:
 
     def _arrive(self, request_id: str, result: ChurnResult) -> None:
         rng, settings = self._rng, self._settings
-        name = BASE if rng.random() < settings.base_share else rng.choices(self._names, self._weights)[0]
-        spec = self._aliases.get(name) if name else None
+        names, composition = self._draw()
         greedy = rng.random() < 0.5
         request = GenerateRequest(
             request_id,
@@ -170,12 +176,13 @@ class Churn:
                 stop_token_ids=self._stops if rng.random() < 0.3 else frozenset(),
                 ignore_eos=rng.random() < 0.5,
             ),
-            None if spec is None else spec.digest,
             tenant=f"tenant-{rng.randrange(settings.num_tenants)}",
             priority=rng.choice((0, 0, 0, 1)),
+            composition=composition,
         )
-        is_cold = spec is not None and spec.digest not in self._engine.stats().device_adapters
-        ask = Ask(request, name, self._content_of.get(name, BASE), is_cold, False, time.monotonic())
+        is_cold = not set(request.digests).issubset(self._engine.stats().device_adapters)
+        contents = tuple((self._content_of[name], weight) for name, (_, weight) in zip(names, composition, strict=True))
+        ask = Ask(request, names, contents, is_cold, False, time.monotonic())
         try:
             self._engine.submit(request)
         except QueueFullError:
@@ -183,6 +190,21 @@ class Churn:
             return
         self._open[request_id] = ask
         result.asks.append(ask)
+
+    def _draw(self) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
+        """Names of adapters, their digests and weights; one has the weight 1, and the base model is none."""
+        rng, settings = self._rng, self._settings
+        kind = rng.random()
+        if kind < settings.base_share:
+            return (), ()
+        num = 1 if kind < 1 - settings.composed_share else rng.randint(2, MAX_COMPOSED)
+        names: dict[str, str] = {}  # by digest: two names may have one content
+        for name in rng.choices(self._names, self._weights, k=num):
+            spec = self._aliases.get(name)
+            assert spec is not None
+            names.setdefault(spec.digest, name)
+        weights = [1.0] if num == 1 else [rng.choice((0.5, 1.0, -0.25)) for _ in names]
+        return tuple(names.values()), tuple(zip(names, weights, strict=True))
 
     def _new_directory(self) -> Path:
         self._num_directories += 1
@@ -197,7 +219,7 @@ class Churn:
             self._put(name, content, self._new_directory())
             return
         for ask in self._open.values():
-            ask.is_overtaken |= ask.name == name
+            ask.is_overtaken |= name in ask.names
         self._put(name, content, self._directories[name])
 
     def _put(self, name: str, content: Path, directory: Path) -> None:
@@ -236,7 +258,7 @@ class Reference:
     """What each request is answered when it has an engine to itself."""
 
     def __init__(self, engine: Engine, contents: Sequence[Path]) -> None:
-        """The engine holds the same model, and nobody else uses it."""
+        """The engine holds the same model, has MAX_COMPOSED slots, and nobody else uses it."""
         self._engine = engine
         self._digests = {path.name: engine.register_adapter(str(path)).digest for path in contents}
         self._known: dict[object, tuple[list[int], list[float], FinishReason]] = {}
@@ -259,7 +281,7 @@ class Reference:
     def _answer(self, ask: Ask) -> tuple[list[int], list[float], FinishReason]:
         request = ask.request
         sampling = request.sampling
-        key = (ask.content, request.prompt_token_ids, sampling)
+        key = (frozenset(ask.contents), request.prompt_token_ids, sampling)
         if key not in self._known:
             options = SamplingOptions(
                 max_tokens=sampling.max_tokens,
@@ -270,8 +292,8 @@ class Reference:
                 ignore_eos=sampling.ignore_eos,
                 num_logprobs=2,
             )
-            digest = self._digests.get(ask.content)
-            self._engine.submit(GenerateRequest("alone", request.prompt_token_ids, options, digest))
+            parts = tuple((self._digests[content], weight) for content, weight in ask.contents)
+            self._engine.submit(GenerateRequest("alone", request.prompt_token_ids, options, composition=parts))
             token_ids: list[int] = []
             margins: list[float] = []
             finish = None

@@ -21,7 +21,7 @@ from lorafleet.workers.engine.scheduler import Scheduler, StepPlan
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import QueueFullError
 
-Key = tuple[str, str | None]  # (tenant, adapter)
+Key = tuple[str, str | None]  # (tenant, adapter or composition)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Arrival:
     priority: int = 0
     repeats: bool = False  # sent again as soon as it has ended, so that its client never has nothing to do
     retries: bool = False  # sent again when it was refused, after the time that the refusal names
+    others: tuple[str, ...] = ()  # more adapters, applied together with `adapter`
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +139,22 @@ class Simulation:
             self._submit(heapq.heappop(self._arrivals)[2])
 
     def _submit(self, arrival: Arrival) -> None:
-        key = (arrival.tenant, arrival.adapter)
+        number = next(self._numbers)
+        generate = GenerateRequest(
+            f"{number}",
+            (number,) * arrival.num_prompt,  # no two prompts begin alike
+            SamplingOptions(max_tokens=arrival.num_output),
+            None if arrival.others else arrival.adapter,
+            arrival.tenant,
+            arrival.weight,
+            priority=arrival.priority,
+            composition=tuple((digest or "", 1.0) for digest in (arrival.adapter, *arrival.others) if arrival.others),
+        )
+        key = (arrival.tenant, generate.model_key)
         waiting = self._entrance.num_waiting_turns
-        is_new = arrival.adapter is not None and all(adapter != arrival.adapter for _, adapter in self._num_open)
+        is_new = arrival.adapter is not None and all(adapter != key[1] for _, adapter in self._num_open)
         try:
-            self._entrance.enter(*key)
+            self._entrance.enter(*key, len(generate.digests))
         except QueueFullError as error:
             self.outcome.num_refused += 1
             self.outcome.refusals.append((waiting, True))
@@ -152,16 +164,6 @@ class Simulation:
         if is_new:
             self.outcome.refusals.append((waiting, False))
         self.outcome.num_accepted += 1
-        number = next(self._numbers)
-        generate = GenerateRequest(
-            f"{number}",
-            (number,) * arrival.num_prompt,  # no two prompts begin alike
-            SamplingOptions(max_tokens=arrival.num_output),
-            arrival.adapter,
-            arrival.tenant,
-            arrival.weight,
-            priority=arrival.priority,
-        )
         self._arrival_of[generate.request_id] = arrival
         self._num_open[key] += 1
         if self._num_open[key] == 1:
@@ -196,7 +198,7 @@ class Simulation:
 
     def _finish(self, key: Key, arrival: Arrival) -> None:
         self.outcome.num_finished += 1
-        self._entrance.leave(*key)
+        self._entrance.leave(*key, 1 + len(arrival.others))
         self._num_open[key] -= 1
         if not self._num_open[key]:
             del self._num_open[key], self._unserved_since[key]

@@ -64,7 +64,7 @@ class Welcome(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority", "cache_salt")
+    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority", "cache_salt", "composition")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class Generate(_message.Message):
     ADAPTER_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    COMPOSITION_FIELD_NUMBER: _ClassVar[int]
     stream: int
     request_id: str
     adapter_digest: str
@@ -85,7 +86,16 @@ class Generate(_message.Message):
     adapter_weight: float
     priority: int
     cache_salt: str
-    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    composition: _containers.RepeatedCompositeFieldContainer[ComposedAdapter]
+    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., composition: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ...) -> None: ...
+
+class ComposedAdapter(_message.Message):
+    __slots__ = ("digest", "weight")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    weight: float
+    def __init__(self, digest: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "choice", "num_logprobs", "stop_token_ids", "ignore_eos", "min_tokens")
@@ -246,7 +256,7 @@ class EngineCounters(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_adapter_loads: _Optional[int] = ..., num_slot_loads: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank", "text_digest", "vocab_size", "weight", "pin")
+    __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank", "text_digest", "vocab_size", "weight", "pin", "not_composable")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +268,7 @@ class Adapter(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
+    NOT_COMPOSABLE_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     version: int
@@ -269,7 +280,8 @@ class Adapter(_message.Message):
     vocab_size: int
     weight: float
     pin: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ..., text_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., weight: _Optional[float] = ..., pin: bool = ...) -> None: ...
+    not_composable: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ..., text_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., weight: _Optional[float] = ..., pin: bool = ..., not_composable: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
     __slots__ = ("name", "version", "root", "parent", "created", "allowed_roots", "weight", "pin")

@@ -69,6 +69,7 @@ class AdapterRegistry:
             vocab_size=spec.vocab_size,
             weight=request.weight,
             pin=request.pin,
+            not_composable=spec.not_composable,
         )
         with self._lock:
             self._adapters[key] = adapter

@@ -235,6 +235,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     adapter_weight=generate.adapter_weight or 1.0,
                     priority=generate.priority,
                     cache_salt=generate.cache_salt,
+                    composition=tuple((part.digest, part.weight) for part in generate.composition),
                 )
             )
         except LoRAFleetError as error:

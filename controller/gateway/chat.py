@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from lorafleet.controller.gateway.auth import TENANT
+from lorafleet.controller.gateway.composition import resolve_model
 from lorafleet.controller.gateway.errors import REQUEST_ID
 from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.limits import read_body
@@ -38,7 +39,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         fields = decode(body, ChatRequest)
         has_usage = check_stream_options(fields)
         table = state.table
-        model = table.resolve(fields.model)
+        model = resolve_model(table, fields)
         text = await state.text_of(model)
         num_logprobs = _num_logprobs(fields)
         params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from lorafleet.controller.gateway.auth import TENANT
+from lorafleet.controller.gateway.composition import resolve_model
 from lorafleet.controller.gateway.errors import REQUEST_ID
 from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.limits import read_body
@@ -42,7 +43,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         if fields.echo and fields.logprobs is not None:
             raise InvalidRequestError("echo together with logprobs is not supported. Leave one out.", param="echo")
         table = state.table
-        model = table.resolve(fields.model)
+        model = resolve_model(table, fields)
         text = await state.text_of(model)
         max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
         params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=fields.logprobs)

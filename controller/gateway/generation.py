@@ -131,6 +131,10 @@ class Generation:
                 adapter_weight=model.weight,
                 priority=self._priority,
                 cache_salt=self._cache_salt,
+                composition=[
+                    worker_pb2.ComposedAdapter(digest=entry.digest, weight=weight)
+                    for entry, weight in model.composition
+                ],
             )
             text = OutputText(
                 self._tokenizer,

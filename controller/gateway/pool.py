@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lorafleet.controller.gateway.config import SessionTimes
 from lorafleet.controller.gateway.router import WorkerView, choose_worker
@@ -58,13 +58,17 @@ class WorkerPool:
     def has_ready_worker(self) -> bool:
         return any(view.ready for view in self.views())
 
-    def choose(self, adapter: str) -> WorkerSession:
-        """The session for a request. adapter: digest; empty for the base model. Raises WorkerUnavailableError."""
+    def choose(self, adapters: Sequence[str]) -> WorkerSession:
+        """The session for a request. adapters: digests; none for the base model. Raises WorkerUnavailableError."""
         views = {session.view(): session for session in self._sessions.values() if not session.retired}
-        chosen = choose_worker(list(views), adapter)
+        chosen = choose_worker(list(views), adapters)
         if chosen is None:
-            if adapter and any(view.ready for view in views):
-                raise WorkerUnavailableError("No worker takes adapters now; they were started without LoRA.")
+            if adapters and any(view.ready for view in views):
+                raise WorkerUnavailableError(
+                    f"No worker that is ready has slots for {len(adapters)} adapters. Name fewer, or raise --max-loras."
+                    if len(adapters) > 1
+                    else "No worker takes adapters now; they were started without LoRA."
+                )
             raise WorkerUnavailableError("No worker can take the request now. Try again in a moment.")
         return views[chosen]
 

@@ -33,28 +33,30 @@ class WorkerView:
     device_adapters: frozenset[str] = frozenset()
 
 
-def choose_worker(workers: Sequence[WorkerView], adapter: str) -> WorkerView | None:
+def choose_worker(workers: Sequence[WorkerView], adapters: Sequence[str]) -> WorkerView | None:
     """The worker with the lowest expected time to first token; None if no worker can take the request.
 
-    adapter: digest; empty for the base model. A suspect worker is taken only when all are. Between equals a hash of
-    (adapter, worker) decides, so that several gateways send a cold adapter to one and the same home.
+    adapters: digests of all that the request needs; none for the base model. A suspect worker is taken only when all
+    are. Between equals a hash of (adapters, worker) decides, so that several gateways send a cold adapter to one and
+    the same home.
     """
-    able = [worker for worker in workers if worker.ready and (worker.max_loras or not adapter)]
+    able = [worker for worker in workers if worker.ready and worker.max_loras >= len(adapters)]
     able = [worker for worker in able if not worker.suspect] or able
-    return min(able, key=lambda worker: (_cost(worker, adapter), _affinity(worker, adapter)), default=None)
+    return min(able, key=lambda worker: (_cost(worker, adapters), _affinity(worker, adapters)), default=None)
 
 
-def _cost(worker: WorkerView, adapter: str) -> float:
+def _cost(worker: WorkerView, adapters: Sequence[str]) -> float:
     """In units of a full batch's load."""
     num_requests = worker.num_running + worker.num_waiting + worker.num_unreported
     cost = num_requests / worker.max_num_seqs
     cost += QUEUE_COST * max(num_requests + 1 - worker.max_num_seqs, worker.num_waiting, 0) / worker.max_num_seqs
     if worker.num_pages and worker.num_free_pages < SCARCE_PAGES * worker.num_pages:
         cost += SCARCE_COST
-    if adapter and adapter not in worker.device_adapters:
-        cost += COLD_COST if len(worker.device_adapters) < worker.max_loras else EVICT_COST
+    num_cold = sum(adapter not in worker.device_adapters for adapter in adapters)
+    num_free = max(0, worker.max_loras - len(worker.device_adapters))
+    cost += COLD_COST * min(num_cold, num_free) + EVICT_COST * max(0, num_cold - num_free)
     return cost
 
 
-def _affinity(worker: WorkerView, adapter: str) -> bytes:
-    return hashlib.blake2b(f"{adapter}\0{worker.worker_id}".encode(), digest_size=8).digest()
+def _affinity(worker: WorkerView, adapters: Sequence[str]) -> bytes:
+    return hashlib.blake2b(f"{'+'.join(sorted(adapters))}\0{worker.worker_id}".encode(), digest_size=8).digest()

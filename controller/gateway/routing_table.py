@@ -31,6 +31,13 @@ class ModelEntry:
     text_digest: str = ""  # of its own tokenizer and template; empty: the base model's
     vocab_size: int = 0  # token ids that its requests may hold
     weight: float = 1.0  # share of service among a tenant's adapters
+    not_composable: str = ""  # why it is not applied with a weight or with others
+    composition: tuple[tuple[ModelEntry, float], ...] = ()  # of a composition: its adapters and their weights
+
+    @property
+    def adapters(self) -> tuple[ModelEntry, ...]:
+        """All that must be in slots."""
+        return tuple(entry for entry, _ in self.composition) or ((self,) if self.digest else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,7 @@ class RoutingTable:
                 adapter.text_digest,
                 adapter.vocab_size or base.vocab_size,
                 adapter.weight or 1.0,
+                adapter.not_composable,
             )
         adapters = sorted(list(models.values())[num_base:], key=lambda entry: entry.name)
         return cls(

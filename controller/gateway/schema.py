@@ -46,11 +46,18 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     continuous_usage_stats: bool | None = None
 
 
+class ComposedAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One of several adapters of a request."""
+
+    name: str
+    weight: float = 1.0
+
+
 class GenerateFields(SamplingFields, kw_only=True):
     """What completions and chat share besides sampling.
 
     priority: lower is served earlier; it adds to the tenant's. cache_salt: only requests of the same tenant with the
-    same one share what was computed for their prompts.
+    same one share what was computed for their prompts. adapters: applied together; `model` then is the base model.
     """
 
     model: str
@@ -60,6 +67,7 @@ class GenerateFields(SamplingFields, kw_only=True):
     add_special_tokens: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    adapters: list[ComposedAdapter] | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):

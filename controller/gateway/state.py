@@ -66,7 +66,9 @@ class GatewayState:
                     self.metrics,
                     views=self._pool.views,
                     table=lambda: self.routes.table,
-                    adapters_in_use=lambda: [entry.name for entry in self._running.values() if entry.digest],
+                    adapters_in_use=lambda: [
+                        entry.name for model in self._running.values() for entry in model.adapters
+                    ],
                 )
             )
 
@@ -187,9 +189,10 @@ class GatewayState:
         )
         self._running[generation] = model
         try:
+            digests = [entry.digest for entry in model.adapters]
             with generation:
                 for prompt, wires in zip(prompts, samplings, strict=True):
-                    generation.add_prompt(self._pool.choose(model.digest), model, prompt, wires)
+                    generation.add_prompt(self._pool.choose(digests), model, prompt, wires)
                 yield generation
         finally:
             timer.cancel()

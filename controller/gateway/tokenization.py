@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from lorafleet.controller.gateway.chat import check_messages
+from lorafleet.controller.gateway.composition import resolve_name
 from lorafleet.controller.gateway.limits import read_body
 from lorafleet.controller.gateway.schema import DetokenizeRequest, TokenizeRequest, decode
 from lorafleet.controller.gateway.state import STATE
@@ -24,7 +25,7 @@ async def tokenize(request: web.Request) -> web.Response:
         body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
         fields = decode(body, TokenizeRequest)
         table = state.table
-        text = state.text if fields.model is None else await state.text_of(table.resolve(fields.model))
+        text = state.text if fields.model is None else await state.text_of(resolve_name(table, fields.model))
         if (fields.prompt is None) == (fields.messages is None):
             raise InvalidRequestError("Give either prompt or messages.", param="prompt")
         if fields.messages is not None:
@@ -48,8 +49,9 @@ async def detokenize(request: web.Request) -> web.Response:
         body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
         fields = decode(body, DetokenizeRequest)
         table = state.table
-        text = state.text if fields.model is None else await state.text_of(table.resolve(fields.model))
-        vocab_size = table.vocab_size if fields.model is None else table.resolve(fields.model).vocab_size
+        model = None if fields.model is None else resolve_name(table, fields.model)
+        text = state.text if model is None else await state.text_of(model)
+        vocab_size = table.vocab_size if model is None else model.vocab_size
         bad = next((token_id for token_id in fields.tokens if not 0 <= token_id < vocab_size), None)
         if bad is not None:
             raise InvalidRequestError(

@@ -61,8 +61,11 @@ def test_tenants_get_shares_by_their_weights() -> None:
     assert jain([one, two / 2, four / 4]) > 0.99
 
 
-def adversary(seed: int, machine: Machine) -> list[Arrival]:
-    """Many clients that do what hurts: hold slots and seats for ever, come in bursts, with any priority."""
+def adversary(seed: int, machine: Machine, max_composed: int = 1) -> list[Arrival]:
+    """Many clients that do what hurts: hold slots and seats for ever, come in bursts, with any priority.
+
+    max_composed: of their requests some are for so many adapters at once.
+    """
     rng = random.Random(seed)
     adapters = [None, *(f"a{number}" for number in range(rng.choice([12, 60, 200])))]
     arrivals = [
@@ -73,27 +76,31 @@ def adversary(seed: int, machine: Machine) -> list[Arrival]:
         at_s = rng.choice([rng.random() * 60, 5.0, 30.0])
         tenant = rng.choice(["t", "u", "v", f"w{rng.randrange(40)}"])
         num_output = rng.choice([1, 20, 300, 10_000])
+        drawn = [rng.choice(adapters)] if max_composed == 1 else rng.sample(adapters, rng.randint(1, max_composed))
+        first, *others = [adapter for adapter in drawn if adapter is not None] or [None]
         arrivals.append(
             Arrival(
                 at_s,
                 tenant,
-                rng.choice(adapters),
+                first,
                 rng.choice([5, 60, 200]),
                 num_output,
                 weight=rng.choice([0.1, 1.0, 10.0]),
                 priority=rng.choice([-5, 0, 0, 9]),
                 repeats=rng.random() < 0.3,
+                others=tuple(other for other in others if other is not None),
             )
         )
     return arrivals
 
 
+@pytest.mark.parametrize("max_composed", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(8))
-def test_no_client_waits_longer_than_the_bound_for_its_first_token(seed: int) -> None:
+def test_no_client_waits_longer_than_the_bound_for_its_first_token(seed: int, max_composed: int) -> None:
     rng = random.Random(seed)
     # Loads, prompts and recomputation within a turn: that is what the bound supposes.
     machine = Machine(
-        num_slots=rng.choice([2, 8]),
+        num_slots=rng.choice([max(2, max_composed), 8]),
         num_seats=rng.choice([8, 32]),
         num_pages=1 << 12,
         max_num_batched_tokens=8192,
@@ -102,7 +109,7 @@ def test_no_client_waits_longer_than_the_bound_for_its_first_token(seed: int) ->
         load_s=rng.choice([0.05, 0.4]),
     )
     max_wait_s = rng.choice([10.0, 20.0])
-    outcome = Simulation(machine, max_wait_s).run(adversary(seed, machine), 60.0)
+    outcome = Simulation(machine, max_wait_s).run(adversary(seed, machine, max_composed), 60.0)
     assert max(outcome.first_waits.values()) <= max_wait_s
     assert max(outcome.waits.values()) <= max_wait_s
     assert outcome.num_preemptions > 0

@@ -51,6 +51,21 @@ def test_each_adapter_visibly_changes_the_answer(client: openai.OpenAI) -> None:
         assert ask(client, "smollm2", prompts[0]) != ask(client, name, prompts[0])
 
 
+def test_adapters_answer_together_by_either_way_to_name_them(client: openai.OpenAI) -> None:
+    question = PIRATE_PROMPTS[0]
+    for name in ("pirate:1", "pirate+json:0", "pirate:0.5+json:0"):
+        same = name != "pirate:0.5+json:0"
+        assert (ask(client, name, question) == ask(client, "pirate", question)) is same, name
+    parts = [{"name": "pirate", "weight": 0.7}, {"name": "json", "weight": -0.2}]
+    together = ask(client, "smollm2", question, extra_body={"adapters": parts})
+    assert together == ask(client, "json:-0.2+pirate:0.7", question)
+    assert together not in (ask(client, "smollm2", question), ask(client, "pirate", question))
+    with pytest.raises(openai.NotFoundError, match=r"no model 'pirat'\. Did you mean 'pirate'"):
+        ask(client, "sql:0.5+pirat:0.5", question)
+    with pytest.raises(openai.BadRequestError, match="names 'sql' twice"):
+        ask(client, "sql:0.5+sql:0.5", question)
+
+
 def test_a_stream_says_what_the_whole_says(client: openai.OpenAI) -> None:
     for model in ("smollm2", *ADAPTERS):
         whole = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=24)

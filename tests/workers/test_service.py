@@ -317,6 +317,24 @@ async def test_whose_a_request_is_and_what_it_weighs_reach_the_engine(worker: Wo
         await client.ending(2)
 
 
+async def test_a_composition_reaches_the_engine_and_one_that_cannot_be_is_refused(worker: Worker) -> None:
+    worker.engine.paused = True
+    parts = [worker_pb2.ComposedAdapter(digest="b", weight=0.7), worker_pb2.ComposedAdapter(digest="a", weight=-2)]
+    async with worker.session() as client:
+        await client.generate(1, [1], composition=parts)
+        await eventually(lambda: worker.engine.num_running == 1)
+        ((request, _),) = worker.engine._running.values()
+        assert (request.adapter, request.composition) == (None, (("a", -2.0), ("b", 0.7)))
+        await client.generate(2, [1], composition=parts, adapter_digest="a")
+        await client.generate(3, [1], composition=[worker_pb2.ComposedAdapter(digest="a", weight=float("nan"))])
+        for stream, said in ((2, "named once"), (3, "nan")):
+            ended = (await client.ending(stream)).ended
+            assert ended is not None and ended.error_code == "invalid_request"
+            assert said in ended.error_message
+        worker.engine.resume()
+        await client.ending(1)
+
+
 async def test_how_much_of_a_prompt_was_found_comes_with_its_first_token(worker: Worker) -> None:
     async with worker.session() as client:
         await client.generate(1, [1], max_tokens=2)

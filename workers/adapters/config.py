@@ -39,6 +39,7 @@ _NEUTRAL = frozenset(
 )
 _APPLIED = frozenset(
     [
+        "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
         "ensure_weight_tying",
@@ -75,6 +76,8 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()  # ends of names of modules whose whole weights are the adapter's own
     trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # by ends of names: the ids whose rows are its own
     ensure_weight_tying: bool = False  # what is the embedding's own is the head's too, if the base model ties them
+    # Activated LoRA (Greenewald et al. 2025): it is applied from where these last begin in a prompt. Empty: everywhere.
+    invocation_tokens: tuple[int, ...] = ()
 
     def saves(self, module: str) -> bool:
         """Whether the module's whole weight is the adapter's own."""
@@ -131,6 +134,7 @@ def read_config(directory: Path) -> AdapterConfig:
         modules_to_save=_names(path, "modules_to_save", fields.get("modules_to_save") or []),
         trainable_tokens=_trainable_tokens(path, fields.get("trainable_token_indices") or {}),
         ensure_weight_tying=bool(fields.get("ensure_weight_tying")),
+        invocation_tokens=_token_ids(path, "alora_invocation_tokens", fields.get("alora_invocation_tokens") or []),
     )
 
 
@@ -178,6 +182,12 @@ def _pattern(path: Path, fields: Mapping[str, Any], name: str) -> dict[str, Any]
 def _names(path: Path, name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
         raise _refused(path, f"has {name}={value!r}; it must be a list of module names.", "bad_config")
+    return tuple(value)
+
+
+def _token_ids(path: Path, name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(token_id) is int and token_id >= 0 for token_id in value):
+        raise _refused(path, f"has {name}={value!r}; it must be a list of token ids.", "bad_config")
     return tuple(value)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorafleet.workers.adapters.config import AdapterConfig, read_config
+from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
 from lorafleet.workers.adapters.modules import EMBEDDING, FUSED, HEAD, NO_LAYER, BaseShapes, module_name
 from lorafleet.workers.adapters.vocabulary import TABLES, Place, Vocabulary
@@ -52,6 +52,23 @@ class AdapterSpec:
     def vocab_size(self) -> int:
         """Token ids that requests for this adapter may hold: the base model's, and those that it adds."""
         return self.vocabulary.size
+
+    @property
+    def beyond_lora(self) -> str:
+        """What it has besides A and B of linears, for people; empty: nothing."""
+        parts = []
+        if self.num_vector_elements:
+            parts.append("DoRA" if self.config.use_dora else "biases")
+        if self.num_norm_elements:
+            parts.append("norms of its own")
+        if self.vocabulary.tables:
+            parts.append(f"changes of {' and '.join(self.vocabulary.tables)}")
+        return ", ".join(parts)
+
+    @property
+    def not_composable(self) -> str:
+        """Why it cannot be one of several adapters of a request, for people; empty: it can."""
+        return self.beyond_lora or ("invocation tokens" if self.config.invocation_tokens else "")
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """In host memory: matrices in `dtype`; vectors as they were read, in float32, and DoRA's norms as long."""
@@ -132,7 +149,7 @@ def read_spec(
         if base_rows is not None and _is_the_bases(tables[place], place, base, base_rows):
             vocabulary = vocabulary.without(place, base)
     kept = _kept(weights, vocabulary)
-    return AdapterSpec(
+    spec = AdapterSpec(
         digest=_digest(kept, config, vocabulary),
         path=path,
         config=config,
@@ -143,6 +160,28 @@ def read_spec(
         vocabulary=vocabulary,
         stamps=weights.stamps,
     )
+    _check_activation(spec, base)
+    return spec
+
+
+def _check_activation(spec: AdapterSpec, base: BaseShapes) -> None:
+    """An activated adapter is LoRA on linears alone; DoRA and LoRA on the embedding PEFT refuses, too."""
+    tokens = spec.config.invocation_tokens
+    if not tokens:
+        return
+    if spec.beyond_lora:
+        raise _refused(
+            spec.path,
+            f"has {spec.beyond_lora}, and {CONFIG_FILE} has alora_invocation_tokens: an activated adapter may have "
+            "LoRA on the decoder's linears alone.",
+            "unsupported_feature",
+        )
+    if base.vocab_size and max(tokens) >= base.vocab_size:
+        raise AdapterRefusedError(
+            f"{spec.path / CONFIG_FILE} has alora_invocation_tokens with the id {max(tokens)}; the base model's ids go "
+            f"from 0 to {base.vocab_size - 1}.",
+            reason="bad_config",
+        )
 
 
 def load_adapter(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
@@ -256,6 +295,8 @@ def _digest(tensors: list[tuple[int, str, str, torch.Tensor]], config: AdapterCo
         adapter_hash.add(layer, module, side, config.scaling(module_name(layer, module)), tensor)
     for module, table in sorted(vocabulary.tables.items()):
         adapter_hash.note(f"{module} {table.weight} {[(rows.place, rows.ids) for rows in table.rows]}")
+    if config.invocation_tokens:
+        adapter_hash.note(f"from {config.invocation_tokens}")
     return adapter_hash.hexdigest()
 
 

@@ -10,7 +10,7 @@ the slot, out of a pool of `max_bytes`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 from lorafleet.workers.engine.eviction import Eviction, LeastRecentlyUsed
 
@@ -90,6 +90,18 @@ class AdapterSlots:
             self._bytes[digest] = num_bytes
         return slot
 
+    def start_loads(self, digests: Sequence[str], keep: Container[str] = ()) -> list[int] | None:
+        """`start_load` of all of them or of none. If there are several, none takes any of the pool."""
+        assert len(digests) == 1 or not any(map(self._bytes_of, digests))
+        if len(digests) > 1 and self.num_lacking(len(digests), keep) > 0:
+            return None
+        slots = [slot for digest in digests if (slot := self.start_load(digest, keep)) is not None]
+        return slots or None
+
+    def num_lacking(self, num_slots: int, keep: Container[str] = ()) -> int:
+        """How many slots must come free before so many can be had; 0 or less: they can be."""
+        return num_slots - len(self._empty) - len(self._idle(keep))
+
     def finish_load(self, digest: str, reload_s: float = 0.0) -> None:
         """The slot holds the adapter now; getting it there took `reload_s`."""
         self._ready[digest] = self._loading.pop(digest)
@@ -140,7 +152,7 @@ class AdapterSlots:
         lacking = self._lacking_bytes(digest)
         if self._empty and lacking <= 0:
             return []
-        idle = [ready for ready in self._ready if not (ready in self._pins or ready in self._stay or ready in keep)]
+        idle = self._idle(keep)
         victims: list[str] = []
         if lacking > 0:
             for ready in self._eviction.order(ready for ready in idle if ready in self._bytes):
@@ -153,6 +165,10 @@ class AdapterSlots:
         if not victims and not self._empty:
             victims = self._eviction.order(idle)[:1]
         return victims if victims or self._empty else None
+
+    def _idle(self, keep: Container[str]) -> list[str]:
+        """Who may be evicted."""
+        return [ready for ready in self._ready if not (ready in self._pins or ready in self._stay or ready in keep)]
 
     def _lacking_bytes(self, digest: str) -> int:
         """Of the pool, for an adapter that is in no slot; 0 or less: there is room."""

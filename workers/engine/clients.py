@@ -1,6 +1,8 @@
 """Who wants what: each client's requests that wait, and the order between clients.
 
-A client is one tenant's requests for one adapter or for the base model. The order of service: priority (lower first),
+A client is one tenant's requests for one adapter, one composition of adapters or the base model. A composition is an
+adapter of its own here, but for the slots: it is hot when all its adapters are in slots or on the way there, and cold
+when one is not. The order of service: priority (lower first),
 the tenant with the least counter, its adapter with the least counter (fairness.py), order of arrival. Only a client's
 first request takes part in it, and clients whose adapters are in no slot are ranked apart from the others, so that a
 long queue costs nothing but its memory.
@@ -32,7 +34,8 @@ class Client:
     """One tenant's requests for one adapter. Forgotten with its last request."""
 
     tenant: str
-    adapter: str | None
+    adapter: str | None  # digest, or a composition's name
+    digests: tuple[str, ...]  # of the adapters whose slots its requests need
     since: float  # when it last got a token, or else when it came
     waiting: list[Request] = field(default_factory=list)  # by priority, then arrival
     num_running: int = 0
@@ -46,6 +49,9 @@ class Clients:
         self._clients: dict[tuple[str, str | None], Client] = {}
         self._by_adapter: dict[str | None, Ranking[Client]] = {}  # clients with waiting requests
         self._hot: frozenset[str] = frozenset()  # adapters in slots or on the way there
+        self._compositions: dict[str, tuple[str, ...]] = {}  # their names → digests
+        self._composed: dict[str, set[str]] = {}  # digests → names of the compositions that have them
+        self._hot_compositions: set[str] = set()
         # Clients with waiting requests whose adapters are cold: tenants are ranked, and each tenant's clients. A
         # tenant's counter, which others of its requests let grow, thus is in one key, however many adapters wait.
         self._cold: dict[str, Ranking[Client]] = {}
@@ -68,8 +74,9 @@ class Clients:
         """A new request waits."""
         client = self._clients.get((request.tenant, request.adapter))
         if client is None:
-            client = self._clients[request.tenant, request.adapter] = Client(request.tenant, request.adapter, now)
-            self._count(request.adapter, 1)
+            client = Client(request.tenant, request.adapter, request.digests, now)
+            self._clients[request.tenant, request.adapter] = client
+            self._count(client, 1)
         self._enqueue(client, request)
 
     def start(self, request: Request) -> None:
@@ -117,9 +124,17 @@ class Clients:
         clients = sorted(self._unserved.get(adapter, ()), key=lambda client: (client.since, client.waiting[0].arrival))
         return clients[: self._bound.num_clients_a_turn]
 
-    def is_wanted(self, adapter: str | None) -> bool:
-        """Whether requests wait for this adapter."""
-        return adapter in self._by_adapter
+    def digests_of(self, adapter: str) -> tuple[str, ...]:
+        """The adapters that clients of `adapter` need; of an adapter itself."""
+        return self._compositions.get(adapter, (adapter,))
+
+    def hot(self) -> dict[str, tuple[str, ...]]:
+        """The adapters and compositions that requests wait for and that are hot, with their digests."""
+        hot: dict[str, tuple[str, ...]] = {digest: (digest,) for digest in self._hot if digest in self._by_adapter}
+        for name in self._hot_compositions:
+            if name in self._by_adapter:
+                hot[name] = self._compositions[name]
+        return hot
 
     def set_pinned(self, num_pinned: int) -> None:
         """Say how many slots change hands no more."""
@@ -128,9 +143,12 @@ class Clients:
     def set_hot(self, adapters: frozenset[str]) -> None:
         """Say which adapters are in slots or on the way there; all others are cold."""
         changed, self._hot = self._hot ^ adapters, adapters
-        for adapter in changed:
-            for client in self._by_adapter.get(adapter, ()):
-                self._rank_cold(client)
+        for digest in changed:
+            for name in self._composed.get(digest, ()):
+                self._note_composition(name)
+            for adapter in (digest, *self._composed.get(digest, ())):
+                for client in self._by_adapter.get(adapter, ()):
+                    self._rank_cold(client)
 
     def first_cold(self) -> Client | None:
         """The client that is served next of those with cold adapters."""
@@ -147,9 +165,14 @@ class Clients:
         adapters = dict.fromkeys(client.adapter for client in clients if client.adapter is not None)  # a set in order
         return list(adapters)[:num_adapters]
 
-    def waiting_for(self, adapter: str | None) -> list[Request]:
-        """The requests that wait for this adapter, by arrival."""
-        requests = [request for client in self._by_adapter.get(adapter, ()) for request in client.waiting]
+    def waiting_for(self, digest: str) -> list[Request]:
+        """The requests that wait for this adapter, alone or with others, by arrival."""
+        requests = [
+            request
+            for adapter in (digest, *self._composed.get(digest, ()))
+            for client in self._by_adapter.get(adapter, ())
+            for request in client.waiting
+        ]
         return sorted(requests, key=lambda request: request.arrival)
 
     def rank(self, client: Client) -> Rank:
@@ -172,7 +195,7 @@ class Clients:
     def _rank_cold(self, client: Client) -> None:
         """Put a client into the ranking of cold ones, or take it out."""
         tenant = client.tenant
-        if client.waiting and client.adapter is not None and client.adapter not in self._hot:
+        if client.waiting and not self._hot.issuperset(client.digests):
             self._cold.setdefault(tenant, Ranking(self._rank_in_tenant)).push(client)
             self._cold_tenants.push(tenant)
         elif (clients := self._cold.get(tenant)) is not None:
@@ -208,14 +231,34 @@ class Clients:
         client.num_running -= 1
         self.num_served_clients -= client.num_running == 0
 
-    def _count(self, adapter: str | None, change: int) -> None:
-        if adapter is not None:
-            num_turns = self._bound.num_turns
-            self._num_turns -= num_turns(self._num_clients[adapter])
-            self._num_clients[adapter] += change
-            self._num_turns += num_turns(self._num_clients[adapter])
-            if not self._num_clients[adapter]:
-                del self._num_clients[adapter]
+    def _count(self, client: Client, change: int) -> None:
+        """A client has come or gone."""
+        adapter, digests = client.adapter, client.digests
+        if adapter is None:
+            return
+        num_turns = self._bound.num_turns
+        self._num_turns -= num_turns(self._num_clients[adapter], len(digests))
+        self._num_clients[adapter] += change
+        self._num_turns += num_turns(self._num_clients[adapter], len(digests))
+        if digests != (adapter,) and adapter not in self._compositions:
+            self._compositions[adapter] = digests
+            for digest in digests:
+                self._composed.setdefault(digest, set()).add(adapter)
+            self._note_composition(adapter)
+        if not self._num_clients[adapter]:
+            del self._num_clients[adapter]
+            self._forget_composition(adapter)
+
+    def _note_composition(self, name: str) -> None:
+        is_hot = self._hot.issuperset(self._compositions[name])
+        (self._hot_compositions.add if is_hot else self._hot_compositions.discard)(name)
+
+    def _forget_composition(self, name: str) -> None:
+        self._hot_compositions.discard(name)
+        for digest in self._compositions.pop(name, ()):
+            self._composed[digest].discard(name)
+            if not self._composed[digest]:
+                del self._composed[digest]
 
     def _changed(self, client: Client) -> None:
         """Bring everything into line with what a client's requests do now."""
@@ -236,7 +279,7 @@ class Clients:
             self._line_up(adapter, client, waits and not runs)
         if not waits and not runs:
             del self._clients[client.tenant, adapter]
-            self._count(adapter, -1)
+            self._count(client, -1)
 
     def _line_up(self, adapter: str, client: Client, is_unserved: bool) -> None:
         unserved = self._unserved.setdefault(adapter, set())
@@ -246,7 +289,8 @@ class Clients:
             unserved.discard(client)
         if unserved:
             since = min(client.since for client in unserved)
-            self.slot_line.put(adapter, since, self._bound.num_turns(len(unserved)))
+            width = len(client.digests)
+            self.slot_line.put(adapter, since, self._bound.num_turns(len(unserved), width), width)
         else:
             del self._unserved[adapter]
             self.slot_line.discard(adapter)
@@ -262,6 +306,7 @@ class Clients:
             assert client.waiting or client.num_running
             assert client.waiting == sorted(client.waiting, key=_in_client)
             assert all((request.tenant, request.adapter) == key for request in client.waiting)
+            assert all(request.digests == client.digests for request in client.waiting)
             assert (client in self._by_adapter.get(client.adapter, ())) == bool(client.waiting)
             assert (client in self.seat_line) == (client.num_running == 0)
             waiting += client.waiting
@@ -269,8 +314,8 @@ class Clients:
         assert self.num_served_clients == len(num_running)
         adapters = {request.adapter for request in waiting}
         assert self._by_adapter.keys() == adapters
-        cold = {client for client in self._clients.values() if client.waiting and client.adapter is not None}
-        cold = {client for client in cold if client.adapter not in self._hot}
+        cold = {client for client in self._clients.values() if client.waiting}
+        cold = {client for client in cold if not self._hot.issuperset(client.digests)}
         assert {client for clients in self._cold.values() for client in clients} == cold
         assert set(self._cold_tenants) == self._cold.keys() == {client.tenant for client in cold}
         lined_up: dict[str, set[Client]] = {}
@@ -281,9 +326,17 @@ class Clients:
         assert len(self.slot_line) == len(lined_up)
         for adapter, unserved in lined_up.items():
             assert self.slot_line.since(adapter) == min(client.since for client in unserved)
-        assert self.slot_line.num_turns == sum(self._bound.num_turns(len(unserved)) for unserved in lined_up.values())
+        num_turns = self._bound.num_turns
+        widths = {adapter: len(self.digests_of(adapter)) for _, adapter in self._clients if adapter is not None}
+        assert self.slot_line.num_turns == sum(num_turns(len(own), widths[name]) for name, own in lined_up.items())
         assert self._num_clients == Counter(adapter for _, adapter in self._clients if adapter is not None)
-        assert self._num_turns == sum(map(self._bound.num_turns, self._num_clients.values()))
+        assert self._num_turns == sum(num_turns(num, widths[name]) for name, num in self._num_clients.items())
+        compositions = {client.adapter: client.digests for client in self._clients.values()}
+        compositions = {name: own for name, own in compositions.items() if name is not None and own != (name,)}
+        assert self._compositions == compositions
+        pairs = {(digest, name) for name, digests in compositions.items() for digest in digests}
+        assert {(digest, name) for digest, names in self._composed.items() for name in names} == pairs
+        assert self._hot_compositions == {name for name, own in compositions.items() if self._hot.issuperset(own)}
         assert len(self.seat_line) == sum(not client.num_running for client in self._clients.values())
         for clients in self._by_adapter.values():
             clients.check_integrity()

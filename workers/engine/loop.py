@@ -28,10 +28,11 @@ from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
 from lorafleet.workers.adapters.sources import resolve_adapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.eviction import make_eviction
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
+from lorafleet.workers.engine.request import MAX_COMPOSED, FinishReason, GenerateRequest, Request, RequestEvent
 from lorafleet.workers.engine.scheduler import Scheduler, SlotLoad
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.turns import Entrance, WaitBound
@@ -255,6 +256,12 @@ class Engine:
                     f"{len(self._pinned)} adapters are pinned; of {self.plan.max_loras} slots {limit} may be taken so. "
                     "Raise --max-loras, or unload a pinned one."
                 )
+            pinned = self._pinned | {digest}
+            if not all(self._fit(request.digests, pinned) for request in self._unfinished.values()):
+                raise AdapterConflictError(
+                    "An unfinished request needs more slots for its adapters than another pinned one would leave. Pin "
+                    "it later, or raise --max-loras."
+                )
             self._pinned.add(digest)
             self._inbox.append(_Pin(digest))
             self._wake.notify()
@@ -274,17 +281,25 @@ class Engine:
     def submit(self, request: GenerateRequest) -> None:
         """Accept a request; its events come out of later steps.
 
-        Raises `InvalidRequestError`, `ContextLengthError`, `AdapterUnavailableError` (an unregistered digest) or
-        `QueueFullError` (too many requests, or more clients than max_adapter_wait_s could be kept for); the request is
-        then not accepted and has no events.
+        Raises `InvalidRequestError`, `ContextLengthError`, `AdapterUnavailableError` (an unregistered digest),
+        `AdapterRefusedError` (one that is not applied together with others), `AdapterConflictError` (pinned ones leave
+        too few slots) or `QueueFullError` (too many requests, or more clients than max_adapter_wait_s could be kept
+        for); the request is then not accepted and has no events.
         """
         self._check(request)
+        request = self._activated(request)
         with self._lock:
             if self._closed:
                 raise InternalError("The engine is closed.")
             # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
-            if request.adapter is not None and request.adapter not in self._adapters:
-                raise self._unregistered(request.adapter)
+            for digest in request.digests:
+                if digest not in self._adapters:
+                    raise self._unregistered(digest)
+            if not self._fit(request.digests, self._pinned):
+                raise AdapterConflictError(
+                    f"{len(request.digests)} adapters together never have a slot each: of {self.plan.max_loras} "
+                    f"{len(self._pinned)} are taken by pinned adapters."
+                )
             if request.request_id in self._unfinished:
                 raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
             bound = self.config.max_waiting + self.config.max_num_seqs
@@ -292,7 +307,7 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._unfinished)} requests run or wait, the limit is {bound}. Try again later."
                 )
-            self._entrance.enter(request.tenant, request.adapter)
+            self._entrance.enter(request.tenant, request.model_key, len(request.digests))
             self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()
@@ -396,7 +411,7 @@ class Engine:
             for event in events:
                 if event.finish is not None:
                     ended = self._unfinished.pop(event.request_id)
-                    self._entrance.leave(ended.tenant, ended.adapter)
+                    self._entrance.leave(ended.tenant, ended.model_key, len(ended.digests))
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
             self._entrance.num_pinned = self._slots.num_staying
@@ -423,6 +438,7 @@ class Engine:
                 f"{self.max_model_len} tokens.",
                 param="max_tokens",
             )
+        self._check_composition(request)
         vocab_size = self.vocab_size_of(request.adapter)
         for what, ids in (("The prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
@@ -430,6 +446,39 @@ class Engine:
                     f"{what} has a token id outside 0 to {vocab_size - 1}.",
                     param="prompt" if ids is prompt else what,
                 )
+
+    def _check_composition(self, request: GenerateRequest) -> None:
+        """Adapters that are applied together have LoRA on linears alone: of what else there is no weighted sum."""
+        max_composed = min(MAX_COMPOSED, self.plan.max_loras)
+        if len(request.composition) > max_composed:
+            raise InvalidRequestError(
+                f"{len(request.composition)} adapters are named; at most {max_composed} may be.", param="adapters"
+            )
+        for digest, _ in request.composition:
+            spec = self._store.spec(digest)
+            if spec is None:
+                raise self._unregistered(digest)
+            if spec.not_composable:
+                raise AdapterRefusedError(
+                    f"Adapter {digest} has {spec.not_composable}; with a weight or with others only LoRA on linears is "
+                    "applied.",
+                    reason="not_composable",
+                    param="adapters",
+                )
+
+    def _fit(self, digests: Sequence[str], pinned: set[str]) -> bool:
+        """Whether adapters can be in slots together, beside those that stay in theirs."""
+        return len(pinned.union(digests)) <= self.plan.max_loras
+
+    def _activated(self, request: GenerateRequest) -> GenerateRequest:
+        """The same, with the place where an activated adapter begins; if it does not, a request for the base model."""
+        spec = None if request.adapter is None else self._store.spec(request.adapter)
+        if spec is None or not spec.config.invocation_tokens:
+            return request
+        start = find_start(request.prompt_token_ids, spec.config.invocation_tokens)
+        if start is None:
+            return replace(request, adapter=None)
+        return replace(request, adapter_start=start)
 
     @staticmethod
     def _unregistered(digest: str) -> AdapterUnavailableError:

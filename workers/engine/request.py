@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from lorafleet.workers.engine.prefix import root_name
+from lorafleet.workers.engine.prefix import parting_name, root_name
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 
 MAX_LOGPROBS = 20
 MAX_TENANT_CHARS = 256
 MAX_SALT_CHARS = 1024
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+MAX_COMPOSED = 8  # adapters of one request
+MAX_COMPOSED_WEIGHT = 100.0
 MAX_PRIORITY = 2**31 - 1
 
 _RANGES = (
@@ -72,7 +74,11 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One choice to generate. Raises `InvalidRequestError` for a tenant, weight or priority out of range."""
+    """One choice to generate. Raises `InvalidRequestError` for a field that is out of range.
+
+    A composition stands in place of an adapter: the sum of several, each times its weight. It is kept sorted; of one
+    adapter with the weight 1 it becomes `adapter`.
+    """
 
     request_id: str  # unique within the engine; the front end's
     prompt_token_ids: tuple[int, ...]
@@ -83,6 +89,8 @@ class GenerateRequest:
     adapter_weight: float = 1.0  # share relative to the tenant's other adapters
     priority: int = 0  # lower is served earlier, whatever the shares
     cache_salt: str = ""  # only requests of the tenant with the same one share what was computed
+    adapter_start: int = 0  # of the prompt, the first token that the adapter is applied to; the engine fills it in
+    composition: tuple[tuple[str, float], ...] = ()  # (digest, weight), no digest twice
 
     def __post_init__(self) -> None:
         if len(self.tenant) > MAX_TENANT_CHARS:
@@ -103,6 +111,42 @@ class GenerateRequest:
             raise InvalidRequestError(
                 f"priority is {self.priority}; it must be between {-MAX_PRIORITY} and {MAX_PRIORITY}.", param="priority"
             )
+        if self.composition:
+            self._check_composition()
+            # 0.0 for -0.0, so that equal ones have one name.
+            composition = tuple(sorted((digest, float(weight) + 0.0) for digest, weight in self.composition))
+            if len(composition) == 1 and composition[0][1] == 1.0:
+                object.__setattr__(self, "adapter", composition[0][0])
+                composition = ()
+            object.__setattr__(self, "composition", composition)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The adapters that it needs, all at once."""
+        if self.composition:
+            return tuple(digest for digest, _ in self.composition)
+        return () if self.adapter is None else (self.adapter,)
+
+    @property
+    def model_key(self) -> str | None:
+        """What it waits for, is charged to and shares pages by: an adapter's digest or a composition's name."""
+        return "+".join(f"{digest}:{weight!r}" for digest, weight in self.composition) or self.adapter
+
+    def _check_composition(self) -> None:
+        digests = {digest for digest, _ in self.composition}
+        if self.adapter is not None or len(digests) < len(self.composition):
+            raise InvalidRequestError("An adapter may be named once, alone or among several.", param="adapters")
+        if len(digests) > MAX_COMPOSED:
+            raise InvalidRequestError(
+                f"{len(digests)} adapters are named; at most {MAX_COMPOSED} may be.", param="adapters"
+            )
+        for _, weight in self.composition:
+            if not abs(weight) <= MAX_COMPOSED_WEIGHT:  # false for NaN too
+                raise InvalidRequestError(
+                    f"An adapter's weight is {weight}; it must be between {-MAX_COMPOSED_WEIGHT:g} and "
+                    f"{MAX_COMPOSED_WEIGHT:g}.",
+                    param="adapters",
+                )
 
 
 class FinishReason(StrEnum):
@@ -145,7 +189,7 @@ class Request:
 
     request_id: str
     sampling: SamplingOptions
-    adapter: str | None
+    adapter: str | None  # digest, or a composition's name; None is the base model
     token_ids: list[int]  # prompt, then output
     num_prompt_tokens: int
     arrival: int  # order of arrival within the engine; older is smaller
@@ -153,7 +197,11 @@ class Request:
     tenant_weight: float = 1.0
     adapter_weight: float = 1.0
     priority: int = 0
+    digests: tuple[str, ...] = ()  # of the adapters whose slots it uses when it runs: all of them or none
+    weights: tuple[float, ...] = ()  # of each
+    adapter_start: int = 0  # the tokens before it are computed with the base model
     prefix_root: bytes = b""  # prefix.py; other requests with it may have the same pages
+    prefix_parting: bytes = b""  # from the page of adapter_start on, only those with this one, too
     prefix_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
     num_computed_tokens: int = 0
     pages: list[int] = field(default_factory=list)
@@ -168,10 +216,12 @@ class Request:
     @classmethod
     def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:
         prompt = list(request.prompt_token_ids)
+        adapter, start = request.model_key, request.adapter_start
+        parts = adapter is not None and start > 0
         return cls(
             request.request_id,
             request.sampling,
-            request.adapter,
+            adapter,
             prompt,
             len(prompt),
             arrival,
@@ -179,7 +229,11 @@ class Request:
             request.tenant_weight,
             request.adapter_weight,
             request.priority,
-            root_name(request.tenant, request.cache_salt, request.adapter),
+            request.digests,
+            tuple(weight for _, weight in request.composition) or (1.0,) * len(request.digests),
+            start,
+            root_name(request.tenant, request.cache_salt, None if parts else adapter),
+            parting_name(adapter, start) if adapter is not None and parts else b"",
         )
 
     @property

@@ -9,6 +9,12 @@ own has. That keeps batches full, and it is bounded twice. An adapter that has b
 whose adapter then takes nobody new until its running requests are done (`_claims`). And where `max_wait_s` is at risk,
 running requests give way (`_give_turns`).
 
+A composition of adapters takes the slots of all of them or of none: loads start for all that are cold at once, or not
+at all, and what it finds in slots is kept for it only from then on. So none holds a slot while it waits for another
+one; it waits for loads, which end by themselves, or for seats and pages, whose holders wait for no slot. Nobody waits
+in a circle. Slots come free one by one, though: while a composition is the first that waits for slots, nobody that
+ranks behind it gets one, and those that it claims take nobody new, idle ones first.
+
 What the first pages of a request hold may have been computed for another one, or for itself before it was preempted
 (prefix.py); then it starts behind that. At least one token is left to compute.
 
@@ -27,7 +33,7 @@ from dataclasses import dataclass, field
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
-from lorafleet.workers.engine.clients import Client, Clients
+from lorafleet.workers.engine.clients import Client, Clients, Rank
 from lorafleet.workers.engine.prefix import extend_names
 from lorafleet.workers.engine.request import FinishReason, Request
 from lorafleet.workers.engine.turns import WaitBound
@@ -39,12 +45,17 @@ class Scheduled:
 
     request: Request
     num_tokens: int  # from request.num_computed_tokens on
-    slot: int | None  # the adapter's; None is the base model
+    slots: tuple[int, ...]  # of request.digests; none: the base model
 
     @property
     def samples(self) -> bool:
         """Whether this step reaches the end of what is known, so that a next token is to be sampled."""
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
+
+    @property
+    def num_base_tokens(self) -> int:
+        """Of its tokens the first ones, which come before the place where the adapter begins."""
+        return min(self.num_tokens, max(0, self.request.adapter_start - self.request.num_computed_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,11 @@ class SlotLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step computes, grouped by slot (base model first), so that an adapter's rows are one segment."""
+    """What the next step computes, grouped by slots (base model first), so that an adapter's rows are one segment.
+
+    Where an activated adapter begins amid a request's rows, those before it part the others from the group. Such
+    requests come first in their group: there is one segment for each of them, and none more for all others.
+    """
 
     scheduled: tuple[Scheduled, ...]
     loads: tuple[SlotLoad, ...]
@@ -76,6 +91,7 @@ class _Turns:
     keep: set[str]  # adapters of all that must have a turn: they are not evicted
     claimed: set[str] = field(default_factory=set)  # adapters that take nobody new
     num_seats: int = 0  # kept free for requests whose adapters are being loaded
+    is_gathering: bool = False  # slots come free for a composition: nobody else may take them
     is_blocked: bool = False  # someone waits for a seat or pages: nobody else may take them
 
 
@@ -159,10 +175,11 @@ class Scheduler:
             self._running.remove(request)
             self._release(request)
         self._clients.drop(request, runs=runs)
-        if request.adapter is not None and (runs or request.num_preemptions):
-            self._begun[request.adapter] -= 1
-            if not self._begun[request.adapter]:
-                del self._begun[request.adapter]
+        if runs or request.num_preemptions:
+            for digest in request.digests:
+                self._begun[digest] -= 1
+                if not self._begun[digest]:
+                    del self._begun[digest]
         return True
 
     def is_in_use(self, digest: str) -> bool:
@@ -171,7 +188,7 @@ class Scheduler:
 
     def uses(self, digest: str) -> bool:
         """Whether any request, waiting or running, names this adapter."""
-        return any(request.adapter == digest for request in self._requests.values())
+        return any(digest in request.digests for request in self._requests.values())
 
     def waiting_for(self, digest: str) -> list[str]:
         """Ids of the requests that wait and name this adapter."""
@@ -190,7 +207,7 @@ class Scheduler:
             self._let_in(scheduled, budget, turns, loads)
         cold = self._clients.next_cold(self._slots.num_slots)
         entries = [self._entry(request, num_tokens) for request, num_tokens in scheduled.items()]
-        entries.sort(key=lambda entry: -1 if entry.slot is None else entry.slot)
+        entries.sort(key=_row_order)
         return StepPlan(tuple(entries), tuple(loads), self._prefetches([*turns.adapters, *cold]))
 
     def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
@@ -251,20 +268,23 @@ class Scheduler:
         behind it pass.
         """
         clients = self._clients
-        wanted = [digest for digest in self._slots.resident() if clients.is_wanted(digest)]
-        claimed = turns.claimed | self._claims([digest for digest in wanted if digest not in turns.claimed])
-        unclaimed = [digest for digest in wanted if digest not in claimed]
-        keep = turns.keep.union(unclaimed)
+        hot = clients.hot()
+        claimed = turns.claimed | self._claims(hot, turns.claimed)
+        unclaimed = {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
+        ready = [adapter for adapter, digests in unclaimed.items() if self._are_ready(digests)]
+        keep = turns.keep.union(*unclaimed.values())
         max_running = self._max_num_seqs - turns.num_seats
-        has_slot = True
+        has_slot = not turns.is_gathering
         while True:
-            warm = [client for adapter in (None, *unclaimed) if (client := clients.first(adapter)) is not None]
+            warm = [client for adapter in (None, *ready) if (client := clients.first(adapter)) is not None]
             best = min(warm, key=clients.rank, default=None)
             while has_slot and (cold := clients.first_cold()) is not None:
                 if best is not None and clients.rank(best) < clients.rank(cold):
                     break
                 has_slot = self._start_load(cold, keep, loads)
-                if not has_slot:
+                if has_slot:
+                    keep.update(cold.digests)
+                elif any(map(self._slots.lacks_bytes, cold.digests)):
                     self._load_beside(keep, loads)
             if best is None or budget == 0 or len(self._running) >= max_running:
                 return
@@ -276,31 +296,44 @@ class Scheduler:
 
     def _load_beside(self, keep: set[str], loads: list[SlotLoad]) -> None:
         """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""
-        for digest in self._clients.next_cold(self._slots.num_slots):
-            client = self._clients.first(digest)
-            if client is not None and not self._slots.lacks_bytes(digest) and not self._start_load(client, keep, loads):
+        for adapter in self._clients.next_cold(self._slots.num_slots):
+            client = self._clients.first(adapter)
+            if client is None or not self._missing(client) or any(map(self._slots.lacks_bytes, client.digests)):
+                continue
+            if not self._start_load(client, keep, loads):
                 return
+            keep.update(client.digests)
 
-    def _claims(self, wanted: list[str]) -> set[str]:
+    def _claims(self, hot: dict[str, tuple[str, ...]], claimed_before: set[str]) -> set[str]:
         """Adapters that take nobody new, so that their slots come free: one for each cold one that they would pass.
 
         It must have waited for a turn and they have held their slots for one, and rank behind it: those that rank last
-        are claimed first. One that waits for memory beside its slot claims all that have some.
+        are claimed first, for a composition idle ones before them. One that waits for memory beside its slot claims
+        all that have some.
         """
         before = self._now - self._turn_s
-        ranks = {
-            digest: self._clients.rank(client)
-            for digest in wanted
-            if self._held_since.get(digest, before) <= before and (client := self._clients.first(digest)) is not None
-        }
+        ranks: dict[str, Rank] = {}  # of the best that want an adapter
+        for adapter, digests in hot.items():
+            client = self._clients.first(adapter)
+            for digest in digests if client is not None and claimed_before.isdisjoint(digests) else ():
+                if self._slots.slot_of(digest) is not None and self._held_since.get(digest, before) <= before:
+                    assert client is not None
+                    rank = self._clients.rank(client)
+                    ranks[digest] = min(rank, ranks.get(digest, rank))
         claimed: set[str] = set()
-        for digest in self._clients.next_cold(self._slots.num_slots) if ranks else ():
-            client = self._clients.first(digest)
-            if not ranks or client is None or self._clients.slot_line.since(digest) > before:
+        for adapter in self._clients.next_cold(self._slots.num_slots) if ranks else ():
+            client = self._clients.first(adapter)
+            if not ranks or client is None or self._clients.slot_line.since(adapter) > before:
                 continue
             own_rank = self._clients.rank(client)
-            behind = [other for other in self._slots.blockers(digest) if other in ranks and ranks[other] > own_rank]
-            if not self._slots.lacks_bytes(digest):
+            missing = self._missing(client)
+            behind = [other for other in self._slots.blockers(missing[0]) if other in ranks and ranks[other] > own_rank]
+            if len(client.digests) > 1:
+                behind = [other for other in behind if other not in client.digests]
+                behind.sort(key=lambda other: (not self._slots.is_pinned(other), ranks[other]))
+                wanted = set(client.digests).union(*hot.values())
+                behind = behind[-max(1, self._slots.num_lacking(len(missing), wanted)) :]
+            elif not self._slots.lacks_bytes(missing[0]):
                 behind = sorted(behind, key=ranks.__getitem__)[-1:]
             for other in behind:
                 del ranks[other]
@@ -314,23 +347,28 @@ class Scheduler:
         served = [clients.served_by_turn(digest) for digest in adapters]
         due = dict.fromkeys(first for first, *_ in served)  # a set in order
         for client in clients.seat_line.due(self._now):
-            if client.adapter is None or self._slots.slot_of(client.adapter) is not None:
+            if self._are_ready(client.digests):
                 due[client] = None
         due |= dict.fromkeys(client for _, *others in served for client in others)
-        turns = _Turns(adapters, {client.adapter for client in due if client.adapter is not None})
+        turns = _Turns(adapters, {digest for client in due for digest in client.digests})
         for client in due:
-            digest = client.adapter
-            if digest is None or self._slots.slot_of(digest) is not None:
+            if self._are_ready(client.digests):
                 turns.is_blocked |= not self._start_by_turn(client)
                 continue
             turns.num_seats += 1
-            if self._slots.is_loading(digest):
+            missing = self._missing(client)
+            if not missing or turns.is_gathering:
                 continue
             while not self._start_load(client, turns.keep, loads):
-                others = [other for other in self._slots.obstacles(digest) if other not in turns.keep]
-                if not self._preempt_one_of(others):
+                others = [other for other in self._slots.obstacles(missing[0]) if other not in turns.keep]
+                num_lacking = max(1, self._slots.num_lacking(len(missing), turns.keep))
+                if not self._preempt_some_of(others, num_lacking):
                     unclaimed = [other for other in others if other not in turns.claimed]
-                    turns.claimed.update(sorted(unclaimed, key=self._held_since.__getitem__)[:1])
+                    turns.claimed.update(sorted(unclaimed, key=self._held_since.__getitem__)[:num_lacking])
+                    if len(missing) > 1:
+                        turns.is_gathering = True
+                        idle = [other for other in self._slots.blockers(missing[0]) if not self._slots.is_pinned(other)]
+                        turns.claimed.update(other for other in idle if other not in turns.keep)
                     break
         return turns
 
@@ -355,31 +393,35 @@ class Scheduler:
         request.is_urgent = True
         return True
 
-    def _preempt_one_of(self, adapters: list[str]) -> bool:
-        """Take the slot from the adapter whose requests rank last, of those that have held theirs for a turn.
+    def _preempt_some_of(self, adapters: list[str], num_slots: int) -> bool:
+        """Take the slots from the adapters whose requests rank last, of those that have held theirs for a turn.
 
-        An adapter with a request that has got no token yet is left alone. False: there is none.
+        An adapter with a request that has got no token yet is left alone. False, and nothing is taken: there are fewer.
         """
         before = self._now - self._turn_s
         held = {digest for digest in adapters if self._held_since[digest] <= before}
         running: dict[str, list[Request]] = {}
         for request in self._running:
-            if request.adapter in held:
-                running.setdefault(request.adapter, []).append(request)
+            for digest in request.digests:
+                if digest in held:
+                    running.setdefault(digest, []).append(request)
         ranks = {
             digest: min(map(self._clients.rank_of, requests))
             for digest, requests in running.items()
             if all(request.has_progressed for request in requests)
         }
-        if not ranks:
+        if len(ranks) < num_slots:
             return False
-        for request in running[max(ranks, key=ranks.__getitem__)]:
-            self._preempt(request)
+        for digest in sorted(ranks, key=ranks.__getitem__)[-num_slots:]:
+            for request in running[digest]:
+                if request.pages:  # a composition may be preempted for several
+                    self._preempt(request)
         return True
 
     def _prefetches(self, adapters: list[str]) -> tuple[str, ...]:
         """The adapters that are next in line for a slot, at most one a slot; each is named once."""
-        next_up = dict.fromkeys(digest for digest in adapters if self._is_cold(digest))  # a set in order
+        digests = [digest for adapter in adapters for digest in self._clients.digests_of(adapter)]
+        next_up = dict.fromkeys(digest for digest in digests if self._is_cold(digest))  # a set in order
         names = list(next_up)[: self._slots.num_slots]
         fresh = tuple(digest for digest in names if digest not in self._announced)
         self._announced = self._announced.intersection(names).union(fresh)
@@ -388,24 +430,31 @@ class Scheduler:
     def _is_cold(self, digest: str) -> bool:
         return self._slots.slot_of(digest) is None and not self._slots.is_loading(digest)
 
+    def _are_ready(self, digests: tuple[str, ...]) -> bool:
+        return all(self._slots.slot_of(digest) is not None for digest in digests)
+
+    def _missing(self, client: Client) -> list[str]:
+        """Of the adapters that a client needs, those that are in no slot and not on the way there."""
+        return [digest for digest in client.digests if self._is_cold(digest)]
+
     def _start_load(self, client: Client, keep: set[str], loads: list[SlotLoad]) -> bool:
-        """Bring a client's adapter into a slot, if one can be had. From here on it counts as served."""
-        digest = client.adapter
-        assert digest is not None
-        slot = self._slots.start_load(digest, keep)
-        if slot is None:
+        """Bring all that a client's adapter lacks into slots, if they can be had. From here on it counts as served."""
+        missing = self._missing(client)
+        slots = self._slots.start_loads(missing, keep.union(client.digests))
+        if slots is None:
             return False
-        loads.append(SlotLoad(digest, slot))
+        loads += [SlotLoad(digest, slot) for digest, slot in zip(missing, slots, strict=True)]
         self._held_since = {held: since for held, since in self._held_since.items() if not self._is_cold(held)}
-        self._held_since[digest] = self._now
+        self._held_since.update(dict.fromkeys(missing, self._now))
         request = client.waiting[0]
         self._clients.charge_prompt(request, self._page_size * len(self._find(request)))
         self._clients.set_hot(self._slots.occupants())
         return True
 
     def _entry(self, request: Request, num_tokens: int) -> Scheduled:
-        slot = None if request.adapter is None else self._slots.slot_of(request.adapter)
-        return Scheduled(request, num_tokens, slot)
+        slots = tuple(slot for digest in request.digests if (slot := self._slots.slot_of(digest)) is not None)
+        assert len(slots) == len(request.digests)
+        return Scheduled(request, num_tokens, slots)
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
@@ -424,7 +473,7 @@ class Scheduler:
             return []
         num_pages = (request.num_tokens - 1) // self._page_size
         if num_pages > len(request.prefix_names):
-            extend_names(request.prefix_names, request.prefix_root, request.token_ids, self._page_size, num_pages)
+            self._extend_names(request, num_pages)
         return self._pool.find(request.prefix_names[:num_pages])
 
     def _place(self, request: Request) -> bool:
@@ -453,11 +502,21 @@ class Scheduler:
         num_pages = num_tokens // self._page_size
         if num_pages <= request.num_named_pages or not self._enable_prefix_caching:
             return
-        names = request.prefix_names
-        extend_names(names, request.prefix_root, request.token_ids, self._page_size, num_pages)
+        self._extend_names(request, num_pages)
         for number in range(request.num_named_pages, num_pages):
-            self._pool.name(request.pages[number], names[number])
+            self._pool.name(request.pages[number], request.prefix_names[number])
         request.num_named_pages = num_pages
+
+    def _extend_names(self, request: Request, num_pages: int) -> None:
+        extend_names(
+            request.prefix_names,
+            request.prefix_root,
+            request.token_ids,
+            self._page_size,
+            num_pages,
+            parting=request.prefix_parting,
+            start=request.adapter_start,
+        )
 
     def _start(self, request: Request) -> None:
         """Let a waiting request that has its pages run."""
@@ -471,11 +530,11 @@ class Scheduler:
         request.is_urgent = False
         request.started_at = self._now
         request.num_tokens_at_start = request.num_tokens
-        if request.adapter is not None:
+        for digest in request.digests:
             if not request.num_preemptions:
-                self._begun[request.adapter] += 1
-            self._slots.pin(request.adapter)
-            self._held_since.setdefault(request.adapter, self._now)
+                self._begun[digest] += 1
+            self._slots.pin(digest)
+            self._held_since.setdefault(digest, self._now)
 
     def _preempt(self, request: Request) -> None:
         assert request.has_progressed
@@ -488,10 +547,10 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self._pool.free(request.pages)
-        if request.adapter is not None:
-            self._slots.unpin(request.adapter)
-            if not self._slots.is_pinned(request.adapter):
-                del self._held_since[request.adapter]
+        for digest in request.digests:
+            self._slots.unpin(digest)
+            if not self._slots.is_pinned(digest):
+                del self._held_since[digest]
 
     def check_integrity(self) -> None:
         """Every request is in one list, holds its pages and its pin, and nothing else is held. For tests."""
@@ -501,18 +560,16 @@ class Scheduler:
         assert len(self._running) <= self._max_num_seqs
         self._pool.check_integrity(request.pages for request in self._requests.values())
         self._slots.check_integrity()
-        pins: dict[str, int] = {}
+        pins: Counter[str] = Counter()
         for request in self._running:
             assert request.num_computed_tokens <= len(request.pages) * self._page_size
             assert request.is_charged
             self._check_names(request)
-            if request.adapter is not None:
-                pins[request.adapter] = pins.get(request.adapter, 0) + 1
+            pins.update(request.digests)
         assert pins == self._slots._pins
         assert pins.keys() <= self._held_since.keys()
-        begun = [request.adapter for request in waiting if request.num_preemptions]
-        begun += [request.adapter for request in self._running]
-        assert self._begun == Counter(adapter for adapter in begun if adapter is not None)
+        begun = [request for request in waiting if request.num_preemptions] + self._running
+        assert self._begun == Counter(digest for request in begun for digest in request.digests)
         assert all(not request.pages and not request.num_computed_tokens for request in waiting)
 
     def _check_names(self, request: Request) -> None:
@@ -520,3 +577,10 @@ class Scheduler:
         for number, page in enumerate(request.pages):
             name = self._pool.name_of(page)
             assert name is None or (number < request.num_named_pages and name == request.prefix_names[number])
+
+
+def _row_order(entry: Scheduled) -> tuple[tuple[int, ...], tuple[float, ...], bool]:
+    num_base_tokens = entry.num_base_tokens
+    if num_base_tokens == entry.num_tokens:
+        return (), (), False
+    return entry.slots, entry.request.weights, num_base_tokens == 0

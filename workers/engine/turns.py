@@ -11,6 +11,11 @@ An adapter's turn serves its share of the seats, so one that more tenants wait f
 lose a slot with all that ran there are in line again, at its end, with at most 2 * S turns: so of all that wait at most
 S * (B / q - 4) can be served in time.
 
+A composition needs the slots of all its adapters at once, k of them: up to k - 1 places before it may be left empty in
+a turn. So it counts as 2 * k - 1 in line, whatever slots it shares with others, and the promise is the same. What is
+weaker: when slots are lost that more than 2 * S turns' worth of compositions ran in (many weights of the same few
+adapters), those that came after them may wait longer than B.
+
 Pure: times are the caller's.
 """
 
@@ -52,9 +57,9 @@ class WaitBound:
         """How many clients an adapter's turn serves."""
         return self.num_seats // max(1, self.num_adapter_places)
 
-    def num_turns(self, num_clients: int) -> int:
-        """How many turns an adapter needs for so many clients."""
-        return -(-num_clients // self.num_clients_a_turn)
+    def num_turns(self, num_clients: int, num_adapters: int = 1) -> int:
+        """How many turns an adapter needs for so many clients, or a composition of `num_adapters`."""
+        return -(-num_clients // self.num_clients_a_turn) * (2 * num_adapters - 1)
 
     def max_turns(self, num_pinned: int = 0) -> int:
         """How many turns adapters may wait for, when some slots change hands no more."""
@@ -80,6 +85,7 @@ class Line(Generic[T]):
         self._entries: list[tuple[float, int, T]] = []  # (since when, number, item), sorted
         self._known: dict[T, tuple[float, int, T]] = {}
         self._turns: dict[T, int] = {}
+        self._widths: dict[T, int] = {}  # places that an item needs at once
         self.num_turns = 0  # of all in line
 
     def __len__(self) -> int:
@@ -92,8 +98,11 @@ class Line(Generic[T]):
         """When an item that is in line began to wait."""
         return self._known[item][0]
 
-    def put(self, item: T, since: float, num_turns: int = 1) -> None:
-        """Put an item in line, or to where it belongs now. num_turns: how many places in line it counts for."""
+    def put(self, item: T, since: float, num_turns: int = 1, width: int = 1) -> None:
+        """Put an item in line, or to where it belongs now.
+
+        num_turns: how many places in line it counts for. width: how many places it needs at once.
+        """
         old = self._known.get(item)
         if old is None or old[0] != since:
             self.discard(item)
@@ -101,12 +110,14 @@ class Line(Generic[T]):
             insort(self._entries, entry)
         self.num_turns += num_turns - self._turns.get(item, 0)
         self._turns[item] = num_turns
+        self._widths[item] = width
 
     def discard(self, item: T) -> None:
         entry = self._known.pop(item, None)
         if entry is not None:
             del self._entries[bisect_left(self._entries, entry[:2], key=lambda known: known[:2])]
             self.num_turns -= self._turns.pop(item)
+            del self._widths[item]
 
     def due(self, now: float) -> list[T]:
         """Those that must have a place now, longest wait first, at most as many as there are places."""
@@ -119,18 +130,32 @@ class Line(Generic[T]):
         due = []
         k = 0
         for since, _, item in self._entries:
+            width = min(self._widths[item], places)
+            if k % places + width > places:  # the rest of that turn is too little for it
+                k += -k % places
             turn = k // places
             if since <= latest + turn * turn_s:
                 if turn:
-                    return [item for _, _, item in self._entries[:places]]
+                    return self._first_turn()
                 due.append(item)
-            k += self._turns[item]
+            k += self._turns[item] - (width - 1)
         return due
+
+    def _first_turn(self) -> list[T]:
+        """Those at the line's head that have room together."""
+        items = []
+        num_left = self.num_places
+        for _, _, item in self._entries:
+            num_left -= min(self._widths[item], self.num_places)
+            if num_left < 0:
+                break
+            items.append(item)
+        return items
 
     def check_integrity(self) -> None:
         """For tests."""
         assert self._entries == sorted(self._known.values(), key=lambda entry: entry[:2])
-        assert self._turns.keys() == self._known.keys()
+        assert self._turns.keys() == self._widths.keys() == self._known.keys()
         assert self.num_turns == sum(self._turns.values())
 
 
@@ -155,14 +180,17 @@ class Entrance:
     def num_waiting_clients(self) -> int:
         return max(0, len(self._requests) - self.num_served_clients)
 
-    def enter(self, tenant: str, adapter: str | None) -> None:
-        """Count one more request. Raises `QueueFullError`: too many others wait for this one to be served in time."""
+    def enter(self, tenant: str, adapter: str | None, num_adapters: int = 1) -> None:
+        """Count one more request for an adapter, a composition of `num_adapters`, or the base model.
+
+        Raises `QueueFullError`: too many others wait for this one to be served in time.
+        """
         bound = self._bound
         if (tenant, adapter) not in self._requests:
             num_more = 0
             if adapter is not None:
                 num_clients = self._clients[adapter]
-                num_more = bound.num_turns(num_clients + 1) - bound.num_turns(num_clients)
+                num_more = bound.num_turns(num_clients + 1, num_adapters) - bound.num_turns(num_clients, num_adapters)
             if bound.max_wait_s:
                 self._check_room(num_more)
             if adapter is not None:
@@ -170,15 +198,18 @@ class Entrance:
             self._num_turns += num_more
         self._requests[tenant, adapter] += 1
 
-    def leave(self, tenant: str, adapter: str | None) -> None:
+    def leave(self, tenant: str, adapter: str | None, num_adapters: int = 1) -> None:
         """One request that was counted has ended."""
+        bound = self._bound
         self._requests[tenant, adapter] -= 1
         if self._requests[tenant, adapter]:
             return
         del self._requests[tenant, adapter]
         if adapter is not None:
             num_clients = self._clients[adapter]
-            self._num_turns -= self._bound.num_turns(num_clients) - self._bound.num_turns(num_clients - 1)
+            self._num_turns -= bound.num_turns(num_clients, num_adapters) - bound.num_turns(
+                num_clients - 1, num_adapters
+            )
             self._clients[adapter] -= 1
             if num_clients == 1:
                 del self._clients[adapter]

@@ -11,7 +11,7 @@ import torch
 
 from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import HostAdapter
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.engine.scheduler import Scheduled, StepPlan
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
@@ -55,6 +55,7 @@ class ModelRunner:
             max_num_tokens=plan.max_num_batched_tokens,
             max_num_seqs=plan.max_num_seqs,
             max_model_len=plan.max_model_len,
+            max_composed=max(1, min(MAX_COMPOSED, plan.max_loras)),
             device=device,
         )
         self._cache = KVCache(
@@ -89,7 +90,7 @@ class ModelRunner:
             generate = GenerateRequest("warm-up", (0,) * length, SamplingOptions(max_tokens=1))
             request = Request.from_generate(generate, arrival=0)
             request.pages = list(range(-(-length // plan.page_size)))
-            self.run(StepPlan((Scheduled(request, length, slot=None),), loads=()))
+            self.run(StepPlan((Scheduled(request, length, slots=()),), loads=()))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[Sampled]:

@@ -49,8 +49,17 @@ class StepBuffers:
     """
 
     def __init__(
-        self, *, page_size: int, max_num_tokens: int, max_num_seqs: int, max_model_len: int, device: torch.device
+        self,
+        *,
+        page_size: int,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_composed: int,
+        device: torch.device,
     ) -> None:
+        """max_composed: adapters of one sequence."""
+        max_num_segments = max_num_seqs * max_composed
         self._page_size = page_size
         self._device = device
         self._token_ids = np.zeros(max_num_tokens, np.int64)
@@ -61,14 +70,17 @@ class StepBuffers:
         self._context_len = np.zeros(max_num_seqs, np.int32)
         self._sample_rows = np.zeros(max_num_seqs, np.int64)
         # First row, behind the last, slot, first row that samples, behind the last.
-        self._segments = np.zeros((5, max_num_seqs), np.int32)
+        self._segments = np.zeros((5, max_num_segments), np.int32)
+        self._weights = np.ones(max_num_segments, np.float32)
         self._which_norm = np.zeros(max_num_tokens, np.int32)
-        self._weights = torch.ones(max_num_seqs, dtype=torch.float32, device=device)
 
     def fill(
         self, scheduled: Sequence[Scheduled], *, with_norms: Collection[int] = (), with_tables: Collection[int] = ()
     ) -> StepInput:
-        """Lay out a non-empty plan that is grouped by adapter slot, as `StepPlan` promises.
+        """Lay out a non-empty plan that is grouped by adapter slots, as `StepPlan` promises.
+
+        A segment is rows of one slot's adapter next to each other; rows before a request's `adapter_start` are in none,
+        those of a composition in one for each of its adapters, in the order of their digests.
 
         `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own. What
         comes back is good until the next call.
@@ -76,7 +88,7 @@ class StepBuffers:
         page_size = self._page_size
         token_ids, positions, slot_mapping = self._token_ids, self._positions, self._slot_mapping
         num_samples = num_segments = row = 0
-        last_slot: int | None = None
+        applied: tuple[tuple[int, ...], tuple[float, ...]] = (), ()  # to the last row so far: slots and their weights
         for s, entry in enumerate(scheduled):
             request = entry.request
             first = request.num_computed_tokens
@@ -99,14 +111,16 @@ class StepBuffers:
             if entry.samples:
                 self._sample_rows[num_samples] = end - 1
                 num_samples += 1
-            if entry.slot is not None:
-                if entry.slot != last_slot:
-                    self._segments[:, num_segments] = row, end, entry.slot, first_sample, num_samples
+            start = row + entry.num_base_tokens
+            before, applied = applied, (entry.slots, request.weights) if start < end else ((), ())
+            if applied == before and start == row:
+                self._segments[1, num_segments - len(entry.slots) : num_segments] = end
+                self._segments[4, num_segments - len(entry.slots) : num_segments] = num_samples
+            else:
+                for slot, weight in zip(*applied, strict=True):
+                    self._segments[:, num_segments] = start, end, slot, first_sample, num_samples
+                    self._weights[num_segments] = weight
                     num_segments += 1
-                else:
-                    self._segments[1, num_segments - 1] = end
-                    self._segments[4, num_segments - 1] = num_samples
-            last_slot = entry.slot
             row = end
         num_seqs = len(scheduled)
         starts, ends, slots, _, _ = self._segments
@@ -133,7 +147,7 @@ class StepBuffers:
                 start_G=self._tensor(starts[:num_segments]),
                 end_G=self._tensor(ends[:num_segments]),
                 slot_G=self._tensor(slots[:num_segments]),
-                weight_G=self._weights[:num_segments],
+                weight_G=self._tensor(self._weights[:num_segments]),
             )
             if num_segments
             else None,

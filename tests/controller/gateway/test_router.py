@@ -37,7 +37,7 @@ FULL = frozenset({"x", "y"})
 )
 def test_the_choice(workers: list[WorkerView], adapter: str, chosen: str | None) -> None:
     for order in (workers, workers[::-1]):
-        worker = choose_worker(order, adapter)
+        worker = choose_worker(order, [adapter] if adapter else [])
         assert (worker.worker_id if worker else None) == chosen
 
 
@@ -45,9 +45,9 @@ def test_a_cold_adapter_has_one_home_whichever_gateway_asks() -> None:
     workers = [replace(IDLE, worker_id=f"w{number}") for number in range(5)]
     homes = set()
     for number in range(50):
-        home = choose_worker(workers, f"adapter-{number}")
+        home = choose_worker(workers, [f"adapter-{number}"])
         assert home is not None
-        assert choose_worker(workers[::-1], f"adapter-{number}") == home
+        assert choose_worker(workers[::-1], [f"adapter-{number}"]) == home
         homes.add(home.worker_id)
     assert len(homes) == 5
 
@@ -60,6 +60,35 @@ def test_a_ready_worker_is_always_found_and_never_one_that_is_not(
         replace(IDLE, worker_id=f"w{number}", ready=ready, suspect=suspect, num_running=running, num_waiting=waiting)
         for number, (ready, suspect, running, waiting) in enumerate(loads)
     ]
-    chosen = choose_worker(workers, "")
+    chosen = choose_worker(workers, [])
     assert (chosen is not None) == any(worker.ready for worker in workers)
     assert chosen is None or chosen.ready
+
+
+@pytest.mark.parametrize(
+    ("workers", "chosen"),
+    [
+        pytest.param([IDLE], None, id="too few slots"),
+        pytest.param([replace(IDLE, max_loras=3), replace(B, num_running=1)], "a", id="enough slots"),
+        pytest.param(
+            [
+                replace(IDLE, max_loras=4, device_adapters=frozenset({"x", "y"})),
+                replace(B, max_loras=4, num_running=4, device_adapters=frozenset({"x", "y", "z"})),
+            ],
+            "b",
+            id="where more of them are",
+        ),
+        pytest.param(
+            [
+                replace(IDLE, max_loras=4, device_adapters=frozenset({"p", "q", "r"})),
+                replace(B, max_loras=4, num_running=3, device_adapters=frozenset({"x"})),
+            ],
+            "b",
+            id="where fewer must go for them",
+        ),
+    ],
+)
+def test_the_choice_for_several_adapters(workers: list[WorkerView], chosen: str | None) -> None:
+    for order in (workers, workers[::-1]):
+        worker = choose_worker(order, ["x", "y", "z"])
+        assert (worker.worker_id if worker else None) == chosen

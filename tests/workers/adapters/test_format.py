@@ -135,6 +135,10 @@ def test_a_config_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ({"trainable_token_indices": [-1]}, "[-1]"),
         ({"trainable_token_indices": [True]}, "[True]"),
         ({"trainable_token_indices": {"lm_head": 3}}, "trainable_token_indices=3"),
+        ({"alora_invocation_tokens": 7}, "alora_invocation_tokens=7"),
+        ({"alora_invocation_tokens": [7, -1]}, "alora_invocation_tokens=[7, -1]"),
+        ({"alora_invocation_tokens": [True]}, "alora_invocation_tokens=[True]"),
+        ({"alora_invocation_tokens": "go"}, "alora_invocation_tokens='go'"),
     ],
 )
 def test_a_rank_or_alpha_that_is_no_usable_number_is_refused(
@@ -151,7 +155,6 @@ def test_another_peft_method_is_refused(peft_type: str | None, tmp_path: Path) -
 @pytest.mark.parametrize(
     "change",
     [
-        {"alora_invocation_tokens": [3, 4]},
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["experts"]},
@@ -216,6 +219,25 @@ def test_an_alpha_in_a_pattern_changes_the_digest(tmp_path: Path) -> None:
         write(tmp_path / "same", {"alpha_pattern": {"down_proj": 8, "o_proj": 9}, "rank_pattern": {"o_proj": 9}})
     )
     assert same.digest == read(write(tmp_path / "plain")).digest
+
+
+def test_invocation_tokens_are_part_of_the_digest_and_none_are_as_good_as_no_field(tmp_path: Path) -> None:
+    plain = read(write(tmp_path / "plain"))
+    activated = [
+        read(write(tmp_path / str(i), {"alora_invocation_tokens": ids})) for i, ids in enumerate([[3, 4], [34]])
+    ]
+    assert [spec.config.invocation_tokens for spec in (plain, *activated)] == [(), (3, 4), (34,)]
+    assert len({spec.digest for spec in (plain, *activated)}) == 3
+    for i, nothing in enumerate((None, [])):
+        assert read(write(tmp_path / f"none-{i}", {"alora_invocation_tokens": nothing})).digest == plain.digest
+
+
+def test_invocation_tokens_that_no_prompt_can_hold_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"alora_invocation_tokens": [3, 11]})
+    assert read_spec(tmp_path, replace(BASE, vocab_size=12), max_lora_rank=RANK).config.invocation_tokens == (3, 11)
+    with pytest.raises(AdapterRefusedError, match=r"the id 11; the base model's ids go from 0 to 10\.") as caught:
+        read_spec(tmp_path, replace(BASE, vocab_size=11), max_lora_rank=RANK)
+    assert caught.value.reason == "bad_config"
 
 
 FUSED_BASE = BaseShapes(num_layers=1, linears={"q_proj": (8, 8), "k_proj": (8, 4), "v_proj": (8, 4), "o_proj": (8, 8)})

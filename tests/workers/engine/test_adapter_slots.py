@@ -107,3 +107,15 @@ def test_by_cost_what_was_used_often_stays() -> None:
     slots.unpin("once")
     assert slots.start_load("new") is not None
     assert slots.resident() == ("often",)
+
+
+def test_several_are_loaded_all_or_none() -> None:
+    slots = filled(3, "a", "b")
+    slots.pin("a")
+    assert slots.num_lacking(3) == 1 and slots.start_loads(["x", "y", "z"]) is None
+    assert slots.num_lacking(2, keep={"b"}) == 1 and slots.start_loads(["x", "y"], keep={"b"}) is None
+    assert slots.resident() == ("b", "a") and slots.take_emptied() == []
+    loaded = slots.start_loads(["x", "y"])
+    slots.check_integrity()
+    assert loaded is not None and len(set(loaded)) == 2
+    assert slots.resident() == ("a",) and slots.occupants() == {"a", "x", "y"}

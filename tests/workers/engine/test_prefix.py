@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from lorafleet.workers.engine.prefix import extend_names, root_name
+from lorafleet.workers.engine.prefix import extend_names, parting_name, root_name
 
 
 def names(root: bytes, token_ids: list[int], page_size: int = 4) -> list[bytes]:
@@ -37,3 +37,30 @@ def test_names_are_extended_without_being_made_again() -> None:
         extend_names(growing, root, tokens, 4, num_pages)
         assert len(growing) == num_pages
     assert growing == names(root, tokens)
+
+
+def parted(start: int, adapter: str = "digest", page_size: int = 4) -> list[bytes]:
+    found: list[bytes] = []
+    tokens = list(range(40))
+    for num_pages in (3, 10):
+        extend_names(
+            found,
+            root_name("", "", None),
+            tokens,
+            page_size,
+            num_pages,
+            parting=parting_name(adapter, start),
+            start=start,
+        )
+    return found
+
+
+def test_pages_are_the_base_models_up_to_where_an_adapter_begins() -> None:
+    base = names(root_name("", "", None), list(range(40)))
+    for start, num_shared in ((1, 0), (3, 0), (4, 1), (7, 1), (8, 2), (13, 3), (39, 9), (40, 10)):
+        found = parted(start)
+        assert found[:num_shared] == base[:num_shared]
+        assert set(found[num_shared:]).isdisjoint(base)
+    assert set(parted(5)[1:]).isdisjoint(parted(6)), "one page, the same tokens, but not the same content"
+    assert set(parted(5)[1:]).isdisjoint(parted(5, adapter="other"))
+    assert parted(5) == parted(5)

@@ -70,7 +70,7 @@ class World:
         self.scheduler.check_integrity()
         for entry in plan.scheduled:
             assert entry.num_tokens >= 1
-            assert entry.request.adapter is None or entry.slot == self.slots.slot_of(entry.request.adapter)
+            assert entry.slots == tuple(self.slots.slot_of(digest) for digest in entry.request.digests)
             if entry.request.request_id not in self.order:
                 self.order.append(entry.request.request_id)
             reason = self.scheduler.commit(entry, token(entry.request) if entry.samples else None)
@@ -146,9 +146,9 @@ def test_a_step_is_grouped_by_slot_with_the_base_model_first() -> None:
         world.add(name, 2, adapter=adapter)
     world.step()
     plan = world.step()
-    slots = [entry.slot for entry in plan.scheduled]
+    slots = [entry.slots for entry in plan.scheduled]
     assert len(slots) == 5
-    assert slots == sorted(slots, key=lambda slot: -1 if slot is None else slot)
+    assert slots == sorted(slots)
 
 
 def test_a_request_whose_adapter_loads_does_not_hold_up_the_others() -> None:
@@ -555,3 +555,124 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     assert removed | world.finished.keys() == {f"r{i}" for i in range(len(requests))}
     assert world.scheduler._pool.num_free == pages
     assert not world.slots.is_pinned("x")
+
+
+def pair(*digests: str, weight: float = 0.5) -> dict[str, Any]:
+    """A composition, as fields of a request."""
+    return {"composition": tuple((digest, weight) for digest in digests)}
+
+
+def test_a_composition_takes_all_slots_at_once_or_none() -> None:
+    world = World(slots=2, auto_load=False, step_s=0.01)
+    world.add("single", 2, max_tokens=3, adapter="x")
+    world.add("both", 2, **pair("a", "b"))
+    world.add("behind", 2, adapter="y")
+    assert [load.digest for load in world.step().loads] == ["x"]
+    world.slots.finish_load("x")
+    while "single" not in world.finished:
+        assert world.step().loads == (), "the slot that is empty is not for one that ranks behind"
+    plan = world.step()
+    assert [load.digest for load in plan.loads] == ["a", "b"]
+    world.slots.finish_load("b")
+    assert world.step().scheduled == (), "one alone is of no use"
+    world.slots.finish_load("a")
+    (entry,) = world.step().scheduled
+    assert entry.request.request_id == "both"
+    assert entry.slots == (world.slots.slot_of("a"), world.slots.slot_of("b"))
+    assert world.slots.is_pinned("a") and world.slots.is_pinned("b")
+    world.scheduler.remove("both")
+    assert not world.slots.is_pinned("a") and not world.slots.is_pinned("b")
+    assert [load.digest for load in world.step().loads] == ["y"]
+
+
+def test_compositions_that_each_have_what_another_lacks_take_turns() -> None:
+    world = World(slots=2, max_num_seqs=8)
+    for number in range(4):
+        for composed in ("ab", "bc", "ca"):
+            world.add(f"{composed}{number}", 2, max_tokens=3, **pair(*composed))
+    assert world.run(200) < 60
+    assert len(world.finished) == 12
+
+
+def test_what_a_composition_finds_in_a_slot_stays_while_the_rest_is_loaded() -> None:
+    world = World(slots=2, auto_load=False, step_s=0.01)
+    world.add("first", 2, max_tokens=1, adapter="a")
+    world.step()
+    world.slots.finish_load("a")
+    world.step()
+    assert "first" in world.finished
+    world.add("both", 2, **pair("a", "b"))
+    assert [load.digest for load in world.step().loads] == ["b"]
+    world.add("other", 2, adapter="c", priority=-1)
+    for _ in range(3):
+        assert world.step().loads == ()
+    world.slots.finish_load("b")
+    assert tokens(world.step()) == {"both": 2}
+
+
+def test_a_request_for_the_same_adapters_with_other_weights_needs_no_load_and_is_another_client() -> None:
+    world = World(slots=2, budget=64)
+    world.add("1", 2, max_tokens=9, **pair("a", "b"))
+    world.step()
+    world.add("2", 2, max_tokens=9, **pair("b", "a"))
+    world.add("3", 2, max_tokens=9, **pair("a", "b", weight=0.25))
+    world.add("4", 2, max_tokens=9, adapter="b")
+    plan = world.step()
+    assert (plan.loads, len(plan.scheduled)) == ((), 4)
+    assert world.scheduler.num_served_clients == 3
+    assert [entry.request.request_id for entry in world.step().scheduled] == ["3", "1", "2", "4"], (
+        "by slots and weights"
+    )
+
+
+def test_a_composition_that_is_passed_for_a_turn_claims_as_many_slots_as_it_lacks() -> None:
+    world = World(slots=2, max_num_seqs=8, budget=64, step_s=0.25)
+    for adapter in "xy":
+        world.add(f"{adapter}0", 2, max_tokens=6, adapter=adapter, tenant="busy")
+    world.step()
+    world.add("both", 2, max_tokens=2, **pair("a", "b"))
+    for number in range(1, 40):
+        for adapter in "xy":
+            world.add(f"{adapter}{number}", 2, max_tokens=6, adapter=adapter, tenant="busy")
+        world.step()
+        if "both" in world.finished:
+            break
+    assert number < 20
+    assert world.scheduler.num_preemptions == 0
+
+
+def test_a_composition_whose_time_is_running_out_has_all_its_slots_in_one_step() -> None:
+    world = World(pages=64, slots=2, max_num_seqs=8, budget=64, step_s=0.25, max_wait_s=8.0)
+    for adapter in "xy":
+        for number in range(2):
+            world.add(f"{adapter}{number}", 2, max_tokens=100, adapter=adapter, priority=-1)
+    world.step()
+    world.step()
+    began = world.now
+    both = world.add("both", 2, max_tokens=2, **pair("a", "b"))
+    counts = []
+    while not both.num_output_tokens:
+        world.step()
+        counts.append(world.scheduler.num_preemptions)
+        assert world.now - began <= 8.0
+    assert set(counts) == {0, 4}, "nobody gives way for a part of what it lacks"
+
+
+def test_a_load_that_fails_is_told_to_every_composition_that_has_the_adapter() -> None:
+    world = World(slots=2, auto_load=False)
+    world.add("ab", 2, **pair("a", "b"))
+    world.add("a", 2, adapter="a")
+    world.add("bc", 2, **pair("b", "c"))
+    assert [load.digest for load in world.step().loads] == ["a", "b"]
+    assert world.scheduler.waiting_for("b") == ["ab", "bc"]
+    assert world.scheduler.waiting_for("a") == ["ab", "a"]
+    assert world.scheduler.uses("c") and not world.scheduler.uses("d")
+
+
+def test_all_adapters_of_a_composition_are_prefetched() -> None:
+    world = World(slots=2)
+    world.add("1", 2, max_tokens=20, adapter="x")
+    world.step()
+    world.step()
+    world.add("2", 2, **pair("a", "b"))
+    assert world.step().prefetches == ("a", "b")

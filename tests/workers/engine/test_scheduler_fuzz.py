@@ -5,6 +5,7 @@ Few pages, slots and seats, so that requests get in each other's way all the tim
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -63,21 +64,44 @@ class Machine(RuleBasedStateMachine):
         ),
         max_tokens=st.integers(1, 14),
         adapter=st.sampled_from([None, "a", "b", "c", "d", "e"]),
+        composition=st.one_of(
+            st.just({}),
+            st.dictionaries(st.sampled_from("abcde"), st.sampled_from([1.0, 0.5, -2.0]), min_size=1, max_size=3),
+        ),
         tenant=st.sampled_from(["", "t", "u"]),
         tenant_weight=st.sampled_from([0.5, 1.0, 3.0]),
         adapter_weight=st.sampled_from([1.0, 2.0]),
         priority=st.sampled_from([0, 0, 0, -1, 2]),
         cache_salt=st.sampled_from(["", "", "s"]),
+        start=st.sampled_from([0, 0, 1, 3, 4, 9]),
     )
-    def add(self, prompt: tuple[int, ...], max_tokens: int, adapter: str | None, **fields: Any) -> None:
-        if not self.slots.num_slots:
+    def add(
+        self,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        adapter: str | None,
+        composition: dict[str, float],
+        start: int,
+        **fields: Any,
+    ) -> None:
+        """start: where the adapter begins."""
+        parts = tuple(composition.items())[: self.slots.num_slots]
+        if not self.slots.num_slots or parts:
             adapter = None
+        start = 0 if adapter is None else min(start, len(prompt) - 1)
         self.num_added += 1
-        sampling = SamplingOptions(max_tokens=max_tokens)
-        generate = GenerateRequest(f"r{self.num_added}", prompt, sampling, adapter, **fields)
+        generate = GenerateRequest(
+            f"r{self.num_added}",
+            prompt,
+            SamplingOptions(max_tokens=max_tokens),
+            adapter,
+            **fields,
+            adapter_start=start,
+            composition=parts,
+        )
         request = Request.from_generate(generate, self.num_added)
         self.requests[request.request_id] = request
-        self.owners[request.request_id] = (generate.tenant, generate.cache_salt, adapter)
+        self.owners[request.request_id] = (generate.tenant, generate.cache_salt)
         self.scheduler.add(request)
 
     @precondition(lambda self: self.requests)
@@ -108,8 +132,7 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert sum(entry.num_tokens for entry in plan.scheduled) <= self.scheduler._max_num_batched_tokens
         assert len(plan.prefetches) <= self.slots.num_slots
-        slots = [-1 if entry.slot is None else entry.slot for entry in plan.scheduled]
-        assert slots == sorted(slots)
+        self._check_order(plan)
         self.loading += [load.digest for load in plan.loads]
         self._compute(plan)
         assert plan.scheduled or self.loading or not self.requests, "there is work that nobody does"
@@ -117,8 +140,7 @@ class Machine(RuleBasedStateMachine):
             request = entry.request
             assert entry.num_tokens >= 1
             assert request.num_computed_tokens + entry.num_tokens <= len(request.pages) * PAGE
-            if request.adapter is not None:
-                assert entry.slot == self.slots.slot_of(request.adapter)
+            assert entry.slots == tuple(map(self.slots.slot_of, request.digests))
             if not entry.samples:
                 self.scheduler.commit(entry, None)
             elif result == "!":
@@ -168,7 +190,24 @@ class Machine(RuleBasedStateMachine):
         return request.pages[position // PAGE] * PAGE + position % PAGE
 
     def _content(self, request: Request, position: int) -> object:
-        return self.owners[request.request_id], tuple(request.token_ids[: position + 1])
+        computed_by = (request.adapter, request.adapter_start) if position >= request.adapter_start else (None, 0)
+        return self.owners[request.request_id], computed_by, tuple(request.token_ids[: position + 1])
+
+    def _check_order(self, plan: StepPlan) -> None:
+        """An adapter's rows are next to each other, but for base rows before its first ones in a request."""
+        rows: list[object] = []  # of each run of rows, the slots and weights
+        num_parted: Counter[object] = Counter()
+        for entry in plan.scheduled:
+            start = entry.request.adapter_start
+            own = entry.request.num_computed_tokens
+            key = entry.slots, entry.request.weights
+            keys = {key if place >= start else ((), ()) for place in range(own, own + entry.num_tokens)}
+            num_parted[key] += len(keys) == 2
+            for used in sorted(keys):
+                if not rows or rows[-1] != used:
+                    rows.append(used)
+        runs = Counter(rows)
+        assert all(runs[used] <= max(1, num_parted[used]) for used in runs if used != ((), ()))
 
     def _end(self, request_id: str, why: str) -> None:
         assert self.scheduler.remove(request_id)

@@ -116,3 +116,36 @@ def test_without_a_bound_nobody_is_refused_and_nothing_is_kept_of_those_that_lef
     for number in range(1000):
         entrance.leave("t", f"a{number}")
     assert not entrance._clients and not entrance._requests and not entrance.num_waiting_turns
+
+
+def test_an_item_that_needs_several_places_at_once_has_them_in_one_turn() -> None:
+    bound = WaitBound(max_wait_s=10.0, num_slots=4, num_seats=8)
+    waiting: Line[str] = Line(4, bound)
+    for since, (item, width) in enumerate([("one", 1), ("three", 3), ("two", 2), ("four", 4), ("last", 1)]):
+        waiting.put(item, since / 100, bound.num_turns(1, width), width)
+    waiting.check_integrity()
+    # Turns of a second: one and three; two, with two places left empty; four; last.
+    assert waiting.num_turns == 1 + 5 + 3 + 7 + 1
+    assert waiting.due(5.03) == []
+    assert waiting.due(5.04) == ["one", "three"]
+    waiting.discard("one")
+    waiting.check_integrity()
+    assert waiting.due(5.04) == ["three"], "two has no room beside it"
+    waiting.discard("three")
+    assert waiting.due(6.04) == ["two"]
+
+
+def test_a_composition_counts_for_what_may_be_left_empty_before_it() -> None:
+    assert [BOUND.num_turns(clients, 3) for clients in range(4)] == [0, 5, 5, 10]
+    entrance = Entrance(BOUND)
+    entrance.enter("t", "a+b", 2)
+    entrance.enter("t", "a+b", 2)
+    entrance.enter("u", "a", 1)
+    assert entrance.num_waiting_turns == 4
+    for number in range(3):
+        entrance.enter("t", f"c{number}+d", 2)
+    with pytest.raises(QueueFullError):
+        entrance.enter("t", "e+f", 2)
+    for _ in range(2):
+        entrance.leave("t", "a+b", 2)
+    assert entrance.num_waiting_turns == 10

@@ -189,7 +189,7 @@ def next_token_logprobs(model_dir: Path, token_ids: list[int], quantization: str
             )
             request.num_computed_tokens = end - 1
             request.pages = list(range(64))
-            scheduled.append(Scheduled(request, 1, None))
+            scheduled.append(Scheduled(request, 1, ()))
         logits = runner.logits(StepPlan(tuple(scheduled), ()))
         targets = torch.tensor(token_ids[start + 1 : start + 1 + len(scheduled)])
         logprobs.append(logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).flatten())

@@ -50,11 +50,11 @@ def logits(model_dir: Path, adapter_dirs: list[Path], group: TensorParallelGroup
         )
     scheduled = []
     for number, ids in enumerate(added):
-        slot = number or None
-        generate = GenerateRequest(str(number), (*ids, *PROMPT), SamplingOptions(max_tokens=1))
+        adapter = str(number) if number else None
+        generate = GenerateRequest(str(number), (*ids, *PROMPT), SamplingOptions(max_tokens=1), adapter)
         request = Request.from_generate(generate, number)
         request.pages = list(range(number * 4, number * 4 + 4))
-        scheduled.append(Scheduled(request, request.num_tokens, slot))
+        scheduled.append(Scheduled(request, request.num_tokens, (number,) if number else ()))
     return runner.logits(StepPlan(tuple(scheduled), ())).clone()
 
 

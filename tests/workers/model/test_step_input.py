@@ -1,0 +1,110 @@
+"""Which rows of a step are whose: few segments, each row in its adapter's, none in another's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.block_pool import BlockPool
+from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.scheduler import Scheduler
+from lorafleet.workers.model.step_input import StepBuffers, StepInput
+
+PAGE = 4
+
+
+class World:
+    """A scheduler with all adapters in slots, and what its steps look like to the model."""
+
+    def __init__(self, *adapters: str, max_num_tokens: int = 100) -> None:
+        slots = AdapterSlots(len(adapters))
+        for adapter in adapters:
+            slots.start_load(adapter)
+            slots.finish_load(adapter)
+        self.scheduler = Scheduler(
+            BlockPool(50),
+            slots,
+            page_size=PAGE,
+            max_num_seqs=8,
+            max_num_batched_tokens=max_num_tokens,
+            eos_token_ids=frozenset(),
+        )
+        self.buffers = StepBuffers(
+            page_size=PAGE,
+            max_num_tokens=max_num_tokens,
+            max_num_seqs=8,
+            max_model_len=64,
+            max_composed=2,
+            device=torch.device("cpu"),
+        )
+        self.num_added = 0
+
+    def add(self, length: int, adapter: str | None = None, start: int = 0, **fields: Any) -> None:
+        """A prompt that nobody else has."""
+        self.num_added += 1
+        generate = GenerateRequest(
+            f"{self.num_added}",
+            (self.num_added,) * length,
+            SamplingOptions(max_tokens=9),
+            adapter,
+            adapter_start=start,
+            **fields,
+        )
+        self.scheduler.add(Request.from_generate(generate, self.num_added))
+
+    def step(self) -> StepInput:
+        plan = self.scheduler.schedule()
+        step = self.buffers.fill(plan.scheduled)
+        for entry in plan.scheduled:
+            self.scheduler.commit(entry, 99 if entry.samples else None)
+        return step
+
+
+def segments(step: StepInput) -> list[tuple[int, int, int]]:
+    """(first row, behind the last, slot)"""
+    if step.segments is None:
+        return []
+    columns = (step.segments.start_G, step.segments.end_G, step.segments.slot_G)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def test_rows_before_the_place_where_an_adapter_begins_are_in_no_segment() -> None:
+    world = World("a", "b")
+    world.add(5, "a")
+    world.add(10, "a", start=6)
+    world.add(3)
+    world.add(8, "b", start=7)
+    world.add(6, "a", start=1)
+    step = world.step()
+    # Base; a's, the one that begins later first: 6 + 4 rows, 1 + 5, 5; b's: 7 + 1.
+    assert step.query_start_S1.tolist() == [0, 3, 13, 19, 24, 32]
+    assert segments(step) == [(9, 13, 0), (14, 24, 0), (31, 32, 1)]
+    assert segments(world.step()) == [(1, 4, 0), (4, 5, 1)], "single tokens are behind it"
+
+
+def test_pieces_of_a_prompt_are_the_base_models_until_the_adapter_begins() -> None:
+    world = World("a", max_num_tokens=8)
+    world.add(20, "a", start=12)
+    world.add(4, "a")
+    assert segments(world.step()) == []
+    assert segments(world.step()) == [(4, 8, 0)]
+    assert segments(world.step()) == [(0, 8, 0)]
+    assert segments(world.step()) == [(0, 2, 0)]
+
+
+def test_a_compositions_rows_are_in_a_segment_of_each_of_its_adapters() -> None:
+    world = World("a", "b")
+    composed = (("b", 0.5), ("a", -2.0))
+    world.add(3, composition=composed)
+    world.add(2, "a")
+    world.add(4, composition=composed)
+    world.add(1, composition=(("a", 1.0), ("b", 0.5)))
+    step = world.step()
+    assert step.query_start_S1.tolist() == [0, 2, 5, 9, 10]
+    assert segments(step) == [(0, 2, 0), (2, 9, 0), (2, 9, 1), (9, 10, 0), (9, 10, 1)]
+    assert step.segments is not None
+    assert step.segments.weight_G.tolist() == [1.0, -2.0, 0.5, 1.0, 0.5]
+    world.add(5)
+    assert segments(world.step()) == [(5, 6, 0), (6, 8, 0), (6, 8, 1), (8, 9, 0), (8, 9, 1)]
