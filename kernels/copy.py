@@ -18,13 +18,15 @@ _COLUMNS = 7  # of a row: source, place[0], bytes from place[i] to place[i + 1],
 
 
 class Copies:
-    """A list of copies, made once and run in pieces. Keeps the memory of places and sources."""
+    """A list of copies, made once and run in pieces, as often as wanted.
+
+    The owner keeps the memory of places and sources for as long as it is run: a list may know only where they are.
+    """
 
     def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """(place, source) each."""
         self.num_copies = len(pairs)
         self._ends: list[int] = []  # bytes of the copies up to and with this one
-        self._pairs = pairs
         rows: array[int] = array("q")
         total = 0
         on_cpu = True
@@ -45,7 +47,9 @@ class Copies:
             rows.extend((source.data_ptr(), place.data_ptr(), step * size, height, width))
             rows.extend((stride * size, place_stride * size))
         self.num_bytes = total
-        self._rows = rows if on_cpu else None
+        self.is_native = on_cpu and library() is not None
+        self._rows = rows if self.is_native else None
+        self._pairs = () if self.is_native else pairs
 
     def end_of(self, begin: int, max_bytes: int) -> int:
         """Behind the last copy that, with those from `begin` on, takes at most `max_bytes`; one at least is taken."""
@@ -58,12 +62,11 @@ class Copies:
     def run(self, i: int, begin: int = 0, end: int | None = None) -> None:
         """Make the copies from `begin` to `end` (behind the last)."""
         end = self.num_copies if end is None else end
-        native = library()
-        if native is None or self._rows is None:
+        if self._rows is None:
             copy_reference(self._pairs[begin:end], i)
             return
         address = self._rows.buffer_info()[0] + begin * _COLUMNS * self._rows.itemsize
-        native.lf_copy(address, i, end - begin)
+        library().lf_copy(address, i, end - begin)
 
 
 def copy_reference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], i: int) -> None:

@@ -107,8 +107,8 @@ class LoraLinear:
                     if norm_O is None and change.magnitude_O is not None:
                         norm_O = adapter.norms[self._layer, part.name] = _norm(change, part, base, slice(begin, end))
                     scale_O, shift_O = _affine(change, norm_O, part, base, slice(begin, end))
-                    out.add(slots.scale_LO[:, begin:end], scale_O)
-                    out.add(slots.shift_LO[:, begin:end], shift_O)
+                    out.add(slots.scale_LO[:, begin:end], scale_O, is_own=True)
+                    out.add(slots.shift_LO[:, begin:end], shift_O, is_own=True)
             begin = end
         out.add_numbers(self._numbers_L3N, ranks, scalings, affine)
 
