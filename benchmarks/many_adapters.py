@@ -4,7 +4,8 @@ python -m benchmarks.many_adapters [--adapters 2000] [--slots 32] [--repeat 3]
 
 The engine alone, on a tiny random model. Five seats, so that a batch holds five requests for five different adapters
 where five take turns, and nearly as many where adapters are drawn by popularity (Zipf, alpha 1) from thousands. Both
-sides run in turns in engines of their own. Of the many, most have to come from the host cache, and at first from disk.
+sides run in turns in engines of their own. Each adapter is asked for once beforehand, so that the host cache has it; a
+slot has it for some 40 % of the requests.
 """
 
 from __future__ import annotations
@@ -51,6 +52,17 @@ class Side:
         self._rng = random.Random(0)
         self._num_asked = 0
         self.num_distinct: list[int] = []  # adapters in each step
+
+    def warm_up(self) -> None:
+        """Ask for every adapter once."""
+        options = SamplingOptions(max_tokens=1, temperature=0.0)
+        for begin in range(0, len(self._digests), QUEUE):
+            for number, digest in enumerate(self._digests[begin : begin + QUEUE]):
+                self.engine.submit(GenerateRequest(f"warm-up {number}", (5,), options, digest))
+            while self.engine.has_unfinished():
+                self.engine.wait_for_work()
+                self.engine.step()
+        self.run(200)
 
     def run(self, num_requests: int) -> dict[str, Any]:
         """Keep `QUEUE` requests waiting until all are done."""
@@ -108,7 +120,7 @@ def main() -> None:
         zipf = [1 / (rank + 1) for rank in range(args.adapters)]
         sides = {"five": Side(model, paths[:5], None, args.slots), "many": Side(model, paths, zipf, args.slots)}
         for side in sides.values():
-            side.run(200)
+            side.warm_up()
         rounds = []
         for _ in range(args.repeat):
             rounds.append({name: side.run(args.requests) for name, side in sides.items()})

@@ -18,29 +18,38 @@ _COLUMNS = 7  # of a row: source, place[0], bytes from place[i] to place[i + 1],
 
 
 class Copies:
-    """A list of copies, made once and run in pieces. Keeps the memory of places and sources."""
+    """A list of copies, made once and run in pieces, as often as wanted.
+
+    The owner keeps the memory of places and sources for as long as it is run: a list may know only where they are.
+    """
 
     def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """(place, source) each."""
         self.num_copies = len(pairs)
-        self.num_bytes = sum(source.nbytes for _, source in pairs)
         self._ends: list[int] = []  # bytes of the copies up to and with this one
+        rows: array[int] = array("q")
         total = 0
+        on_cpu = True
         for place, source in pairs:
-            assert place.shape[1:] == source.shape and place.dtype == source.dtype and source.dim() in (1, 2)
-            assert source.stride(-1) == place.stride(-1) == 1 or source.shape[-1] <= 1
-            total += source.nbytes
+            assert place.shape[1:] == source.shape and place.dtype == source.dtype
+            size = source.element_size()
+            if source.dim() == 2:
+                (height, width), (stride, unit) = source.shape, source.stride()
+                step, place_stride, place_unit = place.stride()
+            else:
+                (width,), (unit,), (step, place_unit) = source.shape, source.stride(), place.stride()
+                height, stride, place_stride = 1, 0, 0
+            assert unit == place_unit == 1 or width <= 1
+            width *= size
+            total += height * width
             self._ends.append(total)
-        self._pairs = pairs
-        self._rows: array[int] | None = None
-        if all(place.device.type == source.device.type == "cpu" for place, source in pairs):
-            self._rows = array("q")
-            for place, source in pairs:
-                rows = source.shape[0] if source.dim() == 2 else 1
-                strides = (source.stride(0), place.stride(1)) if source.dim() == 2 else (0, 0)
-                size = source.element_size()
-                self._rows.extend((source.data_ptr(), place.data_ptr(), place.stride(0) * size, rows))
-                self._rows.extend((source.shape[-1] * size, strides[0] * size, strides[1] * size))
+            on_cpu = on_cpu and place.is_cpu and source.is_cpu
+            rows.extend((source.data_ptr(), place.data_ptr(), step * size, height, width))
+            rows.extend((stride * size, place_stride * size))
+        self.num_bytes = total
+        self.is_native = on_cpu and library() is not None
+        self._rows = rows if self.is_native else None
+        self._pairs = () if self.is_native else pairs
 
     def end_of(self, begin: int, max_bytes: int) -> int:
         """Behind the last copy that, with those from `begin` on, takes at most `max_bytes`; one at least is taken."""
@@ -53,12 +62,11 @@ class Copies:
     def run(self, i: int, begin: int = 0, end: int | None = None) -> None:
         """Make the copies from `begin` to `end` (behind the last)."""
         end = self.num_copies if end is None else end
-        native = library()
-        if native is None or self._rows is None:
+        if self._rows is None:
             copy_reference(self._pairs[begin:end], i)
             return
         address = self._rows.buffer_info()[0] + begin * _COLUMNS * self._rows.itemsize
-        native.lf_copy(address, i, end - begin)
+        library().lf_copy(address, i, end - begin)
 
 
 def copy_reference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], i: int) -> None:

@@ -62,7 +62,9 @@ def test_pieces_are_as_large_as_they_may_be() -> None:
 def test_without_kernels_the_reference_runs() -> None:
     places, numbers = torch.zeros(3, 10, 32, dtype=torch.bfloat16), torch.zeros(3, 4, dtype=torch.int32)
     with forced(None):
-        Copies(make_pairs(places, numbers)).run(1)
+        copies = Copies(make_pairs(places, numbers))
+        copies.run(1)
+    assert not copies.is_native
     assert places[1].any() and not places[0].any()
 
 

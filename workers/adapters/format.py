@@ -94,7 +94,7 @@ class TableChange(NamedTuple):
     lora: LinearChange | None = None  # on top; the embedding's A, [R, V], lies in memory as [V, R]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class HostAdapter:
     """An adapter's weights in host memory of their own, by (layer, linear)."""
 

@@ -36,6 +36,7 @@ class AdapterSlots:
         self._empty = list(range(num_slots - 1, -1, -1))
         self._loading: dict[str, int] = {}
         self._ready: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._occupants: frozenset[str] | None = None  # None: to be found out again
         self._reload_s: dict[str, float] = {}  # of ready ones, what their load took
         self._pins: dict[str, int] = {}  # digest → running requests; only of ready ones, only > 0
         self._stay: set[str] = set()  # never evicted, once they are in a slot
@@ -52,8 +53,10 @@ class AdapterSlots:
         return tuple(self._ready)
 
     def occupants(self) -> frozenset[str]:
-        """Adapters that are in slots or on the way there."""
-        return frozenset([*self._loading, *self._ready])
+        """Adapters that are in slots or on the way there. The same object for as long as they are the same."""
+        if self._occupants is None:
+            self._occupants = frozenset([*self._loading, *self._ready])
+        return self._occupants
 
     def is_pinned(self, digest: str) -> bool:
         return digest in self._pins
@@ -85,6 +88,7 @@ class AdapterSlots:
             self._vacate(victim, self._ready.pop(victim))
         slot = self._empty.pop()
         self._loading[digest] = slot
+        self._occupants = None
         num_bytes = self._bytes_of(digest)
         if num_bytes:
             self._bytes[digest] = num_bytes
@@ -176,6 +180,7 @@ class AdapterSlots:
         return sum(self._bytes.values()) + num_bytes - self._max_bytes if num_bytes else 0
 
     def _vacate(self, digest: str, slot: int) -> None:
+        self._occupants = None
         self._empty.append(slot)
         self._emptied.append(slot)
         self._bytes.pop(digest, None)
@@ -188,5 +193,6 @@ class AdapterSlots:
         assert not self._loading.keys() & self._ready.keys()
         assert self._pins.keys() <= self._ready.keys() == self._reload_s.keys()
         assert all(count > 0 for count in self._pins.values())
+        assert self.occupants() == self._loading.keys() | self._ready.keys()
         assert self._bytes.keys() <= self._loading.keys() | self._ready.keys()
         assert sum(self._bytes.values()) <= self._max_bytes

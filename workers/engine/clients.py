@@ -142,6 +142,8 @@ class Clients:
 
     def set_hot(self, adapters: frozenset[str]) -> None:
         """Say which adapters are in slots or on the way there; all others are cold."""
+        if adapters is self._hot:
+            return
         changed, self._hot = self._hot ^ adapters, adapters
         for digest in changed:
             for name in self._composed.get(digest, ()):

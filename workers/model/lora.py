@@ -73,12 +73,15 @@ class LoraLinear:
         def zeros(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(sizes, dtype=dtype, device=shape.device)
 
+        # Ranks, scalings and whether affine, in one piece: they are one copy.
+        numbers_3LN = zeros(3, slots, len(parts), dtype=torch.int32)
+        self._numbers_L3N = numbers_3LN.transpose(0, 1)
         self._slots = LoraSlots(
             a_LNRI=zeros(slots, len(parts), rank, num_in, dtype=shape.dtype),
             b_LRO=zeros(slots, rank, num_out, dtype=shape.dtype),
-            rank_LN=zeros(slots, len(parts), dtype=torch.int32),
-            scaling_LN=zeros(slots, len(parts), dtype=torch.float32),
-            is_affine_LN=zeros(slots, len(parts), dtype=torch.int32),
+            rank_LN=numbers_3LN[0],
+            scaling_LN=numbers_3LN[1].view(torch.float32),
+            is_affine_LN=numbers_3LN[2],
             scale_LO=zeros(slots, num_out, dtype=torch.float32),
             shift_LO=zeros(slots, num_out, dtype=torch.float32),
             slice_end_N=ends.to(shape.device),
@@ -104,12 +107,10 @@ class LoraLinear:
                     if norm_O is None and change.magnitude_O is not None:
                         norm_O = adapter.norms[self._layer, part.name] = _norm(change, part, base, slice(begin, end))
                     scale_O, shift_O = _affine(change, norm_O, part, base, slice(begin, end))
-                    out.add(slots.scale_LO[:, begin:end], scale_O)
-                    out.add(slots.shift_LO[:, begin:end], shift_O)
+                    out.add(slots.scale_LO[:, begin:end], scale_O, is_own=True)
+                    out.add(slots.shift_LO[:, begin:end], shift_O, is_own=True)
             begin = end
-        out.add_numbers(slots.rank_LN, ranks)
-        out.add_numbers(slots.scaling_LN, scalings)
-        out.add_numbers(slots.is_affine_LN, affine)
+        out.add_numbers(self._numbers_L3N, ranks, scalings, affine)
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
         """y += the adapters' terms for the rows in `segments`."""

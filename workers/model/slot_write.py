@@ -6,12 +6,19 @@ the thread that makes the steps is moving bytes.
 
 from __future__ import annotations
 
+import struct
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lorafleet.kernels.copy import Copies
 from lorafleet.workers.adapters.format import HostAdapter
+
+_MAX_PREPARED = 256  # some tens of KiB each
 
 
 class SlotRows:
@@ -19,39 +26,90 @@ class SlotRows:
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._numbers: list[tuple[torch.Tensor, Sequence[float]]] = []
+        self._own: list[torch.Tensor] = []  # sources that are nobody else's
+        self._places_of_numbers: list[torch.Tensor] = []
+        self._numbers = bytearray()
 
-    def add(self, place_L: torch.Tensor, source: torch.Tensor) -> None:
-        """Behind the slots' dimension `place_L` has the shape of `source`."""
-        self._pairs.append((place_L, source if source.dtype == place_L.dtype else source.to(place_L.dtype)))
+    def add(self, place_L: torch.Tensor, source: torch.Tensor, *, is_own: bool = False) -> None:
+        """Behind the slots' dimension `place_L` has the shape of `source`, which is the adapter's or the model's.
 
-    def add_numbers(self, place_LN: torch.Tensor, values: Sequence[float]) -> None:
-        self._numbers.append((place_LN, values))
+        is_own: it is neither's.
+        """
+        if source.dtype != place_L.dtype:
+            source, is_own = source.to(place_L.dtype), True
+        if is_own:
+            self._own.append(source)
+        self._pairs.append((place_L, source))
 
-    def copies(self) -> Copies:
-        pairs = self._pairs
-        for dtype in (torch.int32, torch.float32):
-            own = [(place, values) for place, values in self._numbers if place.dtype == dtype]
-            flat = torch.tensor([value for _, values in own for value in values], dtype=dtype)
-            parts = flat.split([len(values) for _, values in own])
-            pairs = pairs + [(place, part) for (place, _), part in zip(own, parts, strict=True)]
-        return Copies(pairs)
+    def add_numbers(
+        self, place_L3N: torch.Tensor, ranks: Sequence[int], scalings: Sequence[float], affine: Sequence[int]
+    ) -> None:
+        """`place_L3N` is of 32-bit integers; scalings go there as they lie in memory."""
+        count = len(ranks)
+        self._places_of_numbers.append(place_L3N)
+        self._numbers += struct.pack(f"={count}i{count}f{count}i", *ranks, *scalings, *affine)
+
+    def copies(self) -> PreparedCopies:
+        flat = torch.frombuffer(self._numbers, dtype=torch.int32)
+        parts = flat.split([place.shape[1] * place.shape[2] for place in self._places_of_numbers])
+        numbers = zip(self._places_of_numbers, parts, strict=True)
+        copies = Copies([*self._pairs, *((place, part.view(place.shape[1:])) for place, part in numbers)])
+        return PreparedCopies(copies, (*self._own, flat))
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCopies:
+    """What is copied to a slot, whichever, with the sources that are not the adapter's."""
+
+    copies: Copies
+    own: tuple[torch.Tensor, ...]
+
+
+class PreparedAdapters:
+    """The copies of the adapters that were prepared last: they are the same for every slot, and take long to list.
+
+    Keeps no adapter in memory. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[int, tuple[weakref.ref[HostAdapter], PreparedCopies]] = OrderedDict()
+
+    def get(self, adapter: HostAdapter) -> PreparedCopies | None:
+        with self._lock:
+            known = self._known.get(id(adapter))
+            if known is not None:
+                self._known.move_to_end(id(adapter))
+            return None if known is None else known[1]
+
+    def put(self, adapter: HostAdapter, prepared: PreparedCopies) -> None:
+        if not prepared.copies.is_native:  # it would keep the adapter's memory
+            return
+        key = id(adapter)
+
+        def forget(_: object) -> None:  # without the lock: the thread that drops an adapter may hold it
+            self._known.pop(key, None)
+
+        with self._lock:
+            self._known[key] = weakref.ref(adapter, forget), prepared
+            if len(self._known) > _MAX_PREPARED:
+                self._known.popitem(last=False)
 
 
 class SlotWrite:
     """One adapter into one slot that no request uses. `advance` until that is true, then `commit`."""
 
-    def __init__(self, slot: int, adapter: HostAdapter, copies: Copies, commit: Callable[[], None]) -> None:
+    def __init__(self, slot: int, adapter: HostAdapter, prepared: PreparedCopies, commit: Callable[[], None]) -> None:
         """commit: lets the steps see what the adapter has beside what is copied."""
         self.commit = commit
         self._slot = slot
         self._adapter = adapter  # its memory is read
-        self._copies = copies
+        self._prepared = prepared
         self._num_done = 0
 
     def advance(self, max_bytes: int) -> bool:
         """Copy a piece; whether that was the last."""
-        copies = self._copies
+        copies = self._prepared.copies
         if self._num_done < copies.num_copies:
             end = copies.end_of(self._num_done, max_bytes)
             copies.run(self._slot, self._num_done, end)
