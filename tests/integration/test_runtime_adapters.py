@@ -143,7 +143,7 @@ def test_an_adapters_own_template_is_used_for_its_chats(fleet: Fleet) -> None:
 def test_requests_in_flight_survive_the_unload_of_their_adapter(fleet: Fleet) -> None:
     assert fleet.load("brief", "one")[0] == 200
     answers: list[tuple[int, str]] = []
-    body = {"model": "brief", "prompt": PROMPT, "max_tokens": 240, "temperature": 0, "ignore_eos": True, "n": 16}
+    body = {"model": "brief", "prompt": [PROMPT] * 8, "max_tokens": 240, "temperature": 0, "ignore_eos": True, "n": 16}
     running = threading.Thread(target=lambda: answers.append(fleet.post("/v1/completions", body)))
     running.start()
     wait_until(lambda: fleet.server.metric("vllm:num_requests_running") > 0, "the request runs")
@@ -151,7 +151,7 @@ def test_requests_in_flight_survive_the_unload_of_their_adapter(fleet: Fleet) ->
     running.join(60)
     ((status, answer),) = answers
     assert status == 200
-    assert [choice["finish_reason"] for choice in json.loads(answer)["choices"]] == ["length"] * 16
+    assert [choice["finish_reason"] for choice in json.loads(answer)["choices"]] == ["length"] * 128
 
 
 def test_a_worker_that_comes_back_has_what_was_loaded_and_not_what_was_unloaded(fleet: Fleet) -> None:

@@ -47,7 +47,9 @@ class FakeEngine:
         if "bad" in path:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
-        return SimpleNamespace(digest=f"digest of {path}", lora_rank=8, path=Path(path), vocab_size=300)
+        return SimpleNamespace(
+            digest=f"digest of {path}", lora_rank=8, path=Path(path), vocab_size=300, not_composable=""
+        )
 
     def describe(self) -> list[str]:
         return ["memory plan", "  weights"]
