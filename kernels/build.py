@@ -8,6 +8,7 @@ to run without a compiler. Standard library only: `make package` runs this file 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -51,10 +52,16 @@ class Level:
 _V2 = frozenset({"sse4_2", "ssse3", "popcnt"})
 _V3 = _V2 | {"avx2", "fma", "f16c", "bmi2", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-# Best first. AMX has no level: on machines that have it, torch's large products use it, and kernels/linear.py leaves
-# those to torch.
+_V4_BF16 = _V4 | {"avx512_bf16"}
+# Best first.
 LEVELS = (
-    Level("avx512bf16", "x86_64", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    Level(
+        "amx",
+        "x86_64",
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        _V4_BF16 | {"amx_tile", "amx_bf16"},
+    ),
+    Level("avx512bf16", "x86_64", ("-march=x86-64-v4", "-mavx512bf16"), _V4_BF16),
     Level("avx512", "x86_64", ("-march=x86-64-v4",), _V4),
     Level("avx2", "x86_64", ("-march=x86-64-v3",), _V3),
     Level("portable", "x86_64", ("-march=x86-64-v2",), _V2),
@@ -78,7 +85,15 @@ def cpu_flags() -> frozenset[str]:
 def supported_levels() -> list[Level]:
     """The levels that run on this machine, best first."""
     flags, machine = cpu_flags(), platform.machine()
+    if "amx_tile" in flags and not _request_amx():
+        flags -= {"amx_tile"}
     return [level for level in LEVELS if level.machine == machine and level.needs <= flags]
+
+
+def _request_amx() -> bool:
+    """Ask Linux to let this process use AMX's tiles, which make every thread's saved state larger: once is enough."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h, the state's number
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def file_name(level: Level) -> str:

@@ -12,13 +12,16 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "amx.h"
 #include "paged_kv.h"
 #include "vectors.h"
 
 namespace {
 
+constexpr int64_t kMinTileQueries = 8;                    // of an item that AMX's tiles are worth it for
 constexpr int64_t kKeys = 64;                             // keys of a block
 constexpr int64_t kQueryRows = 32;                        // query positions of a work item
 constexpr int64_t kKeyVectors = kKeys / kLanes;
@@ -144,10 +147,21 @@ struct Attention {
     const int64_t depth = dim / u;
     const bool keys_in_place = pages.page % kLanes == 0, values_in_place = dim == padded;
 
-    s.query.resize(num_queries * depth);
-    s.scores.resize(num_queries * kKeys);
-    s.weights.resize(num_queries * kKeys / u);
-    s.out.assign(num_queries * padded, 0.0f);
+#if defined(__AMX_BF16__)
+    std::optional<RowTiles> tiles;
+    std::optional<Tiles> registers;
+    if (std::is_same_v<T, bf16> && num_queries >= kMinTileQueries && dim % (2 * kTileSide) == 0 && keys_in_place) {
+      tiles.emplace(num_queries);
+      registers.emplace(tiles->rows);
+    }
+    const int64_t num_places = tiles ? tiles->number * tiles->rows : num_queries;
+#else
+    const int64_t num_places = num_queries;
+#endif
+    s.query.resize(num_places * depth);
+    s.scores.resize(num_places * kKeys);
+    s.weights.resize(num_places * kKeys / u);
+    s.out.assign(num_places * padded, 0.0f);
     s.maximum.assign(num_queries, kNone);
     s.total.assign(num_queries, 0.0f);
     s.keys.resize(kKeys * depth);
@@ -167,6 +181,12 @@ struct Attention {
       else if (next)
         find(*next, first_block(*next), s.next);
       if (!keys_in_place) copy_keys(item, key0, count, s);
+#if defined(__AMX_BF16__)
+      if (tiles) {
+        run_tiles(*tiles, position0, key0, count, s);
+        continue;
+      }
+#endif
       copy_values(count, values_in_place ? 0 : padded, s);
       for (int64_t v = 0; v * kLanes < count; v += kTileVectors)
         for_each_row_tile<kTileRows>(num_queries, [&](auto rows, int64_t row) {
@@ -204,6 +224,73 @@ struct Attention {
         });
       }
   }
+
+#if defined(__AMX_BF16__)
+  // A block of keys and values for all queries of an item, in tiles of queries by two.
+  void run_tiles(const RowTiles& tiles, int64_t position0, int64_t key0, int64_t count, Scratch<T>& s) const {
+    for (int64_t tile = 0; tile < tiles.number; tile += 2) {
+      if (tile + 1 < tiles.number)
+        score_tiles<2>(tile * tiles.rows, (tile + 1) * tiles.rows, count, s);
+      else
+        score_tiles<1>(tile * tiles.rows, 0, count, s);
+    }
+    const int64_t group = q_heads / pages.kv_heads;
+    for (int64_t i = 0; i < tiles.all; ++i) {
+      request_share(i, tiles.all, s.next);
+      const int64_t position = position0 + i / group;
+      const int64_t low = window > 0 ? std::max<int64_t>(0, position - window + 1 - key0) : 0;
+      soften(i, std::min(low, kKeys), std::min(count, position + 1 - key0), pages.dim, s);
+    }
+    copy_values(count, pages.dim, s);
+    // Units up to the end of the last tile: what weighs nothing must be a number.
+    const int64_t num_units = (count + 1) / 2, num_steps = (num_units + kTileSide - 1) / kTileSide;
+    std::fill(&s.values[num_units * pages.dim], &s.values[num_units * pages.dim] + (num_steps * kTileSide - num_units) * pages.dim, S{0});
+    for (int64_t tile = 0; tile < tiles.number; tile += 2) {
+      if (tile + 1 < tiles.number)
+        value_tiles<2>(tile * tiles.rows, (tile + 1) * tiles.rows, num_steps, s);
+      else
+        value_tiles<1>(tile * tiles.rows, 0, num_steps, s);
+    }
+  }
+
+  template <int kRowTiles>
+  void score_tiles(int64_t row0, int64_t row1, int64_t count, Scratch<T>& s) const {
+    using Sums = TileSums<kRowTiles, 2>;
+    const int64_t depth = pages.dim / 2;
+    for (int64_t v = 0; v * kLanes < count; v += 2) {
+      Sums::clear();
+      for (int64_t k = 0; k < depth; k += kTileSide)
+        Sums::add(&s.query[row0 * depth + k], &s.query[row1 * depth + k], depth * 4, s.block.key_vectors[v] + k * pages.page,
+                  s.block.key_vectors[v + 1] + k * pages.page, pages.page * 4);
+      Sums::store(&s.scores[row0 * kKeys + v * kLanes], &s.scores[row1 * kKeys + v * kLanes], kKeys * sizeof(float));
+    }
+  }
+
+  // Query i's share of the lines of a block that is needed next.
+  void request_share(int64_t i, int64_t num_queries, const Block<T>& next) const {
+    const int64_t depth = pages.dim / 2, per_row = pages.dim / kLanes;
+    for (int64_t k = depth * i / num_queries; k < depth * (i + 1) / num_queries; ++k)
+      for (int64_t v = 0; v < kKeyVectors; ++v) request(next.key_vectors[v] + k * pages.page);
+    for (int64_t j = kKeys / 2 * i / num_queries; j < kKeys / 2 * (i + 1) / num_queries; ++j)
+      for (int64_t v = 0; v < per_row; ++v) request(next.value_rows[j] + v * kLanes);
+  }
+
+  // out += weights · values.
+  template <int kRowTiles>
+  void value_tiles(int64_t row0, int64_t row1, int64_t num_steps, Scratch<T>& s) const {
+    using Sums = TileSums<kRowTiles, 2>;
+    const int64_t dim = pages.dim;
+    for (int64_t column = 0; column < dim; column += 2 * kTileSide) {
+      float *out0 = &s.out[row0 * dim + column], *out1 = &s.out[row1 * dim + column];
+      Sums::load(out0, out1, dim * sizeof(float));
+      for (int64_t k = 0; k < num_steps * kTileSide; k += kTileSide) {
+        const S* values = &s.values[k * dim + column];
+        Sums::add(&s.weights[row0 * kKeys / 2 + k], &s.weights[row1 * kKeys / 2 + k], kKeys * 2, values, values + kTileSide, dim * 4);
+      }
+      Sums::store(out0, out1, dim * sizeof(float));
+    }
+  }
+#endif
 
   // The first element of the page and head that hold key `place`.
   int64_t start(const Item& item, int64_t place) const {

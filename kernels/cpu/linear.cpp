@@ -9,6 +9,7 @@
 
 #include <omp.h>
 
+#include "amx.h"
 #include "dot.h"
 
 namespace {
@@ -100,6 +101,106 @@ struct Linear {
   }
 };
 
+// As many groups' weights as bfloat16 in `wide`, which their integers are widened into.
+void widen_groups(const int8_t* w, int64_t size, std::vector<bf16>& wide) {
+  wide.resize(size);
+  for (int64_t i = 0; i < size; i += 2 * kLanes) *reinterpret_cast<Words*>(&wide[i]) = load_weights(w + i);
+}
+
+#if defined(__AMX_BF16__)
+constexpr int64_t kAmxGroups = 2;               // that are computed together
+constexpr int64_t kAmxBytesOfX = 1 << 20;       // rows of x that go through all weights together stay in the second level
+
+// Rows of x by pairs of tiles, with groups of outputs by two. Where the inputs do not fill tiles, the rest lies in copies
+// filled up with zeros.
+class AmxLinear {
+ public:
+  AmxLinear(const Linear& linear) : l_(linear), steps_(linear.pairs / kTileSide), rest_(linear.pairs % kTileSide) {}
+
+  // `count` rows from `row` on with the groups from `group` to `last`.
+  template <typename W>
+  void run(const W* w, int64_t row, int64_t count, int64_t group, int64_t last) {
+    const RowTiles tiles(count);
+    const Tiles own(tiles.rows);
+    const int64_t group_size = l_.pairs * kGroup * 2;
+    if (rest_ > 0) copy_rest_of_x(row, count);
+    for (; group < last; group += kAmxGroups) {
+      const int64_t num_groups = std::min(kAmxGroups, last - group);
+      const W* next = w + (group + num_groups) * group_size;
+      const bf16* weights;
+      if constexpr (std::is_same_v<W, int8_t>) {
+        widen_groups(w + group * group_size, num_groups * group_size, wide_);
+        weights = wide_.data();
+      } else {
+        weights = w + group * group_size;
+      }
+      if (rest_ > 0) copy_rest_of_w(weights, num_groups);
+      if (num_groups == 2) all_rows<2>(weights, tiles, row, group * kGroup, next);
+      else all_rows<1>(weights, tiles, row, group * kGroup, next);
+    }
+  }
+
+ private:
+  template <int kGroups>
+  void all_rows(const bf16* w, const RowTiles& tiles, int64_t row, int64_t first, const void* next) {
+    const int64_t num_turns = (tiles.number + 1) / 2;
+    for (int64_t turn = 0; turn < num_turns; ++turn) {
+      // Each turn requests its share of the lines of the next groups.
+      const int64_t lines = (kTileSide * kGroups + num_turns - 1) / num_turns;
+      const char* ahead = static_cast<const char*>(next) + turn * lines * kLine;
+      const int64_t own = std::min(lines, kTileSide * kGroups - turn * lines);
+      if (2 * turn + 1 < tiles.number)
+        product<2, kGroups>(w, tiles.first(2 * turn), tiles.first(2 * turn + 1), tiles.rows, row, first, ahead, own);
+      else
+        product<1, kGroups>(w, tiles.first(2 * turn), 0, tiles.rows, row, first, ahead, own);
+    }
+  }
+
+  template <int kRowTiles, int kGroups>
+  void product(const bf16* w, int64_t tile0, int64_t tile1, int64_t num_rows, int64_t row, int64_t first,
+               const char* ahead, int64_t lines_ahead) {
+    using Sums = TileSums<kRowTiles, kGroups>;
+    const bf16* x0 = l_.x + (row + tile0) * l_.x_stride;
+    const bf16* x1 = l_.x + (row + tile1) * l_.x_stride;
+    const bf16* w1 = w + l_.pairs * kGroup * 2;
+    const int64_t x_bytes = l_.x_stride * sizeof(bf16);
+    Sums::clear();
+    for (int64_t step = 0; step < steps_; ++step) {
+      for (int64_t line = 0; line < lines_ahead; ++line) request(ahead + (step * kTileSide * kGroups + line) * kLine);
+      Sums::add(x0 + step * 2 * kTileSide, x1 + step * 2 * kTileSide, x_bytes, w + step * kTileElements,
+                w1 + step * kTileElements, 64);
+    }
+    if (rest_ > 0)
+      Sums::add(&x_rest_[tile0 * 2 * kTileSide], &x_rest_[tile1 * 2 * kTileSide], 64, w_rest_, w_rest_ + kTileElements,
+                64);
+    alignas(64) float sums[kRowTiles * kTileSide * kGroups * kTileSide];
+    Sums::store(sums, sums + kTileSide * kGroups * kTileSide, kGroups * kTileSide * sizeof(float));
+    for (int64_t t = 0; t < kRowTiles; ++t)
+      for (int64_t r = 0; r < num_rows; ++r)
+        for (int64_t g = 0; g < kGroups; ++g)
+          l_.finish(load(&sums[((t * kTileSide + r) * kGroups + g) * kTileSide]), row + (t ? tile1 : tile0) + r,
+                    first + g * kTileSide);
+  }
+
+  void copy_rest_of_x(int64_t row, int64_t count) {
+    x_rest_.assign(count * 2 * kTileSide, bf16{0});
+    for (int64_t r = 0; r < count; ++r)
+      std::memcpy(&x_rest_[r * 2 * kTileSide], l_.x + (row + r) * l_.x_stride + steps_ * 2 * kTileSide,
+                  rest_ * 2 * sizeof(bf16));
+  }
+  void copy_rest_of_w(const bf16* w, int64_t num_groups) {
+    for (int64_t g = 0; g < num_groups; ++g)
+      std::memcpy(w_rest_ + g * kTileElements, w + g * l_.pairs * kGroup * 2 + steps_ * kTileElements,
+                  rest_ * 2 * kGroup * sizeof(bf16));
+  }
+
+  const Linear l_;
+  const int64_t steps_, rest_;  // whole tiles of pairs, and pairs beyond
+  std::vector<bf16> wide_, x_rest_;
+  alignas(64) bf16 w_rest_[kAmxGroups * kTileElements] = {};
+};
+#endif
+
 template <typename W>
 void run_packed(const Linear& l, const W* w) {
   const int64_t num_groups = (l.num_out + kGroup - 1) / kGroup;
@@ -108,22 +209,26 @@ void run_packed(const Linear& l, const W* w) {
   {
     // Shares of whole groups, which differ by one group at most.
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t last = num_groups * (thread + 1) / threads;
+    const int64_t first = num_groups * thread / threads, last = num_groups * (thread + 1) / threads;
+#if defined(__AMX_BF16__)
+    AmxLinear amx(l);
+    const int64_t num_rows = std::max(2 * kTileSide, kAmxBytesOfX / (l.pairs * 4));
+    for (int64_t row = 0; row < l.rows; row += num_rows) amx.run(w, row, std::min(num_rows, l.rows - row), first, last);
+#else
     std::vector<bf16> wide;  // integers of a tile, widened once for many rows
-    for (int64_t group = num_groups * thread / threads; group < last; group += kTileGroups) {
+    for (int64_t group = first; group < last; group += kTileGroups) {
       const int64_t count = std::min(kTileGroups, last - group);
       const W* own = w + group * group_size;
       if constexpr (std::is_same_v<W, int8_t>) {
         if (l.rows > 2 * kTileRows) {
-          wide.resize(count * group_size);
-          for (int64_t i = 0; i < count * group_size; i += 2 * kLanes)
-            *reinterpret_cast<Words*>(&wide[i]) = load_weights(own + i);
+          widen_groups(own, count * group_size, wide);
           l.groups(wide.data(), group, count, own + count * group_size);
           continue;
         }
       }
       l.groups(own, group, count, own + count * group_size);
     }
+#endif
   }
 }
 
