@@ -99,9 +99,10 @@ def test_of_one_machine_each_level_needs_more_than_the_next() -> None:
 @pytest.mark.parametrize(
     ("machine", "flags", "names"),
     [
-        ("x86_64", LEVELS[0].needs, ["avx512bf16", "avx512", "avx2", "portable"]),
+        ("x86_64", LEVELS[0].needs, ["amx", "avx512bf16", "avx512", "avx2", "portable"]),
+        ("x86_64", LEVELS[0].needs - {"amx_bf16"}, ["avx512bf16", "avx512", "avx2", "portable"]),
         ("x86_64", LEVELS[0].needs - {"fma"}, ["portable"]),
-        ("x86_64", LEVELS[2].needs | {"avx512f"}, ["avx2", "portable"]),
+        ("x86_64", LEVELS[3].needs | {"avx512f"}, ["avx2", "portable"]),
         ("x86_64", frozenset({"sse2"}), []),
         ("aarch64", frozenset({"asimd"}), ["aarch64"]),
         ("riscv64", frozenset(), []),
@@ -112,7 +113,15 @@ def test_a_processor_gets_the_levels_whose_needs_it_meets(
 ) -> None:
     monkeypatch.setattr(build.platform, "machine", lambda: machine)
     monkeypatch.setattr(build, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(build, "_request_amx", lambda: True)
     assert [level.name for level in build.supported_levels()] == names
+
+
+def test_amx_is_not_offered_where_linux_does_not_permit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "cpu_flags", lambda: LEVELS[0].needs)
+    monkeypatch.setattr(build, "_request_amx", lambda: False)
+    assert build.supported_levels()[0].name == "avx512bf16"
 
 
 def test_the_file_name_changes_with_the_sources_and_the_flags_and_with_nothing_else(
