@@ -93,7 +93,8 @@ def supported_levels() -> list[Level]:
 def _request_amx() -> bool:
     """Ask Linux to let this process use AMX's tiles, which make every thread's saved state larger: once is enough."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h, the state's number
-    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+    status: int = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
+    return status == 0
 
 
 def file_name(level: Level) -> str:

@@ -8,7 +8,7 @@
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kTileSide = 16;   // rows of x, outputs, and pairs that are summed over, of a tile
+constexpr int64_t kTileSide = 16;  // rows of x, outputs, and pairs that are summed over, of a tile
 constexpr int64_t kTileElements = 2 * kTileSide * kTileSide;  // of x or w: a kilobyte
 
 // The calling thread's tiles, until it leaves the block: 0 to 3 sums [rows, 16], 4 and 5 x [rows, 16 pairs], 6 and 7
@@ -33,12 +33,14 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// How `count` rows are cut into tiles of equally many. The last one may share rows with the one before it: they are
-// computed twice, with the same result.
+// How `count` > 0 rows are cut into tiles of equally many. They end behind the last row where there is room for that;
+// else the last tile begins at `first_within` and shares rows with the one before it, computed twice to the same result.
 struct RowTiles {
-  explicit RowTiles(int64_t count) : all(count), number((count + kTileSide - 1) / kTileSide), rows((count + number - 1) / number) {}
+  explicit RowTiles(int64_t count)
+      : all(count), number((count + kTileSide - 1) / kTileSide), rows((count + number - 1) / number) {}
   int64_t all, number, rows;
-  int64_t first(int64_t tile) const { return std::min(tile * rows, all - rows); }
+  int64_t padded() const { return number * rows; }
+  int64_t first_within(int64_t tile) const { return std::min(tile * rows, all - rows); }
 };
 
 // The sums of one or two tiles of rows, x0 and x1, with one or two of outputs, w and next to it w1, held in tiles.

@@ -21,9 +21,9 @@
 
 namespace {
 
-constexpr int64_t kMinTileQueries = 8;                    // of an item that AMX's tiles are worth it for
 constexpr int64_t kKeys = 64;                             // keys of a block
 constexpr int64_t kQueryRows = 32;                        // query positions of a work item
+constexpr int64_t kMinTileQueries = 8;                    // query rows of an item that AMX's tiles are worth it for
 constexpr int64_t kKeyVectors = kKeys / kLanes;
 constexpr int kTileRows = kLanes == 16 ? 6 : 2;           // with kTileVectors sums each, they fit the registers
 constexpr int kTileVectors = 4;
@@ -154,7 +154,7 @@ struct Attention {
       tiles.emplace(num_queries);
       registers.emplace(tiles->rows);
     }
-    const int64_t num_places = tiles ? tiles->number * tiles->rows : num_queries;
+    const int64_t num_places = tiles ? tiles->padded() : num_queries;
 #else
     const int64_t num_places = num_queries;
 #endif
@@ -193,11 +193,7 @@ struct Attention {
           score_tile<rows>(&s.query[row * depth], depth, s.block.key_vectors + v, s.next.key_vectors + v, key_stride,
                            &s.scores[row * kKeys + v * kLanes]);
         });
-      for (int64_t i = 0; i < num_queries; ++i) {
-        const int64_t position = position0 + i / group;
-        const int64_t low = window > 0 ? std::max<int64_t>(0, position - window + 1 - key0) : 0;
-        soften(i, std::min(low, kKeys), std::min(count, position + 1 - key0), padded, s);
-      }
+      for (int64_t i = 0; i < num_queries; ++i) soften(i, position0 + i / group, key0, count, padded, s);
       const int64_t num_units = (count + u - 1) / u;
       for (int64_t column = 0; column < padded;) {
         const bool wide = padded - column >= kTileVectors * kLanes;
@@ -237,14 +233,12 @@ struct Attention {
     const int64_t group = q_heads / pages.kv_heads;
     for (int64_t i = 0; i < tiles.all; ++i) {
       request_share(i, tiles.all, s.next);
-      const int64_t position = position0 + i / group;
-      const int64_t low = window > 0 ? std::max<int64_t>(0, position - window + 1 - key0) : 0;
-      soften(i, std::min(low, kKeys), std::min(count, position + 1 - key0), pages.dim, s);
+      soften(i, position0 + i / group, key0, count, pages.dim, s);
     }
     copy_values(count, pages.dim, s);
     // Units up to the end of the last tile: what weighs nothing must be a number.
     const int64_t num_units = (count + 1) / 2, num_steps = (num_units + kTileSide - 1) / kTileSide;
-    std::fill(&s.values[num_units * pages.dim], &s.values[num_units * pages.dim] + (num_steps * kTileSide - num_units) * pages.dim, S{0});
+    std::fill(s.values.begin() + num_units * pages.dim, s.values.begin() + num_steps * kTileSide * pages.dim, S{0});
     for (int64_t tile = 0; tile < tiles.number; tile += 2) {
       if (tile + 1 < tiles.number)
         value_tiles<2>(tile * tiles.rows, (tile + 1) * tiles.rows, num_steps, s);
@@ -260,8 +254,9 @@ struct Attention {
     for (int64_t v = 0; v * kLanes < count; v += 2) {
       Sums::clear();
       for (int64_t k = 0; k < depth; k += kTileSide)
-        Sums::add(&s.query[row0 * depth + k], &s.query[row1 * depth + k], depth * 4, s.block.key_vectors[v] + k * pages.page,
-                  s.block.key_vectors[v + 1] + k * pages.page, pages.page * 4);
+        Sums::add(&s.query[row0 * depth + k], &s.query[row1 * depth + k], depth * sizeof(U),
+                  s.block.key_vectors[v] + k * pages.page, s.block.key_vectors[v + 1] + k * pages.page,
+                  pages.page * sizeof(S));
       Sums::store(&s.scores[row0 * kKeys + v * kLanes], &s.scores[row1 * kKeys + v * kLanes], kKeys * sizeof(float));
     }
   }
@@ -285,7 +280,8 @@ struct Attention {
       Sums::load(out0, out1, dim * sizeof(float));
       for (int64_t k = 0; k < num_steps * kTileSide; k += kTileSide) {
         const S* values = &s.values[k * dim + column];
-        Sums::add(&s.weights[row0 * kKeys / 2 + k], &s.weights[row1 * kKeys / 2 + k], kKeys * 2, values, values + kTileSide, dim * 4);
+        Sums::add(&s.weights[row0 * kKeys / 2 + k], &s.weights[row1 * kKeys / 2 + k], kKeys / 2 * sizeof(U), values,
+                  values + kTileSide, dim * sizeof(S));
       }
       Sums::store(out0, out1, dim * sizeof(float));
     }
@@ -345,8 +341,11 @@ struct Attention {
     }
   }
 
-  // Turns query i's scores into weights relative to the running maximum; keys outside [low, high) weigh nothing.
-  void soften(int64_t i, int64_t low, int64_t high, int64_t padded, Scratch<T>& s) const {
+  // Turns query i's scores of the `count` keys from `key0` on into weights relative to the running maximum. Those that
+  // its position does not see weigh nothing.
+  void soften(int64_t i, int64_t position, int64_t key0, int64_t count, int64_t padded, Scratch<T>& s) const {
+    const int64_t low = window > 0 ? std::min(kKeys, std::max<int64_t>(0, position - window + 1 - key0)) : 0;
+    const int64_t high = std::min(count, position + 1 - key0);
     constexpr int kVectors = kKeyVectors;
     const float* score = &s.scores[i * kKeys];
     U* weight = &s.weights[i * kKeys / u];

@@ -3,7 +3,7 @@
 // Packed W is [groups of 16 outputs][pairs of inputs][16][2]: a vector holds one pair of inputs for several outputs and is
 // multiplied with the same pair of x, broadcast. A tile's sums then are outputs side by side: nothing is added across
 // lanes, and both x and W are read in order. With few rows all that counts is to read W once; with many, the tile's
-// registers keep the multipliers busy.
+// registers keep the multipliers busy. The same order is that of AMX's tiles.
 #include <algorithm>
 #include <vector>
 
@@ -101,21 +101,23 @@ struct Linear {
   }
 };
 
-// As many groups' weights as bfloat16 in `wide`, which their integers are widened into.
+// `size` integers as bfloat16, in `wide`.
 void widen_groups(const int8_t* w, int64_t size, std::vector<bf16>& wide) {
   wide.resize(size);
   for (int64_t i = 0; i < size; i += 2 * kLanes) *reinterpret_cast<Words*>(&wide[i]) = load_weights(w + i);
 }
 
 #if defined(__AMX_BF16__)
-constexpr int64_t kAmxGroups = 2;               // that are computed together
-constexpr int64_t kAmxBytesOfX = 1 << 20;       // rows of x that go through all weights together stay in the second level
+constexpr int64_t kAmxGroups = 2;          // that are computed together
+constexpr int64_t kAmxBytesOfX = 1 << 20;  // rows that go through all weights together: they stay in the second level
+constexpr int64_t kFewIntegerRows = 4;     // for which widening the weights in memory costs more than tiles gain
 
-// Rows of x by pairs of tiles, with groups of outputs by two. Where the inputs do not fill tiles, the rest lies in copies
-// filled up with zeros.
+// Rows of x by pairs of tiles, with groups of outputs by two. Where the inputs do not fill tiles, the rest lies in
+// copies filled up with zeros.
 class AmxLinear {
  public:
-  AmxLinear(const Linear& linear) : l_(linear), steps_(linear.pairs / kTileSide), rest_(linear.pairs % kTileSide) {}
+  explicit AmxLinear(const Linear& linear)
+      : l_(linear), steps_(linear.pairs / kTileSide), rest_(linear.pairs % kTileSide) {}
 
   // `count` rows from `row` on with the groups from `group` to `last`.
   template <typename W>
@@ -135,8 +137,10 @@ class AmxLinear {
         weights = w + group * group_size;
       }
       if (rest_ > 0) copy_rest_of_w(weights, num_groups);
-      if (num_groups == 2) all_rows<2>(weights, tiles, row, group * kGroup, next);
-      else all_rows<1>(weights, tiles, row, group * kGroup, next);
+      if (num_groups == 2)
+        all_rows<2>(weights, tiles, row, group * kGroup, next);
+      else
+        all_rows<1>(weights, tiles, row, group * kGroup, next);
     }
   }
 
@@ -150,9 +154,10 @@ class AmxLinear {
       const char* ahead = static_cast<const char*>(next) + turn * lines * kLine;
       const int64_t own = std::min(lines, kTileSide * kGroups - turn * lines);
       if (2 * turn + 1 < tiles.number)
-        product<2, kGroups>(w, tiles.first(2 * turn), tiles.first(2 * turn + 1), tiles.rows, row, first, ahead, own);
+        product<2, kGroups>(w, tiles.first_within(2 * turn), tiles.first_within(2 * turn + 1), tiles.rows, row, first,
+                            ahead, own);
       else
-        product<1, kGroups>(w, tiles.first(2 * turn), 0, tiles.rows, row, first, ahead, own);
+        product<1, kGroups>(w, tiles.first_within(2 * turn), 0, tiles.rows, row, first, ahead, own);
     }
   }
 
@@ -201,34 +206,41 @@ class AmxLinear {
 };
 #endif
 
+// The groups from `first` to `last`, a thread's share.
+template <typename W>
+void run_groups(const Linear& l, const W* w, int64_t first, int64_t last) {
+#if defined(__AMX_BF16__)
+  if (std::is_same_v<W, bf16> || l.rows > kFewIntegerRows) {
+    AmxLinear amx(l);
+    const int64_t num_rows = std::max<int64_t>(2 * kTileSide, kAmxBytesOfX / (2 * l.pairs * sizeof(bf16)));
+    for (int64_t row = 0; row < l.rows; row += num_rows) amx.run(w, row, std::min(num_rows, l.rows - row), first, last);
+    return;
+  }
+#endif
+  const int64_t group_size = l.pairs * kGroup * 2;
+  std::vector<bf16> wide;  // integers of a tile, widened once for many rows
+  for (int64_t group = first; group < last; group += kTileGroups) {
+    const int64_t count = std::min(kTileGroups, last - group);
+    const W* own = w + group * group_size;
+    if constexpr (std::is_same_v<W, int8_t>) {
+      if (l.rows > 2 * kTileRows) {
+        widen_groups(own, count * group_size, wide);
+        l.groups(wide.data(), group, count, own + count * group_size);
+        continue;
+      }
+    }
+    l.groups(own, group, count, own + count * group_size);
+  }
+}
+
 template <typename W>
 void run_packed(const Linear& l, const W* w) {
   const int64_t num_groups = (l.num_out + kGroup - 1) / kGroup;
-  const int64_t group_size = l.pairs * kGroup * 2;
 #pragma omp parallel
   {
     // Shares of whole groups, which differ by one group at most.
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t first = num_groups * thread / threads, last = num_groups * (thread + 1) / threads;
-#if defined(__AMX_BF16__)
-    AmxLinear amx(l);
-    const int64_t num_rows = std::max(2 * kTileSide, kAmxBytesOfX / (l.pairs * 4));
-    for (int64_t row = 0; row < l.rows; row += num_rows) amx.run(w, row, std::min(num_rows, l.rows - row), first, last);
-#else
-    std::vector<bf16> wide;  // integers of a tile, widened once for many rows
-    for (int64_t group = first; group < last; group += kTileGroups) {
-      const int64_t count = std::min(kTileGroups, last - group);
-      const W* own = w + group * group_size;
-      if constexpr (std::is_same_v<W, int8_t>) {
-        if (l.rows > 2 * kTileRows) {
-          widen_groups(own, count * group_size, wide);
-          l.groups(wide.data(), group, count, own + count * group_size);
-          continue;
-        }
-      }
-      l.groups(own, group, count, own + count * group_size);
-    }
-#endif
+    run_groups(l, w, num_groups * thread / threads, num_groups * (thread + 1) / threads);
   }
 }
 
