@@ -1,8 +1,8 @@
 """Linear layers: y = x·Wᵀ + bias, W in the activations' dtype, or in 8-bit integers with a scale per output.
 
 On a CPU, W in bfloat16 or integers is packed once, at loading, into the order in which our kernel reads it: the pairs
-of inputs that AVX-512 and AMX multiply together lie side by side for sixteen outputs. W that stays as it is (an adapter's own head) our kernel
-reads for up to four rows; beyond them it is torch's product.
+of inputs that AVX-512 and AMX multiply together lie side by side for sixteen outputs. W that stays as it is (an
+adapter's own head) our kernel reads for up to four rows; beyond them it is torch's product.
 
 T rows, I in features, O out features, G groups of 16 out features.
 """
