@@ -18,7 +18,7 @@ from pathlib import Path
 from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
-from lorafleet.workers.errors import AdapterUnavailableError, LoRAFleetError, QueueFullError
+from lorafleet.workers.errors import LoRAFleetError, QueueFullError
 
 NEAR_TIE = 1e-3  # of two logits: closer ones may come out either way, since kernels differ by batch size
 BASE = ""  # the base model's name
@@ -52,7 +52,6 @@ class Ask:
     names: tuple[str, ...]  # of its adapters; none: the base model
     contents: tuple[tuple[str, float], ...]  # of their files: the directories that they were copied from; and weights
     is_cold: bool  # its adapter was in no slot when it was sent
-    is_overtaken: bool  # another file has taken the place of its adapter's; what is not in memory is lost
     sent_s: float
     token_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -182,7 +181,7 @@ class Churn:
         )
         is_cold = not set(request.digests).issubset(self._engine.stats().device_adapters)
         contents = tuple((self._content_of[name], weight) for name, (_, weight) in zip(names, composition, strict=True))
-        ask = Ask(request, names, contents, is_cold, False, time.monotonic())
+        ask = Ask(request, names, contents, is_cold, time.monotonic())
         try:
             self._engine.submit(request)
         except QueueFullError:
@@ -218,8 +217,6 @@ class Churn:
         if self._rng.random() < 0.5:
             self._put(name, content, self._new_directory())
             return
-        for ask in self._open.values():
-            ask.is_overtaken |= name in ask.names
         self._put(name, content, self._directories[name])
 
     def _put(self, name: str, content: Path, directory: Path) -> None:
@@ -264,12 +261,7 @@ class Reference:
         self._known: dict[object, tuple[list[int], list[float], FinishReason]] = {}
 
     def is_right(self, ask: Ask) -> bool:
-        """Whether an ended request got what it should, as far as it came if it was given up.
-
-        One whose adapter's file was replaced while it waited may have been told so.
-        """
-        if ask.finish is FinishReason.ERROR:
-            return ask.is_overtaken and isinstance(ask.error, AdapterUnavailableError) and not ask.token_ids
+        """Whether an ended request got what it should, as far as it came if it was given up."""
         token_ids, margins, finish = self._answer(ask)
         for place, (own, right) in enumerate(zip(ask.token_ids, token_ids, strict=False)):
             if own != right:  # behind a near tie all may be different

@@ -8,24 +8,31 @@ slots (model/lora.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 
 from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig, read_config
-from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
+from lorafleet.workers.adapters.digest import AdapterHash
 from lorafleet.workers.adapters.modules import EMBEDDING, FUSED, HEAD, NO_LAYER, BaseShapes, module_name
+from lorafleet.workers.adapters.tensor_file import (
+    DTYPES,
+    KeyedTensor,
+    TensorFile,
+    in_order,
+    open_file,
+    read_again,
+)
 from lorafleet.workers.adapters.vocabulary import TABLES, Place, Vocabulary
 from lorafleet.workers.adapters.weights_file import (
-    DTYPES,
     SIDE_NAMES,
     TWIN,
     VECTORS,
     WEIGHTS_FILE,
-    Weights,
     read_weights,
     where,
 )
@@ -46,7 +53,7 @@ class AdapterSpec:
     num_vector_elements: int = 0  # of biases and magnitudes
     num_norm_elements: int = 0  # of norms in place of the base model's
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
-    stamps: tuple[FileStamp, ...] | None = None  # of the files that were hashed; None: nothing vouches, hash again
+    files: tuple[TensorFile, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -148,7 +155,7 @@ def read_spec(
     for place in sorted(vocabulary.base_weights()):
         if base_rows is not None and _is_the_bases(tables[place], place, base, base_rows):
             vocabulary = vocabulary.without(place, base)
-    kept = _kept(weights, vocabulary)
+    kept = _kept(weights.tensors, vocabulary)
     spec = AdapterSpec(
         digest=_digest(kept, config, vocabulary),
         path=path,
@@ -158,7 +165,7 @@ def read_spec(
         num_vector_elements=sum(tensor.numel() for _, _, side, tensor in kept if side in VECTORS),
         num_norm_elements=sum(tensor.numel() for _, module, _, tensor in kept if module in base.norms),
         vocabulary=vocabulary,
-        stamps=weights.stamps,
+        files=weights.files,
     )
     _check_activation(spec, base)
     return spec
@@ -184,26 +191,18 @@ def _check_activation(spec: AdapterSpec, base: BaseShapes) -> None:
         )
 
 
-def load_adapter(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
+def load_adapter(
+    spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype, files: Sequence[IO[bytes]] | None = None
+) -> HostAdapter:
     """Read a verified adapter's weights into memory of their own, in `dtype`.
 
-    Hashes them only where the file's stamp does not prove that they are what was verified. Raises
-    `AdapterUnavailableError` when the files are gone or are not what was verified, `AdapterRefusedError` when values
-    overflow in `dtype`.
+    files: the spec's, where they are open already; else they are looked for under its path. Hashes them only where
+    their stamps do not prove that they are what was verified. Raises `AdapterUnavailableError` when they are gone or
+    are not what was verified, `AdapterRefusedError` when values overflow in `dtype`.
     """
-    try:
-        weights = read_weights(spec.path, base, spec.config)
-    except AdapterRefusedError as error:
-        raise AdapterUnavailableError(f"{error.message} It was fine when it was registered.", param="model") from error
-    kept = _kept(weights, spec.vocabulary)
-    proven = weights.stamps is not None and weights.stamps == spec.stamps and not weights.changed
-    if not proven and _digest(kept, spec.config, spec.vocabulary) != spec.digest:
-        raise AdapterUnavailableError(
-            f"{spec.path} changed since it was registered; register it again to serve the new version.", param="model"
-        )
+    kept, is_all = _read_verified(spec, base, files)
     # What was verified is finite, so only a smaller range can make it otherwise.
     wider = {other for other in DTYPES.values() if torch.finfo(other).max > torch.finfo(dtype).max}
-    is_all = spec.num_elements == sum(tensor.numel() for _, _, _, tensor in weights.tensors if tensor.dim() == 2)
     modules: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for (layer, module, side, stored), tensor in zip(kept, _in_dtype(kept, dtype, copy=not is_all), strict=True):
         if stored.dtype in wider and not _is_finite(tensor):
@@ -230,6 +229,36 @@ def load_adapter(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> Hos
     )
 
 
+def _read_verified(
+    spec: AdapterSpec, base: BaseShapes, files: Sequence[IO[bytes]] | None
+) -> tuple[list[KeyedTensor], bool]:
+    """The tensors that were verified, and whether they are all that was read."""
+    with suppress(OSError), ExitStack() as opened:
+        if files is None:
+            files = [opened.enter_context(open_file(spec.path / file.name)) for file in spec.files]
+        reads = [read_again(file, known) for file, known in zip(files, spec.files, strict=True)]
+        tensors = in_order(tensors for tensors, _ in reads)
+        kept = _kept(tensors, spec.vocabulary)
+        is_proven = all(is_proven for _, is_proven in reads)
+        if is_proven or _digest(kept, spec.config, spec.vocabulary) == spec.digest:
+            return kept, _is_all(tensors, spec)
+    # The same tensors may lie in a file that is laid out otherwise.
+    try:
+        tensors = read_weights(spec.path, base, spec.config).tensors
+    except AdapterRefusedError as error:
+        raise AdapterUnavailableError(f"{error.message} It was fine when it was registered.", param="model") from error
+    kept = _kept(tensors, spec.vocabulary)
+    if _digest(kept, spec.config, spec.vocabulary) != spec.digest:
+        raise AdapterUnavailableError(
+            f"{spec.path} changed since it was registered; register it again to serve the new version.", param="model"
+        )
+    return kept, _is_all(tensors, spec)
+
+
+def _is_all(tensors: Sequence[KeyedTensor], spec: AdapterSpec) -> bool:
+    return spec.num_elements == sum(tensor.numel() for _, _, _, tensor in tensors if tensor.dim() == 2)
+
+
 def _tables(sides_of: Mapping[str, Mapping[str, torch.Tensor]], spec: AdapterSpec) -> dict[str, TableChange]:
     changes = {}
     for module, table in spec.vocabulary.tables.items():
@@ -247,10 +276,10 @@ def _tables(sides_of: Mapping[str, Mapping[str, torch.Tensor]], spec: AdapterSpe
     return changes
 
 
-def _kept(weights: Weights, vocabulary: Vocabulary) -> list[tuple[int, str, str, torch.Tensor]]:
+def _kept(tensors: Sequence[KeyedTensor], vocabulary: Vocabulary) -> list[KeyedTensor]:
     """The tensors without those, and those rows, that nothing is computed with."""
     kept = []
-    for layer, module, side, tensor in weights.tensors:
+    for layer, module, side, tensor in tensors:
         if layer != NO_LAYER or module not in TABLES:
             kept.append((layer, module, side, tensor))
         elif (rows := vocabulary.kept((module, side))) is not None:
@@ -289,7 +318,7 @@ def _split(
     return changes
 
 
-def _digest(tensors: list[tuple[int, str, str, torch.Tensor]], config: AdapterConfig, vocabulary: Vocabulary) -> str:
+def _digest(tensors: Sequence[KeyedTensor], config: AdapterConfig, vocabulary: Vocabulary) -> str:
     adapter_hash = AdapterHash()
     for layer, module, side, tensor in tensors:
         adapter_hash.add(layer, module, side, config.scaling(module_name(layer, module)), tensor)
@@ -305,9 +334,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
-def _in_dtype(
-    tensors: list[tuple[int, str, str, torch.Tensor]], dtype: torch.dtype, *, copy: bool
-) -> list[torch.Tensor]:
+def _in_dtype(tensors: Sequence[KeyedTensor], dtype: torch.dtype, *, copy: bool) -> list[torch.Tensor]:
     """The matrices themselves if all are in `dtype`, else converted into one new buffer. Vectors become float32.
 
     `copy`: a new buffer in any case, since more was read than is kept.

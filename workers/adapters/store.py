@@ -23,6 +23,7 @@ import torch
 from lorafleet.workers.adapters.background import background_threads
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter, load_adapter
 from lorafleet.workers.adapters.modules import BaseShapes
+from lorafleet.workers.adapters.open_files import OpenFiles
 from lorafleet.workers.engine.eviction import Eviction, LeastRecentlyUsed
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError, LoRAFleetError
 
@@ -64,7 +65,7 @@ class _Entry:
 
 class AdapterStore:
     """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even behind
-    a preemption and when the file has changed since. `load` and `clock` are for tests.
+    a preemption and when somebody has written into the file since. `load` and `clock` are for tests.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class AdapterStore:
         dtype: torch.dtype,
         eviction: Eviction | None = None,
         is_in_use: Callable[[str], bool] = lambda _: False,
-        load: Callable[[AdapterSpec, BaseShapes, torch.dtype], HostAdapter] = load_adapter,
+        load: Callable[..., HostAdapter] = load_adapter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base = base
@@ -96,6 +97,7 @@ class AdapterStore:
         self._closed = False
         self._hits = self._loads = self._num_failures = self._evictions = 0
         self._prefetches: set[str] = set()  # that wait for their thread
+        self._files = OpenFiles()
         self._readers = background_threads(_NUM_READERS, "lorafleet-adapter")
         self._prefetcher = background_threads(1, "lorafleet-prefetch")
 
@@ -130,6 +132,15 @@ class AdapterStore:
             self._bytes -= entry.num_bytes
             self._admit()
             return entry.num_bytes
+
+    def hold_files(self, digest: str) -> None:
+        """Let a registered adapter be readable until `release_files`, though its files be replaced or deleted."""
+        with self._lock:
+            specs = tuple(self._specs.get(digest, ()))
+        self._files.hold(digest, specs)
+
+    def release_files(self, digest: str) -> None:
+        self._files.release(digest)
 
     def spec(self, digest: str) -> AdapterSpec | None:
         """Of a registered adapter; None for any other."""
@@ -212,6 +223,12 @@ class AdapterStore:
             future.set_exception(InternalError(_CLOSED))
         self._readers.shutdown(wait=True)
         self._prefetcher.shutdown(wait=True, cancel_futures=True)
+        self._files.close()
+
+    @property
+    def num_open_files(self) -> int:
+        """Of the adapters that requests name."""
+        return self._files.num_files()
 
     def check_integrity(self) -> None:
         """The books agree. For tests."""
@@ -332,7 +349,11 @@ class AdapterStore:
         entry.future.set_result(adapter)
 
     def _load_first(self, specs: Sequence[AdapterSpec]) -> HostAdapter:
-        """From the first path where it still is."""
+        """From its open files, or else from the first path where it still is."""
+        with self._files.borrow(specs[0].digest) as held:
+            if held is not None:
+                with suppress(AdapterUnavailableError):
+                    return self._load(held.spec, self._base, self._dtype, held.files)
         for spec in specs[:-1]:
             with suppress(AdapterUnavailableError):
                 return self._load(spec, self._base, self._dtype)

@@ -6,19 +6,13 @@ may lie new_embeddings.safetensors with the rows of added tokens, a convention o
 
 from __future__ import annotations
 
-import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import Any
 
 from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig
-from lorafleet.workers.adapters.digest import FileStamp
 from lorafleet.workers.adapters.modules import (
     EMBEDDING,
     FINAL_NORM,
@@ -29,6 +23,7 @@ from lorafleet.workers.adapters.modules import (
     BaseShapes,
     module_name,
 )
+from lorafleet.workers.adapters.tensor_file import FirstRead, Key, KeyedTensor, TensorFile, in_order, read_file, refused
 from lorafleet.workers.adapters.vocabulary import (
     NEW_EMBEDDINGS_FILE,
     TABLES,
@@ -40,8 +35,6 @@ from lorafleet.workers.adapters.vocabulary import (
 from lorafleet.workers.errors import AdapterRefusedError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _PREFIX = r"(?:base_model\.model\.)?"
 _LORA = (
@@ -89,10 +82,10 @@ def where(layer: int, module: str) -> str:
 class Weights:
     """What one read of the weights file gave."""
 
-    tensors: list[tuple[int, str, str, torch.Tensor]]  # (layer, module, side, weights), in canonical order
+    tensors: list[KeyedTensor]  # in canonical order
     vocabulary: Vocabulary
     twins: tuple[tuple[Place, Place], ...]  # of the tables: tensors that must be equal
-    stamps: tuple[FileStamp, ...] | None  # of each file; None: they prove nothing
+    files: tuple[TensorFile, ...]
     changed: bool  # while it was read
 
 
@@ -114,129 +107,50 @@ def read_weights(
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickles:
             raise _pickle(path / pickles[0])
-        raise _refused(path, f"has no {WEIGHTS_FILE}.", "missing_weights")
-    files = [_read_new_embeddings(path, base, settle)] if any(path.glob("new_embeddings*")) else []
-    new = {(module, side): tuple(tensor.shape) for file in files for _, module, side, tensor in file.tensors}
+        raise refused(path, f"has no {WEIGHTS_FILE}.", "missing_weights")
+    reads = [_read_new_embeddings(path, base, settle)] if any(path.glob("new_embeddings*")) else []
+    new = {(module, side): tuple(tensor.shape) for read in reads for _, module, side, tensor in read.tensors}
     _check_saved(path / CONFIG_FILE, config, base)
     plan: list[tuple[Vocabulary, tuple[tuple[Place, Place], ...]]] = []
 
-    def places(header: Any) -> dict[str, tuple[int, str, str]]:
+    def keys_of(header: Any) -> dict[str, Key]:
         keys, own, twins = _check_header(weights_path, header, base, config, max_lora_rank, max_extra_vocab, new)
         plan.append((own, twins))
         return keys
 
-    files.append(_read_file(weights_path, places, settle))
+    reads.append(read_file(weights_path, keys_of, settle))
     ((vocabulary, twins),) = plan
     return Weights(
-        tensors=sorted((entry for file in files for entry in file.tensors), key=lambda entry: entry[:3]),
+        tensors=in_order(read.tensors for read in reads),
         vocabulary=vocabulary,
         twins=twins,
-        stamps=None if any(file.stamp is None for file in files) else tuple(file.stamp for file in files if file.stamp),
-        changed=any(file.changed for file in files),
+        files=tuple(read.file for read in reads),
+        changed=any(read.changed for read in reads),
     )
 
 
-class _File(NamedTuple):
-    tensors: list[tuple[int, str, str, torch.Tensor]]
-    stamp: FileStamp | None
-    changed: bool
-
-
-def _read_file(path: Path, keys_of: Callable[[Any], dict[str, tuple[int, str, str]]], settle: bool) -> _File:
-    """`keys_of`: checks an open header, and says what each name is."""
-    try:
-        with path.open("rb") as file:
-            stamp = FileStamp.of(file)
-            proof = stamp if not settle or stamp.settle() else None
-            places, num_bytes = _places(path, file.fileno(), keys_of)
-            # No gaps, says the library: the last tensor ends where the file does.
-            file.seek(-num_bytes, os.SEEK_END)
-            data = torch.empty(-(-num_bytes // 4) * 4, dtype=torch.uint8)  # whole elements of any dtype
-            if file.readinto(data[:num_bytes].numpy().data) != num_bytes:
-                raise OSError("it ends early")
-            changed = FileStamp.of(file) != stamp
-    except (SafetensorError, OSError) as error:
-        if _is_pickle(path):
-            raise _refused(path, "is a pickle under another name, which is never read.", "pickle") from error
-        raise _refused(path, f"cannot be read as safetensors: {error}.", "bad_safetensors") from error
-    return _File(_views(data, places), proof, changed)
-
-
-def _read_new_embeddings(path: Path, base: BaseShapes, settle: bool) -> _File:
+def _read_new_embeddings(path: Path, base: BaseShapes, settle: bool) -> FirstRead:
     """The rows of tokens behind the base's vocabulary."""
     for file in sorted(path.glob("new_embeddings*")):
         if file.suffix in (".bin", ".pt", ".pth"):
             raise _pickle(file)
         if file.name != NEW_EMBEDDINGS_FILE or not base.vocab_size:
-            raise _refused(
+            raise refused(
                 file, f"is no file that is served; added tokens are in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature"
             )
 
-    def keys(header: Any) -> dict[str, tuple[int, str, str]]:
+    def keys(header: Any) -> dict[str, Key]:
         names = header.offset_keys()
         for name in names:
             if name not in _NEW_EMBEDDINGS:
-                raise _refused(
+                raise refused(
                     path / NEW_EMBEDDINGS_FILE,
                     f"has the tensor {name}; supported are {' and '.join(_NEW_EMBEDDINGS)}.",
                     "unsupported_target",
                 )
         return {name: (NO_LAYER, _NEW_EMBEDDINGS[name], "new") for name in names}
 
-    return _read_file(path / NEW_EMBEDDINGS_FILE, keys, settle)
-
-
-class _Place(NamedTuple):
-    """Where a tensor's bytes begin behind the header, and what they are. Sorts canonically."""
-
-    layer: int
-    module: str
-    side: str
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def _views(data: torch.Tensor, places: list[_Place]) -> list[tuple[int, str, str, torch.Tensor]]:
-    elements = {dtype: data.view(dtype) for dtype in DTYPES.values()}
-    views = []
-    for layer, module, side, start, dtype, shape in places:
-        if start % dtype.itemsize == 0:
-            strides = (shape[1], 1) if len(shape) == 2 else (1,)
-            tensor = elements[dtype].as_strided(shape, strides, start // dtype.itemsize)
-        else:  # possible where dtypes are mixed
-            stop = start + math.prod(shape) * dtype.itemsize
-            tensor = data[start:stop].clone().view(dtype).view(shape)
-        views.append((layer, module, side, tensor))
-    return views
-
-
-def _places(
-    path: Path, descriptor: int, keys_of: Callable[[Any], dict[str, tuple[int, str, str]]]
-) -> tuple[list[_Place], int]:
-    """Where the tensors are, in canonical order, and the bytes of all; everything in the header is checked."""
-    # By its descriptor: the path may lead to another file by now. pread: a mapped file that shrinks kills the process.
-    with safe_open(f"/dev/fd/{descriptor}", framework="pt", backend="pread") as header:
-        in_file_order = header.offset_keys()
-        keys = keys_of(header)
-        slices = {name: header.get_slice(name) for name in in_file_order}
-        shapes = {name: tuple(slices[name].get_shape()) for name in in_file_order}
-        dtypes = {name: DTYPES.get(slices[name].get_dtype()) for name in keys}
-        for name, dtype in dtypes.items():
-            if dtype is None:
-                raise _refused(
-                    path,
-                    f"has {name} in {header.get_tensor(name).dtype}; float32, float16 and bfloat16 are read.",
-                    "unsupported_dtype",
-                )
-    places = []
-    start = 0
-    for name in in_file_order:
-        dtype, shape = dtypes[name], shapes[name]
-        assert dtype is not None
-        places.append(_Place(*keys[name], start, dtype, shape))
-        start += math.prod(shape) * dtype.itemsize
-    return sorted(places), start
+    return read_file(path / NEW_EMBEDDINGS_FILE, keys, settle)
 
 
 def _check_header(
@@ -247,7 +161,7 @@ def _check_header(
     max_lora_rank: int | None,
     max_extra_vocab: int | None,
     new: Mapping[Place, tuple[int, ...]],
-) -> tuple[dict[str, tuple[int, str, str]], Vocabulary, tuple[tuple[Place, Place], ...]]:
+) -> tuple[dict[str, Key], Vocabulary, tuple[tuple[Place, Place], ...]]:
     """What each name is, and what all of them do to the vocabulary. `new`: shapes of added tokens' rows."""
     names = sorted(header.offset_keys())
     shapes = {name: list(header.get_slice(name).get_shape()) for name in names}
@@ -255,7 +169,7 @@ def _check_header(
     for layer, module, side in keys.values():
         lora_rank = config.rank(module_name(layer, module))
         if side in _SIDES and max_lora_rank is not None and lora_rank > max_lora_rank:
-            raise _refused(
+            raise refused(
                 weights_path.with_name(CONFIG_FILE),
                 f"has rank {lora_rank}, the limit is {max_lora_rank} ({module_name(layer, module)}). Start with "
                 f"--max-lora-rank {lora_rank}.",
@@ -267,7 +181,7 @@ def _check_header(
         if layer == NO_LAYER and module in TABLES and not side.endswith(TWIN)
     }
     vocabulary = plan_vocabulary(
-        {**tables, **new}, config, base, max_extra_vocab, lambda what, reason: _refused(weights_path, what, reason)
+        {**tables, **new}, config, base, max_extra_vocab, lambda what, reason: refused(weights_path, what, reason)
     )
     in_and_out = {EMBEDDING: (vocabulary.size, base.hidden_size), HEAD: (base.hidden_size, vocabulary.size)}
     for name, (layer, module, side) in keys.items():
@@ -280,30 +194,20 @@ def _check_header(
     return keys, vocabulary, (*twins, *vocabulary.twins)
 
 
-def _is_pickle(path: Path) -> bool:
-    """By its first bytes: torch's zip, or a bare pickle. False for what cannot be read."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(2)
-    except OSError:
-        return False
-    return head == b"PK" or head[:1] == b"\x80"
-
-
 def _keys(
     weights_path: Path, names: Sequence[str], base: BaseShapes, config: AdapterConfig
-) -> tuple[dict[str, tuple[int, str, str]], tuple[tuple[Place, Place], ...]]:
+) -> tuple[dict[str, Key], tuple[tuple[Place, Place], ...]]:
     """What each name is, in canonical order, and which are two names of one tensor.
 
     All must be of modules that the base has, and as the config says.
     """
-    found: dict[tuple[int, str, str], str] = {}
+    found: dict[Key, str] = {}
     twins: list[tuple[Place, Place]] = []
     plain: set[str] = set()  # tables with a weight of the base model's own name
     for name in names:
         layer, module, side = _key(weights_path, name, base)
         if layer >= base.num_layers:
-            raise _refused(
+            raise refused(
                 weights_path,
                 f"has {name}, the base model has {base.num_layers} layers. Was it trained for another base model?",
                 "unknown_layer",
@@ -318,18 +222,18 @@ def _keys(
             twins.append((first, (module, side)))
         key = (layer, module, side)
         if key in found:
-            raise _refused(weights_path, f"has two tensors for one place: {found[key]} and {name}.", "bad_safetensors")
+            raise refused(weights_path, f"has two tensors for one place: {found[key]} and {name}.", "bad_safetensors")
         found[key] = name
     if not any(side == "A" for _, _, side in found):
-        raise _refused(weights_path, "holds no LoRA weights.", "no_weights")
+        raise refused(weights_path, "holds no LoRA weights.", "no_weights")
     for layer, module in dict.fromkeys((layer, module) for layer, module, _ in found):
         sides = {side for side in _SIDES if (layer, module, side) in found}
         _check_module(weights_path, layer, module, sides, config)
         if "A" in sides and module in plain:
-            raise _refused(weights_path, f"has LoRA on {module} and its weight.", "overlapping_targets")
+            raise refused(weights_path, f"has LoRA on {module} and its weight.", "overlapping_targets")
         for part in FUSED.get(module, ()):
             if any((layer, part, side) in found for side in _SIDES):
-                raise _refused(
+                raise refused(
                     weights_path,
                     f"has LoRA on {module} and on {part} of layer {layer}, which is a part of it.",
                     "overlapping_targets",
@@ -337,7 +241,7 @@ def _keys(
     for layer, module in base.norm_places():
         if ((layer, module, "own") in found) is not config.saves(module_name(layer, module)):
             verb, asks = ("has", "does not ask") if (layer, module, "own") in found else ("lacks", "asks")
-            raise _refused(
+            raise refused(
                 weights_path,
                 f"{verb} the weight of {module_name(layer, module)}, {'but' if verb == 'has' else 'though'} "
                 f"{CONFIG_FILE} {asks} for it with modules_to_save.",
@@ -346,7 +250,7 @@ def _keys(
     return {name: key for key, name in sorted(found.items())}, tuple(twins)
 
 
-def _key(weights_path: Path, name: str, base: BaseShapes) -> tuple[int, str, str]:
+def _key(weights_path: Path, name: str, base: BaseShapes) -> Key:
     """(layer, module, side) that a name is of; the side is "weight" where only the config can say whose it is."""
     match = _LINEAR.fullmatch(name)
     if match is not None and PARENTS.get(match["linear"]) == match["parent"] and base.of(match["linear"]) is not None:
@@ -362,7 +266,7 @@ def _key(weights_path: Path, name: str, base: BaseShapes) -> tuple[int, str, str
         is_known = norm in base.norms and (norm == FINAL_NORM) is (layer == NO_LAYER)
         if is_known and name.endswith(f"{module_name(layer, norm)}.weight"):
             return layer, norm, "own"
-    raise _refused(
+    raise refused(
         weights_path,
         f"has the tensor {name}; supported are LoRA on {', '.join(base.linears)}, {' and '.join(TABLES)}, and whole "
         f"weights of {', '.join(TABLES)} and norms.",
@@ -378,7 +282,7 @@ def _check_saved(config_path: Path, config: AdapterConfig, base: BaseShapes) -> 
     for end in config.modules_to_save:
         other = next((linear for linear in linears if linear.endswith(end)), None)
         if other is not None or not any(module.endswith(end) for module in served):
-            raise _refused(
+            raise refused(
                 config_path,
                 f"asks for modules_to_save={end!r}; served whole are {', '.join(TABLES)} and the model's norms.",
                 "unsupported_target",
@@ -390,21 +294,21 @@ def _check_module(weights_path: Path, layer: int, module: str, sides: set[str], 
     place = where(layer, module)
     for side, other in (("A", "B"), ("B", "A")):
         if side in sides and other not in sides:
-            raise _refused(weights_path, f"has lora_{side} of {place} without lora_{other}.", "missing_pair")
+            raise refused(weights_path, f"has lora_{side} of {place} without lora_{other}.", "missing_pair")
     for side, option, is_asked in (
         ("magnitude", "use_dora", config.use_dora and "A" in sides),
         ("B_bias", "lora_bias", config.lora_bias and "A" in sides),
         ("bias", "bias", config.trains_bias),
     ):
         if side in sides and not is_asked:
-            raise _refused(
+            raise refused(
                 weights_path,
                 f"has {SIDE_NAMES[side]} of {place}, but {CONFIG_FILE} does not ask for it with {option}.",
                 "config_mismatch",
             )
         # A bias of its own has a module only where the base model has one.
         if is_asked and side not in sides and side != "bias":
-            raise _refused(
+            raise refused(
                 weights_path,
                 f"lacks {SIDE_NAMES[side]} of {place}, which {CONFIG_FILE} asks for with {option}.",
                 "config_mismatch",
@@ -419,10 +323,10 @@ def _check_shape(
     if shape == expected:
         return
     if len(shape) == len(expected) == 2 and shape[1 if side == "A" else 0] == expected[1 if side == "A" else 0]:
-        raise _refused(
+        raise refused(
             weights_path, f"has {name} of shape {shape}; {CONFIG_FILE} says r={lora_rank}: {expected}.", "rank_mismatch"
         )
-    raise _refused(
+    raise refused(
         weights_path,
         f"has {name} of shape {shape}; the base model wants {expected}. Was it trained for another base model?",
         "wrong_shape",
@@ -430,10 +334,6 @@ def _check_shape(
 
 
 def _pickle(path: Path) -> AdapterRefusedError:
-    return _refused(
+    return refused(
         path, "is a pickle, which is never read since it can run code. Save the adapter with safetensors.", "pickle"
     )
-
-
-def _refused(path: Path, what: str, reason: str) -> AdapterRefusedError:
-    return AdapterRefusedError(f"{path} {what}", reason=reason)

@@ -288,29 +288,13 @@ class Engine:
         """
         self._check(request)
         request = self._activated(request)
-        with self._lock:
-            if self._closed:
-                raise InternalError("The engine is closed.")
-            # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
-            for digest in request.digests:
-                if digest not in self._adapters:
-                    raise self._unregistered(digest)
-            if not self._fit(request.digests, self._pinned):
-                raise AdapterConflictError(
-                    f"{len(request.digests)} adapters together never have a slot each: of {self.plan.max_loras} "
-                    f"{len(self._pinned)} are taken by pinned adapters."
-                )
-            if request.request_id in self._unfinished:
-                raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
-            bound = self.config.max_waiting + self.config.max_num_seqs
-            if len(self._unfinished) >= bound:
-                raise QueueFullError(
-                    f"{len(self._unfinished)} requests run or wait, the limit is {bound}. Try again later."
-                )
-            self._entrance.enter(request.tenant, request.model_key, len(request.digests))
-            self._unfinished[request.request_id] = request
-            self._inbox.append(request)
-            self._wake.notify()
+        for digest in request.digests:
+            self._store.hold_files(digest)
+        try:
+            self._accept(request)
+        except BaseException:
+            self._release_files(request)
+            raise
 
     def cancel(self, request_id: str) -> None:
         """End a request with CANCELLED at the next step; it then holds nothing. No effect on one that has ended."""
@@ -408,13 +392,14 @@ class Engine:
             self._step_began = None
         self._free_retired()
         with self._lock:
-            for event in events:
-                if event.finish is not None:
-                    ended = self._unfinished.pop(event.request_id)
-                    self._entrance.leave(ended.tenant, ended.model_key, len(ended.digests))
+            ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
+            for gone in ended:
+                self._entrance.leave(gone.tenant, gone.model_key, len(gone.digests))
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
             self._entrance.num_pinned = self._slots.num_staying
+        for gone in ended:
+            self._release_files(gone)
         self._stats = self._take_stats()
         return events
 
@@ -427,6 +412,35 @@ class Engine:
             retiring = {message.digest for message in self._inbox if isinstance(message, _Retire)}
             retiring.update(retire.digest for retire in self._retiring)
             assert set(self._slots.resident()) <= self._adapters | retiring
+
+    def _accept(self, request: GenerateRequest) -> None:
+        with self._lock:
+            if self._closed:
+                raise InternalError("The engine is closed.")
+            # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
+            for digest in request.digests:
+                if digest not in self._adapters:
+                    raise self._unregistered(digest)
+            if not self._fit(request.digests, self._pinned):
+                raise AdapterConflictError(
+                    f"{len(request.digests)} adapters together never have a slot each: of {self.plan.max_loras} "
+                    f"{len(self._pinned)} are taken by pinned adapters."
+                )
+            if request.request_id in self._unfinished:
+                raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
+            bound = self.config.max_waiting + self.config.max_num_seqs
+            if len(self._unfinished) >= bound:
+                raise QueueFullError(
+                    f"{len(self._unfinished)} requests run or wait, the limit is {bound}. Try again later."
+                )
+            self._entrance.enter(request.tenant, request.model_key, len(request.digests))
+            self._unfinished[request.request_id] = request
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def _release_files(self, request: GenerateRequest) -> None:
+        for digest in request.digests:
+            self._store.release_files(digest)
 
     def _check(self, request: GenerateRequest) -> None:
         prompt, sampling = request.prompt_token_ids, request.sampling

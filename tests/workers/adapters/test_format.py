@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorafleet.workers.adapters import format as adapter_format
-from lorafleet.workers.adapters import weights_file
+from lorafleet.workers.adapters import tensor_file
 from lorafleet.workers.adapters.config import CONFIG_FILE
 from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
 from lorafleet.workers.adapters.format import AdapterSpec, load_adapter, read_spec
@@ -311,7 +310,7 @@ def test_an_unreadable_weights_file_is_refused(tmp_path: Path, monkeypatch: pyte
         (tmp_path / WEIGHTS_FILE).unlink(missing_ok=True)  # gone between the check and the read
         raise PermissionError("not allowed")
 
-    monkeypatch.setattr(weights_file, "safe_open", deny)
+    monkeypatch.setattr(tensor_file, "safe_open", deny)
     assert_refused(tmp_path, "bad_safetensors", WEIGHTS_FILE, "not allowed")
 
 
@@ -460,7 +459,7 @@ def test_every_key_style_of_peft_is_the_same_adapter(rename: Callable[[str], str
     plain = read(write(tmp_path / "plain"))
     renamed = write(tmp_path / "renamed", weights={rename(name): value for name, value in tensors().items()})
     spec = read(renamed)
-    assert spec == replace(plain, path=renamed, stamps=spec.stamps)
+    assert spec == replace(plain, path=renamed, files=spec.files)
     ours, theirs = (load_adapter(one, BASE, torch.float32).weights for one in (plain, spec))
     assert ours.keys() == theirs.keys()
     for key in ours:
@@ -703,7 +702,7 @@ def test_a_stamp_that_proves_nothing_is_not_relied_on(
     with monkeypatch.context() as patched:
         patched.setattr(FileStamp, "settle", lambda self: False)
         spec = read(write(tmp_path))
-    assert spec.stamps is None
+    assert all(file.stamp is None for file in spec.files)
     load_adapter(spec, BASE, torch.float32)
     assert len(hashes) == 2
 
@@ -713,15 +712,16 @@ Meddle = Callable[[Callable[[], object]], None]
 
 @pytest.fixture
 def meddle(monkeypatch: pytest.MonkeyPatch) -> Meddle:
-    """Lets something happen during the next read of a weights file: it has been opened, and nothing read of it."""
+    """Lets something happen during the next read of a weights file: it has been opened, and no tensor read of it."""
+    read_tensors = tensor_file._read
 
     def once(happen: Callable[[], object]) -> None:
-        def opened(*args: Any, **kwargs: Any) -> Any:
-            monkeypatch.setattr(weights_file, "safe_open", safe_open)
+        def read_them(*args: Any) -> Any:
+            monkeypatch.setattr(tensor_file, "_read", read_tensors)
             happen()
-            return safe_open(*args, **kwargs)
+            return read_tensors(*args)
 
-        monkeypatch.setattr(weights_file, "safe_open", opened)
+        monkeypatch.setattr(tensor_file, "_read", read_them)
 
     return once
 

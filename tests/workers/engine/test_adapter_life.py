@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def engine(root: Path) -> Iterator[Engine]:
     yield engine
     assert not engine.has_unfinished()
     engine.check_integrity()
+    assert engine._store.num_open_files == 0
     engine.close()
 
 
@@ -86,6 +88,31 @@ def test_unregistering_waits_for_the_requests_then_frees_slot_and_host_memory(en
     assert freed.result(0) == FreedBytes(engine.plan.slot_bytes, spec.num_bytes(torch.float32))
     assert engine.stats().device_adapters == engine.stats().host_adapters == ()
     assert engine.stats().host_cache_bytes == 0
+
+
+def replace_files(directory: Path, other: Path) -> None:
+    for file in other.iterdir():
+        shutil.copy(file, directory / "new")
+        (directory / "new").replace(directory / file.name)
+
+
+@pytest.mark.parametrize("change", [replace_files, lambda directory, _: shutil.rmtree(directory)])
+def test_a_request_that_was_accepted_has_its_adapter_whatever_is_put_in_its_place(
+    change: Callable[[Path, Path], None], engine: Engine, root: Path, tmp_path: Path
+) -> None:
+    expected = answer(engine, engine.register_adapter(str(root / "a")).digest)
+    shutil.copytree(root / "b", tmp_path / "b")
+    replace_files(tmp_path / "b", root / "a")
+    engine.unregister_adapter(engine.register_adapter(str(root / "a")).digest)
+    engine.step()
+    digest = engine.register_adapter(str(tmp_path / "b")).digest
+    assert engine.stats().host_adapters == engine.stats().device_adapters == ()
+    results = {"one": Result(), "two": Result()}
+    engine.submit(GenerateRequest("one", PROMPT, GREEDY, digest))
+    engine.submit(GenerateRequest("two", PROMPT, GREEDY, digest))
+    change(tmp_path / "b", root / "c")
+    run(engine, results)
+    assert results["one"].token_ids == results["two"].token_ids == expected
 
 
 def test_an_idle_engine_frees_at_its_next_step(engine: Engine, root: Path) -> None:

@@ -87,5 +87,5 @@ def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_free_pages) == (0, 0, stats.num_pages)
     assert stats.device_adapters == stats.host_adapters == ()
-    assert engine._store.stats().num_registered == stats.host_cache_bytes == 0
+    assert engine._store.stats().num_registered == stats.host_cache_bytes == engine._store.num_open_files == 0
     engine.close()
