@@ -41,6 +41,7 @@ class ChurnSettings:
     max_prompt_tokens: int = 48
     max_output_tokens: int = 24
     num_tenants: int = 3
+    step_s: float | None = None  # that every step is taken to last, on whatever machine; None: what it does last
     seed: int = 0
 
 
@@ -127,10 +128,11 @@ class Churn:
         }
         began = time.monotonic()
         for what, rate in rates.items():
-            due[what] = began + self._rng.expovariate(rate) if rate else float("inf")
-        num_sent = 0
+            due[what] = self._rng.expovariate(rate) if rate else float("inf")
+        num_sent = num_turns = 0
         while num_sent < settings.num_requests or engine.has_unfinished():
-            now = time.monotonic()
+            now = time.monotonic() - began if settings.step_s is None else num_turns * settings.step_s
+            num_turns += 1
             for what in due:
                 while due[what] <= now and num_sent < settings.num_requests:
                     due[what] += self._rng.expovariate(rates[what])
@@ -145,7 +147,7 @@ class Churn:
                         result.num_reloads += 1
                     elif what == "retire":
                         self._retire(result)
-            if engine.wait_for_work(timeout_s=max(0.0, min(0.05, min(due.values()) - time.monotonic()))):
+            if engine.wait_for_work(timeout_s=max(0.0, min(0.05, min(due.values()) - now))):
                 step_began = time.monotonic()
                 self._book(engine.step())
                 result.step_s.append(time.monotonic() - step_began)

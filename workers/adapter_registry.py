@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.adapters.aliases import Aliases
-from lorafleet.workers.engine.loop import Engine, FreedBytes
+from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError, ModelError
 from lorafleet.workers.text.adapter_texts import AdapterTexts
 from lorafleet.workers.text.files import files_digest

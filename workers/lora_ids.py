@@ -6,7 +6,8 @@ from concurrent.futures import Future
 
 from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.adapters.format import AdapterSpec
-from lorafleet.workers.engine.loop import Engine, FreedBytes
+from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterConflictError
 from lorafleet.workers.params import LoRARequest
 

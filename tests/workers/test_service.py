@@ -20,7 +20,8 @@ import pytest
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers import service as service_module
 from lorafleet.workers.adapter_registry import AdapterRegistry
-from lorafleet.workers.engine.loop import Engine, FreedBytes
+from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, QueueFullError, UnknownModelError

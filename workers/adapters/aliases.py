@@ -16,7 +16,8 @@ from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.errors import UnknownModelError
 
 if TYPE_CHECKING:
-    from lorafleet.workers.engine.loop import Engine, FreedBytes
+    from lorafleet.workers.engine.loop import Engine
+    from lorafleet.workers.engine.registered import FreedBytes
 
 _Alias = TypeVar("_Alias", bound=Hashable)
 

@@ -22,62 +22,33 @@ from pathlib import Path
 import torch
 
 from lorafleet.kernels import native
-from lorafleet.workers.adapters.background import background_threads
 from lorafleet.workers.adapters.format import AdapterSpec
-from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
-from lorafleet.workers.adapters.sources import resolve_adapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.eviction import make_eviction
+from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, Retire
 from lorafleet.workers.engine.request import MAX_COMPOSED, FinishReason, GenerateRequest, Request, RequestEvent
-from lorafleet.workers.engine.scheduler import Scheduler, SlotLoad
+from lorafleet.workers.engine.scheduler import Scheduler
+from lorafleet.workers.engine.slot_loader import Loaded, SlotLoader
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
-    AdapterConflictError,
     AdapterRefusedError,
-    AdapterUnavailableError,
     ContextLengthError,
     InternalError,
     InvalidRequestError,
-    LoRAFleetError,
     NonFiniteLogitsError,
     QueueFullError,
-    UnknownModelError,
 )
 from lorafleet.workers.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
-from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.runner import ModelRunner
-from lorafleet.workers.model.slot_write import SlotWrite
 
 logger = logging.getLogger(__name__)
-
-_NUM_LOADERS = 4
-# A step may be put off, by adapters that are copied to their slots, by this share of the one before it.
-_COPY_SHARE = 0.05
-_MIN_COPY_S = 50e-6
-_COPY_BYTES = 128 << 10  # in one piece: ten microseconds
-
-
-@dataclass(frozen=True, slots=True)
-class FreedBytes:
-    """What unregistering an adapter gave back. device: a slot, for others, and what it had of the pool beside it."""
-
-    device: int
-    host: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Retire:
-    """An adapter that is not registered any more, to be freed when the last request that names it has ended."""
-
-    digest: str
-    freed: Future[FreedBytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +56,6 @@ class _Pin:
     """An adapter that is to stay in its slot."""
 
     digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A loader thread's report: an adapter that only has to be copied into its slot, or why that cannot be."""
-
-    load: SlotLoad
-    write: SlotWrite | LoRAFleetError
-    seconds: float
 
 
 class Engine:
@@ -134,27 +96,20 @@ class Engine:
             eviction=make_eviction(eviction),
             is_in_use=self._scheduler.is_in_use,
         )
-        self._loaders = background_threads(_NUM_LOADERS, "lorafleet-slot")
-        self._lock = threading.Lock()  # guards the seven below
-        self._inbox: deque[GenerateRequest | str | _Loaded | _Retire | _Pin] = (
-            deque()
-        )  # a str is a request id to cancel
-        self._adapters: set[str] = set()  # digests that new requests may name
-        self._pinned: set[str] = set()  # of these, those that stay in their slots
+        self._loader = SlotLoader(self._store, self._slots, self._runner, self._post)
+        self._lock = threading.Lock()  # guards the six below
+        # A str is the id of a request to cancel.
+        self._inbox: deque[GenerateRequest | str | Loaded | Retire | _Pin] = deque()
+        self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots)
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
         self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
         self._closed = False
         self._is_warm = False
-        self._retiring: list[_Retire] = []
-        self._copying: deque[tuple[_Loaded, SlotWrite]] = deque()
-        self._copy_s = _MIN_COPY_S  # for copying to slots, in the next step
         self._arrivals = 0
-        self._num_loading = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
-        self._num_slot_loads = 0
         self._step_began: float | None = None
         self._stats = self._take_stats()
 
@@ -195,30 +150,9 @@ class Engine:
         Idempotent; the same content gives the same digest. roots: where it must lie, see `resolve_adapter`. Raises
         `AdapterRefusedError`.
         """
-        if self.config.lora is None:
-            raise AdapterRefusedError(
-                f"LoRA is off, so adapter {path_or_id!r} cannot be used. Start with --enable-lora (enable_lora=True).",
-                reason="lora_disabled",
-            )
-        path = resolve_adapter(path_or_id, roots)
-        lora = self.config.lora
-        spec = read_adapter_spec(
-            path,
-            self.spec.base_shapes,
-            max_lora_rank=self._max_lora_rank,
-            max_extra_vocab=lora.extra_vocab_size,
-            base_rows=lambda name, rows: CheckpointReader(Path(self.config.model)).rows(name, rows),
-        )
-        num_bytes = self.plan.full_weight_bytes_of(self.spec, spec.vocabulary)
-        if num_bytes > self.plan.full_weight_bytes:
-            raise AdapterRefusedError(
-                f"{path} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for such weights holds "
-                f"{self.plan.full_weight_bytes}. Raise --lora-full-weight-bytes.",
-                reason="larger_than_full_weight_pool",
-            )
+        spec = self._adapters.read(path_or_id, roots)
         with self._lock:
-            self._store.register(spec)
-            self._adapters.add(spec.digest)
+            self._adapters.add(spec)
         return spec
 
     def unregister_adapter(self, digest: str) -> Future[FreedBytes]:
@@ -227,16 +161,11 @@ class Engine:
         The future is done in the step that frees it. Registered again before that, the adapter stays, and nothing is
         freed. Raises `UnknownModelError` for a digest that is not registered.
         """
-        freed: Future[FreedBytes] = Future()
-        freed.set_running_or_notify_cancel()  # nobody who waits can cancel it
         with self._lock:
-            if digest not in self._adapters:
-                raise UnknownModelError(f"No adapter with digest {digest} is registered here.", param="model")
-            self._adapters.remove(digest)
-            self._pinned.discard(digest)
-            self._inbox.append(_Retire(digest, freed))
+            retire = self._adapters.remove(digest)
+            self._inbox.append(retire)
             self._wake.notify()
-        return freed
+        return retire.freed
 
     def prefetch_adapter(self, digest: str) -> None:
         """Bring a registered adapter into the host cache in the background, if there is room."""
@@ -248,21 +177,7 @@ class Engine:
         Raises `AdapterConflictError` when every slot but one is taken so: other adapters need one to take turns in.
         """
         with self._lock:
-            if digest not in self._adapters:
-                raise self._unregistered(digest)
-            limit = self.plan.max_loras - 1
-            if digest not in self._pinned and len(self._pinned) >= limit:
-                raise AdapterConflictError(
-                    f"{len(self._pinned)} adapters are pinned; of {self.plan.max_loras} slots {limit} may be taken so. "
-                    "Raise --max-loras, or unload a pinned one."
-                )
-            pinned = self._pinned | {digest}
-            if not all(self._fit(request.digests, pinned) for request in self._unfinished.values()):
-                raise AdapterConflictError(
-                    "An unfinished request needs more slots for its adapters than another pinned one would leave. Pin "
-                    "it later, or raise --max-loras."
-                )
-            self._pinned.add(digest)
+            self._adapters.pin(digest, [request.digests for request in self._unfinished.values()])
             self._inbox.append(_Pin(digest))
             self._wake.notify()
 
@@ -273,10 +188,7 @@ class Engine:
         """
         if adapter is None:
             return self.vocab_size
-        spec = self._store.spec(adapter)
-        if spec is None:
-            raise self._unregistered(adapter)
-        return spec.vocab_size
+        return self._adapters.spec(adapter).vocab_size
 
     def submit(self, request: GenerateRequest) -> None:
         """Accept a request; its events come out of later steps.
@@ -324,11 +236,10 @@ class Engine:
         with self._lock:
             self._closed = True
             self._wake.notify_all()
-            retiring = self._retiring + [message for message in self._inbox if isinstance(message, _Retire)]
-        for retire in retiring:
-            retire.freed.set_exception(InternalError("The engine is closed."))
+            unseen = [message for message in self._inbox if isinstance(message, Retire)]
+        self._adapters.close(unseen)
         self._store.close()
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+        self._loader.close()
 
     # The stepping thread.
 
@@ -356,11 +267,11 @@ class Engine:
         """Drain the inbox, run one step, say what came of it. Without runnable requests it returns at once."""
         events: list[RequestEvent] = []
         self._drain(events)
-        self._copy_to_slots()
+        self._loader.copy(puts_off=self._scheduler.num_running > 0)
         plan = self._scheduler.schedule()
-        self._clear_emptied()
+        self._loader.clear_emptied()
         for load in plan.loads:
-            self._start_load(load)
+            self._loader.start(load)
         for digest in plan.prefetches:
             self._store.prefetch(digest)
         if plan.scheduled:
@@ -388,7 +299,7 @@ class Engine:
                 if request.num_output_tokens == 1 and request.num_cached_tokens:
                     event = replace(event, num_cached_tokens=request.num_cached_tokens)
                 events.append(event)
-            self._copy_s = max(_MIN_COPY_S, _COPY_SHARE * (time.monotonic() - self._step_began))
+            self._loader.book_step(time.monotonic() - self._step_began)
             self._step_began = None
         self._free_retired()
         with self._lock:
@@ -409,23 +320,14 @@ class Engine:
         with self._lock:
             queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
             assert all(request_id in self._scheduler or request_id in queued for request_id in self._unfinished)
-            retiring = {message.digest for message in self._inbox if isinstance(message, _Retire)}
-            retiring.update(retire.digest for retire in self._retiring)
-            assert set(self._slots.resident()) <= self._adapters | retiring
+            self._adapters.check_integrity([message for message in self._inbox if isinstance(message, Retire)])
 
     def _accept(self, request: GenerateRequest) -> None:
         with self._lock:
             if self._closed:
                 raise InternalError("The engine is closed.")
             # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
-            for digest in request.digests:
-                if digest not in self._adapters:
-                    raise self._unregistered(digest)
-            if not self._fit(request.digests, self._pinned):
-                raise AdapterConflictError(
-                    f"{len(request.digests)} adapters together never have a slot each: of {self.plan.max_loras} "
-                    f"{len(self._pinned)} are taken by pinned adapters."
-                )
+            self._adapters.check(*request.digests)
             if request.request_id in self._unfinished:
                 raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
             bound = self.config.max_waiting + self.config.max_num_seqs
@@ -469,9 +371,7 @@ class Engine:
                 f"{len(request.composition)} adapters are named; at most {max_composed} may be.", param="adapters"
             )
         for digest, _ in request.composition:
-            spec = self._store.spec(digest)
-            if spec is None:
-                raise self._unregistered(digest)
+            spec = self._adapters.spec(digest)
             if spec.not_composable:
                 raise AdapterRefusedError(
                     f"Adapter {digest} has {spec.not_composable}; with a weight or with others only LoRA on linears is "
@@ -479,10 +379,6 @@ class Engine:
                     reason="not_composable",
                     param="adapters",
                 )
-
-    def _fit(self, digests: Sequence[str], pinned: set[str]) -> bool:
-        """Whether adapters can be in slots together, beside those that stay in theirs."""
-        return len(pinned.union(digests)) <= self.plan.max_loras
 
     def _activated(self, request: GenerateRequest) -> GenerateRequest:
         """The same, with the place where an activated adapter begins; if it does not, a request for the base model."""
@@ -494,12 +390,6 @@ class Engine:
             return replace(request, adapter=None)
         return replace(request, adapter_start=start)
 
-    @staticmethod
-    def _unregistered(digest: str) -> AdapterUnavailableError:
-        return AdapterUnavailableError(
-            f"No adapter with digest {digest} is registered here (any more). Name its model again.", param="model"
-        )
-
     def _full_weight_bytes(self, digest: str) -> int:
         """What a registered adapter takes of the pool beside the slots."""
         spec = self._store.spec(digest)
@@ -509,9 +399,9 @@ class Engine:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
         return (
             bool(self._inbox)
-            or bool(self._copying)
+            or self._loader.is_copying
             or self._scheduler.num_running > 0
-            or (self._scheduler.num_waiting > 0 and self._num_loading == 0)
+            or (self._scheduler.num_waiting > 0 and self._loader.num_loading == 0)
         )
 
     def _drain(self, events: list[RequestEvent]) -> None:
@@ -522,93 +412,34 @@ class Engine:
             if isinstance(message, GenerateRequest):
                 self._arrivals += 1
                 self._scheduler.add(Request.from_generate(message, self._arrivals))
-            elif isinstance(message, _Loaded):
-                self._finish_load(message, events)
-            elif isinstance(message, _Retire):
-                self._slots.stay(message.digest, False)
-                self._retiring.append(message)
+            elif isinstance(message, Loaded):
+                self._take_loaded(message, events)
+            elif isinstance(message, Retire):
+                self._adapters.retire(message)
             elif isinstance(message, _Pin):
-                self._pin(message.digest)
+                self._loader.pin(message.digest)
             elif self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
-    def _finish_load(self, loaded: _Loaded, events: list[RequestEvent]) -> None:
-        digest = loaded.load.digest
-        if isinstance(loaded.write, SlotWrite):
-            self._copying.append((loaded, loaded.write))
+    def _take_loaded(self, loaded: Loaded, events: list[RequestEvent]) -> None:
+        error = self._loader.take(loaded)
+        if error is None:
             return
-        self._num_loading -= 1
-        self._slots.fail_load(digest)
-        for request_id in self._scheduler.waiting_for(digest):
+        for request_id in self._scheduler.waiting_for(loaded.load.digest):
             self._scheduler.remove(request_id)
-            events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=loaded.write))
-
-    def _copy_to_slots(self) -> None:
-        """Move adapters into their slots for as long as a step may be put off; until all are there if nothing runs."""
-        began = time.monotonic()
-        while self._copying:
-            loaded, write = self._copying[0]
-            if write.advance(_COPY_BYTES):
-                self._copying.popleft()
-                write.commit()
-                self._store.release(loaded.load.digest)
-                self._slots.finish_load(loaded.load.digest, loaded.seconds)
-                self._num_loading -= 1
-                self._num_slot_loads += 1
-            if self._scheduler.num_running and time.monotonic() - began >= self._copy_s:
-                return
+            events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=error))
 
     def _free_retired(self) -> None:
-        """Free the retired adapters that no request uses any more."""
-        for retire in list(self._retiring):
-            digest = retire.digest
-            if self._scheduler.uses(digest) or self._slots.is_loading(digest):
-                continue
-            self._retiring.remove(retire)
-            with self._lock:
-                if digest in self._adapters or any(other.digest == digest for other in self._retiring):
-                    freed = FreedBytes(0, 0)
-                else:
-                    pool_bytes = self._slots.drop(digest)
-                    device = 0 if pool_bytes is None else self.plan.slot_bytes + pool_bytes
-                    freed = FreedBytes(device, self._store.forget(digest))
-            self._clear_emptied()
-            retire.freed.set_result(freed)
-
-    def _clear_emptied(self) -> None:
-        for slot in self._slots.take_emptied():
-            self._runner.clear_slot(slot)
-
-    def _pin(self, digest: str) -> None:
-        self._slots.stay(digest, True)
-        if self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
-            slot = self._slots.start_load(digest)
-            if slot is not None:  # else it comes with its first request
-                self._clear_emptied()
-                self._start_load(SlotLoad(digest, slot))
-
-    def _start_load(self, load: SlotLoad) -> None:
-        self._num_loading += 1
-        self._loaders.submit(self._load_slot, load)
-
-    def _load_slot(self, load: SlotLoad) -> None:
-        """On a loader thread: disk to host if need be, what can be done ahead of the copy to the device, report."""
-        began = time.monotonic()
-        write: SlotWrite | LoRAFleetError
-        try:
-            adapter = self._store.fetch(load.digest).result()  # held until it is copied
-            try:
-                write = self._runner.prepare_adapter(load.slot, adapter)
-            except BaseException:
-                self._store.release(load.digest)
-                raise
-        except LoRAFleetError as refused:
-            write = refused
-        except Exception:
-            logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
-            write = InternalError("Loading the adapter failed; the worker's log says why.")
         with self._lock:
-            self._inbox.append(_Loaded(load, write, time.monotonic() - began))
+            freed = self._adapters.free_unused(self._scheduler.uses)
+        self._loader.clear_emptied()
+        for retire, num_bytes in freed:
+            retire.freed.set_result(num_bytes)
+
+    def _post(self, loaded: Loaded) -> None:
+        """On a loader thread."""
+        with self._lock:
+            self._inbox.append(loaded)
             self._wake.notify()
 
     def _take_stats(self) -> EngineStats:
@@ -626,5 +457,5 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
-            num_slot_loads=self._num_slot_loads,
+            num_slot_loads=self._loader.num_loaded,
         )

@@ -16,7 +16,8 @@ from tiny import Result, gather
 
 from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.engine.loop import Engine, FreedBytes
+from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import AdapterConflictError, AdapterUnavailableError, UnknownModelError
 

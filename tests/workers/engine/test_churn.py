@@ -61,7 +61,8 @@ def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference
         composed_share=0.15,
         abort_rate=20.0,
         reload_rate=12.0,
-        retire_rate=12.0,  # in a second and a half: more than two of them all but surely
+        retire_rate=12.0,
+        step_s=0.001,
         seed=seed,
     )
     churn = Churn(engine, contents, NAMES, tmp_path, settings)

@@ -1,0 +1,127 @@
+"""How adapters get from the host tier into their slots without a step waiting for one.
+
+Loader threads fetch them and list what is to be copied where; the stepping thread copies in pieces between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorafleet.workers.adapters.background import background_threads
+from lorafleet.workers.adapters.store import AdapterStore
+from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.scheduler import SlotLoad
+from lorafleet.workers.errors import InternalError, LoRAFleetError
+from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.model.slot_write import SlotWrite
+
+logger = logging.getLogger(__name__)
+
+_NUM_LOADERS = 4
+# A step may be put off, by adapters that are copied to their slots, by this share of the one before it.
+_COPY_SHARE = 0.05
+_MIN_COPY_S = 50e-6
+_COPY_BYTES = 128 << 10  # in one piece: ten microseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A loader thread's report: an adapter that only has to be copied into its slot, or why that cannot be."""
+
+    load: SlotLoad
+    write: SlotWrite | LoRAFleetError
+    seconds: float
+
+
+class SlotLoader:
+    """`report`, called on a loader thread, brings each `Loaded` to the stepping thread, which calls all methods."""
+
+    def __init__(
+        self, store: AdapterStore, slots: AdapterSlots, runner: ModelRunner, report: Callable[[Loaded], None]
+    ) -> None:
+        self._store = store
+        self._slots = slots
+        self._runner = runner
+        self._report = report
+        self._loaders = background_threads(_NUM_LOADERS, "lorafleet-slot")
+        self._copying: deque[tuple[Loaded, SlotWrite]] = deque()
+        self._copy_s = _MIN_COPY_S  # for copying, before the next step
+        self.num_loading = 0
+        self.num_loaded = 0  # ever
+
+    @property
+    def is_copying(self) -> bool:
+        return bool(self._copying)
+
+    def start(self, load: SlotLoad) -> None:
+        """Begin to bring an adapter into the slot that `AdapterSlots` gave it."""
+        self.num_loading += 1
+        self._loaders.submit(self._load, load)
+
+    def pin(self, digest: str) -> None:
+        """Let an adapter stay in its slot; if it is in none, bring it into one that can be had now."""
+        self._slots.stay(digest, True)
+        if self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
+            slot = self._slots.start_load(digest)
+            if slot is not None:  # else it comes with its first request
+                self.clear_emptied()
+                self.start(SlotLoad(digest, slot))
+
+    def take(self, loaded: Loaded) -> LoRAFleetError | None:
+        """Take in what a loader thread reported: `copy` goes on with it, or its slot is free again and this is why."""
+        if isinstance(loaded.write, SlotWrite):
+            self._copying.append((loaded, loaded.write))
+            return None
+        self.num_loading -= 1
+        self._slots.fail_load(loaded.load.digest)
+        return loaded.write
+
+    def copy(self, *, puts_off: bool) -> None:
+        """Copy adapters into their slots: all of them, or, where that puts off a step, for as long as it may."""
+        began = time.monotonic()
+        while self._copying:
+            loaded, write = self._copying[0]
+            if write.advance(_COPY_BYTES):
+                self._copying.popleft()
+                write.commit()
+                self._store.release(loaded.load.digest)
+                self._slots.finish_load(loaded.load.digest, loaded.seconds)
+                self.num_loading -= 1
+                self.num_loaded += 1
+            if puts_off and time.monotonic() - began >= self._copy_s:
+                return
+
+    def book_step(self, seconds: float) -> None:
+        """How long a step took: the next one may be put off by a share of it."""
+        self._copy_s = max(_MIN_COPY_S, _COPY_SHARE * seconds)
+
+    def clear_emptied(self) -> None:
+        """Free the memory that evicted and dropped adapters had beside their slots."""
+        for slot in self._slots.take_emptied():
+            self._runner.clear_slot(slot)
+
+    def close(self) -> None:
+        """The store is closed already, so that no loader waits for it."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, load: SlotLoad) -> None:
+        """On a loader thread: disk to host if need be, what can be done ahead of the copy to the device, report."""
+        began = time.monotonic()
+        write: SlotWrite | LoRAFleetError
+        try:
+            adapter = self._store.fetch(load.digest).result()  # held until it is copied
+            try:
+                write = self._runner.prepare_adapter(load.slot, adapter)
+            except BaseException:
+                self._store.release(load.digest)
+                raise
+        except LoRAFleetError as refused:
+            write = refused
+        except Exception:
+            logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
+            write = InternalError("Loading the adapter failed; the worker's log says why.")
+        self._report(Loaded(load, write, time.monotonic() - began))
