@@ -1,4 +1,4 @@
-"""The engine: where deciding meets executing. The one module of this package that knows the model runner.
+"""The engine: where deciding meets executing.
 
 `Engine` is stepped by one thread (`LLMEngine` does so itself, others through thread.py). `submit`, `cancel`,
 `register_adapter`, `unregister_adapter` and `stats` may be called from any thread: what they ask for lands in an inbox

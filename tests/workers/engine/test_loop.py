@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny import Result, gather, run_engine
 
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
-from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
@@ -274,9 +273,9 @@ def test_an_adapter_that_cannot_be_prefetched_fails_its_own_requests_only(
     loads = []
     load = engine._store._load
 
-    def counted(spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype) -> HostAdapter:
+    def counted(spec: AdapterSpec, *rest: object) -> HostAdapter:
         loads.append(spec.digest)
-        return load(spec, base, dtype)
+        return load(spec, *rest)
 
     engine._store._load = counted
     for request in requests:
