@@ -5,7 +5,7 @@ counter grows by the service that it gets, divided by its weight, and the client
 A client that begins to wait again is lifted to the least counter of those that wait, so that idleness earns no credit.
 With it, the service of two clients that both wait all the time differs by a bounded amount, however long that time is.
 
-Here: what counts as service and the counters. Whom it is asked for, and when, is clients.py's and scheduler.py's.
+Here: what counts as service and the counters. Who is charged, and when, is clients.py's and its callers'.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class RequestEvent:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The engine's own state of one choice. Owned by the scheduler; nobody else changes it.
+    """The engine's own state of one choice. Owned by the scheduler and its parts; nobody else changes it.
 
     Invariant: 0 <= num_computed_tokens <= len(token_ids), and `pages` hold the keys and values of exactly the
     computed tokens. After a preemption num_computed_tokens is 0; when the request starts again, what its pages still

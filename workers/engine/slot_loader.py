@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lorafleet.workers.adapters.background import background_threads
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
-from lorafleet.workers.engine.scheduler import SlotLoad
+from lorafleet.workers.engine.batch import SlotLoad
 from lorafleet.workers.errors import InternalError, LoRAFleetError
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.slot_write import SlotWrite

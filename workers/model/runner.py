@@ -11,8 +11,8 @@ import torch
 
 from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import HostAdapter
+from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.engine.scheduler import Scheduled, StepPlan
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.decoder import Decoder

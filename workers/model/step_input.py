@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.lora import LoraSegments
-from lorafleet.workers.engine.scheduler import Scheduled
+from lorafleet.workers.engine.batch import Scheduled
 
 # T tokens of the step, S sequences in it, P pages of the longest sequence
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.batch import StepPlan
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.engine.scheduler import Scheduler, StepPlan
+from lorafleet.workers.engine.scheduler import Scheduler
 
 PAGE = 4
 EOS = 1
@@ -36,10 +37,10 @@ class Machine(RuleBasedStateMachine):
         self, pages: int, slots: int, seats: int, extra_budget: int, max_wait_s: float, prefix_caching: bool
     ) -> None:
         self.now = 0.0
-        self.pages = pages
+        self.pool = BlockPool(pages)
         self.slots = AdapterSlots(slots)
         self.scheduler = Scheduler(
-            BlockPool(pages),
+            self.pool,
             self.slots,
             page_size=PAGE,
             max_num_seqs=seats,
@@ -172,7 +173,7 @@ class Machine(RuleBasedStateMachine):
             self.step(0.2, ["7"] * 5)
         assert not self.requests, "no progress"
         assert len(self.ended) == self.num_added
-        assert self.scheduler._pool.num_free == self.pages
+        assert self.pool.num_free == self.pool.num_pages
         self.scheduler.check_integrity()
 
     def _compute(self, plan: StepPlan) -> None:

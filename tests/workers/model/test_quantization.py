@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from lorafleet.kernels.linear import quantize_int8
 from lorafleet.workers import LLM, EngineArgs
 from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.engine.scheduler import Scheduled, StepPlan
 from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model import architecture
