@@ -1,0 +1,14 @@
+"""What tests of the worker's gRPC face share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from fake_worker import Worker, serve_worker
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Worker]:
+    async with serve_worker() as served:
+        yield served

@@ -1,0 +1,46 @@
+"""Adapters over the worker's gRPC face: registered, listed, unregistered."""
+
+from __future__ import annotations
+
+import grpc.aio
+from fake_worker import TIMEOUT_S, TOKEN, Worker, status
+
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.registered import FreedBytes
+from lorafleet.workers.rpc import bearer
+
+
+async def test_adapters_are_registered_listed_and_unregistered(worker: Worker) -> None:
+    call = {"metadata": bearer(TOKEN), "timeout": TIMEOUT_S}
+    async with worker.channel() as stub:
+        reply = await stub.RegisterAdapter(
+            worker_pb2.RegisterAdapterRequest(name="sql", version=3, root="/adapters/sql"), **call
+        )
+        assert (reply.adapter.name, reply.adapter.version, reply.adapter.digest) == ("sql", 3, "d")
+        assert worker.registry.prefetched == ["sql"]
+        refused = await stub.RegisterAdapter(worker_pb2.RegisterAdapterRequest(name="x", root="bad"), **call)
+        assert (refused.failure.code, refused.failure.reason) == ("adapter_refused", "rank_too_large")
+        assert refused.failure.message == "bad is bad."
+        listed = await stub.ListAdapters(worker_pb2.ListAdaptersRequest(), **call)
+        assert list(listed.adapters) == [reply.adapter]
+        assert worker.registry.freed is not None
+        worker.registry.freed.set_result(FreedBytes(20, 6))
+        gone = await stub.UnregisterAdapter(worker_pb2.UnregisterAdapterRequest(name="sql", version=3), **call)
+        assert (gone.found, gone.device_bytes, gone.host_bytes) == (True, 20, 6)
+        unknown = await stub.UnregisterAdapter(worker_pb2.UnregisterAdapterRequest(name="sql", version=3), **call)
+        assert not unknown.found
+
+
+async def test_an_unregistration_waits_until_all_is_free_and_goes_on_when_nobody_waits(worker: Worker) -> None:
+    freed = worker.registry.freed
+    assert freed is not None
+    freed.set_running_or_notify_cancel()
+    async with worker.channel() as stub:
+        request = worker_pb2.RegisterAdapterRequest(name="sql", version=1, root="/adapters/sql")
+        await stub.RegisterAdapter(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S)
+        forget = worker_pb2.UnregisterAdapterRequest(name="sql", version=1)
+        assert await status(stub.UnregisterAdapter(forget, metadata=bearer(TOKEN), timeout=0.2)) is (
+            grpc.StatusCode.DEADLINE_EXCEEDED
+        )
+    assert not freed.cancelled()
+    freed.set_result(FreedBytes(0, 0))
