@@ -93,9 +93,7 @@ class AsyncLLM:
 
         Raises `AdapterConflictError`, `AdapterRefusedError`.
         """
-        load = self._lora_ids.load if lora_request.load_inplace else self._lora_ids.spec
-        self.engine.prefetch_adapter((await self._registered(load, lora_request)).digest)
-        return True
+        return await self._registered(self._lora_ids.add, lora_request)
 
     async def remove_lora(self, lora_id: int) -> bool:
         """Forget an id; returns when its requests have ended and its adapter's slot and memory are free.
@@ -115,10 +113,7 @@ class AsyncLLM:
 
         Raises `AdapterConflictError` when all slots but one are taken so.
         """
-        digest = self._lora_ids.known_digest(lora_id)
-        if digest is not None:
-            self.engine.pin_adapter(digest)
-        return digest is not None
+        return self._lora_ids.pin(lora_id)
 
     async def list_loras(self) -> set[int]:
         """The ids that stand for an adapter."""

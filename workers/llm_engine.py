@@ -78,9 +78,7 @@ class LLMEngine:
 
         Raises `AdapterConflictError`, `AdapterRefusedError`.
         """
-        load = self._lora_ids.load if lora_request.load_inplace else self._lora_ids.spec
-        self.engine.prefetch_adapter(load(lora_request).digest)
-        return True
+        return self._lora_ids.add(lora_request)
 
     def remove_lora(self, lora_id: int) -> bool:
         """Forget an id; its adapter's slot and memory are free when its requests have ended, at once if none is open.
@@ -100,10 +98,7 @@ class LLMEngine:
 
         Raises `AdapterConflictError` when all slots but one are taken so.
         """
-        digest = self._lora_ids.known_digest(lora_id)
-        if digest is not None:
-            self.engine.pin_adapter(digest)
-        return digest is not None
+        return self._lora_ids.pin(lora_id)
 
     def list_loras(self) -> set[int]:
         """The ids that stand for an adapter."""
