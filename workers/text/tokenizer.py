@@ -1,6 +1,6 @@
 """A model's tokenizer, read from its files without transformers.
 
-Owns: reading and checking the files, text to ids, ids to text, the bytes of a token, the special tokens. Leaves to
+Owns: checking the files' contents, text to ids, ids to text, the bytes of a token, the special tokens. Leaves to
 others: streams of ids (detokenizer.py), chat templates (chat_template.py; this only hands over their source).
 
 tokenizer.json is the truth: its pre-tokenizer, post-processor and decoder are used as they stand, and tokens that only
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
@@ -78,49 +77,34 @@ class Tokenizer:
             self._visible_pieces = PieceTable(rules, backend.id_to_token, self.special_token_ids)
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
-        """Read the tokenizer of a model (or adapter) directory. Raises ModelError for a missing or bad file."""
-        folder = Path(path)
-        files: dict[str, bytes] = {}
-        for name in TOKENIZER_FILES:
-            try:
-                files[name] = (folder / name).read_bytes()
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise ModelError(f"{folder / name} cannot be read: {error.strerror}.") from error
-        return cls._from_files(files, where=f" in {folder}")
-
-    @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:
-        """The same from contents by name (`TOKENIZER_FILES`); other names are ignored. Raises ModelError."""
-        return cls._from_files(files, where="")
+        """Read a tokenizer from contents by name (`TOKENIZER_FILES`); other names are ignored.
 
-    @classmethod
-    def _from_files(cls, files: Mapping[str, bytes], where: str) -> Tokenizer:
+        Raises ModelError for a missing or bad file.
+        """
         if "tokenizer.json" not in files:
             raise ModelError(
-                f"There is no tokenizer.json{where}. A model needs one; for a model that has only a SentencePiece or "
+                "There is no tokenizer.json. A model needs one; for a model that has only a SentencePiece or "
                 "vocab/merges file, write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained()."
             )
         try:
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception or ValueError
-            raise ModelError(f"tokenizer.json{where} is not a tokenizer: {error}.") from error
-        config = _json_object(files, "tokenizer_config.json", where)
+            raise ModelError(f"tokenizer.json is not a tokenizer: {error}.") from error
+        config = _json_object(files, "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
-            config |= _json_object(files, "special_tokens_map.json", where)
-        special_tokens = _declare_tokens(backend, config, where)
-        templates = _chat_templates(config, where)
+            config |= _json_object(files, "special_tokens_map.json")
+        special_tokens = _declare_tokens(backend, config)
+        templates = _chat_templates(config)
         if "chat_template.jinja" in files:
             try:
                 templates = {"default": files["chat_template.jinja"].decode()}
             except UnicodeDecodeError as error:
-                raise ModelError(f"chat_template.jinja{where} is not UTF-8: {error}.") from error
+                raise ModelError(f"chat_template.jinja is not UTF-8: {error}.") from error
         return cls(
             backend,
             special_tokens=special_tokens,
-            eos_token_ids=_eos_ids(files, "generation_config.json", where) | _eos_ids(files, "config.json", where),
+            eos_token_ids=_eos_ids(files, "generation_config.json") | _eos_ids(files, "config.json"),
             chat_templates=templates,
         )
 
@@ -193,27 +177,27 @@ def _not_unicode(text: str) -> InvalidRequestError:
     )
 
 
-def _json_object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
         value = json.loads(files[name])
     except ValueError as error:  # bad JSON or bad UTF-8
-        raise ModelError(f"{name}{where} is not valid JSON: {error}.") from error
+        raise ModelError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{name}{where} must hold a JSON object, not {type(value).__name__}.")
+        raise ModelError(f"{name} must hold a JSON object, not {type(value).__name__}.")
     return value
 
 
-def _eos_ids(files: Mapping[str, bytes], name: str, where: str) -> set[int]:
-    value = _json_object(files, name, where).get("eos_token_id")
+def _eos_ids(files: Mapping[str, bytes], name: str) -> set[int]:
+    value = _json_object(files, name).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int and item >= 0 for item in ids):
-        raise ModelError(f"eos_token_id of {name}{where} must be a token id or a list of them, not {value!r}.")
+        raise ModelError(f"eos_token_id of {name} must be a token id or a list of them, not {value!r}.")
     return set(ids)
 
 
-def _added_token(value: Any, key: str, where: str) -> tokenizers.AddedToken:
+def _added_token(value: Any, key: str) -> tokenizers.AddedToken:
     """An added token from its JSON form, a string or an object."""
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=True, normalized=False)
@@ -221,30 +205,30 @@ def _added_token(value: Any, key: str, where: str) -> tokenizers.AddedToken:
         flags = {name: flag for name, flag in value.items() if name not in ("__type", "content")}
         return tokenizers.AddedToken(value["content"], **flags)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ModelError(f"{key} of tokenizer_config.json{where} is not a token: {value!r}.") from error
+        raise ModelError(f"{key} of tokenizer_config.json is not a token: {value!r}.") from error
 
 
-def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], where: str) -> dict[str, str]:
+def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
     """Add to `backend` the tokens that only `config` declares; return the named special tokens."""
     declared = config.get("added_tokens_decoder", {})
     if not isinstance(declared, dict) or not all(key.isdecimal() for key in declared):
-        raise ModelError(f"added_tokens_decoder of tokenizer_config.json{where} must be an object of token ids.")
+        raise ModelError("added_tokens_decoder of tokenizer_config.json must be an object of token ids.")
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
-    added = [_added_token(declared[key], "added_tokens_decoder", where) for key in sorted(declared, key=int)]
+    added = [_added_token(declared[key], "added_tokens_decoder") for key in sorted(declared, key=int)]
     missing = [token for token in added if repr(token) not in known]
 
     named = {
-        name: _added_token(value, name, where)
+        name: _added_token(value, name)
         for name, value in config.items()
         if (name in _SPECIAL_NAMES and value is not None) or (name.endswith("_token") and isinstance(value, str))
     }
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     if not isinstance(extra, list):
-        raise ModelError(f"The extra special tokens of tokenizer_config.json{where} must be a list, not {extra!r}.")
+        raise ModelError(f"The extra special tokens of tokenizer_config.json must be a list, not {extra!r}.")
     contents = {token.content for token in backend.get_added_tokens_decoder().values()}
     contents.update(token.content for token in missing)
-    for token in [*named.values(), *(_added_token(value, "extra_special_tokens", where) for value in extra)]:
+    for token in [*named.values(), *(_added_token(value, "extra_special_tokens") for value in extra)]:
         if token.content not in contents:
             contents.add(token.content)
             token.special = True
@@ -254,7 +238,7 @@ def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], wh
     return {name: token.content for name, token in named.items() if name in _SPECIAL_NAMES}
 
 
-def _chat_templates(config: Mapping[str, Any], where: str) -> dict[str, str]:
+def _chat_templates(config: Mapping[str, Any]) -> dict[str, str]:
     """The templates of tokenizer_config.json: one string, or a list of ``{"name", "template"}``."""
     value = config.get("chat_template")
     if value is None:
@@ -266,5 +250,5 @@ def _chat_templates(config: Mapping[str, Any], where: str) -> dict[str, str]:
     except (KeyError, TypeError, ValueError):
         templates = {"": None}
     if not all(isinstance(source, str) for source in templates.values()):
-        raise ModelError(f"chat_template of tokenizer_config.json{where} must be a string or a list of templates.")
+        raise ModelError("chat_template of tokenizer_config.json must be a string or a list of templates.")
     return templates

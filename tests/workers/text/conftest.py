@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+from tokenizers_on_disk import from_dir
 
 from lorafleet.workers.text import Tokenizer
 
@@ -118,12 +119,12 @@ def metaspace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def byte_level(byte_level_dir: Path) -> Tokenizer:
-    return Tokenizer.from_dir(byte_level_dir)
+    return from_dir(byte_level_dir)
 
 
 @pytest.fixture(scope="session")
 def metaspace(metaspace_dir: Path) -> Tokenizer:
-    return Tokenizer.from_dir(metaspace_dir)
+    return from_dir(metaspace_dir)
 
 
 @pytest.fixture(scope="session", params=["byte_level", "metaspace"])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
+from tokenizers_on_disk import from_dir
 
 from lorafleet.workers.errors import InvalidRequestError, ModelError
 from lorafleet.workers.text import TOKENIZER_FILES, ChatTemplate, Tokenizer
@@ -39,7 +40,7 @@ def reference(path: Path) -> Any:
 @pytest.fixture(scope="module", params=["byte_level_dir", "metaspace_dir"])
 def pair(request: pytest.FixtureRequest) -> tuple[Tokenizer, Any]:
     path = request.getfixturevalue(request.param)
-    return Tokenizer.from_dir(path), reference(path)
+    return from_dir(path), reference(path)
 
 
 @pytest.mark.parametrize("add_special_tokens", [True, False])
@@ -92,7 +93,7 @@ def test_add_bos_token_counts_for_nothing_beside_a_tokenizer_json(
         }
         config |= {"add_bos_token": flag, "add_eos_token": flag, "legacy": False}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        assert Tokenizer.from_dir(tmp_path).encode("the fox") == reference(tmp_path).encode("the fox")
+        assert from_dir(tmp_path).encode("the fox") == reference(tmp_path).encode("the fox")
 
 
 def test_the_file_is_followed_where_transformers_5_rebuilds_a_class_by_its_standard(
@@ -107,7 +108,7 @@ def test_the_file_is_followed_where_transformers_5_rebuilds_a_class_by_its_stand
     text = "<s>fox"
     for kind in ("PreTrainedTokenizerFast", "LlamaTokenizer"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": kind}))
-        ours, theirs = Tokenizer.from_dir(tmp_path), reference(tmp_path)
+        ours, theirs = from_dir(tmp_path), reference(tmp_path)
         assert ours.decode(ours.encode(text), skip_special_tokens=False) == "<s><s> fox"
         assert (ours.encode(text) == theirs.encode(text)) == (kind == "PreTrainedTokenizerFast")
 
@@ -116,7 +117,7 @@ def test_tokens_that_only_the_config_declares_are_added_as_transformers_adds_the
     byte_level_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tokenizer.json").write_bytes((byte_level_dir / "tokenizer.json").read_bytes())
-    size = Tokenizer.from_dir(tmp_path).vocab_size
+    size = from_dir(tmp_path).vocab_size
     flags = {"lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -126,7 +127,7 @@ def test_tokens_that_only_the_config_declares_are_added_as_transformers_adds_the
         "added_tokens_decoder": {str(size): {"content": "<strip>", **flags}},
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours, theirs = Tokenizer.from_dir(tmp_path), reference(tmp_path)
+    ours, theirs = from_dir(tmp_path), reference(tmp_path)
     text = "a  <strip> b <pad><image><more>"
     assert ours.encode(text) == theirs.encode(text)
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
@@ -135,7 +136,7 @@ def test_tokens_that_only_the_config_declares_are_added_as_transformers_adds_the
 def test_special_tokens_map_is_read_when_the_config_has_no_added_tokens(byte_level_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((byte_level_dir / "tokenizer.json").read_bytes())
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
-    tokenizer = Tokenizer.from_dir(tmp_path)
+    tokenizer = from_dir(tmp_path)
     assert tokenizer.special_tokens == {"eos_token": "<|im_end|>"}
     assert tokenizer.eos_token_ids == {2}
     assert tokenizer.bos_token_id is None
@@ -151,7 +152,7 @@ def test_truncation_and_padding_of_the_file_are_off(byte_level_dir: Path, tmp_pa
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.from_dir(tmp_path)
+    tokenizer = from_dir(tmp_path)
     assert tokenizer.decode(tokenizer.encode("a b c d e f")) == "a b c d e f"
     assert [len(ids) for ids in tokenizer.encode_batch(["a", "a!?"])] == [1, 3]
 
@@ -209,8 +210,8 @@ def test_a_text_that_is_no_string_is_a_type_error(tokenizer: Tokenizer) -> None:
 
 
 def test_a_directory_without_tokenizer_json_is_refused_with_what_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no tokenizer\.json in .*save_pretrained"):
-        Tokenizer.from_dir(tmp_path)
+    with pytest.raises(ModelError, match=r"no tokenizer\.json\. .*save_pretrained"):
+        from_dir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -239,10 +240,15 @@ def test_a_bad_file_is_refused_by_name(byte_level_dir: Path, name: str, content:
         Tokenizer.from_files(files | {name: content})
 
 
-def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").mkdir()
-    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read: Is a directory"):
-        Tokenizer.from_dir(tmp_path)
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read: Permission denied"):
+        from_dir(tmp_path)
 
 
 def test_the_package_pulls_in_neither_torch_nor_transformers_nor_ray(byte_level_dir: Path) -> None:
@@ -250,7 +256,8 @@ def test_the_package_pulls_in_neither_torch_nor_transformers_nor_ray(byte_level_
         "import sys\n"
         "from pathlib import Path\n"
         "from lorafleet.workers.text import ChatTemplate, OutputText, Tokenizer\n"
-        "tokenizer = Tokenizer.from_dir(Path(sys.argv[1]))\n"
+        "from lorafleet.workers.text.files import read_text_files\n"
+        "tokenizer = Tokenizer.from_files(read_text_files(Path(sys.argv[1])))\n"
         "text = ChatTemplate.from_tokenizer(tokenizer).render([{'role': 'user', 'content': 'hi'}])\n"
         "output = OutputText(tokenizer, tokenizer.encode(text), stop=['x'])\n"
         "assert output.push(tokenizer.encode('a reply'), finished=True).text == 'a reply'\n"
@@ -263,7 +270,7 @@ def test_the_package_pulls_in_neither_torch_nor_transformers_nor_ray(byte_level_
 
 
 def test_the_demo_model_equals_transformers(demo_model: Path) -> None:
-    ours, theirs = Tokenizer.from_dir(demo_model), reference(demo_model)
+    ours, theirs = from_dir(demo_model), reference(demo_model)
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
     messages = [{"role": "user", "content": "What is 2 + 2?"}]
