@@ -3,6 +3,9 @@
 Each place has a first dimension to choose from (the slot) and behind that the source's shape; the source has one or two
 dimensions. Their last dimensions are contiguous, and of one dtype. Called one by one, several hundred copies would cost
 many times their memory's time, and between any two of them another thread could take Python's lock.
+
+Sources that lie in one storage are known by where they lie in it, so that a list, which takes long to make, serves any
+storage that is filled in the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import torch
 
 from lorafleet.kernels.native import library
 
-_COLUMNS = 7  # of a row: source, place[0], bytes from place[i] to place[i + 1], rows, bytes of a row, strides of both
+# Of a row: source, whether that is counted from the storage, place[0], bytes from place[i] to place[i + 1], rows, bytes
+# of a row, strides of both.
+_COLUMNS = 8
 
 
 class Copies:
@@ -23,13 +28,16 @@ class Copies:
     The owner keeps the memory of places and sources for as long as it is run: a list may know only where they are.
     """
 
-    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """(place, source) each."""
+    def __init__(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], storage: torch.UntypedStorage | None = None
+    ) -> None:
+        """(place, source) each. storage: where sources may lie."""
         self.num_copies = len(pairs)
         self._ends: list[int] = []  # bytes of the copies up to and with this one
         rows: array[int] = array("q")
         total = 0
         on_cpu = True
+        start = None if storage is None else storage.data_ptr()
         for place, source in pairs:
             assert place.shape[1:] == source.shape and place.dtype == source.dtype
             size = source.element_size()
@@ -44,9 +52,9 @@ class Copies:
             total += height * width
             self._ends.append(total)
             on_cpu = on_cpu and place.is_cpu and source.is_cpu
-            rows.extend((source.data_ptr(), place.data_ptr(), step * size, height, width))
-            rows.extend((stride * size, place_stride * size))
-        self.num_bytes = total
+            is_stored = source.untyped_storage().data_ptr() == start
+            rows.extend((source.data_ptr() - (start or 0) * is_stored, is_stored))
+            rows.extend((place.data_ptr(), step * size, height, width, stride * size, place_stride * size))
         self.is_native = on_cpu and library() is not None
         self._rows = rows if self.is_native else None
         self._pairs = () if self.is_native else pairs
@@ -59,14 +67,17 @@ class Copies:
             end += 1
         return end
 
-    def run(self, i: int, begin: int = 0, end: int | None = None) -> None:
-        """Make the copies from `begin` to `end` (behind the last)."""
+    def run(self, i: int, begin: int = 0, end: int | None = None, storage: torch.UntypedStorage | None = None) -> None:
+        """Make the copies from `begin` to `end` (behind the last).
+
+        storage: the one that the list was made with, or, where it `is_native`, one like that.
+        """
         end = self.num_copies if end is None else end
         if self._rows is None:
             copy_reference(self._pairs[begin:end], i)
             return
         address = self._rows.buffer_info()[0] + begin * _COLUMNS * self._rows.itemsize
-        library().lf_copy(address, i, end - begin)
+        library().lf_copy(address, i, end - begin, 0 if storage is None else storage.data_ptr())
 
 
 def copy_reference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], i: int) -> None:

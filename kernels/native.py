@@ -30,7 +30,7 @@ from lorafleet.kernels.cache import cache_root
 _P, _I64, _F32, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 # The C faces, argument by argument; each returns nothing.
 _SIGNATURES: dict[str, tuple[type, ...]] = {
-    "lf_copy": (_P, _I64, _I64),
+    "lf_copy": (_P, _I64, _I64, _P),
     "lf_rms_norm": (_INT, _P, _P, _P, _F32, _P, _I64, _I64),
     "lf_fused_add_rms_norm": (_INT, _P, _P, _P, _P, _F32, _I64, _I64),
     "lf_silu_mul": (_INT, _P, _P, _I64, _I64),

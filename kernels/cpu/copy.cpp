@@ -7,7 +7,8 @@
 namespace {
 
 struct Copy {
-  const char* source;
+  int64_t source;
+  int64_t is_stored;  // source counts from the storage
   char* place;
   int64_t step;  // from place[i] to place[i + 1]
   int64_t rows;
@@ -21,12 +22,14 @@ struct Copy {
 extern "C" {
 
 // All sizes in bytes. Single-threaded: the caller makes small pieces of it.
-void lf_copy(const void* copies, int64_t i, int64_t count) {
+void lf_copy(const void* copies, int64_t i, int64_t count, const void* storage) {
   const Copy* copy = static_cast<const Copy*>(copies);
   for (int64_t c = 0; c < count; ++c, ++copy) {
+    const int64_t begin = copy->is_stored ? reinterpret_cast<int64_t>(storage) : 0;
+    const char* source = reinterpret_cast<const char*>(begin + copy->source);
     char* place = copy->place + i * copy->step;
     for (int64_t row = 0; row < copy->rows; ++row) {
-      std::memcpy(place + row * copy->place_stride, copy->source + row * copy->source_stride, copy->width);
+      std::memcpy(place + row * copy->place_stride, source + row * copy->source_stride, copy->width);
     }
   }
 }

@@ -53,10 +53,21 @@ def test_pieces_are_as_large_as_they_may_be() -> None:
     pairs = make_pairs(torch.zeros(3, 10, 32, dtype=torch.bfloat16), torch.zeros(3, 4, dtype=torch.int32))
     copies = Copies(pairs)
     sizes = [source.nbytes for _, source in pairs]
-    assert copies.num_bytes == sum(sizes)
     assert copies.end_of(0, sizes[0]) == 1
     assert copies.end_of(0, sizes[0] + sizes[1]) == 2
     assert copies.end_of(1, sum(sizes)) == len(pairs)
+
+
+def test_a_list_serves_every_storage_that_is_filled_alike() -> None:
+    places, numbers = torch.zeros(3, 2, 4), torch.zeros(3, 2, dtype=torch.int32)
+    first, second = torch.arange(16.0), torch.arange(100.0, 116.0)
+    pairs = [(places, first[8:].view(2, 4)), (numbers, torch.tensor([5, 6], dtype=torch.int32))]
+    copies = Copies(pairs, first.untyped_storage())
+    for i, values in ((1, first), (2, second)):
+        if copies.is_native or values is first:
+            copies.run(i, storage=values.untyped_storage())
+            assert torch.equal(places[i], values[8:].view(2, 4)) and numbers[i].tolist() == [5, 6]
+    assert not places[0].any() and not numbers[0].any()
 
 
 def test_without_kernels_the_reference_runs() -> None:

@@ -22,6 +22,7 @@ from lorafleet.workers.adapters.modules import EMBEDDING, FUSED, HEAD, NO_LAYER,
 from lorafleet.workers.adapters.tensor_file import (
     DTYPES,
     KeyedTensor,
+    Layout,
     TensorFile,
     in_order,
     open_file,
@@ -101,7 +102,14 @@ class TableChange(NamedTuple):
     lora: LinearChange | None = None  # on top; the embedding's A, [R, V], lies in memory as [V, R]
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Form(NamedTuple):
+    """Adapters of one form have nothing but LoRA on linears, and differ in nothing but what their storage holds."""
+
+    layout: Layout
+    config: AdapterConfig
+
+
+@dataclass(frozen=True, slots=True)
 class HostAdapter:
     """An adapter's weights in host memory of their own, by (layer, linear)."""
 
@@ -113,6 +121,11 @@ class HostAdapter:
     vocab_size: int = 0
     # DoRA's, of the rows of W + s·B·A. They take the base's weights, so the first slot that is filled finds them.
     norms: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    form: Form | None = None  # None: like no other
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """Where A and B of all linears lie; None where there are none."""
+        return next((change.b_RO.untyped_storage() for change in self.weights.values() if change.b_RO.numel()), None)
 
 
 # (checkpoint name, rows) → those of the base model's tensor.
@@ -200,7 +213,7 @@ def load_adapter(
     their stamps do not prove that they are what was verified. Raises `AdapterUnavailableError` when they are gone or
     are not what was verified, `AdapterRefusedError` when values overflow in `dtype`.
     """
-    kept, is_all = _read_verified(spec, base, files)
+    kept, is_all, form = _read_verified(spec, base, files)
     # What was verified is finite, so only a smaller range can make it otherwise.
     wider = {other for other in DTYPES.values() if torch.finfo(other).max > torch.finfo(dtype).max}
     modules: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
@@ -226,13 +239,14 @@ def load_adapter(
         norm_weights=norms,
         tables=_tables(sides_of, spec),
         vocab_size=spec.vocab_size,
+        form=form,
     )
 
 
 def _read_verified(
     spec: AdapterSpec, base: BaseShapes, files: Sequence[IO[bytes]] | None
-) -> tuple[list[KeyedTensor], bool]:
-    """The tensors that were verified, and whether they are all that was read."""
+) -> tuple[list[KeyedTensor], bool, Form | None]:
+    """The tensors that were verified, whether they are all that was read, and the form that they have together."""
     with suppress(OSError), ExitStack() as opened:
         if files is None:
             files = [opened.enter_context(open_file(spec.path / file.name)) for file in spec.files]
@@ -241,7 +255,8 @@ def _read_verified(
         kept = _kept(tensors, spec.vocabulary)
         is_proven = all(is_proven for _, is_proven in reads)
         if is_proven or _digest(kept, spec.config, spec.vocabulary) == spec.digest:
-            return kept, _is_all(tensors, spec)
+            form = None if spec.beyond_lora else Form(spec.files[0].layout, spec.config)
+            return kept, _is_all(tensors, spec), form
     # The same tensors may lie in a file that is laid out otherwise.
     try:
         tensors = read_weights(spec.path, base, spec.config).tensors
@@ -252,7 +267,7 @@ def _read_verified(
         raise AdapterUnavailableError(
             f"{spec.path} changed since it was registered; register it again to serve the new version.", param="model"
         )
-    return kept, _is_all(tensors, spec)
+    return kept, _is_all(tensors, spec), None
 
 
 def _is_all(tensors: Sequence[KeyedTensor], spec: AdapterSpec) -> bool:

@@ -30,7 +30,7 @@ from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import Part, SlotShape
 from lorafleet.workers.model.norm import Norm
 from lorafleet.workers.model.rope import cos_sin_table
-from lorafleet.workers.model.slot_write import PreparedAdapters, SlotRows, SlotWrite
+from lorafleet.workers.model.slot_write import PreparedForms, SlotRows, SlotWrite
 from lorafleet.workers.model.step_input import StepInput
 from lorafleet.workers.model.vocabulary import VocabularyPart, make_part
 from lorafleet.workers.tp.group import TensorParallelGroup
@@ -208,7 +208,7 @@ class Decoder:
         self._work = Activations.allocate(spec, max_num_tokens, format, group)
         self._recordings: OrderedDict[Hashable, native.Recording] = OrderedDict()  # least recently used first
         self._lora_dtype = format.dtype
-        self._prepared = PreparedAdapters()
+        self._prepared = PreparedForms()
         self.with_norms: set[int] = set()  # slots whose adapters have norms of their own
         self.tables: dict[int, VocabularyPart] = {}  # by slot, of adapters with an embedding or a head of their own
 
@@ -235,7 +235,7 @@ class Decoder:
 
         May run on another thread while `forward` runs.
         """
-        prepared = self._prepared.get(adapter)
+        prepared = None if adapter.form is None else self._prepared.get(adapter.form)
         if prepared is None:
             out = SlotRows()
             for layer in self._layers:
@@ -243,8 +243,9 @@ class Decoder:
             if adapter.norm_weights:
                 for norm in (self._norm, *(norm for layer in self._layers for norm in layer.norms())):
                     norm.slot_rows(adapter, out)
-            prepared = out.copies()
-            self._prepared.put(adapter, prepared)
+            prepared = out.copies(adapter.storage())
+            if adapter.form is not None:
+                self._prepared.put(adapter.form, prepared)
         part = None
         if adapter.tables:
             ids = self._embedding.ids(adapter.vocab_size)

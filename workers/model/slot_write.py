@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from lorafleet.kernels.copy import Copies
-from lorafleet.workers.adapters.format import HostAdapter
+from lorafleet.workers.adapters.format import Form, HostAdapter
 
-_MAX_PREPARED = 256  # some tens of KiB each
+_MAX_FORMS = 64  # some tens of KiB each
 
 
 class SlotRows:
@@ -49,11 +48,12 @@ class SlotRows:
         self._places_of_numbers.append(place_L3N)
         self._numbers += struct.pack(f"={count}i{count}f{count}i", *ranks, *scalings, *affine)
 
-    def copies(self) -> PreparedCopies:
+    def copies(self, storage: torch.UntypedStorage | None) -> PreparedCopies:
+        """storage: the adapter's."""
         flat = torch.frombuffer(self._numbers, dtype=torch.int32)
         parts = flat.split([place.shape[1] * place.shape[2] for place in self._places_of_numbers])
         numbers = zip(self._places_of_numbers, parts, strict=True)
-        copies = Copies([*self._pairs, *((place, part.view(place.shape[1:])) for place, part in numbers)])
+        copies = Copies([*self._pairs, *((place, part.view(place.shape[1:])) for place, part in numbers)], storage)
         return PreparedCopies(copies, (*self._own, flat))
 
 
@@ -65,34 +65,26 @@ class PreparedCopies:
     own: tuple[torch.Tensor, ...]
 
 
-class PreparedAdapters:
-    """The copies of the adapters that were prepared last: they are the same for every slot, and take long to list.
-
-    Keeps no adapter in memory. Thread-safe.
-    """
+class PreparedForms:
+    """The copies of adapters, which take long to list, by their form; of the forms that were used last. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[int, tuple[weakref.ref[HostAdapter], PreparedCopies]] = OrderedDict()
+        self._known: OrderedDict[Form, PreparedCopies] = OrderedDict()
 
-    def get(self, adapter: HostAdapter) -> PreparedCopies | None:
+    def get(self, form: Form) -> PreparedCopies | None:
         with self._lock:
-            known = self._known.get(id(adapter))
-            if known is not None:
-                self._known.move_to_end(id(adapter))
-            return None if known is None else known[1]
+            prepared = self._known.get(form)
+            if prepared is not None:
+                self._known.move_to_end(form)
+            return prepared
 
-    def put(self, adapter: HostAdapter, prepared: PreparedCopies) -> None:
-        if not prepared.copies.is_native:  # it would keep the adapter's memory
+    def put(self, form: Form, prepared: PreparedCopies) -> None:
+        if not prepared.copies.is_native:  # it knows the memory of one adapter
             return
-        key = id(adapter)
-
-        def forget(_: object) -> None:  # without the lock: the thread that drops an adapter may hold it
-            self._known.pop(key, None)
-
         with self._lock:
-            self._known[key] = weakref.ref(adapter, forget), prepared
-            if len(self._known) > _MAX_PREPARED:
+            self._known[form] = prepared
+            if len(self._known) > _MAX_FORMS:
                 self._known.popitem(last=False)
 
 
@@ -103,6 +95,7 @@ class SlotWrite:
         """commit: lets the steps see what the adapter has beside what is copied."""
         self.commit = commit
         self._slot = slot
+        self._storage = adapter.storage()
         self._adapter = adapter  # its memory is read
         self._prepared = prepared
         self._num_done = 0
@@ -112,6 +105,6 @@ class SlotWrite:
         copies = self._prepared.copies
         if self._num_done < copies.num_copies:
             end = copies.end_of(self._num_done, max_bytes)
-            copies.run(self._slot, self._num_done, end)
+            copies.run(self._slot, self._num_done, end, self._storage)
             self._num_done = end
         return self._num_done == copies.num_copies
