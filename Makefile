@@ -66,7 +66,7 @@ build/wheel/.built: build/source/.copied
 proto: install
 	rm -rf build/proto && mkdir -p build/proto
 	$(BIN)/python -m grpc_tools.protoc -I lorafleet/proto=proto --python_out=build/proto --grpc_python_out=build/proto \
-		--pyi_out=build/proto proto/worker.proto proto/controller.proto
+		--pyi_out=build/proto proto/worker.proto proto/controller.proto proto/rank.proto
 	mv build/proto/lorafleet/proto/* proto/
 
 clean:

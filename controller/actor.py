@@ -18,14 +18,14 @@ import grpc
 
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
-from lorafleet.controller.cluster import WORKER_PREFIX, WorkerCluster, WorkerLost
+from lorafleet.controller.cluster import WORKER_PREFIX, GroupImpossible, WorkerCluster, WorkerLost
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.reconcile import reconcile
 from lorafleet.controller.service import ControllerService, read_tokenizer_files
 from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
-from lorafleet.workers.errors import ERRORS, AdapterRefusedError, LoRAFleetError, status_of
+from lorafleet.workers.errors import ERRORS, AdapterRefusedError, ConfigError, LoRAFleetError, status_of
 from lorafleet.workers.rpc import create_server
 from lorafleet.workers.text.files import files_digest
 
@@ -185,15 +185,21 @@ class ControllerActor:
 
     async def _create(self, name: str) -> None:
         config = self._config
-        await asyncio.to_thread(
-            self._cluster.create_worker,
-            name,
-            config.engine,
-            () if name in self._bare else config.adapters,
-            self._host,
-            self._token,
-            config.log_level,
-        )
+        try:
+            await asyncio.to_thread(
+                self._cluster.create_worker,
+                name,
+                config.engine,
+                () if name in self._bare else config.adapters,
+                self._host,
+                self._token,
+                config.log_level,
+            )
+        except GroupImpossible as error:
+            logger.error("%s", error)
+            self._fail(WorkerFailed(ERRORS[ConfigError].code, str(error)))
+        except WorkerLost as lost:  # tried again when it is missed
+            logger.warning("%s", lost)
 
     def _fail(self, failure: WorkerFailed) -> None:
         """The fleet cannot start. Of no consequence later on, when the worker is tried again until it can."""

@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--seed", type=int, help="makes the draws of requests without a seed repeatable")
     model.add_argument(
-        "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks per worker; this version runs 1"
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks of a worker, which share the model"
     )
     model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the engine (default: all)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -11,18 +12,27 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lorafleet.workers.actor import WorkerActor, WorkerFailed, WorkerReady
+from lorafleet.workers.actor import FollowerActor, WorkerActor, WorkerFailed, WorkerReady
 from lorafleet.workers.config import EngineConfig, LoRAModule
 
 NAMESPACE = "lorafleet"
 CONTROLLER_NAME = "lorafleet-controller"
 WORKER_PREFIX = "lorafleet-worker-"
+_RANK_PREFIX = "lorafleet-rank-"
 _INIT_TIMEOUT_S = 120.0
+_PLACE_TIMEOUT_S = 10.0
+_LEADS_TIMEOUT_S = 60.0
 
 
 class WorkerLost(Exception):
     """The worker's actor is not there now; Ray may be restarting it."""
+
+
+class GroupImpossible(Exception):
+    """Not all nodes together have what a worker's ranks need."""
 
 
 class WorkerCluster:
@@ -39,20 +49,42 @@ class WorkerCluster:
     def create_worker(
         self, name: str, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
     ) -> None:
-        """Ask for a worker; it starts in the background. Does nothing if it exists."""
+        """Ask for a worker; it starts in the background. Does nothing if it exists.
+
+        One of several ranks is a placement group with an actor for each. Raises `GroupImpossible`, and `WorkerLost`
+        when there is no room for them now.
+        """
+        with contextlib.suppress(ValueError):
+            ray.get_actor(name, NAMESPACE)
+            return
         # Where there is no GPU the worker starts without and says so; asking Ray for one would wait for ever.
         on_gpu = config.device == "cuda" and ray.cluster_resources().get("GPU", 0) >= 1
-        ray.remote(WorkerActor).options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            # A method may have had its effect when the actor died, so none is ever repeated by Ray.
-            max_task_retries=0,
-            num_cpus=0 if on_gpu else 1,
-            num_gpus=1 if on_gpu else 0,
-        ).remote(config, tuple(adapters), host, token, log_level)
+        ranks = config.tensor_parallel_size
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
+        # A method may have had its effect when the actor died, so none is ever repeated by Ray.
+        options |= {"namespace": NAMESPACE, "lifetime": "detached", "max_task_retries": 0}
+        arguments = config, tuple(adapters), host, token, log_level
+        if ranks == 1:
+            ray.remote(WorkerActor).options(name=name, get_if_exists=True, max_restarts=-1, **options).remote(
+                *arguments
+            )
+            return
+        # Ranks live and die together, so that Ray restarts none of them by itself: we make all anew.
+        options["max_restarts"] = 0
+        self.remove_worker(name)  # what is left of one that died
+        group = _place(name, ranks, "GPU" if on_gpu else "CPU")
+        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(ranks)]
+        leader = (
+            ray.remote(WorkerActor).options(name=name, scheduling_strategy=bundles[0], **options).remote(*arguments)
+        )
+        try:
+            leads = ray.get(leader.leads.remote(), timeout=_LEADS_TIMEOUT_S)
+        except RayError as error:
+            raise WorkerLost(f"{name}: {error}") from error
+        for rank in range(1, ranks):
+            ray.remote(FollowerActor).options(
+                name=f"{_RANK_PREFIX}{rank}-of-{name}", scheduling_strategy=bundles[rank], **options
+            ).remote(config, rank, leads, host, token, log_level)
 
     async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed:
         """Wait for a worker's start. Raises `WorkerLost` when it died or did not answer in time."""
@@ -65,22 +97,47 @@ class WorkerCluster:
             raise WorkerLost(f"{name}: {error}") from error
 
     def remove_worker(self, name: str) -> None:
-        """End a worker for good."""
+        """End a worker for good, with all its ranks."""
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            is_of_it = actor["name"] == name or actor["name"].endswith(f"-of-{name}")
+            if is_of_it and actor["namespace"] == NAMESPACE:
+                with contextlib.suppress(ValueError):
+                    ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
         with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+            remove_placement_group(get_placement_group(name))
 
     def restart_worker(self, name: str) -> None:
-        """End a worker's process; Ray starts it anew."""
+        """End a worker's process; Ray starts it anew, or, where it has several ranks, `create_worker` does."""
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
+
+
+def _place(name: str, ranks: int, resource: str) -> PlacementGroup:
+    """A placement group with a bundle for each rank, on one node if some node is large enough.
+
+    Ray would leave one that can never be placed pending, without a word.
+    """
+    sizes = [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
+    if sum(map(int, sizes)) < ranks:
+        raise GroupImpossible(
+            f"A worker of --tensor-parallel-size {ranks} needs {ranks} {resource}s; the nodes of this Ray cluster have "
+            f"{', '.join(f'{size:g}' for size in sizes)}. Lower it, or add nodes."
+        )
+    strategy = "STRICT_PACK" if max(sizes) >= ranks else "PACK"
+    group = placement_group([{resource: 1}] * ranks, strategy=strategy, name=name, lifetime="detached")
+    if not group.wait(_PLACE_TIMEOUT_S):
+        remove_placement_group(group)
+        raise WorkerLost(f"{name}: there is no room for its {ranks} ranks now; others hold the {resource}s.")
+    return group
 
 
 class FleetCluster:
     """The launcher's view: a Ray to run on, and the controller in it."""
 
-    def __init__(self, address: str | None, while_waiting: Callable[[], None]) -> None:
+    def __init__(self, address: str | None, num_actors: int, while_waiting: Callable[[], None]) -> None:
         """Start a Ray of our own (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`.
 
+        num_actors: for how many, which ask for a CPU each, our own must have room, though they share the machine's.
         while_waiting: called every few milliseconds until Ray is there.
         """
         # Not on the main thread, where ray.init sets a handler for SIGTERM that exits in the middle of it and leaves
@@ -90,6 +147,7 @@ class FleetCluster:
         starting = self._thread.submit(
             ray.init,
             address=address or "local",
+            num_cpus=None if address else max(num_actors, os.cpu_count() or 1),
             namespace=NAMESPACE,
             include_dashboard=None if address else False,
             log_to_driver=False,
@@ -146,5 +204,8 @@ class FleetCluster:
                 for actor in ray.util.list_named_actors(all_namespaces=True):
                     if actor["namespace"] == NAMESPACE:
                         ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
+                for group in ray.util.placement_group_table().values():
+                    if group["name"].startswith(WORKER_PREFIX):
+                        remove_placement_group(get_placement_group(group["name"]))
         self._thread.submit(ray.shutdown).result()
         self._thread.shutdown()

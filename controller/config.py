@@ -57,8 +57,3 @@ class ServeConfig:
         twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise ConfigError(f"The model name {twice[0]!r} is given twice; every model and adapter needs its own.")
-        if self.engine.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"--tensor-parallel-size is {self.engine.tensor_parallel_size}; this version runs one rank per worker. "
-                "Leave the flag out or give 1."
-            )

@@ -195,7 +195,8 @@ def _fleet(
     signals.check()
     try:
         # Ray's C++ half puts a handler in the place of ours that aborts the process, so ours is set again and again.
-        cluster = FleetCluster(config.ray_address, while_waiting=signals.install)
+        num_actors = config.engine.tensor_parallel_size
+        cluster = FleetCluster(config.ray_address, num_actors, while_waiting=signals.install)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ConfigError(f"Ray could not be started or joined: {error}") from error
     try:

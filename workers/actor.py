@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Sequence
@@ -51,7 +52,10 @@ class WorkerFailed:
 
 
 class WorkerActor:
-    """One worker process. All arguments are plain data, since Ray keeps them for restarts."""
+    """One worker's first process. All arguments are plain data, since Ray keeps them for restarts.
+
+    With tensor parallelism it is rank 0 and waits in its start for the `FollowerActor`s, who are told where it `leads`.
+    """
 
     def __init__(
         self, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
@@ -61,12 +65,18 @@ class WorkerActor:
         self._adapters = adapters
         self._host = host
         self._token = token
+        self._listener = socket.create_server((host, 0)) if config.tensor_parallel_size > 1 else None
+        self._leads = "" if self._listener is None else f"{host}:{self._listener.getsockname()[1]}"
         # Ray constructs an actor with async methods on its event loop, so the start can be a task of that loop.
         self._started = asyncio.get_running_loop().create_task(self._start())
 
     async def ready(self) -> WorkerReady | WorkerFailed:
         """Wait until the worker serves, or until it is clear that it cannot."""
         return await asyncio.shield(self._started)
+
+    async def leads(self) -> str:
+        """host:port where the other ranks meet this one."""
+        return self._leads
 
     async def _start(self) -> WorkerReady | WorkerFailed:
         try:
@@ -83,7 +93,13 @@ class WorkerActor:
         from lorafleet.workers.adapter_registry import AdapterRegistry
         from lorafleet.workers.engine.loop import Engine
 
-        engine = Engine.from_config(self._config)
+        if self._listener is None:
+            engine = Engine.from_config(self._config)
+        else:
+            from lorafleet.workers.tp.start import Leader
+
+            leader = Leader(self._config, self._listener, self._token, on_lost=lambda: os._exit(1))
+            engine = Engine.from_config(self._config, leader.gather)
         registry = AdapterRegistry(engine)
         for module in self._adapters:
             request = worker_pb2.RegisterAdapterRequest(
@@ -133,3 +149,22 @@ class WorkerActor:
             max_num_seqs=self._config.max_num_seqs,
             max_loras=engine.plan.max_loras,
         )
+
+
+class FollowerActor:
+    """A rank above 0 of a worker, for as long as rank 0 lives."""
+
+    def __init__(self, config: EngineConfig, rank: int, leader: str, host: str, token: str, log_level: str) -> None:
+        """leader: `WorkerActor.leads`."""
+        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._run = asyncio.get_running_loop().create_task(self._follow(config, rank, leader, host, token))
+
+    async def _follow(self, config: EngineConfig, rank: int, leader: str, host: str, token: str) -> None:
+        from lorafleet.workers.tp.start import follow
+
+        try:
+            await follow(config, rank, leader, host, token)
+        except Exception:
+            logger.exception("rank %d ends", rank)
+        # Not by an exception: a thread may be in a collective that never ends. The worker is replaced as a whole.
+        os._exit(1)

@@ -89,7 +89,7 @@ class EngineConfig:
     # How long a client (a tenant's requests for one adapter) may get no token while others do; 0: as long as it takes.
     max_adapter_wait_s: float = 60.0
     lora: LoRAConfig | None = None  # None: LoRA is off
-    num_threads: int | None = None  # CPU threads of the engine; None: all that this process may use
+    num_threads: int | None = None  # CPU threads of each rank; None: its share of those that this process may use
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, DTYPES)
@@ -131,7 +131,7 @@ class EngineConfig:
 
     @property
     def threads(self) -> int:
-        return self.num_threads or len(os.sched_getaffinity(0))
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel_size)
 
 
 def _at_least(flag: str, value: int, bound: int) -> None:

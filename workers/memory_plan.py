@@ -6,12 +6,13 @@ cannot fit. Leaves to others: measuring the memory (model/device.py), allocating
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafleet.workers.adapters.vocabulary import Vocabulary
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.errors import MemoryPlanError
 from lorafleet.workers.model.architecture import ModelSpec
+from lorafleet.workers.model.shards import linear_shards
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
@@ -31,6 +32,13 @@ class DeviceMemory:
     available_bytes: int
     host_available_bytes: int
     is_cpu: bool
+
+    def shared_by(self, ranks: int) -> DeviceMemory:
+        """What one of several ranks on a host has: its own device, unless that is the host."""
+        host = self.host_available_bytes // ranks
+        if self.is_cpu:
+            return DeviceMemory(self.total_bytes // ranks, self.available_bytes // ranks, host, is_cpu=True)
+        return replace(self, host_available_bytes=host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +112,22 @@ class MemoryPlan:
 def plan_memory(
     spec: ModelSpec, config: EngineConfig, memory: DeviceMemory, *, dtype: str, lora_dtype: str
 ) -> MemoryPlan:
-    """Divide `memory`. Raises `MemoryPlanError` naming the number to change when something does not fit."""
+    """Divide `memory`. Raises `MemoryPlanError` naming the number to change when something does not fit.
+
+    The ranks of a worker are taken to be on one host, of whose memory each has its share.
+    """
     ranks = config.tensor_parallel_size
+    memory = memory.shared_by(ranks)
     budget = min(int(memory.total_bytes * config.gpu_memory_utilization), memory.available_bytes)
     max_model_len = _max_model_len(spec, config)
-    weights = spec.num_parameters * DTYPE_BYTES[dtype]
+    shards = linear_shards(spec, 0, ranks).values()
+    num_outputs = spec.num_layers * sum(shard.num_outputs for shard in shards)
+    num_integers = spec.num_layers * sum(shard.num_inputs * shard.num_outputs for shard in shards)
+    num_tables = 1 if spec.tie_embeddings else 2
+    table = -(-spec.vocab_size // ranks) * spec.hidden_size
+    weights = (num_integers + num_tables * table + spec.num_norm_elements) * DTYPE_BYTES[dtype]
     if config.quantization == "int8":
-        num_integers, num_scales = spec.num_linear_parameters, spec.num_linear_outputs
-        weights += num_integers * (1 - DTYPE_BYTES[dtype]) + num_scales * 4
-    weights //= ranks
+        weights += num_integers * (1 - DTYPE_BYTES[dtype]) + num_outputs * 4
     max_batched = config.batched_tokens(on_cpu=memory.is_cpu)
     activations = 4 * (
         max_batched * (4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size) // ranks
@@ -121,8 +136,9 @@ def plan_memory(
     slot_bytes = max_loras = host_cache = 0
     if config.lora is not None:
         max_loras = config.lora.max_loras
-        slot_bytes = spec.lora_elements(config.lora.max_lora_rank) * DTYPE_BYTES[lora_dtype] // ranks
-        slot_bytes += spec.num_linear_outputs * 2 * DTYPE_BYTES["float32"] // ranks  # scale and shift
+        features = spec.num_layers * sum(shard.num_inputs + shard.num_outputs for shard in shards)
+        slot_bytes = features * config.lora.max_lora_rank * DTYPE_BYTES[lora_dtype]
+        slot_bytes += num_outputs * 2 * DTYPE_BYTES["float32"]  # scale and shift
         slot_bytes += spec.num_norm_elements * DTYPE_BYTES[dtype]
         host_cache = config.lora.host_cache_bytes or (
             config.lora.max_cpu_loras * slot_bytes
@@ -159,8 +175,7 @@ def plan_memory(
     kv_bytes = config.kv_cache_memory_bytes
     if config.lora is not None and config.lora.full_weight_bytes is None:
         left = max(0, budget - fixed - max(needed, kv_bytes or 0))
-        table = spec.vocab_size * spec.hidden_size * DTYPE_BYTES[dtype] // ranks
-        full_weights = min(_NUM_TABLES * table, budget // _TABLE_SHARE, left // 4)
+        full_weights = min(_NUM_TABLES * table * DTYPE_BYTES[dtype], budget // _TABLE_SHARE, left // 4)
         fixed += full_weights
     room = budget - fixed
     if needed > room:

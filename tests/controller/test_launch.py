@@ -32,7 +32,7 @@ class FakeCluster:
         self.controller_arguments: tuple[Any, ...] = ()
         self.is_shut_down = False
 
-    def __call__(self, address: str | None, while_waiting: Callable[[], None]) -> FakeCluster:
+    def __call__(self, address: str | None, num_actors: int, while_waiting: Callable[[], None]) -> FakeCluster:
         while_waiting()
         return self
 
@@ -186,7 +186,7 @@ def test_waiting_for_ray_goes_on_until_it_is_there(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cluster_module.ray, "init", init)
     monkeypatch.setattr(cluster_module.ray, "shutdown", lambda: threads.append(threading.current_thread()))
     monkeypatch.setattr(cluster_module.ray.util, "list_named_actors", lambda **_: [])
-    cluster = cluster_module.FleetCluster(None, while_waiting=wait)
+    cluster = cluster_module.FleetCluster(None, 1, while_waiting=wait)
     assert waited > 2
     assert threads[0] is not threading.main_thread() and threads[0].is_alive()
     cluster.shutdown()

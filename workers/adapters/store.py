@@ -65,7 +65,8 @@ class _Entry:
 
 class AdapterStore:
     """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even behind
-    a preemption and when somebody has written into the file since. `load` and `clock` are for tests.
+    a preemption and when somebody has written into the file since. `load` and `num_bytes`: of an adapter of which not
+    all is kept. `clock` is for tests.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class AdapterStore:
         eviction: Eviction | None = None,
         is_in_use: Callable[[str], bool] = lambda _: False,
         load: Callable[..., HostAdapter] = load_adapter,
+        num_bytes: Callable[[AdapterSpec], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base = base
@@ -87,6 +89,7 @@ class AdapterStore:
         self._eviction = eviction or LeastRecentlyUsed()
         self._is_in_use = is_in_use
         self._load = load
+        self._size = num_bytes or (lambda spec: spec.num_bytes(dtype))
         self._clock = clock
         self._lock = threading.Lock()
         self._specs: dict[str, list[AdapterSpec]] = {}  # where each digest was seen, last first
@@ -241,9 +244,6 @@ class AdapterStore:
             assert all(entry.holders and not entry.is_ahead for entry in self._queue.values())
             assert not any(entry.holders and entry.is_ahead for entry in self._entries.values())
             assert len(self._prefetches) <= _MAX_PREFETCHES
-
-    def _size(self, spec: AdapterSpec) -> int:
-        return spec.num_bytes(self._dtype)
 
     def _admit(self) -> None:
         """Start the loads for which there is room, oldest first. The lock is held."""

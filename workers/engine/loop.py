@@ -23,7 +23,6 @@ import torch
 
 from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import AdapterSpec
-from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
@@ -44,9 +43,11 @@ from lorafleet.workers.errors import (
     QueueFullError,
 )
 from lorafleet.workers.memory_plan import MemoryPlan, plan_memory
+from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
 from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.tp.ranks import Gather, Ranks, alone
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class _Pin:
 class Engine:
     """One model, its adapters, its requests. Create with `from_config`, then `load`."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan, device: torch.device) -> None:
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan, device: torch.device, ranks: Ranks
+    ) -> None:
         lora = config.lora
         self.config = config
         self.spec = spec
@@ -69,7 +72,10 @@ class Engine:
         self.max_model_len = plan.max_model_len
         self.vocab_size = spec.vocab_size
         self._max_lora_rank = lora.max_lora_rank if lora else 0
-        self._runner = ModelRunner(spec, plan, max_lora_rank=self._max_lora_rank, device=device)
+        self._ranks = ranks
+        self._runner = ModelRunner(
+            spec, plan, max_lora_rank=self._max_lora_rank, device=device, group=ranks.group, plans=ranks.plans
+        )
         self._pool = BlockPool(plan.num_pages)
         eviction = lora.eviction if lora else "lru"
         self._slots = AdapterSlots(
@@ -88,19 +94,14 @@ class Engine:
             max_wait_s=config.max_adapter_wait_s,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._store = AdapterStore(
-            spec.base_shapes,
-            max_bytes=plan.host_cache_bytes,
-            max_adapters=plan.max_cpu_loras,
-            dtype=getattr(torch, plan.lora_dtype),
-            eviction=make_eviction(eviction),
-            is_in_use=self._scheduler.is_in_use,
+        self._store = adapter_store(
+            spec, plan, ranks.group, eviction=make_eviction(eviction), is_in_use=self._scheduler.is_in_use
         )
-        self._loader = SlotLoader(self._store, self._slots, self._runner, self._post)
+        self._loader = SlotLoader(self._store, self._slots, self._runner, ranks.followers, self._post)
         self._lock = threading.Lock()  # guards the six below
         # A str is the id of a request to cancel.
         self._inbox: deque[GenerateRequest | str | Loaded | Retire | _Pin] = deque()
-        self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots)
+        self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots, ranks.followers)
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
         self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
@@ -114,17 +115,18 @@ class Engine:
         self._stats = self._take_stats()
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> Engine:
+    def from_config(cls, config: EngineConfig, gather: Gather = alone) -> Engine:
         """Plan the memory and allocate it; the weights come with `load`.
 
-        Raises `ConfigError`, `ModelError` or `MemoryPlanError`; nothing is allocated then.
+        gather: brings up the other ranks, with a tensor_parallel_size above 1. Raises `ConfigError`, `ModelError` or
+        `MemoryPlanError`; nothing is allocated then.
         """
         spec = read_spec(Path(config.model))
         device = pick_device(config)
         dtype = pick_dtype(config, spec, device)
         lora_dtype = config.lora.lora_dtype if config.lora and config.lora.lora_dtype != "auto" else dtype
         plan = plan_memory(spec, config, measure_memory(device), dtype=dtype, lora_dtype=lora_dtype)
-        return cls(config, spec, plan, device)
+        return cls(config, spec, plan, device, gather(plan, device))
 
     def load(self) -> None:
         """Read the base model's weights. Raises `ModelError`."""
@@ -169,7 +171,7 @@ class Engine:
 
     def prefetch_adapter(self, digest: str) -> None:
         """Bring a registered adapter into the host cache in the background, if there is room."""
-        self._store.prefetch(digest)
+        self._prefetch(digest)
 
     def pin_adapter(self, digest: str) -> None:
         """Bring a registered adapter into a slot as soon as one is free, and keep it there until it is unregistered.
@@ -240,6 +242,8 @@ class Engine:
         self._adapters.close(unseen)
         self._store.close()
         self._loader.close()
+        self._runner.close()
+        self._ranks.followers.close()
 
     # The stepping thread.
 
@@ -273,7 +277,7 @@ class Engine:
         for load in plan.loads:
             self._loader.start(load)
         for digest in plan.prefetches:
-            self._store.prefetch(digest)
+            self._prefetch(digest)
         if plan.scheduled:
             self._step_began = time.monotonic()
             results = iter(self._runner.run(plan))
@@ -339,6 +343,10 @@ class Engine:
             self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()
+
+    def _prefetch(self, digest: str) -> None:
+        self._store.prefetch(digest)
+        self._ranks.followers.prefetch(digest)
 
     def _release_files(self, request: GenerateRequest) -> None:
         for digest in request.digests:

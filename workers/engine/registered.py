@@ -26,6 +26,7 @@ from lorafleet.workers.errors import (
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.loader import CheckpointReader
+from lorafleet.workers.tp.followers import Followers
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,15 @@ class RegisteredAdapters:
     """By digest. Whoever calls holds the engine's lock, unless a method says otherwise."""
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan, store: AdapterStore, slots: AdapterSlots
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        store: AdapterStore,
+        slots: AdapterSlots,
+        followers: Followers,
     ) -> None:
+        self._followers = followers
         self._config = config
         self._spec = spec
         self._plan = plan
@@ -85,6 +93,7 @@ class RegisteredAdapters:
                 f"{self._plan.full_weight_bytes}. Raise --lora-full-weight-bytes.",
                 reason="larger_than_full_weight_pool",
             )
+        self._followers.register(spec.path, spec.digest)
         return spec
 
     def add(self, spec: AdapterSpec) -> None:
@@ -172,6 +181,7 @@ class RegisteredAdapters:
             return FreedBytes(0, 0)
         pool_bytes = self._slots.drop(digest)
         device = 0 if pool_bytes is None else self._plan.slot_bytes + pool_bytes
+        self._followers.forget(digest)
         return FreedBytes(device, self._store.forget(digest))
 
     def _fit(self, digests: Sequence[str], pinned: set[str]) -> bool:

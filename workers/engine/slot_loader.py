@@ -1,6 +1,7 @@
 """How adapters get from the host tier into their slots without a step waiting for one.
 
-Loader threads fetch them and list what is to be copied where; the stepping thread copies in pieces between steps.
+Loader threads fetch them and list what is to be copied where, and have the other ranks do all of it; the stepping
+thread copies in pieces between steps.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
+
+import torch
 
 from lorafleet.workers.adapters.background import background_threads
+from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.batch import SlotLoad
 from lorafleet.workers.errors import InternalError, LoRAFleetError
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.slot_write import SlotWrite
+from lorafleet.workers.tp.followers import Followers
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +39,7 @@ class Loaded:
     """A loader thread's report: an adapter that only has to be copied into its slot, or why that cannot be."""
 
     load: SlotLoad
+    number: int  # each has its own
     write: SlotWrite | LoRAFleetError
     seconds: float
 
@@ -41,8 +48,15 @@ class SlotLoader:
     """`report`, called on a loader thread, brings each `Loaded` to the stepping thread, which calls all methods."""
 
     def __init__(
-        self, store: AdapterStore, slots: AdapterSlots, runner: ModelRunner, report: Callable[[Loaded], None]
+        self,
+        store: AdapterStore,
+        slots: AdapterSlots,
+        runner: ModelRunner,
+        followers: Followers,
+        report: Callable[[Loaded], None],
     ) -> None:
+        self._followers = followers
+        self._numbers = count()
         self._store = store
         self._slots = slots
         self._runner = runner
@@ -60,7 +74,7 @@ class SlotLoader:
     def start(self, load: SlotLoad) -> None:
         """Begin to bring an adapter into the slot that `AdapterSlots` gave it."""
         self.num_loading += 1
-        self._loaders.submit(self._load, load)
+        self._loaders.submit(self._load, load, next(self._numbers))
 
     def pin(self, digest: str) -> None:
         """Let an adapter stay in its slot; if it is in none, bring it into one that can be had now."""
@@ -87,7 +101,7 @@ class SlotLoader:
             loaded, write = self._copying[0]
             if write.advance(_COPY_BYTES):
                 self._copying.popleft()
-                write.commit()
+                self._runner.commit(write, loaded.number)
                 self._store.release(loaded.load.digest)
                 self._slots.finish_load(loaded.load.digest, loaded.seconds)
                 self.num_loading -= 1
@@ -108,20 +122,42 @@ class SlotLoader:
         """The store is closed already, so that no loader waits for it."""
         self._loaders.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, load: SlotLoad) -> None:
-        """On a loader thread: disk to host if need be, what can be done ahead of the copy to the device, report."""
+    def _load(self, load: SlotLoad, number: int) -> None:
+        """On a loader thread: bring an adapter as near to its slot as can be without the stepping thread, and report.
+
+        When it reports one, all other ranks have it in their slots.
+        """
         began = time.monotonic()
         write: SlotWrite | LoRAFleetError
         try:
-            adapter = self._store.fetch(load.digest).result()  # held until it is copied
-            try:
-                write = self._runner.prepare_adapter(load.slot, adapter)
-            except BaseException:
-                self._store.release(load.digest)
-                raise
+            write = self._bring(load, number)
         except LoRAFleetError as refused:
             write = refused
         except Exception:
             logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
             write = InternalError("Loading the adapter failed; the worker's log says why.")
-        self._report(Loaded(load, write, time.monotonic() - began))
+        self._report(Loaded(load, number, write, time.monotonic() - began))
+
+    def _bring(self, load: SlotLoad, number: int) -> SlotWrite:
+        """When it has returned or raised, no other rank writes into the slot any more."""
+        self._followers.prefetch(load.digest)  # they read it while this rank does
+        adapter = self._store.fetch(load.digest).result()  # held until it is copied
+        try:
+            wait_for_others = self._followers.stage(load.digest, load.slot, number, self._split_norms(adapter))
+            try:
+                return self._runner.prepare_adapter(load.slot, adapter)
+            finally:
+                wait_for_others()
+        except BaseException:
+            self._store.release(load.digest)
+            raise
+
+    def _split_norms(self, adapter: HostAdapter) -> torch.Tensor | None:
+        """DoRA's norms that are sums over the ranks, [N, H], made if need be; None: there are none."""
+        runner = self._runner
+        if not runner.has_split_norms(adapter):
+            return None
+        if runner.split_norms(adapter) is None:
+            others = self._followers.partial_squares(adapter.digest)
+            runner.set_split_norms(adapter, sum(others, runner.partial_squares(adapter)).sqrt_())
+        return runner.split_norms(adapter)

@@ -97,18 +97,10 @@ class ModelSpec:
         return self.num_layers * sum(i * o for i, o in self.linears.values())
 
     @property
-    def num_linear_outputs(self) -> int:
-        return self.num_layers * sum(o for _, o in self.linears.values())
-
-    @property
     def num_parameters(self) -> int:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         norms = (2 * self.num_layers + 1) * self.hidden_size
         return self.num_linear_parameters + embeddings + norms
-
-    def lora_elements(self, lora_rank: int) -> int:
-        """Elements of one adapter of this rank on all seven linears of all layers."""
-        return self.num_layers * lora_rank * sum(i + o for i, o in self.linears.values())
 
     def kv_elements_per_token(self, ranks: int) -> int:
         """Elements of keys and values that one token takes on one rank."""

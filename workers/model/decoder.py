@@ -21,8 +21,7 @@ from lorafleet.kernels.lora import LoraSegments
 from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
 from lorafleet.kernels.rope import rope_kv_write_
 from lorafleet.workers.adapters.format import HostAdapter
-from lorafleet.workers.adapters.modules import FINAL_NORM, NO_LAYER
-from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.adapters.modules import EMBEDDING, FINAL_NORM, NO_LAYER
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, WeightFormat
@@ -30,14 +29,16 @@ from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import Part, SlotShape
 from lorafleet.workers.model.norm import Norm
 from lorafleet.workers.model.rope import cos_sin_table
+from lorafleet.workers.model.shards import linear_shards
 from lorafleet.workers.model.slot_write import PreparedForms, SlotRows, SlotWrite
 from lorafleet.workers.model.step_input import StepInput
-from lorafleet.workers.model.vocabulary import VocabularyPart, make_part
+from lorafleet.workers.model.vocabulary import VocabularyPart, embedding_squares, make_part
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 # A recording of SmolLM2's 30 layers takes 50 KB; steps of more tokens spend little of their time in Python.
 _MAX_RECORDED_TOKENS = 128
 _MAX_RECORDINGS = 256
+_ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,9 @@ class Activations:
     def allocate(
         cls, spec: ModelSpec, num_tokens: int, format: WeightFormat, group: TensorParallelGroup
     ) -> Activations:
-        q_heads, kv_heads = _head_ranges(spec, group)
-        q_size = (q_heads.stop - q_heads.start) * spec.head_dim
-        kv_size = (kv_heads.stop - kv_heads.start) * spec.head_dim
-        start, stop = group.shard(spec.intermediate_size, "intermediate_size")
-        hidden, inner = spec.hidden_size, stop - start
+        shards = linear_shards(spec, group.rank, group.size)
+        q_size, kv_size = shards["q_proj"].num_outputs, shards["k_proj"].num_outputs
+        hidden, inner = spec.hidden_size, shards["up_proj"].num_outputs
         widths = (hidden, hidden, q_size + 2 * kv_size, q_size, 2 * inner, inner)
         return cls(*(format.empty(num_tokens, width) for width in widths))
 
@@ -76,29 +75,23 @@ class DecoderLayer:
         self._eps = spec.norm_eps
         self._window = spec.windows[index]
         self._scale = spec.head_dim**-0.5
-        q_heads, kv_heads = _head_ranges(spec, group)
-        self._num_q_heads = q_heads.stop - q_heads.start
-        self._num_kv_heads = kv_heads.stop - kv_heads.start
-        self._q_size = self._num_q_heads * spec.head_dim
         dim, hidden = spec.head_dim, spec.hidden_size
-        inner = group.shard(spec.intermediate_size, "intermediate_size")
-        self.qkv = ColumnParallelLinear(
-            (
-                Part("q_proj", q_heads.start * dim, q_heads.stop * dim),
-                Part("k_proj", kv_heads.start * dim, kv_heads.stop * dim),
-                Part("v_proj", kv_heads.start * dim, kv_heads.stop * dim),
-            ),
-            hidden,
-            bias=spec.qkv_bias,
-            format=format,
-        )
-        self.o = RowParallelLinear("o_proj", spec.q_size, hidden, bias=spec.o_bias, format=format, group=group)
-        self.gate_up = ColumnParallelLinear(
-            (Part("gate_proj", *inner), Part("up_proj", *inner)), hidden, bias=spec.mlp_bias, format=format
-        )
-        self.down = RowParallelLinear(
-            "down_proj", spec.intermediate_size, hidden, bias=spec.mlp_bias, format=format, group=group
-        )
+        shards = linear_shards(spec, group.rank, group.size)
+        self._q_size = shards["q_proj"].num_outputs
+        self._num_q_heads = self._q_size // dim
+        self._num_kv_heads = shards["k_proj"].num_outputs // dim
+
+        def columns(*names: str, bias: bool) -> ColumnParallelLinear:
+            parts = tuple(Part(name, shards[name].outputs.start, shards[name].outputs.stop) for name in names)
+            return ColumnParallelLinear(parts, hidden, bias=bias, format=format)
+
+        def rows(name: str, *, bias: bool) -> RowParallelLinear:
+            return RowParallelLinear(name, shards[name].inputs, hidden, bias=bias, format=format, group=group)
+
+        self.qkv = columns("q_proj", "k_proj", "v_proj", bias=spec.qkv_bias)
+        self.o = rows("o_proj", bias=spec.o_bias)
+        self.gate_up = columns("gate_proj", "up_proj", bias=spec.mlp_bias)
+        self.down = rows("down_proj", bias=spec.mlp_bias)
         self._input_norm = Norm(index, "input_layernorm", format.empty(hidden))
         self._post_norm = Norm(index, "post_attention_layernorm", format.empty(hidden))
         self._q_norm = Norm(index, "q_norm", format.empty(dim)) if spec.qk_norm else None
@@ -259,6 +252,31 @@ class Decoder:
 
         return SlotWrite(slot, adapter, prepared, commit)
 
+    def split_norms(self, adapter: HostAdapter) -> list[tuple[int, str]]:
+        """DoRA's norms that are sums over the ranks; all are [H], and in the same order on every rank.
+
+        They belong into `HostAdapter.norms` before `prepare_adapter`.
+        """
+        if self._group.size == 1:
+            return []
+        changes = {(layer, name): change for (layer, name), change in adapter.weights.items() if name in _ROW_PARALLEL}
+        table = adapter.tables.get(EMBEDDING)
+        if table is not None and table.lora is not None:
+            changes[NO_LAYER, EMBEDDING] = table.lora
+        return sorted(key for key, change in changes.items() if change.magnitude_O is not None)
+
+    def partial_squares(self, adapter: HostAdapter) -> torch.Tensor:
+        """This rank's summands, [split norms, H]; the norms are the roots of their sums."""
+        rows = []
+        for index, name in self.split_norms(adapter):
+            if index == NO_LAYER:
+                ids = self._embedding.ids(adapter.vocab_size)
+                rows.append(embedding_squares(adapter.tables[EMBEDDING], ids, self._embedding.weight))
+            else:
+                layer = self._layers[index]
+                rows.append((layer.o if name == layer.o.name else layer.down).partial_squares(adapter))
+        return torch.stack(rows)
+
     def clear_slot(self, slot: int) -> None:
         """Free the embedding and the head of a slot's adapter."""
         self.tables.pop(slot, None)
@@ -305,27 +323,3 @@ class Decoder:
         self._recordings[shape] = recording
         if len(self._recordings) > _MAX_RECORDINGS:
             self._recordings.popitem(last=False)
-
-
-def _head_ranges(spec: ModelSpec, group: TensorParallelGroup) -> tuple[slice, slice]:
-    """Query and key-value heads of this rank; key-value heads are replicated when there are fewer than ranks."""
-    if spec.num_heads % group.size:
-        raise ConfigError(
-            f"--tensor-parallel-size is {group.size}, which does not divide the model's {spec.num_heads} attention "
-            f"heads. Use one of {[n for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]}."
-        )
-    q_heads = slice(*group.shard(spec.num_heads, "num_attention_heads"))
-    if spec.num_kv_heads >= group.size:
-        if spec.num_kv_heads % group.size:
-            raise ConfigError(
-                f"--tensor-parallel-size is {group.size}, which does not divide the model's {spec.num_kv_heads} "
-                "key-value heads."
-            )
-        return q_heads, slice(*group.shard(spec.num_kv_heads, "num_key_value_heads"))
-    if group.size % spec.num_kv_heads:
-        raise ConfigError(
-            f"--tensor-parallel-size is {group.size}: the model's {spec.num_kv_heads} key-value heads cannot be "
-            "replicated evenly over so many ranks."
-        )
-    head = group.rank * spec.num_kv_heads // group.size
-    return q_heads, slice(head, head + 1)

@@ -82,33 +82,37 @@ class RowParallelLinear:
     bias_O: torch.Tensor | None
 
     def __init__(
-        self, name: str, num_in: int, num_out: int, *, bias: bool, format: WeightFormat, group: TensorParallelGroup
+        self, name: str, columns: slice, num_out: int, *, bias: bool, format: WeightFormat, group: TensorParallelGroup
     ) -> None:
-        self._name = name
+        """columns: the inputs that this rank has."""
+        self.name = name
         self._num_out = num_out
         self._has_bias = bias
         self._format = format
         self._group = group
-        self._columns = slice(*group.shard(num_in, f"{name}'s input"))
+        self._columns = columns
         self.lora: LoraLinear | None = None
 
     def load(self, reader: CheckpointReader, prefix: str) -> None:
         weight_OI = self._format.empty(self._num_out, self._columns.stop - self._columns.start)
-        reader.read_into(weight_OI, f"{prefix}.{self._name}.weight", columns=self._columns)
+        reader.read_into(weight_OI, f"{prefix}.{self.name}.weight", columns=self._columns)
         self.weight = prepare(weight_OI, int8=self._format.int8)
         self.bias_O = None
         if self._has_bias:
             self.bias_O = self._format.empty(self._num_out)
-            reader.read_into(self.bias_O, f"{prefix}.{self._name}.bias")
+            reader.read_into(self.bias_O, f"{prefix}.{self.name}.bias")
 
     def add_slots(self, layer: int, shape: SlotShape) -> None:
-        self.lora = LoraLinear(layer, (Part(self._name, 0, self._num_out),), self._columns, shape)
+        self.lora = LoraLinear(layer, (Part(self.name, 0, self._num_out),), self._columns, shape)
 
     def slot_rows(self, adapter: HostAdapter, out: SlotRows) -> None:
         assert self.lora is not None
-        group = self._group
-        base = BaseLinear(self.weight, self.bias_O, adds_bias=group.rank == 0, is_whole=group.size == 1)
-        self.lora.rows(adapter, base, out)
+        self.lora.rows(adapter, self._base(), out)
+
+    def partial_squares(self, adapter: HostAdapter) -> torch.Tensor:
+        """See `LoraLinear.partial_squares`."""
+        assert self.lora is not None
+        return self.lora.partial_squares(adapter, self._base())
 
     def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
         """Into `out_TO`, contiguous."""
@@ -117,6 +121,10 @@ class RowParallelLinear:
         if segments is not None and self.lora is not None:
             self.lora.add_(out_TO, x_TI, segments)
         self._group.all_reduce_(out_TO)
+
+    def _base(self) -> BaseLinear:
+        group = self._group
+        return BaseLinear(self.weight, self.bias_O, adds_bias=group.rank == 0, is_whole=group.size == 1)
 
 
 class VocabParallelEmbedding:

@@ -14,7 +14,6 @@ import torch
 from lorafleet.kernels.linear import LinearWeight, dense
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange
-from lorafleet.workers.errors import AdapterRefusedError
 from lorafleet.workers.model.slot_write import SlotRows
 
 # L slots, N linears fused into one, R lora rank, T tokens, I in features, O out features of the fused linear
@@ -88,7 +87,10 @@ class LoraLinear:
         )
 
     def rows(self, adapter: HostAdapter, base: BaseLinear, out: SlotRows) -> None:
-        """What an adapter puts into a slot. Slow with DoRA, the first time."""
+        """What an adapter puts into a slot. Slow with DoRA, the first time.
+
+        Where not all inputs are here, `HostAdapter.norms` has those of a DoRA adapter already.
+        """
         slots = self._slots
         ranks, affine = [0] * len(self._parts), [0] * len(self._parts)
         scalings = [0.0] * len(self._parts)
@@ -105,12 +107,26 @@ class LoraLinear:
                     affine[n] = 1
                     norm_O = adapter.norms.get((self._layer, part.name))
                     if norm_O is None and change.magnitude_O is not None:
-                        norm_O = adapter.norms[self._layer, part.name] = _norm(change, part, base, slice(begin, end))
+                        assert base.is_whole, "the squares of all ranks are summed before"
+                        squares_O = self._squares(change, part, base, slice(begin, end))
+                        norm_O = adapter.norms[self._layer, part.name] = squares_O.sqrt_()
                     scale_O, shift_O = _affine(change, norm_O, part, base, slice(begin, end))
                     out.add(slots.scale_LO[:, begin:end], scale_O, is_own=True)
                     out.add(slots.shift_LO[:, begin:end], shift_O, is_own=True)
             begin = end
         out.add_numbers(self._numbers_L3N, ranks, scalings, affine)
+
+    def partial_squares(self, adapter: HostAdapter, base: BaseLinear) -> torch.Tensor:
+        """Of one linear by itself, with DoRA, [O]: its `HostAdapter.norms` are the roots of the sum over the ranks."""
+        (part,) = self._parts
+        return self._squares(adapter.weights[self._layer, part.name], part, base, slice(0, part.size))
+
+    def _squares(self, change: LinearChange, part: Part, base: BaseLinear, rows: slice) -> torch.Tensor:
+        """Sums over the inputs that are here of (W + s·B·A)², [O] in float32. `rows`: where the part is in the base."""
+        changed_OI = dense(base.weight, rows).cpu()
+        b_OR = _cut(change.b_RO, part.rows).T.float()
+        changed_OI.addmm_(b_OR, _cut(change.a_RI, self._columns).float(), alpha=change.scaling)
+        return changed_OI.square_().sum(dim=1)
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
         """y += the adapters' terms for the rows in `segments`."""
@@ -120,17 +136,6 @@ class LoraLinear:
 def _cut(weights: torch.Tensor, columns: slice) -> torch.Tensor:
     # One rank alone wants them all, and a slice would take it as long as the copy.
     return weights if columns.stop - columns.start == weights.shape[1] else weights[:, columns]
-
-
-def _norm(change: LinearChange, part: Part, base: BaseLinear, rows: slice) -> torch.Tensor:
-    """Of the rows of W + s·B·A, [O], in float32. `rows`: where the part is among the base's."""
-    if not base.is_whole:
-        raise AdapterRefusedError(
-            f"DoRA on {part.name} is not supported with tensor parallelism (yet).", reason="unsupported_feature"
-        )
-    changed_OI = dense(base.weight, rows).cpu()
-    changed_OI.addmm_(_cut(change.b_RO, part.rows).T.float(), change.a_RI.float(), alpha=change.scaling)
-    return changed_OI.square_().sum(dim=1).sqrt_()
 
 
 def _affine(

@@ -22,12 +22,16 @@ from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
 from lorafleet.workers.model.sampling import Sampled, Sampler
 from lorafleet.workers.model.slot_write import SlotWrite
-from lorafleet.workers.model.step_input import StepBuffers
+from lorafleet.workers.model.step_input import StepBuffers, StepShape
 from lorafleet.workers.tp.group import TensorParallelGroup
+from lorafleet.workers.tp.plans import Change, PlanChannel, Words
 
 
 class ModelRunner:
-    """The model on one device, its size fixed by a memory plan."""
+    """The model on one device, its size fixed by a memory plan.
+
+    Rank 0's runner tells the other ranks of each step before it computes its own share, and they `follow`.
+    """
 
     def __init__(
         self,
@@ -37,8 +41,12 @@ class ModelRunner:
         max_lora_rank: int,
         device: torch.device,
         group: TensorParallelGroup | None = None,
+        plans: PlanChannel | None = None,
     ) -> None:
+        """plans: to the other ranks, for rank 0 of several."""
         group = group or TensorParallelGroup()
+        self._plans = plans
+        self._changes: list[tuple[Change, int]] = []  # since the last step, for the other ranks
         dtype = getattr(torch, plan.dtype)
         self._plan = plan
         self._device = device
@@ -105,21 +113,66 @@ class ModelRunner:
 
         Wider than the base's vocabulary where a row's adapter adds ids; those are -inf for the others.
         """
-        decoder = self._decoder
-        step = self._buffers.fill(plan.scheduled, with_norms=decoder.with_norms, with_tables=decoder.tables)
-        return decoder.forward(step, self._cache)
+        shape = self._buffers.fill(plan.scheduled)
+        if self._plans is not None:
+            self._plans.send(self._changes, self._buffers.pack(shape))
+            self._changes.clear()
+        return self._forward(shape)
+
+    @torch.inference_mode()
+    def follow(self, step: Words) -> None:
+        """Compute this rank's share of a step that rank 0 has laid out."""
+        self._forward(self._buffers.unpack(step))
 
     def prepare_adapter(self, slot: int, adapter: HostAdapter) -> SlotWrite:
         """Make ready what goes into a slot that no request uses. May run on another thread while `run` runs.
 
-        Between steps the write is advanced, and committed in the end.
+        Between steps the write is advanced, and in the end given to `commit`.
         """
         return self._decoder.prepare_adapter(slot, adapter)
+
+    def has_split_norms(self, adapter: HostAdapter) -> bool:
+        """Whether DoRA's norms of an adapter are sums over the ranks."""
+        return bool(self._decoder.split_norms(adapter))
+
+    def partial_squares(self, adapter: HostAdapter) -> torch.Tensor:
+        """Of an adapter with such norms, this rank's summands of their squares, [N, H] in float32."""
+        return self._decoder.partial_squares(adapter)
+
+    def split_norms(self, adapter: HostAdapter) -> torch.Tensor | None:
+        """Those norms, [N, H], if they are known."""
+        norms = [adapter.norms.get(key) for key in self._decoder.split_norms(adapter)]
+        known = [norm_H for norm_H in norms if norm_H is not None]
+        return torch.stack(known) if known and len(known) == len(norms) else None
+
+    def set_split_norms(self, adapter: HostAdapter, norms_NH: torch.Tensor) -> None:
+        """Before `prepare_adapter`, on every rank."""
+        adapter.norms.update(zip(self._decoder.split_norms(adapter), norms_NH, strict=True))
+
+    def commit(self, write: SlotWrite, number: int = 0) -> None:
+        """Let the steps see an adapter of which all is in its slot, here and, under this number, on the other ranks."""
+        write.commit()
+        self._tell(Change.COMMIT, number)
 
     def clear_slot(self, slot: int) -> None:
         """Free what a slot's adapter has beyond the slot: its embedding and head. No request uses it."""
         self._decoder.clear_slot(slot)
+        self._tell(Change.CLEAR, slot)
+
+    def close(self) -> None:
+        """Let the other ranks end."""
+        if self._plans is not None:
+            self._plans.end()
 
     def table_bytes(self) -> int:
         """Of the memory that adapters' embeddings and heads hold."""
         return sum(part.num_bytes() for part in self._decoder.tables.values())
+
+    def _forward(self, shape: StepShape) -> torch.Tensor:
+        decoder = self._decoder
+        step = self._buffers.step(shape, with_norms=decoder.with_norms, with_tables=decoder.tables)
+        return decoder.forward(step, self._cache)
+
+    def _tell(self, change: Change, number: int) -> None:
+        if self._plans is not None:
+            self._changes.append((change, number))

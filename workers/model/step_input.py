@@ -41,6 +41,17 @@ class StepInput:
     own_tables: tuple[OwnTables, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """How much of the buffers a step fills."""
+
+    num_tokens: int
+    num_seqs: int
+    num_pages: int  # of the longest sequence
+    num_samples: int
+    num_segments: int
+
+
 class StepBuffers:
     """The memory of every step's input, allocated once for the largest step.
 
@@ -74,20 +85,15 @@ class StepBuffers:
         self._weights = np.ones(max_num_segments, np.float32)
         self._which_norm = np.zeros(max_num_tokens, np.int32)
 
-    def fill(
-        self, scheduled: Sequence[Scheduled], *, with_norms: Collection[int] = (), with_tables: Collection[int] = ()
-    ) -> StepInput:
+    def fill(self, scheduled: Sequence[Scheduled]) -> StepShape:
         """Lay out a non-empty plan that is grouped by adapter slots, as `StepPlan` promises.
 
         A segment is rows of one slot's adapter next to each other; rows before a request's `adapter_start` are in none,
         those of a composition in one for each of its adapters, in the order of their digests.
-
-        `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own. What
-        comes back is good until the next call.
         """
         page_size = self._page_size
         token_ids, positions, slot_mapping = self._token_ids, self._positions, self._slot_mapping
-        num_samples = num_segments = row = 0
+        num_samples = num_segments = num_pages = row = 0
         applied: tuple[tuple[int, ...], tuple[float, ...]] = (), ()  # to the last row so far: slots and their weights
         for s, entry in enumerate(scheduled):
             request = entry.request
@@ -96,6 +102,7 @@ class StepBuffers:
             end = row + entry.num_tokens
             pages = self._page_table[s]
             pages[: len(request.pages)] = request.pages
+            num_pages = max(num_pages, len(request.pages))
             if entry.num_tokens == 1:
                 token_ids[row] = request.token_ids[first]
                 positions[row] = first
@@ -122,7 +129,48 @@ class StepBuffers:
                     self._weights[num_segments] = weight
                     num_segments += 1
             row = end
-        num_seqs = len(scheduled)
+        return StepShape(row, len(scheduled), num_pages, num_samples, num_segments)
+
+    def pack(self, shape: StepShape) -> npt.NDArray[np.int32]:
+        """What the buffers hold of a step, for another rank."""
+        pages = self._page_table[: shape.num_seqs, : shape.num_pages]
+        parts = *self._parts(shape), pages, self._segments[:, : shape.num_segments]
+        weights = self._weights[: shape.num_segments].view(np.int32)
+        header = (shape.num_tokens, shape.num_seqs, shape.num_pages, shape.num_samples, shape.num_segments)
+        return np.concatenate([np.array(header), *(part.reshape(-1) for part in parts), weights], dtype=np.int32)
+
+    def unpack(self, packed: npt.NDArray[np.int32]) -> StepShape:
+        """Take over what `pack` made of another rank's buffers."""
+        shape = StepShape(*packed[:5].tolist())
+        begin = 5
+        pages = self._page_table[: shape.num_seqs, : shape.num_pages]
+        weights = self._weights[: shape.num_segments].view(np.int32)
+        for part in (*self._parts(shape), pages, self._segments[:, : shape.num_segments], weights):
+            part[...] = packed[begin : begin + part.size].reshape(part.shape)
+            begin += part.size
+        assert begin == len(packed)
+        return shape
+
+    def _parts(self, shape: StepShape) -> tuple[npt.NDArray[Any], ...]:
+        """Those of one dimension. None of their numbers needs more than 31 bits."""
+        return (
+            self._token_ids[: shape.num_tokens],
+            self._positions[: shape.num_tokens],
+            self._slot_mapping[: shape.num_tokens],
+            self._query_start[: shape.num_seqs + 1],
+            self._context_len[: shape.num_seqs],
+            self._sample_rows[: shape.num_samples],
+        )
+
+    def step(
+        self, shape: StepShape, *, with_norms: Collection[int] = (), with_tables: Collection[int] = ()
+    ) -> StepInput:
+        """The step as tensors, which are good until the buffers are filled again.
+
+        `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own.
+        """
+        token_ids, positions, slot_mapping, query_start, context_len, sample_rows = self._parts(shape)
+        num_segments = shape.num_segments
         starts, ends, slots, _, _ = self._segments
         which_norm_T, own_tables = None, []
         for start, end, slot, *samples in (
@@ -130,19 +178,19 @@ class StepBuffers:
         ):
             if slot in with_norms:
                 if which_norm_T is None:
-                    self._which_norm[:row] = 0
-                    which_norm_T = self._which_norm[:row]
+                    which_norm_T = self._which_norm[: shape.num_tokens]
+                    which_norm_T[:] = 0
                 which_norm_T[start:end] = 1 + slot
             if slot in with_tables:
                 own_tables.append(OwnTables(slot, slice(start, end), slice(*samples)))
         return StepInput(
-            token_ids_T=self._tensor(token_ids[:row]),
-            positions_T=self._tensor(positions[:row]),
-            slot_mapping_T=self._tensor(slot_mapping[:row]),
-            page_table_SP=self._tensor(self._page_table[:num_seqs]),
-            query_start_S1=self._tensor(self._query_start[: num_seqs + 1]),
-            context_len_S=self._tensor(self._context_len[:num_seqs]),
-            sample_rows=self._tensor(self._sample_rows[:num_samples]),
+            token_ids_T=self._tensor(token_ids),
+            positions_T=self._tensor(positions),
+            slot_mapping_T=self._tensor(slot_mapping),
+            page_table_SP=self._tensor(self._page_table[: shape.num_seqs]),
+            query_start_S1=self._tensor(query_start),
+            context_len_S=self._tensor(context_len),
+            sample_rows=self._tensor(sample_rows),
             segments=LoraSegments(
                 start_G=self._tensor(starts[:num_segments]),
                 end_G=self._tensor(ends[:num_segments]),

@@ -23,7 +23,6 @@ from lorafleet.kernels.linear import LinearWeight, dense, gather_rows, linear, p
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange, TableChange
 from lorafleet.workers.adapters.modules import EMBEDDING, HEAD, NO_LAYER
-from lorafleet.workers.errors import AdapterRefusedError
 
 _ROWS_AT_ONCE = 4096  # of a table, where all of it is gone through
 
@@ -133,7 +132,7 @@ def make_part(
 ) -> VocabularyPart:
     """Copy an adapter's tables to where the base model's are, of which `embedding` and `head` are this rank's rows.
 
-    Raises `AdapterRefusedError` for DoRA on an embedding of which not all rows are here: its norms are over them.
+    Where not all of an embedding's rows are here, `HostAdapter.norms` has those of DoRA on it already.
     """
     own, own_head = (adapter.tables.get(module) for module in (EMBEDDING, HEAD))
     head_part = None if own_head is None else _make_head(adapter, own_head, ids, head, lora_dtype)
@@ -165,15 +164,11 @@ def _make_embedding(
         a_XR = _own(ids.cut(change.lora.a_RI.T), like.device, lora_dtype)
         b_RH = _own(change.lora.b_RO, like.device, lora_dtype)
         if change.lora.magnitude_O is not None:
-            if ids.stop - ids.start < ids.vocab_size:
-                raise AdapterRefusedError(
-                    f"DoRA on {EMBEDDING} is not supported with tensor parallelism (yet).", reason="unsupported_feature"
-                )
             norm_H = adapter.norms.get((NO_LAYER, EMBEDDING))
             if norm_H is None:
-                places_N = None if row_ids_N is None else ids.place(row_ids_N)
-                dense_rows = _dense_rows(weight or base, ids, places_N, rows_NH)
-                norm_H = adapter.norms[NO_LAYER, EMBEDDING] = _column_norm(change.lora, dense_rows)
+                assert ids.stop - ids.start == ids.vocab_size, "the squares of all ranks are summed before"
+                squares_H = _column_squares(change.lora, ids, weight or base, row_ids_N, rows_NH)
+                norm_H = adapter.norms[NO_LAYER, EMBEDDING] = squares_H.sqrt_()
             scale_H = (change.lora.magnitude_O / norm_H).to(like.device)
     return EmbeddingPart(ids, weight, row_ids_N, rows_NH, a_XR, b_RH, scaling, scale_H)
 
@@ -242,14 +237,33 @@ def _head_lora(
     )
 
 
-def _column_norm(change: LinearChange, dense_rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """Of the columns of W + s·(B·A)ᵀ, [H]: PEFT takes an embedding's norms over the vocabulary."""
-    a_VR, b_RH = change.a_RI.T, change.b_RO.float()
+def embedding_squares(change: TableChange, ids: IdRange, base: LinearWeight) -> torch.Tensor:
+    """An embedding with DoRA: over this rank's ids, the sums of squares of the columns of W + s·(B·A)ᵀ, [H].
+
+    PEFT takes an embedding's norms over the vocabulary.
+    """
+    assert change.lora is not None
+    weight = base
+    if change.weight_VH is not None:
+        weight = prepare(_own(ids.cut(change.weight_VH), base.data.device, base.data.dtype), packed=False)
+    return _column_squares(change.lora, ids, weight, *_rows(change, base.data))
+
+
+def _column_squares(
+    change: LinearChange,
+    ids: IdRange,
+    weight: LinearWeight,
+    row_ids_N: torch.Tensor | None,
+    rows_NH: torch.Tensor | None,
+) -> torch.Tensor:
+    a_XR, b_RH = ids.cut(change.a_RI.T), change.b_RO.float()
+    places_N = None if row_ids_N is None else ids.place(row_ids_N)
+    num_counted = ids.size if ids.embeds_added else ids.stop - ids.start
     squares_H = torch.zeros(b_RH.shape[1])
-    for first, rows_XH in dense_rows:
-        rows_XH.addmm_(a_VR[first : first + len(rows_XH)].float(), b_RH, alpha=change.scaling)
-        squares_H += rows_XH.square_().sum(dim=0)
-    return squares_H.sqrt_()
+    for first, rows_XH in _dense_rows(weight, ids, places_N, rows_NH):
+        rows_XH.addmm_(a_XR[first : first + len(rows_XH)].float(), b_RH, alpha=change.scaling)
+        squares_H += rows_XH[: max(0, num_counted - first)].square_().sum(dim=0)
+    return squares_H
 
 
 def _dense_rows(

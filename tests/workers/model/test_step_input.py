@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
@@ -31,13 +33,16 @@ class World:
             max_num_batched_tokens=max_num_tokens,
             eos_token_ids=frozenset(),
         )
-        self.buffers = StepBuffers(
-            page_size=PAGE,
-            max_num_tokens=max_num_tokens,
-            max_num_seqs=8,
-            max_model_len=64,
-            max_composed=2,
-            device=torch.device("cpu"),
+        self.buffers, self.other = (
+            StepBuffers(
+                page_size=PAGE,
+                max_num_tokens=max_num_tokens,
+                max_num_seqs=8,
+                max_model_len=64,
+                max_composed=2,
+                device=torch.device("cpu"),
+            )
+            for _ in range(2)
         )
         self.num_added = 0
 
@@ -56,10 +61,25 @@ class World:
 
     def step(self) -> StepInput:
         plan = self.scheduler.schedule()
-        step = self.buffers.fill(plan.scheduled)
+        shape = self.buffers.fill(plan.scheduled)
+        step = self.buffers.step(shape)
+        self._assert_another_rank_has_it(step, self.buffers.pack(shape))
         for entry in plan.scheduled:
             self.scheduler.commit(entry, 99 if entry.samples else None)
         return step
+
+    def _assert_another_rank_has_it(self, step: StepInput, packed: npt.NDArray[np.int32]) -> None:
+        other = self.other.step(self.other.unpack(packed))
+        for name in ("token_ids_T", "positions_T", "slot_mapping_T", "query_start_S1", "context_len_S", "sample_rows"):
+            assert torch.equal(getattr(other, name), getattr(step, name)), name
+        for s, length in enumerate(step.context_len_S.tolist()):
+            num_pages = -(-length // PAGE)
+            assert torch.equal(other.page_table_SP[s, :num_pages], step.page_table_SP[s, :num_pages])
+        if step.segments is None or other.segments is None:
+            assert step.segments is other.segments
+            return
+        for name in step.segments.__slots__:
+            assert torch.equal(getattr(other.segments, name), getattr(step.segments, name)), name
 
 
 def segments(step: StepInput) -> list[tuple[int, int, int]]:

@@ -131,6 +131,5 @@ def test_a_size_that_does_not_divide_the_heads_is_refused_by_name(tmp_path: Path
     spec = architecture.read_spec(tmp_path / "model")
     memory = DeviceMemory(8 << 30, 8 << 30, 8 << 30, is_cpu=True)
     config = EngineConfig(model="", tensor_parallel_size=3)
-    plan = plan_memory(spec, config, memory, dtype="float32", lora_dtype="float32")
     with pytest.raises(ConfigError, match=r"--tensor-parallel-size is 3.*4 attention heads"):
-        ModelRunner(spec, plan, max_lora_rank=0, device=torch.device("cpu"), group=TensorParallelGroup(0, 3))
+        plan_memory(spec, config, memory, dtype="float32", lora_dtype="float32")

@@ -1,0 +1,88 @@
+"""A worker of two ranks behind the whole fleet: the answers of one rank, and replaced as a whole when a rank dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from serving import Server, start, wait_until
+
+from lorafleet.workers import LLM, LoRARequest, SamplingParams
+
+PROMPTS = ["the quick", "over the lazy dog", "then"]
+
+
+@pytest.fixture
+def server(tiny_model: Path) -> Iterator[Server]:
+    server = start(
+        str(tiny_model),
+        *("--served-model-name", "tiny", "--dtype", "float32", "--tensor-parallel-size", "2"),
+        *("--enable-lora", "--lora-modules", f"good={tiny_model.parent / 'good'}"),
+    )
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def complete(server: Server, model: str) -> list[str]:
+    body = {"model": model, "prompt": PROMPTS, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return [choice["text"] for choice in json.load(response)["choices"]]
+
+
+def serves(server: Server, model: str) -> bool:
+    try:
+        return bool(complete(server, model))
+    except (urllib.error.HTTPError, OSError):
+        return False
+
+
+def ranks(server: Server) -> dict[str, int]:
+    """Pids of the ranks' processes by their names."""
+    pids = {}
+    for pid in server.children():
+        try:
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+        except OSError:
+            continue
+        if name.startswith(("ray::WorkerActor", "ray::FollowerActor")):
+            pids[name.split(".")[0]] = pid
+    return pids
+
+
+def are_gone(server: Server, pids: set[int]) -> bool:
+    return not pids & set(ranks(server).values())
+
+
+def test_two_ranks_answer_as_one_and_are_replaced_together(server: Server, tiny_model: Path) -> None:
+    llm = LLM(str(tiny_model), dtype="float32", enable_lora=True)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    good = LoRARequest("good", 1, str(tiny_model.parent / "good"))
+    expected = {
+        model: [output.outputs[0].text for output in llm.generate(PROMPTS, params, lora_request=lora)]
+        for model, lora in (("tiny", None), ("good", good))
+    }
+    for model, texts in expected.items():
+        assert complete(server, model) == texts
+    for victim in ("ray::FollowerActor", "ray::WorkerActor"):
+        before = ranks(server)
+        assert len(before) == 2
+        os.kill(before[victim], signal.SIGKILL)
+        wait_until(partial(are_gone, server, set(before.values())), f"{victim} died, and the other rank with it")
+        wait_until(lambda: serves(server, "good"), "a new worker serves", timeout_s=120)
+        for model, texts in expected.items():
+            assert complete(server, model) == texts
+    server.stop()
+    wait_until(lambda: not server.survivors(), "nothing is left")
