@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lorafleet.proto import worker_pb2 as lorafleet_dot_proto_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alorafleet/proto/rank.proto\x12\tlorafleet\x1a\x1clorafleet/proto/worker.proto\"\x0f\n\rAttendRequest\"+\n\x0bRankAdapter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"K\n\x0cStageRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\r\n\x05norms\x18\x04 \x01(\x0c\"D\n\x0cSquaresReply\x12#\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x12.lorafleet.Failure\x12\x0f\n\x07squares\x18\x02 \x01(\x0c\"0\n\tRankReply\x12#\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x12.lorafleet.Failure2\xff\x02\n\x04Rank\x12\x38\n\x06\x41ttend\x12\x18.lorafleet.AttendRequest\x1a\x14.lorafleet.RankReply\x12?\n\x0fRegisterAdapter\x12\x16.lorafleet.RankAdapter\x1a\x14.lorafleet.RankReply\x12=\n\rForgetAdapter\x12\x16.lorafleet.RankAdapter\x1a\x14.lorafleet.RankReply\x12?\n\x0fPrefetchAdapter\x12\x16.lorafleet.RankAdapter\x1a\x14.lorafleet.RankReply\x12=\n\nSumSquares\x12\x16.lorafleet.RankAdapter\x1a\x17.lorafleet.SquaresReply\x12=\n\x0cStageAdapter\x12\x17.lorafleet.StageRequest\x1a\x14.lorafleet.RankReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alorafleet/proto/rank.proto\x12\tlorafleet\x1a\x1clorafleet/proto/worker.proto\"\x0f\n\rAttendRequest\"+\n\x0bRankAdapter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"Y\n\x0cStageRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\r\n\x05norms\x18\x04 \x01(\x0c\x12\x0c\n\x04path\x18\x05 \x01(\t\"D\n\x0cSquaresReply\x12#\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x12.lorafleet.Failure\x12\x0f\n\x07squares\x18\x02 \x01(\x0c\"0\n\tRankReply\x12#\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x12.lorafleet.Failure2\xff\x02\n\x04Rank\x12\x38\n\x06\x41ttend\x12\x18.lorafleet.AttendRequest\x1a\x14.lorafleet.RankReply\x12?\n\x0fRegisterAdapter\x12\x16.lorafleet.RankAdapter\x1a\x14.lorafleet.RankReply\x12=\n\rForgetAdapter\x12\x16.lorafleet.RankAdapter\x1a\x14.lorafleet.RankReply\x12?\n\x0fPrefetchAdapter\x12\x16.lorafleet.RankAdapter\x1a\x14.lorafleet.RankReply\x12=\n\nSumSquares\x12\x16.lorafleet.RankAdapter\x1a\x17.lorafleet.SquaresReply\x12=\n\x0cStageAdapter\x12\x17.lorafleet.StageRequest\x1a\x14.lorafleet.RankReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,11 +37,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKADAPTER']._serialized_start=88
   _globals['_RANKADAPTER']._serialized_end=131
   _globals['_STAGEREQUEST']._serialized_start=133
-  _globals['_STAGEREQUEST']._serialized_end=208
-  _globals['_SQUARESREPLY']._serialized_start=210
-  _globals['_SQUARESREPLY']._serialized_end=278
-  _globals['_RANKREPLY']._serialized_start=280
-  _globals['_RANKREPLY']._serialized_end=328
-  _globals['_RANK']._serialized_start=331
-  _globals['_RANK']._serialized_end=714
+  _globals['_STAGEREQUEST']._serialized_end=222
+  _globals['_SQUARESREPLY']._serialized_start=224
+  _globals['_SQUARESREPLY']._serialized_end=292
+  _globals['_RANKREPLY']._serialized_start=294
+  _globals['_RANKREPLY']._serialized_end=342
+  _globals['_RANK']._serialized_start=345
+  _globals['_RANK']._serialized_end=728
 # @@protoc_insertion_point(module_scope)

@@ -19,16 +19,18 @@ class RankAdapter(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
 
 class StageRequest(_message.Message):
-    __slots__ = ("digest", "slot", "number", "norms")
+    __slots__ = ("digest", "slot", "number", "norms", "path")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NORMS_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
     digest: str
     slot: int
     number: int
     norms: bytes
-    def __init__(self, digest: _Optional[str] = ..., slot: _Optional[int] = ..., number: _Optional[int] = ..., norms: _Optional[bytes] = ...) -> None: ...
+    path: str
+    def __init__(self, digest: _Optional[str] = ..., slot: _Optional[int] = ..., number: _Optional[int] = ..., norms: _Optional[bytes] = ..., path: _Optional[str] = ...) -> None: ...
 
 class SquaresReply(_message.Message):
     __slots__ = ("failure", "squares")

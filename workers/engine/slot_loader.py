@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import torch
 
@@ -143,7 +144,10 @@ class SlotLoader:
         self._followers.prefetch(load.digest)  # they read it while this rank does
         adapter = self._store.fetch(load.digest).result()  # held until it is copied
         try:
-            wait_for_others = self._followers.stage(load.digest, load.slot, number, self._split_norms(adapter))
+            spec = self._store.spec(load.digest)
+            assert spec is not None, "it is not forgotten while it is on its way"
+            norms_NH = self._split_norms(adapter, spec.path)
+            wait_for_others = self._followers.stage(spec.path, load.digest, load.slot, number, norms_NH)
             try:
                 return self._runner.prepare_adapter(load.slot, adapter)
             finally:
@@ -152,12 +156,12 @@ class SlotLoader:
             self._store.release(load.digest)
             raise
 
-    def _split_norms(self, adapter: HostAdapter) -> torch.Tensor | None:
+    def _split_norms(self, adapter: HostAdapter, path: Path) -> torch.Tensor | None:
         """DoRA's norms that are sums over the ranks, [N, H], made if need be; None: there are none."""
         runner = self._runner
         if not runner.has_split_norms(adapter):
             return None
         if runner.split_norms(adapter) is None:
-            others = self._followers.partial_squares(adapter.digest)
+            others = self._followers.partial_squares(path, adapter.digest)
             runner.set_split_norms(adapter, sum(others, runner.partial_squares(adapter)).sqrt_())
         return runner.split_norms(adapter)

@@ -68,27 +68,32 @@ class Follower:
                 "same directory on all nodes?",
                 reason="changed_while_read",
             )
-        self._store.register(spec)
-        self._store.hold_files(digest)
+        with self._lock:
+            if self._store.spec(digest) is None:  # else another call was faster
+                self._store.register(spec)
+                self._store.hold_files(digest)
 
     def forget(self, digest: str) -> None:
-        if self._store.spec(digest) is not None:
-            self._store.release_files(digest)
-            self._store.forget(digest)
+        with self._lock:
+            if self._store.spec(digest) is not None:
+                self._store.release_files(digest)
+                self._store.forget(digest)
 
     def prefetch(self, digest: str) -> None:
         self._store.prefetch(digest)
 
-    def partial_squares(self, digest: str) -> torch.Tensor:
+    def partial_squares(self, path: Path, digest: str) -> torch.Tensor:
         """See `ModelRunner.partial_squares`. Raises what `stage` raises."""
+        self.register(path, digest)
         adapter = self._store.fetch(digest).result()
         try:
             return self._runner.partial_squares(adapter)
         finally:
             self._store.release(digest)
 
-    def stage(self, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None = None) -> None:
+    def stage(self, path: Path, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None = None) -> None:
         """Put an adapter's shard into a slot that no request uses. Raises `AdapterUnavailableError` and the like."""
+        self.register(path, digest)
         adapter = self._store.fetch(digest).result()
         try:
             if norms_NH is not None:

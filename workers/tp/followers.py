@@ -28,14 +28,17 @@ class Followers(Protocol):
     def prefetch(self, digest: str) -> None:
         """Bring it into the host tiers in the background."""
 
-    def partial_squares(self, digest: str) -> Sequence[torch.Tensor]:
+    def partial_squares(self, path: Path, digest: str) -> Sequence[torch.Tensor]:
         """Each rank's `ModelRunner.partial_squares`."""
 
-    def stage(self, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None) -> Callable[[], None]:
-        """Begin to put a registered adapter's shards into a slot; returns what waits until all ranks have.
+    def stage(
+        self, path: Path, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None
+    ) -> Callable[[], None]:
+        """Begin to put an adapter's shards into a slot; returns what waits until all ranks have.
 
-        number: of this load; larger than that of any before it for the slot. norms_NH: for
-        `ModelRunner.set_split_norms`, if the adapter has such.
+        path: for a rank that has just been told to forget it, while rank 0 was told to register it anew. number: of
+        this load; larger than that of any before it for the slot. norms_NH: for `ModelRunner.set_split_norms`, if the
+        adapter has such.
         """
 
     def close(self) -> None:
@@ -54,10 +57,12 @@ class NoFollowers:
     def prefetch(self, digest: str) -> None:
         pass
 
-    def partial_squares(self, digest: str) -> Sequence[torch.Tensor]:
+    def partial_squares(self, path: Path, digest: str) -> Sequence[torch.Tensor]:
         return ()
 
-    def stage(self, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None) -> Callable[[], None]:
+    def stage(
+        self, path: Path, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None
+    ) -> Callable[[], None]:
         return lambda: None
 
     def close(self) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from lorafleet.proto import rank_pb2, rank_pb2_grpc
+from lorafleet.workers.adapters.background import background_threads
 from lorafleet.workers.errors import InternalError, LoRAFleetError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, error_of, failure_of
 from lorafleet.workers.tp.follower import Follower
 
 logger = logging.getLogger(__name__)
 
+_NUM_THREADS = 8  # of a follower: as many loads as rank 0 has loader threads, and as many registrations
 _TIMEOUT_S = 600.0  # of a load from a slow file system; a rank that dies is noticed at once
 
 
@@ -45,14 +47,17 @@ class RemoteFollowers:
     def prefetch(self, digest: str) -> None:
         self._ask("PrefetchAdapter", rank_pb2.RankAdapter(digest=digest))
 
-    def partial_squares(self, digest: str) -> list[torch.Tensor]:
-        calls = self._call("SumSquares", rank_pb2.RankAdapter(digest=digest))
+    def partial_squares(self, path: Path, digest: str) -> list[torch.Tensor]:
+        calls = self._call("SumSquares", rank_pb2.RankAdapter(digest=digest, path=str(path)))
         _raise_first(calls)
         return [_from_bytes(call.result().squares, self._hidden_size) for call in calls]
 
-    def stage(self, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None) -> Callable[[], None]:
+    def stage(
+        self, path: Path, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None
+    ) -> Callable[[], None]:
         norms = b"" if norms_NH is None else _to_bytes(norms_NH)
-        return self._ask("StageAdapter", rank_pb2.StageRequest(digest=digest, slot=slot, number=number, norms=norms))
+        request = rank_pb2.StageRequest(digest=digest, path=str(path), slot=slot, number=number, norms=norms)
+        return self._ask("StageAdapter", request)
 
     def close(self) -> None:
         self._is_closed = True
@@ -104,6 +109,7 @@ class RankService(rank_pb2_grpc.RankServicer):
     def __init__(self, follower: Follower, hidden_size: int) -> None:
         self._follower = follower
         self._hidden_size = hidden_size
+        self._threads = background_threads(_NUM_THREADS, "lorafleet-rank")
 
     async def Attend(self, request: rank_pb2.AttendRequest, context: grpc.aio.ServicerContext) -> rank_pb2.RankReply:
         await asyncio.Event().wait()
@@ -112,40 +118,44 @@ class RankService(rank_pb2_grpc.RankServicer):
     async def RegisterAdapter(
         self, request: rank_pb2.RankAdapter, context: grpc.aio.ServicerContext
     ) -> rank_pb2.RankReply:
-        return await _reply(self._follower.register, Path(request.path), request.digest)
+        return await self._reply(self._follower.register, Path(request.path), request.digest)
 
     async def ForgetAdapter(
         self, request: rank_pb2.RankAdapter, context: grpc.aio.ServicerContext
     ) -> rank_pb2.RankReply:
-        return await _reply(self._follower.forget, request.digest)
+        return await self._reply(self._follower.forget, request.digest)
 
     async def PrefetchAdapter(
         self, request: rank_pb2.RankAdapter, context: grpc.aio.ServicerContext
     ) -> rank_pb2.RankReply:
-        return await _reply(self._follower.prefetch, request.digest)
+        return await self._reply(self._follower.prefetch, request.digest)
 
     async def StageAdapter(
         self, request: rank_pb2.StageRequest, context: grpc.aio.ServicerContext
     ) -> rank_pb2.RankReply:
         norms_NH = _from_bytes(request.norms, self._hidden_size) if request.norms else None
-        return await _reply(self._follower.stage, request.digest, request.slot, request.number, norms_NH)
+        return await self._reply(
+            self._follower.stage, Path(request.path), request.digest, request.slot, request.number, norms_NH
+        )
 
     async def SumSquares(
         self, request: rank_pb2.RankAdapter, context: grpc.aio.ServicerContext
     ) -> rank_pb2.SquaresReply:
         squares: list[torch.Tensor] = []
-        reply = await _reply(lambda: squares.append(self._follower.partial_squares(request.digest)))
+        reply = await self._reply(
+            lambda: squares.append(self._follower.partial_squares(Path(request.path), request.digest))
+        )
         if reply.HasField("failure"):
             return rank_pb2.SquaresReply(failure=reply.failure)
         return rank_pb2.SquaresReply(squares=_to_bytes(squares[0]))
 
-
-async def _reply(method: Callable[..., None], *arguments: object) -> rank_pb2.RankReply:
-    try:
-        await asyncio.to_thread(method, *arguments)
-    except LoRAFleetError as error:
-        return rank_pb2.RankReply(failure=failure_of(error))
-    except Exception:
-        logger.exception("%s failed", method.__name__)
-        return rank_pb2.RankReply(failure=failure_of(InternalError("A rank of this worker failed; its log says why.")))
-    return rank_pb2.RankReply()
+    async def _reply(self, method: Callable[..., None], *arguments: object) -> rank_pb2.RankReply:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, method, *arguments)
+        except LoRAFleetError as error:
+            return rank_pb2.RankReply(failure=failure_of(error))
+        except Exception:
+            logger.exception("%s failed", method.__name__)
+            failure = failure_of(InternalError("A rank of this worker failed; its log says why."))
+            return rank_pb2.RankReply(failure=failure)
+        return rank_pb2.RankReply()

@@ -127,4 +127,6 @@ def test_ranks_give_the_tokens_of_one_while_adapters_take_turns(name: str, size:
         freed = engine.unregister_adapter(adapters["dora"])
         engine.step()
         assert freed.result(timeout=0).host > 0
+        again = engine.register_adapter(str(tmp_path / "dora")).digest
+        assert tokens(engine, {"dora": again}).items() <= expected.items()
         engine.check_integrity()
