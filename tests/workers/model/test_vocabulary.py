@@ -19,8 +19,7 @@ from tiny import run_engine
 from transformers import PreTrainedModel
 
 from lorafleet.kernels import native
-from lorafleet.kernels.linear import LinearWeight
-from lorafleet.workers.adapters.format import HostAdapter, load_adapter, read_spec
+from lorafleet.workers.adapters.format import HostAdapter, load_adapter
 from lorafleet.workers.adapters.vocabulary import NEW_EMBEDDINGS_FILE
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.config import EngineConfig, LoRAConfig
@@ -28,8 +27,6 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError
 from lorafleet.workers.model import decoder
-from lorafleet.workers.model.architecture import read_spec as read_model_spec
-from lorafleet.workers.model.vocabulary import IdRange, make_part
 
 V = 131
 PROMPT = [*range(7, 30), 5, 9]
@@ -414,15 +411,3 @@ def test_more_added_ids_than_are_allowed_are_refused_with_the_flag(fleet: Fleet)
         assert caught.value.reason == "vocab_too_large"
     finally:
         engine.close()
-
-
-def test_dora_on_an_embedding_of_which_not_all_rows_are_here_is_refused(tmp_path: Path) -> None:
-    """Its norms are over the vocabulary. With LoRA on it a rank needs its own rows alone."""
-    base = load("llama2", tmp_path / "model")
-    make(base, tmp_path / "adapter", ADAPTERS["DoRA on both"], seed=1)
-    shapes = read_model_spec(tmp_path / "model").base_shapes
-    adapter = load_adapter(read_spec(tmp_path / "adapter", shapes, max_lora_rank=8), shapes, torch.float32)
-    table = LinearWeight(torch.zeros(66, 48), None, 66)
-    with pytest.raises(AdapterRefusedError, match="DoRA on embed_tokens") as caught:
-        make_part(adapter, IdRange(0, 66, V, 0, True), table, table, torch.float32)
-    assert caught.value.reason == "unsupported_feature"
