@@ -116,7 +116,9 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks of a worker, which share the model"
     )
-    model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the engine (default: all)")
+    model.add_argument(
+        "--num-threads", type=int, metavar="N", help="CPU threads of each rank (default: its share of all)"
+    )
 
     batch = serve.add_argument_group("batching and memory")
     batch.add_argument(

@@ -80,6 +80,7 @@ class WorkerCluster:
         try:
             leads = ray.get(leader.leads.remote(), timeout=_LEADS_TIMEOUT_S)
         except RayError as error:
+            self.remove_worker(name)  # else it would be taken for one that has all its ranks
             raise WorkerLost(f"{name}: {error}") from error
         for rank in range(1, ranks):
             ray.remote(FollowerActor).options(
