@@ -18,7 +18,7 @@ import grpc
 
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
-from lorafleet.controller.cluster import WORKER_PREFIX, GroupImpossible, WorkerCluster, WorkerLost
+from lorafleet.controller.cluster import WORKER_PREFIX, FleetImpossible, WorkerCluster, WorkerLost
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.reconcile import reconcile
 from lorafleet.controller.service import ControllerService, read_tokenizer_files
@@ -57,7 +57,7 @@ class ControllerActor:
         self._port = port
         self._token = token
         self._cluster = WorkerCluster()
-        self._desired = [f"{WORKER_PREFIX}0"]
+        self._desired = [f"{WORKER_PREFIX}{number}" for number in range(config.num_workers)]
         self._ready: dict[str, WorkerReady] = {}
         self._clients: dict[str, WorkerClient] = {}  # of the workers in the table
         self._bare: set[str] = set()  # workers that are made without the start-up's adapters
@@ -75,7 +75,7 @@ class ControllerActor:
             self._run.result()  # the start failed by a bug: raise it to the caller
         if self._failed is not None:
             return self._failed
-        return FleetReady(tuple(self._ready.values()))
+        return FleetReady(tuple(self._ready[name] for name in self._desired))
 
     async def drain(self, timeout_s: float) -> None:
         """Let every worker refuse new requests and finish its running ones."""
@@ -111,8 +111,7 @@ class ControllerActor:
         actions = reconcile(self._desired, await asyncio.to_thread(self._cluster.worker_names))
         for name in actions.remove:
             await asyncio.to_thread(self._cluster.remove_worker, name)
-        for name in actions.create:
-            await self._create(name)
+        await asyncio.gather(*(self._create(name) for name in actions.create))
         await asyncio.gather(*(self._follow(name) for name in self._desired))
 
     async def _follow(self, name: str) -> None:
@@ -190,12 +189,13 @@ class ControllerActor:
                 self._cluster.create_worker,
                 name,
                 config.engine,
+                config.num_workers,
                 () if name in self._bare else config.adapters,
                 self._host,
                 self._token,
                 config.log_level,
             )
-        except GroupImpossible as error:
+        except FleetImpossible as error:
             logger.error("%s", error)
             self._fail(WorkerFailed(ERRORS[ConfigError].code, str(error)))
         except WorkerLost as lost:  # tried again when it is missed

@@ -77,6 +77,13 @@ def make_parser() -> argparse.ArgumentParser:
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     http.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     http.add_argument(
+        "--gateway-processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the port and the work of HTTP, tokenizing and streaming (default: %(default)s)",
+    )
+    http.add_argument(
         "--api-key",
         nargs="+",
         action="extend",
@@ -117,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks of a worker, which share the model"
     )
     model.add_argument(
-        "--num-threads", type=int, metavar="N", help="CPU threads of each rank (default: its share of all)"
+        "--num-threads", type=int, metavar="N", help="CPU threads of each rank (default: its share of the host's)"
     )
 
     batch = serve.add_argument_group("batching and memory")
@@ -231,6 +238,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     fleet = serve.add_argument_group("fleet")
     fleet.add_argument(
+        "--num-workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="workers, each with the whole model (in its ranks) and its own adapter cache; requests go to the one that "
+        "is to answer first (default: %(default)s)",
+    )
+    fleet.add_argument(
         "--ray-address", metavar="ADDRESS", help="a running Ray cluster to use (default: a Ray of its own)"
     )
     fleet.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
@@ -279,6 +294,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         drain_timeout_s=args.drain_timeout_s,
         allow_runtime_lora_updates=args.allow_runtime_lora_updates or by_variable,
         lora_roots=tuple(_lora_root(root) for root in args.lora_root or ()),
+        num_workers=args.num_workers,
+        gateway_processes=args.gateway_processes,
         ray_address=args.ray_address,
         log_level=args.log_level,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +32,8 @@ class WorkerLost(Exception):
     """The worker's actor is not there now; Ray may be restarting it."""
 
 
-class GroupImpossible(Exception):
-    """Not all nodes together have what a worker's ranks need."""
+class FleetImpossible(Exception):
+    """Not all nodes together have what the workers' ranks need."""
 
 
 class WorkerCluster:
@@ -47,12 +48,19 @@ class WorkerCluster:
         ]
 
     def create_worker(
-        self, name: str, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
+        self,
+        name: str,
+        config: EngineConfig,
+        num_workers: int,
+        adapters: Sequence[LoRAModule],
+        host: str,
+        token: str,
+        log_level: str,
     ) -> None:
-        """Ask for a worker; it starts in the background. Does nothing if it exists.
+        """Ask for a worker, one of `num_workers`; it starts in the background. Does nothing if it exists.
 
-        One of several ranks is a placement group with an actor for each. Raises `GroupImpossible`, and `WorkerLost`
-        when there is no room for them now.
+        Workers spread over the nodes. One of several ranks is a placement group with an actor for each. Raises
+        `FleetImpossible`, and `WorkerLost` when there is no room for them now.
         """
         with contextlib.suppress(ValueError):
             ray.get_actor(name, NAMESPACE)
@@ -60,19 +68,23 @@ class WorkerCluster:
         # Where there is no GPU the worker starts without and says so; asking Ray for one would wait for ever.
         on_gpu = config.device == "cuda" and ray.cluster_resources().get("GPU", 0) >= 1
         ranks = config.tensor_parallel_size
+        sizes = _node_sizes("GPU" if on_gpu else "CPU")
+        _check_room(sizes, num_workers, ranks, "GPU" if on_gpu else "CPU")
+        num_hosts = sum(size >= 1 for size in sizes)
+        config = dataclasses.replace(config, workers_per_host=-(-num_workers // num_hosts))
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         # A method may have had its effect when the actor died, so none is ever repeated by Ray.
         options |= {"namespace": NAMESPACE, "lifetime": "detached", "max_task_retries": 0}
         arguments = config, tuple(adapters), host, token, log_level
         if ranks == 1:
-            ray.remote(WorkerActor).options(name=name, get_if_exists=True, max_restarts=-1, **options).remote(
-                *arguments
-            )
+            ray.remote(WorkerActor).options(
+                name=name, get_if_exists=True, max_restarts=-1, scheduling_strategy="SPREAD", **options
+            ).remote(*arguments)
             return
         # Ranks live and die together, so that Ray restarts none of them by itself: we make all anew.
         options["max_restarts"] = 0
         self.remove_worker(name)  # what is left of one that died
-        group = _place(name, ranks, "GPU" if on_gpu else "CPU")
+        group = _place(name, ranks, "GPU" if on_gpu else "CPU", max(sizes))
         bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(ranks)]
         leader = (
             ray.remote(WorkerActor).options(name=name, scheduling_strategy=bundles[0], **options).remote(*arguments)
@@ -113,18 +125,24 @@ class WorkerCluster:
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
 
 
-def _place(name: str, ranks: int, resource: str) -> PlacementGroup:
-    """A placement group with a bundle for each rank, on one node if some node is large enough.
+def _node_sizes(resource: str) -> list[float]:
+    """How much each node has of a resource, used or not."""
+    return [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
 
-    Ray would leave one that can never be placed pending, without a word.
-    """
-    sizes = [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
-    if sum(map(int, sizes)) < ranks:
-        raise GroupImpossible(
-            f"A worker of --tensor-parallel-size {ranks} needs {ranks} {resource}s; the nodes of this Ray cluster have "
-            f"{', '.join(f'{size:g}' for size in sizes)}. Lower it, or add nodes."
+
+def _check_room(sizes: Sequence[float], num_workers: int, ranks: int, resource: str) -> None:
+    """Ray would leave what can never be placed pending, without a word."""
+    needed = num_workers * ranks
+    if sum(map(int, sizes)) < needed:
+        raise FleetImpossible(
+            f"--num-workers {num_workers} of --tensor-parallel-size {ranks} need {needed} {resource}s; the nodes of "
+            f"this Ray cluster have {', '.join(f'{size:g}' for size in sizes)}. Lower one of them, or add nodes."
         )
-    strategy = "STRICT_PACK" if max(sizes) >= ranks else "PACK"
+
+
+def _place(name: str, ranks: int, resource: str, largest: float) -> PlacementGroup:
+    """A placement group with a bundle for each rank, on one node if the largest one has that much."""
+    strategy = "STRICT_PACK" if largest >= ranks else "PACK"
     group = placement_group([{resource: 1}] * ranks, strategy=strategy, name=name, lifetime="detached")
     if not group.wait(_PLACE_TIMEOUT_S):
         remove_placement_group(group)

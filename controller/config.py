@@ -27,6 +27,8 @@ class ServeConfig:
     lora_roots: tuple[
         str, ...
     ] = ()  # below which adapters that are loaded so must lie; see workers/adapters/sources.py
+    num_workers: int = 1
+    gateway_processes: int = 1  # on one port
     ray_address: str | None = None  # None: a Ray of our own on this machine
     log_level: str = "warning"
 
@@ -35,6 +37,10 @@ class ServeConfig:
             raise ConfigError(f"--port is {self.port}; it must be between 1 and 65535.")
         if not 0 <= self.drain_timeout_s < 86400:
             raise ConfigError(f"--drain-timeout-s is {self.drain_timeout_s}; it must be between 0 and 86400.")
+        if self.num_workers < 1:
+            raise ConfigError(f"--num-workers is {self.num_workers}; it must be at least 1.")
+        if self.gateway_processes < 1:
+            raise ConfigError(f"--gateway-processes is {self.gateway_processes}; it must be at least 1.")
         if not all(self.served_model_names):
             raise ConfigError("--served-model-name has an empty name.")
         if not all(self.api_keys):

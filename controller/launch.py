@@ -1,4 +1,4 @@
-"""Brings a fleet up on one command, watches it, and takes it down: Ray, controller, workers, gateway.
+"""Brings a fleet up on one command, watches it, and takes it down: Ray, controller, workers, gateways.
 
 Everything that was started is stopped again, in whatever way `serve` ends: drained on the first signal, at once on the
 second.
@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lorafleet.controller.config import ServeConfig
-from lorafleet.controller.gateway.__main__ import API_KEY_VARIABLE
+from lorafleet.controller.gateway_processes import GatewayProcesses
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
 from lorafleet.workers.model.source import read_ahead
@@ -75,32 +74,34 @@ def serve(config: ServeConfig) -> None:
             token_file = _write_secret(state_dir / "token", secrets.token_urlsafe(32))
             node = "127.0.0.1" if config.ray_address is None else _own_address()
             controller_port = _free_port(node)
-            # The gateway starts and the weights come off the disk while Ray starts; until there is a worker the gateway
-            # answers /ready with 503.
+            # Gateways start and the weights come off the disk while Ray starts; until there is a worker a gateway that
+            # is alone answers /ready with 503.
             read_ahead(Path(config.engine.model))
-            gateway = stack.enter_context(_gateway(config, f"{node}:{controller_port}", token_file))
-            _say("starting Ray, controller and worker ...")
+            gateways = stack.enter_context(GatewayProcesses(config, f"{node}:{controller_port}", token_file, state_dir))
+            _say(f"starting Ray, controller and {_count(config.num_workers, 'worker')} ...")
             ready = stack.enter_context(
                 _fleet(config, node, controller_port, token_file.read_text(), state_dir, signals)
             )
-            _wait_for_gateway(config, gateway, signals)
+            _wait_for_gateways(config, gateways, signals)
             _announce(config, ready, time.monotonic() - began)
             while not signals.count:
-                if gateway.poll() is not None:
-                    raise ConfigError(
-                        f"The gateway ended by itself with exit code {gateway.returncode}; see its log above."
-                    )
+                for code in gateways.replace_ended():
+                    _say(f"a gateway ended with exit code {code}; another takes its place")
                 time.sleep(_POLL_S)
         except Stopped:
             pass
         if signals.count:
             _say(f"draining (at most {config.drain_timeout_s:g} s; press Ctrl-C again to stop at once) ...")
-            _drain_gateway(gateway, config.drain_timeout_s, signals)
+            _drain_gateways(gateways, config.drain_timeout_s, signals)
     _say("stopped")
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _check_port(host: str, port: int) -> None:
@@ -139,40 +140,11 @@ def _write_secret(path: Path, secret: str) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _gateway(config: ServeConfig, controller: str, token_file: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The gateway as a process of its own session, so that Ctrl-C in a terminal reaches it through us only."""
-    command = [sys.executable, "-m", "lorafleet.controller.gateway"]
-    command += ["--controller", controller, "--token-file", str(token_file), "--exit-with-parent"]
-    command += ["--host", config.host, "--port", str(config.port)]
-    command += ["--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level]
-    if config.tenants_file is not None:
-        command += ["--tenants", config.tenants_file]
-    if config.seed is not None:
-        command += ["--seed", str(config.seed)]
-    # Keys travel in the environment: a command line is visible to every user of the machine.
-    environment = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
-    if config.api_keys:
-        environment[API_KEY_VARIABLE] = ",".join(config.api_keys)
-    gateway = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
-    )
-    try:
-        yield gateway
-    finally:
-        if gateway.poll() is None:
-            gateway.kill()
-        gateway.wait()
-        if gateway.stdin is not None:
-            gateway.stdin.close()
-
-
-def _drain_gateway(gateway: subprocess.Popen[bytes], timeout_s: float, signals: _Signals) -> None:
-    gateway.terminate()
+def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: _Signals) -> None:
+    gateways.terminate()
     deadline = time.monotonic() + timeout_s + 5.0
-    while gateway.poll() is None and time.monotonic() < deadline and signals.count < 2:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            gateway.wait(_POLL_S)
+    while not gateways.have_ended and time.monotonic() < deadline and signals.count < 2:
+        time.sleep(_POLL_S)
 
 
 @contextlib.contextmanager
@@ -195,7 +167,7 @@ def _fleet(
     signals.check()
     try:
         # Ray's C++ half puts a handler in the place of ours that aborts the process, so ours is set again and again.
-        num_actors = config.engine.tensor_parallel_size
+        num_actors = config.num_workers * config.engine.tensor_parallel_size
         cluster = FleetCluster(config.ray_address, num_actors, while_waiting=signals.install)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ConfigError(f"Ray could not be started or joined: {error}") from error
@@ -221,25 +193,25 @@ def _wait_for_fleet(cluster: FleetCluster, signals: _Signals) -> tuple[WorkerRea
         if answer is not None:
             workers: tuple[WorkerReady, ...] = answer.workers
             return workers
-    raise ConfigError(f"The worker did not start within {_START_TIMEOUT_S:g} s.")
+    raise ConfigError(f"The fleet did not start within {_START_TIMEOUT_S:g} s.")
 
 
 def _as_startup_error(failed: WorkerFailed) -> LoRAFleetError:
     return error_from_code(failed.code, failed.message)
 
 
-def _wait_for_gateway(config: ServeConfig, gateway: subprocess.Popen[bytes], signals: _Signals) -> None:
+def _wait_for_gateways(config: ServeConfig, gateways: GatewayProcesses, signals: _Signals) -> None:
     deadline = time.monotonic() + _GATEWAY_START_S
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # $http_proxy is not for our own gateway
     while time.monotonic() < deadline:
         signals.check()
-        if gateway.poll() is not None:
-            raise ConfigError(f"The gateway ended with exit code {gateway.returncode}; see its log above.")
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            opener.open(f"{_url(config)}/ready", timeout=2).close()
-            return
+        gateways.check()
+        if gateways.are_listening:
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                opener.open(f"{_url(config)}/ready", timeout=2).close()
+                return
         time.sleep(_POLL_S)
-    raise ConfigError(f"The gateway was not ready within {_GATEWAY_START_S:g} s.")
+    raise ConfigError(f"The gateways were not ready within {_GATEWAY_START_S:g} s.")
 
 
 def _url(config: ServeConfig) -> str:
@@ -250,6 +222,8 @@ def _url(config: ServeConfig) -> str:
 def _announce(config: ServeConfig, workers: tuple[WorkerReady, ...], seconds: float) -> None:
     """The memory plan, what is served, and commands to paste."""
     url, base = _url(config), config.served_model_names[0]
+    if len(workers) > 1:
+        print(f"{_count(len(workers), 'worker')}, each with this")
     print("\n".join(workers[0].plan))
     for adapter in workers[0].adapters:
         print(f"  adapter {adapter.name:<18} rank {adapter.lora_rank:>3}  {adapter.digest[:12]}  {adapter.root}")

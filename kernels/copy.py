@@ -58,6 +58,7 @@ class Copies:
         self.is_native = on_cpu and library() is not None
         self._rows = rows if self.is_native else None
         self._pairs = () if self.is_native else pairs
+        self._start = start
 
     def end_of(self, begin: int, max_bytes: int) -> int:
         """Behind the last copy that, with those from `begin` on, takes at most `max_bytes`; one at least is taken."""
@@ -78,6 +79,19 @@ class Copies:
             return
         address = self._rows.buffer_info()[0] + begin * _COLUMNS * self._rows.itemsize
         library().lf_copy(address, i, end - begin, 0 if storage is None else storage.data_ptr())
+
+    def run_from(self, i: int, staged: torch.Tensor) -> None:
+        """Make all copies, of sources in the storage from where its bytes are `staged`. Only where not `is_native`."""
+        assert not self.is_native
+        copy_reference([(place, self._in(staged, source)) for place, source in self._pairs], i)
+
+    def _in(self, staged: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """What lies in the staged bytes as a source does in its storage; a source that lies elsewhere."""
+        if source.untyped_storage().data_ptr() != self._start:
+            return source
+        size = source.element_size()
+        whole = staged[: staged.numel() // size * size].view(source.dtype)
+        return whole.as_strided(source.shape, source.stride(), source.storage_offset())
 
 
 def copy_reference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], i: int) -> None:

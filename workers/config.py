@@ -90,6 +90,7 @@ class EngineConfig:
     max_adapter_wait_s: float = 60.0
     lora: LoRAConfig | None = None  # None: LoRA is off
     num_threads: int | None = None  # CPU threads of each rank; None: its share of those that this process may use
+    workers_per_host: int = 1  # that share the host with this one, itself included; filled in by who places them
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, DTYPES)
@@ -122,6 +123,7 @@ class EngineConfig:
                 f"--max-adapter-wait-s is {self.max_adapter_wait_s:g}; it must be between 1 and 86400, or 0 for no "
                 "bound."
             )
+        _at_least("workers_per_host", self.workers_per_host, 1)
         if self.num_threads is not None:
             _at_least("--num-threads", self.num_threads, 1)
 
@@ -131,7 +133,8 @@ class EngineConfig:
 
     @property
     def threads(self) -> int:
-        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel_size)
+        sharing = self.tensor_parallel_size * self.workers_per_host
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 def _at_least(flag: str, value: int, bound: int) -> None:

@@ -33,11 +33,15 @@ class DeviceMemory:
     host_available_bytes: int
     is_cpu: bool
 
-    def shared_by(self, ranks: int) -> DeviceMemory:
-        """What one of several ranks on a host has: its own device, unless that is the host."""
+    def shared_by(self, ranks: int, workers: int = 1) -> DeviceMemory:
+        """What one of several ranks on a host has: its own device, unless that is the host.
+
+        Of what is available the ranks have a share each, since they start together. Workers do not: one that starts
+        anew finds what the others have taken.
+        """
         host = self.host_available_bytes // ranks
         if self.is_cpu:
-            return DeviceMemory(self.total_bytes // ranks, self.available_bytes // ranks, host, is_cpu=True)
+            return DeviceMemory(self.total_bytes // (ranks * workers), self.available_bytes // ranks, host, is_cpu=True)
         return replace(self, host_available_bytes=host)
 
 
@@ -117,7 +121,7 @@ def plan_memory(
     The ranks of a worker are taken to be on one host, of whose memory each has its share.
     """
     ranks = config.tensor_parallel_size
-    memory = memory.shared_by(ranks)
+    memory = memory.shared_by(ranks, config.workers_per_host)
     budget = min(int(memory.total_bytes * config.gpu_memory_utilization), memory.available_bytes)
     max_model_len = _max_model_len(spec, config)
     shards = linear_shards(spec, 0, ranks).values()

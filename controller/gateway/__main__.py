@@ -56,7 +56,11 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         default=True,
         help="also export metrics under vLLM's names",
     )
-    parser.add_argument("--reuse-port", action="store_true", help="let several gateway processes listen on one port")
+    parser.add_argument(
+        "--reuse-port",
+        action="store_true",
+        help="let several gateway processes listen on one port, each from when it can serve",
+    )
     for name, help_text in (
         ("drain_timeout_s", "seconds that running requests get at shutdown"),
         ("max_body_bytes", "of a request"),

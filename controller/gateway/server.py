@@ -6,6 +6,7 @@ Owns: listening, signals, the order of shutting down. Leaves to others: flags (_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -19,6 +20,8 @@ from aiohttp import web
 from lorafleet.controller.gateway.app import make_runner
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.state import GatewayState
+
+_READY_POLL_S = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +39,32 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
     runner = make_runner(state)
     await runner.setup()
     try:
+        if exit_with_parent:
+            _watch_parent(loop, lambda: None if state.admission.draining else stop.set())  # no second signal
+        if config.reuse_port and not await _can_serve(state, stop):
+            return
         await web.TCPSite(runner, config.host, config.port, reuse_port=config.reuse_port).start()
         host = f"[{config.host}]" if ":" in config.host else config.host
         print(f"lorafleet gateway listening on http://{host}:{runner.addresses[0][1]}", flush=True)
-        if exit_with_parent:
-            _watch_parent(loop, lambda: None if state.admission.draining else stop.set())  # no second signal
         await stop.wait()
         stop.clear()
         await _first(state.drain(), stop.wait())
     finally:
         await runner.cleanup()
     logger.info("stopped")
+
+
+async def _can_serve(state: GatewayState, stop: asyncio.Event) -> bool:
+    """Wait until requests can be answered; False when `stop` comes first.
+
+    Of those that listen on one port the kernel chooses blindly, so one that could not answer must not be among them.
+    """
+    while state.not_ready_reason is not None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_READY_POLL_S):
+                await stop.wait()
+                return False
+    return True
 
 
 async def _first(*parts: Coroutine[Any, Any, object]) -> None:

@@ -95,7 +95,14 @@ class FakeCluster:
         return self.names
 
     def create_worker(
-        self, name: str, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
+        self,
+        name: str,
+        config: EngineConfig,
+        num_workers: int,
+        adapters: Sequence[LoRAModule],
+        host: str,
+        token: str,
+        log_level: str,
     ) -> None:
         assert token == TOKEN
         if name not in self.names:
@@ -137,6 +144,12 @@ class Fleet:
             if [worker.worker_id for worker in table.workers] == list(worker_ids):
                 return table
         raise AssertionError("the stream ended")
+
+    async def serves(self, *worker_ids: str) -> None:
+        """Wait for a table with just these workers, in whatever order."""
+        async for table in self.tables():
+            if sorted(worker.worker_id for worker in table.workers) == sorted(worker_ids):
+                return
 
 
 @pytest.fixture
@@ -207,6 +220,27 @@ async def test_a_missing_worker_is_created_and_gets_into_the_table(fleet: Fleet,
     assert fleet.cluster.created == [NAME]
     table = await fleet.workers_become("worker-a")
     assert table.base.max_model_len == 128
+
+
+async def test_several_workers_start_side_by_side_and_fail_alone(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=3)
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
+    fleet = Fleet(controller, cluster, free_port)
+    workers = {worker_id: await start(worker_id) for worker_id in ("a", "b", "c")}
+    for worker in workers.values():
+        cluster.answers.put_nowait(worker.ready)
+    answer = await ready(controller)
+    assert isinstance(answer, FleetReady)
+    assert {worker.worker_id for worker in answer.workers} == workers.keys()
+    assert sorted(cluster.created) == [f"lorafleet-worker-{number}" for number in range(3)]
+    await fleet.serves("a", "b", "c")
+    await workers["b"].kill()
+    await fleet.serves("a", "c")
+    cluster.answers.put_nowait((await start("d")).ready)
+    await fleet.serves("a", "c", "d")
+    await stop(controller)
 
 
 async def test_workers_that_run_already_are_kept_and_unwanted_ones_removed(

@@ -157,6 +157,8 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--kv-cache-memory-bytes", "4XiB"], "'4XiB' is not a size"),
         (["--kv-cache-memory-bytes", "-1"], "--kv-cache-memory-bytes"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size is 0"),
+        (["--num-workers", "0"], "--num-workers is 0"),
+        (["--gateway-processes", "0"], "--gateway-processes is 0"),
         (["--max-adapter-wait-s", "0.5"], "--max-adapter-wait-s is 0.5"),
         (["--max-adapter-wait-s", "-1"], "--max-adapter-wait-s is -1"),
         (["--max-adapter-wait-s", "nan"], "--max-adapter-wait-s is nan"),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lorafleet.controller import cluster as cluster_module
-from lorafleet.controller import launch
+from lorafleet.controller import gateway_processes, launch
 from lorafleet.controller.config import ServeConfig
 from lorafleet.workers.actor import WorkerFailed
 from lorafleet.workers.config import EngineConfig
@@ -69,13 +69,13 @@ def port() -> int:
 def gateways(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The gateway processes that were started."""
     started = []
-    popen = launch.subprocess.Popen
+    popen = gateway_processes.subprocess.Popen
 
     def record(*args: Any, **kwargs: Any) -> Any:
         started.append(popen(*args, **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(launch.subprocess, "Popen", record)
+    monkeypatch.setattr(gateway_processes.subprocess, "Popen", record)
     return started
 
 

@@ -79,6 +79,19 @@ def test_without_kernels_the_reference_runs() -> None:
     assert places[1].any() and not places[0].any()
 
 
+def test_staged_bytes_stand_in_for_the_storage() -> None:
+    places, numbers = torch.zeros(3, 2, 4), torch.zeros(3, 2, dtype=torch.int32)
+    source = torch.arange(16.0)
+    with forced(None):
+        pairs = [(places, source[4:14].view(2, 5)[:, :4]), (numbers, torch.tensor([5, 6], dtype=torch.int32))]
+        copies = Copies(pairs, source.untyped_storage())
+        staged = torch.full((70,), 255, dtype=torch.uint8)  # longer than this adapter, and not whole elements
+        staged[:64] = (source + 100).view(torch.uint8)
+        copies.run_from(2, staged)
+    assert places[2].tolist() == [[104, 105, 106, 107], [109, 110, 111, 112]] and numbers[2].tolist() == [5, 6]
+    assert not places[:2].any() and not numbers[:2].any()
+
+
 def test_what_does_not_fit_is_a_mistake_of_ours() -> None:
     places = torch.zeros(2, 3, 4)
     with pytest.raises(AssertionError):

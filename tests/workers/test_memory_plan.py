@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ def test_a_gpu_gives_keys_and_values_all_that_is_left_up_to_what_can_be_used() -
     assert made.kv_bytes == min(useful, (made.budget_bytes - fixed) // PAGE_BYTES * PAGE_BYTES)
     assert (made.device, made.max_num_batched_tokens) == ("cuda", 2048)
     assert plan(GPU, max_num_seqs=2).kv_bytes == 2 * ONE_SEQUENCE
+
+
+def test_workers_on_one_host_share_its_memory_and_each_has_its_gpu() -> None:
+    assert plan(BIG, workers_per_host=3).budget_bytes == int(BIG.total_bytes // 3 * 0.9)
+    # One that starts anew finds little free, since the others have their shares: all of it is for this one.
+    late = replace(BIG, available_bytes=10 * GIB, host_available_bytes=10 * GIB)
+    assert plan(late, workers_per_host=3).budget_bytes == 10 * GIB
+    assert plan(GPU, workers_per_host=3) == plan(GPU)
 
 
 def test_without_lora_nothing_is_kept_for_adapters() -> None:

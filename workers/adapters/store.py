@@ -162,12 +162,7 @@ class AdapterStore:
                 return _failed(InternalError(_CLOSED))
             entry = self._entries.get(digest) or self._queue.get(digest)
             if entry is not None:
-                entry.holders += 1
-                entry.is_ahead = False
-                self._hits += 1
-                if digest in self._entries:
-                    self._entries.move_to_end(digest)
-                    self._eviction.use(digest, num_bytes=entry.num_bytes, reload_s=entry.load_s)
+                self._hold(digest, entry)
                 return entry.future
             error = self._recent_failure(digest)
             if error is not None:
@@ -176,6 +171,15 @@ class AdapterStore:
             self._queue[digest] = entry
             self._admit()
             return entry.future
+
+    def fetch_resident(self, digest: str) -> HostAdapter | None:
+        """The same without a wait: None, and nothing is held, when it is not in the cache now."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if self._closed or entry is None or not entry.future.done() or entry.future.exception() is not None:
+                return None
+            self._hold(digest, entry)
+            return entry.future.result()
 
     def prefetch(self, digest: str) -> None:
         """Bring an adapter that is to be fetched soon into the cache, in the background, if there is room at once.
@@ -244,6 +248,15 @@ class AdapterStore:
             assert all(entry.holders and not entry.is_ahead for entry in self._queue.values())
             assert not any(entry.holders and entry.is_ahead for entry in self._entries.values())
             assert len(self._prefetches) <= _MAX_PREFETCHES
+
+    def _hold(self, digest: str, entry: _Entry) -> None:
+        """For one fetch. The lock is held."""
+        entry.holders += 1
+        entry.is_ahead = False
+        self._hits += 1
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+            self._eviction.use(digest, num_bytes=entry.num_bytes, reload_s=entry.load_s)
 
     def _admit(self) -> None:
         """Start the loads for which there is room, oldest first. The lock is held."""

@@ -1,7 +1,7 @@
 """How adapters get from the host tier into their slots without a step waiting for one.
 
 Loader threads fetch them and list what is to be copied where, and have the other ranks do all of it; the stepping
-thread copies in pieces between steps.
+thread copies in pieces between steps. What an earlier load has left ready needs no loader thread.
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ class SlotLoader:
     def start(self, load: SlotLoad) -> None:
         """Begin to bring an adapter into the slot that `AdapterSlots` gave it."""
         self.num_loading += 1
-        self._loaders.submit(self._load, load, next(self._numbers))
+        number = next(self._numbers)
+        write = self._at_hand(load)
+        if write is None:
+            self._loaders.submit(self._load, load, number)
+        else:
+            self._copying.append((Loaded(load, number, write, 0.0), write))
 
     def pin(self, digest: str) -> None:
         """Let an adapter stay in its slot; if it is in none, bring it into one that can be had now."""
@@ -122,6 +127,18 @@ class SlotLoader:
     def close(self) -> None:
         """The store is closed already, so that no loader waits for it."""
         self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    def _at_hand(self, load: SlotLoad) -> SlotWrite | None:
+        """An adapter of which nothing is left to do but the copying: asking another thread would take longer."""
+        if not self._followers.are_none:
+            return None
+        adapter = self._store.fetch_resident(load.digest)
+        if adapter is None:
+            return None
+        if not self._runner.is_prepared(adapter):
+            self._store.release(load.digest)
+            return None
+        return self._runner.prepare_adapter(load.slot, adapter)
 
     def _load(self, load: SlotLoad, number: int) -> None:
         """On a loader thread: bring an adapter as near to its slot as can be without the stepping thread, and report.

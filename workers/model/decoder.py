@@ -228,7 +228,7 @@ class Decoder:
 
         May run on another thread while `forward` runs.
         """
-        prepared = None if adapter.form is None else self._prepared.get(adapter.form)
+        prepared = self._prepared.get(adapter.form)
         if prepared is None:
             out = SlotRows()
             for layer in self._layers:
@@ -237,8 +237,7 @@ class Decoder:
                 for norm in (self._norm, *(norm for layer in self._layers for norm in layer.norms())):
                     norm.slot_rows(adapter, out)
             prepared = out.copies(adapter.storage())
-            if adapter.form is not None:
-                self._prepared.put(adapter.form, prepared)
+            self._prepared.put(adapter.form, prepared)
         part = None
         if adapter.tables:
             ids = self._embedding.ids(adapter.vocab_size)
@@ -251,6 +250,10 @@ class Decoder:
                 self.tables[slot] = part
 
         return SlotWrite(slot, adapter, prepared, commit)
+
+    def is_prepared(self, adapter: HostAdapter) -> bool:
+        """Whether `prepare_adapter` finds its list of copies made and has nothing else to make."""
+        return not adapter.tables and self._prepared.get(adapter.form) is not None
 
     def split_norms(self, adapter: HostAdapter) -> list[tuple[int, str]]:
         """DoRA's norms that are sums over the ranks; all are [H], and in the same order on every rank.

@@ -21,6 +21,7 @@ from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
 from lorafleet.workers.model.sampling import Sampled, Sampler
+from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
 from lorafleet.workers.model.step_input import StepBuffers, StepShape
 from lorafleet.workers.tp.group import TensorParallelGroup
@@ -76,6 +77,7 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(spec.eos_token_ids)
+        self._side_stream = SideStream(device) if device.type == "cuda" else None
         if plan.max_loras:
             shape = SlotShape(plan.max_loras, max_lora_rank, getattr(torch, plan.lora_dtype), device)
             self._decoder.add_slots(shape)
@@ -129,7 +131,14 @@ class ModelRunner:
 
         Between steps the write is advanced, and in the end given to `commit`.
         """
-        return self._decoder.prepare_adapter(slot, adapter)
+        write = self._decoder.prepare_adapter(slot, adapter)
+        if self._side_stream is not None:
+            self._side_stream.fill(write)
+        return write
+
+    def is_prepared(self, adapter: HostAdapter) -> bool:
+        """Whether `prepare_adapter` has next to nothing to do, since one that was saved alike was prepared before."""
+        return self._decoder.is_prepared(adapter)
 
     def has_split_norms(self, adapter: HostAdapter) -> bool:
         """Whether DoRA's norms of an adapter are sums over the ranks."""

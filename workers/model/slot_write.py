@@ -66,21 +66,26 @@ class PreparedCopies:
 
 
 class PreparedForms:
-    """The copies of adapters, which take long to list, by their form; of the forms that were used last. Thread-safe."""
+    """The copies of adapters, which take long to list, by their form; of the forms that were used last. Thread-safe.
+
+    An adapter without a form shares its copies with no other one.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: OrderedDict[Form, PreparedCopies] = OrderedDict()
 
-    def get(self, form: Form) -> PreparedCopies | None:
+    def get(self, form: Form | None) -> PreparedCopies | None:
+        if form is None:
+            return None
         with self._lock:
             prepared = self._known.get(form)
             if prepared is not None:
                 self._known.move_to_end(form)
             return prepared
 
-    def put(self, form: Form, prepared: PreparedCopies) -> None:
-        if not prepared.copies.is_native:  # it knows the memory of one adapter
+    def put(self, form: Form | None, prepared: PreparedCopies) -> None:
+        if form is None or not prepared.copies.is_native:  # it knows the memory of one adapter
             return
         with self._lock:
             self._known[form] = prepared
@@ -94,8 +99,8 @@ class SlotWrite:
     def __init__(self, slot: int, adapter: HostAdapter, prepared: PreparedCopies, commit: Callable[[], None]) -> None:
         """commit: lets the steps see what the adapter has beside what is copied."""
         self.commit = commit
+        self.storage = adapter.storage()
         self._slot = slot
-        self._storage = adapter.storage()
         self._adapter = adapter  # its memory is read
         self._prepared = prepared
         self._num_done = 0
@@ -105,6 +110,11 @@ class SlotWrite:
         copies = self._prepared.copies
         if self._num_done < copies.num_copies:
             end = copies.end_of(self._num_done, max_bytes)
-            copies.run(self._slot, self._num_done, end, self._storage)
+            copies.run(self._slot, self._num_done, end, self.storage)
             self._num_done = end
         return self._num_done == copies.num_copies
+
+    def run_from(self, staged: torch.Tensor) -> None:
+        """Copy all, what lies in `storage` from the bytes that are `staged` in its place. `advance` is true then."""
+        self._prepared.copies.run_from(self._slot, staged)
+        self._num_done = self._prepared.copies.num_copies

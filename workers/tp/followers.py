@@ -19,6 +19,8 @@ class Followers(Protocol):
     Raises what one of them refused with, and `InternalError` when one is lost: its group ends then.
     """
 
+    are_none: bool  # a group of one rank
+
     def register(self, path: Path, digest: str) -> None:
         """Let all know an adapter that rank 0 has verified. Idempotent."""
 
@@ -47,6 +49,8 @@ class Followers(Protocol):
 
 class NoFollowers:
     """Of a group of one."""
+
+    are_none = True
 
     def register(self, path: Path, digest: str) -> None:
         pass

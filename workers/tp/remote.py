@@ -27,6 +27,8 @@ _TIMEOUT_S = 600.0  # of a load from a slow file system; a rank that dies is not
 class RemoteFollowers:
     """Implements `Followers`."""
 
+    are_none = False
+
     def __init__(self, addresses: Sequence[str], token: str, hidden_size: int, on_lost: Callable[[], None]) -> None:
         """addresses: host:port of each rank above 0. on_lost: called on some thread when one of them has gone."""
         self._hidden_size = hidden_size

@@ -52,7 +52,9 @@ class Counting:
 
 
 def make_engine(model: Path, *, dtype: str = "bfloat16") -> tuple[Engine, list[str]]:
-    config = EngineConfig(model=str(model / "model"), dtype=dtype, num_threads=2, lora=LoRAConfig(max_loras=4))
+    config = EngineConfig(
+        model=str(model / "model"), dtype=dtype, device="cpu", num_threads=2, lora=LoRAConfig(max_loras=4)
+    )
     engine = Engine.from_config(config)
     engine.load()
     return engine, [engine.register_adapter(str(model / f"adapter-{n}")).digest for n in range(NUM_ADAPTERS)]

@@ -237,9 +237,8 @@ def test_replayed_steps_with_own_norms_and_tables_give_the_same_bits(
     directory, _, _ = fleet
 
     def run() -> list[dict[str, tiny.Result]]:
-        engine = serve(
-            directory / "model", {}, dtype="bfloat16", lora=LoRAConfig(max_loras=5, full_weight_bytes=8 << 20)
-        )
+        lora = LoRAConfig(max_loras=5, full_weight_bytes=8 << 20)
+        engine = serve(directory / "model", {}, dtype="bfloat16", device="cpu", lora=lora)
         try:
             mixed, plain = batch(engine, directory, SOME), batch(engine, directory, ["plain", "trained tokens"])
             run_engine(engine, mixed)
