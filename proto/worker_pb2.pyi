@@ -64,7 +64,7 @@ class Welcome(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority", "cache_salt", "composition")
+    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority", "cache_salt", "composition", "output_token_ids")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class Generate(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     COMPOSITION_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     stream: int
     request_id: str
     adapter_digest: str
@@ -87,7 +88,8 @@ class Generate(_message.Message):
     priority: int
     cache_salt: str
     composition: _containers.RepeatedCompositeFieldContainer[ComposedAdapter]
-    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., composition: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ...) -> None: ...
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., composition: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ComposedAdapter(_message.Message):
     __slots__ = ("digest", "weight")

@@ -236,6 +236,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     priority=generate.priority,
                     cache_salt=generate.cache_salt,
                     composition=tuple((part.digest, part.weight) for part in generate.composition),
+                    output_token_ids=tuple(generate.output_token_ids),
                 )
             )
         except LoRAFleetError as error:

@@ -41,6 +41,7 @@ class GatewayConfig:
     body_timeout_s: float = 30.0  # for a request's body to arrive
     write_timeout_s: float = 30.0  # for a client that does not read
     request_timeout_s: float = 3600.0
+    worker_wait_s: float = 60.0  # for a worker that goes on with a request whose own was lost
     max_in_flight: int = 1024  # requests; more get 429
     max_queued_tokens: int = 256  # of one choice whose client reads slower than it generates
     num_tokenizer_threads: int = 2
@@ -72,8 +73,9 @@ class GatewayConfig:
         ):
             if not 0 < seconds < float("inf"):
                 raise ConfigError(f"{flag} is {seconds}; it must be a positive number of seconds.")
-        if not 0 <= self.drain_timeout_s < float("inf"):
-            raise ConfigError(f"--drain-timeout-s is {self.drain_timeout_s}; it must be 0 or more seconds.")
+        for flag, seconds in (("--drain-timeout-s", self.drain_timeout_s), ("--worker-wait-s", self.worker_wait_s)):
+            if not 0 <= seconds < float("inf"):
+                raise ConfigError(f"{flag} is {seconds}; it must be 0 or more seconds.")
 
 
 def check_address(flag: str, address: str) -> None:

@@ -3,15 +3,17 @@
 Owns: submitting, turning arrived tokens into deltas, finish reasons, cancelling whatever is not needed any more.
 Leaves to others: parsing and tokenising (completions.py, chat.py), framing (sse.py), the workers (pool.py).
 
-However a request ends (finished, stop string, error, client gone, shutdown), leaving the ``with`` block cancels on the
-workers what still runs there.
+A choice whose worker is lost goes on with another one, where its tokens so far count as its own output, so that the
+client sees no seam. However a request ends (finished, stop string, error, client gone, shutdown), leaving the ``with``
+block cancels on the workers what still runs there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -23,10 +25,15 @@ from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.errors import LoRAFleetError, WorkerLostError, WorkerUnavailableError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
+
+MAX_LOST = 3  # workers that one choice may outlive
+_RETRY_S = 0.05
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +52,19 @@ class ChoiceDelta:
 class _Choice:
     queue: ChoiceQueue
     text: OutputText
+    choose: Callable[[], WorkerSession]
+    generate: worker_pb2.Generate
     session: WorkerSession
     stream: int
+    num_lost: int = 0  # workers that it was on
+    resuming: asyncio.Task[None] | None = None
     last_at: float | None = None  # when its last tokens came
+
+    def cancel(self) -> None:
+        """Nobody wants more of it."""
+        if self.resuming is not None:
+            self.resuming.cancel()
+        self.session.cancel(self.stream)
 
 
 class Generation:
@@ -63,8 +80,10 @@ class Generation:
         tokenizer: Tokenizer,
         params: SamplingParams,
         max_queued_tokens: int,
+        worker_wait_s: float,
         metrics: ModelMetrics,
     ) -> None:
+        """worker_wait_s: how long a choice whose worker was lost may wait for one that goes on with it."""
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self._request_id = request_id
@@ -76,7 +95,8 @@ class Generation:
         self._metrics = metrics
         self._started_at = time.monotonic()
         self._has_token = False
-        self._inbox = Inbox(max_queued_tokens, self._cancel_all)
+        self._worker_wait_s = worker_wait_s
+        self._inbox = Inbox(max_queued_tokens, self._cancel_all, self._lost)
         self._choices: list[_Choice] = []
         self._choices_by_prompt: list[list[_Choice]] = []
         self._num_open = 0
@@ -110,13 +130,17 @@ class Generation:
 
     def add_prompt(
         self,
-        session: WorkerSession,
+        choose: Callable[[], WorkerSession],
         model: ModelEntry,
         prompt_token_ids: Sequence[int],
         samplings: Sequence[worker_pb2.Sampling],
     ) -> None:
-        """Start one choice for each of `samplings`. Raises WorkerUnavailableError."""
+        """Start one choice for each of `samplings`, all on one worker. Raises WorkerUnavailableError.
+
+        choose: gives the worker's session, or raises that.
+        """
         params = self._params
+        session = choose()
         self.num_prompt_tokens += len(prompt_token_ids)
         first = len(self._choices)
         for sampling in samplings:
@@ -144,7 +168,8 @@ class Generation:
                 min_tokens=params.min_tokens,
                 skip_special_tokens=params.skip_special_tokens,
             )
-            self._choices.append(_Choice(queue, text, session, session.submit(queue, generate)))
+            stream = session.submit(queue, generate)
+            self._choices.append(_Choice(queue, text, choose, generate, session, stream))
             self._num_open += 1
         self._choices_by_prompt.append(self._choices[first:])
 
@@ -197,14 +222,46 @@ class Generation:
         if reason is not None:
             self._num_open -= 1
             self._metrics.ended(reason)
-            choice.session.cancel(choice.stream)
+            choice.cancel()
         if num_used != len(token_ids):
             token_ids, logprobs = token_ids[:num_used], logprobs[:num_used]
         return ChoiceDelta(choice.queue.index, delta.text, token_ids, logprobs, reason, stop_reason)
 
     def _cancel_all(self) -> None:
         for choice in self._choices:
-            choice.session.cancel(choice.stream)
+            choice.cancel()
+
+    def _lost(self, queue: ChoiceQueue, error: WorkerLostError) -> None:
+        choice = self._choices[queue.index]
+        choice.num_lost += 1
+        if choice.num_lost > MAX_LOST:  # it may be what they die of
+            self._inbox.fail(error)
+            return
+        choice.resuming = asyncio.create_task(self._resume(choice, error), name=f"resume {self._request_id}")
+
+    async def _resume(self, choice: _Choice, lost: WorkerLostError) -> None:
+        """Let another worker, or the next self of the lost one, go on behind the tokens that have arrived."""
+        deadline = time.monotonic() + self._worker_wait_s
+        del choice.generate.output_token_ids[:]
+        choice.generate.output_token_ids.extend(choice.queue.received)
+        while True:
+            try:
+                session = choice.choose()
+                choice.stream = session.submit(choice.queue, choice.generate)
+                choice.session = session
+                break
+            except WorkerUnavailableError:
+                if time.monotonic() >= deadline:
+                    self._inbox.fail(lost)
+                    return
+            await asyncio.sleep(_RETRY_S)
+        self._metrics.resumed()
+        logger.info(
+            "request %s: worker %s goes on behind %d tokens",
+            self._request_id,
+            session.endpoint.worker_id,
+            len(choice.queue.received),
+        )
 
 
 def _joined(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import DeadlineError, LoRAFleetError
+from lorafleet.workers.errors import DeadlineError, LoRAFleetError, WorkerLostError
 
 
 class Arrived(NamedTuple):
@@ -33,6 +33,7 @@ class ChoiceQueue:
     index: int  # of the choice in the answer
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
+    received: list[int] = field(default_factory=list)  # all its tokens ever, for a worker that goes on with it
     finish: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, those that the worker did not compute for this choice
 
@@ -43,6 +44,7 @@ class ChoiceQueue:
         if not token_ids:
             inbox.ready.append(self)
         token_ids.append(token_id)
+        self.received.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if finish is not None:
@@ -56,6 +58,10 @@ class ChoiceQueue:
             )
         inbox.wake()
 
+    def lose(self, error: WorkerLostError) -> None:
+        """The worker that put tokens here is gone."""
+        self.inbox.lose(self, error)
+
     def take(self) -> Arrived:
         """All that is there."""
         arrived = Arrived(self.token_ids, self.logprobs, self.finish)
@@ -66,13 +72,20 @@ class ChoiceQueue:
 class Inbox:
     """The choices of one request together; one reader."""
 
-    __slots__ = ("_error", "_on_fail", "_waiter", "max_queued_tokens", "ready")
+    __slots__ = ("_error", "_on_fail", "_on_lost", "_waiter", "max_queued_tokens", "ready")
 
-    def __init__(self, max_queued_tokens: int, on_fail: Callable[[], None]) -> None:
-        """on_fail: called once, at the first failure, from `fail`."""
+    def __init__(
+        self,
+        max_queued_tokens: int,
+        on_fail: Callable[[], None],
+        on_lost: Callable[[ChoiceQueue, WorkerLostError], None] | None = None,
+    ) -> None:
+        """on_fail: called once, at the first failure, from `fail`. on_lost: sees to it that another worker goes on
+        with a choice; without it a lost worker is a failure."""
         self.max_queued_tokens = max_queued_tokens
         self.ready: list[ChoiceQueue] = []  # those with tokens
         self._on_fail = on_fail
+        self._on_lost = on_lost
         self._error: LoRAFleetError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -86,6 +99,13 @@ class Inbox:
             self._error = error
             self._on_fail()
             self.wake()
+
+    def lose(self, queue: ChoiceQueue, error: WorkerLostError) -> None:
+        """The worker of one choice is gone. Does nothing for a request that has failed."""
+        if self._on_lost is None:
+            self.fail(error)
+        elif self._error is None:
+            self._on_lost(queue, error)
 
     def wake(self) -> None:
         """Let the reader go on, if it waits."""

@@ -35,6 +35,12 @@ class Metrics:
             ["model", "finish_reason"],
             registry=registry,
         )
+        self.resumed = Counter(
+            "lorafleet_choices_resumed",
+            "Choices that another worker went on with when theirs was lost",
+            ["model"],
+            registry=registry,
+        )
         self.prompt_tokens = Counter(
             "lorafleet_prompt_tokens", "Tokens of finished requests' prompts", ["model"], registry=registry
         )
@@ -81,11 +87,12 @@ class Metrics:
 class ModelMetrics:
     """The instruments of one model, looked up once: they are called for every token."""
 
-    __slots__ = ("_choices", "_prompt_tokens", "_whole", "first_token", "gap", "tokens")
+    __slots__ = ("_choices", "_prompt_tokens", "_whole", "first_token", "gap", "resumed", "tokens")
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.first_token = metrics.first_token.labels(model).observe
         self.gap = metrics.gap.labels(model).observe
+        self.resumed = metrics.resumed.labels(model).inc
         self.tokens = metrics.generation_tokens.labels(model).inc
         self._whole = metrics.whole.labels(model)
         self._prompt_tokens = metrics.prompt_tokens.labels(model)

@@ -4,8 +4,8 @@ Owns: connecting, the handshake, liveness, stream numbers. Leaves to others: whi
 pool.py), sorting a step's rows (delivery.py), what tokens mean (generation.py).
 
 The session has no deadline, since it lives as long as both ends do. What stands in for one: the worker must answer
-the Hello within `welcome_s`, and silence of `dead_s` ends the session. However a session ends, every request that was
-on it fails with `WorkerLostError`, and a new one is tried, for as long as the routing table names the worker.
+the Hello within `welcome_s`, and silence of `dead_s` ends the session. However a session ends, every choice that was
+on it is told so with `WorkerLostError`, and a new session is tried, for as long as the routing table names the worker.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class WorkerSession:
             f"Worker {self.endpoint.worker_id} was lost before the request ended ({reason}). Send the request again."
         )
         for queue in streams.values():
-            queue.inbox.fail(WorkerLostError(message))
+            queue.lose(WorkerLostError(message))
 
     async def _session(self, backoff: Backoff) -> None:
         """One connection, from Hello to its end, which always is an exception."""

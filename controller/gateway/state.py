@@ -180,6 +180,7 @@ class GatewayState:
             tokenizer=text.tokenizer,
             params=params,
             max_queued_tokens=self.config.max_queued_tokens,
+            worker_wait_s=self.config.worker_wait_s,
             metrics=self.metrics.model(model.name),
         )
         limit_s = self.config.request_timeout_s
@@ -192,7 +193,7 @@ class GatewayState:
             digests = [entry.digest for entry in model.adapters]
             with generation:
                 for prompt, wires in zip(prompts, samplings, strict=True):
-                    generation.add_prompt(self._pool.choose(digests), model, prompt, wires)
+                    generation.add_prompt(lambda: self._pool.choose(digests), model, prompt, wires)
                 yield generation
         finally:
             timer.cancel()

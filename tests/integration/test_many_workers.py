@@ -1,5 +1,4 @@
-"""Two workers behind two gateways on one port: all take requests, the death of one of either kind leaves the other
-serving, and a new one takes its place."""
+"""Two workers behind two gateways on one port: no client notices the death of a worker, and what dies is replaced."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from serving import Server, start, wait_until
 
@@ -39,6 +39,31 @@ def complete(server: Server, model: str, prompt: str = PROMPTS[0], max_tokens: i
     with urllib.request.urlopen(request, timeout=60) as response:
         text: str = json.load(response)["choices"][0]["text"]
         return text
+
+
+def stream(server: Server, model: str, number: int) -> dict[int, tuple[str, list[str], str]]:
+    """Of each choice: text, tokens as the log-probabilities name them, finish reason. Asks for all that has a state."""
+    texts, tokens, reasons = {0: "", 1: ""}, {0: list[str](), 1: list[str]()}, {0: "", 1: ""}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        for chunk in client.completions.create(
+            model=model,
+            prompt=PROMPTS[number % len(PROMPTS)],
+            max_tokens=150,
+            n=2,
+            seed=number,
+            logprobs=2,
+            stream=True,
+            presence_penalty=0.5,
+            frequency_penalty=0.3,
+            stop=["no such text", "never said"],
+            extra_body={"ignore_eos": True, "repetition_penalty": 1.1},
+        ):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                if choice.logprobs is not None:
+                    tokens[choice.index] += choice.logprobs.tokens or []
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    return {index: (texts[index], tokens[index], reasons[index]) for index in texts}
 
 
 def loads(server: Server) -> list[float]:
@@ -71,13 +96,15 @@ def gateways(server: Server) -> set[int]:
 
 def test_one_goes_on_while_the_other_is_replaced(server: Server) -> None:
     expected = {model: [complete(server, model, prompt) for prompt in PROMPTS] for model in ("tiny", "good")}
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        running = [threads.submit(complete, server, "tiny", prompt, 200) for prompt in PROMPTS * 2]
-        wait_until(lambda: len(loads(server)) == 2 and min(loads(server)) > 0, "both workers have requests")
-        assert len({answer.result() for answer in running}) == len(PROMPTS), "the same answers from both"
+    models = ["tiny", "good"] * 4
+    undisturbed = [stream(server, model, number) for number, model in enumerate(models)]
     before = workers(server)
     assert len(before) == 2
-    os.kill(min(before), signal.SIGKILL)
+    with concurrent.futures.ThreadPoolExecutor(len(models)) as threads:
+        streams = [threads.submit(stream, server, model, number) for number, model in enumerate(models)]
+        wait_until(lambda: len(loads(server)) == 2 and min(loads(server)) > 0, "both workers have requests")
+        os.kill(min(before), signal.SIGKILL)
+        assert [answer.result() for answer in streams] == undisturbed
     wait_until(lambda: len(loads(server)) == 1, "the table has one worker")
     for model, texts in expected.items():
         assert [complete(server, model, prompt) for prompt in PROMPTS] == texts

@@ -364,7 +364,11 @@ class Engine:
             )
         self._check_composition(request)
         vocab_size = self.vocab_size_of(request.adapter)
-        for what, ids in (("The prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
+        for what, ids in (
+            ("The prompt", prompt),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("output_token_ids", request.output_token_ids),
+        ):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise InvalidRequestError(
                     f"{what} has a token id outside 0 to {vocab_size - 1}.",

@@ -91,8 +91,17 @@ class GenerateRequest:
     cache_salt: str = ""  # only requests of the tenant with the same one share what was computed
     adapter_start: int = 0  # of the prompt, the first token that the adapter is applied to; the engine fills it in
     composition: tuple[tuple[str, float], ...] = ()  # (digest, weight), no digest twice
+    # What it got from a worker that was lost. It goes on behind them as that one would have: they count as output for
+    # max_tokens, penalties and random numbers.
+    output_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.output_token_ids) >= self.sampling.max_tokens:
+            raise InvalidRequestError(
+                f"{len(self.output_token_ids)} output tokens are there already; max_tokens is "
+                f"{self.sampling.max_tokens}.",
+                param="output_token_ids",
+            )
         if len(self.tenant) > MAX_TENANT_CHARS:
             raise InvalidRequestError(
                 f"The tenant's name has {len(self.tenant)} characters, the limit is {MAX_TENANT_CHARS}.", param="tenant"
@@ -215,15 +224,14 @@ class Request:
 
     @classmethod
     def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:
-        prompt = list(request.prompt_token_ids)
         adapter, start = request.model_key, request.adapter_start
         parts = adapter is not None and start > 0
         return cls(
             request.request_id,
             request.sampling,
             adapter,
-            prompt,
-            len(prompt),
+            [*request.prompt_token_ids, *request.output_token_ids],
+            len(request.prompt_token_ids),
             arrival,
             request.tenant,
             request.tenant_weight,

@@ -69,7 +69,10 @@ class Running:
     """One request on the fake worker."""
 
     generate: worker_pb2.Generate
-    num_output: int = 0
+    num_output: int = 0  # those of an earlier life included
+
+    def __post_init__(self) -> None:
+        self.num_output = len(self.generate.output_token_ids)
 
 
 @dataclass(eq=False)
@@ -354,7 +357,10 @@ async def new_fleet(
             controller = FakeController({"tok-1": tokenizer_files}, routing_table(workers, tokenizer.vocab_size))
             await controller.start()
             stack.push_async_callback(controller.kill)
-            config = replace(GatewayConfig(controller=controller.address, token=TOKEN, seed=7, times=QUICK), **options)
+            config = replace(
+                GatewayConfig(controller=controller.address, token=TOKEN, seed=7, times=QUICK, worker_wait_s=0.3),
+                **options,
+            )
             state = GatewayState(config)
             runner = make_runner(state)
             await runner.setup()

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from lorafleet.controller.gateway.generation import MAX_LOST
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import QueueFullError
 
@@ -96,7 +97,7 @@ async def test_another_worker_takes_over_what_comes_after_a_death(new_fleet: Any
     assert len(fleet.workers[1].generates) == 4
 
 
-async def test_only_the_dead_workers_requests_fail(new_fleet: Any) -> None:
+async def test_the_dead_workers_requests_go_on_with_the_other(new_fleet: Any) -> None:
     fleet = await new_fleet(num_workers=2)
     await fleet.until(lambda: all(view.ready for view in fleet.state._pool.views()))
     for worker in fleet.workers:
@@ -107,8 +108,83 @@ async def test_only_the_dead_workers_requests_fail(new_fleet: Any) -> None:
     assert counts == [4, 4]
     await fleet.workers[0].kill()
     fleet.workers[1].permits = None
-    statuses = [status for status, _ in await asyncio.gather(*requests)]
-    assert sorted(statuses) == [200] * 4 + [503] * 4
+    answers = await asyncio.gather(*requests)
+    assert [status for status, _ in answers] == [200] * 8
+    assert len({answer["choices"][0]["text"] for _, answer in answers}) == 1
+    assert len(fleet.workers[1].generates) == 8
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+async def test_a_stream_that_outlives_its_worker_has_no_seam(new_fleet: Any, num_tokens: int) -> None:
+    """Text, log-probabilities and usage of several choices are those of a stream without the fault."""
+    body = BODY | {"n": 2, "logprobs": 3, "stop": ["held back"], "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    fleet = await new_fleet(num_workers=2)
+    await fleet.until(lambda: all(view.ready for view in fleet.state._pool.views()))
+
+    async def read(on_tokens: Any) -> tuple[dict[int, str], dict[int, list[float]], Any]:
+        texts, logprobs, usage = {0: "", 1: ""}, {0: list[float](), 1: list[float]()}, None
+        async for chunk in await fleet.openai.completions.create(**body):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                logprobs[choice.index] += choice.logprobs.token_logprobs if choice.logprobs else []
+            await on_tokens()
+        return texts, logprobs, usage
+
+    async def go_on() -> None:
+        pass
+
+    expected = await read(go_on)
+    for worker in fleet.workers:
+        worker.permits = num_tokens
+        worker.generates.clear()
+    reader = asyncio.create_task(read(go_on))
+    await fleet.until(lambda: sum(len(worker.running) for worker in fleet.workers) == 2)
+    victim, other = fleet.workers if fleet.workers[0].running else fleet.workers[::-1]
+    await fleet.until(lambda: victim.permits == 0)
+    sent = [running.num_output for running in victim.running]
+    assert sent == [num_tokens, num_tokens]
+    streams = [stream for session in fleet.state._pool.sessions for stream in session._streams.values()]
+    await fleet.until(lambda: [len(stream.received) for stream in streams] == sent)
+    await victim.kill()
+    other.permits = None
+    assert await reader == expected
+    first = {generate.sampling.choice: generate for generate in victim.generates}
+    for generate in other.generates:
+        before = first[generate.sampling.choice]
+        assert generate.sampling == before.sampling and generate.prompt_token_ids == before.prompt_token_ids
+        assert len(generate.output_token_ids) == num_tokens
+    resumed = 'lorafleet_choices_resumed_total{model="tiny"} 2.0'
+    assert resumed in (await fleet.get("/metrics"))[1]
+
+
+async def test_a_request_that_outlives_too_many_workers_ends(fleet: Any) -> None:
+    port = int(fleet.worker.address.rpartition(":")[2])
+    fleet.worker.permits = 0
+    request = asyncio.create_task(fleet.post("/v1/completions", BODY))
+    for life in range(1, MAX_LOST + 2):
+        await fleet.until(lambda life=life: len(fleet.worker.generates) == life and fleet.worker.running)
+        await fleet.worker.kill()
+        await fleet.worker.start(port)
+    status, answer = await request
+    assert (status, answer["error"]["code"]) == (503, "worker_lost")
+    assert len(fleet.worker.generates) == MAX_LOST + 1
+
+
+async def test_a_client_that_leaves_while_no_worker_is_there_leaves_nothing(new_fleet: Any) -> None:
+    fleet = await new_fleet(worker_wait_s=60.0)
+    fleet.worker.permits = 0
+    request = asyncio.create_task(fleet.post("/v1/completions", BODY))
+    await fleet.until(lambda: fleet.worker.running)
+    port = int(fleet.worker.address.rpartition(":")[2])
+    await fleet.worker.kill()
+    await fleet.until(lambda: any("resume" in task.get_name() for task in asyncio.all_tasks()))
+    request.cancel()
+    await fleet.until(lambda: not any("resume" in task.get_name() for task in asyncio.all_tasks()))
+    await fleet.worker.start(port)
+    await fleet.ready()
+    assert len(fleet.worker.generates) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
