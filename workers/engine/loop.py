@@ -242,8 +242,8 @@ class Engine:
         self._adapters.close(unseen)
         self._store.close()
         self._loader.close()
+        self._ranks.followers.close()  # before they are told to end: an end that is wanted is no loss
         self._runner.close()
-        self._ranks.followers.close()
 
     # The stepping thread.
 
