@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 import signal
 import threading
@@ -30,16 +29,6 @@ def server(tiny_model: Path) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
-
-
-def complete(server: Server, model: str, prompt: str = PROMPTS[0], max_tokens: int = 12) -> str:
-    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        text: str = json.load(response)["choices"][0]["text"]
-        return text
 
 
 Answer = dict[int, tuple[str, list[str], str]]
@@ -126,7 +115,7 @@ def gateways(server: Server) -> set[int]:
 
 
 def test_one_goes_on_while_the_other_is_replaced(server: Server) -> None:
-    expected = {model: [complete(server, model, prompt) for prompt in PROMPTS] for model in ("tiny", "good")}
+    expected = {model: [server.complete(model, [prompt]) for prompt in PROMPTS] for model in ("tiny", "good")}
     undisturbed = streams(server, lambda: None)
     before = workers(server)
     assert len(before) == 2
@@ -136,7 +125,7 @@ def test_one_goes_on_while_the_other_is_replaced(server: Server) -> None:
     )
     wait_until(lambda: len(loads(server)) == 1, "the table has one worker")
     for model, texts in expected.items():
-        assert [complete(server, model, prompt) for prompt in PROMPTS] == texts
+        assert [server.complete(model, [prompt]) for prompt in PROMPTS] == texts
     wait_until(lambda: len(loads(server)) == 2, "the other is back", timeout_s=120)
     assert workers(server) - before, "in a new process"
     hung = min(workers(server))
@@ -146,12 +135,12 @@ def test_one_goes_on_while_the_other_is_replaced(server: Server) -> None:
         os.kill(hung, signal.SIGCONT)
     wait_until(lambda: len(loads(server)) == 2, "the table has both again", timeout_s=60)
     for model, texts in expected.items():
-        assert [complete(server, model, prompt) for prompt in PROMPTS] == texts
+        assert [server.complete(model, [prompt]) for prompt in PROMPTS] == texts
     first = gateways(server)
     assert len(first) == 2
     os.kill(min(first), signal.SIGKILL)
     wait_until(lambda: has_ended(min(first)), "the gateway is gone, its sockets too")
-    assert [complete(server, "good", prompt) for prompt in PROMPTS * 3] == expected["good"] * 3
+    assert [server.complete("good", [prompt]) for prompt in PROMPTS * 3] == expected["good"] * 3
     wait_until(lambda: len(gateways(server)) == 2, "another gateway takes its place")
     server.stop()
     wait_until(lambda: not server.survivors(), "nothing is left")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -33,18 +31,9 @@ def server(tiny_model: Path) -> Iterator[Server]:
         server.stop()
 
 
-def complete(server: Server, model: str) -> list[str]:
-    body = {"model": model, "prompt": PROMPTS, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return [choice["text"] for choice in json.load(response)["choices"]]
-
-
 def serves(server: Server, model: str) -> bool:
     try:
-        return bool(complete(server, model))
+        return bool(server.complete(model, PROMPTS))
     except (urllib.error.HTTPError, OSError):
         return False
 
@@ -75,7 +64,7 @@ def test_two_ranks_answer_as_one_and_are_replaced_together(server: Server, tiny_
         for model, lora in (("tiny", None), ("good", good))
     }
     for model, texts in expected.items():
-        assert complete(server, model) == texts
+        assert server.complete(model, PROMPTS) == texts
     for victim in ("ray::FollowerActor", "ray::WorkerActor"):
         before = ranks(server)
         assert len(before) == 2
@@ -83,6 +72,6 @@ def test_two_ranks_answer_as_one_and_are_replaced_together(server: Server, tiny_
         wait_until(partial(are_gone, server, set(before.values())), f"{victim} died, and the other rank with it")
         wait_until(lambda: serves(server, "good"), "a new worker serves", timeout_s=120)
         for model, texts in expected.items():
-            assert complete(server, model) == texts
+            assert server.complete(model, PROMPTS) == texts
     server.stop()
     wait_until(lambda: not server.survivors(), "nothing is left")
