@@ -40,6 +40,7 @@ class AdapterSlots:
         self._reload_s: dict[str, float] = {}  # of ready ones, what their load took
         self._pins: dict[str, int] = {}  # digest → running requests; only of ready ones, only > 0
         self._stay: set[str] = set()  # never evicted, once they are in a slot
+        self.num_changes = 0  # so far: of what is in the slots, and of who may be evicted
 
     def slot_of(self, digest: str) -> int | None:
         """The slot of a ready adapter."""
@@ -89,6 +90,7 @@ class AdapterSlots:
         slot = self._empty.pop()
         self._loading[digest] = slot
         self._occupants = None
+        self.num_changes += 1
         num_bytes = self._bytes_of(digest)
         if num_bytes:
             self._bytes[digest] = num_bytes
@@ -109,6 +111,7 @@ class AdapterSlots:
     def finish_load(self, digest: str, reload_s: float = 0.0) -> None:
         """The slot holds the adapter now; getting it there took `reload_s`."""
         self._ready[digest] = self._loading.pop(digest)
+        self.num_changes += 1
         self._reload_s[digest] = reload_s
         self._eviction.use(digest, num_bytes=1, reload_s=reload_s)
 
@@ -134,6 +137,7 @@ class AdapterSlots:
     def stay(self, digest: str, stays: bool) -> None:
         """Whether an adapter, from now on, leaves its slot only by `drop`."""
         (self._stay.add if stays else self._stay.discard)(digest)
+        self.num_changes += 1
 
     @property
     def num_staying(self) -> int:
@@ -150,6 +154,7 @@ class AdapterSlots:
         self._pins[digest] -= 1
         if not self._pins[digest]:
             del self._pins[digest]
+            self.num_changes += 1
 
     def _victims(self, digest: str, keep: Container[str]) -> list[str] | None:
         """Who must go so that there is room for `digest`; None: there is no room to be had."""
@@ -181,6 +186,7 @@ class AdapterSlots:
 
     def _vacate(self, digest: str, slot: int) -> None:
         self._occupants = None
+        self.num_changes += 1
         self._empty.append(slot)
         self._emptied.append(slot)
         self._bytes.pop(digest, None)

@@ -57,6 +57,7 @@ class Clients:
         self._cold: dict[str, Ranking[Client]] = {}
         self._cold_tenants: Ranking[str] = Ranking(self._rank_of_tenant)
         self.num_waiting = 0  # requests
+        self.num_changes = 0  # so far: of who waits and who runs
         self._bound = bound
         self._num_clients: Counter[str] = Counter()  # by adapter
         self._num_turns = 0  # that they would need if none of them were served
@@ -265,6 +266,7 @@ class Clients:
     def _changed(self, client: Client) -> None:
         """Bring everything into line with what a client's requests do now."""
         adapter, waits, runs = client.adapter, bool(client.waiting), client.num_running > 0
+        self.num_changes += 1
         self._fairness.update(client.tenant, adapter, waits=waits, runs=runs)
         if waits:
             self._by_adapter.setdefault(adapter, Ranking(self.rank)).push(client)

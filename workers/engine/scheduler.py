@@ -67,6 +67,9 @@ class Scheduler:
         self._claims = Claims(slots, clients, residency, turn_s=bound.turn_s)
         self._preemption = Preemption(slots, clients, pages, residency, running, turn_s=bound.turn_s)
         self._requests: dict[str, Request] = {}
+        self._look_again_s = bound.turn_s / 16
+        self._last_look = (-1, -1)  # what had changed before the last look that left nobody who could be let in
+        self._last_look_at = self._now
 
     @property
     def num_running(self) -> int:
@@ -139,13 +142,15 @@ class Scheduler:
         reserved = self._preemption.give_turns(self._now)
         scheduled: dict[Request, int] = {}
         budget, preempted = self._go_on(scheduled)
-        if not preempted and not reserved.is_blocked:
-            self._let_in(scheduled, budget, reserved)
-        cold = self._clients.next_cold(self._slots.num_slots)
+        prefetches: tuple[str, ...] = ()
+        if reserved.keep or not scheduled or self._has_news():
+            if not preempted and not reserved.is_blocked:
+                self._let_in(scheduled, budget, reserved)
+            cold = self._clients.next_cold(self._slots.num_slots)
+            prefetches = self._residency.announce([*reserved.adapters, *cold])
         slots_of = self._residency.slots_of
         entries = [Scheduled(request, num, slots_of(request.digests)) for request, num in scheduled.items()]
-        loads = self._residency.take_started()
-        return StepPlan(in_row_order(entries), loads, self._residency.announce([*reserved.adapters, *cold]))
+        return StepPlan(in_row_order(entries), self._residency.take_started(), prefetches)
 
     def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
         """Book one scheduled part as computed, with the token sampled at its end; the reason if that ended it."""
@@ -198,6 +203,17 @@ class Scheduler:
             budget -= self._schedule_prompt(request, budget, scheduled)
         return budget, preempted
 
+    def _has_news(self) -> bool:
+        """Whether another look at those that wait might let one in, or start a load.
+
+        In most steps it would not, and with thousands of adapters it costs more than all else that is decided. Only
+        counters and the time go on by themselves; what they bring about (claims.py) is found a little later.
+        """
+        return self._changes() != self._last_look or self._now >= self._last_look_at + self._look_again_s
+
+    def _changes(self) -> tuple[int, int]:
+        return self._clients.num_changes, self._slots.num_changes
+
     def _let_in(self, scheduled: dict[Request, int], budget: int, reserved: Reserved) -> None:
         """Start waiting requests in the order of service until budget, seats or pages run out.
 
@@ -221,12 +237,16 @@ class Scheduler:
                     keep.update(cold.digests)
                 elif any(map(self._slots.lacks_bytes, cold.digests)):
                     self._load_beside(keep)
-            if best is None or budget == 0 or self._running.num_free_seats <= reserved.num_seats:
+            if best is not None and budget == 0:
+                self._last_look = (-1, -1)
                 return
+            if best is None or self._running.num_free_seats <= reserved.num_seats:
+                break
             request = best.waiting[0]
             if not self._running.start(request, self._now):
-                return
+                break
             budget -= self._schedule_prompt(request, budget, scheduled)
+        self._last_look, self._last_look_at = self._changes(), self._now
 
     def _load_beside(self, keep: set[str]) -> None:
         """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""

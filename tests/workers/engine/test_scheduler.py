@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import EOS, World, tokens
 
+from lorafleet.workers.engine.clients import Clients
 from lorafleet.workers.engine.request import FinishReason
 
 
@@ -199,3 +201,35 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     assert removed | world.finished.keys() == {f"r{i}" for i in range(len(requests))}
     assert world.pool.num_free == pages
     assert not world.slots.is_pinned("x")
+
+
+def test_those_that_wait_are_looked_at_again_only_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of adapters the look costs more than all else, and in most steps nobody can be let in."""
+    world = World(slots=1, max_num_seqs=2, step_s=0.001)
+    looks = 0
+    hot = Clients.hot
+
+    def counted(clients: Clients) -> dict[str, tuple[str, ...]]:
+        nonlocal looks
+        looks += 1
+        return hot(clients)
+
+    monkeypatch.setattr(Clients, "hot", counted)
+    world.add("runs", prompt=2, max_tokens=40, adapter="x")
+    world.add("waits", prompt=2, max_tokens=40, adapter="y")
+    for _ in range(3):
+        world.step()
+    before = looks
+    for _ in range(20):
+        assert len(world.step().scheduled) == 1
+    assert looks == before
+    world.add("is let in", prompt=2, max_tokens=40, adapter="x")
+    assert len(world.step().scheduled) == 2
+    world.scheduler.remove("runs")
+    world.scheduler.remove("is let in")
+    world.step()
+    assert [entry.request.request_id for entry in world.step().scheduled] == ["waits"]
+    before = looks
+    world.now += 10.0
+    world.step()
+    assert looks > before, "what only time brings about is found too"
