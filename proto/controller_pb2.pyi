@@ -79,6 +79,42 @@ class UnloadAdapterRequest(_message.Message):
     name: str
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FleetStatus(_message.Message):
+    __slots__ = ("incarnation", "version", "num_adapters", "workers")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    version: int
+    num_adapters: int
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., num_adapters: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("name", "state", "num_ranks", "num_starts", "report", "report_age_s", "max_num_seqs", "max_loras")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STARTS_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    REPORT_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LORAS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: str
+    num_ranks: int
+    num_starts: int
+    report: _worker_pb2.WorkerReport
+    report_age_s: float
+    max_num_seqs: int
+    max_loras: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_starts: _Optional[int] = ..., report: _Optional[_Union[_worker_pb2.WorkerReport, _Mapping]] = ..., report_age_s: _Optional[float] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ...) -> None: ...
+
 class AdapterUpdate(_message.Message):
     __slots__ = ("failure", "incarnation", "version", "device_bytes", "host_bytes", "num_draining")
     FAILURE_FIELD_NUMBER: _ClassVar[int]

@@ -55,6 +55,11 @@ class ControllerStub(object):
                 request_serializer=lorafleet_dot_proto_dot_controller__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/lorafleet.Controller/GetStatus',
+                request_serializer=lorafleet_dot_proto_dot_controller__pb2.StatusRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_controller__pb2.FleetStatus.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer(object):
@@ -89,6 +94,13 @@ class ControllerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """All wanted workers, those that are not there included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=lorafleet_dot_proto_dot_controller__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=lorafleet_dot_proto_dot_controller__pb2.StatusRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_controller__pb2.FleetStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +238,33 @@ class Controller(object):
             '/lorafleet.Controller/UnloadAdapter',
             lorafleet_dot_proto_dot_controller__pb2.UnloadAdapterRequest.SerializeToString,
             lorafleet_dot_proto_dot_controller__pb2.AdapterUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Controller/GetStatus',
+            lorafleet_dot_proto_dot_controller__pb2.StatusRequest.SerializeToString,
+            lorafleet_dot_proto_dot_controller__pb2.FleetStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,12 +18,23 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STARTING: _ClassVar[WorkerState]
     WORKER_READY: _ClassVar[WorkerState]
     WORKER_DRAINING: _ClassVar[WorkerState]
+
+class AdapterTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADAPTER_ABSENT: _ClassVar[AdapterTier]
+    ADAPTER_DISK: _ClassVar[AdapterTier]
+    ADAPTER_HOST: _ClassVar[AdapterTier]
+    ADAPTER_DEVICE: _ClassVar[AdapterTier]
 FINISH_NONE: Finish
 FINISH_STOP: Finish
 FINISH_LENGTH: Finish
 WORKER_STARTING: WorkerState
 WORKER_READY: WorkerState
 WORKER_DRAINING: WorkerState
+ADAPTER_ABSENT: AdapterTier
+ADAPTER_DISK: AdapterTier
+ADAPTER_HOST: AdapterTier
+ADAPTER_DEVICE: AdapterTier
 
 class GatewayMessage(_message.Message):
     __slots__ = ("hello", "generate", "cancel")
@@ -192,35 +203,67 @@ class Ended(_message.Message):
     def __init__(self, stream: _Optional[int] = ..., cancelled: bool = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., error_reason: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("state", "last_step_age_ms", "load", "device_adapters")
+    __slots__ = ("state", "last_step_age_ms", "load", "adapters", "pace", "num_gateways")
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    PACE_FIELD_NUMBER: _ClassVar[int]
+    NUM_GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     last_step_age_ms: int
     load: Load
-    device_adapters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., last_step_age_ms: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., device_adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterPlace]
+    pace: Pace
+    num_gateways: int
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., last_step_age_ms: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterPlace, _Mapping]]] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., num_gateways: _Optional[int] = ...) -> None: ...
+
+class AdapterPlace(_message.Message):
+    __slots__ = ("digest", "tier")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    tier: AdapterTier
+    def __init__(self, digest: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ...) -> None: ...
+
+class Pace(_message.Message):
+    __slots__ = ("step_s", "prompt_token_s", "seat_s", "host_load_s", "disk_load_s")
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    SEAT_S_FIELD_NUMBER: _ClassVar[int]
+    HOST_LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    DISK_LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    step_s: float
+    prompt_token_s: float
+    seat_s: float
+    host_load_s: float
+    disk_load_s: float
+    def __init__(self, step_s: _Optional[float] = ..., prompt_token_s: _Optional[float] = ..., seat_s: _Optional[float] = ..., host_load_s: _Optional[float] = ..., disk_load_s: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages")
+    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages", "page_size", "num_uncomputed_tokens", "host_cache_usage")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNCOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_CACHE_USAGE_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pages: int
     num_free_pages: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ...) -> None: ...
+    page_size: int
+    num_uncomputed_tokens: int
+    host_cache_usage: float
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., num_uncomputed_tokens: _Optional[int] = ..., host_cache_usage: _Optional[float] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("worker_id", "generation", "state", "load", "device_adapters", "host_adapters", "counters")
+    __slots__ = ("worker_id", "generation", "state", "load", "device_adapters", "host_adapters", "counters", "num_registered_adapters", "last_step_age_ms")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +271,8 @@ class WorkerReport(_message.Message):
     DEVICE_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     HOST_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REGISTERED_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     generation: int
     state: WorkerState
@@ -235,7 +280,9 @@ class WorkerReport(_message.Message):
     device_adapters: _containers.RepeatedScalarFieldContainer[str]
     host_adapters: _containers.RepeatedScalarFieldContainer[str]
     counters: EngineCounters
-    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., device_adapters: _Optional[_Iterable[str]] = ..., host_adapters: _Optional[_Iterable[str]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ...) -> None: ...
+    num_registered_adapters: int
+    last_step_age_ms: int
+    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., device_adapters: _Optional[_Iterable[str]] = ..., host_adapters: _Optional[_Iterable[str]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., num_registered_adapters: _Optional[int] = ..., last_step_age_ms: _Optional[int] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
     __slots__ = ("num_steps", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "num_adapter_loads", "num_slot_loads", "num_prefix_query_tokens", "num_prefix_hit_tokens")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorafleet.controller.gateway.router import WorkerView
+from lorafleet.controller.gateway.worker_view import Tier, WorkerView
 
 
 class FleetCollector(Collector):
@@ -46,5 +46,12 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerView], float]], ...] = (
     ("lorafleet_worker_requests_running", "Requests in its batch", lambda view: view.num_running),
     ("lorafleet_worker_requests_waiting", "Requests in its queue", lambda view: view.num_waiting),
     ("lorafleet_worker_kv_cache_usage_ratio", "Share of its KV pages in use", lambda view: kv_usage([view])),
-    ("lorafleet_worker_device_adapters", "Adapters in its device slots", lambda view: len(view.device_adapters)),
+    ("lorafleet_worker_device_adapters", "Adapters in its device slots", lambda view: view.num_device_adapters),
+    ("lorafleet_worker_host_adapters", "Adapters in its host tier and in no slot", lambda view: view.num_in(Tier.HOST)),
+    (
+        "lorafleet_worker_disk_adapters",
+        "Adapters that it knows and has on disk only",
+        lambda view: view.num_in(Tier.DISK),
+    ),
+    ("lorafleet_worker_generation", "Grows with every start", lambda view: view.generation),
 )

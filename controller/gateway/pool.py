@@ -11,10 +11,13 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from lorafleet.controller.gateway.config import SessionTimes
-from lorafleet.controller.gateway.router import WorkerView, choose_worker
+from lorafleet.controller.gateway.demand import Demand
+from lorafleet.controller.gateway.prefix_memory import prefix_names
+from lorafleet.controller.gateway.router import Wanted, choose_worker
 from lorafleet.controller.gateway.routing_table import Endpoint
 from lorafleet.controller.gateway.session import WorkerSession
-from lorafleet.workers.errors import WorkerUnavailableError
+from lorafleet.controller.gateway.worker_view import WorkerView
+from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, WorkerUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class WorkerPool:
         self._token = token
         self._times = times
         self._sessions: dict[tuple[str, int, str], WorkerSession] = {}
+        self._demand = Demand()
         self._sweeper: asyncio.Task[None] | None = None
 
     @property
@@ -58,19 +62,37 @@ class WorkerPool:
     def has_ready_worker(self) -> bool:
         return any(view.ready for view in self.views())
 
-    def choose(self, adapters: Sequence[str]) -> WorkerSession:
-        """The session for a request. adapters: digests; none for the base model. Raises WorkerUnavailableError."""
-        views = {session.view(): session for session in self._sessions.values() if not session.retired}
-        chosen = choose_worker(list(views), adapters)
-        if chosen is None:
-            if adapters and any(view.ready for view in views):
-                raise WorkerUnavailableError(
-                    f"No worker that is ready has slots for {len(adapters)} adapters. Name fewer, or raise --max-loras."
-                    if len(adapters) > 1
-                    else "No worker takes adapters now; they were started without LoRA."
-                )
-            raise WorkerUnavailableError("No worker can take the request now. Try again in a moment.")
-        return views[chosen]
+    def choose(self, adapters: Sequence[str], prompt: Sequence[int], owner: str) -> WorkerSession:
+        """The session for a request, which is then to be submitted there.
+
+        adapters: digests; none for the base model. owner: see `prefix_names`. Raises WorkerUnavailableError when no
+        worker can take it now, InvalidRequestError when none could even if all were ready.
+        """
+        sessions = [session for session in self._sessions.values() if not session.retired]
+        views = [session.view() for session in sessions]
+        if not any(view.ready and view.max_loras >= len(adapters) for view in views):
+            raise self._refusal(views, len(adapters))
+        names = prefix_names(owner, prompt)
+        cached = {session.endpoint.worker_id: session.num_cached_tokens(names) for session in sessions}
+        num_recent = self._demand.book(tuple(adapters)) * max(session.num_gateways for session in sessions)
+        wanted = Wanted(tuple(adapters), len(prompt), num_recent, cached)
+        chosen = choose_worker(views, wanted, lot=self._gateway_id)
+        assert chosen is not None
+        session = sessions[views.index(chosen)]
+        session.expect(adapters, len(prompt) - cached[chosen.worker_id], names)
+        return session
+
+    @staticmethod
+    def _refusal(views: Sequence[WorkerView], num_adapters: int) -> LoRAFleetError:
+        if views and all(view.max_loras < num_adapters for view in views):
+            return InvalidRequestError(
+                f"No worker has slots for {num_adapters} adapters at once. Name fewer, or start with a larger "
+                "--max-loras."
+                if num_adapters > 1
+                else "The workers take no adapters; start them with --enable-lora.",
+                param="model",
+            )
+        return WorkerUnavailableError("No worker can take the request now. Try again in a moment.")
 
     async def close(self) -> None:
         """End all sessions."""

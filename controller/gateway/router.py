@@ -1,62 +1,122 @@
 """Which worker a request goes to: a pure function over what is known of each.
 
-Owns: the policy. Leaves to others: the numbers (session.py), the table (routing_table.py).
+A request goes where its first token is to be expected first. What that takes, in seconds, on a worker: a seat and KV
+pages, if it has none left (its requests hold theirs for `seat_s`, so one comes free every `seat_s / max_num_seqs`); the
+prompts before it and its own, less what of its own the worker has computed for another request (prefix affinity); the
+way of its adapter into a slot, which goes on while it waits for the rest; a step.
+
+Two things are added that others pay for. A request slows all that run beside it. And an adapter that is read on one
+more worker pushes out another one there, which will be read again: the fuller the host tier, the more likely. So an
+adapter stays where it is until waiting there costs more than both reads, and then has a second home.
+
+Workers with a queue of over a quarter of their seats, and over 5/4 of the mean load, take nothing while others can: no
+affinity overloads a worker.
+
+Owns: the policy. Leaves to others: the numbers (worker_view.py, prefix_memory.py).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-COLD_COST = 0.5  # a cold adapter with a free slot: worth half a batch of load elsewhere
-EVICT_COST = 0.75  # a cold adapter that has to push another one out of its slot
-QUEUE_COST = 4.0  # one batch full of waiting requests
-SCARCE_PAGES = 0.05  # share of free KV pages below which preemption is near
-SCARCE_COST = 0.5
+from lorafleet.controller.gateway.worker_view import Tier, WorkerView
+
+LOAD_BOUND = 1.25  # requests a seat, or of the mean of all workers where that is more
+EVICTED_COUNTS = 2.0  # of a read, for the adapter that one which is read pushes out of a full host tier
+REPLACED_COUNTS = 0.5  # of a load, for the adapter whose slot is taken
+HOME_SHARE = 0.25  # of a read, by which an adapter that nobody has is drawn to its home
+FULL_SHARE = 0.9  # of the seats: the last ones are taken before a heartbeat says so
+SCARCE_PAGES = 0.05  # share of free KV pages below which requests are likely to be preempted
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerView:
-    """One worker at one moment. num_running, num_waiting and pages: from its last heartbeat."""
+class Wanted:
+    """What matters of a request."""
 
-    worker_id: str
-    ready: bool  # has a live session and takes requests
-    suspect: bool  # has been silent, or its engine step hangs
-    max_num_seqs: int
-    max_loras: int
-    num_running: int = 0
-    num_waiting: int = 0
-    num_unreported: int = 0  # requests sent since that heartbeat
-    num_pages: int = 0
-    num_free_pages: int = 0
-    device_adapters: frozenset[str] = frozenset()
+    adapters: tuple[str, ...] = ()  # digests of all that it needs; none: the base model
+    num_prompt_tokens: int = 0
+    num_recent: float = 0.0  # requests of the last seconds for the same adapters
+    num_cached: Mapping[str, int] = field(default_factory=dict)  # worker ids → tokens that are computed there
 
 
-def choose_worker(workers: Sequence[WorkerView], adapters: Sequence[str]) -> WorkerView | None:
-    """The worker with the lowest expected time to first token; None if no worker can take the request.
+def choose_worker(workers: Sequence[WorkerView], wanted: Wanted, *, lot: str = "") -> WorkerView | None:
+    """The worker where the request costs least; None if no worker can take it.
 
-    adapters: digests of all that the request needs; none for the base model. A suspect worker is taken only when all
-    are. Between equals a hash of (adapters, worker) decides, so that several gateways send a cold adapter to one and
-    the same home.
+    A suspect worker is taken only when all are. lot: decides between equals that have no adapter to decide for them;
+    gateways that each have their own do not all take the same worker.
     """
-    able = [worker for worker in workers if worker.ready and worker.max_loras >= len(adapters)]
+    able = [worker for worker in workers if worker.ready and worker.max_loras >= len(wanted.adapters)]
     able = [worker for worker in able if not worker.suspect] or able
-    return min(able, key=lambda worker: (_cost(worker, adapters), _affinity(worker, adapters)), default=None)
+    if len(able) < 2:
+        return able[0] if able else None
+    able = _within_bound(able)
+    key = "+".join(sorted(wanted.adapters)) or lot
+    lots = {worker.worker_id: _draw(key, worker.worker_id) for worker in able}
+    home = max(lots, key=lots.__getitem__) if wanted.adapters else ""
+    return min(
+        able, key=lambda worker: (_cost_s(worker, wanted, is_home=worker.worker_id == home), lots[worker.worker_id])
+    )
 
 
-def _cost(worker: WorkerView, adapters: Sequence[str]) -> float:
-    """In units of a full batch's load."""
-    num_requests = worker.num_running + worker.num_waiting + worker.num_unreported
-    cost = num_requests / worker.max_num_seqs
-    cost += QUEUE_COST * max(num_requests + 1 - worker.max_num_seqs, worker.num_waiting, 0) / worker.max_num_seqs
-    if worker.num_pages and worker.num_free_pages < SCARCE_PAGES * worker.num_pages:
-        cost += SCARCE_COST
-    num_cold = sum(adapter not in worker.device_adapters for adapter in adapters)
-    num_free = max(0, worker.max_loras - len(worker.device_adapters))
-    cost += COLD_COST * min(num_cold, num_free) + EVICT_COST * max(0, num_cold - num_free)
-    return cost
+def expected_first_token_s(worker: WorkerView, wanted: Wanted) -> float:
+    """From now to the request's first token on this worker."""
+    pace = worker.pace
+    wait_s = (worker.num_prompt_tokens + worker.num_unreported_tokens) * pace.prompt_token_s
+    num_ahead = worker.num_requests + 1 - FULL_SHARE * worker.max_num_seqs
+    if num_ahead > 0:
+        wait_s += num_ahead * pace.seat_s / worker.max_num_seqs
+    num_tokens = max(1, wanted.num_prompt_tokens - wanted.num_cached.get(worker.worker_id, 0))
+    if worker.num_pages:
+        num_lacking = num_tokens // worker.page_size + 1 + SCARCE_PAGES * worker.num_pages - worker.num_free_pages
+        if num_lacking > 0:
+            wait_s += num_lacking * pace.seat_s / worker.num_pages
+    load_s = max((_load_s(worker, adapter) for adapter in wanted.adapters), default=0.0)
+    return max(wait_s, load_s) + pace.step_s + num_tokens * pace.prompt_token_s
 
 
-def _affinity(worker: WorkerView, adapters: Sequence[str]) -> bytes:
-    return hashlib.blake2b(f"{'+'.join(sorted(adapters))}\0{worker.worker_id}".encode(), digest_size=8).digest()
+def _cost_s(worker: WorkerView, wanted: Wanted, *, is_home: bool) -> float:
+    pace = worker.pace
+    cost_s = expected_first_token_s(worker, wanted)
+    cost_s += pace.step_s * worker.num_requests / worker.max_num_seqs
+    num_cold = 0
+    for adapter in wanted.adapters:
+        tier = worker.tier(adapter)
+        num_cold += tier < Tier.DEVICE
+        if tier < Tier.HOST:
+            evicted = EVICTED_COUNTS * worker.host_usage / (1.0 + wanted.num_recent)
+            cost_s += (evicted - HOME_SHARE * is_home) * pace.disk_load_s
+    if num_cold:
+        num_evicted = max(0, num_cold + worker.num_device_adapters - worker.max_loras)
+        cost_s += REPLACED_COUNTS * pace.host_load_s * num_evicted
+    return cost_s
+
+
+def _load_s(worker: WorkerView, adapter: str) -> float:
+    tier = worker.tier(adapter)
+    if tier is Tier.DEVICE:
+        return 0.0
+    if tier is Tier.HOST:
+        return worker.pace.host_load_s
+    return worker.pace.disk_load_s if tier is Tier.DISK else 2.0 * worker.pace.disk_load_s
+
+
+def _within_bound(workers: list[WorkerView]) -> list[WorkerView]:
+    """Without those that would be overloaded; there is always one left."""
+    num_seats = sum(worker.max_num_seqs for worker in workers)
+    mean = (sum(worker.num_requests for worker in workers) + 1) / num_seats
+    bound = LOAD_BOUND * max(1.0, mean)
+    return [worker for worker in workers if worker.num_requests < bound * worker.max_num_seqs]
+
+
+def _draw(key: str, worker_id: str) -> int:
+    """A number that looks drawn by lot and is the same in all gateways (rendezvous hashing)."""
+    mixed = (_hash(key) ^ _hash(worker_id)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

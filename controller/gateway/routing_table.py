@@ -35,6 +35,13 @@ class ModelEntry:
     composition: tuple[tuple[ModelEntry, float], ...] = ()  # of a composition: its adapters and their weights
 
     @property
+    def parts(self) -> tuple[tuple[str, float], ...]:
+        """(digest, weight) of all that is applied, in the order of digests."""
+        if self.composition:
+            return tuple(sorted((entry.digest, weight) for entry, weight in self.composition))
+        return ((self.digest, 1.0),) if self.digest else ()
+
+    @property
     def adapters(self) -> tuple[ModelEntry, ...]:
         """All that must be in slots."""
         return tuple(entry for entry, _ in self.composition) or ((self,) if self.digest else ())

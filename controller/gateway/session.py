@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc.aio
@@ -22,10 +22,13 @@ import grpc.aio
 from lorafleet.controller.gateway.config import SessionTimes
 from lorafleet.controller.gateway.delivery import SessionLost, deliver
 from lorafleet.controller.gateway.inbox import ChoiceQueue
-from lorafleet.controller.gateway.router import WorkerView
+from lorafleet.controller.gateway.prefix_memory import PrefixMemory
+from lorafleet.controller.gateway.residents import Residents
 from lorafleet.controller.gateway.routing_table import Endpoint
 from lorafleet.controller.gateway.wire import Backoff, describe, open_channel, worker_stub
+from lorafleet.controller.gateway.worker_view import Tier, WorkerView
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.pace import Pace
 from lorafleet.workers.errors import WorkerLostError, WorkerUnavailableError
 from lorafleet.workers.rpc import bearer
 
@@ -60,8 +63,10 @@ class WorkerSession:
         self._outbox_filled = asyncio.Event()
         self._heard_at = 0.0
         self._heartbeat: worker_pb2.Heartbeat | None = None  # None until the first of this session
-        self._device_adapters: frozenset[str] = frozenset()
-        self._num_unreported = 0
+        self._pace = Pace()
+        self._residents = Residents()
+        self._prefixes = PrefixMemory()
+        self._num_unreported = self._num_unreported_tokens = 0
 
     def start(self) -> None:
         """Connect, and stay connected."""
@@ -75,6 +80,11 @@ class WorkerSession:
             self._task = None
 
     @property
+    def num_gateways(self) -> int:
+        """That send the worker requests, this one included, as far as is known."""
+        return 1 if self._heartbeat is None else max(1, self._heartbeat.num_gateways)
+
+    @property
     def num_streams(self) -> int:
         """Choices that have not ended."""
         return len(self._streams)
@@ -83,24 +93,47 @@ class WorkerSession:
         """What the router needs to know, now."""
         endpoint, heartbeat = self.endpoint, self._heartbeat
         if heartbeat is None:
-            return WorkerView(endpoint.worker_id, False, True, endpoint.max_num_seqs, endpoint.max_loras)
+            return WorkerView(
+                endpoint.worker_id, False, True, endpoint.max_num_seqs, endpoint.max_loras, endpoint.generation
+            )
         load = heartbeat.load
         silent = self._clock() - self._heard_at > self._times.suspect_s
-        hung = heartbeat.last_step_age_ms > self._times.hung_step_s * 1000
+        slow = heartbeat.last_step_age_ms > self._times.slow_step_s * 1000
         ready = self._live and heartbeat.state == worker_pb2.WORKER_READY and not endpoint.draining and not self.retired
         return WorkerView(
             endpoint.worker_id,
             ready,
-            silent or hung,
+            silent or slow,
             endpoint.max_num_seqs,
             endpoint.max_loras,
+            endpoint.generation,
             load.num_running,
             load.num_waiting,
-            self._num_unreported,
+            load.num_uncomputed_tokens,
             load.num_pages,
             load.num_free_pages,
-            self._device_adapters,
+            load.page_size,
+            self._pace,
+            self._residents.tiers,
+            self._residents.num_on_device,
+            load.host_cache_usage,
+            self._residents.expected,
+            # Other gateways have sent about as much meanwhile, which only the worker's next heartbeat tells.
+            self._num_unreported * self.num_gateways,
+            self._num_unreported_tokens * self.num_gateways,
         )
+
+    def num_cached_tokens(self, prefix_names: Sequence[bytes]) -> int:
+        """Of a prompt, the tokens that the worker has probably computed before."""
+        return self._prefixes.num_found(prefix_names)
+
+    def expect(self, adapters: Sequence[str], num_tokens: int, prefix_names: Sequence[bytes]) -> None:
+        """Take into account a prompt that is about to be submitted. num_tokens: of it, those to be computed."""
+        self._residents.expect(adapters)
+        self._num_unreported_tokens += num_tokens
+        if self._heartbeat is not None:
+            load = self._heartbeat.load
+            self._prefixes.note(prefix_names, load.num_pages * load.page_size)
 
     def submit(self, queue: ChoiceQueue, generate: worker_pb2.Generate) -> int:
         """Send a request whose tokens go to `queue`; fills in and returns its stream number, for `cancel`.
@@ -152,10 +185,11 @@ class WorkerSession:
         """Everything that was on the session ends."""
         self._live = False
         self._heartbeat = None
-        self._device_adapters = frozenset()
+        self._residents.clear()
+        self._prefixes.clear()
         self._outbox.clear()
         self._outbox_filled.clear()
-        self._num_unreported = 0
+        self._num_unreported = self._num_unreported_tokens = 0
         streams, self._streams = self._streams, {}
         message = (
             f"Worker {self.endpoint.worker_id} was lost before the request ended ({reason}). Send the request again."
@@ -234,6 +268,13 @@ class WorkerSession:
             if kind == "step":
                 deliver(message.step, self._streams)
             elif kind == "heartbeat":
-                self._heartbeat = message.heartbeat
-                self._device_adapters = frozenset(message.heartbeat.device_adapters)
-                self._num_unreported = 0
+                self._heartbeat = beat = message.heartbeat
+                self._residents.update((place.digest, Tier(place.tier)) for place in beat.adapters)
+                self._pace = Pace(
+                    beat.pace.step_s,
+                    beat.pace.prompt_token_s,
+                    beat.pace.seat_s,
+                    beat.pace.host_load_s,
+                    beat.pace.disk_load_s,
+                )
+                self._num_unreported = self._num_unreported_tokens = 0

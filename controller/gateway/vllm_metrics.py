@@ -14,8 +14,8 @@ from prometheus_client.registry import Collector
 
 from lorafleet.controller.gateway.fleet_metrics import kv_usage
 from lorafleet.controller.gateway.metrics import Metrics
-from lorafleet.controller.gateway.router import WorkerView
 from lorafleet.controller.gateway.routing_table import RoutingTable
+from lorafleet.controller.gateway.worker_view import Tier, WorkerView
 
 _FINISHED = ("stop", "length", "abort")  # vLLM's; what fails is no success
 
@@ -77,7 +77,7 @@ class VllmCollector(Collector):
 
     def _lora_info(self, table: RoutingTable, views: Sequence[WorkerView]) -> Metric:
         """One series: the adapters on the devices and those that are waited for."""
-        on_device = frozenset().union(*(view.device_adapters for view in views))
+        on_device = {digest for view in views for digest, tier in view.tiers.items() if tier is Tier.DEVICE}
         adapters = [entry for entry in table.models.values() if entry.digest]
         running = sorted(entry.name for entry in adapters if entry.digest in on_device)
         waiting = sorted(set(self._adapters_in_use()).difference(running))

@@ -10,6 +10,7 @@ one that is being read, whose memory is then free when that read ends.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -39,6 +40,7 @@ class StoreStats:
     num_registered: int
     num_cached: int
     bytes: int
+    usage: float  # of the bytes or of the number that it may hold, whichever is nearer to its limit
     hits: int
     loads: int
     failures: int
@@ -214,6 +216,7 @@ class AdapterStore:
                 num_registered=len(self._specs),
                 num_cached=len(self._entries),
                 bytes=self._bytes,
+                usage=max(self._bytes / self._max_bytes, len(self._entries) / (self._max_adapters or math.inf)),
                 hits=self._hits,
                 loads=self._loads,
                 failures=self._num_failures,

@@ -49,6 +49,10 @@ class AdapterSlots:
     def is_loading(self, digest: str) -> bool:
         return digest in self._loading
 
+    def loading(self) -> tuple[str, ...]:
+        """Adapters on their way into slots."""
+        return tuple(self._loading)
+
     def resident(self) -> tuple[str, ...]:
         """Ready adapters, least recently used first."""
         return tuple(self._ready)

@@ -58,6 +58,7 @@ class Clients:
         self._cold_tenants: Ranking[str] = Ranking(self._rank_of_tenant)
         self.num_waiting = 0  # requests
         self.num_changes = 0  # so far: of who waits and who runs
+        self.num_waiting_tokens = 0  # of these: none of them is computed
         self._bound = bound
         self._num_clients: Counter[str] = Counter()  # by adapter
         self._num_turns = 0  # that they would need if none of them were served
@@ -222,6 +223,7 @@ class Clients:
     def _enqueue(self, client: Client, request: Request) -> None:
         insort(client.waiting, request, key=_in_client)
         self.num_waiting += 1
+        self.num_waiting_tokens += request.num_tokens
         self._changed(client)
 
     def _dequeue(self, client: Client, request: Request) -> None:
@@ -229,6 +231,7 @@ class Clients:
         assert client.waiting[place] is request
         del client.waiting[place]
         self.num_waiting -= 1
+        self.num_waiting_tokens -= request.num_tokens
 
     def _end_run(self, client: Client) -> None:
         client.num_running -= 1
@@ -315,6 +318,7 @@ class Clients:
             assert (client in self.seat_line) == (client.num_running == 0)
             waiting += client.waiting
         assert self.num_waiting == len(waiting)
+        assert self.num_waiting_tokens == sum(request.num_tokens for request in waiting)
         assert self.num_served_clients == len(num_running)
         adapters = {request.adapter for request in waiting}
         assert self._by_adapter.keys() == adapters

@@ -28,6 +28,7 @@ from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.eviction import make_eviction
+from lorafleet.workers.engine.pace import PaceMeter
 from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, Retire
 from lorafleet.workers.engine.request import MAX_COMPOSED, FinishReason, GenerateRequest, Request, RequestEvent
 from lorafleet.workers.engine.scheduler import Scheduler
@@ -97,7 +98,8 @@ class Engine:
         self._store = adapter_store(
             spec, plan, ranks.group, eviction=make_eviction(eviction), is_in_use=self._scheduler.is_in_use
         )
-        self._loader = SlotLoader(self._store, self._slots, self._runner, ranks.followers, self._post)
+        self._pace = PaceMeter()
+        self._loader = SlotLoader(self._store, self._slots, self._runner, ranks.followers, self._pace, self._post)
         self._lock = threading.Lock()  # guards the six below
         # A str is the id of a request to cancel.
         self._inbox: deque[GenerateRequest | str | Loaded | Retire | _Pin] = deque()
@@ -220,11 +222,15 @@ class Engine:
         """The snapshot of the last step's end, with the age of the step that runs now."""
         began = self._step_began
         store = self._store.stats()
+        with self._lock:
+            registered = self._adapters.all()
         # What grows with the number of adapters is looked at here: a step takes a snapshot and must stay cheap.
         return replace(
             self._stats,
             host_adapters=self._store.resident(),
+            registered_adapters=registered,
             host_cache_bytes=store.bytes,
+            host_cache_usage=store.usage,
             num_adapter_loads=store.loads,
             last_step_age_s=0.0 if began is None else time.monotonic() - began,
         )
@@ -282,11 +288,13 @@ class Engine:
             self._step_began = time.monotonic()
             results = iter(self._runner.run(plan))
             self._num_steps += 1
+            num_in_prompts = 0
             for entry in plan.scheduled:
                 request = entry.request
                 self._num_prompt_tokens += max(
                     0, min(entry.num_tokens, request.num_prompt_tokens - request.num_computed_tokens)
                 )
+                num_in_prompts += entry.num_tokens - 1
                 if not entry.samples:
                     self._scheduler.commit(entry, None)
                     continue
@@ -298,13 +306,17 @@ class Engine:
                     events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
                     continue
                 finish = self._scheduler.commit(entry, sampled.token_id)
+                if finish is not None:
+                    self._pace.book_seat(time.monotonic() - request.started_at)
                 self._num_output_tokens += 1
                 event = RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish)
                 if request.num_output_tokens == 1 and request.num_cached_tokens:
                     event = replace(event, num_cached_tokens=request.num_cached_tokens)
                 events.append(event)
-            self._loader.book_step(time.monotonic() - self._step_began)
+            step_s = time.monotonic() - self._step_began
             self._step_began = None
+            self._loader.book_step(step_s)
+            self._pace.book_step(step_s, num_in_prompts)
         self._free_retired()
         with self._lock:
             ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
@@ -460,9 +472,12 @@ class Engine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + queued,
+            num_uncomputed_tokens=self._scheduler.num_uncomputed_tokens,
+            page_size=self.plan.page_size,
             num_pages=self._pool.num_pages,
             num_free_pages=self._pool.num_free,
             device_adapters=self._slots.resident(),
+            loading_adapters=self._slots.loading(),
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
@@ -470,4 +485,5 @@ class Engine:
             num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_slot_loads=self._loader.num_loaded,
+            pace=self._pace.pace,
         )

@@ -142,6 +142,10 @@ class RegisteredAdapters:
                 f"{len(self._pinned)} are taken by pinned adapters."
             )
 
+    def all(self) -> tuple[str, ...]:
+        """The digests."""
+        return tuple(self._registered)
+
     def spec(self, digest: str) -> AdapterSpec:
         """Without the lock. Raises `AdapterUnavailableError` for a digest that is not known (any more)."""
         spec = self._store.spec(digest)

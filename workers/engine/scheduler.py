@@ -70,6 +70,7 @@ class Scheduler:
         self._look_again_s = bound.turn_s / 16
         self._last_look = (-1, -1)  # what had changed before the last look that left nobody who could be let in
         self._last_look_at = self._now
+        self._num_put_off = 0  # tokens of running prompts that are left to later steps
 
     @property
     def num_running(self) -> int:
@@ -78,6 +79,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return self._clients.num_waiting
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Of prompts, and of what preempted requests had computed, what is left to steps after the planned one."""
+        return self._clients.num_waiting_tokens + self._num_put_off
 
     @property
     def num_served_clients(self) -> int:
@@ -180,6 +186,7 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         preempted = False
         prompts = []
+        self._num_put_off = 0
         for request in list(self._running):
             if not request.pages:
                 continue  # preempted in this very loop
@@ -198,9 +205,10 @@ class Scheduler:
                     budget -= 1
         prompts.sort(key=lambda request: not request.is_urgent)
         for request in prompts:
-            if budget == 0:
-                break
-            budget -= self._schedule_prompt(request, budget, scheduled)
+            if budget:
+                budget -= self._schedule_prompt(request, budget, scheduled)
+            else:
+                self._num_put_off += request.num_uncomputed_tokens
         return budget, preempted
 
     def _has_news(self) -> bool:
@@ -267,6 +275,7 @@ class Scheduler:
         whoever starts later in this step may have them.
         """
         num_tokens = scheduled[request] = min(request.num_uncomputed_tokens, budget)
+        self._num_put_off += request.num_uncomputed_tokens - num_tokens
         self._pages.name(request, request.num_computed_tokens + num_tokens)
         return num_tokens
 

@@ -21,6 +21,7 @@ from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.batch import SlotLoad
+from lorafleet.workers.engine.pace import PaceMeter
 from lorafleet.workers.errors import InternalError, LoRAFleetError
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.slot_write import SlotWrite
@@ -43,6 +44,8 @@ class Loaded:
     number: int  # each has its own
     write: SlotWrite | LoRAFleetError
     seconds: float
+    began: float  # time.monotonic()
+    from_disk: bool
 
 
 class SlotLoader:
@@ -54,8 +57,10 @@ class SlotLoader:
         slots: AdapterSlots,
         runner: ModelRunner,
         followers: Followers,
+        pace: PaceMeter,
         report: Callable[[Loaded], None],
     ) -> None:
+        self._pace = pace
         self._followers = followers
         self._numbers = count()
         self._store = store
@@ -80,7 +85,7 @@ class SlotLoader:
         if write is None:
             self._loaders.submit(self._load, load, number)
         else:
-            self._copying.append((Loaded(load, number, write, 0.0), write))
+            self._copying.append((Loaded(load, number, write, 0.0, time.monotonic(), from_disk=False), write))
 
     def pin(self, digest: str) -> None:
         """Let an adapter stay in its slot; if it is in none, bring it into one that can be had now."""
@@ -110,6 +115,7 @@ class SlotLoader:
                 self._runner.commit(write, loaded.number)
                 self._store.release(loaded.load.digest)
                 self._slots.finish_load(loaded.load.digest, loaded.seconds)
+                self._pace.book_load(time.monotonic() - loaded.began, from_disk=loaded.from_disk)
                 self.num_loading -= 1
                 self.num_loaded += 1
             if puts_off and time.monotonic() - began >= self._copy_s:
@@ -146,20 +152,22 @@ class SlotLoader:
         When it reports one, all other ranks have it in their slots.
         """
         began = time.monotonic()
+        from_disk = False
         write: SlotWrite | LoRAFleetError
         try:
-            write = self._bring(load, number)
+            self._followers.prefetch(load.digest)  # they read it while this rank does
+            fetched = self._store.fetch(load.digest)
+            from_disk = not fetched.done()
+            write = self._prepare(load, number, fetched.result())  # held until it is copied
         except LoRAFleetError as refused:
             write = refused
         except Exception:
             logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
             write = InternalError("Loading the adapter failed; the worker's log says why.")
-        self._report(Loaded(load, number, write, time.monotonic() - began))
+        self._report(Loaded(load, number, write, time.monotonic() - began, began, from_disk))
 
-    def _bring(self, load: SlotLoad, number: int) -> SlotWrite:
+    def _prepare(self, load: SlotLoad, number: int, adapter: HostAdapter) -> SlotWrite:
         """When it has returned or raised, no other rank writes into the slot any more."""
-        self._followers.prefetch(load.digest)  # they read it while this rank does
-        adapter = self._store.fetch(load.digest).result()  # held until it is copied
         try:
             spec = self._store.spec(load.digest)
             assert spec is not None, "it is not forgotten while it is on its way"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from lorafleet.workers.engine.pace import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,11 +13,16 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_uncomputed_tokens: int = 0  # of prompts and of what preempted requests had, of all requests
+    page_size: int = 0
     num_pages: int = 0
     num_free_pages: int = 0
     device_adapters: tuple[str, ...] = ()  # digests in slots
+    loading_adapters: tuple[str, ...] = ()  # digests on their way into slots
     host_adapters: tuple[str, ...] = ()  # digests in the host cache
+    registered_adapters: tuple[str, ...] = ()  # all digests that requests may name
     host_cache_bytes: int = 0
+    host_cache_usage: float = 0.0  # 1: what is read next pushes out another one
     num_steps: int = 0
     num_prompt_tokens: int = 0  # computed, recomputation after a preemption included
     num_output_tokens: int = 0
@@ -25,3 +32,4 @@ class EngineStats:
     num_adapter_loads: int = 0  # disk to host
     num_slot_loads: int = 0  # host to device
     last_step_age_s: float = 0.0  # since the running step began; 0 while idle
+    pace: Pace = field(default_factory=Pace)
