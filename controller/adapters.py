@@ -32,8 +32,6 @@ from lorafleet.workers.text.files import files_digest
 
 _T = TypeVar("_T")
 
-logger = logging.getLogger(__name__)
-
 MAX_NAME_CHARS = 256
 GRACE_S = 2.0  # between a new table and the end of what it no longer names: requests that gateways have just resolved
 FREE_S = 30.0  # that an unload waits for running requests; afterwards they go on, and what they use is freed later
@@ -59,8 +57,11 @@ class AdapterUpdates:
         *,
         allowed: bool,
         roots: Sequence[str],
+        tell: Callable[[str, int], None],
     ) -> None:
-        """workers: those in the table. changed: called after each change of the catalogue."""
+        """workers: those in the table. changed: called after each change of the catalogue. tell: called with a line and
+        its log level for what happens to an adapter."""
+        self._tell = tell
         self._catalogue = catalogue
         self._workers = workers
         self._changed = changed
@@ -115,7 +116,7 @@ class AdapterUpdates:
             for worker in self._workers():
                 if worker not in workers:  # it came (back) meanwhile
                     await self.sync(worker)
-        logger.info("adapter %s is version %d, %s, from %s", name, adapter.version, adapter.digest, root)
+        self._tell(f"adapter {name} is version {adapter.version}, {adapter.digest}, from {root}", logging.INFO)
         return adapter
 
     async def unload(self, name: str) -> Freed:
@@ -127,7 +128,7 @@ class AdapterUpdates:
         async with self._lock(name):
             adapter = self._catalogue.drop_adapter(name)
             self._changed()
-        logger.info("adapter %s is unloaded", name)
+        self._tell(f"adapter {name} is unloaded", logging.INFO)
         return await asyncio.shield(self._keep(self._free(adapter)))
 
     async def sync(self, worker: WorkerClient) -> list[str]:
@@ -159,7 +160,7 @@ class AdapterUpdates:
                             reason="changed",
                         )
                 except LoRAFleetError as error:
-                    logger.error("adapter %s cannot be loaded again: %s", adapter.name, error.message)
+                    self._tell(f"adapter {adapter.name} cannot be loaded again: {error.message}", logging.ERROR)
                     failed.add((adapter.name, adapter.version))
                 else:
                     known[adapter.name, adapter.version] = adapter

@@ -1,4 +1,4 @@
-"""The command line: `lorafleet serve MODEL ...`.
+"""The command line: `lorafleet serve MODEL ...` and `lorafleet status`.
 
 Owns: flags, their help, their refusals. Imports neither Ray nor torch until there is something to run, so that `--help`
 and a mistyped flag answer at once.
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command; the exit code is 0, 1 for what cannot run, 2 for wrong usage."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.command == "status":
+        _status(args)
     try:
         config = serve_config(args)
     except ConfigError as error:
@@ -246,10 +248,45 @@ def make_parser() -> argparse.ArgumentParser:
         "is to answer first (default: %(default)s)",
     )
     fleet.add_argument(
+        "--hung-step-s",
+        type=float,
+        default=60.0,
+        help="seconds after which a worker whose step does not end is replaced, and its requests go on with another; "
+        "after a third of it it gets no new ones (default: %(default)s)",
+    )
+    fleet.add_argument(
+        "--worker-wait-s",
+        type=float,
+        default=60.0,
+        help="seconds that a request waits while no worker can take it or go on with it; then it gets 503 "
+        "(default: %(default)s)",
+    )
+    fleet.add_argument(
         "--ray-address", metavar="ADDRESS", help="a running Ray cluster to use (default: a Ray of its own)"
     )
     fleet.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+
+    status = commands.add_parser(
+        "status",
+        help="show the workers of a running fleet",
+        description="Show the workers of a running fleet: state, ranks, generation, load, KV use and adapters by tier.",
+        allow_abbrev=False,
+    )
+    status.add_argument("--url", default="http://127.0.0.1:8000", help="of a gateway (default: %(default)s)")
+    status.add_argument("--api-key", metavar="KEY", help="one that it knows (default: $LORAFLEET_API_KEY)")
+    status.add_argument("--json", action="store_true", help="print what the gateway says, for programs")
     return parser
+
+
+def _status(args: argparse.Namespace) -> NoReturn:
+    from lorafleet.controller.status import fetch_fleet, table
+
+    try:
+        fleet = fetch_fleet(args.url, args.api_key or os.environ.get("LORAFLEET_API_KEY", "").split(",")[0])
+    except LoRAFleetError as error:
+        sys.exit(f"lorafleet: error: {error.message}")
+    print(json.dumps(fleet, indent=2) if args.json else table(fleet))
+    sys.exit(0)
 
 
 def serve_config(args: argparse.Namespace) -> ServeConfig:
@@ -296,6 +333,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         lora_roots=tuple(_lora_root(root) for root in args.lora_root or ()),
         num_workers=args.num_workers,
         gateway_processes=args.gateway_processes,
+        hung_step_s=args.hung_step_s,
+        worker_wait_s=args.worker_wait_s,
         ray_address=args.ray_address,
         log_level=args.log_level,
     )

@@ -56,6 +56,7 @@ class WorkerCluster:
         host: str,
         token: str,
         log_level: str,
+        hung_step_s: float,
     ) -> None:
         """Ask for a worker, one of `num_workers`; it starts in the background. Does nothing if it exists.
 
@@ -75,7 +76,7 @@ class WorkerCluster:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         # A method may have had its effect when the actor died, so none is ever repeated by Ray.
         options |= {"namespace": NAMESPACE, "lifetime": "detached", "max_task_retries": 0}
-        arguments = config, tuple(adapters), host, token, log_level
+        arguments = config, tuple(adapters), host, token, log_level, hung_step_s
         if ranks == 1:
             ray.remote(WorkerActor).options(
                 name=name, get_if_exists=True, max_restarts=-1, scheduling_strategy="SPREAD", **options
@@ -120,7 +121,8 @@ class WorkerCluster:
             remove_placement_group(get_placement_group(name))
 
     def restart_worker(self, name: str) -> None:
-        """End a worker's process; Ray starts it anew, or, where it has several ranks, `create_worker` does."""
+        """End a worker's process, stopped ones too; Ray starts it anew, or, where it has several ranks, `create_worker`
+        does, which ends the others."""
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
 

@@ -29,6 +29,8 @@ class ServeConfig:
     ] = ()  # below which adapters that are loaded so must lie; see workers/adapters/sources.py
     num_workers: int = 1
     gateway_processes: int = 1  # on one port
+    hung_step_s: float = 60.0  # age of a step at which its worker is replaced
+    worker_wait_s: float = 60.0  # of a request that no worker can take
     ray_address: str | None = None  # None: a Ray of our own on this machine
     log_level: str = "warning"
 
@@ -37,6 +39,10 @@ class ServeConfig:
             raise ConfigError(f"--port is {self.port}; it must be between 1 and 65535.")
         if not 0 <= self.drain_timeout_s < 86400:
             raise ConfigError(f"--drain-timeout-s is {self.drain_timeout_s}; it must be between 0 and 86400.")
+        if not 1 <= self.hung_step_s < 86400:
+            raise ConfigError(f"--hung-step-s is {self.hung_step_s}; it must be between 1 and 86400.")
+        if not 0 <= self.worker_wait_s < 86400:
+            raise ConfigError(f"--worker-wait-s is {self.worker_wait_s}; it must be between 0 and 86400.")
         if self.num_workers < 1:
             raise ConfigError(f"--num-workers is {self.num_workers}; it must be at least 1.")
         if self.gateway_processes < 1:

@@ -29,6 +29,7 @@ class GatewayProcesses:
         self._command += ["--controller", controller, "--token-file", str(token_file), "--exit-with-parent"]
         self._command += ["--host", config.host, "--port", str(config.port)]
         self._command += ["--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level]
+        self._command += ["--worker-wait-s", str(config.worker_wait_s), "--slow-step-s", str(config.hung_step_s / 3)]
         if config.gateway_processes > 1:
             self._command += ["--reuse-port"]
         if config.tenants_file is not None:

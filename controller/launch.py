@@ -24,12 +24,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.gateway_processes import GatewayProcesses
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
 from lorafleet.workers.model.source import read_ahead
 
 if TYPE_CHECKING:
+    from lorafleet.controller.actor import FleetReady
     from lorafleet.controller.cluster import FleetCluster
 
 _START_TIMEOUT_S = 900.0
@@ -42,20 +44,26 @@ class Stopped(Exception):
 
 
 class _Signals:
-    """How often SIGINT and SIGTERM came: the first asks for the end, the second cuts a drain short.
+    """How often SIGINT and SIGTERM came: the first asks for the end, the second cuts a drain short. And how often
+    SIGUSR1, which asks for a restart of the workers.
 
     They are only counted. Any lock, an Event's too, may be held by the very code that the next signal interrupts.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.num_restarts = 0
 
     def install(self) -> None:
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGUSR1, self._handle_restart)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+
+    def _handle_restart(self, number: int, frame: FrameType | None) -> None:
+        self.num_restarts += 1
 
     def check(self) -> None:
         if self.count:
@@ -79,12 +87,14 @@ def serve(config: ServeConfig) -> None:
             read_ahead(Path(config.engine.model))
             gateways = stack.enter_context(GatewayProcesses(config, f"{node}:{controller_port}", token_file, state_dir))
             _say(f"starting Ray, controller and {_count(config.num_workers, 'worker')} ...")
-            ready = stack.enter_context(
+            cluster, ready = stack.enter_context(
                 _fleet(config, node, controller_port, token_file.read_text(), state_dir, signals)
             )
             _wait_for_gateways(config, gateways, signals)
-            _announce(config, ready, time.monotonic() - began)
+            _announce(config, ready.workers, time.monotonic() - began)
+            watch = FleetWatch(cluster, ready.last_event, _say)
             while not signals.count:
+                signals.num_restarts -= watch.look(wants_restart=signals.num_restarts > 0)
                 for code in gateways.replace_ended():
                     _say(f"a gateway ended with exit code {code}; another takes its place")
                 time.sleep(_POLL_S)
@@ -150,7 +160,7 @@ def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: _Sign
 @contextlib.contextmanager
 def _fleet(
     config: ServeConfig, node: str, port: int, token: str, state_dir: Path, signals: _Signals
-) -> Iterator[tuple[WorkerReady, ...]]:
+) -> Iterator[tuple[FleetCluster, FleetReady]]:
     """Ray with controller and workers in it, ready to serve."""
     if config.ray_address is None:
         # A Ray of our own, closed to everybody else on the machine. Set before Ray is imported.
@@ -176,23 +186,22 @@ def _fleet(
         try:
             # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
             cluster.create_controller(ControllerActor, dataclasses.replace(config, api_keys=()), node, port, token)
-            yield _wait_for_fleet(cluster, signals)
+            yield cluster, _wait_for_fleet(cluster, signals)
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
     finally:
         cluster.shutdown()
 
 
-def _wait_for_fleet(cluster: FleetCluster, signals: _Signals) -> tuple[WorkerReady, ...]:
+def _wait_for_fleet(cluster: FleetCluster, signals: _Signals) -> FleetReady:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         signals.check()
-        answer = cluster.poll("ready", timeout_s=0.5)
+        answer: FleetReady | WorkerFailed | None = cluster.poll("ready", timeout_s=0.5)
         if isinstance(answer, WorkerFailed):
             raise _as_startup_error(answer)
         if answer is not None:
-            workers: tuple[WorkerReady, ...] = answer.workers
-            return workers
+            return answer
     raise ConfigError(f"The fleet did not start within {_START_TIMEOUT_S:g} s.")
 
 

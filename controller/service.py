@@ -6,7 +6,7 @@ The base model's files are kept here; an adapter's come from a worker, which can
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -30,8 +30,15 @@ def read_tokenizer_files(model_dir: Path) -> dict[str, bytes]:
 class ControllerService(controller_pb2_grpc.ControllerServicer):
     """Publishes one catalogue. Call `changed` after each change of it."""
 
-    def __init__(self, catalogue: Catalogue, files: Mapping[str, Mapping[str, bytes]], updates: AdapterUpdates) -> None:
-        """files: by digest, then by name."""
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        files: Mapping[str, Mapping[str, bytes]],
+        updates: AdapterUpdates,
+        workers: Callable[[], Sequence[controller_pb2.WorkerStatus]],
+    ) -> None:
+        """files: by digest, then by name. workers: how the wanted ones are."""
+        self._workers = workers
         self._catalogue = catalogue
         self._updates = updates
         self._files = files
@@ -77,6 +84,16 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         update.device_bytes, update.host_bytes = freed.device_bytes, freed.host_bytes
         update.num_draining = freed.num_draining
         return update
+
+    async def GetStatus(
+        self, request: controller_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.FleetStatus:
+        return controller_pb2.FleetStatus(
+            incarnation=self._catalogue.incarnation,
+            version=self._catalogue.version,
+            num_adapters=len(self._catalogue.adapters()),
+            workers=self._workers(),
+        )
 
     def _update(self) -> controller_pb2.AdapterUpdate:
         return controller_pb2.AdapterUpdate(incarnation=self._catalogue.incarnation, version=self._catalogue.version)

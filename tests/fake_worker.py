@@ -74,6 +74,8 @@ class FakeEngine:
         self.num_slots: int | None = None  # of the queue; None: any number
         self.num_cached_tokens = 0  # that each request finds
         self.last_salt = ""
+        self.device_adapters: tuple[str, ...] = ("digest-a",)
+        self.registered_adapters: tuple[str, ...] = ("digest-a", "digest-b", "digest-c")
         self._changed = threading.Condition()
         self._running: dict[str, tuple[GenerateRequest, int]] = {}
         self._cancels: list[str] = []
@@ -111,8 +113,9 @@ class FakeEngine:
             num_running=self.num_running,
             num_pages=10,
             num_free_pages=4,
-            device_adapters=("digest-a",),
+            device_adapters=self.device_adapters,
             host_adapters=("digest-a", "digest-b"),
+            registered_adapters=self.registered_adapters,
             num_steps=3,
             num_output_tokens=5,
             num_prefix_query_tokens=70,

@@ -70,15 +70,28 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
+    def series(self, name: str) -> list[float]:
+        """A metric's values, one for each set of labels, in the gateway that answers."""
+        lines = self.get("/metrics")[1].splitlines()
+        return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
+
     def metric(self, name: str) -> float:
         """The sum of a metric's series."""
-        values = [
-            float(line.rsplit(" ", 1)[1])
-            for line in self.get("/metrics")[1].splitlines()
-            if line.startswith((f"{name} ", f"{name}{{"))
-        ]
+        values = self.series(name)
         assert values, f"no metric {name}"
         return sum(values)
+
+    def processes(self, name: bytes) -> set[int]:
+        """Pids of those below this one that have a name in their command line."""
+        pids = set()
+        for pid in self.children():
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if name in command:
+                pids.add(pid)
+        return pids
 
     def children(self) -> set[int]:
         """Pids of all processes below this one."""

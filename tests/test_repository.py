@@ -79,6 +79,7 @@ def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
         "actor",
         "config",
         "engine.eviction",
+        "engine.pace",
         "engine.request",
         "errors",
         "generation_defaults",

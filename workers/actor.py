@@ -58,13 +58,20 @@ class WorkerActor:
     """
 
     def __init__(
-        self, config: EngineConfig, adapters: Sequence[LoRAModule], host: str, token: str, log_level: str
+        self,
+        config: EngineConfig,
+        adapters: Sequence[LoRAModule],
+        host: str,
+        token: str,
+        log_level: str,
+        hung_step_s: float,
     ) -> None:
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
         self._adapters = adapters
         self._host = host
         self._token = token
+        self._hung_step_s = hung_step_s
         self._listener = socket.create_server((host, 0)) if config.tensor_parallel_size > 1 else None
         self._leads = "" if self._listener is None else f"{host}:{self._listener.getsockname()[1]}"
         # Ray constructs an actor with async methods on its event loop, so the start can be a task of that loop.
@@ -130,7 +137,13 @@ class WorkerActor:
         worker_id, generation = uuid.uuid4().hex, time.time_ns()
         # os._exit: a crashed engine's threads must not keep the process from being replaced.
         self._service = WorkerService(
-            engine, registry, worker_id=worker_id, generation=generation, on_crash=lambda: os._exit(1)
+            engine,
+            registry,
+            worker_id=worker_id,
+            generation=generation,
+            on_crash=lambda: os._exit(1),
+            hung_step_s=self._hung_step_s,
+            on_hung=lambda: os._exit(1),
         )
         self._server = create_server(self._token)
         add_WorkerServicer_to_server(self._service, self._server)

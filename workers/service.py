@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -19,7 +20,6 @@ from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers.adapter_registry import AdapterRegistry
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
-from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.thread import EngineThread
 from lorafleet.workers.errors import (
     DrainingError,
@@ -29,6 +29,7 @@ from lorafleet.workers.errors import (
     UnknownModelError,
     status_of,
 )
+from lorafleet.workers.load_report import Places, heartbeat, places_of, report
 from lorafleet.workers.rpc import failure_of
 from lorafleet.workers.text.files import chunks
 
@@ -57,8 +58,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         worker_id: str,
         generation: int,
         on_crash: Callable[[], None],
+        hung_step_s: float = math.inf,
+        on_hung: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_crash` is called on the event loop after the engine thread crashed and all requests were told."""
+        """`on_crash` is called on the event loop after the engine thread crashed and all requests were told, `on_hung`
+        when a step is older than `hung_step_s`: nobody was told, since others may go on with the requests."""
         self._engine = engine
         self._registry = registry
         self._worker_id = worker_id
@@ -70,12 +74,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._owners: dict[str, tuple[_Session, int]] = {}  # engine request id → (session, stream)
         self._session_count = 0
         self._draining = False
+        self._hung_step_s = hung_step_s
+        self._on_hung = on_hung
+        self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._thread.start()
+        self._watch = asyncio.create_task(self._watch_steps(), name="step watch")
 
     async def stop(self) -> None:
         """End the engine's thread after its running step."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
         await asyncio.to_thread(self._thread.stop)
 
     @property
@@ -120,25 +131,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def GetReport(
         self, request: worker_pb2.ReportRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerReport:
-        stats = self._engine.stats()
-        return worker_pb2.WorkerReport(
-            worker_id=self._worker_id,
-            generation=self._generation,
-            state=self._state(),
-            load=_load(stats),
-            device_adapters=stats.device_adapters,
-            host_adapters=stats.host_adapters,
-            counters=worker_pb2.EngineCounters(
-                num_steps=stats.num_steps,
-                num_prompt_tokens=stats.num_prompt_tokens,
-                num_output_tokens=stats.num_output_tokens,
-                num_preemptions=stats.num_preemptions,
-                num_adapter_loads=stats.num_adapter_loads,
-                num_slot_loads=stats.num_slot_loads,
-                num_prefix_query_tokens=stats.num_prefix_query_tokens,
-                num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
-            ),
-        )
+        return report(self._engine.stats(), self._state(), self._worker_id, self._generation)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DrainReply:
         self.drain()
@@ -247,19 +240,22 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._owners[engine_id] = (session, stream)
 
     async def _heartbeats(self, session: _Session) -> None:
+        told: Places = {}
         while True:
             stats = self._engine.stats()
-            session.put(
-                worker_pb2.WorkerMessage(
-                    heartbeat=worker_pb2.Heartbeat(
-                        state=self._state(),
-                        last_step_age_ms=int(1e3 * stats.last_step_age_s),
-                        load=_load(stats),
-                        device_adapters=stats.device_adapters,
-                    )
-                )
-            )
+            places = places_of(stats)
+            beat = heartbeat(stats, self._state(), places, told, len(self._sessions))
+            session.put(worker_pb2.WorkerMessage(heartbeat=beat))
+            told = places
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _watch_steps(self) -> None:
+        age_s = 0.0
+        while age_s <= self._hung_step_s:
+            await asyncio.sleep(HEARTBEAT_S)
+            age_s = self._engine.stats().last_step_age_s
+        logger.critical("a step has run for %.1f s, over the limit of %g s: the worker ends", age_s, self._hung_step_s)
+        self._on_hung()
 
     def _state(self) -> worker_pb2.WorkerState:
         return worker_pb2.WORKER_DRAINING if self._draining else worker_pb2.WORKER_READY
@@ -367,13 +363,4 @@ def _ended(stream: int, error: LoRAFleetError) -> worker_pb2.Ended:
         error_code=status_of(error).code,
         error_message=error.message,
         error_reason=getattr(error, "reason", ""),
-    )
-
-
-def _load(stats: EngineStats) -> worker_pb2.Load:
-    return worker_pb2.Load(
-        num_running=stats.num_running,
-        num_waiting=stats.num_waiting,
-        num_pages=stats.num_pages,
-        num_free_pages=stats.num_free_pages,
     )

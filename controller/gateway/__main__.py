@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafleet.controller.gateway.config import GatewayConfig
+from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
 from lorafleet.controller.gateway.server import serve
 from lorafleet.controller.gateway.tenants import read_tenants
 from lorafleet.workers.errors import ConfigError
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         ("body_timeout_s", "seconds for a request's body to arrive"),
         ("write_timeout_s", "seconds that a client may take nothing"),
         ("request_timeout_s", "seconds for a whole request"),
-        ("worker_wait_s", "seconds that a request whose worker was lost waits for one that goes on with it"),
+        ("worker_wait_s", "seconds that a request waits while no worker can take it or go on with it"),
         ("max_in_flight", "requests at a time; more get 429"),
         ("max_queued_tokens", "tokens of one choice that a slow reader may leave unread"),
         ("num_tokenizer_threads", "threads for tokenizers and chat templates"),
@@ -75,6 +75,12 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=type(default), default=default, help=help_text)
+    parser.add_argument(
+        "--slow-step-s",
+        type=float,
+        default=defaults.times.slow_step_s,
+        help="age of an engine step at which its worker gets nothing new while others can take it",
+    )
     args = parser.parse_args(argv)
     try:
         token = args.token_file.read_text().strip()
@@ -96,6 +102,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         write_timeout_s=args.write_timeout_s,
         request_timeout_s=args.request_timeout_s,
         worker_wait_s=args.worker_wait_s,
+        times=SessionTimes(slow_step_s=args.slow_step_s),
         max_in_flight=args.max_in_flight,
         max_queued_tokens=args.max_queued_tokens,
         num_tokenizer_threads=args.num_tokenizer_threads,

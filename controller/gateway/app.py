@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from lorafleet.controller.gateway import adapters, chat, completions, health, models, tokenization
+from lorafleet.controller.gateway import adapters, chat, completions, fleet, health, models, tokenization
 from lorafleet.controller.gateway.auth import ApiKeys, auth_middleware
 from lorafleet.controller.gateway.errors import error_middleware
 from lorafleet.controller.gateway.state import ABORT_GRACE_S, STATE, GatewayState
@@ -35,6 +35,7 @@ def make_app(state: GatewayState) -> web.Application:
             web.get("/ready", health.ready),
             web.get("/version", health.show_version),
             web.get("/metrics", health.show_metrics),
+            web.get("/fleet", fleet.show_fleet),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{id:.+}", models.get_model),
             web.post("/v1/completions", completions.create_completion),

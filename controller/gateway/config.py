@@ -18,7 +18,7 @@ class SessionTimes:
     welcome_s: float = 5.0  # from the start of a connection to the worker's Welcome
     suspect_s: float = 1.5  # of silence: no new requests while others can take them
     dead_s: float = 5.0  # of silence: its requests fail and the session starts anew
-    hung_step_s: float = 20.0  # an engine step older than this makes the worker suspect
+    slow_step_s: float = 20.0  # an engine step older than this makes the worker suspect
     first_backoff_s: float = 0.1
     last_backoff_s: float = 2.0
 
@@ -41,7 +41,7 @@ class GatewayConfig:
     body_timeout_s: float = 30.0  # for a request's body to arrive
     write_timeout_s: float = 30.0  # for a client that does not read
     request_timeout_s: float = 3600.0
-    worker_wait_s: float = 60.0  # for a worker that goes on with a request whose own was lost
+    worker_wait_s: float = 60.0  # for a worker that takes a request, or goes on with it
     max_in_flight: int = 1024  # requests; more get 429
     max_queued_tokens: int = 256  # of one choice whose client reads slower than it generates
     num_tokenizer_threads: int = 2
@@ -70,6 +70,7 @@ class GatewayConfig:
             ("--body-timeout-s", self.body_timeout_s),
             ("--write-timeout-s", self.write_timeout_s),
             ("--request-timeout-s", self.request_timeout_s),
+            ("--slow-step-s", self.times.slow_step_s),
         ):
             if not 0 < seconds < float("inf"):
                 raise ConfigError(f"{flag} is {seconds}; it must be a positive number of seconds.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from lorafleet.controller.gateway.inbox import ChoiceQueue
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import LoRAFleetError, WorkerLostError, error_from_code
+from lorafleet.workers.errors import DrainingError, LoRAFleetError, WorkerLostError, error_from_code
 
 _FINISH = {worker_pb2.FINISH_STOP: FinishReason.STOP, worker_pb2.FINISH_LENGTH: FinishReason.LENGTH}
 
@@ -45,7 +45,9 @@ def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> No
     for ended in step.ended:
         queue = streams.pop(ended.stream, None)
         if queue is not None:
-            queue.inbox.fail(_error_of(ended))
+            error = _error_of(ended)
+            # A worker that drains refuses what was sent before its gateways knew; another one takes that.
+            (queue.lose if isinstance(error, DrainingError) else queue.inbox.fail)(error)
 
 
 def _token_logprobs(entry: worker_pb2.Logprobs) -> TokenLogprobs:

@@ -3,9 +3,9 @@
 Owns: submitting, turning arrived tokens into deltas, finish reasons, cancelling whatever is not needed any more.
 Leaves to others: parsing and tokenising (completions.py, chat.py), framing (sse.py), the workers (pool.py).
 
-A choice whose worker is lost goes on with another one, where its tokens so far count as its own output, so that the
-client sees no seam. However a request ends (finished, stop string, error, client gone, shutdown), leaving the ``with``
-block cancels on the workers what still runs there.
+A choice that no worker can take now waits for one, within a limit. One whose worker is lost goes on with another one,
+where its tokens so far count as its own output, so that the client sees no seam. However a request ends (finished, stop
+string, error, client gone, shutdown), leaving the ``with`` block cancels on the workers what still runs there.
 """
 
 from __future__ import annotations
@@ -54,17 +54,23 @@ class _Choice:
     text: OutputText
     choose: Callable[[], WorkerSession]
     generate: worker_pb2.Generate
-    session: WorkerSession
-    stream: int
+    session: WorkerSession | None = None  # where it was submitted
+    stream: int = 0
     num_lost: int = 0  # workers that it was on
-    resuming: asyncio.Task[None] | None = None
+    waiting: asyncio.Task[None] | None = None  # for a worker
     last_at: float | None = None  # when its last tokens came
 
     def cancel(self) -> None:
         """Nobody wants more of it."""
-        if self.resuming is not None:
-            self.resuming.cancel()
-        self.session.cancel(self.stream)
+        if self.waiting is not None:
+            self.waiting.cancel()
+        if self.session is not None:
+            self.session.cancel(self.stream)
+
+    def submit(self, session: WorkerSession) -> None:
+        """Send it to a worker. Raises WorkerUnavailableError."""
+        self.stream = session.submit(self.queue, self.generate)
+        self.session = session
 
 
 class Generation:
@@ -83,7 +89,7 @@ class Generation:
         worker_wait_s: float,
         metrics: ModelMetrics,
     ) -> None:
-        """worker_wait_s: how long a choice whose worker was lost may wait for one that goes on with it."""
+        """worker_wait_s: how long a choice may wait for a worker that takes it, or goes on with it."""
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self._request_id = request_id
@@ -135,12 +141,12 @@ class Generation:
         prompt_token_ids: Sequence[int],
         samplings: Sequence[worker_pb2.Sampling],
     ) -> None:
-        """Start one choice for each of `samplings`, all on one worker. Raises WorkerUnavailableError.
+        """Start one choice for each of `samplings`, all on one worker if one can take them now.
 
-        choose: gives the worker's session, or raises that.
+        choose: gives a worker's session, or raises WorkerUnavailableError, or why none will ever take it.
         """
         params = self._params
-        session = choose()
+        session = None
         self.num_prompt_tokens += len(prompt_token_ids)
         first = len(self._choices)
         for sampling in samplings:
@@ -168,8 +174,13 @@ class Generation:
                 min_tokens=params.min_tokens,
                 skip_special_tokens=params.skip_special_tokens,
             )
-            stream = session.submit(queue, generate)
-            self._choices.append(_Choice(queue, text, choose, generate, session, stream))
+            choice = _Choice(queue, text, choose, generate)
+            try:
+                session = session or choose()
+                choice.submit(session)
+            except WorkerUnavailableError as error:
+                self._wait(choice, error)
+            self._choices.append(choice)
             self._num_open += 1
         self._choices_by_prompt.append(self._choices[first:])
 
@@ -231,37 +242,43 @@ class Generation:
         for choice in self._choices:
             choice.cancel()
 
-    def _lost(self, queue: ChoiceQueue, error: WorkerLostError) -> None:
+    def _lost(self, queue: ChoiceQueue, error: LoRAFleetError) -> None:
         choice = self._choices[queue.index]
-        choice.num_lost += 1
+        choice.num_lost += isinstance(error, WorkerLostError)
         if choice.num_lost > MAX_LOST:  # it may be what they die of
             self._inbox.fail(error)
             return
-        choice.resuming = asyncio.create_task(self._resume(choice, error), name=f"resume {self._request_id}")
-
-    async def _resume(self, choice: _Choice, lost: WorkerLostError) -> None:
-        """Let another worker, or the next self of the lost one, go on behind the tokens that have arrived."""
-        deadline = time.monotonic() + self._worker_wait_s
         del choice.generate.output_token_ids[:]
         choice.generate.output_token_ids.extend(choice.queue.received)
+        self._wait(choice, error)
+
+    def _wait(self, choice: _Choice, error: LoRAFleetError) -> None:
+        """Let a choice go to a worker as soon as one takes it. error: how the request ends if none does."""
+        choice.waiting = asyncio.create_task(self._place(choice, error), name=f"placing {self._request_id}")
+
+    async def _place(self, choice: _Choice, error: LoRAFleetError) -> None:
+        deadline = time.monotonic() + self._worker_wait_s
         while True:
             try:
                 session = choice.choose()
-                choice.stream = session.submit(choice.queue, choice.generate)
-                choice.session = session
+                choice.submit(session)
                 break
             except WorkerUnavailableError:
                 if time.monotonic() >= deadline:
-                    self._inbox.fail(lost)
+                    self._inbox.fail(error)
                     return
+            except LoRAFleetError as refused:
+                self._inbox.fail(refused)
+                return
             await asyncio.sleep(_RETRY_S)
-        self._metrics.resumed()
-        logger.info(
-            "request %s: worker %s goes on behind %d tokens",
-            self._request_id,
-            session.endpoint.worker_id,
-            len(choice.queue.received),
-        )
+        if choice.num_lost:
+            self._metrics.resumed()
+            logger.info(
+                "request %s: worker %s goes on behind %d tokens",
+                self._request_id,
+                session.endpoint.worker_id,
+                len(choice.queue.received),
+            )
 
 
 def _joined(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:

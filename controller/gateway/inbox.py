@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import DeadlineError, LoRAFleetError, WorkerLostError
+from lorafleet.workers.errors import DeadlineError, LoRAFleetError
 
 
 class Arrived(NamedTuple):
@@ -58,8 +58,8 @@ class ChoiceQueue:
             )
         inbox.wake()
 
-    def lose(self, error: WorkerLostError) -> None:
-        """The worker that put tokens here is gone."""
+    def lose(self, error: LoRAFleetError) -> None:
+        """The worker that put tokens here is gone, or has given the choice up for another one."""
         self.inbox.lose(self, error)
 
     def take(self) -> Arrived:
@@ -78,7 +78,7 @@ class Inbox:
         self,
         max_queued_tokens: int,
         on_fail: Callable[[], None],
-        on_lost: Callable[[ChoiceQueue, WorkerLostError], None] | None = None,
+        on_lost: Callable[[ChoiceQueue, LoRAFleetError], None] | None = None,
     ) -> None:
         """on_fail: called once, at the first failure, from `fail`. on_lost: sees to it that another worker goes on
         with a choice; without it a lost worker is a failure."""
@@ -100,7 +100,7 @@ class Inbox:
             self._on_fail()
             self.wake()
 
-    def lose(self, queue: ChoiceQueue, error: WorkerLostError) -> None:
+    def lose(self, queue: ChoiceQueue, error: LoRAFleetError) -> None:
         """The worker of one choice is gone. Does nothing for a request that has failed."""
         if self._on_lost is None:
             self.fail(error)

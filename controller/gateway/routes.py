@@ -102,6 +102,17 @@ class RoutesClient:
             raise DeadlineError("It is done, but this gateway has not heard of it yet. See GET /v1/models.") from None
         return done
 
+    async def status(self, timeout_s: float) -> controller_pb2.FleetStatus:
+        """How the wanted workers are. Raises `WorkerUnavailableError` when the controller does not answer in time."""
+        call = controller_stub(self._channel).GetStatus
+        try:
+            status: controller_pb2.FleetStatus = await call(
+                controller_pb2.StatusRequest(), metadata=self._metadata, timeout=timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnavailableError("The controller cannot be reached now. Try again in a moment.") from error
+        return status
+
     def _has(self, done: controller_pb2.AdapterUpdate) -> bool:
         table = self.table  # another incarnation of the controller knows it too, or it was lost with the old one
         return table is not None and (table.incarnation != done.incarnation or table.version >= done.version)

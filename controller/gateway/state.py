@@ -6,6 +6,7 @@ Owns: starting and closing the parts in order, what "ready" means, draining. Lea
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import uuid
@@ -191,9 +192,11 @@ class GatewayState:
         self._running[generation] = model
         try:
             digests = [entry.digest for entry in model.adapters]
+            owner = "\0".join([tenant.name, cache_salt, *map(str, model.parts)])
             with generation:
                 for prompt, wires in zip(prompts, samplings, strict=True):
-                    generation.add_prompt(lambda: self._pool.choose(digests), model, prompt, wires)
+                    choose = functools.partial(self._pool.choose, digests, prompt, owner)
+                    generation.add_prompt(choose, model, prompt, wires)
                 yield generation
         finally:
             timer.cancel()

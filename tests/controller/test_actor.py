@@ -14,6 +14,8 @@ import pytest
 
 from lorafleet.controller import actor as actor_module
 from lorafleet.controller import adapters as adapters_module
+from lorafleet.controller import worker_client as client_module
+from lorafleet.controller import worker_life as life_module
 from lorafleet.controller.actor import ControllerActor, FleetReady
 from lorafleet.controller.cluster import WorkerLost
 from lorafleet.controller.config import ServeConfig
@@ -103,7 +105,9 @@ class FakeCluster:
         host: str,
         token: str,
         log_level: str,
+        hung_step_s: float,
     ) -> None:
+        assert hung_step_s == 60.0
         assert token == TOKEN
         if name not in self.names:
             self.created.append(name)
@@ -185,10 +189,10 @@ def free_port() -> int:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     cluster = FakeCluster()
     monkeypatch.setattr(actor_module, "WorkerCluster", lambda: cluster)
-    monkeypatch.setattr(actor_module, "POLL_S", 0.01)
+    monkeypatch.setattr(life_module, "POLL_S", 0.01)
     monkeypatch.setattr(adapters_module, "GRACE_S", 0.0)
-    monkeypatch.setattr(actor_module, "RETRY_S", 0.01)
-    monkeypatch.setattr(actor_module, "RESTART_S", 0.01)
+    monkeypatch.setattr(life_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(life_module, "RESTART_S", 0.01)
     return cluster
 
 
@@ -216,7 +220,7 @@ async def ready(controller: ControllerActor) -> FleetReady | WorkerFailed:
 async def test_a_missing_worker_is_created_and_gets_into_the_table(fleet: Fleet, start: StartWorker) -> None:
     worker = await start("worker-a")
     fleet.cluster.answers.put_nowait(worker.ready)
-    assert await ready(fleet.controller) == FleetReady((worker.ready,))
+    assert await ready(fleet.controller) == FleetReady((worker.ready,), last_event=2)
     assert fleet.cluster.created == [NAME]
     table = await fleet.workers_become("worker-a")
     assert table.base.max_model_len == 128
@@ -271,14 +275,14 @@ async def test_a_worker_that_died_leaves_the_table_and_its_next_self_enters_it(
 async def test_a_worker_that_does_not_answer_leaves_the_table_until_it_does(
     fleet: Fleet, start: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actor_module, "LOST_S", 0.2)
+    monkeypatch.setattr(client_module, "CALL_S", 0.05)
+    monkeypatch.setattr(life_module, "LOST_S", 0.2)
     worker = await start("worker-a")
     fleet.cluster.answers.put_nowait(worker.ready)
     await fleet.workers_become("worker-a")
     worker.answering.clear()
     await fleet.workers_become()
     worker.answering.set()
-    fleet.cluster.answers.put_nowait(worker.ready)
     await fleet.workers_become("worker-a")
 
 
@@ -378,9 +382,92 @@ async def test_a_model_without_tokenizer_fails_the_start(tmp_path: Path, cluster
     await stop(controller)
 
 
-async def test_draining_asks_every_worker_until_nothing_runs(fleet: Fleet, start: StartWorker) -> None:
-    worker = await start("worker-a", num_unfinished=3)
+async def test_workers_are_restarted_one_after_the_other_each_after_its_requests(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=2)
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
+    fleet = Fleet(controller, cluster, free_port)
+    old = [await start(worker_id, num_unfinished=3) for worker_id in ("a", "b")]
+    for worker in old:
+        cluster.answers.put_nowait(worker.ready)
+    await ready(controller)
+    await fleet.serves("a", "b")
+    restart = asyncio.create_task(controller.restart_workers())
+    left = {"a", "b"}
+    for number, new in enumerate(("c", "d")):
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(cluster.restarted) <= number:  # noqa: ASYNC110 (a plain thread calls the fake)
+                await asyncio.sleep(0.005)
+        drained = [worker for worker in old if worker.drained and worker.worker_id in left]
+        assert len(drained) == 1 and drained[0].num_unfinished == 0
+        left.remove(drained[0].worker_id)
+        await drained[0].kill()
+        await fleet.serves(*left, *("c", "d")[:number])
+        assert len(cluster.restarted) == number + 1, "the next one waits until this one is back"
+        cluster.answers.put_nowait((await start(new)).ready)
+        await fleet.serves(*left, *("c", "d")[: number + 1])
+    assert await restart == "all 2 workers were restarted"
+    assert cluster.restarted == ["lorafleet-worker-0", "lorafleet-worker-1"]
+    await stop(controller)
+
+
+async def test_a_worker_that_stays_silent_is_ended(
+    fleet: Fleet, start: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "CALL_S", 0.05)
+    monkeypatch.setattr(life_module, "LOST_S", 0.2)
+    monkeypatch.setattr(life_module, "ENDED_S", 0.6)
+    worker = await start("worker-a")
     fleet.cluster.answers.put_nowait(worker.ready)
-    await ready(fleet.controller)
-    await fleet.controller.drain(TIMEOUT_S)
-    assert worker.drained and worker.num_unfinished == 0
+    await fleet.workers_become("worker-a")
+    worker.answering.clear()
+    await fleet.workers_become()
+    assert fleet.cluster.restarted == []
+    assert fleet.controller._lives[NAME].status().state == "silent"
+    fleet.cluster.answers.put_nowait((await start("worker-b")).ready)
+    await fleet.workers_become("worker-b")
+    assert fleet.cluster.restarted == [NAME]
+
+
+async def test_the_status_of_the_fleet_names_what_is_not_there_too(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("worker-a")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{fleet.port}", options=CLIENT_OPTIONS) as channel:
+        stub = cast(Any, controller_pb2_grpc.ControllerStub)(channel)
+
+        async def status() -> controller_pb2.WorkerStatus:
+            call = stub.GetStatus(
+                controller_pb2.StatusRequest(), metadata=bearer(TOKEN), timeout=TIMEOUT_S, wait_for_ready=True
+            )
+            (only,) = (await call).workers
+            return only
+
+        before = await status()
+        assert (before.name, before.state, before.num_ranks, before.num_starts) == (NAME, "starting", 1, 0)
+        assert not before.HasField("report")
+        fleet.cluster.answers.put_nowait(worker.ready)
+        await fleet.workers_become("worker-a")
+        serving = await status()
+        assert (serving.state, serving.num_starts, serving.report.worker_id) == ("ready", 1, "worker-a")
+        assert (serving.max_num_seqs, serving.max_loras) == (16, 4)
+        await worker.kill()
+        await fleet.workers_become()
+        assert (await status()).state == "starting"
+
+
+async def test_what_happens_to_workers_is_told_once(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    told = await fleet.controller.events(0)
+    assert [line for _, line in told] == [
+        f"{NAME} is worker-a, generation 1, at {worker.address}",
+        f"{NAME} gets requests",
+    ]
+    waiting = asyncio.create_task(fleet.controller.events(told[-1][0]))
+    await worker.kill()
+    async with asyncio.timeout(TIMEOUT_S):
+        ((number, line),) = await waiting
+    assert line == f"{NAME} is lost (worker-a, generation 1): its process has ended"
+    assert number == 3
+    assert await fleet.controller.events(1000) == [*told, (number, line)], "a number of an earlier controller"

@@ -92,8 +92,14 @@ def make_fleet(num_workers: int = 2, *, allowed: bool = True) -> Fleet:
     catalogue.adopt([])
     workers = [FakeClient() for _ in range(num_workers)]
     published: list[dict[str, str]] = []
+    told: list[str] = []
     updates = AdapterUpdates(
-        catalogue, lambda: cast(Any, workers), lambda: published.append(fleet.names()), allowed=allowed, roots=ROOTS
+        catalogue,
+        lambda: cast(Any, workers),
+        lambda: published.append(fleet.names()),
+        allowed=allowed,
+        roots=ROOTS,
+        tell=lambda line, level: told.append(line),
     )
     fleet = Fleet(catalogue, workers, updates, published)
     return fleet

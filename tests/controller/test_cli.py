@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,9 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size is 0"),
         (["--num-workers", "0"], "--num-workers is 0"),
         (["--gateway-processes", "0"], "--gateway-processes is 0"),
+        (["--hung-step-s", "0.5"], "--hung-step-s is 0.5"),
+        (["--hung-step-s", "nan"], "--hung-step-s is nan"),
+        (["--worker-wait-s", "-1"], "--worker-wait-s is -1"),
         (["--max-adapter-wait-s", "0.5"], "--max-adapter-wait-s is 0.5"),
         (["--max-adapter-wait-s", "-1"], "--max-adapter-wait-s is -1"),
         (["--max-adapter-wait-s", "nan"], "--max-adapter-wait-s is nan"),
@@ -234,3 +238,13 @@ def test_help_and_mistakes_answer_without_ray_and_torch(flags: list[str]) -> Non
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from lorafleet.controller.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_status_of_nothing_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(SystemExit) as ended:
+            main(["status", "--url", url])
+    assert str(ended.value.code).startswith(f"lorafleet: error: No gateway answers at {url} (")
+    assert "--url" in str(ended.value.code)

@@ -24,6 +24,8 @@ TIMEOUT_S = 10.0
 FILES = {"tokenizer.json": b"x" * (5 << 19), "chat_template.jinja": b"", "config.json": b"{}"}
 WORKER = WorkerReady("worker-a", 1, "127.0.0.1:1", (), (), 128, 300, 16, 0)
 
+STATUS = controller_pb2.WorkerStatus(name="lorafleet-worker-0", state="ready")
+
 
 class Fleet:
     """A served catalogue and a client of it."""
@@ -49,8 +51,8 @@ class Fleet:
 async def fleet() -> AsyncIterator[Fleet]:
     catalogue = Catalogue(names=("base",), root="/base", tokenizer_digest=files_digest(FILES), created=1)
     catalogue.adopt([])
-    updates = AdapterUpdates(catalogue, list, lambda: service.changed(), allowed=True, roots=("/adapters",))
-    service = ControllerService(catalogue, {files_digest(FILES): FILES}, updates)
+    updates = AdapterUpdates(catalogue, list, lambda: service.changed(), allowed=True, roots=("/adapters",), tell=print)
+    service = ControllerService(catalogue, {files_digest(FILES): FILES}, updates, lambda: [STATUS])
     server = create_server(TOKEN)
     cast(Any, controller_pb2_grpc.add_ControllerServicer_to_server)(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -147,3 +149,10 @@ def test_the_digest_is_of_names_and_contents() -> None:
     files = [{"a": b"1", "b": b"2"}, {"a": b"12", "b": b""}, {"a": b"1"}, {"b": b"1", "a": b"2"}]
     assert len({files_digest(variant) for variant in files}) == len(files)
     assert files_digest({"b": b"2", "a": b"1"}) == files_digest(files[0])
+
+
+async def test_the_status_has_the_table_and_the_wanted_workers(fleet: Fleet) -> None:
+    fleet.put()
+    status = await fleet.stub.GetStatus(controller_pb2.StatusRequest(), metadata=bearer(TOKEN), timeout=TIMEOUT_S)
+    assert (status.incarnation, status.version) == (fleet.catalogue.incarnation, fleet.catalogue.version)
+    assert list(status.workers) == [STATUS]

@@ -1,23 +1,23 @@
-"""Two workers behind two gateways on one port: no client notices the death of a worker, and what dies is replaced."""
+"""Two workers behind two gateways on one port: what dies, hangs or is restarted, no client notices, and it heals."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
 import signal
+import subprocess
+import sys
 import threading
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import openai
 import pytest
+from openai_streams import PROMPTS, Answer, streams
 from serving import Server, start, wait_until
 
-PROMPTS = ["the quick", "over the lazy dog", "then", "brown fox"]
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(tiny_model: Path) -> Iterator[Server]:
     server = start(
         str(tiny_model),
@@ -27,75 +27,141 @@ def server(tiny_model: Path) -> Iterator[Server]:
     try:
         server.wait_until_ready()
         yield server
+        assert server.stop() == 0, server.output
+        wait_until(lambda: not server.survivors(), "nothing is left")
     finally:
         server.stop()
 
 
-Answer = dict[int, tuple[str, list[str], str]]
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> list[Answer]:
+    return streams(server, lambda: None)
 
 
-def streams(server: Server, fault: Callable[[], None]) -> list[Answer]:
-    """Eight at once, of the base model and an adapter; the fault comes when all have their first tokens."""
-    begun = threading.Barrier(9)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(stream, server, ("tiny", "good")[number % 2], number, begun) for number in range(8)]
-        begun.wait(timeout=60)
-        fault()
-        return [answer.result() for answer in answers]
+@pytest.fixture(scope="module")
+def texts(server: Server) -> dict[str, list[str]]:
+    return {model: [server.complete(model, [prompt])[0] for prompt in PROMPTS] for model in ("tiny", "good")}
 
 
-def stream(server: Server, model: str, number: int, begun: threading.Barrier) -> Answer:
-    """Of each choice: text, tokens as the log-probabilities name them, finish reason. Asks for all that has a state."""
-    is_first = True
-    texts, tokens, reasons = {0: "", 1: ""}, {0: list[str](), 1: list[str]()}, {0: "", 1: ""}
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        for chunk in client.completions.create(
-            model=model,
-            prompt=PROMPTS[number % len(PROMPTS)],
-            max_tokens=220,
-            n=2,
-            seed=number,
-            logprobs=2,
-            stream=True,
-            presence_penalty=0.5,
-            frequency_penalty=0.3,
-            stop=["no such text", "never said"],
-            extra_body={"ignore_eos": True, "repetition_penalty": 1.1},
-        ):
-            if is_first:
-                is_first = False
-                begun.wait(timeout=60)
-            for choice in chunk.choices:
-                texts[choice.index] += choice.text
-                if choice.logprobs is not None:
-                    tokens[choice.index] += choice.logprobs.tokens or []
-                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
-    return {index: (texts[index], tokens[index], reasons[index]) for index in texts}
+def answers_as_before(server: Server, texts: dict[str, list[str]]) -> bool:
+    return all(server.complete(model, PROMPTS) == expected for model, expected in texts.items())
 
 
-def metric(server: Server, name: str) -> list[float]:
-    """Its values, one for each set of labels, in the gateway that answers."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
+def workers(server: Server) -> set[int]:
+    return server.processes(b"ray::WorkerActor")
 
 
-def loads(server: Server) -> list[float]:
-    """How many requests each worker in the table runs."""
-    return metric(server, "lorafleet_worker_requests_running")
+def gateways(server: Server) -> set[int]:
+    return server.processes(b"lorafleet.controller.gateway")
 
 
-def processes(server: Server, name: bytes) -> set[int]:
-    """Those with a name in their command line."""
-    pids = set()
-    for pid in server.children():
+def controller(server: Server) -> set[int]:
+    return server.processes(b"ray::ControllerActor")
+
+
+def num_in_table(server: Server) -> int:
+    return len(server.series("lorafleet_worker_requests_running"))
+
+
+def heal(server: Server) -> None:
+    """All gateways know two workers, since each is asked several times."""
+    wait_until(lambda: all(num_in_table(server) == 2 for _ in range(6)), "the table has both", timeout_s=120)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_dies(server: Server, undisturbed: list[Answer], texts: dict[str, list[str]], number: int) -> None:
+    heal(server)
+    before = workers(server)
+    assert len(before) == 2
+    assert streams(server, lambda: os.kill(min(before), number)) == undisturbed
+    wait_until(lambda: sum(server.series("lorafleet_choices_resumed_total")) > 0, "a gateway has moved streams")
+    assert answers_as_before(server, texts)
+    heal(server)
+    assert len(workers(server) - before) == 1, "in a new process"
+    assert answers_as_before(server, texts)
+
+
+def test_a_worker_hangs(server: Server, undisturbed: list[Answer], texts: dict[str, list[str]]) -> None:
+    heal(server)
+    hung = min(workers(server))
+    assert streams(server, lambda: os.kill(hung, signal.SIGSTOP)) == undisturbed
+    assert answers_as_before(server, texts)
+    wait_until(partial(has_ended, hung), "it is ended", timeout_s=60)
+    heal(server)
+    assert answers_as_before(server, texts)
+
+
+def test_all_workers_die(server: Server, undisturbed: list[Answer], texts: dict[str, list[str]]) -> None:
+    heal(server)
+
+    def fault() -> None:
+        for pid in workers(server):
+            os.kill(pid, signal.SIGKILL)
+
+    assert streams(server, fault) == undisturbed
+    fault()
+    assert answers_as_before(server, texts), "requests wait for a worker"
+    heal(server)
+
+
+def test_the_controller_dies(server: Server, undisturbed: list[Answer], texts: dict[str, list[str]]) -> None:
+    heal(server)
+    before, (first,) = workers(server), controller(server)
+    assert streams(server, lambda: os.kill(first, signal.SIGKILL)) == undisturbed
+    assert answers_as_before(server, texts)
+    wait_until(lambda: bool(controller(server) - {first}), "Ray starts it anew", timeout_s=60)
+    wait_until(lambda: status(server).count(" ready ") == 2, "it has found the workers", timeout_s=60)
+    heal(server)
+    assert workers(server) == before, "they went on"
+    assert answers_as_before(server, texts)
+
+
+def test_a_gateway_dies(server: Server, texts: dict[str, list[str]]) -> None:
+    heal(server)
+    first = gateways(server)
+    assert len(first) == 2
+    os.kill(min(first), signal.SIGKILL)
+    wait_until(partial(has_ended, min(first)), "the gateway is gone, its sockets too")
+    assert all(answers_as_before(server, texts) for _ in range(3))
+    wait_until(lambda: len(gateways(server)) == 2, "another one takes its place")
+
+
+def test_a_rolling_restart_under_load_loses_no_request(server: Server, texts: dict[str, list[str]]) -> None:
+    heal(server)
+    before, stop = workers(server), threading.Event()
+
+    def ask(model: str) -> int:
+        num_answers = 0
+        while not stop.is_set():
+            assert server.complete(model, PROMPTS) == texts[model]
+            num_answers += 1
+        return num_answers
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask, model) for model in ("tiny", "good") * 2]
         try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if name in command:
-            pids.add(pid)
-    return pids
+            server.process.send_signal(signal.SIGUSR1)
+            wait_until(lambda: "all 2 workers were restarted" in server.output, "both are restarted", timeout_s=180)
+        finally:
+            stop.set()
+        assert all(client.result() > 0 for client in clients)
+    assert not workers(server) & before
+    heal(server)
+
+
+def test_the_status_shows_every_worker(server: Server) -> None:
+    heal(server)
+    lines = status(server).splitlines()
+    assert lines[0].split()[:4] == ["WORKER", "STATE", "RANKS", "GENERATION"]
+    assert [line.split()[:3] for line in lines[1:3]] == [[f"lorafleet-worker-{n}", "ready", "1"] for n in range(2)]
+    assert lines[3].startswith("1 adapters")
+
+
+def status(server: Server) -> str:
+    """What `lorafleet status` prints; nothing while the controller is away."""
+    command = [str(Path(sys.executable).parent / "lorafleet"), "status", "--url", server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout
 
 
 def has_ended(pid: int) -> bool:
@@ -104,43 +170,3 @@ def has_ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
     except OSError:
         return True
-
-
-def workers(server: Server) -> set[int]:
-    return processes(server, b"ray::WorkerActor")
-
-
-def gateways(server: Server) -> set[int]:
-    return processes(server, b"lorafleet.controller.gateway")
-
-
-def test_one_goes_on_while_the_other_is_replaced(server: Server) -> None:
-    expected = {model: [server.complete(model, [prompt]) for prompt in PROMPTS] for model in ("tiny", "good")}
-    undisturbed = streams(server, lambda: None)
-    before = workers(server)
-    assert len(before) == 2
-    assert streams(server, lambda: os.kill(min(before), signal.SIGKILL)) == undisturbed
-    wait_until(
-        lambda: sum(metric(server, "lorafleet_choices_resumed_total")) > 0, "a gateway has moved streams to the other"
-    )
-    wait_until(lambda: len(loads(server)) == 1, "the table has one worker")
-    for model, texts in expected.items():
-        assert [server.complete(model, [prompt]) for prompt in PROMPTS] == texts
-    wait_until(lambda: len(loads(server)) == 2, "the other is back", timeout_s=120)
-    assert workers(server) - before, "in a new process"
-    hung = min(workers(server))
-    try:
-        assert streams(server, lambda: os.kill(hung, signal.SIGSTOP)) == undisturbed
-    finally:
-        os.kill(hung, signal.SIGCONT)
-    wait_until(lambda: len(loads(server)) == 2, "the table has both again", timeout_s=60)
-    for model, texts in expected.items():
-        assert [server.complete(model, [prompt]) for prompt in PROMPTS] == texts
-    first = gateways(server)
-    assert len(first) == 2
-    os.kill(min(first), signal.SIGKILL)
-    wait_until(lambda: has_ended(min(first)), "the gateway is gone, its sockets too")
-    assert [server.complete("good", [prompt]) for prompt in PROMPTS * 3] == expected["good"] * 3
-    wait_until(lambda: len(gateways(server)) == 2, "another gateway takes its place")
-    server.stop()
-    wait_until(lambda: not server.survivors(), "nothing is left")

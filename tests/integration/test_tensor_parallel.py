@@ -22,6 +22,7 @@ def server(tiny_model: Path) -> Iterator[Server]:
     server = start(
         str(tiny_model),
         *("--served-model-name", "tiny", "--dtype", "float32", "--tensor-parallel-size", "2"),
+        *("--hung-step-s", "4"),
         *("--enable-lora", "--lora-modules", f"good={tiny_model.parent / 'good'}"),
     )
     try:
@@ -73,5 +74,9 @@ def test_two_ranks_answer_as_one_and_are_replaced_together(server: Server, tiny_
         wait_until(lambda: serves(server, "good"), "a new worker serves", timeout_s=120)
         for model, texts in expected.items():
             assert server.complete(model, PROMPTS) == texts
+    before = ranks(server)
+    os.kill(before["ray::FollowerActor"], signal.SIGSTOP)
+    assert server.complete("good", PROMPTS) == expected["good"], "the request waits, and goes on with a new worker"
+    wait_until(partial(are_gone, server, set(before.values())), "the rank that hung is gone, and the other one")
     server.stop()
     wait_until(lambda: not server.survivors(), "nothing is left")

@@ -90,7 +90,7 @@ async def actors() -> AsyncIterator[list[WorkerActor]]:
 
 
 async def start(actors: list[WorkerActor], *adapters: LoRAModule) -> WorkerReady | WorkerFailed:
-    actors.append(WorkerActor(CONFIG, adapters, "127.0.0.1", TOKEN, "warning"))
+    actors.append(WorkerActor(CONFIG, adapters, "127.0.0.1", TOKEN, "warning", 60.0))
     async with asyncio.timeout(10):
         return await actors[-1].ready()
 

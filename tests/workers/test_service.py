@@ -55,7 +55,24 @@ async def test_heartbeats_say_how_the_worker_is(worker: Worker) -> None:
         assert heartbeat.state == worker_pb2.WORKER_READY
         assert heartbeat.last_step_age_ms == 250
         assert (heartbeat.load.num_pages, heartbeat.load.num_free_pages) == (10, 4)
-        assert list(heartbeat.device_adapters) == ["digest-a"]
+        assert heartbeat.num_gateways == 1
+        assert heartbeat.pace.step_s == pytest.approx(0.03)
+        told = [[(place.digest, place.tier) for place in beat.adapters] for beat in client.heartbeats]
+        assert told == [
+            [
+                ("digest-a", worker_pb2.ADAPTER_DEVICE),
+                ("digest-b", worker_pb2.ADAPTER_HOST),
+                ("digest-c", worker_pb2.ADAPTER_DISK),
+            ],
+            [],
+        ]
+        worker.engine.device_adapters = ()
+        worker.engine.registered_adapters = ("digest-a", "digest-c")
+        await client.read_until(lambda: len(client.heartbeats) == 3)
+        assert [(place.digest, place.tier) for place in client.heartbeats[-1].adapters] == [
+            ("digest-a", worker_pb2.ADAPTER_HOST),
+            ("digest-b", worker_pb2.ADAPTER_ABSENT),
+        ]
 
 
 async def test_a_report_has_identity_load_and_counters(worker: Worker) -> None:

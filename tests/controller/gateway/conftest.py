@@ -90,7 +90,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     heartbeats: bool = True
     welcome: bool = True
     device_adapters: list[str] = field(default_factory=list)
-    load: worker_pb2.Load = field(default_factory=lambda: worker_pb2.Load(num_pages=100, num_free_pages=75))
+    load: worker_pb2.Load = field(
+        default_factory=lambda: worker_pb2.Load(num_pages=100, num_free_pages=75, page_size=16)
+    )
     generates: list[worker_pb2.Generate] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
     hellos: list[worker_pb2.Hello] = field(default_factory=list)
@@ -141,12 +143,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         )
         reader = asyncio.create_task(self._read(context, running))
         try:
-            beat_at = 0.0
+            beat_at, told = 0.0, {}
             loop = asyncio.get_running_loop()
             while not reader.done():
                 if self.heartbeats and loop.time() >= beat_at:
                     beat_at = loop.time() + 0.05
-                    await context.write(worker_pb2.WorkerMessage(heartbeat=self._heartbeat()))
+                    await context.write(worker_pb2.WorkerMessage(heartbeat=self._heartbeat(told)))
                 step = self._step(running)
                 if step is not None:
                     await context.write(worker_pb2.WorkerMessage(step=step))
@@ -165,8 +167,18 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 self.cancels.append(message.cancel.stream)
                 running.pop(message.cancel.stream, None)
 
-    def _heartbeat(self) -> worker_pb2.Heartbeat:
-        return worker_pb2.Heartbeat(state=self.state, load=self.load, device_adapters=self.device_adapters)
+    def _heartbeat(self, told: dict[str, worker_pb2.AdapterTier]) -> worker_pb2.Heartbeat:
+        tiers = dict.fromkeys(self.device_adapters, worker_pb2.ADAPTER_DEVICE)
+        changed = [(digest, tier) for digest, tier in tiers.items() if told.get(digest) != tier]
+        changed += [(digest, worker_pb2.ADAPTER_ABSENT) for digest in told if digest not in tiers]
+        told.clear()
+        told.update(tiers)
+        return worker_pb2.Heartbeat(
+            state=self.state,
+            load=self.load,
+            pace=worker_pb2.Pace(step_s=0.03, prompt_token_s=0.0005, seat_s=3.0, host_load_s=0.02, disk_load_s=0.3),
+            adapters=[worker_pb2.AdapterPlace(digest=digest, tier=tier) for digest, tier in changed],
+        )
 
     def _step(self, own: dict[int, Running]) -> worker_pb2.StepOutputs | None:
         if not own or self.permits == 0:
@@ -227,6 +239,7 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
     num_watches: int = 0
     loads: list[controller_pb2.LoadAdapterRequest] = field(default_factory=list)
     update_failure: worker_pb2.Failure | None = None
+    status: controller_pb2.FleetStatus = field(default_factory=controller_pb2.FleetStatus)
     address: str = ""
     server: Any = None
 
@@ -262,6 +275,9 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
         update = await self._update(lambda: (self.table.ClearField("adapters"), self.table.adapters.extend(kept)))
         update.device_bytes, update.host_bytes, update.num_draining = 1000, 300, 1
         return update
+
+    async def GetStatus(self, request: Any, context: Any) -> controller_pb2.FleetStatus:
+        return self.status
 
     async def _update(self, change: Callable[[], object]) -> controller_pb2.AdapterUpdate:
         """Answers first and publishes a moment later, as may happen on two streams."""

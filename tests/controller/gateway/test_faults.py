@@ -137,11 +137,12 @@ async def test_a_stream_that_outlives_its_worker_has_no_seam(new_fleet: Any, num
 
     expected = await read(go_on)
     for worker in fleet.workers:
-        worker.permits = num_tokens
+        worker.permits = 0
         worker.generates.clear()
     reader = asyncio.create_task(read(go_on))
     await fleet.until(lambda: sum(len(worker.running) for worker in fleet.workers) == 2)
     victim, other = fleet.workers if fleet.workers[0].running else fleet.workers[::-1]
+    victim.permits = num_tokens  # both run, and get a token in each step
     await fleet.until(lambda: victim.permits == 0)
     sent = [running.num_output for running in victim.running]
     assert sent == [num_tokens, num_tokens]
@@ -172,6 +173,54 @@ async def test_a_request_that_outlives_too_many_workers_ends(fleet: Any) -> None
     assert len(fleet.worker.generates) == MAX_LOST + 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_waits_for_a_worker(new_fleet: Any, stream: bool) -> None:
+    fleet = await new_fleet(worker_wait_s=60.0)
+    port = int(fleet.worker.address.rpartition(":")[2])
+    expected = await fleet.openai.completions.create(**BODY, n=2)
+    fleet.worker.generates.clear()
+    await fleet.worker.kill()
+    await fleet.until(lambda: fleet.state.not_ready_reason == "no worker is ready")
+    async with asyncio.TaskGroup() as group:
+        answer = group.create_task(fleet.openai.completions.create(**BODY, n=2, stream=stream))
+        await fleet.until(lambda: sum("placing" in task.get_name() for task in asyncio.all_tasks()) == 2)
+        await fleet.worker.start(port)
+    if stream:
+        texts = {0: "", 1: ""}
+        async for chunk in answer.result():
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        assert texts == {choice.index: choice.text for choice in expected.choices}
+    else:
+        assert answer.result().choices == expected.choices
+    assert len(fleet.worker.generates) == 2
+    assert 'lorafleet_choices_resumed_total{model="tiny"} 0.0' in (await fleet.get("/metrics"))[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_waited_in_vain_gets_503(new_fleet: Any, stream: bool) -> None:
+    fleet = await new_fleet(worker_wait_s=0.2)
+    await fleet.worker.kill()
+    await fleet.until(lambda: fleet.state.not_ready_reason == "no worker is ready")
+    began = asyncio.get_running_loop().time()
+    async with fleet.http.post("/v1/completions", json=BODY | {"stream": stream}) as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"]
+        assert (await response.json())["error"]["code"] == "no_worker"
+    assert asyncio.get_running_loop().time() - began >= 0.2
+    assert fleet.state.admission.num_in_flight == 0
+
+
+async def test_an_adapter_that_no_worker_has_a_slot_for_is_refused_at_once(new_fleet: Any) -> None:
+    fleet = await new_fleet(worker_wait_s=60.0)
+    fleet.controller.table.workers[0].max_loras = 0
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state._pool.views()[0].max_loras == 0)
+    status, answer = await fleet.post("/v1/completions", BODY | {"model": "sql-adapter"})
+    assert (status, answer["error"]["param"]) == (400, "model")
+    assert "--enable-lora" in answer["error"]["message"]
+
+
 async def test_a_client_that_leaves_while_no_worker_is_there_leaves_nothing(new_fleet: Any) -> None:
     fleet = await new_fleet(worker_wait_s=60.0)
     fleet.worker.permits = 0
@@ -179,9 +228,9 @@ async def test_a_client_that_leaves_while_no_worker_is_there_leaves_nothing(new_
     await fleet.until(lambda: fleet.worker.running)
     port = int(fleet.worker.address.rpartition(":")[2])
     await fleet.worker.kill()
-    await fleet.until(lambda: any("resume" in task.get_name() for task in asyncio.all_tasks()))
+    await fleet.until(lambda: any("placing" in task.get_name() for task in asyncio.all_tasks()))
     request.cancel()
-    await fleet.until(lambda: not any("resume" in task.get_name() for task in asyncio.all_tasks()))
+    await fleet.until(lambda: not any("placing" in task.get_name() for task in asyncio.all_tasks()))
     await fleet.worker.start(port)
     await fleet.ready()
     assert len(fleet.worker.generates) == 1

@@ -1,0 +1,39 @@
+"""What has become of workers and adapters, a line each: in the controller's log, and for whoever started the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+
+logger = logging.getLogger(__name__)
+
+_MAX_KEPT = 1000
+_WAIT_S = 30.0
+
+
+class Events:
+    """Numbered from 1. A restarted controller begins anew."""
+
+    def __init__(self) -> None:
+        self._lines: deque[tuple[int, str]] = deque(maxlen=_MAX_KEPT)
+        self._added = asyncio.Event()  # set, and replaced, with each line
+        self.last = 0
+
+    def add(self, line: str, level: int = logging.INFO) -> None:
+        """Something has happened."""
+        logger.log(level, line)
+        self.last += 1
+        self._lines.append((self.last, line))
+        self._added.set()
+        self._added = asyncio.Event()
+
+    async def after(self, number: int) -> list[tuple[int, str]]:
+        """Those that came after the one with this number, of another life's number all; waits for one, not for ever."""
+        if number > self.last:
+            number = 0
+        if number == self.last:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._added.wait(), _WAIT_S)
+        return [(known, line) for known, line in self._lines if known > number]

@@ -1,0 +1,72 @@
+"""`lorafleet status`: the workers of a running fleet, as a table or as the gateway's JSON.
+
+Owns: asking a gateway and the table. Leaves to others: what a gateway says (gateway/fleet.py).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from lorafleet.workers.errors import LoRAFleetError, WorkerUnavailableError
+
+_TIMEOUT_S = 10.0
+_COLUMNS = ("WORKER", "STATE", "RANKS", "GENERATION", "STARTS", "RUNNING", "WAITING", "KV", "DEVICE", "HOST", "DISK")
+
+
+def fetch_fleet(url: str, api_key: str | None) -> dict[str, Any]:
+    """What GET /fleet says. Raises `LoRAFleetError` with what to do about it."""
+    request = urllib.request.Request(f"{url.rstrip('/')}/fleet")
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # $http_proxy is not for our own gateway
+    try:
+        with opener.open(request, timeout=_TIMEOUT_S) as response:
+            fleet = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise LoRAFleetError(f"{url} answers {error.code}: {_message(error)}") from error
+    except (OSError, ValueError) as error:
+        raise WorkerUnavailableError(
+            f"No gateway answers at {url} ({getattr(error, 'reason', error)}). Give --url the address that `lorafleet "
+            "serve` printed."
+        ) from error
+    if not isinstance(fleet, dict) or fleet.get("object") != "fleet":
+        raise LoRAFleetError(f"{url} is not a LoRAFleet gateway.")
+    return fleet
+
+
+def table(fleet: dict[str, Any]) -> str:
+    """For people. KV: share of the KV pages in use. DEVICE, HOST, DISK: adapters, each where it is nearest."""
+    rows = [_COLUMNS, *(_row(worker) for worker in fleet["workers"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, f"{fleet['num_adapters']} adapters, routing table version {fleet['table_version']}"])
+
+
+def _row(worker: dict[str, Any]) -> tuple[str, ...]:
+    row = (worker["name"], worker["state"], str(worker["ranks"]))
+    if worker["load"] is None:
+        return (*row, "-", str(worker["starts"]), *"------")
+    load, adapters = worker["load"], worker["adapters"]
+    return (
+        *row,
+        # A generation is the time of its start in nanoseconds.
+        datetime.datetime.fromtimestamp(worker["generation"] / 1e9).strftime("%Y-%m-%d %H:%M:%S"),
+        str(worker["starts"]),
+        f"{load['running']}/{load['max_num_seqs']}",
+        str(load["waiting"]),
+        f"{worker['kv_usage']:.0%}",
+        f"{adapters['device']}/{adapters['max_loras']}",
+        str(adapters["host"]),
+        str(adapters["disk"]),
+    )
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return error.reason

@@ -1,0 +1,207 @@
+"""One wanted worker, through all its processes: made, in the table while it answers, replaced when it is lost.
+
+Owns: following it, its restarts, what is known of it. Leaves to others: Ray (cluster.py), the table (catalogue.py),
+which adapters it is to know (adapters.py), which workers are wanted (actor.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from lorafleet.controller.adapters import AdapterUpdates
+from lorafleet.controller.catalogue import Catalogue
+from lorafleet.controller.cluster import WorkerLost
+from lorafleet.controller.worker_client import WorkerClient
+from lorafleet.proto import controller_pb2, worker_pb2
+from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.errors import ERRORS, AdapterRefusedError
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+LOST_S = 5.0  # a worker that has not answered for so long is taken out of the table
+ENDED_S = 15.0  # and after so long it is ended, if it has not ended by itself
+START_TIMEOUT_S = 600.0
+RETRY_S = 1.0
+RESTART_S = 10.0  # between attempts of a worker that cannot start, such as one whose files are away
+RESYNC_S = 30.0  # between attempts to load an adapter again that a restarted worker could not read
+_REFUSED = ERRORS[AdapterRefusedError].code
+
+
+class Cluster(Protocol):
+    """What is asked of cluster.py's `WorkerCluster`."""
+
+    async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed: ...
+    def remove_worker(self, name: str) -> None: ...
+    def restart_worker(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all workers of a fleet have in common."""
+
+    cluster: Cluster
+    catalogue: Catalogue
+    updates: AdapterUpdates
+    token: str
+    table_changed: Callable[[], None]
+    tell: Callable[[str, int], None]  # an event's line and log level
+    create: Callable[[str, bool], Awaitable[None]]  # (name, whether without the start-up's adapters)
+    started: Callable[[], None]  # a worker is in the table
+    cannot_start: Callable[[WorkerFailed], bool]  # whether that is the end, since the fleet has never served
+
+
+class WorkerLife:
+    """`follow` it for as long as it is wanted."""
+
+    def __init__(self, name: str, num_ranks: int, surroundings: Surroundings) -> None:
+        self.name = name
+        self.ready: WorkerReady | None = None  # as it last started
+        self.client: WorkerClient | None = None  # while it is in the table
+        self.has_served = False
+        self._num_ranks = num_ranks
+        self._surroundings = surroundings
+        self._report: worker_pb2.WorkerReport | None = None
+        self._answered_at = 0.0
+        self._num_starts = 0
+        self._is_bare = False  # made without the start-up's adapters
+        self._entered = asyncio.Event()  # set, and replaced, when it enters the table
+
+    async def follow(self) -> None:
+        """Keep it there and the table true about it."""
+        cluster = self._surroundings.cluster
+        while True:
+            try:
+                worker = await cluster.worker_ready(self.name, START_TIMEOUT_S)
+            except WorkerLost as lost:
+                logger.warning("worker %s is not there: %s", self.name, lost)
+                await asyncio.sleep(RETRY_S)
+                await self._surroundings.create(self.name, self._is_bare)
+                continue
+            if isinstance(worker, WorkerFailed):
+                await self._start_again(worker)
+                continue
+            self._num_starts += 1
+            self._tell(f"is {worker.worker_id}, generation {worker.generation}, at {worker.address}")
+            self.ready = worker
+            async with WorkerClient(worker.address, self._surroundings.token) as client:
+                why = await self._poll_until_lost(worker, client)
+            self._leave_table(worker)
+            self._report = None
+            self._tell(f"is lost ({worker.worker_id}, generation {worker.generation}): {why}", logging.WARNING)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let it refuse new requests and finish its running ones, for at most so long."""
+        if self.ready is None:
+            return
+        self._tell(f"drains, for at most {timeout_s:g} s")
+        deadline = time.monotonic() + timeout_s
+        async with WorkerClient(self.ready.address, self._surroundings.token) as client:
+            while num_left := await client.drain():
+                if time.monotonic() >= deadline:
+                    self._tell(f"still has {num_left} requests; others go on with them", logging.WARNING)
+                    return
+                await asyncio.sleep(0.05)
+        self._tell("is drained")
+
+    async def restart(self, drain_timeout_s: float) -> None:
+        """Drain it, end it, and wait until its next self is in the table. Raises `TimeoutError`."""
+        entered = self._entered
+        try:
+            await self.drain(drain_timeout_s)
+        except grpc.aio.AioRpcError as error:  # it is gone already, or hangs
+            self._tell(f"does not drain: {error.details()}", logging.WARNING)
+        await asyncio.to_thread(self._surroundings.cluster.restart_worker, self.name)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            await entered.wait()
+
+    def status(self) -> controller_pb2.WorkerStatus:
+        """What is known of it now."""
+        status = controller_pb2.WorkerStatus(
+            name=self.name, num_ranks=self._num_ranks, num_starts=self._num_starts, state="starting"
+        )
+        if self.ready is not None and self._report is not None:
+            status.state = "draining" if self._report.state == worker_pb2.WORKER_DRAINING else "ready"
+            if self.client is None:
+                status.state = "silent"
+            status.report.CopyFrom(self._report)
+            status.report_age_s = time.monotonic() - self._answered_at
+            status.max_num_seqs, status.max_loras = self.ready.max_num_seqs, self.ready.max_loras
+        return status
+
+    def _tell(self, what: str, level: int = logging.INFO) -> None:
+        self._surroundings.tell(f"{self.name} {what}", level)
+
+    async def _start_again(self, failed: WorkerFailed) -> None:
+        """One that cannot start is tried again until it can, unless the fleet has never served."""
+        cluster = self._surroundings.cluster
+        self._tell(f"cannot start: {failed.message}", logging.ERROR)
+        is_final = self._surroundings.cannot_start(failed)
+        if not is_final and failed.code == _REFUSED and not self._is_bare:
+            # An adapter of the start-up has gone or changed since. That must not keep the others from serving.
+            self._is_bare = True
+            await asyncio.to_thread(cluster.remove_worker, self.name)
+            await self._surroundings.create(self.name, self._is_bare)
+        else:
+            await asyncio.sleep(RESTART_S)
+            await asyncio.to_thread(cluster.restart_worker, self.name)
+
+    async def _poll_until_lost(self, worker: WorkerReady, client: WorkerClient) -> str:
+        """Publish it once it knows the fleet's adapters, and follow its state; why it is lost, for people."""
+        updates = self._surroundings.updates
+        self._answered_at = sync_at = time.monotonic()
+        while True:
+            try:
+                report = await client.report()
+                if (report.worker_id, report.generation) != _identity(worker):
+                    return "another one answers at its address"
+                if time.monotonic() >= sync_at:
+                    failed = await updates.sync(client)
+                    sync_at = time.monotonic() + RESYNC_S if failed else math.inf
+            except grpc.aio.AioRpcError as error:
+                # A refused connection is a dead process; silence may be a busy machine.
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    return "its process has ended"
+                silent_s = time.monotonic() - self._answered_at
+                if silent_s > ENDED_S:
+                    # It hangs or is stopped. Ray ends within 5 s what does not end by itself.
+                    await asyncio.to_thread(self._surroundings.cluster.restart_worker, self.name)
+                    return f"it has been silent for {silent_s:.0f} s, so its process is ended"
+                if silent_s > LOST_S and self._leave_table(worker):
+                    self._tell(f"has been silent for {silent_s:.0f} s; it gets no requests", logging.WARNING)
+            else:
+                self._answered_at, self._report = time.monotonic(), report
+                self._enter_table(worker, client, report.state)
+            await asyncio.sleep(POLL_S)
+
+    def _enter_table(self, worker: WorkerReady, client: WorkerClient, state: worker_pb2.WorkerState) -> None:
+        is_new = self.client is None
+        self.client = client
+        if self._surroundings.catalogue.put_worker(worker, state):
+            self._surroundings.table_changed()
+        if is_new:
+            self._tell("gets requests")
+            self.has_served = True
+            self._surroundings.started()
+            self._entered.set()
+            self._entered = asyncio.Event()
+
+    def _leave_table(self, worker: WorkerReady) -> bool:
+        """Whether it was in it."""
+        self.client = None
+        if not self._surroundings.catalogue.drop_worker(worker.worker_id):
+            return False
+        self._surroundings.table_changed()
+        return True
+
+
+def _identity(worker: WorkerReady) -> tuple[str, int]:
+    return worker.worker_id, worker.generation

@@ -1,0 +1,60 @@
+"""GET /fleet, and `lorafleet status` of what it says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lorafleet.controller.status import table
+from lorafleet.proto import controller_pb2, worker_pb2
+
+
+async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
+    report = worker_pb2.WorkerReport(
+        worker_id="a",
+        generation=1_700_000_000_000_000_000,
+        load=worker_pb2.Load(num_running=3, num_waiting=2, num_pages=100, num_free_pages=75),
+        device_adapters=["x", "y"],
+        host_adapters=["x", "z"],
+        num_registered_adapters=7,
+    )
+    fleet.controller.status = controller_pb2.FleetStatus(
+        version=5,
+        num_adapters=7,
+        workers=[
+            controller_pb2.WorkerStatus(
+                name="one",
+                state="ready",
+                num_ranks=2,
+                num_starts=1,
+                report=report,
+                report_age_s=0.25,
+                max_num_seqs=64,
+                max_loras=8,
+            ),
+            controller_pb2.WorkerStatus(name="two", state="starting", num_ranks=2),
+        ],
+    )
+    status, text = await fleet.get("/fleet")
+    answer = json.loads(text) if isinstance(text, str) else text
+    assert status == 200
+    assert (answer["object"], answer["table_version"], answer["num_adapters"]) == ("fleet", 5, 7)
+    first, second = answer["workers"]
+    assert first["load"] == {"running": 3, "waiting": 2, "max_num_seqs": 64}
+    assert first["adapters"] == {"device": 2, "host": 1, "disk": 4, "max_loras": 8}
+    assert (first["kv_usage"], first["generation"]) == (0.25, 1_700_000_000_000_000_000)
+    assert (second["state"], second["load"], second["generation"]) == ("starting", None, None)
+    lines = table(answer).splitlines()
+    assert lines[0].split() == [
+        *("WORKER", "STATE", "RANKS", "GENERATION", "STARTS", "RUNNING", "WAITING", "KV", "DEVICE", "HOST", "DISK")
+    ]
+    assert lines[1].split()[:3] == ["one", "ready", "2"]
+    assert lines[1].split()[5:] == ["1", "3/64", "2", "25%", "2/8", "1", "4"]
+    assert lines[2].split() == ["two", "starting", "2", "-", "0", *"------"]
+    assert lines[3] == "7 adapters, routing table version 5"
+
+
+async def test_it_needs_the_controller(fleet: Any) -> None:
+    await fleet.controller.kill()
+    status, _ = await fleet.get("/fleet")
+    assert status == 503
