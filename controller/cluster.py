@@ -98,7 +98,7 @@ class WorkerCluster:
         for rank in range(1, ranks):
             ray.remote(FollowerActor).options(
                 name=f"{_RANK_PREFIX}{rank}-of-{name}", scheduling_strategy=bundles[rank], **options
-            ).remote(config, rank, leads, host, token, log_level)
+            ).remote(config, rank, leads, token, log_level)
 
     async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed:
         """Wait for a worker's start. Raises `WorkerLost` when it died or did not answer in time."""

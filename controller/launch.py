@@ -27,6 +27,7 @@ from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.gateway_processes import GatewayProcesses
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.address import own_address
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
 from lorafleet.workers.model.source import read_ahead
 
@@ -80,7 +81,7 @@ def serve(config: ServeConfig) -> None:
         try:
             state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorafleet-")))
             token_file = _write_secret(state_dir / "token", secrets.token_urlsafe(32))
-            node = "127.0.0.1" if config.ray_address is None else _own_address()
+            node = "127.0.0.1" if config.ray_address is None else _node_address()
             controller_port = _free_port(node)
             # Gateways start and the weights come off the disk while Ray starts; until there is a worker a gateway that
             # is alone answers /ready with 503.
@@ -133,14 +134,12 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _own_address() -> str:
-    """This node's address as other nodes see it; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+def _node_address() -> str:
+    """This node's as others see it: where the way to the world begins."""
+    try:
+        return own_address("192.0.2.1")
+    except OSError:  # there is no way
+        return "127.0.0.1"
 
 
 def _write_secret(path: Path, secret: str) -> Path:

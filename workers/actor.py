@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.address import own_address
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import InternalError, LoRAFleetError, status_of
 
@@ -66,14 +67,15 @@ class WorkerActor:
         log_level: str,
         hung_step_s: float,
     ) -> None:
+        """host: the controller's; what is reached from there is listened on."""
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
         self._adapters = adapters
-        self._host = host
+        self._host = own_address(host)
         self._token = token
         self._hung_step_s = hung_step_s
-        self._listener = socket.create_server((host, 0)) if config.tensor_parallel_size > 1 else None
-        self._leads = "" if self._listener is None else f"{host}:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((self._host, 0)) if config.tensor_parallel_size > 1 else None
+        self._leads = "" if self._listener is None else f"{self._host}:{self._listener.getsockname()[1]}"
         # Ray constructs an actor with async methods on its event loop, so the start can be a task of that loop.
         self._started = asyncio.get_running_loop().create_task(self._start())
 
@@ -167,16 +169,16 @@ class WorkerActor:
 class FollowerActor:
     """A rank above 0 of a worker, for as long as rank 0 lives."""
 
-    def __init__(self, config: EngineConfig, rank: int, leader: str, host: str, token: str, log_level: str) -> None:
+    def __init__(self, config: EngineConfig, rank: int, leader: str, token: str, log_level: str) -> None:
         """leader: `WorkerActor.leads`."""
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        self._run = asyncio.get_running_loop().create_task(self._follow(config, rank, leader, host, token))
+        self._run = asyncio.get_running_loop().create_task(self._follow(config, rank, leader, token))
 
-    async def _follow(self, config: EngineConfig, rank: int, leader: str, host: str, token: str) -> None:
+    async def _follow(self, config: EngineConfig, rank: int, leader: str, token: str) -> None:
         from lorafleet.workers.tp.start import follow
 
         try:
-            await follow(config, rank, leader, host, token)
+            await follow(config, rank, leader, own_address(leader.rpartition(":")[0]), token)
         except Exception:
             logger.exception("rank %d ends", rank)
         # Not by an exception: a thread may be in a collective that never ends. The worker is replaced as a whole.

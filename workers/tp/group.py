@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lorafleet.workers.address import own_address
+
 # Of a collective: ranks wait for the next step for as long as nobody asks for one. A rank that dies is noticed at once.
 _PATIENCE = timedelta(days=365)
 _c10d: Any = dist  # whose type stubs leave out half of what it has
@@ -80,15 +82,9 @@ class Rendezvous:
 
     def _gloo(self, name: str) -> dist.ProcessGroup:
         options = _c10d.ProcessGroupGloo._Options()
-        options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=self._own_address())]
+        options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=own_address(self._host))]
         options._timeout = _PATIENCE
         group: dist.ProcessGroup = _c10d.ProcessGroupGloo(
             _c10d.PrefixStore(name, self._store), self.rank, self.size, options
         )
         return group
-
-    def _own_address(self) -> str:
-        """This node's address as rank 0's node sees it; no packet is sent."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((self._host, 9))
-            return str(probe.getsockname()[0])

@@ -111,7 +111,9 @@ def config_of(root: Path, size: int = 1) -> EngineConfig:
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-@pytest.mark.parametrize(("name", "size"), [("smollm2", 2), ("qwen3", 4), ("llama2", 2), ("qwen2", 2)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("smollm2", 2), ("qwen3", 4), ("llama2", 2), ("qwen2", 2), ("mistral-sliding", 4)]
+)
 def test_ranks_give_the_tokens_of_one_while_adapters_take_turns(name: str, size: int, tmp_path: Path) -> None:
     """Four ranks over two key-value heads replicate those."""
     make_adapters(name, tmp_path)
