@@ -36,18 +36,20 @@ class FleetReady:
 
     workers: tuple[WorkerReady, ...]
     last_event: int  # of those up to now
+    controller: str  # host:port
 
 
 class ControllerActor:
     """One fleet. All arguments are plain data, since Ray keeps them for restarts."""
 
     def __init__(self, config: ServeConfig, host: str, port: int, token: str) -> None:
+        """host: to listen on; empty: the node's address."""
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
-        self._host = host
         self._port = port
         self._token = token
         self._cluster = WorkerCluster()
+        self._host = host or self._cluster.node_address()
         self._desired = [f"{WORKER_PREFIX}{number}" for number in range(config.num_workers)]
         self._lives: dict[str, WorkerLife] = {}
         self._events = Events()
@@ -66,7 +68,11 @@ class ControllerActor:
         if self._failed is not None:
             return self._failed
         workers = tuple(life.ready for life in self._lives.values() if life.ready is not None)
-        return FleetReady(workers, self._events.last)
+        return FleetReady(workers, self._events.last, f"{self._host}:{self._port}")
+
+    async def config(self) -> ServeConfig:
+        """What it was told."""
+        return self._config
 
     async def events(self, after: int) -> list[tuple[int, str]]:
         """What has happened since the event of that number; waits for a while if nothing has."""

@@ -1,4 +1,4 @@
-"""The command line: `lorafleet serve MODEL ...` and `lorafleet status`.
+"""The command line: `lorafleet serve`, `up`, `down`, `status` and `gateway`.
 
 Owns: flags, their help, their refusals. Imports neither Ray nor torch until there is something to run, so that `--help`
 and a mistyped flag answer at once.
@@ -42,16 +42,31 @@ _LORA_FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command; the exit code is 0, 1 for what cannot run, 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gateway"]:
+        from lorafleet.controller.gateway.__main__ import main as gateway
+
+        sys.exit(gateway(argv[1:]))
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command == "status":
         _status(args)
     try:
-        config = serve_config(args)
-    except ConfigError as error:
-        parser.error(error.message)
-    try:
-        _serve(config)
+        if args.command == "down":
+            from lorafleet.controller.up import down
+
+            down(args.ray_address, args.drain_timeout_s)
+            sys.exit(0)
+        try:
+            config = serve_config(args)
+            if args.command == "up" and not 1 <= args.controller_port <= 65535:
+                raise ConfigError(f"--controller-port is {args.controller_port}; it must be between 1 and 65535.")
+        except ConfigError as error:
+            parser.error(error.message)
+        if args.command == "up":
+            _up(config, args)
+        else:
+            _serve(config)
     except LoRAFleetError as error:
         sys.exit(f"lorafleet: error: {error.message}")
     except KeyboardInterrupt:  # before there was anything to drain
@@ -60,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    engine, lora = EngineConfig(model=""), LoRAConfig()
     parser = argparse.ArgumentParser(
         prog="lorafleet", description="Serve one base model and any number of LoRA adapters.", allow_abbrev=False
     )
@@ -73,9 +87,73 @@ def make_parser() -> argparse.ArgumentParser:
         "machine or on a running Ray cluster. Flags that vLLM has mean what they mean there.",
         allow_abbrev=False,
     )
-    serve.add_argument("model", metavar="MODEL", help="a directory, a Hugging Face id (org/name), or a .gguf file")
+    _add_fleet_flags(serve, ray_address=None, ray_help="a running Ray cluster to use (default: a Ray of its own)")
 
-    http = serve.add_argument_group("HTTP")
+    up = commands.add_parser(
+        "up",
+        help="start a fleet on a running Ray cluster and leave it running",
+        description="Start a fleet on a running Ray cluster and leave it running: the controller on the head node, the "
+        "workers where they fit, gateways where --gateways says. The same command again waits for the fleet that runs.",
+        allow_abbrev=False,
+    )
+    _add_fleet_flags(up, ray_address="auto", ray_help="of the cluster (default: the one of this machine)")
+    cluster = up.add_argument_group("cluster")
+    cluster.add_argument(
+        "--gateways",
+        choices=("none", "head", "all"),
+        default="head",
+        help="nodes that --gateway-processes run on (default: %(default)s); for other machines than the node itself "
+        "give --host 0.0.0.0",
+    )
+    cluster.add_argument(
+        "--controller-port", type=int, default=50050, help="of the controller, on the head node (default: %(default)s)"
+    )
+    cluster.add_argument(
+        "--token-file",
+        type=Path,
+        default=Path("~/.lorafleet/token"),
+        metavar="FILE",
+        help="what gateways show the controller and the workers; made if it is not there (default: %(default)s)",
+    )
+
+    down = commands.add_parser(
+        "down",
+        help="end the fleet on a Ray cluster",
+        description="End the fleet on a running Ray cluster: gateways finish their requests first.",
+        allow_abbrev=False,
+    )
+    down.add_argument(
+        "--ray-address", metavar="ADDRESS", default="auto", help="of the cluster (default: the one of this machine)"
+    )
+    down.add_argument(
+        "--drain-timeout-s",
+        type=float,
+        default=30.0,
+        help="seconds that running requests get (default: %(default)s)",
+    )
+
+    commands.add_parser(
+        "gateway", help="run one more gateway of a fleet, on any machine; `lorafleet gateway --help`", add_help=False
+    )
+
+    status = commands.add_parser(
+        "status",
+        help="show the workers of a running fleet",
+        description="Show the workers of a running fleet: state, ranks, generation, load, KV use and adapters by tier.",
+        allow_abbrev=False,
+    )
+    status.add_argument("--url", default="http://127.0.0.1:8000", help="of a gateway (default: %(default)s)")
+    status.add_argument("--api-key", metavar="KEY", help="one that it knows (default: $LORAFLEET_API_KEY)")
+    status.add_argument("--json", action="store_true", help="print what the gateway says, for programs")
+    return parser
+
+
+def _add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None, ray_help: str) -> None:
+    """What `serve` and `up` have in common."""
+    engine, lora = EngineConfig(model=""), LoRAConfig()
+    parser.add_argument("model", metavar="MODEL", help="a directory, a Hugging Face id (org/name), or a .gguf file")
+
+    http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     http.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     http.add_argument(
@@ -109,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="seconds that running requests get at shutdown (default: %(default)s)",
     )
 
-    model = serve.add_argument_group("model")
+    model = parser.add_argument_group("model")
     model.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="(default: the checkpoint's)")
     model.add_argument(
         "--quantization",
@@ -129,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-threads", type=int, metavar="N", help="CPU threads of each rank (default: its share of the host's)"
     )
 
-    batch = serve.add_argument_group("batching and memory")
+    batch = parser.add_argument_group("batching and memory")
     batch.add_argument(
         "--max-num-seqs", type=int, default=engine.max_num_seqs, help="sequences in one step (default: %(default)s)"
     )
@@ -172,7 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the KV cache, such as 2GiB (default: what is left on a GPU; on a CPU at most 4GiB and half of that)",
     )
 
-    adapters = serve.add_argument_group("LoRA")
+    adapters = parser.add_argument_group("LoRA")
     adapters.add_argument("--enable-lora", action="store_true", help="serve adapters")
     adapters.add_argument(
         "--lora-modules",
@@ -238,7 +316,7 @@ def make_parser() -> argparse.ArgumentParser:
         "hf://ORG for one organisation's",
     )
 
-    fleet = serve.add_argument_group("fleet")
+    fleet = parser.add_argument_group("fleet")
     fleet.add_argument(
         "--num-workers",
         type=int,
@@ -261,21 +339,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="seconds that a request waits while no worker can take it or go on with it; then it gets 503 "
         "(default: %(default)s)",
     )
-    fleet.add_argument(
-        "--ray-address", metavar="ADDRESS", help="a running Ray cluster to use (default: a Ray of its own)"
-    )
+    fleet.add_argument("--ray-address", metavar="ADDRESS", default=ray_address, help=ray_help)
     fleet.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
-
-    status = commands.add_parser(
-        "status",
-        help="show the workers of a running fleet",
-        description="Show the workers of a running fleet: state, ranks, generation, load, KV use and adapters by tier.",
-        allow_abbrev=False,
-    )
-    status.add_argument("--url", default="http://127.0.0.1:8000", help="of a gateway (default: %(default)s)")
-    status.add_argument("--api-key", metavar="KEY", help="one that it knows (default: $LORAFLEET_API_KEY)")
-    status.add_argument("--json", action="store_true", help="print what the gateway says, for programs")
-    return parser
 
 
 def _status(args: argparse.Namespace) -> NoReturn:
@@ -383,9 +448,26 @@ def _lora_module_from_json(text: str) -> LoRAModule:
 
 
 def _serve(config: ServeConfig) -> None:
+    from lorafleet.controller.launch import serve
+
+    serve(_resolved(config))
+
+
+def _up(config: ServeConfig, args: argparse.Namespace) -> None:
+    from lorafleet.controller.up import up
+
+    up(
+        _resolved(config),
+        controller_port=args.controller_port,
+        token_file=args.token_file.expanduser(),
+        gateways_on=args.gateways,
+    )
+
+
+def _resolved(config: ServeConfig) -> ServeConfig:
+    """With the model and local adapters as absolute paths."""
     import dataclasses
 
-    from lorafleet.controller.launch import serve
     from lorafleet.workers.model.source import resolve_model
 
     model = str(resolve_model(config.engine.model))
@@ -397,4 +479,4 @@ def _serve(config: ServeConfig) -> None:
         for adapter in config.adapters
     )
     engine = dataclasses.replace(config.engine, model=model)
-    serve(dataclasses.replace(config, engine=engine, adapters=adapters))
+    return dataclasses.replace(config, engine=engine, adapters=adapters)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -14,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from lorafleet.workers.actor import FollowerActor, WorkerActor, WorkerFailed, WorkerReady
 from lorafleet.workers.config import EngineConfig, LoRAModule
@@ -24,8 +25,11 @@ CONTROLLER_NAME = "lorafleet-controller"
 WORKER_PREFIX = "lorafleet-worker-"
 _RANK_PREFIX = "lorafleet-rank-"
 _INIT_TIMEOUT_S = 120.0
+_CONNECT_TIMEOUT_S = 5.0
 _PLACE_TIMEOUT_S = 10.0
 _LEADS_TIMEOUT_S = 60.0
+_GATEWAY_PREFIX = "lorafleet-gateways-"
+_DRAIN_GRACE_S = 5.0
 
 
 class WorkerLost(Exception):
@@ -38,6 +42,10 @@ class FleetImpossible(Exception):
 
 class WorkerCluster:
     """The controller's view: workers as named actors. Runs inside the controller's actor."""
+
+    def node_address(self) -> str:
+        """Of the node that this runs on, as the others of the cluster reach it."""
+        return str(ray.util.get_node_ip_address())
 
     def worker_names(self) -> list[str]:
         """Workers that exist, in whatever state."""
@@ -127,6 +135,17 @@ class WorkerCluster:
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
 
 
+def _check_reachable(address: str | None) -> None:
+    """Ray would try for minutes. Raises `ConnectionError`."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or "/" in host or not port.isdecimal():
+        return  # "auto", or something that Ray itself refuses
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"nothing answers there ({error}).") from error
+
+
 def _node_sizes(resource: str) -> list[float]:
     """How much each node has of a resource, used or not."""
     return [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
@@ -164,6 +183,7 @@ class FleetCluster:
         # Not on the main thread, where ray.init sets a handler for SIGTERM that exits in the middle of it and leaves
         # processes behind. On a thread that lasts: the kernel ends Ray's processes with the thread that began them.
         self._is_own = address is None
+        _check_reachable(address)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-ray")
         starting = self._thread.submit(
             ray.init,
@@ -183,11 +203,16 @@ class FleetCluster:
         self._controller: Any = None
         self._asked: dict[str, Any] = {}  # calls of the controller without an answer yet
 
+    def find_controller(self) -> bool:
+        """Use the controller that the cluster has, if it has one."""
+        with contextlib.suppress(ValueError):
+            self._controller = ray.get_actor(CONTROLLER_NAME, NAMESPACE)
+        return self._controller is not None
+
     def create_controller(self, actor: type, *args: object) -> None:
         """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already."""
-        with contextlib.suppress(ValueError):
-            ray.get_actor(CONTROLLER_NAME, NAMESPACE)
-            raise RuntimeError("This Ray cluster already runs a LoRAFleet controller; stop that one first.")
+        if self.find_controller():
+            raise RuntimeError("This Ray cluster already runs a LoRAFleet controller; `lorafleet down` ends it.")
         self._controller = (
             ray.remote(actor)
             .options(
@@ -218,15 +243,71 @@ class FleetCluster:
         except RayError as error:
             raise RuntimeError(f"The controller failed: {error}") from error
 
+    def host_gateways(self, actor: type, args: Sequence[object], *, everywhere: bool, timeout_s: float) -> list[str]:
+        """Have an actor own gateways on the head node, or on every node; the nodes' addresses. Idempotent.
+
+        Raises `RuntimeError` when some cannot listen.
+        """
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if not everywhere:
+            nodes = [node for node in nodes if "node:__internal_head__" in node["Resources"]]
+        hosts = [
+            ray.remote(actor)
+            .options(
+                name=f"{_GATEWAY_PREFIX}{node['NodeID'][:16]}",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                max_task_retries=-1,
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            )
+            .remote(*args)
+            for node in nodes
+        ]
+        try:
+            failures = ray.get([host.ready.remote() for host in hosts], timeout=timeout_s)
+        except RayError as error:
+            raise RuntimeError(f"The gateways did not start: {error}") from error
+        for node, failure in zip(nodes, failures, strict=True):
+            if failure:
+                raise RuntimeError(f"On node {node['NodeManagerAddress']}: {failure}")
+        return [str(node["NodeManagerAddress"]) for node in nodes]
+
+    def drain_gateways(self, timeout_s: float) -> None:
+        """Let all gateways that actors own finish their requests, for at most so long."""
+        names = [name for name in self._actor_names() if name.startswith(_GATEWAY_PREFIX)]
+        with contextlib.suppress(RayError, ValueError):
+            drains = [ray.get_actor(name, NAMESPACE).drain.remote(timeout_s) for name in names]
+            ray.get(drains, timeout=timeout_s + _DRAIN_GRACE_S)
+
+    def remove_fleet(self) -> int:
+        """End all our actors; how many there were."""
+        names = self._actor_names()
+        for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):  # first who would make the others anew
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+        with contextlib.suppress(RayError, ValueError):
+            for group in ray.util.placement_group_table().values():
+                if group["name"].startswith(WORKER_PREFIX) and group["state"] != "REMOVED":
+                    remove_placement_group(get_placement_group(group["name"]))
+        return len(names)
+
+    @staticmethod
+    def _actor_names() -> list[str]:
+        with contextlib.suppress(RayError):
+            actors = ray.util.list_named_actors(all_namespaces=True)
+            return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+        return []
+
+    def leave(self) -> None:
+        """Let what runs in the cluster go on without us."""
+        self._thread.submit(ray.shutdown).result()
+        self._thread.shutdown()
+
     def shutdown(self) -> None:
         """End our actors, and Ray with them if it is our own."""
         if not self._is_own:  # our own Ray takes its actors with it, and asking it would hang if it has died before us
-            with contextlib.suppress(RayError, ValueError):
-                for actor in ray.util.list_named_actors(all_namespaces=True):
-                    if actor["namespace"] == NAMESPACE:
-                        ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
-                for group in ray.util.placement_group_table().values():
-                    if group["name"].startswith(WORKER_PREFIX):
-                        remove_placement_group(get_placement_group(group["name"]))
-        self._thread.submit(ray.shutdown).result()
-        self._thread.shutdown()
+            self.remove_fleet()
+        self.leave()

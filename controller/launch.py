@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.gateway_processes import GatewayProcesses
+from lorafleet.controller.secret_file import write_secret
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.address import own_address
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
@@ -80,7 +81,7 @@ def serve(config: ServeConfig) -> None:
     with contextlib.ExitStack() as stack:
         try:
             state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorafleet-")))
-            token_file = _write_secret(state_dir / "token", secrets.token_urlsafe(32))
+            token_file = write_secret(state_dir / "token", secrets.token_urlsafe(32))
             node = "127.0.0.1" if config.ray_address is None else _node_address()
             controller_port = _free_port(node)
             # Gateways start and the weights come off the disk while Ray starts; until there is a worker a gateway that
@@ -142,13 +143,6 @@ def _node_address() -> str:
         return "127.0.0.1"
 
 
-def _write_secret(path: Path, secret: str) -> Path:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret)
-    return path
-
-
 def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: _Signals) -> None:
     gateways.terminate()
     deadline = time.monotonic() + timeout_s + 5.0
@@ -164,7 +158,7 @@ def _fleet(
     if config.ray_address is None:
         # A Ray of our own, closed to everybody else on the machine. Set before Ray is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_write_secret(state_dir / "ray-token", secrets.token_hex(32)))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(write_secret(state_dir / "ray-token", secrets.token_hex(32)))
         # Ray would give workers the lowest priority (nice 15), and whatever else runs here would hold up each step.
         os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -28,40 +28,14 @@ def free_port() -> int:
 
 
 @dataclass(eq=False)
-class Server:
-    """One `lorafleet serve` and what it printed."""
+class Endpoint:
+    """A gateway on this machine."""
 
-    process: subprocess.Popen[str]
     port: int
-    lines: list[str] = field(default_factory=list)
-    _seen: set[tuple[int, str | None]] = field(default_factory=set)  # (pid, when it started)
-
-    def __post_init__(self) -> None:
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._watch)]
-        for thread in self._threads:
-            thread.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as stream:
-            self.lines.extend(stream)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.output
-            if any("Ctrl-C stops" in line for line in self.lines):
-                return
-            time.sleep(0.1)
-        raise AssertionError(f"not ready in time:\n{self.output}")
 
     def get(self, path: str, timeout_s: float = 10.0) -> tuple[int, str]:
         try:
@@ -80,6 +54,47 @@ class Server:
         values = self.series(name)
         assert values, f"no metric {name}"
         return sum(values)
+
+    def complete(self, model: str, prompts: list[str]) -> list[str]:
+        """Twelve greedy tokens behind each prompt, all in one request."""
+        body = {"model": model, "prompt": prompts, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return [choice["text"] for choice in json.load(response)["choices"]]
+
+
+@dataclass(eq=False)
+class Server(Endpoint):
+    """One `lorafleet serve` and what it printed."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    _seen: set[tuple[int, str | None]] = field(default_factory=set)  # (pid, when it started)
+
+    def __post_init__(self) -> None:
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            self.lines.extend(stream)
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.output
+            if any("Ctrl-C stops" in line for line in self.lines):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"not ready in time:\n{self.output}")
 
     def processes(self, name: bytes) -> set[int]:
         """Pids of those below this one that have a name in their command line."""
@@ -120,15 +135,6 @@ class Server:
             self.children()
             time.sleep(0.2)
 
-    def complete(self, model: str, prompts: list[str]) -> list[str]:
-        """Twelve greedy tokens behind each prompt, all in one request."""
-        body = {"model": model, "prompt": prompts, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return [choice["text"] for choice in json.load(response)["choices"]]
-
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
         """End it as a user or an orchestrator would; its exit code."""
         if self.process.poll() is None:
@@ -162,7 +168,7 @@ def start(*arguments: str, port: int | None = None, environment: dict[str, str] 
         env=os.environ | (environment or {}),
         start_new_session=True,
     )
-    return Server(process, port)
+    return Server(port, process)
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

@@ -1,4 +1,4 @@
-"""``python -m lorafleet.controller.gateway``: flags to a running gateway.
+"""``lorafleet gateway``, or ``python -m lorafleet.controller.gateway``: flags to a running gateway.
 
 Owns: the flags. Leaves to others: their checks (config.py), running (server.py).
 """
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
     """Raises ConfigError for a value that cannot be; argparse itself exits for unknown flags."""
     defaults = GatewayConfig(controller="localhost:1", token="-")
     parser = argparse.ArgumentParser(
-        prog="python -m lorafleet.controller.gateway",
+        prog="lorafleet gateway",
         description="LoRAFleet's HTTP gateway: an OpenAI-compatible API in front of the workers.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -7,8 +7,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
-FADE_S = 5.0  # after which a request counts for 1/e
-_FORGET_S = 60.0  # after which it counts for nothing
+FADE_S = 1.0  # after which a request counts for 1/e
+_FORGET_S = 20.0  # after which it counts for nothing
 
 
 class Demand:

@@ -5,9 +5,10 @@ pages, if it has none left (its requests hold theirs for `seat_s`, so one comes 
 prompts before it and its own, less what of its own the worker has computed for another request (prefix affinity); the
 way of its adapter into a slot, which goes on while it waits for the rest; a step.
 
-Two things are added that others pay for. A request slows all that run beside it. And an adapter that is read on one
-more worker pushes out another one there, which will be read again: the fuller the host tier, the more likely. So an
-adapter stays where it is until waiting there costs more than both reads, and then has a second home.
+Three things are added that others pay for. A request slows all that run beside it. An adapter that is read on one more
+worker pushes out another one there, which will be read again: the fuller the host tier, the more likely. So an adapter
+stays where it is until waiting there costs more than both reads. And where an adapter is hot, many more requests for it
+will wait before another worker has it, and share what its reading costs; so it gets a second home early.
 
 Workers with a queue of over a quarter of their seats, and over 5/4 of the mean load, take nothing while others can: no
 affinity overloads a worker.
@@ -29,6 +30,7 @@ EVICTED_COUNTS = 2.0  # of a read, for the adapter that one which is read pushes
 REPLACED_COUNTS = 0.5  # of a load, for the adapter whose slot is taken
 HOME_SHARE = 0.25  # of a read, by which an adapter that nobody has is drawn to its home
 FULL_SHARE = 0.9  # of the seats: the last ones are taken before a heartbeat says so
+FORESIGHT = 4.0  # in lengths of a read: for so long the requests to come for a hot adapter are reckoned with
 SCARCE_PAGES = 0.05  # share of free KV pages below which requests are likely to be preempted
 
 
@@ -38,7 +40,7 @@ class Wanted:
 
     adapters: tuple[str, ...] = ()  # digests of all that it needs; none: the base model
     num_prompt_tokens: int = 0
-    num_recent: float = 0.0  # requests of the last seconds for the same adapters
+    num_recent: float = 0.0  # requests of the last second for the same adapters
     num_cached: Mapping[str, int] = field(default_factory=dict)  # worker ids → tokens that are computed there
 
 
@@ -55,17 +57,22 @@ def choose_worker(workers: Sequence[WorkerView], wanted: Wanted, *, lot: str = "
     able = _within_bound(able)
     key = "+".join(sorted(wanted.adapters)) or lot
     lots = {worker.worker_id: _draw(key, worker.worker_id) for worker in able}
+    num_homes = sum(all(worker.tier(adapter) >= Tier.HOST for adapter in wanted.adapters) for worker in able)
     home = max(lots, key=lots.__getitem__) if wanted.adapters else ""
     return min(
-        able, key=lambda worker: (_cost_s(worker, wanted, is_home=worker.worker_id == home), lots[worker.worker_id])
+        able,
+        key=lambda worker: (
+            _cost_s(worker, wanted, is_home=worker.worker_id == home, num_homes=num_homes),
+            lots[worker.worker_id],
+        ),
     )
 
 
-def expected_first_token_s(worker: WorkerView, wanted: Wanted) -> float:
-    """From now to the request's first token on this worker."""
+def expected_first_token_s(worker: WorkerView, wanted: Wanted, num_coming: float = 0.0) -> float:
+    """From now to the request's first token on this worker. num_coming: more requests to reckon with."""
     pace = worker.pace
     wait_s = (worker.num_prompt_tokens + worker.num_unreported_tokens) * pace.prompt_token_s
-    num_ahead = worker.num_requests + 1 - FULL_SHARE * worker.max_num_seqs
+    num_ahead = worker.num_requests + 1 - FULL_SHARE * worker.max_num_seqs + num_coming
     if num_ahead > 0:
         wait_s += num_ahead * pace.seat_s / worker.max_num_seqs
     num_tokens = max(1, wanted.num_prompt_tokens - wanted.num_cached.get(worker.worker_id, 0))
@@ -77,9 +84,12 @@ def expected_first_token_s(worker: WorkerView, wanted: Wanted) -> float:
     return max(wait_s, load_s) + pace.step_s + num_tokens * pace.prompt_token_s
 
 
-def _cost_s(worker: WorkerView, wanted: Wanted, *, is_home: bool) -> float:
+def _cost_s(worker: WorkerView, wanted: Wanted, *, is_home: bool, num_homes: int) -> float:
     pace = worker.pace
-    cost_s = expected_first_token_s(worker, wanted)
+    num_coming = 0.0
+    if wanted.adapters and all(worker.tier(adapter) >= Tier.HOST for adapter in wanted.adapters):
+        num_coming = FORESIGHT * wanted.num_recent * pace.disk_load_s / num_homes
+    cost_s = expected_first_token_s(worker, wanted, num_coming)
     cost_s += pace.step_s * worker.num_requests / worker.max_num_seqs
     num_cold = 0
     for adapter in wanted.adapters:

@@ -220,7 +220,9 @@ async def ready(controller: ControllerActor) -> FleetReady | WorkerFailed:
 async def test_a_missing_worker_is_created_and_gets_into_the_table(fleet: Fleet, start: StartWorker) -> None:
     worker = await start("worker-a")
     fleet.cluster.answers.put_nowait(worker.ready)
-    assert await ready(fleet.controller) == FleetReady((worker.ready,), last_event=2)
+    assert await ready(fleet.controller) == FleetReady(
+        (worker.ready,), last_event=2, controller=f"127.0.0.1:{fleet.port}"
+    )
     assert fleet.cluster.created == [NAME]
     table = await fleet.workers_become("worker-a")
     assert table.base.max_model_len == 128

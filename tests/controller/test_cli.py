@@ -248,3 +248,23 @@ def test_the_status_of_nothing_says_what_to_do(capsys: pytest.CaptureFixture[str
             main(["status", "--url", url])
     assert str(ended.value.code).startswith(f"lorafleet: error: No gateway answers at {url} (")
     assert "--url" in str(ended.value.code)
+
+
+def test_up_has_the_flags_of_serve_and_joins_the_cluster_of_this_machine() -> None:
+    args = make_parser().parse_args(["up", "org/base", "--num-workers", "3", "--enable-lora", "--gateways", "all"])
+    assert serve_config(args).num_workers == 3
+    assert (args.ray_address, args.gateways, args.controller_port) == ("auto", "all", 50050)
+
+
+def test_a_controller_port_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["up", "org/base", "--controller-port", "0"])
+    assert ended.value.code == 2
+    assert "--controller-port is 0" in capsys.readouterr().err
+
+
+def test_gateway_is_the_gateways_own_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", "--help"])
+    assert ended.value.code == 0
+    assert "usage: lorafleet gateway" in capsys.readouterr().out

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,12 +100,6 @@ def test_a_host_that_is_not_here_is_refused(gateways: list[Any], port: int) -> N
     with pytest.raises(ConfigError, match="Cannot listen on 192"):
         launch.serve(config(port, host="192.0.2.1"))
     assert not gateways
-
-
-def test_secrets_are_readable_by_their_owner_only(tmp_path: Path) -> None:
-    path = launch._write_secret(tmp_path / "token", "secret")
-    assert path.read_text() == "secret"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_worker_that_cannot_start_ends_everything_with_its_error(

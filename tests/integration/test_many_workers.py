@@ -165,8 +165,9 @@ def status(server: Server) -> str:
 
 
 def has_ended(pid: int) -> bool:
-    """Its command line is gone earlier than its sockets."""
+    """All its threads: its command line, and its first thread, are gone earlier than its sockets."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+        is_over = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+        return is_over and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
     except OSError:
         return True

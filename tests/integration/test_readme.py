@@ -30,7 +30,7 @@ def spawn(command: list[str], port: int) -> Server:
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    return Server(process, port)
+    return Server(port, process)
 
 
 @pytest.mark.skipif(Path(sys.prefix) != VENV, reason="`make` uses .venv, and these tests run from elsewhere")
