@@ -7,6 +7,7 @@ which go on serving meanwhile.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import os
 import time
@@ -70,9 +71,9 @@ class ControllerActor:
         workers = tuple(life.ready for life in self._lives.values() if life.ready is not None)
         return FleetReady(workers, self._events.last, f"{self._host}:{self._port}")
 
-    async def config(self) -> ServeConfig:
-        """What it was told."""
-        return self._config
+    async def was_told(self, config: ServeConfig, token: str) -> bool:
+        """Whether it has been started with these."""
+        return config == self._config and hmac.compare_digest(token, self._token)
 
     async def events(self, after: int) -> list[tuple[int, str]]:
         """What has happened since the event of that number; waits for a while if nothing has."""

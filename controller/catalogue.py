@@ -107,5 +107,6 @@ class Catalogue:
                 state=state,
                 max_num_seqs=worker.max_num_seqs,
                 max_loras=worker.max_loras,
+                num_ranks=worker.num_ranks,
             )
         return table

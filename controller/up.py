@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _START_TIMEOUT_S = 900.0
 _GATEWAY_START_S = 120.0
 _POLL_S = 0.5
+_ANSWER_S = 60.0
 
 
 def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_on: str) -> None:
@@ -45,9 +46,10 @@ def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_
         if is_new:
             _say("starting controller and workers ...")
             cluster.create_controller(ControllerActor, wanted, "", controller_port, token)
-        elif cluster.poll("config", timeout_s=_GATEWAY_START_S) != wanted:
+        elif not cluster.poll("was_told", wanted, token, timeout_s=_ANSWER_S):
             raise ConfigError(
-                "This Ray cluster runs a fleet that was started with other flags. `lorafleet down` ends it."
+                f"This Ray cluster runs a fleet with other flags, or another token than that of {token_file}. "
+                "`lorafleet down` ends it."
             )
         try:
             deadline = time.monotonic() + _START_TIMEOUT_S

@@ -89,8 +89,9 @@ class WorkerLife:
             if isinstance(worker, WorkerFailed):
                 await self._start_again(worker)
                 continue
-            self._num_starts += 1
-            self._tell(f"is {worker.worker_id}, generation {worker.generation}, at {worker.address}")
+            if worker != self.ready:  # else it could not be reached for a moment
+                self._num_starts += 1
+                self._tell(f"is {worker.worker_id}, generation {worker.generation}, at {worker.address}")
             self.ready = worker
             async with WorkerClient(worker.address, self._surroundings.token) as client:
                 why = await self._poll_until_lost(worker, client)

@@ -44,20 +44,22 @@ class BaseModel(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., root: _Optional[str] = ..., created: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class WorkerEndpoint(_message.Message):
-    __slots__ = ("worker_id", "generation", "address", "state", "max_num_seqs", "max_loras")
+    __slots__ = ("worker_id", "generation", "address", "state", "max_num_seqs", "max_loras", "num_ranks")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_LORAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     generation: int
     address: str
     state: _worker_pb2.WorkerState
     max_num_seqs: int
     max_loras: int
-    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ...) -> None: ...
+    num_ranks: int
+    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ..., num_ranks: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "root", "load_inplace", "weight", "pin")

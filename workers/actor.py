@@ -42,6 +42,7 @@ class WorkerReady:
     vocab_size: int
     max_num_seqs: int
     max_loras: int
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ class WorkerActor:
             vocab_size=engine.vocab_size,
             max_num_seqs=self._config.max_num_seqs,
             max_loras=engine.plan.max_loras,
+            num_ranks=self._config.tensor_parallel_size,
         )
 
 

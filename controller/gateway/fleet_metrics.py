@@ -53,5 +53,6 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerView], float]], ...] = (
         "Adapters that it knows and has on disk only",
         lambda view: view.num_in(Tier.DISK),
     ),
+    ("lorafleet_worker_ranks", "Processes that share the model", lambda view: view.num_ranks),
     ("lorafleet_worker_generation", "Grows with every start", lambda view: view.generation),
 )

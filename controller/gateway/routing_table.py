@@ -57,6 +57,7 @@ class Endpoint:
     max_num_seqs: int
     max_loras: int  # 0: LoRA is off
     draining: bool
+    num_ranks: int = 1
 
     @property
     def identity(self) -> tuple[str, int, str]:
@@ -115,6 +116,7 @@ class RoutingTable:
                     max(worker.max_num_seqs, 1),
                     worker.max_loras,
                     worker.state == worker_pb2.WORKER_DRAINING,
+                    max(worker.num_ranks, 1),
                 )
                 for worker in table.workers
             ),

@@ -94,7 +94,13 @@ class WorkerSession:
         endpoint, heartbeat = self.endpoint, self._heartbeat
         if heartbeat is None:
             return WorkerView(
-                endpoint.worker_id, False, True, endpoint.max_num_seqs, endpoint.max_loras, endpoint.generation
+                endpoint.worker_id,
+                False,
+                True,
+                endpoint.max_num_seqs,
+                endpoint.max_loras,
+                endpoint.generation,
+                endpoint.num_ranks,
             )
         load = heartbeat.load
         silent = self._clock() - self._heard_at > self._times.suspect_s
@@ -107,6 +113,7 @@ class WorkerSession:
             endpoint.max_num_seqs,
             endpoint.max_loras,
             endpoint.generation,
+            endpoint.num_ranks,
             load.num_running,
             load.num_waiting,
             load.num_uncomputed_tokens,

@@ -31,6 +31,7 @@ class WorkerView:
     max_num_seqs: int
     max_loras: int
     generation: int = 0
+    num_ranks: int = 1
     num_running: int = 0
     num_waiting: int = 0
     num_prompt_tokens: int = 0  # of its requests, still to be computed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -455,6 +455,27 @@ async def test_the_status_of_the_fleet_names_what_is_not_there_too(fleet: Fleet,
         await worker.kill()
         await fleet.workers_become()
         assert (await status()).state == "starting"
+
+
+async def test_a_worker_that_could_not_be_reached_for_a_moment_has_not_started_again(
+    fleet: Fleet, start: StartWorker
+) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    worker.worker_id = "somebody else"
+    await fleet.workers_become()
+    worker.worker_id = "worker-a"
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    assert fleet.controller._lives[NAME].status().num_starts == 1
+
+
+async def test_it_says_whether_it_was_started_so(fleet: Fleet) -> None:
+    config = fleet.controller._config
+    assert await fleet.controller.was_told(config, TOKEN)
+    assert not await fleet.controller.was_told(config, "another")
+    assert not await fleet.controller.was_told(replace(config, num_workers=2), TOKEN)
 
 
 async def test_what_happens_to_workers_is_told_once(fleet: Fleet, start: StartWorker) -> None:

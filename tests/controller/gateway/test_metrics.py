@@ -56,6 +56,7 @@ async def test_requests_and_tokens_are_counted_under_both_names(fleet: Any, toke
 
 async def test_heartbeats_become_gauges(fleet: Any) -> None:
     fleet.worker.load.num_running, fleet.worker.load.num_waiting = 3, 4
+    fleet.worker.device_adapters = ["d-sql", "d-pirate"]
     view = fleet.state._pool.views
     await fleet.until(lambda: view()[0].num_waiting == 4)
     samples = await _samples(fleet)
@@ -63,6 +64,10 @@ async def test_heartbeats_become_gauges(fleet: Any) -> None:
     assert samples["lorafleet_worker_requests_running"] == [(worker, 3.0)]
     assert samples["lorafleet_worker_requests_waiting"] == [(worker, 4.0)]
     assert samples["lorafleet_worker_kv_cache_usage_ratio"] == [(worker, 0.25)]
+    assert samples["lorafleet_worker_ranks"] == [(worker, 1.0)]
+    assert samples["lorafleet_worker_generation"] == [(worker, 1.0)]
+    tiers = [samples[f"lorafleet_worker_{tier}_adapters"] for tier in ("device", "host", "disk")]
+    assert tiers == [[(worker, 2.0)], [(worker, 0.0)], [(worker, 0.0)]]
     assert samples["vllm:num_requests_running"] == [({"model_name": "tiny"}, 3.0)]
     assert samples["vllm:num_requests_waiting"] == [({"model_name": "tiny"}, 4.0)]
     assert samples["vllm:kv_cache_usage_perc"] == [({"model_name": "tiny"}, 0.25)]
