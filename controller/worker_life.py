@@ -175,9 +175,12 @@ class WorkerLife:
                 if silent_s > ENDED_S:
                     # It hangs or is stopped. Ray ends within 5 s what does not end by itself.
                     await asyncio.to_thread(self._surroundings.cluster.restart_worker, self.name)
-                    return f"it has been silent for {silent_s:.0f} s, so its process is ended"
+                    return f"it has given no report for {silent_s:.0f} s ({_reason(error)}), so its process is ended"
                 if silent_s > LOST_S and self._leave_table(worker):
-                    self._tell(f"has been silent for {silent_s:.0f} s; it gets no requests", logging.WARNING)
+                    self._tell(
+                        f"has given no report for {silent_s:.0f} s ({_reason(error)}); it gets no requests",
+                        logging.WARNING,
+                    )
             else:
                 self._answered_at, self._report = time.monotonic(), report
                 self._enter_table(worker, client, report.state)
@@ -202,6 +205,10 @@ class WorkerLife:
             return False
         self._surroundings.table_changed()
         return True
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
 
 
 def _identity(worker: WorkerReady) -> tuple[str, int]:

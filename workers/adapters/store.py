@@ -216,7 +216,10 @@ class AdapterStore:
                 num_registered=len(self._specs),
                 num_cached=len(self._entries),
                 bytes=self._bytes,
-                usage=max(self._bytes / self._max_bytes, len(self._entries) / (self._max_adapters or math.inf)),
+                usage=max(
+                    self._bytes / (self._max_bytes or math.inf),  # without LoRA there is no room, and nothing in it
+                    len(self._entries) / (self._max_adapters or math.inf),
+                ),
                 hits=self._hits,
                 loads=self._loads,
                 failures=self._num_failures,

@@ -175,6 +175,15 @@ def test_the_bytes_are_bounded_and_as_many_are_evicted_as_needed(make_store: Mak
     assert store.resident() == ("whole",)
 
 
+def test_the_usage_is_that_of_the_nearer_bound(make_store: MakeStore) -> None:
+    assert make_store(names="", max_bytes=0).stats().usage == 0.0, "without LoRA"
+    for bounds, usage in (({"max_bytes": 40}, 0.5), ({"max_bytes": 40, "max_adapters": 2}, 1.0)):
+        store = make_store(**bounds)
+        for name in "ab":
+            use(store, name)
+        assert store.stats().usage == usage
+
+
 def test_an_adapter_larger_than_the_cache_is_refused_at_registration(make_store: MakeStore) -> None:
     store = make_store(max_bytes=100)
     with pytest.raises(
