@@ -91,7 +91,7 @@ class _Tiers(dict[str, Tier]):
 
 
 class _Worker:
-    """One worker. Its owner calls `add`, `step` when a step has ended, `loaded` when a load has."""
+    """One worker. Its owner calls `add`, `begin_step` and `end_step`, `start_loads` and `loaded`, each at its time."""
 
     def __init__(self, number: int, model: WorkerModel, slowdown: float) -> None:
         self.name = f"worker-{number}"
@@ -107,7 +107,6 @@ class _Worker:
         self.device: OrderedDict[str, int] = OrderedDict()  # adapters → requests that have a seat; LRU
         self.host: OrderedDict[str, None] = OrderedDict()
         self.loading: set[str] = set()
-        self._loads: deque[str] = deque()
         self._num_loads = 0
         self.prefixes: OrderedDict[str, None] = OrderedDict()
         self._finished: list[_Request] = []
