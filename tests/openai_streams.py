@@ -9,6 +9,7 @@ from collections.abc import Callable
 import openai
 from serving import Server
 
+NUM_TOKENS = 700  # of each choice; so many that none has them before all eight streams have begun
 PROMPTS = ["the quick", "over the lazy dog", "then", "brown fox"]
 
 Answer = dict[int, tuple[str, list[str], str]]
@@ -16,23 +17,26 @@ Answer = dict[int, tuple[str, list[str], str]]
 
 def streams(server: Server, fault: Callable[[], None]) -> list[Answer]:
     """Eight at once, of the base model and an adapter; the fault comes when all have their first tokens."""
-    begun = threading.Barrier(9)
+    prepared, begun = threading.Barrier(8), threading.Barrier(9)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(stream, server, ("tiny", "good")[number % 2], number, begun) for number in range(8)]
+        answers = [
+            pool.submit(stream, server, ("tiny", "good")[number % 2], number, prepared, begun) for number in range(8)
+        ]
         begun.wait(timeout=60)
         fault()
         return [answer.result() for answer in answers]
 
 
-def stream(server: Server, model: str, number: int, begun: threading.Barrier) -> Answer:
+def stream(server: Server, model: str, number: int, prepared: threading.Barrier, begun: threading.Barrier) -> Answer:
     """Of each choice: text, tokens as the log-probabilities name them, finish reason. Asks for all that has a state."""
     is_first = True
     texts, tokens, reasons = {0: "", 1: ""}, {0: list[str](), 1: list[str]()}, {0: "", 1: ""}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        prepared.wait(timeout=60)  # a client takes longer to make than hundreds of tokens
         for chunk in client.completions.create(
             model=model,
             prompt=PROMPTS[number % len(PROMPTS)],
-            max_tokens=220,
+            max_tokens=NUM_TOKENS,
             n=2,
             seed=number,
             logprobs=2,

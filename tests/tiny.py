@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import dataclass, field
@@ -64,10 +65,12 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 }
 
 
-def make_model(name: str, directory: Path, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model of the named architecture, also saved into `directory`."""
+def make_model(name: str, directory: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model of the named architecture, also saved into `directory`; `changes`: of its configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=torch.float32)
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         # Biases and norm weights start as zeros and ones, which would hide that they are read wrongly.
         if parameter.dim() == 1:

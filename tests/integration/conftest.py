@@ -36,9 +36,9 @@ def demo_server(demo_model: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model with a tokenizer and one good adapter beside it (../good)."""
+    """A tiny random model of 1,024 positions with a tokenizer and one good adapter beside it (../good)."""
     root = tmp_path_factory.mktemp("tiny")
-    model = tiny.make_model("smollm2", root / "model")
+    model = tiny.make_model("smollm2", root / "model", max_position_embeddings=1024)
     tiny.save_tokenizer(root / "model")
     tiny.make_adapter(model, root / "good")
     return root / "model"

@@ -87,7 +87,7 @@ def test_a_rank_over_the_limit_names_the_flag_and_the_value(tiny_model: Path) ->
 
 def test_a_plan_that_cannot_fit_names_the_number_to_change(tiny_model: Path) -> None:
     output = failed(start(str(tiny_model), "--kv-cache-memory-bytes", "1000"))
-    assert "--max-model-len 256" in output and "--kv-cache-memory-bytes to" in output
+    assert "--max-model-len 1024" in output and "--kv-cache-memory-bytes to" in output
 
 
 def test_a_taken_port_is_refused_at_once(tiny_model: Path) -> None:
