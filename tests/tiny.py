@@ -66,7 +66,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 
 
 def make_model(name: str, directory: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random float32 model of the named architecture, also saved into `directory`; `changes`: of its configuration."""
+    """A random float32 model of the named architecture, also saved into `directory`; `changes` are of its config."""
     torch.manual_seed(seed)
     config = copy.deepcopy(ARCHITECTURES[name])
     config.update(changes)
