@@ -17,33 +17,47 @@ from pathlib import Path
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.cluster import WORKER_PREFIX, FleetImpossible, WorkerCluster, WorkerLost
-from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.config import GatewayNodes, ServeConfig
 from lorafleet.controller.events import Events
+from lorafleet.controller.gateway_placement import GatewayPlacement
 from lorafleet.controller.reconcile import reconcile
 from lorafleet.controller.service import ControllerService, read_tokenizer_files
 from lorafleet.controller.worker_life import Surroundings, WorkerLife
 from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
-from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.actor import FleetSettings, WorkerFailed, WorkerReady
 from lorafleet.workers.errors import ERRORS, ConfigError, LoRAFleetError, status_of
 from lorafleet.workers.rpc import create_server
 from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
 
+_BAD_CONFIG = ERRORS[ConfigError].code
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command came to."""
+
+    succeeded: bool
+    text: str  # for people
+
 
 @dataclass(frozen=True, slots=True)
 class FleetReady:
-    """All wanted workers serve."""
+    """All wanted workers serve, and all wanted gateways listen."""
 
     workers: tuple[WorkerReady, ...]
     last_event: int  # of those up to now
     controller: str  # host:port
+    gateway_nodes: tuple[str, ...] = ()  # addresses of nodes whose gateways belong to the fleet
 
 
 class ControllerActor:
     """One fleet. All arguments are plain data, since Ray keeps them for restarts."""
 
-    def __init__(self, config: ServeConfig, host: str, port: int, token: str) -> None:
+    def __init__(
+        self, config: ServeConfig, host: str, port: int, token: str, gateways_on: GatewayNodes = "none"
+    ) -> None:
         """host: to listen on; empty: the node's address."""
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
@@ -51,11 +65,16 @@ class ControllerActor:
         self._token = token
         self._cluster = WorkerCluster()
         self._host = host or self._cluster.node_address()
+        self._gateways_on = gateways_on
         self._desired = [f"{WORKER_PREFIX}{number}" for number in range(config.num_workers)]
         self._lives: dict[str, WorkerLife] = {}
         self._events = Events()
         self._failed: WorkerFailed | None = None
-        self._settled = asyncio.Event()  # all wanted workers serve, or one cannot
+        self._gateways = GatewayPlacement(
+            self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
+        )
+        self._gateways_started = False
+        self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
         self._run = asyncio.get_running_loop().create_task(self._start())
         self._run.add_done_callback(self._stopped)
 
@@ -69,27 +88,44 @@ class ControllerActor:
         if self._failed is not None:
             return self._failed
         workers = tuple(life.ready for life in self._lives.values() if life.ready is not None)
-        return FleetReady(workers, self._events.last, f"{self._host}:{self._port}")
+        return FleetReady(workers, self._events.last, f"{self._host}:{self._port}", tuple(self._gateways.addresses))
 
-    async def was_told(self, config: ServeConfig, token: str) -> bool:
+    async def was_told(self, config: ServeConfig, token: str, gateways_on: GatewayNodes) -> bool:
         """Whether it has been started with these."""
-        return config == self._config and hmac.compare_digest(token, self._token)
+        told = config == self._config and gateways_on == self._gateways_on
+        return told and hmac.compare_digest(token, self._token)
 
     async def events(self, after: int) -> list[tuple[int, str]]:
         """What has happened since the event of that number; waits for a while if nothing has."""
         return await self._events.after(after)
 
-    async def restart_workers(self) -> str:
+    async def restart_workers(self) -> Outcome:
         """Replace the process of each worker, one after the other, so that requests always find one that serves.
 
-        What it came to, for people.
+        What a drained node had comes back.
         """
+        self._gateways.undrain()
         for life in self._lives.values():
             try:
                 await life.restart(self._config.drain_timeout_s)
             except TimeoutError:
-                return f"{life.name} did not come back; the others were left alone"
-        return f"all {len(self._lives)} workers were restarted"
+                return Outcome(False, f"{life.name} did not come back; the others were left alone")
+        return Outcome(True, f"all {len(self._lives)} workers were restarted")
+
+    async def drain_node(self, node_id: str, timeout_s: float) -> Outcome:
+        """Let the workers with a rank on a node, and its gateways, finish their requests and take no others."""
+        lives = list(self._lives.values())
+        nodes = await asyncio.gather(*(asyncio.to_thread(self._cluster.nodes_of, life.name) for life in lives))
+        concerned = [life for life, on in zip(lives, nodes, strict=True) if node_id in on]
+        _, *drained = await asyncio.gather(
+            self._gateways.drain(node_id, timeout_s), *(life.drain(timeout_s) for life in concerned)
+        )
+        if not concerned:
+            return Outcome(True, "no worker is on this node")
+        names = ", ".join(life.name for life in concerned)
+        if all(drained):
+            return Outcome(True, f"drained: {names}")
+        return Outcome(False, f"not all of {names} drained within {timeout_s:g} s; others go on with their requests")
 
     async def _start(self) -> None:
         try:
@@ -139,7 +175,9 @@ class ControllerActor:
         for name in actions.remove:
             await asyncio.to_thread(self._cluster.remove_worker, name)
         await asyncio.gather(*(self._create(name) for name in actions.create))
-        await asyncio.gather(*(life.follow() for life in self._lives.values()))
+        await asyncio.gather(
+            self._gateways.follow(self._gateways_are_there), *(life.follow() for life in self._lives.values())
+        )
 
     async def _create(self, name: str, is_bare: bool = False) -> None:
         config = self._config
@@ -150,20 +188,24 @@ class ControllerActor:
                 config.engine,
                 config.num_workers,
                 () if is_bare else config.adapters,
-                self._host,
-                self._token,
-                config.log_level,
-                config.hung_step_s,
+                FleetSettings(self._host, self._token, config.log_level, config.hung_step_s, config.worker_ports),
             )
         except FleetImpossible as error:
             logger.error("%s", error)
-            self._cannot_start(WorkerFailed(ERRORS[ConfigError].code, str(error)))
+            self._cannot_start(WorkerFailed(_BAD_CONFIG, str(error)))
         except WorkerLost as lost:  # tried again when it is missed
             logger.warning("%s", lost)
 
     def _started(self) -> None:
-        if all(life.has_served for life in self._lives.values()):
+        if self._gateways_started and all(life.has_served for life in self._lives.values()):
             self._settled.set()
+
+    def _gateways_are_there(self, failure: str) -> None:
+        """failure: why some are not, or nothing."""
+        if failure:
+            self._cannot_start(WorkerFailed(_BAD_CONFIG, failure))
+        self._gateways_started = True
+        self._started()
 
     def _cannot_start(self, failure: WorkerFailed) -> bool:
         """The fleet cannot start. Of no consequence later on, when the worker is tried again until it can."""

@@ -1,7 +1,7 @@
-"""The command line: `lorafleet serve`, `up`, `down`, `status` and `gateway`.
+"""The command line: `lorafleet serve`, `up`, `down`, `restart`, `drain`, `status` and `gateway`.
 
-Owns: flags, their help, their refusals. Imports neither Ray nor torch until there is something to run, so that `--help`
-and a mistyped flag answer at once.
+Owns: which command does what. Imports neither Ray nor torch until there is something to run, so that `--help` and a
+mistyped flag answer at once. Leaves to others: the flags of a fleet (fleet_flags.py).
 """
 
 from __future__ import annotations
@@ -9,35 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from lorafleet.controller.config import ServeConfig
-from lorafleet.controller.gateway.tenants import read_tenants, tenants_of
-from lorafleet.workers.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, LoRAConfig, LoRAModule
-from lorafleet.workers.engine.eviction import EVICTIONS
+from lorafleet.controller.config import GATEWAY_NODES
+from lorafleet.controller.fleet_flags import (
+    add_fleet_flags,
+    drain_timeout,
+    port,
+    resolved,
+    serve_config,
+    with_flags_file,
+)
 from lorafleet.workers.errors import ConfigError, LoRAFleetError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
-
-VLLM_UPDATES_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-
-# LoRA flags by destination; given without --enable-lora they would have no effect, so they are refused.
-_LORA_FLAGS = {
-    "max_loras": "--max-loras",
-    "max_lora_rank": "--max-lora-rank",
-    "max_cpu_loras": "--max-cpu-loras",
-    "host_cache_bytes": "--lora-host-cache-bytes",
-    "lora_dtype": "--lora-dtype",
-    "eviction": "--lora-eviction",
-    "extra_vocab_size": "--lora-extra-vocab-size",
-    "full_weight_bytes": "--lora-full-weight-bytes",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -48,25 +35,40 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
         sys.exit(gateway(argv[1:]))
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.command == "status":
-        _status(args)
     try:
-        if args.command == "down":
-            from lorafleet.controller.up import down
-
-            down(args.ray_address, args.drain_timeout_s)
-            sys.exit(0)
-        try:
+        args = parser.parse_args(with_flags_file(argv))
+        if args.command in ("serve", "up"):
             config = serve_config(args)
-            if args.command == "up" and not 1 <= args.controller_port <= 65535:
-                raise ConfigError(f"--controller-port is {args.controller_port}; it must be between 1 and 65535.")
-        except ConfigError as error:
-            parser.error(error.message)
-        if args.command == "up":
-            _up(config, args)
+            if args.command == "up":
+                _check_gateway_flags(args)
+    except ConfigError as error:
+        parser.error(error.message)
+    try:
+        if args.command == "serve":
+            from lorafleet.controller.launch import serve
+
+            serve(resolved(config))
+        elif args.command == "up":
+            from lorafleet.controller.up import up
+
+            up(
+                resolved(config),
+                controller_port=args.controller_port,
+                token_file=args.token_file.expanduser(),
+                gateways_on=args.gateways,
+                follow=args.follow,
+            )
+        elif args.command == "status":
+            _status(args)
         else:
-            _serve(config)
+            from lorafleet.controller import up as commands
+
+            if args.command == "restart":
+                commands.restart(args.ray_address)
+            elif args.command == "drain":
+                commands.drain(args.ray_address, args.drain_timeout_s)
+            else:
+                commands.down(args.ray_address, args.drain_timeout_s)
     except LoRAFleetError as error:
         sys.exit(f"lorafleet: error: {error.message}")
     except KeyboardInterrupt:  # before there was anything to drain
@@ -84,58 +86,42 @@ def make_parser() -> argparse.ArgumentParser:
         "serve",
         help="serve a model over an OpenAI-compatible API",
         description="Serve a model and its adapters over an OpenAI-compatible HTTP API, on a Ray of its own on this "
-        "machine or on a running Ray cluster. Flags that vLLM has mean what they mean there.",
+        "machine or on a running Ray cluster. Flags that vLLM has mean what they mean there. Flags may also stand in a "
+        "file: `lorafleet serve @FILE`, several on a line, # for comments.",
         allow_abbrev=False,
     )
-    _add_fleet_flags(serve, ray_address=None, ray_help="a running Ray cluster to use (default: a Ray of its own)")
-
-    up = commands.add_parser(
-        "up",
-        help="start a fleet on a running Ray cluster and leave it running",
-        description="Start a fleet on a running Ray cluster and leave it running: the controller on the head node, the "
-        "workers where they fit, gateways where --gateways says. The same command again waits for the fleet that runs.",
-        allow_abbrev=False,
-    )
-    _add_fleet_flags(up, ray_address="auto", ray_help="of the cluster (default: the one of this machine)")
-    cluster = up.add_argument_group("cluster")
-    cluster.add_argument(
-        "--gateways",
-        choices=("none", "head", "all"),
-        default="head",
-        help="nodes that --gateway-processes run on (default: %(default)s); for other machines than the node itself "
-        "give --host 0.0.0.0",
-    )
-    cluster.add_argument(
-        "--controller-port", type=int, default=50050, help="of the controller, on the head node (default: %(default)s)"
-    )
-    cluster.add_argument(
-        "--token-file",
-        type=Path,
-        default=Path("~/.lorafleet/token"),
-        metavar="FILE",
-        help="what gateways show the controller and the workers; made if it is not there (default: %(default)s)",
-    )
-
-    down = commands.add_parser(
-        "down",
-        help="end the fleet on a Ray cluster",
-        description="End the fleet on a running Ray cluster: gateways finish their requests first.",
-        allow_abbrev=False,
-    )
-    down.add_argument(
-        "--ray-address", metavar="ADDRESS", default="auto", help="of the cluster (default: the one of this machine)"
-    )
-    down.add_argument(
-        "--drain-timeout-s",
-        type=float,
-        default=30.0,
-        help="seconds that running requests get (default: %(default)s)",
-    )
-
+    add_fleet_flags(serve, ray_address=None, ray_help="a running Ray cluster to use (default: a Ray of its own)")
+    _add_up(commands)
+    for name, purpose, description in (
+        ("down", "end the fleet on a Ray cluster", "gateways finish their requests first."),
+        (
+            "restart",
+            "restart the workers of a fleet on a Ray cluster",
+            "one after the other, each when its requests have ended; no request is lost.",
+        ),
+        (
+            "drain",
+            "make a node of a Ray cluster ready to be taken away",
+            "workers with a rank on this node, and its gateways, take no more requests and finish theirs. `lorafleet "
+            "restart` has them back.",
+        ),
+    ):
+        command = commands.add_parser(
+            name, help=purpose, description=f"{purpose.capitalize()}: {description}", allow_abbrev=False
+        )
+        command.add_argument(
+            "--ray-address", metavar="ADDRESS", default="auto", help="of the cluster (default: the one of this machine)"
+        )
+        if name != "restart":
+            command.add_argument(
+                "--drain-timeout-s",
+                type=drain_timeout,
+                default=30.0,
+                help="seconds that running requests get (default: %(default)s)",
+            )
     commands.add_parser(
         "gateway", help="run one more gateway of a fleet, on any machine; `lorafleet gateway --help`", add_help=False
     )
-
     status = commands.add_parser(
         "status",
         help="show the workers of a running fleet",
@@ -148,335 +134,61 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None, ray_help: str) -> None:
-    """What `serve` and `up` have in common."""
-    engine, lora = EngineConfig(model=""), LoRAConfig()
-    parser.add_argument("model", metavar="MODEL", help="a directory, a Hugging Face id (org/name), or a .gguf file")
-
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    http.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    http.add_argument(
-        "--gateway-processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes that share the port and the work of HTTP, tokenizing and streaming (default: %(default)s)",
+def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    up = commands.add_parser(
+        "up",
+        help="start a fleet on a running Ray cluster and leave it running",
+        description="Start a fleet on a running Ray cluster and leave it running: the controller on the head node, the "
+        "workers where they fit, gateways where --gateways says. The same command again waits for the fleet that runs. "
+        "Flags may also stand in a file: `lorafleet up @FILE`, several on a line, # for comments.",
+        allow_abbrev=False,
     )
-    http.add_argument(
-        "--api-key",
-        nargs="+",
-        action="extend",
-        metavar="KEY",
-        help="clients must send one of these as a bearer token (default: $LORAFLEET_API_KEY, else none is asked for)",
+    add_fleet_flags(up, ray_address="auto", ray_help="of the cluster (default: the one of this machine)")
+    cluster = up.add_argument_group("cluster")
+    cluster.add_argument(
+        "--gateways",
+        choices=GATEWAY_NODES,
+        default="head",
+        help="nodes that --gateway-processes run on, those that join later too (default: %(default)s); for other "
+        "machines than the node itself give --host 0.0.0.0",
     )
-    http.add_argument(
-        "--tenants",
+    cluster.add_argument(
+        "--controller-port", type=port, default=50050, help="of the controller, on the head node (default: %(default)s)"
+    )
+    cluster.add_argument(
+        "--token-file",
+        type=Path,
+        default=Path("~/.lorafleet/token"),
         metavar="FILE",
-        help='tenants that share the workers by weight: JSON, [{"name": "acme", "api_keys": ["..."], "weight": 2.0, '
-        '"priority": 0}]; weight (default 1) is a share of service, tenants of lower priority (default 0) come first '
-        "(default: each API key is a tenant)",
+        help="what gateways show the controller and the workers; made if it is not there (default: %(default)s)",
     )
-    http.add_argument(
-        "--served-model-name", nargs="+", metavar="NAME", help="names of the base model (default: MODEL as given)"
-    )
-    http.add_argument(
-        "--drain-timeout-s",
-        type=float,
-        default=30.0,
-        help="seconds that running requests get at shutdown (default: %(default)s)",
-    )
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="(default: the checkpoint's)")
-    model.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        help="keep the decoder's linear layers as 8-bit integers, rounded at start-up with a scale per output; "
-        "embeddings, head, activations and adapters stay in bfloat16 (default: none)",
-    )
-    model.add_argument("--device", choices=DEVICES, default=engine.device, help="(default: CUDA if there is one)")
-    model.add_argument(
-        "--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the model's)"
-    )
-    model.add_argument("--seed", type=int, help="makes the draws of requests without a seed repeatable")
-    model.add_argument(
-        "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks of a worker, which share the model"
-    )
-    model.add_argument(
-        "--num-threads", type=int, metavar="N", help="CPU threads of each rank (default: its share of the host's)"
-    )
-
-    batch = parser.add_argument_group("batching and memory")
-    batch.add_argument(
-        "--max-num-seqs", type=int, default=engine.max_num_seqs, help="sequences in one step (default: %(default)s)"
-    )
-    batch.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        metavar="N",
-        help="tokens computed in one step (default: 512 on a CPU, 2048 on CUDA)",
-    )
-    batch.add_argument(
-        "--max-adapter-wait-s",
-        type=float,
-        default=engine.max_adapter_wait_s,
-        metavar="S",
-        help="the longest that a client (a tenant's requests for one model) gets no token while others do; near it "
-        "running requests give way, and more clients than can be served in time get 429; 0 is no bound "
-        "(default: %(default)g)",
-    )
-    batch.add_argument(
-        "--block-size", type=int, default=engine.block_size, help="tokens of a KV page (default: %(default)s)"
-    )
-    batch.add_argument(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        default=engine.enable_prefix_caching,
-        help="compute the beginning that prompts have in common once, for each adapter and tenant (default: on)",
-    )
-    batch.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        default=engine.gpu_memory_utilization,
-        metavar="FRACTION",
-        help="of the device's memory that may be used; on a CPU, of the machine's or container's "
-        "(default: %(default)s)",
-    )
-    batch.add_argument(
-        "--kv-cache-memory-bytes",
-        type=size,
-        metavar="SIZE",
-        help="of the KV cache, such as 2GiB (default: what is left on a GPU; on a CPU at most 4GiB and half of that)",
-    )
-
-    adapters = parser.add_argument_group("LoRA")
-    adapters.add_argument("--enable-lora", action="store_true", help="serve adapters")
-    adapters.add_argument(
-        "--lora-modules",
-        nargs="+",
-        action="extend",
-        type=lora_module,
-        metavar="NAME=PATH",
-        help="adapters to serve; PATH is a directory, a hub id or a hub cache folder. Or JSON: "
-        '{"name": ..., "path": ..., "base_model_name": ..., "weight": 1.0, "pin": false}: weight is its share of its '
-        "tenant's service, pin keeps it in a device slot",
-    )
-    adapters.add_argument(
-        "--max-loras", type=int, metavar="N", help=f"adapters in one batch (default: {lora.max_loras})"
-    )
-    adapters.add_argument(
-        "--max-lora-rank", type=int, metavar="N", help=f"largest rank that fits a slot (default: {lora.max_lora_rank})"
-    )
-    adapters.add_argument(
-        "--max-cpu-loras", type=int, metavar="N", help="adapters in the host cache (default: bounded by bytes)"
-    )
-    adapters.add_argument(
-        "--lora-host-cache-bytes",
-        dest="host_cache_bytes",
-        type=size,
-        metavar="SIZE",
-        help="of the host cache (default: at most 1GiB and an eighth of the free memory)",
-    )
-    adapters.add_argument("--lora-dtype", choices=DTYPES, help="of adapter weights (default: the model's)")
-    adapters.add_argument(
-        "--lora-eviction",
-        dest="eviction",
-        choices=EVICTIONS,
-        help="which adapter makes room for another: the least recently used, or the cheapest to do without, "
-        f"by size, reload time, recency and frequency (default: {lora.eviction})",
-    )
-    adapters.add_argument(
-        "--lora-extra-vocab-size",
-        dest="extra_vocab_size",
-        type=int,
-        metavar="N",
-        help=f"token ids that an adapter may add to the model's (default: {lora.extra_vocab_size})",
-    )
-    adapters.add_argument(
-        "--lora-full-weight-bytes",
-        dest="full_weight_bytes",
-        type=size,
-        metavar="SIZE",
-        help="of the embeddings and heads that adapters in slots have of their own, LoRA on them included (default: "
-        "four vocabulary matrices, and at most a sixteenth of the memory that may be used)",
-    )
-    adapters.add_argument(
-        "--allow-runtime-lora-updates",
+    cluster.add_argument(
+        "--follow",
         action="store_true",
-        help="serve POST /v1/load_lora_adapter and /v1/unload_lora_adapter (default: off; "
-        f"${VLLM_UPDATES_VARIABLE}=1 turns it on too)",
-    )
-    adapters.add_argument(
-        "--lora-root",
-        nargs="+",
-        action="extend",
-        metavar="ROOT",
-        help="where adapters that are loaded at run time may come from: directories, hf:// for any Hugging Face id, "
-        "hf://ORG for one organisation's",
+        help="stay and print what happens to the fleet; SIGTERM ends the command and not the fleet, SIGUSR1 restarts "
+        "the workers; exit code 1 when the Ray cluster is lost",
     )
 
-    fleet = parser.add_argument_group("fleet")
-    fleet.add_argument(
-        "--num-workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="workers, each with the whole model (in its ranks) and its own adapter cache; requests go to the one that "
-        "is to answer first (default: %(default)s)",
-    )
-    fleet.add_argument(
-        "--hung-step-s",
-        type=float,
-        default=60.0,
-        help="seconds after which a worker whose step does not end is replaced, and its requests go on with another; "
-        "after a third of it it gets no new ones (default: %(default)s)",
-    )
-    fleet.add_argument(
-        "--worker-wait-s",
-        type=float,
-        default=60.0,
-        help="seconds that a request waits while no worker can take it or go on with it; then it gets 503 "
-        "(default: %(default)s)",
-    )
-    fleet.add_argument("--ray-address", metavar="ADDRESS", default=ray_address, help=ray_help)
-    fleet.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+
+def _check_gateway_flags(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for flags of gateways that nobody would take."""
+    given = [
+        flag
+        for flag, is_given in (
+            ("--api-key", args.api_key),
+            ("--tenants", args.tenants),
+            ("--gateway-processes", args.gateway_processes > 1),
+        )
+        if is_given
+    ]
+    if given and args.gateways == "none":
+        raise ConfigError(
+            f"{given[0]} is given with --gateways none, where it would have no effect. Give it to `lorafleet gateway`."
+        )
 
 
-def _status(args: argparse.Namespace) -> NoReturn:
+def _status(args: argparse.Namespace) -> None:
     from lorafleet.controller.status import fetch_fleet, table
 
-    try:
-        fleet = fetch_fleet(args.url, args.api_key or os.environ.get("LORAFLEET_API_KEY", "").split(",")[0])
-    except LoRAFleetError as error:
-        sys.exit(f"lorafleet: error: {error.message}")
+    fleet = fetch_fleet(args.url, args.api_key or os.environ.get("LORAFLEET_API_KEY", "").split(",")[0])
     print(json.dumps(fleet, indent=2) if args.json else table(fleet))
-    sys.exit(0)
-
-
-def serve_config(args: argparse.Namespace) -> ServeConfig:
-    """The flags as a checked configuration. Raises `ConfigError`."""
-    given = {name: getattr(args, name) for name in _LORA_FLAGS if getattr(args, name) is not None}
-    if given and not args.enable_lora:
-        flags = ", ".join(_LORA_FLAGS[name] for name in given)
-        raise ConfigError(f"{flags} is given without --enable-lora, where it would have no effect.")
-    # Whoever has the variable set for vLLM may well start servers without LoRA too.
-    by_variable = args.enable_lora and os.environ.get(VLLM_UPDATES_VARIABLE, "").lower() in ("1", "true")
-    engine = EngineConfig(
-        model=args.model,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        device=args.device,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_adapter_wait_s=args.max_adapter_wait_s,
-        block_size=args.block_size,
-        enable_prefix_caching=args.enable_prefix_caching,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        tensor_parallel_size=args.tensor_parallel_size,
-        num_threads=args.num_threads,
-        lora=LoRAConfig(**given) if args.enable_lora else None,
-    )
-    api_keys = args.api_key or [key for key in os.environ.get("LORAFLEET_API_KEY", "").split(",") if key]
-    tenants_file = None
-    if args.tenants is not None:
-        tenants_of(api_keys, read_tenants(Path(args.tenants)))  # refuses now what the gateway would refuse
-        tenants_file = str(Path(args.tenants).absolute())
-    return ServeConfig(
-        engine=engine,
-        served_model_names=tuple(args.served_model_name or [args.model]),
-        adapters=tuple(args.lora_modules or ()),
-        host=args.host,
-        port=args.port,
-        api_keys=tuple(api_keys),
-        tenants_file=tenants_file,
-        seed=args.seed,
-        drain_timeout_s=args.drain_timeout_s,
-        allow_runtime_lora_updates=args.allow_runtime_lora_updates or by_variable,
-        lora_roots=tuple(_lora_root(root) for root in args.lora_root or ()),
-        num_workers=args.num_workers,
-        gateway_processes=args.gateway_processes,
-        hung_step_s=args.hung_step_s,
-        worker_wait_s=args.worker_wait_s,
-        ray_address=args.ray_address,
-        log_level=args.log_level,
-    )
-
-
-def _lora_root(root: str) -> str:
-    # Workers on other nodes, or in Ray's own directories, know nothing of this one.
-    return root if root.startswith("hf://") else str(Path(root).expanduser().absolute())
-
-
-def size(text: str) -> int:
-    """'2GiB', '500MB', '1048576' → bytes."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 2GiB, 500MB or 1048576")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-
-
-def lora_module(text: str) -> LoRAModule:
-    """NAME=PATH, or vLLM's JSON form."""
-    if text.lstrip().startswith("{"):
-        return _lora_module_from_json(text)
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, nor a JSON object with name and path")
-    return LoRAModule(name, path)
-
-
-def _lora_module_from_json(text: str) -> LoRAModule:
-    try:
-        fields: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    unknown = sorted(set(fields) - {"name", "path", "base_model_name", "weight", "pin"})
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{text!r} has the unknown field {unknown[0]!r}")
-    if not all(isinstance(fields.get(key), str) and fields[key] for key in ("name", "path")):
-        raise argparse.ArgumentTypeError(f"{text!r} needs a name and a path")
-    weight, pin = fields.get("weight", 1.0), fields.get("pin", False)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not isinstance(pin, bool):
-        raise argparse.ArgumentTypeError(f"{text!r} must have a number as weight, and true or false as pin")
-    try:
-        return LoRAModule(fields["name"], fields["path"], fields.get("base_model_name"), float(weight), pin)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(error.message) from error
-
-
-def _serve(config: ServeConfig) -> None:
-    from lorafleet.controller.launch import serve
-
-    serve(_resolved(config))
-
-
-def _up(config: ServeConfig, args: argparse.Namespace) -> None:
-    from lorafleet.controller.up import up
-
-    up(
-        _resolved(config),
-        controller_port=args.controller_port,
-        token_file=args.token_file.expanduser(),
-        gateways_on=args.gateways,
-    )
-
-
-def _resolved(config: ServeConfig) -> ServeConfig:
-    """With the model and local adapters as absolute paths."""
-    import dataclasses
-
-    from lorafleet.workers.model.source import resolve_model
-
-    model = str(resolve_model(config.engine.model))
-    # Workers on other nodes, or in Ray's own directories, know nothing of this one.
-    adapters = tuple(
-        dataclasses.replace(adapter, path=str(Path(adapter.path).expanduser().absolute()))
-        if Path(adapter.path).expanduser().exists()
-        else adapter
-        for adapter in config.adapters
-    )
-    engine = dataclasses.replace(config.engine, model=model)
-    return dataclasses.replace(config, engine=engine, adapters=adapters)

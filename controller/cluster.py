@@ -1,35 +1,33 @@
-"""Every Ray call of the project, and nothing else, behind classes that tests replace. Every wait has a deadline."""
+"""What the controller asks of Ray: workers and gateways as actors, and the nodes that they are on.
+
+With fleet_cluster.py every Ray call of the project, and nothing else, behind classes that tests replace. Every wait has
+a deadline.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
-import os
-import socket
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from lorafleet.workers.actor import FollowerActor, WorkerActor, WorkerFailed, WorkerReady
+from lorafleet.workers.actor import FleetSettings, FollowerActor, WorkerActor, WorkerFailed, WorkerReady
 from lorafleet.workers.config import EngineConfig, LoRAModule
 
 NAMESPACE = "lorafleet"
-CONTROLLER_NAME = "lorafleet-controller"
 WORKER_PREFIX = "lorafleet-worker-"
+GATEWAY_PREFIX = "lorafleet-gateways-"  # a node's id follows
 _RANK_PREFIX = "lorafleet-rank-"
-_INIT_TIMEOUT_S = 120.0
-_CONNECT_TIMEOUT_S = 5.0
 _PLACE_TIMEOUT_S = 10.0
 _LEADS_TIMEOUT_S = 60.0
-_GATEWAY_PREFIX = "lorafleet-gateways-"
-_DRAIN_GRACE_S = 5.0
+_NODES_TIMEOUT_S = 10.0
+DRAIN_GRACE_S = 5.0  # for what has ended its requests to end itself
 
 
 class WorkerLost(Exception):
@@ -40,8 +38,17 @@ class FleetImpossible(Exception):
     """Not all nodes together have what the workers' ranks need."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Node:
+    """One of the cluster's, alive."""
+
+    node_id: str
+    address: str
+    is_head: bool
+
+
 class WorkerCluster:
-    """The controller's view: workers as named actors. Runs inside the controller's actor."""
+    """The controller's view: workers and gateways as named actors. Runs inside the controller's actor."""
 
     def node_address(self) -> str:
         """Of the node that this runs on, as the others of the cluster reach it."""
@@ -49,11 +56,7 @@ class WorkerCluster:
 
     def worker_names(self) -> list[str]:
         """Workers that exist, in whatever state."""
-        return [
-            actor["name"]
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if actor["namespace"] == NAMESPACE and actor["name"].startswith(WORKER_PREFIX)
-        ]
+        return [name for name in actor_names() if name.startswith(WORKER_PREFIX)]
 
     def create_worker(
         self,
@@ -61,10 +64,7 @@ class WorkerCluster:
         config: EngineConfig,
         num_workers: int,
         adapters: Sequence[LoRAModule],
-        host: str,
-        token: str,
-        log_level: str,
-        hung_step_s: float,
+        fleet: FleetSettings,
     ) -> None:
         """Ask for a worker, one of `num_workers`; it starts in the background. Does nothing if it exists.
 
@@ -84,7 +84,7 @@ class WorkerCluster:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         # A method may have had its effect when the actor died, so none is ever repeated by Ray.
         options |= {"namespace": NAMESPACE, "lifetime": "detached", "max_task_retries": 0}
-        arguments = config, tuple(adapters), host, token, log_level, hung_step_s
+        arguments = config, tuple(adapters), fleet
         if ranks == 1:
             ray.remote(WorkerActor).options(
                 name=name, get_if_exists=True, max_restarts=-1, scheduling_strategy="SPREAD", **options
@@ -106,7 +106,7 @@ class WorkerCluster:
         for rank in range(1, ranks):
             ray.remote(FollowerActor).options(
                 name=f"{_RANK_PREFIX}{rank}-of-{name}", scheduling_strategy=bundles[rank], **options
-            ).remote(config, rank, leads, token, log_level)
+            ).remote(config, rank, leads, fleet)
 
     async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed:
         """Wait for a worker's start. Raises `WorkerLost` when it died or did not answer in time."""
@@ -120,11 +120,8 @@ class WorkerCluster:
 
     def remove_worker(self, name: str) -> None:
         """End a worker for good, with all its ranks."""
-        for actor in ray.util.list_named_actors(all_namespaces=True):
-            is_of_it = actor["name"] == name or actor["name"].endswith(f"-of-{name}")
-            if is_of_it and actor["namespace"] == NAMESPACE:
-                with contextlib.suppress(ValueError):
-                    ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=True)
+        for actor in _actors_of(name):
+            ray.kill(actor, no_restart=True)
         with contextlib.suppress(ValueError):
             remove_placement_group(get_placement_group(name))
 
@@ -134,16 +131,83 @@ class WorkerCluster:
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
 
+    def nodes_of(self, name: str) -> set[str]:
+        """Ids of the nodes that a worker's ranks are on; of those ranks that answer."""
+        asked = [actor.__ray_call__.remote(_own_node_id) for actor in _actors_of(name)]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_NODES_TIMEOUT_S) if asked else ([], [])
+        found = set()
+        for answer in answered:
+            with contextlib.suppress(RayError):
+                found.add(str(ray.get(answer, timeout=0)))
+        return found
 
-def _check_reachable(address: str | None) -> None:
-    """Ray would try for minutes. Raises `ConnectionError`."""
-    host, colon, port = (address or "").rpartition(":")
-    if not colon or "/" in host or not port.isdecimal():
-        return  # "auto", or something that Ray itself refuses
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise ConnectionError(f"nothing answers there ({error}).") from error
+    def nodes(self) -> list[Node]:
+        """Those that are alive."""
+        return [
+            Node(node["NodeID"], node["NodeManagerAddress"], "node:__internal_head__" in node["Resources"])
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+
+    def gateway_nodes(self) -> set[str]:
+        """Ids of the nodes, alive or not, that have an actor for gateways."""
+        return {name.removeprefix(GATEWAY_PREFIX) for name in actor_names() if name.startswith(GATEWAY_PREFIX)}
+
+    def host_gateways(self, node_id: str, actor: type, *args: object) -> None:
+        """Have an actor on a node own gateways there. Does nothing if it exists."""
+        ray.remote(actor).options(
+            name=f"{GATEWAY_PREFIX}{node_id}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_task_retries=0,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        ).remote(*args)
+
+    async def gateways_listen(self, node_id: str, timeout_s: float) -> str:
+        """Wait until those of a node listen; why they cannot, or nothing."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                actor = await asyncio.to_thread(ray.get_actor, f"{GATEWAY_PREFIX}{node_id}", NAMESPACE)
+                return str(await actor.ready.remote())
+        except (RayError, ValueError) as error:
+            return f"the actor of its gateways is not there: {error}"
+        except TimeoutError:
+            return f"its gateways did not listen within {timeout_s:g} s"
+
+    async def drain_gateways(self, node_id: str, timeout_s: float) -> None:
+        """Let those of a node finish their requests, for at most so long, and end."""
+        with contextlib.suppress(RayError, ValueError, TimeoutError):
+            async with asyncio.timeout(timeout_s + DRAIN_GRACE_S):
+                actor = await asyncio.to_thread(ray.get_actor, f"{GATEWAY_PREFIX}{node_id}", NAMESPACE)
+                await actor.drain.remote(timeout_s)
+
+    def remove_gateways(self, node_id: str) -> None:
+        """End the actor of a node's gateways, and them with it."""
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(f"{GATEWAY_PREFIX}{node_id}", NAMESPACE), no_restart=True)
+
+
+def actor_names() -> list[str]:
+    """Of all our actors, in whatever state."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+
+
+def _actors_of(worker: str) -> list[Any]:
+    """A worker's ranks."""
+    found = []
+    for name in actor_names():
+        if name == worker or name.endswith(f"-of-{worker}"):
+            with contextlib.suppress(ValueError):
+                found.append(ray.get_actor(name, NAMESPACE))
+    return found
+
+
+def _own_node_id(actor: object) -> str:
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _node_sizes(resource: str) -> list[float]:
@@ -169,145 +233,3 @@ def _place(name: str, ranks: int, resource: str, largest: float) -> PlacementGro
         remove_placement_group(group)
         raise WorkerLost(f"{name}: there is no room for its {ranks} ranks now; others hold the {resource}s.")
     return group
-
-
-class FleetCluster:
-    """The launcher's view: a Ray to run on, and the controller in it."""
-
-    def __init__(self, address: str | None, num_actors: int, while_waiting: Callable[[], None]) -> None:
-        """Start a Ray of our own (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`.
-
-        num_actors: for how many, which ask for a CPU each, our own must have room, though they share the machine's.
-        while_waiting: called every few milliseconds until Ray is there.
-        """
-        # Not on the main thread, where ray.init sets a handler for SIGTERM that exits in the middle of it and leaves
-        # processes behind. On a thread that lasts: the kernel ends Ray's processes with the thread that began them.
-        self._is_own = address is None
-        _check_reachable(address)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-ray")
-        starting = self._thread.submit(
-            ray.init,
-            address=address or "local",
-            num_cpus=None if address else max(num_actors, os.cpu_count() or 1),
-            namespace=NAMESPACE,
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level="error",
-            configure_logging=True,
-        )
-        deadline = time.monotonic() + _INIT_TIMEOUT_S
-        while not wait([starting], timeout=0.01).done and time.monotonic() < deadline:
-            while_waiting()
-        while_waiting()
-        starting.result(timeout=0)
-        self._controller: Any = None
-        self._asked: dict[str, Any] = {}  # calls of the controller without an answer yet
-
-    def find_controller(self) -> bool:
-        """Use the controller that the cluster has, if it has one."""
-        with contextlib.suppress(ValueError):
-            self._controller = ray.get_actor(CONTROLLER_NAME, NAMESPACE)
-        return self._controller is not None
-
-    def create_controller(self, actor: type, *args: object) -> None:
-        """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already."""
-        if self.find_controller():
-            raise RuntimeError("This Ray cluster already runs a LoRAFleet controller; `lorafleet down` ends it.")
-        self._controller = (
-            ray.remote(actor)
-            .options(
-                name=CONTROLLER_NAME,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                max_restarts=-1,
-                max_task_retries=-1,
-                num_cpus=0,
-                resources={"node:__internal_head__": 0.001},
-            )
-            .remote(*args)
-        )
-
-    def poll(self, method: str, *args: object, timeout_s: float) -> Any:
-        """The controller's answer, or None when it takes longer than `timeout_s`; then ask again for the same answer.
-
-        Raises `RuntimeError` when the controller died or failed.
-        """
-        reference = self._asked.pop(method, None) or getattr(self._controller, method).remote(*args)
-        try:
-            return ray.get(reference, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            self._asked[method] = reference
-            return None
-        except RayActorError as error:
-            raise RuntimeError(f"The controller died: {error}") from error
-        except RayError as error:
-            raise RuntimeError(f"The controller failed: {error}") from error
-
-    def host_gateways(self, actor: type, args: Sequence[object], *, everywhere: bool, timeout_s: float) -> list[str]:
-        """Have an actor own gateways on the head node, or on every node; the nodes' addresses. Idempotent.
-
-        Raises `RuntimeError` when some cannot listen.
-        """
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        if not everywhere:
-            nodes = [node for node in nodes if "node:__internal_head__" in node["Resources"]]
-        hosts = [
-            ray.remote(actor)
-            .options(
-                name=f"{_GATEWAY_PREFIX}{node['NodeID'][:16]}",
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                max_task_retries=-1,
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            )
-            .remote(*args)
-            for node in nodes
-        ]
-        try:
-            failures = ray.get([host.ready.remote() for host in hosts], timeout=timeout_s)
-        except RayError as error:
-            raise RuntimeError(f"The gateways did not start: {error}") from error
-        for node, failure in zip(nodes, failures, strict=True):
-            if failure:
-                raise RuntimeError(f"On node {node['NodeManagerAddress']}: {failure}")
-        return [str(node["NodeManagerAddress"]) for node in nodes]
-
-    def drain_gateways(self, timeout_s: float) -> None:
-        """Let all gateways that actors own finish their requests, for at most so long."""
-        names = [name for name in self._actor_names() if name.startswith(_GATEWAY_PREFIX)]
-        with contextlib.suppress(RayError, ValueError):
-            drains = [ray.get_actor(name, NAMESPACE).drain.remote(timeout_s) for name in names]
-            ray.get(drains, timeout=timeout_s + _DRAIN_GRACE_S)
-
-    def remove_fleet(self) -> int:
-        """End all our actors; how many there were."""
-        names = self._actor_names()
-        for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):  # first who would make the others anew
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
-        with contextlib.suppress(RayError, ValueError):
-            for group in ray.util.placement_group_table().values():
-                if group["name"].startswith(WORKER_PREFIX) and group["state"] != "REMOVED":
-                    remove_placement_group(get_placement_group(group["name"]))
-        return len(names)
-
-    @staticmethod
-    def _actor_names() -> list[str]:
-        with contextlib.suppress(RayError):
-            actors = ray.util.list_named_actors(all_namespaces=True)
-            return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-        return []
-
-    def leave(self) -> None:
-        """Let what runs in the cluster go on without us."""
-        self._thread.submit(ray.shutdown).result()
-        self._thread.shutdown()
-
-    def shutdown(self) -> None:
-        """End our actors, and Ray with them if it is our own."""
-        if not self._is_own:  # our own Ray takes its actors with it, and asking it would hang if it has died before us
-            self.remove_fleet()
-        self.leave()

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, Literal
 
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import ConfigError
+
+GatewayNodes = Literal["none", "head", "all"]
+GATEWAY_NODES: Final[tuple[GatewayNodes, ...]] = ("none", "head", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class ServeConfig:
     gateway_processes: int = 1  # on one port
     hung_step_s: float = 60.0  # age of a step at which its worker is replaced
     worker_wait_s: float = 60.0  # of a request that no worker can take
+    worker_ports: tuple[int, int] | None = None  # of the workers' gRPC servers, the last one included; None: any
     ray_address: str | None = None  # None: a Ray of our own on this machine
     log_level: str = "warning"
 
@@ -43,6 +48,9 @@ class ServeConfig:
             raise ConfigError(f"--hung-step-s is {self.hung_step_s}; it must be between 1 and 86400.")
         if not 0 <= self.worker_wait_s < 86400:
             raise ConfigError(f"--worker-wait-s is {self.worker_wait_s}; it must be between 0 and 86400.")
+        if self.worker_ports is not None and not 1 <= self.worker_ports[0] <= self.worker_ports[1] <= 65535:
+            low, high = self.worker_ports
+            raise ConfigError(f"--worker-ports is {low}-{high}; give the first and the last port, between 1 and 65535.")
         if self.num_workers < 1:
             raise ConfigError(f"--num-workers is {self.num_workers}; it must be at least 1.")
         if self.gateway_processes < 1:

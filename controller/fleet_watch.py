@@ -14,7 +14,7 @@ _LOOK_S = 0.5
 
 
 class Controller(Protocol):
-    """What is asked of cluster.py's `FleetCluster`."""
+    """What is asked of fleet_cluster.py's `FleetCluster`."""
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any: ...
 
@@ -45,7 +45,7 @@ class FleetWatch:
                 self._say(line)
             if self._restarting and (answer := self._controller.poll("restart_workers", timeout_s=0.0)) is not None:
                 self._restarting = False
-                self._say(answer)
+                self._say(answer.text)
             self._has_failed = False
         except RuntimeError as error:  # gateways and workers serve without it
             if not self._has_failed:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 import tempfile
@@ -20,13 +19,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.gateway_processes import GatewayProcesses
 from lorafleet.controller.secret_file import write_secret
+from lorafleet.controller.signals import Signals, Stopped
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.address import own_address
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
@@ -34,47 +33,16 @@ from lorafleet.workers.model.source import read_ahead
 
 if TYPE_CHECKING:
     from lorafleet.controller.actor import FleetReady
-    from lorafleet.controller.cluster import FleetCluster
+    from lorafleet.controller.fleet_cluster import FleetCluster
 
 _START_TIMEOUT_S = 900.0
 _GATEWAY_START_S = 60.0
 _POLL_S = 0.1
 
 
-class Stopped(Exception):
-    """A signal asked for the end."""
-
-
-class _Signals:
-    """How often SIGINT and SIGTERM came: the first asks for the end, the second cuts a drain short. And how often
-    SIGUSR1, which asks for a restart of the workers.
-
-    They are only counted. Any lock, an Event's too, may be held by the very code that the next signal interrupts.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.num_restarts = 0
-
-    def install(self) -> None:
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGUSR1, self._handle_restart)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-
-    def _handle_restart(self, number: int, frame: FrameType | None) -> None:
-        self.num_restarts += 1
-
-    def check(self) -> None:
-        if self.count:
-            raise Stopped
-
-
 def serve(config: ServeConfig) -> None:
     """Run a fleet until a signal ends it. Raises `LoRAFleetError` when it cannot start; nothing is left then."""
-    signals = _Signals()
+    signals = Signals()
     signals.install()
     _check_port(config.host, config.port)
     began = time.monotonic()
@@ -143,7 +111,7 @@ def _node_address() -> str:
         return "127.0.0.1"
 
 
-def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: _Signals) -> None:
+def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: Signals) -> None:
     gateways.terminate()
     deadline = time.monotonic() + timeout_s + 5.0
     while not gateways.have_ended and time.monotonic() < deadline and signals.count < 2:
@@ -152,7 +120,7 @@ def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: _Sign
 
 @contextlib.contextmanager
 def _fleet(
-    config: ServeConfig, node: str, port: int, token: str, state_dir: Path, signals: _Signals
+    config: ServeConfig, node: str, port: int, token: str, state_dir: Path, signals: Signals
 ) -> Iterator[tuple[FleetCluster, FleetReady]]:
     """Ray with controller and workers in it, ready to serve."""
     if config.ray_address is None:
@@ -165,7 +133,7 @@ def _fleet(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
     from lorafleet.controller.actor import ControllerActor
-    from lorafleet.controller.cluster import FleetCluster
+    from lorafleet.controller.fleet_cluster import FleetCluster
 
     signals.check()
     try:
@@ -186,7 +154,7 @@ def _fleet(
         cluster.shutdown()
 
 
-def _wait_for_fleet(cluster: FleetCluster, signals: _Signals) -> FleetReady:
+def _wait_for_fleet(cluster: FleetCluster, signals: Signals) -> FleetReady:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         signals.check()
@@ -202,7 +170,7 @@ def _as_startup_error(failed: WorkerFailed) -> LoRAFleetError:
     return error_from_code(failed.code, failed.message)
 
 
-def _wait_for_gateways(config: ServeConfig, gateways: GatewayProcesses, signals: _Signals) -> None:
+def _wait_for_gateways(config: ServeConfig, gateways: GatewayProcesses, signals: Signals) -> None:
     deadline = time.monotonic() + _GATEWAY_START_S
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # $http_proxy is not for our own gateway
     while time.monotonic() < deadline:

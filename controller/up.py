@@ -1,6 +1,6 @@
-"""`lorafleet up` and `lorafleet down`: a fleet on a running Ray cluster that outlives the command.
+"""Commands on a running Ray cluster: `lorafleet up` starts a fleet that outlives it; `down`, `restart`, `drain`.
 
-Owns: the order of things. Leaves to others: Ray (cluster.py), a fleet that lives with its command (launch.py).
+Owns: the order of things. Leaves to others: Ray (fleet_cluster.py), a fleet that lives with its command (launch.py).
 """
 
 from __future__ import annotations
@@ -15,70 +15,55 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.config import GatewayNodes, ServeConfig
+from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.secret_file import write_secret
+from lorafleet.controller.signals import Signals, Stopped
 from lorafleet.workers.actor import WorkerFailed
 from lorafleet.workers.errors import ConfigError, error_from_code
 
 if TYPE_CHECKING:
-    from lorafleet.controller.cluster import FleetCluster
+    from lorafleet.controller.actor import FleetReady, Outcome
+    from lorafleet.controller.fleet_cluster import FleetCluster
 
 _START_TIMEOUT_S = 900.0
-_GATEWAY_START_S = 120.0
 _POLL_S = 0.5
 _ANSWER_S = 60.0
+_CHECK_S = 2.0  # between looks at whether the Ray cluster is there
+_AWAY_S = 60.0  # how long it may be away; Ray's own processes give up then too
 
 
-def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_on: str) -> None:
+def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_on: GatewayNodes, follow: bool) -> None:
     """Start the fleet and leave it running. Idempotent: one that runs with the same flags is waited for.
 
-    token_file: made if it is not there. gateways_on: "none", "head" or "all" nodes. Raises `ConfigError`; what this
-    call has started is ended then.
+    token_file: made if it is not there. follow: stay until the fleet or a signal ends. Raises `ConfigError`; what this
+    call has started is ended then, unless the fleet has served.
     """
-    from lorafleet.controller.actor import ControllerActor, FleetReady
-    from lorafleet.controller.gateway_host import GatewayHostActor
+    from lorafleet.controller.actor import ControllerActor
 
     token = _token(token_file)
-    # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
-    wanted = dataclasses.replace(config, api_keys=())
-    with _joined(config.ray_address or "auto") as cluster:
+    signals = Signals()
+    # Ray keeps an actor's arguments, and without gateways the controller has no use for the clients' keys.
+    wanted = config if gateways_on != "none" else dataclasses.replace(config, api_keys=())
+    with contextlib.suppress(Stopped), _joined(config.ray_address or "auto", signals) as cluster:
         is_new = not cluster.find_controller()
         if is_new:
-            _say("starting controller and workers ...")
-            cluster.create_controller(ControllerActor, wanted, "", controller_port, token)
-        elif not cluster.poll("was_told", wanted, token, timeout_s=_ANSWER_S):
+            _say("starting controller, workers and gateways ...")
+            cluster.create_controller(ControllerActor, wanted, "", controller_port, token, gateways_on)
+        elif not cluster.poll("was_told", wanted, token, gateways_on, timeout_s=_ANSWER_S):
             raise ConfigError(
                 f"This Ray cluster runs a fleet with other flags, or another token than that of {token_file}. "
                 "`lorafleet down` ends it."
             )
         try:
-            deadline = time.monotonic() + _START_TIMEOUT_S
-            answer: FleetReady | WorkerFailed | None = None
-            while answer is None:
-                if time.monotonic() > deadline:
-                    raise ConfigError(f"The fleet did not start within {_START_TIMEOUT_S:g} s.")
-                answer = cluster.poll("ready", timeout_s=_POLL_S)
-            if isinstance(answer, WorkerFailed):
-                raise error_from_code(answer.code, answer.message)
-            nodes: list[str] = []
-            if gateways_on != "none":
-                nodes = cluster.host_gateways(
-                    GatewayHostActor,
-                    (config, answer.controller, token),
-                    everywhere=gateways_on == "all",
-                    timeout_s=_GATEWAY_START_S,
-                )
+            answer = _wait_for_fleet(cluster, signals)
         except BaseException:
             if is_new:
                 cluster.remove_fleet()
             raise
-    print("\n".join(answer.workers[0].plan))
-    print(f"\n{len(answer.workers)} of {config.num_workers} workers serve; the controller is at {answer.controller}")
-    for node in nodes:
-        shown = node if config.host in ("0.0.0.0", "::") else config.host
-        print(f"gateways on {node}: http://{shown}:{config.port}")
-    print(f"more gateways: lorafleet gateway --controller {answer.controller} --token-file {token_file}")
-    print("`lorafleet status` shows the fleet, `lorafleet down` ends it.", flush=True)
+        _announce(config, answer, token_file)
+        if follow:
+            _follow(cluster, answer.last_event, signals)
 
 
 def down(ray_address: str, drain_timeout_s: float) -> None:
@@ -86,7 +71,85 @@ def down(ray_address: str, drain_timeout_s: float) -> None:
     with _joined(ray_address) as cluster:
         cluster.drain_gateways(drain_timeout_s)
         num_ended = cluster.remove_fleet()
-    print(f"ended {num_ended} actors" if num_ended else "no fleet runs on this Ray cluster")
+    print(f"ended {num_ended} actors" if num_ended else _NO_FLEET)
+
+
+def restart(ray_address: str) -> None:
+    """Restart the workers, one after the other. Raises `ConfigError` when one does not come back."""
+    with _joined(ray_address) as cluster:
+        if not cluster.find_controller():
+            raise ConfigError(f"{_NO_FLEET}; `lorafleet up` starts one.")
+        _say("restarting the workers, one after the other ...")
+        outcome: Outcome | None = None
+        while outcome is None:
+            outcome = cluster.poll("restart_workers", timeout_s=_ANSWER_S)
+    _tell(outcome)
+
+
+def drain(ray_address: str, drain_timeout_s: float) -> None:
+    """Let what runs on this node finish its requests and take no others. Raises `ConfigError` if that takes longer."""
+    with _joined(ray_address) as cluster:
+        if not cluster.find_controller():
+            print(_NO_FLEET)
+            return
+        outcome = cluster.poll("drain_node", cluster.node_id, drain_timeout_s, timeout_s=drain_timeout_s + _ANSWER_S)
+    if outcome is None:
+        raise ConfigError("The controller did not answer.")
+    _tell(outcome)
+
+
+_NO_FLEET = "no fleet runs on this Ray cluster"
+
+
+def _tell(outcome: Outcome) -> None:
+    if not outcome.succeeded:
+        raise ConfigError(outcome.text)
+    print(outcome.text)
+
+
+def _wait_for_fleet(cluster: FleetCluster, signals: Signals) -> FleetReady:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        signals.check()
+        answer: FleetReady | WorkerFailed | None = cluster.poll("ready", timeout_s=_POLL_S)
+        if isinstance(answer, WorkerFailed):
+            raise error_from_code(answer.code, answer.message)
+        if answer is not None:
+            return answer
+    raise ConfigError(f"The fleet did not start within {_START_TIMEOUT_S:g} s.")
+
+
+def _announce(config: ServeConfig, fleet: FleetReady, token_file: Path) -> None:
+    print("\n".join(fleet.workers[0].plan))
+    print(f"\n{len(fleet.workers)} of {config.num_workers} workers serve; the controller is at {fleet.controller}")
+    for node in fleet.gateway_nodes:
+        shown = node if config.host in ("0.0.0.0", "::") else config.host
+        print(f"gateways on {node}: http://{shown}:{config.port}")
+    print(f"more gateways: lorafleet gateway --controller {fleet.controller} --token-file {token_file}")
+    print("`lorafleet status` shows the fleet, `lorafleet down` ends it.", flush=True)
+
+
+def _follow(cluster: FleetCluster, last_event: int, signals: Signals) -> None:
+    """Print what happens until the fleet is ended. Raises `Stopped`, and `ConfigError` when the cluster is lost."""
+    watch = FleetWatch(cluster, last_event, _say)
+    check_at = answered_at = time.monotonic()
+    while True:
+        signals.check()
+        signals.num_restarts -= watch.look(wants_restart=signals.num_restarts > 0)
+        time.sleep(_POLL_S)
+        if (now := time.monotonic()) < check_at:
+            continue
+        check_at = now + _CHECK_S
+        knows_us = cluster.still_knows_us()
+        if knows_us:
+            answered_at = now
+            if not cluster.find_controller():
+                _say("the fleet was ended")
+                return
+        elif knows_us is not None:
+            raise ConfigError("The Ray cluster has been started anew, or has given up this node.")
+        elif now - answered_at > _AWAY_S:
+            raise ConfigError(f"The Ray cluster has not answered for {_AWAY_S:g} s.")
 
 
 def _token(path: Path) -> str:
@@ -103,13 +166,14 @@ def _token(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _joined(address: str) -> Iterator[FleetCluster]:
+def _joined(address: str, signals: Signals | None = None) -> Iterator[FleetCluster]:
     """A running Ray cluster, for as long as it takes."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from lorafleet.controller.cluster import FleetCluster
+    from lorafleet.controller.fleet_cluster import FleetCluster
 
     try:
-        cluster = FleetCluster(address, 0, while_waiting=lambda: None)
+        # Ray's C++ half puts a handler in the place of ours that aborts the process, so ours is set again and again.
+        cluster = FleetCluster(address, 0, while_waiting=signals.install if signals else lambda: None)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ConfigError(
             f"No Ray cluster can be joined at {address!r}: {error} `ray start --head` starts one; `lorafleet serve` "

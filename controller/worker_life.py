@@ -99,27 +99,29 @@ class WorkerLife:
             self._report = None
             self._tell(f"is lost ({worker.worker_id}, generation {worker.generation}): {why}", logging.WARNING)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Let it refuse new requests and finish its running ones, for at most so long."""
+    async def drain(self, timeout_s: float) -> bool:
+        """Let it refuse new requests and finish its running ones, for at most so long; whether it has."""
         if self.ready is None:
-            return
+            return True
         self._tell(f"drains, for at most {timeout_s:g} s")
         deadline = time.monotonic() + timeout_s
-        async with WorkerClient(self.ready.address, self._surroundings.token) as client:
-            while num_left := await client.drain():
-                if time.monotonic() >= deadline:
-                    self._tell(f"still has {num_left} requests; others go on with them", logging.WARNING)
-                    return
-                await asyncio.sleep(0.05)
+        try:
+            async with WorkerClient(self.ready.address, self._surroundings.token) as client:
+                while num_left := await client.drain():
+                    if time.monotonic() >= deadline:
+                        self._tell(f"still has {num_left} requests; others go on with them", logging.WARNING)
+                        return False
+                    await asyncio.sleep(0.05)
+        except grpc.aio.AioRpcError as error:  # it is gone already, or hangs
+            self._tell(f"does not drain: {error.details()}", logging.WARNING)
+            return False
         self._tell("is drained")
+        return True
 
     async def restart(self, drain_timeout_s: float) -> None:
         """Drain it, end it, and wait until its next self is in the table. Raises `TimeoutError`."""
         entered = self._entered
-        try:
-            await self.drain(drain_timeout_s)
-        except grpc.aio.AioRpcError as error:  # it is gone already, or hangs
-            self._tell(f"does not drain: {error.details()}", logging.WARNING)
+        await self.drain(drain_timeout_s)
         await asyncio.to_thread(self._surroundings.cluster.restart_worker, self.name)
         async with asyncio.timeout(START_TIMEOUT_S):
             await entered.wait()

@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorafleet.proto import worker_pb2
@@ -46,6 +46,17 @@ class WorkerReady:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """What the fleet tells each of its processes."""
+
+    controller_host: str  # what is reached from there is listened on
+    token: str = field(repr=False)
+    log_level: str = "warning"
+    hung_step_s: float = 60.0  # age of a step at which its worker ends
+    ports: tuple[int, int] | None = None  # of workers, the last one included; None: any
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFailed:
     """A worker that cannot start; trying again with the same configuration would fail again."""
 
@@ -59,22 +70,12 @@ class WorkerActor:
     With tensor parallelism it is rank 0 and waits in its start for the `FollowerActor`s, who are told where it `leads`.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        adapters: Sequence[LoRAModule],
-        host: str,
-        token: str,
-        log_level: str,
-        hung_step_s: float,
-    ) -> None:
-        """host: the controller's; what is reached from there is listened on."""
-        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    def __init__(self, config: EngineConfig, adapters: Sequence[LoRAModule], fleet: FleetSettings) -> None:
+        logging.basicConfig(level=fleet.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
         self._adapters = adapters
-        self._host = own_address(host)
-        self._token = token
-        self._hung_step_s = hung_step_s
+        self._fleet = fleet
+        self._host = own_address(fleet.controller_host)
         self._listener = socket.create_server((self._host, 0)) if config.tensor_parallel_size > 1 else None
         self._leads = "" if self._listener is None else f"{self._host}:{self._listener.getsockname()[1]}"
         # Ray constructs an actor with async methods on its event loop, so the start can be a task of that loop.
@@ -108,7 +109,7 @@ class WorkerActor:
         else:
             from lorafleet.workers.tp.start import Leader
 
-            leader = Leader(self._config, self._listener, self._token, on_lost=lambda: os._exit(1))
+            leader = Leader(self._config, self._listener, self._fleet.token, on_lost=lambda: os._exit(1))
             engine = Engine.from_config(self._config, leader.gather)
         registry = AdapterRegistry(engine)
         for module in self._adapters:
@@ -134,7 +135,7 @@ class WorkerActor:
 
     async def _serve(self, engine: Engine, registry: AdapterRegistry) -> WorkerReady:
         from lorafleet.proto.worker_pb2_grpc import add_WorkerServicer_to_server
-        from lorafleet.workers.rpc import create_server
+        from lorafleet.workers.rpc import add_port, create_server
         from lorafleet.workers.service import WorkerService
 
         worker_id, generation = uuid.uuid4().hex, time.time_ns()
@@ -145,12 +146,12 @@ class WorkerActor:
             worker_id=worker_id,
             generation=generation,
             on_crash=lambda: os._exit(1),
-            hung_step_s=self._hung_step_s,
+            hung_step_s=self._fleet.hung_step_s,
             on_hung=lambda: os._exit(1),
         )
-        self._server = create_server(self._token)
+        self._server = create_server(self._fleet.token)
         add_WorkerServicer_to_server(self._service, self._server)
-        port = self._server.add_insecure_port(f"{self._host}:0")
+        port = add_port(self._server, self._host, self._fleet.ports)
         await self._server.start()
         self._service.start()
         logger.info("worker %s serves %s on %s:%d", worker_id, self._config.model, self._host, port)
@@ -171,10 +172,10 @@ class WorkerActor:
 class FollowerActor:
     """A rank above 0 of a worker, for as long as rank 0 lives."""
 
-    def __init__(self, config: EngineConfig, rank: int, leader: str, token: str, log_level: str) -> None:
+    def __init__(self, config: EngineConfig, rank: int, leader: str, fleet: FleetSettings) -> None:
         """leader: `WorkerActor.leads`."""
-        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        self._run = asyncio.get_running_loop().create_task(self._follow(config, rank, leader, token))
+        logging.basicConfig(level=fleet.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._run = asyncio.get_running_loop().create_task(self._follow(config, rank, leader, fleet.token))
 
     async def _follow(self, config: EngineConfig, rank: int, leader: str, token: str) -> None:
         from lorafleet.workers.tp.start import follow

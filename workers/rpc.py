@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 
 from lorafleet.proto import worker_pb2
-from lorafleet.workers.errors import LoRAFleetError, error_from_code, status_of
+from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code, status_of
 
 MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million token ids is a few MB
 
@@ -40,6 +42,17 @@ CLIENT_OPTIONS = (
 def create_server(token: str) -> grpc.aio.Server:
     """A server without services or ports that asks every call for `token`."""
     return grpc.aio.server(interceptors=[_BearerToken(token)], options=list(_SERVER_OPTIONS))
+
+
+def add_port(server: grpc.aio.Server, host: str, ports: tuple[int, int] | None) -> int:
+    """Have it listen on a free port of `ports`, the last one included, or on any. Raises `ConfigError`."""
+    if ports is None:
+        return int(server.add_insecure_port(f"{host}:0"))
+    for port in range(ports[0], ports[1] + 1):
+        with contextlib.suppress(OSError, RuntimeError):
+            socket.create_server((host, port)).close()  # gRPC logs an error for one that is taken
+            return int(server.add_insecure_port(f"{host}:{port}"))
+    raise ConfigError(f"No port of --worker-ports {ports[0]}-{ports[1]} is free on {host}. Give more of them.")
 
 
 def bearer(token: str) -> Sequence[tuple[str, str]]:

@@ -16,11 +16,11 @@ from lorafleet.controller import actor as actor_module
 from lorafleet.controller import adapters as adapters_module
 from lorafleet.controller import worker_client as client_module
 from lorafleet.controller import worker_life as life_module
-from lorafleet.controller.actor import ControllerActor, FleetReady
-from lorafleet.controller.cluster import WorkerLost
+from lorafleet.controller.actor import ControllerActor, FleetReady, Outcome
+from lorafleet.controller.cluster import Node, WorkerLost
 from lorafleet.controller.config import ServeConfig
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
-from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.actor import FleetSettings, WorkerFailed, WorkerReady
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
 
@@ -92,6 +92,8 @@ class FakeCluster:
         self.removed: list[str] = []
         self.restarted: list[str] = []
         self.answers: asyncio.Queue[WorkerReady | WorkerFailed | WorkerLost] = asyncio.Queue()
+        self.ranks: dict[str, set[str]] = {}  # nodes of workers
+        self.gateway_failure = ""
 
     def worker_names(self) -> list[str]:
         return self.names
@@ -102,13 +104,9 @@ class FakeCluster:
         config: EngineConfig,
         num_workers: int,
         adapters: Sequence[LoRAModule],
-        host: str,
-        token: str,
-        log_level: str,
-        hung_step_s: float,
+        fleet: FleetSettings,
     ) -> None:
-        assert hung_step_s == 60.0
-        assert token == TOKEN
+        assert fleet == FleetSettings("127.0.0.1", TOKEN)
         if name not in self.names:
             self.created.append(name)
             self.names.append(name)
@@ -125,6 +123,24 @@ class FakeCluster:
 
     def restart_worker(self, name: str) -> None:
         self.restarted.append(name)
+
+    def nodes_of(self, name: str) -> set[str]:
+        return self.ranks[name]
+
+    def nodes(self) -> list[Node]:
+        return [Node("head", "10.0.0.1", True)]
+
+    def gateway_nodes(self) -> set[str]:
+        return set()
+
+    def host_gateways(self, node_id: str, actor: type, *args: object) -> None:
+        pass
+
+    async def gateways_listen(self, node_id: str, timeout_s: float) -> str:
+        return self.gateway_failure
+
+    def remove_gateways(self, node_id: str) -> None:
+        pass
 
 
 class Fleet:
@@ -409,7 +425,7 @@ async def test_workers_are_restarted_one_after_the_other_each_after_its_requests
         assert len(cluster.restarted) == number + 1, "the next one waits until this one is back"
         cluster.answers.put_nowait((await start(new)).ready)
         await fleet.serves(*left, *("c", "d")[: number + 1])
-    assert await restart == "all 2 workers were restarted"
+    assert await restart == Outcome(True, "all 2 workers were restarted")
     assert cluster.restarted == ["lorafleet-worker-0", "lorafleet-worker-1"]
     await stop(controller)
 
@@ -473,9 +489,57 @@ async def test_a_worker_that_could_not_be_reached_for_a_moment_has_not_started_a
 
 async def test_it_says_whether_it_was_started_so(fleet: Fleet) -> None:
     config = fleet.controller._config
-    assert await fleet.controller.was_told(config, TOKEN)
-    assert not await fleet.controller.was_told(config, "another")
-    assert not await fleet.controller.was_told(replace(config, num_workers=2), TOKEN)
+    assert await fleet.controller.was_told(config, TOKEN, "none")
+    assert not await fleet.controller.was_told(config, "another", "none")
+    assert not await fleet.controller.was_told(config, TOKEN, "head")
+    assert not await fleet.controller.was_told(replace(config, num_workers=2), TOKEN, "none")
+
+
+@pytest.mark.parametrize(
+    ("num_unfinished", "timeout_s", "outcome"),
+    [
+        (3, 5.0, Outcome(True, f"drained: {NAME}")),
+        (10**9, 0.1, Outcome(False, f"not all of {NAME} drained within 0.1 s; others go on with their requests")),
+    ],
+)
+async def test_a_node_is_drained_with_the_workers_that_have_a_rank_there(
+    start: StartWorker,
+    model_dir: Path,
+    cluster: FakeCluster,
+    free_port: int,
+    num_unfinished: int,
+    timeout_s: float,
+    outcome: Outcome,
+) -> None:
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=2)
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
+    workers = [await start(worker_id, num_unfinished=num_unfinished) for worker_id in ("a", "b")]
+    for worker in workers:
+        cluster.answers.put_nowait(worker.ready)
+    await ready(controller)
+    cluster.ranks = {NAME: {"first", "second"}, "lorafleet-worker-1": {"second"}}
+    assert await controller.drain_node("third", 1.0) == Outcome(True, "no worker is on this node")
+    assert await controller.drain_node("first", timeout_s) == outcome
+    concerned = controller._lives[NAME].ready
+    assert concerned is not None
+    assert [worker.worker_id for worker in workers if worker.drained] == [concerned.worker_id]
+    await stop(controller)
+
+
+async def test_the_fleet_is_ready_when_its_gateways_listen_and_cannot_start_if_they_cannot(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",))
+    cluster.answers.put_nowait((await start("worker-a")).ready)
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, "head")
+    answer = await ready(controller)
+    assert isinstance(answer, FleetReady) and answer.gateway_nodes == ("10.0.0.1",)
+    await stop(controller)
+    cluster.gateway_failure = "the port is taken"
+    cluster.answers.put_nowait((await start("worker-a")).ready)
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, "head")
+    assert await ready(controller) == WorkerFailed("bad_config", "On node 10.0.0.1: the port is taken")
+    await stop(controller)
 
 
 async def test_what_happens_to_workers_is_told_once(fleet: Fleet, start: StartWorker) -> None:

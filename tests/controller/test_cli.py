@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.controller.cli import main, make_parser, serve_config
+from lorafleet.controller.cli import main, make_parser
 from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.fleet_flags import serve_config, with_flags_file
 from lorafleet.workers.config import LoRAModule
 
 
@@ -260,7 +261,59 @@ def test_a_controller_port_that_cannot_be_is_refused(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as ended:
         main(["up", "org/base", "--controller-port", "0"])
     assert ended.value.code == 2
-    assert "--controller-port is 0" in capsys.readouterr().err
+    assert "--controller-port: '0' is not a port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--api-key", "key"], ["--gateway-processes", "2"]])
+def test_flags_of_gateways_are_refused_where_there_are_none(
+    capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["up", "org/base", "--gateways", "none", *flags])
+    assert ended.value.code == 2
+    assert f"{flags[0]} is given with --gateways none" in capsys.readouterr().err
+
+
+def test_flags_may_stand_in_a_file_behind_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "fleet.flags"
+    file.write_text("org/base --num-workers 3  # of the four that fit\n--enable-lora\n--lora-modules 'a=/a b'\n")
+    args = make_parser().parse_args(with_flags_file(["serve", f"@{file}", "--num-workers", "2"]))
+    assert serve_config(args).num_workers == 2, "the command line has the last word"
+    assert serve_config(args).adapters == (LoRAModule("a", "/a b"),)
+    assert with_flags_file(["serve", "m", "@x"]) == ["serve", "m", "@x"], "a value may begin with @"
+    for text, message in (("m --seed 'one", "No closing quotation"), (None, "No such file")):
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            main(["up", f"@{file}"])
+        assert ended.value.code == 2
+        assert f"The flags of {file} cannot be read: " in (said := capsys.readouterr().err) and message in said
+        file.touch()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("50100", "'50100' is not LOW-HIGH"),
+        ("a-b", "'a-b' is not LOW-HIGH"),
+        ("50199-50100", "--worker-ports is 50199-50100; give the first and the last port"),
+        ("0-10", "--worker-ports is 0-10"),
+        ("60000-70000", "between 1 and 65535"),
+    ],
+)
+def test_worker_ports_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str], value: str, message: str) -> None:
+    assert message in refusal(capsys, "--worker-ports", value)
+    assert config("--worker-ports", "50100-50199").worker_ports == (50100, 50199)
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "soon", "86400"])
+def test_a_drain_timeout_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    for command in ("down", "drain"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, f"--drain-timeout-s={value}"])
+        assert ended.value.code == 2
+        assert f"{value!r} must be seconds between 0 and 86400" in capsys.readouterr().err
 
 
 def test_gateway_is_the_gateways_own_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lorafleet.controller import fleet_watch as module
+from lorafleet.controller.actor import Outcome
 from lorafleet.controller.fleet_watch import FleetWatch
 
 
@@ -47,7 +48,7 @@ def test_a_restart_begins_once_and_says_what_came_of_it() -> None:
     watch = FleetWatch(controller, 0, said.append)
     assert watch.look(wants_restart=True)
     assert not watch.look(wants_restart=True), "one is under way"
-    controller.answers["restart_workers"] = "all 2 workers were restarted"
+    controller.answers["restart_workers"] = Outcome(True, "all 2 workers were restarted")
     watch.look(wants_restart=False)
     watch.look(wants_restart=False)
     assert said == ["restarting the workers, one after the other ...", "all 2 workers were restarted"]

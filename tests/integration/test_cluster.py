@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 from serving import Endpoint, free_port, wait_until
 
@@ -34,6 +36,17 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def drain(address: str, node_id: str) -> str:
+    """What `lorafleet drain` asks for, of any node: all of them are this machine."""
+    ray.init(address=address, namespace="lorafleet", log_to_driver=False)
+    try:
+        outcome = ray.get(ray.get_actor("lorafleet-controller").drain_node.remote(node_id, 30.0), timeout=60)
+        assert outcome.succeeded
+        return str(outcome.text)
+    finally:
+        ray.shutdown()
+
+
 def answers(server: Endpoint, model: str) -> list[str] | None:
     try:
         return server.complete(model, PROMPTS)
@@ -44,12 +57,13 @@ def answers(server: Endpoint, model: str) -> list[str] | None:
 def test_a_worker_over_two_nodes_outlives_the_command_and_a_node(
     cluster: Cluster, tiny_model: Path, tmp_path: Path
 ) -> None:
-    port, token_file = free_port(), tmp_path / "secrets" / "token"
+    port, worker_port, token_file = free_port(), free_port(), tmp_path / "secrets" / "token"
     address = ("--ray-address", cluster.address)
     up = [
         *("up", str(tiny_model), "--served-model-name", "tiny", "--dtype", "float32", "--tensor-parallel-size", "2"),
         *("--enable-lora", "--lora-modules", f"good={tiny_model.parent / 'good'}"),
         *("--port", str(port), "--controller-port", str(free_port()), "--token-file", str(token_file), *address),
+        *("--worker-ports", f"{worker_port}-{worker_port}"),
     ]
     too_many = run(*up, "--num-workers", "2")
     assert too_many.returncode == 1, too_many.stderr
@@ -67,12 +81,26 @@ def test_a_worker_over_two_nodes_outlives_the_command_and_a_node(
     server, second = Endpoint(port), Endpoint(free_port())
     command = [LORAFLEET, *line.split()[3:], "--port", str(second.port)]
     gateway = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    follower = subprocess.Popen(
+        [LORAFLEET, *up, "--follow"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert follower.stderr is not None
     try:
         expected = {model: server.complete(model, PROMPTS) for model in ("tiny", "good")}
         assert expected["tiny"] != expected["good"]
         wait_until(lambda: answers(second, "good") == expected["good"], "the second gateway answers")
         status = run("status", "--url", second.url).stdout.splitlines()
         assert status[1].split()[:3] == ["lorafleet-worker-0", "ready", "2"]
+        socket.create_connection((cluster.address.split(":")[0], worker_port), timeout=5).close()
+
+        outcomes = {node: drain(cluster.address, node.node_id) for node in cluster.list_all_nodes()}
+        assert outcomes.pop(cluster.head_node) == "no worker is on this node"
+        assert set(outcomes.values()) == {"drained: lorafleet-worker-0"}, "it has a rank on each of the others"
+        assert run("drain", *address).returncode == 0
+        wait_until(lambda: "draining" in run("status", "--url", second.url).stdout, "it refuses requests")
+        restarted = run("restart", *address)
+        assert (restarted.returncode, restarted.stdout) == (0, "all 1 workers were restarted\n"), restarted.stderr
+        wait_until(lambda: answers(server, "good") == expected["good"], "the head's gateway is back")
 
         lost = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
         cluster.remove_node(lost, allow_graceful=False)
@@ -84,8 +112,11 @@ def test_a_worker_over_two_nodes_outlives_the_command_and_a_node(
         gateway.terminate()
         assert gateway.wait(60) == 0
         ended = run("down", *address)
+        followed = follower.communicate(timeout=60)[1]
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("ended ")
+    assert follower.returncode == 0, followed
+    assert "lorafleet-worker-0 is drained" in followed and followed.endswith("the fleet was ended\n")
     assert answers(server, "tiny") is None
     assert run("down", *address).stdout == "no fleet runs on this Ray cluster\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import grpc.aio
 import pytest
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
-from lorafleet.workers.actor import WorkerActor, WorkerFailed, WorkerReady
+from lorafleet.workers.actor import FleetSettings, WorkerActor, WorkerFailed, WorkerReady
 from lorafleet.workers.config import EngineConfig, LoRAConfig, LoRAModule
 from lorafleet.workers.engine import loop as loop_module
 from lorafleet.workers.engine.stats import EngineStats
@@ -89,8 +90,10 @@ async def actors() -> AsyncIterator[list[WorkerActor]]:
             await actor._service.stop()
 
 
-async def start(actors: list[WorkerActor], *adapters: LoRAModule) -> WorkerReady | WorkerFailed:
-    actors.append(WorkerActor(CONFIG, adapters, "127.0.0.1", TOKEN, "warning", 60.0))
+async def start(
+    actors: list[WorkerActor], *adapters: LoRAModule, fleet: FleetSettings | None = None
+) -> WorkerReady | WorkerFailed:
+    actors.append(WorkerActor(CONFIG, adapters, fleet or FleetSettings("127.0.0.1", TOKEN)))
     async with asyncio.timeout(10):
         return await actors[-1].ready()
 
@@ -108,6 +111,20 @@ async def test_a_worker_says_what_it_serves_and_answers_there(actors: list[Worke
         stub = cast(Any, worker_pb2_grpc.WorkerStub)(channel)
         report = await stub.GetReport(worker_pb2.ReportRequest(), metadata=bearer(TOKEN), timeout=10)
     assert (report.worker_id, report.generation) == (ready.worker_id, ready.generation)
+
+
+async def test_workers_of_one_host_take_the_next_free_port_of_those_they_are_given(actors: list[WorkerActor]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        fleet = FleetSettings("127.0.0.1", TOKEN, ports=(port, port + 9))
+        workers = [await start(actors, fleet=fleet) for _ in range(2)]
+        ports = [int(worker.address.rpartition(":")[2]) for worker in workers if isinstance(worker, WorkerReady)]
+        assert port < ports[0] < ports[1] <= port + 9
+        fleet = FleetSettings("127.0.0.1", TOKEN, ports=(port, port))
+        failed = WorkerFailed(
+            "bad_config", f"No port of --worker-ports {port}-{port} is free on 127.0.0.1. Give more of them."
+        )
+        assert await start(actors, fleet=fleet) == failed
 
 
 async def test_adapters_are_checked_before_the_weights_are_read(
