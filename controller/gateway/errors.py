@@ -1,7 +1,7 @@
 """Errors as HTTP answers: OpenAI's JSON, the request's id, when to come back.
 
-Owns: the middleware that turns every exception into such an answer. Leaves to others: which error has which status
-(workers/errors.py), errors in mid-stream (sse.py, which sends the same JSON).
+Owns: the middleware that turns every exception into such an answer, counting them. Leaves to others: which error has
+which status (workers/errors.py), errors in mid-stream (sse.py, which sends the same JSON).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from lorafleet.controller.gateway.state import STATE
 from lorafleet.workers.errors import (
     AuthenticationError,
     BodyTooLargeError,
@@ -62,7 +63,13 @@ def internal_error(request_id: str) -> InternalError:
 
 
 def named_error(error: Exception, request: web.Request) -> LoRAFleetError:
-    """The named error for anything a handler raised. Logs what is a bug of ours."""
+    """The named error for anything a handler raised. Counts it; logs what is a bug of ours."""
+    named = _named(error, request)
+    request.app[STATE].metrics.errors.labels(status_of(named).code).inc()
+    return named
+
+
+def _named(error: Exception, request: web.Request) -> LoRAFleetError:
     if isinstance(error, LoRAFleetError):
         if isinstance(error, InternalError):
             logger.error("request %s: %s", request[REQUEST_ID], error.message)

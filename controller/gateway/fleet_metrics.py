@@ -45,7 +45,9 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerView], float]], ...] = (
     ("lorafleet_worker_suspect", "1 if the worker is silent or its step hangs", lambda view: float(view.suspect)),
     ("lorafleet_worker_requests_running", "Requests in its batch", lambda view: view.num_running),
     ("lorafleet_worker_requests_waiting", "Requests in its queue", lambda view: view.num_waiting),
+    ("lorafleet_worker_max_requests", "Requests that its batch has seats for", lambda view: view.max_num_seqs),
     ("lorafleet_worker_kv_cache_usage_ratio", "Share of its KV pages in use", lambda view: kv_usage([view])),
+    ("lorafleet_worker_adapter_slots", "Device slots for adapters; 0: it takes none", lambda view: view.max_loras),
     ("lorafleet_worker_device_adapters", "Adapters in its device slots", lambda view: view.num_device_adapters),
     ("lorafleet_worker_host_adapters", "Adapters in its host tier and in no slot", lambda view: view.num_in(Tier.HOST)),
     (
@@ -53,6 +55,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerView], float]], ...] = (
         "Adapters that it knows and has on disk only",
         lambda view: view.num_in(Tier.DISK),
     ),
+    (
+        "lorafleet_worker_host_cache_usage_ratio",
+        "Share of its host tier for adapters in use",
+        lambda view: view.host_usage,
+    ),
     ("lorafleet_worker_ranks", "Processes that share the model", lambda view: view.num_ranks),
-    ("lorafleet_worker_generation", "Grows with every start", lambda view: view.generation),
+    ("lorafleet_worker_generation", "When it started, in unix nanoseconds", lambda view: view.generation),
 )

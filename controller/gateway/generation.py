@@ -128,7 +128,8 @@ class Generation:
         elif error is not None or self._num_open:
             self._metrics.ended("error")
         else:
-            self._metrics.finished(time.monotonic() - self._started_at, self.num_prompt_tokens)
+            seconds = time.monotonic() - self._started_at
+            self._metrics.finished(seconds, self.num_prompt_tokens, self.num_cached_tokens)
 
     def fail(self, error: LoRAFleetError) -> None:
         """End the request from outside: `next` raises `error` after what has already arrived."""

@@ -10,6 +10,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from lorafleet.workers.errors import ERRORS
+
 MAX_MODELS: Final = 200  # label values; requests for further models count under OTHER_MODELS
 OTHER_MODELS: Final = "other"
 
@@ -26,6 +28,14 @@ class Metrics:
         self.http_requests = Counter(
             "lorafleet_http_requests", "HTTP requests answered", ["route", "status"], registry=registry
         )
+        self.errors = Counter(
+            "lorafleet_errors",
+            "Requests answered with an error, by its code, those that failed in mid-stream included",
+            ["code"],
+            registry=registry,
+        )
+        for error in ERRORS.values():
+            self.errors.labels(error.code)  # at 0 from the start: a rate that begins with the first error misses it
         self.in_flight = Gauge(
             "lorafleet_requests_in_flight", "Generation requests this gateway works on", registry=registry
         )
@@ -43,6 +53,12 @@ class Metrics:
         )
         self.prompt_tokens = Counter(
             "lorafleet_prompt_tokens", "Tokens of finished requests' prompts", ["model"], registry=registry
+        )
+        self.cached_tokens = Counter(
+            "lorafleet_cached_prompt_tokens",
+            "Of finished requests' prompts, tokens that the workers had computed before",
+            ["model"],
+            registry=registry,
         )
         self.generation_tokens = Counter(
             "lorafleet_generation_tokens", "Tokens generated", ["model"], registry=registry
@@ -87,7 +103,7 @@ class Metrics:
 class ModelMetrics:
     """The instruments of one model, looked up once: they are called for every token."""
 
-    __slots__ = ("_choices", "_prompt_tokens", "_whole", "first_token", "gap", "resumed", "tokens")
+    __slots__ = ("_cached_tokens", "_choices", "_prompt_tokens", "_whole", "first_token", "gap", "resumed", "tokens")
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.first_token = metrics.first_token.labels(model).observe
@@ -96,6 +112,7 @@ class ModelMetrics:
         self.tokens = metrics.generation_tokens.labels(model).inc
         self._whole = metrics.whole.labels(model)
         self._prompt_tokens = metrics.prompt_tokens.labels(model)
+        self._cached_tokens = metrics.cached_tokens.labels(model)
         self._choices = {
             reason: metrics.choices.labels(model, reason) for reason in ("stop", "length", "error", "abort")
         }
@@ -104,7 +121,8 @@ class ModelMetrics:
         """One choice ended (stop, length) or one request failed (error, abort)."""
         self._choices[reason].inc()
 
-    def finished(self, seconds: float, num_prompt_tokens: int) -> None:
-        """A whole request ended well."""
+    def finished(self, seconds: float, num_prompt_tokens: int, num_cached_tokens: int) -> None:
+        """A whole request ended well. num_cached_tokens: of its prompts, those that needed no computing."""
         self._whole.observe(seconds)
         self._prompt_tokens.inc(num_prompt_tokens)
+        self._cached_tokens.inc(num_cached_tokens)

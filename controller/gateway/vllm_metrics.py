@@ -7,6 +7,7 @@ scrape, so that nothing is counted twice.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -50,7 +51,8 @@ class VllmCollector(Collector):
             (metrics.first_token, ("vllm:time_to_first_token_seconds",)),
             (metrics.gap, ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")),
             (metrics.whole, ("vllm:e2e_request_latency_seconds",)),
-            (metrics.prompt_tokens, ("vllm:prompt_tokens",)),
+            (metrics.prompt_tokens, ("vllm:prompt_tokens", "vllm:prefix_cache_queries")),
+            (metrics.cached_tokens, ("vllm:prefix_cache_hits",)),
             (metrics.generation_tokens, ("vllm:generation_tokens",)),
         ):
             for family in ours.collect():
@@ -73,6 +75,7 @@ class VllmCollector(Collector):
             family = GaugeMetricFamily(name, help_text, labels=list(labels))
             family.add_metric(list(labels.values()), value)
             yield family
+        yield _cache_info(views)
         yield self._lora_info(table, views)
 
     def _lora_info(self, table: RoutingTable, views: Sequence[WorkerView]) -> Metric:
@@ -89,6 +92,22 @@ class VllmCollector(Collector):
         max_loras = max((view.max_loras for view in views), default=0)
         family.add_metric([str(max_loras), ",".join(running), ",".join(waiting)], self._clock())
         return family
+
+
+def _cache_info(views: Iterable[WorkerView]) -> Metric:
+    """One series for each page size, which is one; none before a worker has said how many pages it has."""
+    num_pages: Counter[int] = Counter()
+    for view in views:
+        if view.num_pages:
+            num_pages[view.page_size] += view.num_pages
+    family = GaugeMetricFamily(
+        "vllm:cache_config_info",
+        "Tokens in a KV page, and the pages of all workers",
+        labels=["block_size", "num_gpu_blocks"],
+    )
+    for page_size, total in num_pages.items():
+        family.add_metric([str(page_size), str(total)], 1.0)
+    return family
 
 
 def _renamed(family: Metric, name: str, keep: Callable[[Mapping[str, str]], bool] = lambda labels: True) -> Metric:
