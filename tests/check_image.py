@@ -21,7 +21,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
+from string import Template
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "deploy" / "docker"
@@ -66,32 +68,36 @@ class Stage:
 def parse(dockerfile: str, variant: str) -> list[Stage]:
     """The stages, with ARGs put in. Knows what our Dockerfile uses: no heredocs, no ONBUILD, no other escapes."""
     lines = [line for line in dockerfile.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    arguments: dict[str, str] = {}
+    outside: dict[str, str] = {}  # ARGs before the first FROM: FROM sees them, a stage those that it names again
+    inside: dict[str, str] = {}
     stages: list[Stage] = []
     for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
         keyword, _, rest = line.partition(" ")
         words = rest.split()
-        flags = tuple(word for word in words if word.startswith("--"))[: _leading_flags(words)]
-        text = " ".join(words[len(flags) :])
-        text = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], text)
-        if keyword == "ARG":
-            name, given, default = text.partition("=")
-            if given:
-                arguments[name] = variant if name == "VARIANT" else default
+        flags = tuple(takewhile(lambda word: word.startswith("--"), words))
+        scope = outside if keyword == "FROM" else inside
+        text = Template(" ".join(words[len(flags) :])).safe_substitute(scope)
+        if keyword == "ARG" and not stages:
+            name, _, default = text.partition("=")
+            outside[name] = variant if name == "VARIANT" else default
+        elif keyword == "ARG":
+            inside[text] = outside[text]
         elif keyword == "FROM":
             base, _, name = text.partition(" AS ")
             stages.append(Stage(name, base))
+            inside = {}
         else:
             stages[-1].instructions.append(Instruction(keyword, flags, text))
     return stages
 
 
-def _leading_flags(words: list[str]) -> int:
-    return next((number for number, word in enumerate(words) if not word.startswith("--")), len(words))
-
-
 def commands(run: Instruction) -> list[list[str]]:
     return [shlex.split(command) for command in run.text.split("&&")]
+
+
+def options(mount: str) -> dict[str, str]:
+    """Of --mount=type=bind,from=..."""
+    return dict(option.split("=", 1) for option in mount.partition("=")[2].split(","))
 
 
 def in_context(path: str, dockerignore: str) -> bool:
@@ -129,6 +135,8 @@ def problems(dockerfile: str, dockerignore: str, variant: str) -> Iterator[str]:
             elif instruction.keyword == "COPY" and instruction.flag("from") not in names[:number]:
                 yield f"{stage.name}: no stage {instruction.flag('from')} to copy from"
             elif instruction.keyword == "RUN":
+                mounted = [options(mount)["from"] for mount in instruction.flags]
+                yield from (f"{stage.name}: no stage {it} to mount from" for it in mounted if it not in names[:number])
                 for words in commands(instruction):
                     if not _is_ours(words) and words[0] not in TRIVIAL:
                         yield f"{stage.name}: what `{shlex.join(words)}` does is checked nowhere"
@@ -140,7 +148,12 @@ def problems(dockerfile: str, dockerignore: str, variant: str) -> Iterator[str]:
 
 
 def _is_ours(words: list[str]) -> bool:
-    return words[0] == "sh" and Path(words[1]).parent == Path("/steps") and (DOCKER / Path(words[1]).name).is_file()
+    return (
+        words[0] == "sh"
+        and len(words) > 1
+        and Path(words[1]).parent == Path("/steps")
+        and (DOCKER / Path(words[1]).name).is_file()
+    )
 
 
 def _final_problems(stage: Stage) -> Iterator[str]:
@@ -205,8 +218,7 @@ class Steps:
 
     def _run(self, stage: Stage, run: Instruction) -> None:
         for mount in run.flags:
-            options = dict(option.split("=", 1) for option in mount.partition("=")[2].split(","))
-            assert options["source"] == options["target"], f"{mount}: not at the same place"
+            assert options(mount)["source"] == options(mount)["target"], f"{mount}: not at the same place"
         for words in commands(run):
             if not _is_ours(words):
                 print(f"{stage.name}: left out: {shlex.join(words)}")
