@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PORT ?= 8000
 
-.PHONY: demo test install lint types package bench proto clean
+.PHONY: demo test install lint types package image-check bench proto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make install  make $(VENV) with everything pinned, and $(BIN)/lorafleet'
 	@echo 'make lint     ruff, then types'
 	@echo 'make package  build the wheel, with the kernels prebuilt, and try it outside the tree'
+	@echo 'make image-check  run the steps of deploy/docker/Dockerfile, without Docker'
 	@echo 'make proto    regenerate the gRPC stubs'
 
 install: $(INSTALLED)
@@ -62,6 +63,9 @@ build/wheel/.built: build/source/.copied
 		> /dev/null
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/wheel dist/*.whl
 	@touch $@
+
+image-check: install
+	$(BIN)/python -u tests/check_image.py
 
 proto: install
 	rm -rf build/proto && mkdir -p build/proto

@@ -1,0 +1,297 @@
+"""Checks the image without a Docker engine. Run by `make image-check`; the quick half is in tests/deploy too.
+
+    python tests/check_image.py
+
+First the Dockerfile itself: `problems` says what in it is not as the image promises. Then its steps are run, with the
+files that its COPY instructions take and no others, in an environment that is empty but for PATH, HOME and what this
+machine's pip needs to find packages. The installed program is then tried without a compiler, as a user who may write
+nowhere. What stays untried: the base images, and what Docker does itself (layers, mounts, users).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from string import Template
+
+ROOT = Path(__file__).parent.parent
+DOCKER = ROOT / "deploy" / "docker"
+VARIANTS = ("cpu", "cuda")
+USER = 10001
+# What RUN may do besides running a script of ours. They make the user and an empty folder, which no step needs.
+TRIVIAL = ("groupadd", "useradd", "install")
+PATH = "/usr/bin:/bin"
+# Of this machine, what says where pip finds packages; hashes hold whatever is found.
+PIP_SETTINGS = ("PIP_CERT", "PIP_DEFAULT_TIMEOUT", "PIP_FIND_LINKS", "PIP_INDEX_URL")
+KERNELS = """
+import pathlib, warnings
+warnings.simplefilter("error")
+from lorafleet.kernels import build, native
+loaded = pathlib.Path(native.library()._name)
+assert loaded.parent == build.PREBUILT, loaded
+print(native.describe())
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction: RUN --mount=... sh x.sh has the flag and the text behind it."""
+
+    keyword: str
+    flags: tuple[str, ...]
+    text: str
+
+    def flag(self, name: str) -> str | None:
+        return next((flag.partition("=")[2] for flag in self.flags if flag.startswith(f"--{name}=")), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What follows a FROM."""
+
+    name: str
+    base: str
+    instructions: list[Instruction] = field(default_factory=list)
+
+
+def parse(dockerfile: str, variant: str) -> list[Stage]:
+    """The stages, with ARGs put in. Knows what our Dockerfile uses: no heredocs, no ONBUILD, no other escapes."""
+    lines = [line for line in dockerfile.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    outside: dict[str, str] = {}  # ARGs before the first FROM: FROM sees them, a stage those that it names again
+    inside: dict[str, str] = {}
+    stages: list[Stage] = []
+    for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
+        keyword, _, rest = line.partition(" ")
+        words = rest.split()
+        flags = tuple(takewhile(lambda word: word.startswith("--"), words))
+        scope = outside if keyword == "FROM" else inside
+        text = Template(" ".join(words[len(flags) :])).safe_substitute(scope)
+        if keyword == "ARG" and not stages:
+            name, _, default = text.partition("=")
+            outside[name] = variant if name == "VARIANT" else default
+        elif keyword == "ARG":
+            inside[text] = outside[text]
+        elif keyword == "FROM":
+            base, _, name = text.partition(" AS ")
+            stages.append(Stage(name, base))
+            inside = {}
+        else:
+            stages[-1].instructions.append(Instruction(keyword, flags, text))
+    return stages
+
+
+def commands(run: Instruction) -> list[list[str]]:
+    return [shlex.split(command) for command in run.text.split("&&")]
+
+
+def options(mount: str) -> dict[str, str]:
+    """Of --mount=type=bind,from=..."""
+    return dict(option.split("=", 1) for option in mount.partition("=")[2].split(","))
+
+
+def in_context(path: str, dockerignore: str) -> bool:
+    """Whether Docker sends a file to the builder: the last pattern that matches it, or a folder above it, decides."""
+    sent = True
+    for line in dockerignore.splitlines():
+        pattern = line.strip()
+        if not pattern or pattern.startswith("#"):
+            continue
+        exception = pattern.startswith("!")
+        # ** is any folders, * anything within one name.
+        parts = re.split(r"(\*\*/|\*)", pattern.lstrip("!"))
+        regex = "".join({"**/": "(?:.*/)?", "*": "[^/]*"}.get(part, re.escape(part)) for part in parts)
+        if re.fullmatch(f"{regex}(?:/.*)?", path):
+            sent = exception
+    return sent
+
+
+def problems(dockerfile: str, dockerignore: str, variant: str) -> Iterator[str]:
+    """What in a Dockerfile is not as the image promises, a line each."""
+    stages = parse(dockerfile, variant)
+    names = [stage.name for stage in stages]
+    for number, stage in enumerate(stages):
+        if stage.base not in names[:number] and not re.search(r"@sha256:[0-9a-f]{64}$", stage.base):
+            yield f"{stage.name}: the base {stage.base} is not pinned by a digest"
+        for instruction in stage.instructions:
+            if instruction.keyword in ("ADD", "VOLUME"):
+                yield f"{stage.name}: {instruction.keyword} is not to be used"
+            elif instruction.keyword == "COPY" and instruction.flag("from") is None:
+                for source in instruction.text.split()[:-1]:
+                    if not (ROOT / source).exists():
+                        yield f"{stage.name}: {source} is not there to be copied"
+                    elif not in_context(source, dockerignore):
+                        yield f"{stage.name}: .dockerignore keeps {source} out"
+            elif instruction.keyword == "COPY" and instruction.flag("from") not in names[:number]:
+                yield f"{stage.name}: no stage {instruction.flag('from')} to copy from"
+            elif instruction.keyword == "RUN":
+                mounted = [options(mount)["from"] for mount in instruction.flags]
+                yield from (f"{stage.name}: no stage {it} to mount from" for it in mounted if it not in names[:number])
+                for words in commands(instruction):
+                    if not _is_ours(words) and words[0] not in TRIVIAL:
+                        yield f"{stage.name}: what `{shlex.join(words)}` does is checked nowhere"
+    yield from _final_problems(stages[-1])
+    for script in sorted(DOCKER.glob("*.sh")):
+        calls = [line for line in script.read_text().splitlines() if "-m pip" in line]
+        if not all("--no-cache-dir" in call for call in calls):
+            yield f"{script.name}: pip leaves its cache in the image"
+
+
+def _is_ours(words: list[str]) -> bool:
+    return (
+        words[0] == "sh"
+        and len(words) > 1
+        and Path(words[1]).parent == Path("/steps")
+        and (DOCKER / Path(words[1]).name).is_file()
+    )
+
+
+def _final_problems(stage: Stage) -> Iterator[str]:
+    last = {instruction.keyword: instruction.text for instruction in stage.instructions}
+    if "-slim" not in stage.base:
+        yield f"{stage.name}: the base {stage.base} may have a compiler"
+    if not re.fullmatch(r"[1-9]\d{4,}:[1-9]\d{4,}", last.get("USER", "")):
+        yield f"{stage.name}: USER is not a number of 10000 or more, with a group"
+    if json.loads(last.get("ENTRYPOINT", "[]")) != ["lorafleet"]:
+        yield f"{stage.name}: ENTRYPOINT is not lorafleet"
+
+
+class Steps:
+    """Carries a Dockerfile out below a folder that stands for every stage's root.
+
+    One folder is enough since a path means the same in each stage, which is asserted: so what is copied or mounted from
+    an earlier stage is there already.
+    """
+
+    def __init__(self, root: Path, dockerignore: str, env: Mapping[str, str]) -> None:
+        self.root = root
+        self._dockerignore = dockerignore
+        self._env = dict(env)
+        self._workdir = root
+        self.env: dict[str, str] = {}  # what ENV says in the last stage, its paths below the root
+
+    def path(self, absolute: str) -> Path:
+        return self.root / absolute.lstrip("/")
+
+    def carry_out(self, stages: list[Stage]) -> None:
+        for stage in stages:
+            self.env = {}
+            for instruction in stage.instructions:
+                match instruction.keyword:
+                    case "WORKDIR":
+                        self._workdir = self.path(instruction.text)
+                        self._workdir.mkdir(parents=True, exist_ok=True)
+                    case "COPY":
+                        self._copy(instruction)
+                    case "RUN":
+                        self._run(stage, instruction)
+                    case "ENV":
+                        for name, value in (word.split("=", 1) for word in shlex.split(instruction.text)):
+                            self.env[name] = re.sub(r"(?:^|(?<=:))/", f"{self.root}/", value)
+
+    def _copy(self, copy: Instruction) -> None:
+        *sources, target = copy.text.split()
+        if copy.flag("from") is not None:
+            assert sources == [target], f"{target} is not at the same place in {copy.flag('from')}"
+            return
+        folder = self.path(target) if target.startswith("/") else self._workdir / target
+        for source in sources:
+            if (ROOT / source).is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / source, folder)
+            else:
+                shutil.copytree(ROOT / source, folder, ignore=self._ignored, dirs_exist_ok=True)
+
+    def _ignored(self, folder: str, names: list[str]) -> list[str]:
+        relative = Path(folder).relative_to(ROOT)
+        return [name for name in names if not in_context(str(relative / name), self._dockerignore)]
+
+    def _run(self, stage: Stage, run: Instruction) -> None:
+        for mount in run.flags:
+            assert options(mount)["source"] == options(mount)["target"], f"{mount}: not at the same place"
+        for words in commands(run):
+            if not _is_ours(words):
+                print(f"{stage.name}: left out: {shlex.join(words)}")
+                continue
+            mapped = [str(self.path(word)) if word.startswith("/") else word for word in words]
+            started = time.monotonic()
+            done = subprocess.run(
+                mapped, cwd=self._workdir, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            if done.returncode:
+                sys.exit(f"{done.stdout}\n{stage.name}: {shlex.join(words)}: exit status {done.returncode}")
+            print(f"{stage.name}: {shlex.join(words)}: {time.monotonic() - started:.0f} s")
+            print("".join(f"    {line}\n" for line in done.stdout.splitlines() if "/torch-" in line), end="")
+
+
+def try_out(steps: Steps, scratch: Path) -> None:
+    """The wheel is whole; what was installed starts and loads its kernels, without compiler, in read-only folders."""
+    (wheel,) = steps.path("/dist").glob("*.whl")
+    python = steps.path("/opt/lorafleet/venv/bin/python")
+    alone = scratch / "wheel"
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--no-cache-dir", "--target", alone, wheel], env={"PATH": ""}, check=True)
+    subprocess.run([python, "-P", ROOT / "tests" / "check_wheel.py", alone], env={"PATH": ""}, check=True)
+
+    home = steps.path(steps.env["HOME"].removeprefix(str(steps.root)))
+    for folder in (home, steps.path("/cache")):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o555)
+    # No /usr/bin behind it: no compiler, nor anything else that the image might not have.
+    env = steps.env | {"PATH": steps.env["PATH"].split(":")[0]}
+    other_user = {"user": USER, "group": USER, "extra_groups": []} if os.geteuid() == 0 else {}
+    if not other_user:
+        print("not root: tried as the user who installed it, who may write to it")
+    for command in (["lorafleet", "--version"], ["lorafleet", "--help"], ["python", "-c", KERNELS]):
+        program = shutil.which(command[0], path=env["PATH"])
+        assert program is not None, f"{command[0]} is not installed"
+        done = subprocess.run(
+            [program, *command[1:]], cwd="/", env=env, stdout=subprocess.PIPE, text=True, check=True, **other_user
+        )
+        print(f"{shlex.join(command[:2])}: {done.stdout.splitlines()[0]}")
+    written = [path for folder in (home, steps.path("/cache")) for path in folder.rglob("*")]
+    assert written == [], f"written without need: {written}"
+    print(f"the environment has {size(steps.path('/opt/lorafleet/venv')) / 2**20:.0f} MiB")
+
+
+def size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
+
+
+def main() -> None:
+    dockerfile, dockerignore = (DOCKER / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text()
+    found = {problem: None for variant in VARIANTS for problem in problems(dockerfile, dockerignore, variant)}
+    if found:
+        sys.exit("\n".join(found))
+    settings = {name: os.environ[name] for name in PIP_SETTINGS if name in os.environ}
+    print("beside PATH and HOME the steps are given", settings or "nothing")
+    with tempfile.TemporaryDirectory(prefix="lorafleet-image-") as name:
+        scratch = Path(name)
+        scratch.chmod(0o755)  # the other user is to find what is below
+        home = scratch / "home"
+        home.mkdir()
+        # No pip.conf of this machine counts. One retry, since PyTorch's server may be out of reach where PIP_FIND_LINKS
+        # has the file.
+        env = {"PATH": PATH, "HOME": str(home), "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "1"} | settings
+        version = [shutil.which("python3", path=PATH) or "python3", "-c", "import sys; print(*sys.version_info[:2])"]
+        found_version = subprocess.run(version, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+        if found_version != ["3", "11"]:
+            sys.exit(f"The locks are for Python 3.11; the python3 of {PATH} is {'.'.join(found_version)}.")
+        steps = Steps(scratch / "root", dockerignore, env)
+        steps.carry_out(parse(dockerfile, "cpu"))
+        assert list(home.iterdir()) == [], f"the steps left {list(home.iterdir())} in the home directory"
+        try_out(steps, scratch)
+
+
+if __name__ == "__main__":
+    main()
