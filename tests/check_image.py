@@ -31,9 +31,9 @@ VARIANTS = ("cpu", "cuda")
 USER = 10001
 # What RUN may do besides running a script of ours. They make the user and an empty folder, which no step needs.
 TRIVIAL = ("groupadd", "useradd", "install")
-PATH = "/usr/bin:/bin"
+PATH = f"{sys.base_prefix}/bin:/usr/bin:/bin"  # a Python as the base image has it
 # Of this machine, what says where pip finds packages; hashes hold whatever is found.
-PIP_SETTINGS = ("PIP_CERT", "PIP_DEFAULT_TIMEOUT", "PIP_FIND_LINKS", "PIP_INDEX_URL")
+PIP_SETTINGS = ("cert", "default-timeout", "find-links", "index-url")
 KERNELS = """
 import pathlib, warnings
 warnings.simplefilter("error")
@@ -264,6 +264,14 @@ def try_out(steps: Steps, scratch: Path) -> None:
     print(f"the environment has {size(steps.path('/opt/lorafleet/venv')) / 2**20:.0f} MiB")
 
 
+def pip_settings() -> dict[str, str]:
+    """Those of this machine, of a file or of the environment, as the environment variables that say the same."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    listed = subprocess.run([*pip, "config", "list"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    settings = dict(re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
+    return {f"PIP_{name.upper().replace('-', '_')}": settings[name] for name in PIP_SETTINGS if name in settings}
+
+
 def size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*"))
 
@@ -273,7 +281,7 @@ def main() -> None:
     found = {problem: None for variant in VARIANTS for problem in problems(dockerfile, dockerignore, variant)}
     if found:
         sys.exit("\n".join(found))
-    settings = {name: os.environ[name] for name in PIP_SETTINGS if name in os.environ}
+    settings = pip_settings()
     print("beside PATH and HOME the steps are given", settings or "nothing")
     with tempfile.TemporaryDirectory(prefix="lorafleet-image-") as name:
         scratch = Path(name)
@@ -286,7 +294,8 @@ def main() -> None:
         version = [shutil.which("python3", path=PATH) or "python3", "-c", "import sys; print(*sys.version_info[:2])"]
         found_version = subprocess.run(version, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
         if found_version != ["3", "11"]:
-            sys.exit(f"The locks are for Python 3.11; the python3 of {PATH} is {'.'.join(found_version)}.")
+            print(f"skipped: the locks are for Python 3.11, and the python3 of {PATH} is {'.'.join(found_version)}")
+            return
         steps = Steps(scratch / "root", dockerignore, env)
         steps.carry_out(parse(dockerfile, "cpu"))
         assert list(home.iterdir()) == [], f"the steps left {list(home.iterdir())} in the home directory"

@@ -108,7 +108,9 @@ def test_the_cluster_asks_for_a_token_and_its_ports_are_fixed_and_apart() -> Non
     assert len(set(fixed)) == len(fixed)
     assert not any(port in taken for port in fixed for taken in ranges)
     assert not set(ranges[0]) & set(ranges[1])
-    known = subprocess.run([str(Path(sys.executable).parent / "ray"), "start", "--help"], capture_output=True, text=True, check=True).stdout
+    known = subprocess.run(
+        [str(Path(sys.executable).parent / "ray"), "start", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert all(f"--{name} " in known for name in ports)
 
 
