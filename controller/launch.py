@@ -22,20 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.fleet_start import wait_for_fleet
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.gateway_processes import GatewayProcesses
 from lorafleet.controller.secret_file import write_secret
 from lorafleet.controller.signals import Signals, Stopped
-from lorafleet.workers.actor import WorkerFailed, WorkerReady
+from lorafleet.workers.actor import WorkerReady
 from lorafleet.workers.address import own_address
-from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_code
+from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.model.source import read_ahead
 
 if TYPE_CHECKING:
     from lorafleet.controller.actor import FleetReady
     from lorafleet.controller.fleet_cluster import FleetCluster
 
-_START_TIMEOUT_S = 900.0
 _GATEWAY_START_S = 60.0
 _POLL_S = 0.1
 
@@ -147,27 +147,11 @@ def _fleet(
         try:
             # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
             cluster.create_controller(ControllerActor, dataclasses.replace(config, api_keys=()), node, port, token)
-            yield cluster, _wait_for_fleet(cluster, signals)
+            yield cluster, wait_for_fleet(cluster, signals)
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
     finally:
         cluster.shutdown()
-
-
-def _wait_for_fleet(cluster: FleetCluster, signals: Signals) -> FleetReady:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        signals.check()
-        answer: FleetReady | WorkerFailed | None = cluster.poll("ready", timeout_s=0.5)
-        if isinstance(answer, WorkerFailed):
-            raise _as_startup_error(answer)
-        if answer is not None:
-            return answer
-    raise ConfigError(f"The fleet did not start within {_START_TIMEOUT_S:g} s.")
-
-
-def _as_startup_error(failed: WorkerFailed) -> LoRAFleetError:
-    return error_from_code(failed.code, failed.message)
 
 
 def _wait_for_gateways(config: ServeConfig, gateways: GatewayProcesses, signals: Signals) -> None:

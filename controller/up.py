@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafleet.controller.config import GatewayNodes, ServeConfig
+from lorafleet.controller.fleet_start import wait_for_fleet
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.secret_file import write_secret
 from lorafleet.controller.signals import Signals, Stopped
-from lorafleet.workers.actor import WorkerFailed
-from lorafleet.workers.errors import ConfigError, error_from_code
+from lorafleet.workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorafleet.controller.actor import FleetReady, Outcome
     from lorafleet.controller.fleet_cluster import FleetCluster
 
-_START_TIMEOUT_S = 900.0
 _POLL_S = 0.5
 _ANSWER_S = 60.0
 _CHECK_S = 2.0  # between looks at whether the Ray cluster is there
@@ -56,7 +55,7 @@ def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_
                 "`lorafleet down` ends it."
             )
         try:
-            answer = _wait_for_fleet(cluster, signals)
+            answer = wait_for_fleet(cluster, signals)
         except BaseException:
             if is_new:
                 cluster.remove_fleet()
@@ -105,18 +104,6 @@ def _tell(outcome: Outcome) -> None:
     if not outcome.succeeded:
         raise ConfigError(outcome.text)
     print(outcome.text)
-
-
-def _wait_for_fleet(cluster: FleetCluster, signals: Signals) -> FleetReady:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        signals.check()
-        answer: FleetReady | WorkerFailed | None = cluster.poll("ready", timeout_s=_POLL_S)
-        if isinstance(answer, WorkerFailed):
-            raise error_from_code(answer.code, answer.message)
-        if answer is not None:
-            return answer
-    raise ConfigError(f"The fleet did not start within {_START_TIMEOUT_S:g} s.")
 
 
 def _announce(config: ServeConfig, fleet: FleetReady, token_file: Path) -> None:

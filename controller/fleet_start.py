@@ -1,0 +1,35 @@
+"""Waiting for a fleet's start, in the command that began it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorafleet.controller.signals import Signals
+from lorafleet.workers.actor import WorkerFailed
+from lorafleet.workers.errors import ConfigError, error_from_code
+
+if TYPE_CHECKING:
+    from lorafleet.controller.actor import FleetReady
+
+_TIMEOUT_S = 900.0
+_POLL_S = 0.5
+
+
+class Controller(Protocol):
+    """What is asked of fleet_cluster.py's `FleetCluster`."""
+
+    def poll(self, method: str, *args: object, timeout_s: float) -> Any: ...
+
+
+def wait_for_fleet(controller: Controller, signals: Signals) -> FleetReady:
+    """Until all serve. Raises `Stopped` when a signal comes first, and `LoRAFleetError` for what cannot start."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline:
+        signals.check()
+        answer: FleetReady | WorkerFailed | None = controller.poll("ready", timeout_s=_POLL_S)
+        if isinstance(answer, WorkerFailed):
+            raise error_from_code(answer.code, answer.message)
+        if answer is not None:
+            return answer
+    raise ConfigError(f"The fleet did not start within {_TIMEOUT_S:g} s.")
