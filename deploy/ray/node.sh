@@ -25,7 +25,16 @@ stop() {
         kill -KILL -- "-$pid" 2> /dev/null
     fi
     rm -f "$state/node.pid"
+    at_reboot nothing
     ray stop --force > /dev/null 2>&1
+}
+
+at_reboot() { # COMMAND, or "nothing"
+    command -v crontab > /dev/null || return
+    {
+        crontab -l 2> /dev/null | grep -v 'node.sh run'
+        [[ $1 == nothing ]] || echo "@reboot $1"
+    } | crontab -
 }
 
 start() {
@@ -37,14 +46,8 @@ start() {
     mkdir -p "$state" && chmod 700 "$state"
     echo "$*" > "$state/role"
     stop
-    if command -v crontab > /dev/null; then
-        {
-            crontab -l 2> /dev/null | grep -v 'node.sh run'
-            echo "@reboot setsid $here/node.sh run >> $log 2>&1"
-        } | crontab -
-    else
-        say "without cron Ray does not come back by itself when the host restarts; see lorafleet-node.service" >&2
-    fi
+    at_reboot "setsid $here/node.sh run >> $log 2>&1" \
+        || say "without cron Ray does not come back by itself when the host restarts; see lorafleet-node.service" >&2
     setsid "$here/node.sh" run >> "$log" 2>&1 < /dev/null &
     local deadline=$((SECONDS + 60))
     until ray health-check --address "$(head_address)" > /dev/null 2>&1; do
@@ -107,10 +110,28 @@ run() {
         [[ -z $fleet_pid ]] || kill_tree "$fleet_pid"
         if is_running; then
             say "Ray was stopped"
+            at_reboot nothing
+            [[ $role != head ]] || stop_others
             kill -KILL 0
         fi
         say "Ray ended; starting it again"
         sleep 2
+    done
+}
+
+# `ray down` ends what a cloud's provider has made, and of hosts of one's own the head alone.
+stop_others() {
+    local user key address
+    [[ -f $HOME/ray_bootstrap_config.yaml ]] || return
+    python -c '
+import pathlib, yaml
+config = yaml.safe_load((pathlib.Path.home() / "ray_bootstrap_config.yaml").read_text())
+for address in config["provider"].get("worker_ips", ()):
+    print(config["auth"]["ssh_user"], pathlib.Path(config["auth"]["ssh_private_key"]).expanduser(), address)
+' | while read -r user key address; do
+        say "stopping $address"
+        ssh -n -i "$key" -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
+            -o LogLevel=ERROR "$user@$address" '~/lorafleet/ray/node.sh stop'
     done
 }
 
