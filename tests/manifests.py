@@ -68,7 +68,7 @@ def pods(documents: Sequence[Document]) -> list[Pod]:
         if document["kind"] == "HorizontalPodAutoscaler"
     }
     for document in documents:
-        where, spec = name_of(document), document["spec"] if "spec" in document else {}
+        where, spec = name_of(document), document.get("spec", {})
         if document["kind"] == "Deployment":
             replicas = spec.get("replicas", scaled.get(document["metadata"]["name"], 1))
             found.append(_pod(where, spec["template"], replicas))
@@ -254,7 +254,9 @@ def _lets_in(target: Pod, source: Pod, port: Document, documents: Sequence[Docum
     for policy in documents:
         if policy["kind"] == "NetworkPolicy" and selects(policy["spec"]["podSelector"], target.labels):
             for rule in policy["spec"].get("ingress", []):
-                known = any(selects(peer["podSelector"], source.labels) for peer in rule["from"] if "podSelector" in peer)
+                known = any(
+                    selects(peer["podSelector"], source.labels) for peer in rule["from"] if "podSelector" in peer
+                )
                 if known and (not rule.get("ports") or port in rule["ports"]):
                     return True
     return False
