@@ -257,6 +257,13 @@ def test_the_fleets_flags_ports_and_paths_are_the_codes(documents: list[Document
     if args.command == "serve":
         assert config.host == "0.0.0.0" and config.port == pod.ports["http"]
         return
+    (ray,) = [it for it in pod.spec["containers"] if it["name"] == "ray"]
+    for path in ("/tmp", "/dev/shm"):
+        shared = {
+            mount["name"] for it in (ray, container) for mount in it["volumeMounts"] if mount["mountPath"] == path
+        }
+        assert len(shared) == 1, "one cannot join Ray's node otherwise"
+    assert pod.spec["shareProcessNamespace"], "nor so"
     assert has_path(pod, container, str(args.token_file))
     assert args.follow and args.gateways == "none"
     assert args.controller_port == pod.ports["controller"]
