@@ -81,6 +81,7 @@ run_ray() { # ROLE; takes the place of the shell that calls it
 # Until `lorafleet down` ends the fleet: start it, or follow the one that runs.
 run_fleet() {
     until ray health-check --address "$(head_address)" > /dev/null 2>&1; do sleep 0.5; done
+    python "$here/hosts.py" wait 120 || true
     until lorafleet up "@$here/fleet.flags" --follow; do
         say "the fleet is not up; trying again in 5 s"
         sleep 5
@@ -122,13 +123,7 @@ run() {
 # `ray down` ends what a cloud's provider has made, and of hosts of one's own the head alone.
 stop_others() {
     local user key address
-    [[ -f $HOME/ray_bootstrap_config.yaml ]] || return
-    python -c '
-import pathlib, yaml
-config = yaml.safe_load((pathlib.Path.home() / "ray_bootstrap_config.yaml").read_text())
-for address in config["provider"].get("worker_ips", ()):
-    print(config["auth"]["ssh_user"], pathlib.Path(config["auth"]["ssh_private_key"]).expanduser(), address)
-' | while read -r user key address; do
+    python "$here/hosts.py" others | while read -r user key address; do
         say "stopping $address"
         ssh -n -i "$key" -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
             -o LogLevel=ERROR "$user@$address" '~/lorafleet/ray/node.sh stop'

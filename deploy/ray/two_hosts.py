@@ -1,16 +1,19 @@
 """`ray up` for real, on two hosts made of namespaces of this machine, each with its own sshd, network and processes.
 
-    sudo .venv/bin/python deploy/ray/two_hosts.py
+    sudo .venv/bin/python deploy/ray/two_hosts.py [--fault-tolerance]
 
 onprem.yaml is used as it is, but for addresses, login and set-up: both hosts use the environment that runs this.
 Shown: the fleet comes up with no further step, with a worker of three ranks over both hosts; a stream goes on with the
-same text when a host is killed and comes back, and when its link is cut; a killed head comes back by itself; `ray down`
-leaves nothing. Takes some minutes. Ends with exit code 77 and a reason where it cannot run: it needs root, network
-namespaces, sshd, rsync and cron.
+same text when a host is killed and comes back, and when its link is cut; a killed head, or its store, comes back by
+itself; `ray down` leaves nothing. With --fault-tolerance, node.env's: what is on the other host serves on while the
+head is killed and comes back. Takes some minutes. Ends with exit code 77 and a reason where it cannot run: it needs
+root, network namespaces, sshd, rsync and cron.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -117,12 +120,15 @@ class Host:
         for command in (f"link del {self.name}-out", f"netns del {self.name}"):
             subprocess.run(["ip", *command.split()], check=False, capture_output=True)
 
-    def processes(self, name: str) -> list[str]:
-        """Command lines of those that have `name` in theirs."""
-        pids = run("ip", "netns", "pids", self.name).split()
-        lines = (Path(f"/proc/{pid}/cmdline") for pid in pids)
-        commands = [line.read_bytes().replace(b"\0", b" ").decode() for line in lines if line.exists()]
-        return [command for command in commands if name in command]
+    def processes(self, name: str) -> dict[str, str]:
+        """Command lines by pid, of those that have `name` in theirs."""
+        found = {}
+        for pid in run("ip", "netns", "pids", self.name).split():
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if name in command:
+                    found[pid] = command
+        return found
 
 
 def run(*command: str, timeout_s: float = 600.0, **variables: str) -> str:
@@ -150,15 +156,21 @@ def why_not() -> str | None:
     return None
 
 
-def cluster_yaml(disks: Path, key: Path, hosts: tuple[Host, Host]) -> Path:
-    """onprem.yaml for these hosts."""
+def cluster_yaml(disks: Path, hosts: tuple[Host, Host], flags: str, *, fault_tolerant: bool = False) -> str:
+    """onprem.yaml for these hosts, with further flags of the fleet's."""
     config = yaml.safe_load((REPOSITORY / "deploy/ray/onprem.yaml").read_text())
     config["provider"] |= {"head_ip": hosts[0].address, "worker_ips": [hosts[1].address]}
-    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(key)}
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(disks / "key")}
     ours = disks / "ray"
     shutil.copytree(REPOSITORY / "deploy/ray", ours)
-    flags = (ours / "fleet.flags").read_text()
-    (ours / "fleet.flags").write_text(f"{flags}\n--tensor-parallel-size 3 --worker-wait-s 300 --dtype float32\n")
+    with (ours / "fleet.flags").open("a") as file:
+        file.write(f"--dtype float32 --worker-wait-s 300 {flags}\n")
+    if fault_tolerant:
+        settings = (ours / "node.env").read_text()
+        for setting in ("#export RAY_gcs_storage=rocksdb", "#export RAY_gcs_rpc_server_reconnect_timeout_s"):
+            assert setting in settings
+            settings = settings.replace(setting, setting[1:])
+        (ours / "node.env").write_text(settings)
     mounts = config["file_mounts"]
     del mounts["~/lorafleet/dist"]
     mounts |= {"~/lorafleet/ray": str(ours), "~/.ray/auth_token": str(disks / "auth_token")}
@@ -169,7 +181,7 @@ def cluster_yaml(disks: Path, key: Path, hosts: tuple[Host, Host]) -> Path:
     config["setup_commands"] = [f"ln -sfn {BIN.parent} ~/lorafleet/venv", bashrc, link_model]
     path = disks / "cluster.yaml"
     path.write_text(yaml.safe_dump(config))
-    return path
+    return str(path)
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 300.0) -> float:
@@ -207,11 +219,13 @@ def ask(url: str, timeout_s: float, max_tokens: int = 40, *, ignore_eos: bool = 
     return text
 
 
-def answers(url: str) -> bool:
+def num_ready(url: str) -> int:
+    """Workers that a gateway gives requests to; 0 too when it does not answer."""
     try:
-        return urllib.request.urlopen(f"{url}/ready", timeout=2).status == 200
+        with urllib.request.urlopen(f"{url}/fleet", timeout=2) as response:
+            return sum(worker["state"] == "ready" for worker in json.load(response)["workers"])
     except (urllib.error.URLError, OSError):
-        return False
+        return 0
 
 
 class Stream:
@@ -230,24 +244,33 @@ class Stream:
         return self.text
 
 
-def show(hosts: tuple[Host, Host], disks: Path) -> None:
-    head, other = hosts
-    key = disks / "key"
-    config = str(cluster_yaml(disks, key, hosts))
-    ray, url = str(BIN / "ray"), f"http://{head.address}:8000"
+def ray_up(config: str, hosts: tuple[Host, Host], url: str, num_workers: int) -> None:
     for host in hosts:
         host.boot()
     time.sleep(2)
-
     began = time.monotonic()
-    run(ray, "up", "--yes", "--no-config-cache", config)
+    run(str(BIN / "ray"), "up", "--yes", "--no-config-cache", config)
     say(f"`ray up` ended after {time.monotonic() - began:.0f} s")
-    wait_until(lambda: answers(url), "the fleet serves")
+    wait_until(lambda: num_ready(url) == num_workers, "the fleet serves")
     say(f"the fleet serves {time.monotonic() - began:.0f} s after `ray up` began, with no further step")
     print(run(str(BIN / "lorafleet"), "status", "--url", url))
-    ranks = {
-        host.name: len(host.processes("ray::WorkerActor") + host.processes("ray::FollowerActor")) for host in hosts
-    }
+
+
+def ray_down(config: str, hosts: tuple[Host, Host]) -> None:
+    run(str(BIN / "ray"), "down", "--yes", config)
+    for host in hosts:
+        wait_until(lambda host=host: not host.processes("ray") and not host.processes("node.sh"), "all is gone", 60.0)
+    say("`ray down` left nothing running")
+
+
+def show(hosts: tuple[Host, Host], disks: Path) -> None:
+    """A worker over both hosts; a host, its link and the head fail."""
+    head, other = hosts
+    config = cluster_yaml(disks, hosts, "--tensor-parallel-size 3")
+    url = f"http://{head.address}:8000"
+    ray_up(config, hosts, url, 1)
+    actors = ("ray::WorkerActor", "ray::FollowerActor")
+    ranks = {host.name: sum(len(host.processes(actor)) for actor in actors) for host in hosts}
     say(f"ranks of the worker: {ranks}")
     assert sum(ranks.values()) == 3 and all(ranks.values()), ranks
     answer = ask(url, 60.0)
@@ -275,17 +298,49 @@ def show(hosts: tuple[Host, Host], disks: Path) -> None:
     assert stream.end() == undisturbed, (stream.text, undisturbed)
     say(f"the stream went on with the same text, and ended {time.monotonic() - began:.0f} s after the cut")
 
+    say("Ray's store on the head is killed")
+    began = time.monotonic()
+    for pid in head.processes("gcs_server"):
+        os.kill(int(pid), signal.SIGKILL)
+    wait_until(lambda: not num_ready(url), "it is noticed")
+    wait_until(lambda: num_ready(url) == 1 and ask(url, 300.0) == answer, "the fleet serves again")
+    say(f"the fleet serves again {time.monotonic() - began:.0f} s after the kill")
+
     say(f"{head.name}, the head, is killed and booted again")
     head.kill()
     began = time.monotonic()
     head.boot()
-    wait_until(lambda: answers(url) and ask(url, 300.0) == answer, "the fleet serves again")
+    wait_until(lambda: num_ready(url) == 1 and ask(url, 300.0) == answer, "the fleet serves again")
     say(f"the fleet serves again {time.monotonic() - began:.0f} s after the kill")
+    ray_down(config, hosts)
 
-    run(ray, "down", "--yes", config)
-    for host in hosts:
-        wait_until(lambda host=host: not host.processes("ray") and not host.processes("node.sh"), "all is gone", 60.0)
-    say("`ray down` left nothing running")
+
+def show_fault_tolerance(hosts: tuple[Host, Host], disks: Path) -> None:
+    """A worker and a gateway on each host; the head fails, and what is on the other host serves on."""
+    head, other = hosts
+    config = cluster_yaml(disks, hosts, "--num-workers 2 --gateways all", fault_tolerant=True)
+    url = f"http://{other.address}:8000"
+    ray_up(config, hosts, f"http://{head.address}:8000", 2)
+    wait_until(lambda: num_ready(url) == 2, "the other host's gateway serves")
+    undisturbed = Stream(url).end()
+    before = set(other.processes("ray::WorkerActor"))
+
+    stream = Stream(url)
+    time.sleep(1)
+    say(f"{head.name}, the head, is killed")
+    head.kill()
+    assert stream.end() == undisturbed, (stream.text, undisturbed)
+    assert Stream(url).end() == undisturbed
+    say("the stream went on with the same text, and another one was answered without a head")
+    head.boot()
+    began = time.monotonic()
+    stream = Stream(url)
+    wait_until(lambda: num_ready(url) == 2, "both workers serve again")
+    say(f"both workers serve {time.monotonic() - began:.0f} s after the head was booted")
+    assert stream.end() == undisturbed, (stream.text, undisturbed)
+    assert set(other.processes("ray::WorkerActor")) == before, "the other host's worker went on"
+    say(f"the worker of {other.name} is the process that it was")
+    ray_down(config, hosts)
 
 
 def say(text: str) -> None:
@@ -293,6 +348,9 @@ def say(text: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--fault-tolerance", action="store_true", help="show that instead")
+    scenario = show_fault_tolerance if parser.parse_args().fault_tolerance else show
     reason = why_not()
     if reason is not None:
         print(f"skipped: {reason}")
@@ -309,7 +367,7 @@ def main() -> None:
         run("ip", "link", "set", BRIDGE, "up")
         for host in hosts:
             host.make((disks / "key.pub").read_text())
-        show(hosts, disks)
+        scenario(hosts, disks)
     finally:
         for host in hosts:
             host.remove()

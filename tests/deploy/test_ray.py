@@ -5,6 +5,7 @@ Run for real, on two hosts, they are in deploy/ray/two_hosts.py.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -112,6 +113,26 @@ def test_the_cluster_asks_for_a_token_and_its_ports_are_fixed_and_apart() -> Non
         [str(Path(sys.executable).parent / "ray"), "start", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert all(f"--{name} " in known for name in ports)
+
+
+def test_the_head_knows_the_other_hosts(tmp_path: Path) -> None:
+    prepared = prepare_config(read("onprem.yaml"))
+    prepared["provider"]["worker_ips"] = ["10.0.0.2", "10.0.0.3"]
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(prepared))
+    command = [sys.executable, RAY / "hosts.py", "others"]
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    said = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+    key = tmp_path / ".ssh/id_ed25519"
+    assert said == f"ubuntu {key} 10.0.0.2\nubuntu {key} 10.0.0.3\n"
+    (tmp_path / "ray_bootstrap_config.yaml").unlink()
+    assert subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout == ""
+    spec = importlib.util.spec_from_file_location("hosts", RAY / "hosts.py")
+    assert spec is not None and spec.loader is not None
+    hosts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hosts)
+    assert hosts.num_hosts(prepare_config(read("onprem.yaml"))) == 2
+    assert hosts.num_hosts(prepare_config(read("aws.yaml"))) == 3
+    assert hosts.others(prepare_config(read("aws.yaml"))) == []
 
 
 def test_node_sh_says_how_it_is_used_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""What node.sh, on the head, asks of the configuration that `ray up` leaves there.
+
+python hosts.py wait SECONDS    until all hosts have joined that `ray up` is to start, or so long
+python hosts.py others          of the other hosts, where they are our own: user, key and address, a line each
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
+
+
+def others(config: dict[str, Any]) -> list[str]:
+    """Hosts that a cloud has made are ended by its provider; those have no addresses here."""
+    user, key = config["auth"]["ssh_user"], Path(config["auth"].get("ssh_private_key", "")).expanduser()
+    return [f"{user} {key} {address}" for address in config["provider"].get("worker_ips", ())]
+
+
+def num_hosts(config: dict[str, Any]) -> int:
+    """With the head."""
+    return 1 + sum(kind.get("min_workers", 0) for kind in config["available_node_types"].values())
+
+
+def wait(config: dict[str, Any], timeout_s: float) -> None:
+    """Without it, a head that has room for all workers would get them all."""
+    import ray
+
+    ray.init(address="auto", logging_level="error", log_to_driver=False)
+    deadline = time.monotonic() + timeout_s
+    while sum(node["Alive"] for node in ray.nodes()) < num_hosts(config) and time.monotonic() < deadline:
+        time.sleep(1.0)
+
+
+def main() -> None:
+    if not CONFIG.exists():  # node.sh was started by hand
+        return
+    config = yaml.safe_load(CONFIG.read_text())
+    match sys.argv[1:]:
+        case ["wait", seconds]:
+            wait(config, float(seconds))
+        case ["others"]:
+            print(*others(config), sep="\n")
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
