@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+_HEARD_S = 3.0  # for what a host has to be heard of where actors are placed; it is known to be there before
 CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 
 
@@ -35,6 +36,7 @@ def wait(config: dict[str, Any], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while sum(node["Alive"] for node in ray.nodes()) < num_hosts(config) and time.monotonic() < deadline:
         time.sleep(1.0)
+    time.sleep(_HEARD_S)
 
 
 def main() -> None:
