@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PORT ?= 8000
 
-.PHONY: demo test install lint types package image-check bench proto clean
+.PHONY: demo test install lint types package image-check manifests-check bench proto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint     ruff, then types'
 	@echo 'make package  build the wheel, with the kernels prebuilt, and try it outside the tree'
 	@echo 'make image-check  run the steps of deploy/docker/Dockerfile, without Docker'
+	@echo 'make manifests-check  have checkov look at the Kubernetes manifests'
 	@echo 'make proto    regenerate the gRPC stubs'
 
 install: $(INSTALLED)
@@ -66,6 +67,14 @@ build/wheel/.built: build/source/.copied
 
 image-check: install
 	$(BIN)/python -u tests/check_image.py
+
+# checkov pins much that we do not, so it has an environment of its own.
+manifests-check: install build/checkov/bin/checkov
+	$(BIN)/python tests/check_manifests.py build/checkov/bin/checkov
+
+build/checkov/bin/checkov:
+	$(PYTHON) -m venv build/checkov
+	build/checkov/bin/pip install --disable-pip-version-check --quiet checkov==3.3.30
 
 proto: install
 	rm -rf build/proto && mkdir -p build/proto
