@@ -79,8 +79,7 @@ build/checkov/bin/checkov:
 
 # What the Kustomize overlay lies over; a test says when it is no longer what the chart renders.
 manifests: install
-	$(BIN)/helm template lorafleet deploy/kubernetes/chart --values deploy/kubernetes/values/cpu-demo.yaml \
-		> deploy/kubernetes/cpu-demo/rendered.yaml
+	$(BIN)/python tests/manifests.py
 
 proto: install
 	rm -rf build/proto && mkdir -p build/proto

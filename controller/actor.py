@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
-from lorafleet.controller.cluster import WORKER_PREFIX, FleetImpossible, WorkerCluster, WorkerLost
+from lorafleet.controller.cluster import WORKER_PREFIX, WorkerCluster, WorkerLost
 from lorafleet.controller.config import GatewayNodes, ServeConfig
 from lorafleet.controller.events import Events
 from lorafleet.controller.gateway_placement import GatewayPlacement
@@ -25,13 +25,11 @@ from lorafleet.controller.service import ControllerService, read_tokenizer_files
 from lorafleet.controller.worker_life import Surroundings, WorkerLife
 from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
 from lorafleet.workers.actor import FleetSettings, WorkerFailed, WorkerReady
-from lorafleet.workers.errors import ERRORS, ConfigError, LoRAFleetError, status_of
+from lorafleet.workers.errors import ERRORS, ConfigError, LoRAFleetError, NoRoomError, status_of
 from lorafleet.workers.rpc import create_server
 from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
-
-_BAD_CONFIG = ERRORS[ConfigError].code
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +188,9 @@ class ControllerActor:
                 () if is_bare else config.adapters,
                 FleetSettings(self._host, self._token, config.log_level, config.hung_step_s, config.worker_ports),
             )
-        except FleetImpossible as error:
-            logger.error("%s", error)
-            self._cannot_start(WorkerFailed(_BAD_CONFIG, str(error)))
+        except NoRoomError as error:
+            logger.error("%s", error.message)
+            self._cannot_start(WorkerFailed(status_of(error).code, error.message))
         except WorkerLost as lost:  # tried again when it is missed
             logger.warning("%s", lost)
 
@@ -203,7 +201,7 @@ class ControllerActor:
     def _gateways_are_there(self, failure: str) -> None:
         """failure: why some are not, or nothing."""
         if failure:
-            self._cannot_start(WorkerFailed(_BAD_CONFIG, failure))
+            self._cannot_start(WorkerFailed(ERRORS[ConfigError].code, failure))
         self._gateways_started = True
         self._started()
 

@@ -165,8 +165,8 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     cluster.add_argument(
         "--follow",
         action="store_true",
-        help="stay and print what happens to the fleet; SIGTERM ends the command and not the fleet, SIGUSR1 restarts "
-        "the workers; exit code 1 when the Ray cluster is lost",
+        help="wait for nodes that have room, stay, and print what happens to the fleet; SIGTERM ends the command, not "
+        "the fleet, SIGUSR1 restarts the workers; exit code 1 when the Ray cluster is lost",
     )
 
 

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from lorafleet.workers.actor import FleetSettings, FollowerActor, WorkerActor, WorkerFailed, WorkerReady
 from lorafleet.workers.config import EngineConfig, LoRAModule
+from lorafleet.workers.errors import NoRoomError
 
 NAMESPACE = "lorafleet"
 WORKER_PREFIX = "lorafleet-worker-"
@@ -32,10 +33,6 @@ DRAIN_GRACE_S = 5.0  # for what has ended its requests to end itself
 
 class WorkerLost(Exception):
     """The worker's actor is not there now; Ray may be restarting it."""
-
-
-class FleetImpossible(Exception):
-    """Not all nodes together have what the workers' ranks need."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class WorkerCluster:
         """Ask for a worker, one of `num_workers`; it starts in the background. Does nothing if it exists.
 
         Workers spread over the nodes. One of several ranks is a placement group with an actor for each. Raises
-        `FleetImpossible`, and `WorkerLost` when there is no room for them now.
+        `NoRoomError`, and `WorkerLost` when there is no room for them now.
         """
         with contextlib.suppress(ValueError):
             ray.get_actor(name, NAMESPACE)
@@ -219,7 +216,7 @@ def _check_room(sizes: Sequence[float], num_workers: int, ranks: int, resource: 
     """Ray would leave what can never be placed pending, without a word."""
     needed = num_workers * ranks
     if sum(map(int, sizes)) < needed:
-        raise FleetImpossible(
+        raise NoRoomError(
             f"--num-workers {num_workers} of --tensor-parallel-size {ranks} need {needed} {resource}s; the nodes of "
             f"this Ray cluster have {', '.join(f'{size:g}' for size in sizes)}. Lower one of them, or add nodes."
         )

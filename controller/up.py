@@ -20,7 +20,7 @@ from lorafleet.controller.fleet_start import wait_for_fleet
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.secret_file import write_secret
 from lorafleet.controller.signals import Signals, Stopped
-from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.errors import ConfigError, NoRoomError
 
 if TYPE_CHECKING:
     from lorafleet.controller.actor import FleetReady, Outcome
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _ANSWER_S = 60.0
+_ROOM_S = 5.0  # between attempts of a fleet that has no room yet
 _CHECK_S = 2.0  # between looks at whether the Ray cluster is there
 _AWAY_S = 60.0  # how long it may be away; Ray's own processes give up then too
 
@@ -35,34 +36,67 @@ _AWAY_S = 60.0  # how long it may be away; Ray's own processes give up then too
 def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_on: GatewayNodes, follow: bool) -> None:
     """Start the fleet and leave it running. Idempotent: one that runs with the same flags is waited for.
 
-    token_file: made if it is not there. follow: stay until the fleet or a signal ends. Raises `ConfigError`; what this
-    call has started is ended then, unless the fleet has served.
+    token_file: made if it is not there. follow: wait for nodes that have room; stay until the fleet or a signal ends.
+    Raises `ConfigError`; what this call has started is ended then, unless the fleet has served.
     """
-    from lorafleet.controller.actor import ControllerActor
-
     token = _token(token_file)
     signals = Signals()
-    # Ray keeps an actor's arguments, and without gateways the controller has no use for the clients' keys.
-    wanted = config if gateways_on != "none" else dataclasses.replace(config, api_keys=())
+    # What the fleet is, not how this command reaches it. Ray keeps an actor's arguments, and without gateways the
+    # controller has no use for the clients' keys.
+    keys = config.api_keys if gateways_on != "none" else ()
+    wanted = dataclasses.replace(config, ray_address=None, api_keys=keys)
     with contextlib.suppress(Stopped), _joined(config.ray_address or "auto", signals) as cluster:
-        is_new = not cluster.find_controller()
-        if is_new:
-            _say("starting controller, workers and gateways ...")
-            cluster.create_controller(ControllerActor, wanted, "", controller_port, token, gateways_on)
-        elif not cluster.poll("was_told", wanted, token, gateways_on, timeout_s=_ANSWER_S):
-            raise ConfigError(
-                f"This Ray cluster runs a fleet with other flags, or another token than that of {token_file}. "
-                "`lorafleet down` ends it."
-            )
-        try:
-            answer = wait_for_fleet(cluster, signals)
-        except BaseException:
-            if is_new:
-                cluster.remove_fleet()
-            raise
-        _announce(config, answer, token_file)
+        _say("starting controller, workers and gateways ...")
+        said = ""
+        while True:
+            try:
+                fleet = _start(cluster, signals, wanted, controller_port, token, gateways_on)
+                break
+            except NoRoomError as error:
+                if not follow:
+                    raise
+                if error.message != said:
+                    said = error.message
+                    _say(f"waiting for nodes: {said}")
+                _pause(_ROOM_S, signals)
+        _announce(config, fleet, token_file)
         if follow:
-            _follow(cluster, answer.last_event, signals)
+            _follow(cluster, fleet.last_event, signals)
+
+
+def _start(
+    cluster: FleetCluster,
+    signals: Signals,
+    wanted: ServeConfig,
+    controller_port: int,
+    token: str,
+    gateways_on: GatewayNodes,
+) -> FleetReady:
+    """Have the fleet, when it serves. What did not come to serve is ended."""
+    from lorafleet.controller.actor import ControllerActor
+
+    is_new = not cluster.find_controller()
+    if is_new:
+        cluster.create_controller(ControllerActor, wanted, "", controller_port, token, gateways_on)
+    elif not cluster.poll("was_told", wanted, token, gateways_on, timeout_s=_ANSWER_S):
+        raise ConfigError(
+            "This Ray cluster runs a fleet with other flags, or another token than --token-file has. `lorafleet down` "
+            "ends it."
+        )
+    try:
+        return wait_for_fleet(cluster, signals)
+    except BaseException:
+        if is_new:
+            cluster.remove_fleet()
+        raise
+
+
+def _pause(seconds: float, signals: Signals) -> None:
+    """Raises `Stopped`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        signals.check()
+        time.sleep(_POLL_S)
 
 
 def down(ray_address: str, drain_timeout_s: float) -> None:

@@ -131,6 +131,10 @@ class ModelError(LoRAFleetError):
     """The base model's files are missing, broken or of an unsupported kind."""
 
 
+class NoRoomError(ConfigError):
+    """The nodes of the Ray cluster, all together, have not what the workers' ranks need."""
+
+
 class MemoryPlanError(ConfigError):
     """Weights, KV pages and adapter slots do not fit into memory."""
 
@@ -165,6 +169,7 @@ ERRORS: dict[type[LoRAFleetError], ErrorStatus] = {
     InternalError: ErrorStatus("internal_error", "INTERNAL", 500, "server_error"),
     ConfigError: ErrorStatus("bad_config", "FAILED_PRECONDITION", 500, "server_error"),
     ModelError: ErrorStatus("bad_model", "FAILED_PRECONDITION", 500, "server_error"),
+    NoRoomError: ErrorStatus("no_room", "FAILED_PRECONDITION", 500, "server_error"),
     MemoryPlanError: ErrorStatus("memory_plan", "FAILED_PRECONDITION", 500, "server_error"),
 }
 

@@ -1,7 +1,8 @@
-"""What node.sh, on the head, asks of the configuration that `ray up` leaves there.
+"""What node.sh asks of the cluster, and on the head of the configuration that `ray up` leaves there.
 
 python hosts.py wait SECONDS    until all hosts have joined that `ray up` is to start, or so long
 python hosts.py others          of the other hosts, where they are our own: user, key and address, a line each
+python hosts.py member          exit code 0 if the cluster counts this host as one of its own
 """
 
 from __future__ import annotations
@@ -39,15 +40,26 @@ def wait(config: dict[str, Any], timeout_s: float) -> None:
     time.sleep(_HEARD_S)
 
 
+def is_member() -> bool:
+    import ray
+
+    ray.init(address="auto", logging_level="error", log_to_driver=False)
+    node_id = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
 def main() -> None:
-    if not CONFIG.exists():  # node.sh was started by hand
-        return
-    config = yaml.safe_load(CONFIG.read_text())
+    # Without the file node.sh was started by hand.
+    config = yaml.safe_load(CONFIG.read_text()) if CONFIG.exists() else None
     match sys.argv[1:]:
         case ["wait", seconds]:
-            wait(config, float(seconds))
+            if config is not None:
+                wait(config, float(seconds))
         case ["others"]:
-            print(*others(config), sep="\n")
+            if config is not None:
+                print(*others(config), sep="\n")
+        case ["member"]:
+            sys.exit(not is_member())
         case _:
             sys.exit(__doc__)
 

@@ -18,11 +18,18 @@ log=$state/node.log
 
 say() { echo "$(date '+%F %T') node.sh: $*"; }
 
-stop() {
+is_supervised() {
     local pid
-    if pid=$(cat "$state/node.pid" 2> /dev/null) && [[ -r /proc/$pid/cmdline ]] \
-        && tr '\0' ' ' < "/proc/$pid/cmdline" | grep -q 'node.sh run'; then
-        kill -KILL -- "-$pid" 2> /dev/null
+    pid=$(cat "$state/node.pid" 2> /dev/null) && [[ -r /proc/$pid/cmdline ]] \
+        && tr '\0' ' ' < "/proc/$pid/cmdline" | grep -q 'node.sh run'
+}
+
+# Changes with the role, the settings and the wheel.
+what_starts() { { echo "$*"; cat "$here"/node.* "$here/../dist/"*; } 2> /dev/null | sha256sum; }
+
+stop() {
+    if is_supervised; then
+        kill -KILL -- "-$(cat "$state/node.pid")" 2> /dev/null
     fi
     rm -f "$state/node.pid"
     at_reboot nothing
@@ -44,8 +51,14 @@ start() {
         *) say "start head, or start worker HEAD_IP" >&2; exit 2 ;;
     esac
     mkdir -p "$state" && chmod 700 "$state"
-    echo "$*" > "$state/role"
+    if [[ $1 == worker && $(cat "$state/started" 2> /dev/null) == "$(what_starts "$@")" ]] && is_supervised \
+        && timeout 30 python "$here/hosts.py" member; then
+        say "runs, and the head knows it" # a head that comes back may start what has never stopped
+        return
+    fi
     stop
+    echo "$*" > "$state/role"
+    what_starts "$@" > "$state/started"
     at_reboot "setsid $here/node.sh run >> $log 2>&1" \
         || say "without cron Ray does not come back by itself when the host restarts; see lorafleet-node.service" >&2
     setsid "$here/node.sh" run >> "$log" 2>&1 < /dev/null &

@@ -68,6 +68,16 @@ def test_a_worker_over_two_nodes_outlives_the_command_and_a_node(
     too_many = run(*up, "--num-workers", "2")
     assert too_many.returncode == 1, too_many.stderr
     assert "--num-workers 2 of --tensor-parallel-size 2 need 4 CPUs" in too_many.stderr
+    lost = cluster.list_all_nodes()[-1]
+    assert lost is not cluster.head_node
+    cluster.remove_node(lost)
+    follower = subprocess.Popen(
+        [LORAFLEET, *up, "--follow"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert follower.stderr is not None
+    while "waiting for nodes: --num-workers 1 of" not in (line := follower.stderr.readline()):
+        assert line, "it has ended"
+    cluster.add_node(num_cpus=1)
     began = run(*up)
     assert began.returncode == 0, began.stderr
     assert token_file.stat().st_mode & 0o777 == 0o600
@@ -81,10 +91,6 @@ def test_a_worker_over_two_nodes_outlives_the_command_and_a_node(
     server, second = Endpoint(port), Endpoint(free_port())
     command = [LORAFLEET, *line.split()[3:], "--port", str(second.port)]
     gateway = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    follower = subprocess.Popen(
-        [LORAFLEET, *up, "--follow"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert follower.stderr is not None
     try:
         expected = {model: server.complete(model, PROMPTS) for model in ("tiny", "good")}
         assert expected["tiny"] != expected["good"]
