@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-_HEARD_S = 3.0  # for what a host has to be heard of where actors are placed; it is known to be there before
 CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 
 
@@ -33,11 +32,16 @@ def wait(config: dict[str, Any], timeout_s: float) -> None:
     """Without it, a head that has room for all workers would get them all."""
     import ray
 
-    ray.init(address="auto", logging_level="error", log_to_driver=False)
     deadline = time.monotonic() + timeout_s
+    while not ray.is_initialized():
+        try:
+            ray.init(address="auto", logging_level="error", log_to_driver=False)
+        except ConnectionError:  # Ray has not yet said where it is
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
     while sum(node["Alive"] for node in ray.nodes()) < num_hosts(config) and time.monotonic() < deadline:
         time.sleep(1.0)
-    time.sleep(_HEARD_S)
 
 
 def is_member() -> bool:
