@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -65,7 +65,7 @@ class WorkerCluster:
     ) -> None:
         """Ask for a worker, one of `num_workers`; it starts in the background. Does nothing if it exists.
 
-        Workers spread evenly over the nodes. One of several ranks is a placement group with an actor for each. Raises
+        Workers spread over the nodes. One of several ranks is a placement group with an actor for each. Raises
         `NoRoomError`, and `WorkerLost` when there is no room for them now.
         """
         with contextlib.suppress(ValueError):
@@ -75,25 +75,22 @@ class WorkerCluster:
         on_gpu = config.device == "cuda" and ray.cluster_resources().get("GPU", 0) >= 1
         ranks = config.tensor_parallel_size
         sizes = _node_sizes("GPU" if on_gpu else "CPU")
-        _check_room(list(sizes.values()), num_workers, ranks, "GPU" if on_gpu else "CPU")
-        num_hosts = sum(size >= 1 for size in sizes.values())
+        _check_room(sizes, num_workers, ranks, "GPU" if on_gpu else "CPU")
+        num_hosts = sum(size >= 1 for size in sizes)
         config = dataclasses.replace(config, workers_per_host=-(-num_workers // num_hosts))
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         # A method may have had its effect when the actor died, so none is ever repeated by Ray.
         options |= {"namespace": NAMESPACE, "lifetime": "detached", "max_task_retries": 0}
         arguments = config, tuple(adapters), fleet
         if ranks == 1:
-            # Elsewhere if that node is lost or taken by others. Ray's own SPREAD has put all on one of two nodes.
-            home = homes(sizes)[int(name.removeprefix(WORKER_PREFIX))]
-            strategy = NodeAffinitySchedulingStrategy(home, soft=True, _spill_on_unavailable=True)
             ray.remote(WorkerActor).options(
-                name=name, get_if_exists=True, max_restarts=-1, scheduling_strategy=strategy, **options
+                name=name, get_if_exists=True, max_restarts=-1, scheduling_strategy="SPREAD", **options
             ).remote(*arguments)
             return
         # Ranks live and die together, so that Ray restarts none of them by itself: we make all anew.
         options["max_restarts"] = 0
         self.remove_worker(name)  # what is left of one that died
-        group = _place(name, ranks, "GPU" if on_gpu else "CPU", max(sizes.values()))
+        group = _place(name, ranks, "GPU" if on_gpu else "CPU", max(sizes))
         bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(ranks)]
         leader = (
             ray.remote(WorkerActor).options(name=name, scheduling_strategy=bundles[0], **options).remote(*arguments)
@@ -210,19 +207,9 @@ def _own_node_id(actor: object) -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def homes(sizes: Mapping[str, float]) -> list[str]:
-    """Nodes for as many workers of one rank as there is room for: each node one in turn, while it has a unit left.
-
-    sizes: how much each node has, by its id.
-    """
-    rounds = range(int(max(sizes.values(), default=0)))
-    return [node_id for taken in rounds for node_id, size in sizes.items() if size - taken >= 1]
-
-
-def _node_sizes(resource: str) -> dict[str, float]:
-    """How much each node has of a resource, used or not, by its id. The head comes last: it has the most to do."""
-    nodes = sorted(ray.nodes(), key=lambda node: ("node:__internal_head__" in node["Resources"], node["NodeID"]))
-    return {node["NodeID"]: node["Resources"].get(resource, 0.0) for node in nodes if node["Alive"]}
+def _node_sizes(resource: str) -> list[float]:
+    """How much each node has of a resource, used or not."""
+    return [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
 
 
 def _check_room(sizes: Sequence[float], num_workers: int, ranks: int, resource: str) -> None:
