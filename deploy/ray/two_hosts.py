@@ -338,7 +338,7 @@ def show_fault_tolerance(hosts: tuple[Host, Host], disks: Path) -> None:
     wait_until(lambda: num_ready(url) == 2, "both workers serve again")
     say(f"both workers serve {time.monotonic() - began:.0f} s after the head was booted")
     assert stream.end() == undisturbed, (stream.text, undisturbed)
-    assert set(other.processes("ray::WorkerActor")) == before, "the other host's worker went on"
+    assert before <= set(other.processes("ray::WorkerActor")), "the other host's worker went on"
     say(f"the worker of {other.name} is the process that it was")
     ray_down(config, hosts)
 
