@@ -73,22 +73,23 @@ def test_a_worker_dies(server: Server, undisturbed: list[Answer], texts: dict[st
     heal(server)
     before = workers(server)
     assert len(before) == 2
-    assert streams(server, lambda: os.kill(min(before), number)) == undisturbed
+    for victim in sorted(before):  # one after the other, since all streams may be with one of them
+        assert streams(server, partial(os.kill, victim, number)) == undisturbed
+        assert answers_as_before(server, texts)
+        heal(server)
     wait_until(lambda: sum(server.series("lorafleet_choices_resumed_total")) > 0, "a gateway has moved streams")
-    assert answers_as_before(server, texts)
-    heal(server)
-    assert len(workers(server) - before) == 1, "in a new process"
+    assert len(workers(server) - before) == 2, "in new processes"
     assert answers_as_before(server, texts)
 
 
 def test_a_worker_hangs(server: Server, undisturbed: list[Answer], texts: dict[str, list[str]]) -> None:
     heal(server)
-    hung = min(workers(server))
-    assert streams(server, lambda: os.kill(hung, signal.SIGSTOP)) == undisturbed
-    assert answers_as_before(server, texts)
-    wait_until(partial(has_ended, hung), "it is ended", timeout_s=60)
-    heal(server)
-    assert answers_as_before(server, texts)
+    for hung in sorted(workers(server)):
+        assert streams(server, partial(os.kill, hung, signal.SIGSTOP)) == undisturbed
+        assert answers_as_before(server, texts)
+        wait_until(partial(has_ended, hung), "it is ended", timeout_s=60)
+        heal(server)
+        assert answers_as_before(server, texts)
 
 
 def test_all_workers_die(server: Server, undisturbed: list[Answer], texts: dict[str, list[str]]) -> None:
