@@ -173,6 +173,8 @@ class ControllerActor:
         for name in actions.remove:
             await asyncio.to_thread(self._cluster.remove_worker, name)
         await asyncio.gather(*(self._create(name) for name in actions.create))
+        if self._failed is not None:
+            return  # there is no room: gateways would only hold their port
         await asyncio.gather(
             self._gateways.follow(self._gateways_are_there), *(life.follow() for life in self._lives.values())
         )

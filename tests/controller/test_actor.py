@@ -22,6 +22,7 @@ from lorafleet.controller.config import ServeConfig
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
 from lorafleet.workers.actor import FleetSettings, WorkerFailed, WorkerReady
 from lorafleet.workers.config import EngineConfig, LoRAModule
+from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
 
 TOKEN = "fleet-token"
@@ -94,6 +95,8 @@ class FakeCluster:
         self.answers: asyncio.Queue[WorkerReady | WorkerFailed | WorkerLost] = asyncio.Queue()
         self.ranks: dict[str, set[str]] = {}  # nodes of workers
         self.gateway_failure = ""
+        self.hosting: list[str] = []  # nodes that were to have gateways
+        self.has_room = True
 
     def worker_names(self) -> list[str]:
         return self.names
@@ -107,6 +110,8 @@ class FakeCluster:
         fleet: FleetSettings,
     ) -> None:
         assert fleet == FleetSettings("127.0.0.1", TOKEN)
+        if not self.has_room:
+            raise NoRoomError("no room")
         if name not in self.names:
             self.created.append(name)
             self.names.append(name)
@@ -134,7 +139,7 @@ class FakeCluster:
         return set()
 
     def host_gateways(self, node_id: str, actor: type, *args: object) -> None:
-        pass
+        self.hosting.append(node_id)
 
     async def gateways_listen(self, node_id: str, timeout_s: float) -> str:
         return self.gateway_failure
@@ -539,6 +544,19 @@ async def test_the_fleet_is_ready_when_its_gateways_listen_and_cannot_start_if_t
     cluster.answers.put_nowait((await start("worker-a")).ready)
     controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, "head")
     assert await ready(controller) == WorkerFailed("bad_config", "On node 10.0.0.1: the port is taken")
+    await stop(controller)
+
+
+async def test_a_fleet_without_room_says_so_and_takes_no_port_for_gateways(
+    model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    cluster.has_room = False
+    controller = ControllerActor(
+        ServeConfig(EngineConfig(str(model_dir)), ("base",)), "127.0.0.1", free_port, TOKEN, "head"
+    )
+    assert await ready(controller) == WorkerFailed("no_room", "no room")
+    await controller._run
+    assert cluster.hosting == []
     await stop(controller)
 
 

@@ -78,6 +78,8 @@ def test_a_worker_over_two_nodes_outlives_the_command_and_a_node(
     while "waiting for nodes: --num-workers 1 of" not in (line := follower.stderr.readline()):
         assert line, "it has ended"
     cluster.add_node(num_cpus=1)
+    server, second = Endpoint(port), Endpoint(free_port())
+    wait_until(lambda: answers(server, "tiny") is not None, "it has found room", timeout_s=120)
     began = run(*up)
     assert began.returncode == 0, began.stderr
     assert token_file.stat().st_mode & 0o777 == 0o600
@@ -88,7 +90,6 @@ def test_a_worker_over_two_nodes_outlives_the_command_and_a_node(
     assert other.returncode == 1
     assert "other flags" in other.stderr
 
-    server, second = Endpoint(port), Endpoint(free_port())
     command = [LORAFLEET, *line.split()[3:], "--port", str(second.port)]
     gateway = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
