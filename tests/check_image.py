@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from string import Template
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "deploy" / "docker"
@@ -31,7 +32,8 @@ VARIANTS = ("cpu", "cuda")
 USER = 10001
 # What RUN may do besides running a script of ours. They make the user and an empty folder, which no step needs.
 TRIVIAL = ("groupadd", "useradd", "install")
-PATH = f"{sys.base_prefix}/bin:/usr/bin:/bin"  # a Python as the base image has it
+# The first that has a Python as the base images do. The system's can be used by any user.
+PATHS = ("/usr/bin:/bin", f"{sys.base_prefix}/bin:/usr/bin:/bin")
 # Of this machine, what says where pip finds packages; hashes hold whatever is found.
 PIP_SETTINGS = ("cert", "default-timeout", "find-links", "index-url")
 KERNELS = """
@@ -249,9 +251,13 @@ def try_out(steps: Steps, scratch: Path) -> None:
         folder.chmod(0o555)
     # No /usr/bin behind it: no compiler, nor anything else that the image might not have.
     env = steps.env | {"PATH": steps.env["PATH"].split(":")[0]}
-    other_user = {"user": USER, "group": USER, "extra_groups": []} if os.geteuid() == 0 else {}
+    other_user: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []} if os.geteuid() == 0 else {}
+    try:
+        subprocess.run([python, "-c", ""], env={"PATH": ""}, check=True, **other_user)
+    except PermissionError:  # not root, or the interpreter lies in a home directory
+        other_user = {}
     if not other_user:
-        print("not root: tried as the user who installed it, who may write to it")
+        print("tried as the user who installed it, who may write to it")
     for command in (["lorafleet", "--version"], ["lorafleet", "--help"], ["python", "-c", KERNELS]):
         program = shutil.which(command[0], path=env["PATH"])
         assert program is not None, f"{command[0]} is not installed"
@@ -272,6 +278,13 @@ def pip_settings() -> dict[str, str]:
     return {f"PIP_{name.upper().replace('-', '_')}": settings[name] for name in PIP_SETTINGS if name in settings}
 
 
+def has_python(path: str) -> bool:
+    """Whether its python3 is one that the locks are for, and can make environments."""
+    program = shutil.which("python3", path=path)
+    test = "import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 11))"
+    return program is not None and subprocess.run([program, "-c", test], stderr=subprocess.DEVNULL).returncode == 0
+
+
 def size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*"))
 
@@ -290,12 +303,11 @@ def main() -> None:
         home.mkdir()
         # No pip.conf of this machine counts. One retry, since PyTorch's server may be out of reach where PIP_FIND_LINKS
         # has the file.
-        env = {"PATH": PATH, "HOME": str(home), "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "1"} | settings
-        version = [shutil.which("python3", path=PATH) or "python3", "-c", "import sys; print(*sys.version_info[:2])"]
-        found_version = subprocess.run(version, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-        if found_version != ["3", "11"]:
-            print(f"skipped: the locks are for Python 3.11, and the python3 of {PATH} is {'.'.join(found_version)}")
+        path = next(filter(has_python, PATHS), None)
+        if path is None:
+            print(f"skipped: the locks are for Python 3.11 with venv, which is in none of {PATHS}")
             return
+        env = {"PATH": path, "HOME": str(home), "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "1"} | settings
         steps = Steps(scratch / "root", dockerignore, env)
         steps.carry_out(parse(dockerfile, "cpu"))
         assert list(home.iterdir()) == [], f"the steps left {list(home.iterdir())} in the home directory"
