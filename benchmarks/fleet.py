@@ -136,7 +136,7 @@ class _Worker:
             pace=Pace(
                 step_s,
                 slowdown * model.prompt_token_s,
-                self._seat_s or Pace().seat_s,
+                self._seat_s,
                 slowdown * model.host_load_s,
                 slowdown * model.disk_load_s,
             ),

@@ -78,7 +78,9 @@ def _start(
     is_new = not cluster.find_controller()
     if is_new:
         cluster.create_controller(ControllerActor, wanted, "", controller_port, token, gateways_on)
-    elif not cluster.poll("was_told", wanted, token, gateways_on, timeout_s=_ANSWER_S):
+    elif (was_told := cluster.poll("was_told", wanted, token, gateways_on, timeout_s=_ANSWER_S)) is None:
+        raise ConfigError(f"{_NO_ANSWER} for {_ANSWER_S:g} s. `lorafleet status` shows what the gateways know of it.")
+    elif not was_told:
         raise ConfigError(
             "This Ray cluster runs a fleet with other flags, or another token than --token-file has. `lorafleet down` "
             "ends it."
@@ -127,10 +129,11 @@ def drain(ray_address: str, drain_timeout_s: float) -> None:
             return
         outcome = cluster.poll("drain_node", cluster.node_id, drain_timeout_s, timeout_s=drain_timeout_s + _ANSWER_S)
     if outcome is None:
-        raise ConfigError("The controller did not answer.")
+        raise ConfigError(f"{_NO_ANSWER}.")
     _tell(outcome)
 
 
+_NO_ANSWER = "This Ray cluster has a controller, which has not answered"
 _NO_FLEET = "no fleet runs on this Ray cluster"
 
 

@@ -19,6 +19,7 @@ import pytest
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers.adapter_registry import AdapterRegistry
 from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.pace import Pace
 from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
 from lorafleet.workers.engine.stats import EngineStats
@@ -121,6 +122,7 @@ class FakeEngine:
             num_prefix_query_tokens=70,
             num_prefix_hit_tokens=32,
             last_step_age_s=0.25,
+            pace=Pace(step_s=0.03),
         )
 
     def bind_thread(self) -> None:

@@ -10,6 +10,8 @@ worker pushes out another one there, which will be read again: the fuller the ho
 stays where it is until waiting there costs more than both reads. And where an adapter is hot, many more requests for it
 will wait before another worker has it, and share what its reading costs; so it gets a second home early.
 
+How long things take, each worker measures. What one has not measured of late is taken to be as with the others.
+
 Workers with a queue of over a quarter of their seats, and over 5/4 of the mean load, take nothing while others can: no
 affinity overloads a worker.
 
@@ -20,10 +22,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from lorafleet.controller.gateway.worker_view import Tier, WorkerView
+from lorafleet.workers.engine.pace import Pace
 
 LOAD_BOUND = 1.25  # requests a seat, or of the mean of all workers where that is more
 EVICTED_COUNTS = 2.0  # of a read, for the adapter that one which is read pushes out of a full host tier
@@ -32,6 +36,9 @@ HOME_SHARE = 0.25  # of a read, by which an adapter that nobody has is drawn to 
 FULL_SHARE = 0.9  # of the seats: the last ones are taken before a heartbeat says so
 FORESIGHT = 4.0  # in lengths of a read: for so long the requests to come for a hot adapter are reckoned with
 SCARCE_PAGES = 0.05  # share of free KV pages below which requests are likely to be preempted
+# While no worker has measured it.
+TYPICAL_PACE = Pace(step_s=0.03, prompt_token_s=0.0005, seat_s=3.0, host_load_s=0.02, disk_load_s=0.3)
+_PACE_NAMES = tuple(field.name for field in fields(Pace))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +66,26 @@ def choose_worker(workers: Sequence[WorkerView], wanted: Wanted, *, lot: str = "
     lots = {worker.worker_id: _draw(key, worker.worker_id) for worker in able}
     num_homes = sum(all(worker.tier(adapter) >= Tier.HOST for adapter in wanted.adapters) for worker in able)
     home = max(lots, key=lots.__getitem__) if wanted.adapters else ""
-    return min(
-        able,
-        key=lambda worker: (
-            _cost_s(worker, wanted, is_home=worker.worker_id == home, num_homes=num_homes),
-            lots[worker.worker_id],
-        ),
+    costs = (
+        (_cost_s(worker, pace, wanted, worker.worker_id == home, num_homes), lots[worker.worker_id], number)
+        for number, (worker, pace) in enumerate(zip(able, complete_paces(able), strict=True))
     )
+    return able[min(costs)[2]]
 
 
-def expected_first_token_s(worker: WorkerView, wanted: Wanted, num_coming: float = 0.0) -> float:
+def complete_paces(workers: Sequence[WorkerView]) -> list[Pace]:
+    """Each worker's pace; what it has not measured of late is the median of those that have, or typical."""
+    paces = [worker.pace for worker in workers]
+    for name in _PACE_NAMES:
+        known = [seconds for pace in paces if (seconds := getattr(pace, name))]
+        if len(known) < len(paces):
+            usual = {name: statistics.median(known) if known else getattr(TYPICAL_PACE, name)}
+            paces = [pace if getattr(pace, name) else replace(pace, **usual) for pace in paces]
+    return paces
+
+
+def expected_first_token_s(worker: WorkerView, pace: Pace, wanted: Wanted, num_coming: float = 0.0) -> float:
     """From now to the request's first token on this worker. num_coming: more requests to reckon with."""
-    pace = worker.pace
     wait_s = (worker.num_prompt_tokens + worker.num_unreported_tokens) * pace.prompt_token_s
     num_ahead = worker.num_requests + 1 - FULL_SHARE * worker.max_num_seqs + num_coming
     if num_ahead > 0:
@@ -80,16 +95,15 @@ def expected_first_token_s(worker: WorkerView, wanted: Wanted, num_coming: float
         num_lacking = num_tokens // worker.page_size + 1 + SCARCE_PAGES * worker.num_pages - worker.num_free_pages
         if num_lacking > 0:
             wait_s += num_lacking * pace.seat_s / worker.num_pages
-    load_s = max((_load_s(worker, adapter) for adapter in wanted.adapters), default=0.0)
+    load_s = max((_load_s(worker, pace, adapter) for adapter in wanted.adapters), default=0.0)
     return max(wait_s, load_s) + pace.step_s + num_tokens * pace.prompt_token_s
 
 
-def _cost_s(worker: WorkerView, wanted: Wanted, *, is_home: bool, num_homes: int) -> float:
-    pace = worker.pace
+def _cost_s(worker: WorkerView, pace: Pace, wanted: Wanted, is_home: bool, num_homes: int) -> float:
     num_coming = 0.0
     if wanted.adapters and all(worker.tier(adapter) >= Tier.HOST for adapter in wanted.adapters):
         num_coming = FORESIGHT * wanted.num_recent * pace.disk_load_s / num_homes
-    cost_s = expected_first_token_s(worker, wanted, num_coming)
+    cost_s = expected_first_token_s(worker, pace, wanted, num_coming)
     cost_s += pace.step_s * worker.num_requests / worker.max_num_seqs
     num_cold = 0
     for adapter in wanted.adapters:
@@ -104,13 +118,13 @@ def _cost_s(worker: WorkerView, wanted: Wanted, *, is_home: bool, num_homes: int
     return cost_s
 
 
-def _load_s(worker: WorkerView, adapter: str) -> float:
+def _load_s(worker: WorkerView, pace: Pace, adapter: str) -> float:
     tier = worker.tier(adapter)
     if tier is Tier.DEVICE:
         return 0.0
     if tier is Tier.HOST:
-        return worker.pace.host_load_s
-    return worker.pace.disk_load_s if tier is Tier.DISK else 2.0 * worker.pace.disk_load_s
+        return pace.host_load_s
+    return pace.disk_load_s if tier is Tier.DISK else 2.0 * pace.disk_load_s
 
 
 def _within_bound(workers: list[WorkerView]) -> list[WorkerView]:

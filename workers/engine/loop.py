@@ -232,6 +232,7 @@ class Engine:
             host_cache_bytes=store.bytes,
             host_cache_usage=store.usage,
             num_adapter_loads=store.loads,
+            pace=self._pace.pace(),
             last_step_age_s=0.0 if began is None else time.monotonic() - began,
         )
 
@@ -485,5 +486,4 @@ class Engine:
             num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_slot_loads=self._loader.num_loaded,
-            pace=self._pace.pace,
         )

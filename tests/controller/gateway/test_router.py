@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafleet.controller.gateway.router import LOAD_BOUND, Wanted, choose_worker, expected_first_token_s
+from lorafleet.controller.gateway.router import (
+    LOAD_BOUND,
+    TYPICAL_PACE,
+    Wanted,
+    choose_worker,
+    complete_paces,
+    expected_first_token_s,
+)
 from lorafleet.controller.gateway.worker_view import Tier, WorkerView
 from lorafleet.workers.engine.pace import Pace
 
@@ -36,10 +43,19 @@ DEVICE, HOST, DISK = ({"hot": tier} for tier in (Tier.DEVICE, Tier.HOST, Tier.DI
             id="a queue",
         ),
         pytest.param(
-            [replace(IDLE, pace=Pace(step_s=0.1)), replace(B, num_running=5)], "", "b", id="not one that is slow"
+            [replace(IDLE, pace=Pace(step_s=0.1)), replace(B, num_running=5, pace=Pace(step_s=0.03))],
+            "",
+            "b",
+            id="not one that is slow",
         ),
         pytest.param(
-            [replace(IDLE, num_running=9, pace=Pace(seat_s=9.0)), replace(B, num_running=10)],
+            [replace(IDLE, num_running=1, pace=Pace(step_s=0.1)), B], "", "b", id="one that is not known to be slow"
+        ),
+        pytest.param(
+            [replace(IDLE, num_running=1, pace=Pace(step_s=0.001)), B], "", "b", id="one that is not known to be fast"
+        ),
+        pytest.param(
+            [replace(IDLE, num_running=9, pace=Pace(seat_s=9.0)), replace(B, num_running=10, pace=Pace(seat_s=3.0))],
             "",
             "b",
             id="seats come free",
@@ -88,6 +104,14 @@ def test_gateways_do_not_all_send_the_base_models_requests_to_one_idle_worker() 
     workers = [replace(IDLE, worker_id=f"w{number}") for number in range(5)]
     chosen = {choose_worker(workers, Wanted(), lot=f"gateway {number}") for number in range(50)}
     assert len(chosen) == 5
+
+
+def test_what_a_worker_has_not_measured_is_as_with_the_others() -> None:
+    measured = [Pace(step_s=0.01), Pace(step_s=0.05, seat_s=2.0), Pace(step_s=0.02, seat_s=4.0), Pace()]
+    paces = complete_paces([replace(IDLE, pace=pace) for pace in measured])
+    assert [pace.step_s for pace in paces] == [0.01, 0.05, 0.02, 0.02]
+    assert [pace.seat_s for pace in paces] == [3.0, 2.0, 4.0, 3.0]
+    assert {pace.disk_load_s for pace in paces} == {TYPICAL_PACE.disk_load_s}
 
 
 def test_a_prompt_goes_where_its_beginning_is_computed() -> None:
@@ -146,8 +170,8 @@ def test_no_affinity_overloads_a_worker(loads: list[int], favourite: int) -> Non
 def test_more_work_never_makes_the_first_token_come_sooner(
     num_running: int, num_ahead: int, num_tokens: int, num_free_pages: int, tier: Tier
 ) -> None:
-    def seconds(view: WorkerView, num_prompt_tokens: int = num_tokens) -> float:
-        return expected_first_token_s(view, Wanted(("hot",), num_prompt_tokens))
+    def seconds(view: WorkerView, num_prompt_tokens: int = num_tokens, pace: Pace = TYPICAL_PACE) -> float:
+        return expected_first_token_s(view, pace, Wanted(("hot",), num_prompt_tokens))
 
     view = replace(
         IDLE,
@@ -162,7 +186,7 @@ def test_more_work_never_makes_the_first_token_come_sooner(
     assert seconds(replace(view, num_prompt_tokens=num_ahead + 1)) >= before
     assert seconds(replace(view, num_free_pages=max(0, num_free_pages - 1))) >= before
     assert seconds(replace(view, tiers={"hot": Tier(max(0, tier - 1))})) >= before
-    assert seconds(replace(view, pace=Pace(0.06, 0.001, 6.0, 0.04, 0.6))) >= before
+    assert seconds(view, pace=Pace(0.06, 0.001, 6.0, 0.04, 0.6)) >= before
 
 
 @pytest.mark.parametrize(
