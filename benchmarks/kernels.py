@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from lorafleet.kernels import paged_kv
 from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.linear import linear, prepare
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
-from lorafleet.kernels.paged_kv import key_shape, value_shape
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -79,9 +79,9 @@ def attention(spec: ModelSpec) -> None:
     ):
         pages_each = -(-context // _PAGE)
         num_pages = num_seqs * pages_each
-        sizes = (num_pages, spec.num_kv_heads, _PAGE, spec.head_dim, torch.bfloat16)
-        keys = torch.randn(_NUM_COPIES, *key_shape(*sizes)).bfloat16()
-        values = torch.randn(_NUM_COPIES, *value_shape(*sizes)).bfloat16()
+        sizes = (num_pages, spec.num_kv_heads, _PAGE, spec.head_dim, torch.bfloat16, torch.device("cpu"))
+        keys, values = paged_kv.empty(*sizes, num_layers=_NUM_COPIES)
+        keys.normal_(), values.normal_()
         table = torch.randperm(num_pages).to(torch.int32).view(num_seqs, pages_each)
         starts = torch.arange(num_seqs + 1, dtype=torch.int32) * queries
         contexts = torch.full((num_seqs,), context, dtype=torch.int32)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.kernels.native import DTYPE_CODES, library
-from lorafleet.kernels.paged_kv import read
+from lorafleet.kernels.paged_kv import read, sizes
 
 
 def paged_attention(
@@ -34,12 +35,13 @@ def paged_attention(
     and with window > 0 only to the last `window` of them.
     """
     native = library()
-    if native is None or q_TQ.device.type != "cpu":
+    is_on_gpu = uses_triton(q_TQ.device)
+    if native is None and not is_on_gpu:
         out = paged_attention_reference(
             q_TQ, k_cache, v_cache, page_table_SP, query_start_S1, context_len_S, num_q_heads, scale, window
         )
         return out if out_TQ is None else out_TQ.copy_(out)
-    num_kv_heads, page_size, head_dim = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
+    num_kv_heads, page_size, head_dim = sizes(k_cache, v_cache)
     assert q_TQ.stride(1) == 1 and q_TQ.shape[1] == num_q_heads * head_dim and num_q_heads % num_kv_heads == 0
     assert q_TQ.dtype == k_cache.dtype == v_cache.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert page_table_SP.dtype == query_start_S1.dtype == context_len_S.dtype == torch.int32
@@ -47,6 +49,22 @@ def paged_attention(
     if out_TQ is None:
         out_TQ = q_TQ.new_empty(q_TQ.shape)
     assert out_TQ.is_contiguous() and out_TQ.dtype == q_TQ.dtype
+    if is_on_gpu:
+        from lorafleet.kernels.gpu.attention import paged_attention as on_gpu
+
+        on_gpu(
+            q_TQ,
+            k_cache,
+            v_cache,
+            page_table_SP,
+            query_start_S1,
+            context_len_S,
+            num_q_heads,
+            scale,
+            window,
+            out_TQ,
+        )
+        return out_TQ
     native.lf_paged_attention(
         DTYPE_CODES[q_TQ.dtype],
         q_TQ.data_ptr(),
@@ -81,7 +99,7 @@ def paged_attention_reference(
     window: int = 0,
 ) -> torch.Tensor:
     """Sequence by sequence, in float32: defines what is right."""
-    num_kv_heads, page_size, head_dim = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
+    num_kv_heads, page_size, head_dim = sizes(k_cache, v_cache)
     out_TQ = q_TQ.new_empty(q_TQ.shape)
     starts = query_start_S1.tolist()
     for s, context in enumerate(context_len_S.tolist()):

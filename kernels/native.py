@@ -137,7 +137,7 @@ def _word(kind: type, value: int | float | None) -> int:
 
 @contextmanager
 def forced(level: Level | None) -> Iterator[None]:
-    """Run that level's kernels, or the references (None), within this block and in all threads. For tests."""
+    """Run that level's kernels, or none, within this block and in all threads. For dispatch.py."""
     global _library, _decided
     library()
     replacement = None if level is None else _open(_find(level))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.kernels.native import DTYPE_CODES, library
 
 
@@ -21,13 +22,19 @@ def rms_norm(
 ) -> torch.Tensor:
     """The norm of each row, in `out_TH` if that is given. which_T: int32; None: the first weight, or the only, [H]."""
     native = library()
-    if native is None or x_TH.device.type != "cpu":
+    is_on_gpu = uses_triton(x_TH.device)
+    if native is None and not is_on_gpu:
         out = rms_norm_reference(x_TH, weight_WH, eps, which_T)
         return out if out_TH is None else out_TH.copy_(out)
     if out_TH is None:
         out_TH = torch.empty_like(x_TH)
     assert x_TH.is_contiguous() and out_TH.is_contiguous() and x_TH.dtype == weight_WH.dtype == out_TH.dtype
     assert weight_WH.is_contiguous() and (which_T is None or which_T.dtype == torch.int32)
+    if is_on_gpu:
+        from lorafleet.kernels.gpu.norm import rms_norm as on_gpu
+
+        on_gpu(x_TH, weight_WH, eps, out_TH, which_T)
+        return out_TH
     native.lf_rms_norm(
         DTYPE_CODES[x_TH.dtype],
         x_TH.data_ptr(),
@@ -50,12 +57,18 @@ def fused_add_rms_norm_(
 ) -> None:
     """residual += x; x = the norm of residual. Both in place."""
     native = library()
-    if native is None or x_TH.device.type != "cpu":
+    is_on_gpu = uses_triton(x_TH.device)
+    if native is None and not is_on_gpu:
         fused_add_rms_norm_reference_(x_TH, residual_TH, weight_WH, eps, which_T)
         return
     assert x_TH.is_contiguous() and residual_TH.is_contiguous() and x_TH.shape == residual_TH.shape
     assert x_TH.dtype == residual_TH.dtype == weight_WH.dtype
     assert weight_WH.is_contiguous() and (which_T is None or which_T.dtype == torch.int32)
+    if is_on_gpu:
+        from lorafleet.kernels.gpu.norm import fused_add_rms_norm_ as on_gpu
+
+        on_gpu(x_TH, residual_TH, weight_WH, eps, which_T)
+        return
     native.lf_fused_add_rms_norm(
         DTYPE_CODES[x_TH.dtype],
         x_TH.data_ptr(),

@@ -1,8 +1,12 @@
 """How keys and values lie in a page: in the order in which attention multiplies them, so that it never rearranges them.
 
-A product takes a unit of several elements at once: two for bfloat16, one else. Keys of one page and head are kept with
-their units apart, the tokens of the page side by side; values with their features side by side, a unit of tokens
-together. With u elements to a unit:
+On a GPU both lie plainly, a token's features side by side:
+
+    keys, values [pages, kv heads, page size, D]
+
+On a CPU a product takes a unit of several elements at once: two for bfloat16, one else. Keys of one page and head are
+kept with their units apart, the tokens of the page side by side; values with their features side by side, a unit of
+tokens together. With u elements to a unit:
 
     keys   [pages, kv heads, D / u, page size, u]
     values [pages, kv heads, page size / u, D, u]
@@ -14,36 +18,61 @@ from __future__ import annotations
 
 import torch
 
-
-def unit(dtype: torch.dtype) -> int:
-    """Elements that are multiplied together."""
-    return 2 if dtype == torch.bfloat16 else 1
+from lorafleet.kernels.dispatch import uses_triton
 
 
-def key_shape(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
-    u = unit(dtype)
-    return num_pages, num_kv_heads, head_dim // u, page_size, u
+def empty(
+    num_pages: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    num_layers: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for keys and values, as the ops on this device read it; with num_layers, a dimension of layers before."""
+    if uses_triton(device):
+        key_shape = value_shape = (num_pages, num_kv_heads, page_size, head_dim)
+    else:
+        u = 2 if dtype == torch.bfloat16 else 1
+        key_shape = (num_pages, num_kv_heads, head_dim // u, page_size, u)
+        value_shape = (num_pages, num_kv_heads, page_size // u, head_dim, u)
+    layers = () if num_layers is None else (num_layers,)
+    # Not zeros: on a CPU untouched pages then cost no physical memory.
+    return (
+        torch.empty((*layers, *key_shape), dtype=dtype, device=device),
+        torch.empty((*layers, *value_shape), dtype=dtype, device=device),
+    )
 
 
-def value_shape(
-    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype
-) -> tuple[int, ...]:
-    u = unit(dtype)
-    return num_pages, num_kv_heads, page_size // u, head_dim, u
+def is_plain(k_cache: torch.Tensor) -> bool:
+    return k_cache.dim() == 4
+
+
+def sizes(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int, int]:
+    """(kv heads, page size, head dim) of one layer's pages."""
+    return k_cache.shape[1], k_cache.shape[2 if is_plain(k_cache) else 3], v_cache.shape[3]
 
 
 def write_(
     k_cache: torch.Tensor, v_cache: torch.Tensor, slots_T: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> None:
     """Put k and v, [T, kv heads, D], where `slots_T` says."""
-    page_size, u = k_cache.shape[3], k_cache.shape[4]
+    _, page_size, _ = sizes(k_cache, v_cache)
     page, offset = slots_T // page_size, slots_T % page_size
+    if is_plain(k_cache):
+        k_cache[page, :, offset], v_cache[page, :, offset] = k, v
+        return
+    u = k_cache.shape[4]
     k_cache[page, :, :, offset] = k.unflatten(2, (-1, u))
     v_cache[page, :, offset // u, :, offset % u] = v
 
 
 def read(k_cache: torch.Tensor, v_cache: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of all tokens of some pages, [kv heads, tokens, D] each."""
+    if is_plain(k_cache):
+        return k_cache[pages].transpose(0, 1).flatten(1, 2), v_cache[pages].transpose(0, 1).flatten(1, 2)
     keys = k_cache[pages].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
     values = v_cache[pages].permute(1, 0, 2, 4, 3).flatten(1, 3)
     return keys, values

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import torch
 
+from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.kernels.native import DTYPE_CODES, library
 from lorafleet.kernels.norm import rms_norm_reference
-from lorafleet.kernels.paged_kv import write_
+from lorafleet.kernels.paged_kv import sizes, write_
 
 
 def rope_kv_write_(
@@ -36,7 +37,8 @@ def rope_kv_write_(
     slot_mapping_T: int64, page · page size + offset of each row.
     """
     native = library()
-    if native is None or qkv_TE.device.type != "cpu":
+    is_on_gpu = uses_triton(qkv_TE.device)
+    if native is None and not is_on_gpu:
         _reference_(
             qkv_TE,
             cos_sin_MD,
@@ -52,13 +54,31 @@ def rope_kv_write_(
             which_T,
         )
         return
-    head_dim, page_size = v_cache.shape[3], k_cache.shape[3]
+    _, page_size, head_dim = sizes(k_cache, v_cache)
     assert qkv_TE.stride(1) == 1 and qkv_TE.shape[1] == (num_q_heads + 2 * num_kv_heads) * head_dim
     assert qkv_TE.dtype == k_cache.dtype == v_cache.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert cos_sin_MD.dtype == torch.float32 and cos_sin_MD.is_contiguous() and head_dim <= 512
     assert positions_T.dtype == slot_mapping_T.dtype == torch.int64
     assert which_T is None or which_T.dtype == torch.int32
     assert all(norm is None or norm.is_contiguous() for norm in (q_norm_WD, k_norm_WD))
+    if is_on_gpu:
+        from lorafleet.kernels.gpu.rope import rope_kv_write_ as on_gpu
+
+        on_gpu(
+            qkv_TE,
+            cos_sin_MD,
+            positions_T,
+            k_cache,
+            v_cache,
+            slot_mapping_T,
+            num_q_heads,
+            num_kv_heads,
+            q_norm_WD,
+            k_norm_WD,
+            eps,
+            which_T,
+        )
+        return
     native.lf_rope_kv_write(
         DTYPE_CODES[qkv_TE.dtype],
         qkv_TE.data_ptr(),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.kernels.native import DTYPE_CODES, library
 
 
@@ -34,7 +35,8 @@ def sample_tokens(
     that holds NaN or +inf, or nothing but -inf, is not finite; its token id is 0.
     """
     native = library()
-    if native is None or logits_SV.device.type != "cpu":
+    is_on_gpu = uses_triton(logits_SV.device)
+    if native is None and not is_on_gpu:
         return sample_tokens_reference(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
     rows, vocab_size = logits_SV.shape
     assert vocab_size > 0 and (logits_SV.stride(1) == 1 or vocab_size == 1)
@@ -42,8 +44,13 @@ def sample_tokens(
     assert top_k_S.dtype == torch.int64 and uniform_S.dtype == torch.float64
     columns = (temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
     assert all(column.shape == (rows,) and column.is_contiguous() for column in columns)
-    token_ids_S = torch.empty(rows, dtype=torch.int64)
-    finite_S = torch.empty(rows, dtype=torch.bool)
+    token_ids_S = torch.empty(rows, dtype=torch.int64, device=logits_SV.device)
+    finite_S = torch.empty(rows, dtype=torch.bool, device=logits_SV.device)
+    if is_on_gpu:
+        from lorafleet.kernels.gpu.sampling import sample_tokens as on_gpu
+
+        on_gpu(logits_SV, *columns, token_ids_S, finite_S)
+        return token_ids_S, finite_S
     native.lf_sample_tokens(
         DTYPE_CODES[logits_SV.dtype],
         logits_SV.data_ptr(),

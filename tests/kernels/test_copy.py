@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorafleet.kernels.copy import Copies, copy_reference
-from lorafleet.kernels.native import forced
+from lorafleet.kernels.dispatch import forced
 
 pytestmark = pytest.mark.usefixtures("each_level")
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.kernels.native import forced
+from lorafleet.kernels.dispatch import forced
 from lorafleet.kernels.sampling import sample_tokens, sample_tokens_reference
 
-pytestmark = pytest.mark.usefixtures("each_level")
+pytestmark = pytest.mark.usefixtures("each_version")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = 1e-6  # of cumulative probabilities, between two correct results
@@ -22,11 +22,6 @@ TOP_PS = (1.0, 1.0 - 2.0**-24, 0.999, 0.9, 0.5, 1e-9)
 MIN_PS = (0.0, 0.0, 0.001, 0.3, 1.0)
 
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def columns(

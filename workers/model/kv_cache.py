@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafleet.kernels.paged_kv import key_shape, value_shape
+from lorafleet.kernels import paged_kv
 
 
 class KVCache:
@@ -24,8 +24,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        sizes = (num_pages, num_kv_heads, page_size, head_dim, dtype)
-        # empty, not zeros: on a CPU untouched pages then cost no physical memory.
-        self.keys = torch.empty((num_layers, *key_shape(*sizes)), dtype=dtype, device=device)
-        self.values = torch.empty((num_layers, *value_shape(*sizes)), dtype=dtype, device=device)
+        self.keys, self.values = paged_kv.empty(
+            num_pages, num_kv_heads, page_size, head_dim, dtype, device, num_layers=num_layers
+        )
         self.page_size = page_size
