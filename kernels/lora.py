@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lorafleet.kernels.dispatch import uses_triton
+from lorafleet.kernels.lora_tiles import LoraTiles, block_rows_for, divide
 from lorafleet.kernels.native import DTYPE_CODES, library
 
 
@@ -34,6 +36,7 @@ class LoraSegments:
     end_G: torch.Tensor  # int32, behind the last row
     slot_G: torch.Tensor  # int32
     weight_G: torch.Tensor  # float32, 1 unless adapters are composed
+    tiles: LoraTiles | None = None  # the same for a GPU; without them each call makes them, which waits for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ class LoraSlots:
 def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments) -> None:
     """Add the adapters' terms to y in place; the products are float32."""
     native = library()
-    if native is None or y_TO.device.type != "cpu":
+    is_on_gpu = uses_triton(y_TO.device)
+    if native is None and not is_on_gpu:
         lora_add_reference_(y_TO, x_TI, slots, segments)
         return
     a_LNRI, b_LRO = slots.a_LNRI, slots.b_LRO
@@ -63,6 +67,23 @@ def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments
     assert y_TO.shape[1] == b_LRO.shape[2] and b_LRO.shape[1] == max_rank
     assert slots.rank_LN.dtype == slots.is_affine_LN.dtype == segments.start_G.dtype == torch.int32
     assert slots.scale_LO.dtype == slots.shift_LO.dtype == slots.scaling_LN.dtype == torch.float32
+    if is_on_gpu:
+        from lorafleet.kernels.gpu.lora import lora_add_ as on_gpu
+
+        on_gpu(
+            y_TO,
+            x_TI,
+            a_LNRI,
+            b_LRO,
+            slots.rank_LN,
+            slots.scaling_LN,
+            slots.is_affine_LN,
+            slots.scale_LO,
+            slots.shift_LO,
+            slots.slice_end_N,
+            segments.tiles or _divide(segments, y_TO.shape[0]),
+        )
+        return
     native.lf_lora_add(
         DTYPE_CODES[y_TO.dtype],
         DTYPE_CODES[a_LNRI.dtype],
@@ -88,6 +109,11 @@ def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments
         num_in,
         y_TO.shape[1],
     )
+
+
+def _divide(segments: LoraSegments, num_tokens: int) -> LoraTiles:
+    columns = segments.start_G, segments.end_G, segments.slot_G, segments.weight_G
+    return divide(*(column.tolist() for column in columns), block_rows_for(num_tokens)).to(segments.start_G.device)
 
 
 def lora_add_reference_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments) -> None:

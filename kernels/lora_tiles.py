@@ -1,0 +1,92 @@
+"""How the GPU divides LoRA's work over a batch: tiles of rows, and for each adapter of a tile's rows a piece.
+
+The rows of one adapter are cut into tiles. Where adapters are composed, rows lie in several segments: a tile then lies
+within all segments that it touches, and has a piece for each. So one program sums all that is added to its outputs, in
+a fixed order, and rounds once.
+
+B tiles, P pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+SMALL_ROWS = 16  # of a tile: the fewest that tensor cores multiply, for steps of few rows for each adapter
+LARGE_ROWS = 64
+_MAX_SMALL_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTiles:
+    """On the device of the batch, all int32 but the weights."""
+
+    start_B: torch.Tensor  # first row
+    end_B: torch.Tensor  # behind the last row; a tile without rows is left alone
+    first_B1: torch.Tensor  # a tile's pieces are [b] to [b + 1]
+    tile_P: torch.Tensor
+    slot_P: torch.Tensor
+    weight_P: torch.Tensor  # float32
+    block_rows: int  # that a tile has at most
+
+
+@dataclass(frozen=True, slots=True)
+class TileLists:
+    """The same on the host."""
+
+    starts: list[int]
+    ends: list[int]
+    firsts: list[int]
+    tiles: list[int]
+    slots: list[int]
+    weights: list[float]
+    block_rows: int
+
+    def to(self, device: torch.device) -> LoraTiles:
+        def numbers(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device)
+
+        return LoraTiles(
+            numbers(self.starts),
+            numbers(self.ends),
+            numbers(self.firsts),
+            numbers(self.tiles),
+            numbers(self.slots),
+            torch.tensor(self.weights, dtype=torch.float32).to(device),
+            self.block_rows,
+        )
+
+
+def block_rows_for(num_tokens: int) -> int:
+    """How many rows a tile has in a step of so many tokens."""
+    return SMALL_ROWS if num_tokens <= _MAX_SMALL_TOKENS else LARGE_ROWS
+
+
+def divide(
+    starts: Sequence[int], ends: Sequence[int], slots: Sequence[int], weights: Sequence[float], block_rows: int
+) -> TileLists:
+    """Segments, in any order and overlapping in any way, as tiles. Empty ones have none."""
+    lists = TileLists([], [], [], [], [], [], block_rows)
+    coming = sorted(range(len(starts)), key=starts.__getitem__, reverse=True)
+    open_segments: list[int] = []
+    for begin, end in pairwise(sorted({*starts, *ends})):
+        open_segments = [g for g in open_segments if ends[g] > begin]
+        while coming and starts[coming[-1]] == begin:
+            g = coming.pop()
+            if ends[g] > begin:
+                open_segments.append(g)
+        if not open_segments:
+            continue
+        for row in range(begin, end, block_rows):
+            lists.firsts.append(len(lists.tiles))
+            for g in open_segments:
+                lists.tiles.append(len(lists.starts))
+                lists.slots.append(slots[g])
+                lists.weights.append(weights[g])
+            lists.starts.append(row)
+            lists.ends.append(min(end, row + block_rows))
+    lists.firsts.append(len(lists.tiles))
+    return lists
