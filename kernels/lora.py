@@ -36,7 +36,6 @@ class LoraSegments:
     end_G: torch.Tensor  # int32, behind the last row
     slot_G: torch.Tensor  # int32
     weight_G: torch.Tensor  # float32, 1 unless adapters are composed
-    tiles: LoraTiles | None = None  # the same for a GPU; without them each call makes them, which waits for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,15 @@ class LoraSlots:
     slice_end_N: torch.Tensor  # int32
 
 
-def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments) -> None:
-    """Add the adapters' terms to y in place; the products are float32."""
+def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments | LoraTiles) -> None:
+    """Add the adapters' terms to y in place; the sums are float32.
+
+    A GPU reads tiles. It may be given segments; each call divides them then, which waits for the device.
+    """
     native = library()
     is_on_gpu = uses_triton(y_TO.device)
     if native is None and not is_on_gpu:
+        assert isinstance(segments, LoraSegments)
         lora_add_reference_(y_TO, x_TI, slots, segments)
         return
     a_LNRI, b_LRO = slots.a_LNRI, slots.b_LRO
@@ -65,7 +68,7 @@ def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments
     assert y_TO.stride(1) == x_TI.stride(1) == 1 and y_TO.dtype == x_TI.dtype and a_LNRI.dtype == b_LRO.dtype
     assert a_LNRI.is_contiguous() and b_LRO.is_contiguous() and x_TI.shape[1] == num_in
     assert y_TO.shape[1] == b_LRO.shape[2] and b_LRO.shape[1] == max_rank
-    assert slots.rank_LN.dtype == slots.is_affine_LN.dtype == segments.start_G.dtype == torch.int32
+    assert slots.rank_LN.dtype == slots.is_affine_LN.dtype == torch.int32
     assert slots.scale_LO.dtype == slots.shift_LO.dtype == slots.scaling_LN.dtype == torch.float32
     if is_on_gpu:
         from lorafleet.kernels.gpu.lora import lora_add_ as on_gpu
@@ -81,9 +84,11 @@ def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments
             slots.scale_LO,
             slots.shift_LO,
             slots.slice_end_N,
-            segments.tiles or _divide(segments, y_TO.shape[0]),
+            segments if isinstance(segments, LoraTiles) else _divide(segments, y_TO.shape[0]),
         )
         return
+    assert isinstance(segments, LoraSegments)
+    assert segments.start_G.dtype == segments.end_G.dtype == segments.slot_G.dtype == torch.int32
     native.lf_lora_add(
         DTYPE_CODES[y_TO.dtype],
         DTYPE_CODES[a_LNRI.dtype],
@@ -113,7 +118,9 @@ def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments
 
 def _divide(segments: LoraSegments, num_tokens: int) -> LoraTiles:
     columns = segments.start_G, segments.end_G, segments.slot_G, segments.weight_G
-    return divide(*(column.tolist() for column in columns), block_rows_for(num_tokens)).to(segments.start_G.device)
+    starts, ends, slots, weights = (column.tolist() for column in columns)
+    tiles = divide(starts, ends, slots, weights, block_rows_for(num_tokens))
+    return tiles.on(tiles.packed().to(segments.start_G.device))
 
 
 def lora_add_reference_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments) -> None:

@@ -45,19 +45,30 @@ class TileLists:
     weights: list[float]
     block_rows: int
 
-    def to(self, device: torch.device) -> LoraTiles:
-        def numbers(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32).to(device)
+    def packed(self, num_tiles: int | None = None, num_pieces: int | None = None) -> torch.Tensor:
+        """All of it as one int32 tensor, filled up to that many tiles, which are empty, and pieces of one of them."""
+        num_tiles = len(self.starts) if num_tiles is None else num_tiles
+        num_pieces = len(self.tiles) if num_pieces is None else num_pieces
+        more_tiles, more_pieces = num_tiles - len(self.starts), num_pieces - len(self.tiles)
+        assert more_pieces >= 0 and (more_tiles > 0 or more_pieces == more_tiles == 0)
+        numbers = [
+            *(*self.starts, *(0,) * more_tiles),
+            *(*self.ends, *(0,) * more_tiles),
+            *(*self.firsts, *(len(self.tiles),) * more_tiles),
+            *(*self.tiles, *(num_tiles - 1,) * more_pieces),
+            *(*self.slots, *(0,) * more_pieces),
+        ]
+        weights = torch.tensor([*self.weights, *(0.0,) * more_pieces], dtype=torch.float32)
+        return torch.cat([torch.tensor(numbers, dtype=torch.int32), weights.view(torch.int32)])
 
-        return LoraTiles(
-            numbers(self.starts),
-            numbers(self.ends),
-            numbers(self.firsts),
-            numbers(self.tiles),
-            numbers(self.slots),
-            torch.tensor(self.weights, dtype=torch.float32).to(device),
-            self.block_rows,
-        )
+    def on(self, packed: torch.Tensor, num_tiles: int | None = None, num_pieces: int | None = None) -> LoraTiles:
+        """The same as views of what `packed` gave, on the device."""
+        num_tiles = len(self.starts) if num_tiles is None else num_tiles
+        num_pieces = len(self.tiles) if num_pieces is None else num_pieces
+        sizes = [num_tiles, num_tiles, num_tiles + 1, num_pieces, num_pieces, num_pieces]
+        start_B, end_B, first_B1, tile_P, slot_P, weight_P = packed.split(sizes)
+        weight_P = weight_P.view(torch.float32)
+        return LoraTiles(start_B, end_B, first_B1, tile_P, slot_P, weight_P, self.block_rows)
 
 
 def block_rows_for(num_tokens: int) -> int:

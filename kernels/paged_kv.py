@@ -32,6 +32,8 @@ def empty(
     num_layers: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for keys and values, as the ops on this device read it; with num_layers, a dimension of layers before."""
+    key_shape: tuple[int, ...]
+    value_shape: tuple[int, ...]
     if uses_triton(device):
         key_shape = value_shape = (num_pages, num_kv_heads, page_size, head_dim)
     else:

@@ -6,6 +6,9 @@ that the next step drains. No step ever waits for an adapter: loads run on threa
 same inbox.
 
 Every accepted request ends in exactly one event with a `finish`.
+
+On a GPU steps overlap: while one runs, the next is planned and launched, whose rows take their input tokens from where
+the running one will leave them. What a step brought is published when the next has been launched.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.eviction import make_eviction
 from lorafleet.workers.engine.pace import PaceMeter
@@ -48,9 +52,20 @@ from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
 from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.model.sampling import PendingSamples
 from lorafleet.workers.tp.ranks import Gather, Ranks, alone
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step that was launched and whose tokens are not known yet."""
+
+    samples: PendingSamples
+    requests: list[Request]  # that sample, in the order of its rows
+    num_in_prompts: int  # tokens beside the one of each request that has some already
+    launched_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,10 @@ class Engine:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
-        self._step_began: float | None = None
+        self._overlaps = self._runner.is_asynchronous
+        self._in_flight: _InFlight | None = None
+        self._step_began: float | None = None  # of the step that is to end next
+        self._settled_at = 0.0
         self._stats = self._take_stats()
 
     @classmethod
@@ -275,7 +293,10 @@ class Engine:
             self._wake.notify_all()
 
     def step(self) -> list[RequestEvent]:
-        """Drain the inbox, run one step, say what came of it. Without runnable requests it returns at once."""
+        """Drain the inbox, run one step, say what came of it. Without runnable requests it returns at once.
+
+        Where steps overlap it launches one and says what came of the one before.
+        """
         events: list[RequestEvent] = []
         self._drain(events)
         self._loader.copy(puts_off=self._scheduler.num_running > 0)
@@ -285,39 +306,16 @@ class Engine:
             self._loader.start(load)
         for digest in plan.prefetches:
             self._prefetch(digest)
-        if plan.scheduled:
-            self._step_began = time.monotonic()
-            results = iter(self._runner.run(plan))
-            self._num_steps += 1
-            num_in_prompts = 0
-            for entry in plan.scheduled:
-                request = entry.request
-                self._num_prompt_tokens += max(
-                    0, min(entry.num_tokens, request.num_prompt_tokens - request.num_computed_tokens)
-                )
-                num_in_prompts += entry.num_tokens - 1
-                if not entry.samples:
-                    self._scheduler.commit(entry, None)
-                    continue
-                sampled = next(results)
-                if not sampled.is_finite:
-                    self._scheduler.remove(request.request_id, is_spoiled=True)
-                    adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
-                    error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
-                    events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
-                    continue
-                finish = self._scheduler.commit(entry, sampled.token_id)
-                if finish is not None:
-                    self._pace.book_seat(time.monotonic() - request.started_at)
-                self._num_output_tokens += 1
-                event = RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish)
-                if request.num_output_tokens == 1 and request.num_cached_tokens:
-                    event = replace(event, num_cached_tokens=request.num_cached_tokens)
-                events.append(event)
-            step_s = time.monotonic() - self._step_began
-            self._step_began = None
-            self._loader.book_step(step_s)
-            self._pace.book_step(step_s, num_in_prompts)
+        if any(map(_needs_history, plan.scheduled)):
+            self._settle(events)
+            plan = replace(plan, scheduled=tuple(e for e in plan.scheduled if self._scheduler.holds(e.request)))
+        launched = self._launch(plan) if plan.scheduled else None
+        self._settle(events)
+        if launched is not None:
+            self._in_flight = launched
+            self._step_began = max(launched.launched_at, self._settled_at)
+            if not self._overlaps:
+                self._settle(events)
         self._free_retired()
         with self._lock:
             ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
@@ -330,6 +328,54 @@ class Engine:
             self._release_files(gone)
         self._stats = self._take_stats()
         return events
+
+    def _launch(self, plan: StepPlan) -> _InFlight:
+        """Start a non-empty plan and book it as computed; its tokens are pending."""
+        launched_at = time.monotonic()
+        if self._step_began is None:
+            self._step_began = launched_at
+        samples = self._runner.launch(plan)
+        self._num_steps += 1
+        num_in_prompts = 0
+        requests = []
+        for entry in plan.scheduled:
+            request = entry.request
+            num_left = request.num_prompt_tokens - request.num_computed_tokens
+            self._num_prompt_tokens += max(0, min(entry.num_tokens, num_left))
+            num_in_prompts += entry.num_tokens - 1
+            if entry.samples:
+                requests.append(request)
+            self._scheduler.advance(entry)
+        return _InFlight(samples, requests, num_in_prompts, launched_at)
+
+    def _settle(self, events: list[RequestEvent]) -> None:
+        """Wait for the step that is in flight, if one is, and say what came of it."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return
+        for request, sampled in zip(step.requests, step.samples.results(), strict=True):
+            if not self._scheduler.holds(request):
+                continue  # it ended while this step ran
+            if not sampled.is_finite:
+                self._scheduler.remove(request.request_id, is_spoiled=True)
+                adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
+                error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
+                events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
+                continue
+            is_first = request.num_known_tokens == request.num_prompt_tokens
+            finish = self._scheduler.settle(request, sampled.token_id)
+            if finish is not None:
+                self._pace.book_seat(time.monotonic() - request.started_at)
+            self._num_output_tokens += 1
+            event = RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish)
+            if is_first and request.num_cached_tokens:
+                event = replace(event, num_cached_tokens=request.num_cached_tokens)
+            events.append(event)
+        now = time.monotonic()
+        step_s = now - max(step.launched_at, self._settled_at)
+        self._settled_at, self._step_began = now, None
+        self._loader.book_step(step_s)
+        self._pace.book_step(step_s, step.num_in_prompts)
 
     def check_integrity(self) -> None:
         """Nothing is leaked. For tests, between steps."""
@@ -424,6 +470,7 @@ class Engine:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
         return (
             bool(self._inbox)
+            or self._in_flight is not None
             or self._loader.is_copying
             or self._scheduler.num_running > 0
             or (self._scheduler.num_waiting > 0 and self._loader.num_loading == 0)
@@ -487,3 +534,8 @@ class Engine:
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_slot_loads=self._loader.num_loaded,
         )
+
+
+def _needs_history(entry: Scheduled) -> bool:
+    """Whether a request's next token depends on the host knowing the one before."""
+    return entry.request.num_pending_tokens > 0 and entry.request.sampling.needs_penalties

@@ -194,6 +194,9 @@ class Request:
     Invariant: 0 <= num_computed_tokens <= len(token_ids), and `pages` hold the keys and values of exactly the
     computed tokens. After a preemption num_computed_tokens is 0; when the request starts again, what its pages still
     hold is found, and the rest is recomputed with the outputs so far.
+
+    Of a step that is under way the tokens are computed, and what it samples is in `token_ids` as a 0 that counts as
+    pending until it is known.
     """
 
     request_id: str
@@ -213,6 +216,7 @@ class Request:
     prefix_parting: bytes = b""  # from the page of adapter_start on, only those with this one, too
     prefix_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0  # the last ones of token_ids
     pages: list[int] = field(default_factory=list)
     num_named_pages: int = 0  # of `pages`, those that the pool knows by their names or need not know
     num_cached_tokens: int | None = None  # of the prompt, those that were found at its first start
@@ -251,6 +255,15 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) - self.num_pending_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its last token is sampled, if not known yet."""
+        return self.num_output_tokens >= self.sampling.max_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -38,7 +38,10 @@ from lorafleet.workers.engine.turns import WaitBound
 
 
 class Scheduler:
-    """Plans step after step: `schedule`, then `commit` or `remove` for each request of the plan."""
+    """Plans step after step: `schedule`, then `advance` for each part of the plan, and `settle` or `remove`.
+
+    The next step may be planned before the tokens of the one before it are known, but only one.
+    """
 
     def __init__(
         self,
@@ -112,6 +115,10 @@ class Scheduler:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
+    def holds(self, request: Request) -> bool:
+        """Whether it has not ended; another one may have its id."""
+        return self._requests.get(request.request_id) is request
+
     def add(self, request: Request) -> None:
         assert request.request_id not in self._requests
         assert self._pages.can_ever_hold(request.num_prompt_tokens + request.sampling.max_tokens)
@@ -158,24 +165,39 @@ class Scheduler:
         entries = [Scheduled(request, num, slots_of(request.digests)) for request, num in scheduled.items()]
         return StepPlan(in_row_order(entries), self._residency.take_started(), prefetches)
 
-    def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
-        """Book one scheduled part as computed, with the token sampled at its end; the reason if that ended it."""
-        request = entry.request
+    def advance(self, entry: Scheduled) -> None:
+        """Book one scheduled part as computed. If it samples, its token is pending until `settle`."""
+        request, samples = entry.request, entry.samples
         request.num_computed_tokens += entry.num_tokens
-        self._pages.name(request, request.num_computed_tokens)
-        if token_id is None:
-            return None
-        request.token_ids.append(token_id)
+        self._name_known(request)
+        if samples:
+            request.token_ids.append(0)
+            request.num_pending_tokens += 1
+
+    def settle(self, request: Request, token_id: int) -> FinishReason | None:
+        """Put the token in the place of the first that is pending; the reason if that ended the request."""
+        assert request.num_pending_tokens and request.request_id in self._requests
+        request.token_ids[request.num_known_tokens] = token_id
+        request.num_pending_tokens -= 1
+        self._name_known(request)
         self._clients.charge_output(request, self._now)
         sampling = request.sampling
         if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
             finish = FinishReason.STOP
-        elif request.num_output_tokens >= sampling.max_tokens:
+        elif request.num_known_tokens - request.num_prompt_tokens >= sampling.max_tokens:
             finish = FinishReason.LENGTH
         else:
             return None
         self.remove(request.request_id)
         return finish
+
+    def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
+        """`advance` and, with the token that it sampled, `settle`."""
+        self.advance(entry)
+        return None if token_id is None else self.settle(entry.request, token_id)
+
+    def _name_known(self, request: Request) -> None:
+        self._pages.name(request, min(request.num_computed_tokens, request.num_known_tokens))
 
     def _go_on(self, scheduled: dict[Request, int]) -> tuple[int, bool]:
         """Schedule running requests, single tokens before prompts; the budget that is left, and whether pages ran out.
@@ -188,8 +210,8 @@ class Scheduler:
         prompts = []
         self._num_put_off = 0
         for request in list(self._running):
-            if not request.pages:
-                continue  # preempted in this very loop
+            if not request.pages or request.is_ending:
+                continue  # preempted in this very loop, or only its last token is still to be known
             if request.num_uncomputed_tokens > 1:
                 prompts.append(request)
                 continue
@@ -251,6 +273,9 @@ class Scheduler:
             if best is None or self._running.num_free_seats <= reserved.num_seats:
                 break
             request = best.waiting[0]
+            if request.num_pending_tokens:  # preempted amid a step; the next one will find its token
+                self._last_look = (-1, -1)
+                return
             if not self._running.start(request, self._now):
                 break
             budget -= self._schedule_prompt(request, budget, scheduled)

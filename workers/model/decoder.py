@@ -125,7 +125,7 @@ class DecoderLayer:
 
     def forward(self, work: Activations, step: StepInput, cache: KVCache, cos_sin: torch.Tensor) -> None:
         """Read and write `work`: the residual stream, and in x_TH what is to be added to it next."""
-        segments: LoraSegments | None = step.segments
+        segments = step.segments
         which_norm_T = step.which_norm_T
         if self._index == 0:  # nothing to add yet
             rms_norm(work.residual_TH, self._input_norm.weight_WH, self._eps, work.x_TH, which_norm_T)
@@ -285,10 +285,11 @@ class Decoder:
         self.tables.pop(slot, None)
         self.with_norms.discard(slot)
 
-    def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor:
+    def forward(self, step: StepInput, cache: KVCache, out_SV: torch.Tensor | None = None) -> torch.Tensor:
         """Run one step; logits [rows in step.sample_rows, V] in the model's dtype, for the rows that sample.
 
-        They are wider where a row's adapter adds ids (see `VocabParallelEmbedding.logits`).
+        They are wider where a row's adapter adds ids (see `VocabParallelEmbedding.logits`). out_SV: where they go, of a
+        step in which none does.
         """
         work = self._work.first(step.token_ids_T.shape[0])
         embeddings, heads = [], []
@@ -304,7 +305,7 @@ class Decoder:
         x_SH, residual_SH = work.x_TH.index_select(0, rows), work.residual_TH.index_select(0, rows)
         which_norm_S = None if step.which_norm_T is None else step.which_norm_T.index_select(0, rows)
         fused_add_rms_norm_(x_SH, residual_SH, self._norm.weight_WH, self._eps, which_norm_S)
-        return self._head.logits(x_SH, heads)
+        return self._head.logits(x_SH, heads, out_SV)
 
     def _run_layers(self, work: Activations, step: StepInput, cache: KVCache) -> None:
         kernels = native.library()
@@ -314,7 +315,7 @@ class Decoder:
                 layer.forward(work, step, cache, self._cos_sin_MD)
             return
         # All that the calls hold besides addresses that never change (see StepBuffers, Activations).
-        num_segments = 0 if step.segments is None else step.segments.slot_G.shape[0]
+        num_segments = step.segments.slot_G.shape[0] if isinstance(step.segments, LoraSegments) else 0
         shape = (kernels, num_tokens, step.context_len_S.shape[0], num_segments, step.which_norm_T is None)
         recording = self._recordings.pop(shape, None)
         if recording is not None:

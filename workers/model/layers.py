@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from lorafleet.kernels.linear import LinearWeight, gather_rows, linear, prepare
 from lorafleet.kernels.lora import LoraSegments
+from lorafleet.kernels.lora_tiles import LoraTiles
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import BaseLinear, LoraLinear, Part, SlotShape
@@ -68,7 +69,7 @@ class ColumnParallelLinear:
         assert self.lora is not None
         self.lora.rows(adapter, BaseLinear(self.weight, self.bias_O, adds_bias=True, is_whole=True), out)
 
-    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
+    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | LoraTiles | None, out_TO: torch.Tensor) -> None:
         """Into `out_TO`, contiguous."""
         linear(x_TI, self.weight, self.bias_O, out_TO)
         if segments is not None and self.lora is not None:
@@ -114,7 +115,7 @@ class RowParallelLinear:
         assert self.lora is not None
         return self.lora.partial_squares(adapter, self._base())
 
-    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | None, out_TO: torch.Tensor) -> None:
+    def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | LoraTiles | None, out_TO: torch.Tensor) -> None:
         """Into `out_TO`, contiguous."""
         # One rank adds the bias, so that the sum over all holds it once.
         linear(x_TI, self.weight, self.bias_O if self._group.rank == 0 else None, out_TO)
@@ -166,9 +167,18 @@ class VocabParallelEmbedding:
             part.apply_(x_TH[rows], token_ids_T[rows])
         return self._group.all_reduce_(x_TH)
 
-    def logits(self, x_TH: torch.Tensor, own: Sequence[tuple[slice, HeadPart]] = ()) -> torch.Tensor:
-        """[T, V] on every rank; wider where a row's adapter adds ids, which are -inf for all others."""
-        local_TX = linear(x_TH, self.weight) if not own else self._own_logits(x_TH, own)
+    def logits(
+        self,
+        x_TH: torch.Tensor,
+        own: Sequence[tuple[slice, HeadPart]] = (),
+        out_TV: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, V] on every rank; wider where a row's adapter adds ids, which are -inf for all others.
+
+        out_TV: where they go, of one rank and without adapters' own.
+        """
+        assert out_TV is None or (self._group.size == 1 and not own)
+        local_TX = linear(x_TH, self.weight, out_TO=out_TV) if not own else self._own_logits(x_TH, own)
         if self._group.size == 1:
             return local_TX
         num_own = self._stop - self._start

@@ -13,6 +13,7 @@ import torch
 
 from lorafleet.kernels.linear import LinearWeight, dense
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
+from lorafleet.kernels.lora_tiles import LoraTiles
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange
 from lorafleet.workers.model.slot_write import SlotRows
 
@@ -128,7 +129,7 @@ class LoraLinear:
         changed_OI.addmm_(b_OR, _cut(change.a_RI, self._columns).float(), alpha=change.scaling)
         return changed_OI.square_().sum(dim=1)
 
-    def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments) -> None:
+    def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments | LoraTiles) -> None:
         """y += the adapters' terms for the rows in `segments`."""
         lora_add_(y_TO, x_TI, self._slots, segments)
 

@@ -5,6 +5,7 @@ Owns every tensor. Decides nothing: what to run and where it lies comes as a pla
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,15 +16,17 @@ from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
+from lorafleet.workers.model.decode_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes
 from lorafleet.workers.model.decoder import Decoder
 from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
-from lorafleet.workers.model.sampling import Sampled, Sampler
+from lorafleet.workers.model.sampling import PendingSamples, Sampled, Sampler
 from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
-from lorafleet.workers.model.step_input import StepBuffers, StepShape
+from lorafleet.workers.model.step_input import StepBuffers, StepInput, StepShape
+from lorafleet.workers.model.transfer import send
 from lorafleet.workers.tp.group import TensorParallelGroup
 from lorafleet.workers.tp.plans import Change, PlanChannel, Words
 
@@ -47,6 +50,7 @@ class ModelRunner:
         """plans: to the other ranks, for rank 0 of several."""
         group = group or TensorParallelGroup()
         self._plans = plans
+        self._has_one_rank = group.size == 1
         self._changes: list[tuple[Change, int]] = []  # since the last step, for the other ranks
         dtype = getattr(torch, plan.dtype)
         self._plan = plan
@@ -69,7 +73,7 @@ class ModelRunner:
         )
         self._cache = KVCache(
             num_layers=spec.num_layers,
-            num_pages=plan.num_pages,
+            num_pages=plan.num_pages + 1,  # the last one for rows that are nobody's
             num_kv_heads=max(1, spec.num_kv_heads // group.size),
             page_size=plan.page_size,
             head_dim=spec.head_dim,
@@ -77,6 +81,9 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(spec.eos_token_ids)
+        self._samples: PendingSamples | None = None  # the last step's
+        self._sampled: dict[Request, int] = {}  # whose they are
+        self._graphs: DecodeGraphs | None = None
         self._side_stream = SideStream(device) if device.type == "cuda" else None
         if plan.max_loras:
             shape = SlotShape(plan.max_loras, max_lora_rank, getattr(torch, plan.lora_dtype), device)
@@ -92,6 +99,8 @@ class ModelRunner:
 
         Uses the first pages, which nobody may hold yet; what it writes there is never read.
         """
+        if self._device.type == "cuda" and self._has_one_rank:
+            self.capture(CudaCapture())
         plan = self._plan
         num_tokens = min(
             64, max(1, plan.max_model_len - 1), plan.max_num_batched_tokens, plan.num_pages * plan.page_size
@@ -103,23 +112,66 @@ class ModelRunner:
             self.run(StepPlan((Scheduled(request, length, slots=()),), loads=()))
 
     @torch.inference_mode()
+    def capture(self, capture: Capture) -> None:
+        """Record decode steps as graphs. The weights are loaded; no request has begun, and nothing else runs."""
+        plan = self._plan
+        sizes = batch_sizes(min(plan.max_num_seqs, plan.max_num_batched_tokens))
+        decoder = self._decoder
+        logits_SV = torch.empty(
+            sizes[-1], decoder.spec.vocab_size, dtype=getattr(torch, plan.dtype), device=self._device
+        )
+
+        def forward(step: StepInput, logits_SV: torch.Tensor) -> None:
+            decoder.forward(step, self._cache, logits_SV)
+
+        has_lora = plan.max_loras > 0
+        graphs = DecodeGraphs(forward, self._buffers, sizes, logits_SV, plan.num_pages, has_lora=has_lora)
+        graphs.capture(capture)
+        self._graphs = graphs
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether a step may be launched before the results of the one before are known."""
+        return self._device.type == "cuda" and self._has_one_rank
+
     def run(self, plan: StepPlan) -> list[Sampled]:
         """Compute a non-empty plan; one result for each entry that samples, in the plan's order."""
+        return self.launch(plan).results()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingSamples:
+        """Set a non-empty plan going; one result for each entry that samples, in the plan's order.
+
+        The last token of a request may be pending, of the launch before this one; its place is taken from there.
+        """
         logits_SV = self.logits(plan)
         requests = [entry.request for entry in plan.scheduled if entry.samples]
-        return self._sampler.sample(logits_SV, requests) if requests else []
+        samples = self._sampler.sample(logits_SV, requests)
+        self._samples = samples
+        self._sampled = {request: number for number, request in enumerate(requests)}
+        return samples
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """[entries that sample, V] in the model's dtype; keys and values of all scheduled tokens are written.
 
-        Wider than the base's vocabulary where a row's adapter adds ids; those are -inf for the others.
+        Wider than the base's vocabulary where a row's adapter adds ids; those are -inf for the others. Good until the
+        next step.
         """
         shape = self._buffers.fill(plan.scheduled)
         if self._plans is not None:
             self._plans.send(self._changes, self._buffers.pack(shape))
             self._changes.clear()
-        return self._forward(shape)
+
+        def set_input(token_ids_T: torch.Tensor) -> None:
+            self._take_pending(plan.scheduled, token_ids_T)
+
+        decoder = self._decoder
+        if self._graphs is not None and self._graphs.fits(plan.scheduled):
+            slots = {slot for entry in plan.scheduled for slot in entry.slots}
+            if decoder.with_norms.isdisjoint(slots) and slots.isdisjoint(decoder.tables):
+                return self._graphs.run(shape, set_input)
+        return self._forward(shape, set_input)
 
     @torch.inference_mode()
     def follow(self, step: Words) -> None:
@@ -177,10 +229,28 @@ class ModelRunner:
         """Of the memory that adapters' embeddings and heads hold."""
         return sum(part.num_bytes() for part in self._decoder.tables.values())
 
-    def _forward(self, shape: StepShape) -> torch.Tensor:
+    def _forward(
+        self, shape: StepShape, set_input: Callable[[torch.Tensor], None] = lambda token_ids_T: None
+    ) -> torch.Tensor:
         decoder = self._decoder
         step = self._buffers.step(shape, with_norms=decoder.with_norms, with_tables=decoder.tables)
+        set_input(step.token_ids_T)
         return decoder.forward(step, self._cache)
+
+    def _take_pending(self, scheduled: Sequence[Scheduled], token_ids_T: torch.Tensor) -> None:
+        """Put tokens that only the device knows where the step reads them: the last ones of their requests."""
+        rows, sources = [], []
+        row = -1
+        for entry in scheduled:
+            row += entry.num_tokens
+            if entry.request.num_pending_tokens:
+                assert entry.samples and entry.request.num_pending_tokens == 1
+                rows.append(row)
+                sources.append(self._sampled[entry.request])
+        if rows:
+            assert self._samples is not None
+            at = send(torch.tensor([rows, sources]), self._device)
+            token_ids_T[at[0]] = self._samples.token_ids_S[at[1]]
 
     def _tell(self, change: Change, number: int) -> None:
         if self._plans is not None:

@@ -2,7 +2,8 @@
 
 Every row is treated as if it were alone: what it gets depends on its logits, its options and its own counter-based
 random number, never on its neighbours. Picking is one kernel over all rows (kernels/sampling.py); this file has the
-columns of options that the kernel reads, and what only some requests need.
+columns of options that the kernel reads, and what only some requests need. On a GPU nothing here waits for the device
+but `PendingSamples.results`.
 
 S rows that sample, V vocabulary, P rows that need something.
 """
@@ -18,6 +19,7 @@ import torch
 
 from lorafleet.kernels.sampling import sample_tokens
 from lorafleet.workers.engine.request import Request, SamplingOptions, TokenLogprobs
+from lorafleet.workers.model.transfer import Fetched, send
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +53,17 @@ class _Batch:
         options = [request.sampling for request in requests]
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+            return send(torch.tensor(values, dtype=dtype), device)
 
-        temperature_S = column([option.temperature for option in options])
+        temperatures = [option.temperature for option in options]
         return cls(
             requests=list(requests),
-            temperature_S=temperature_S,
+            temperature_S=column(temperatures),
             top_k_S=column([option.top_k for option in options], torch.int64),
             top_p_S=column([option.top_p for option in options]),
             min_p_S=column([option.min_p for option in options]),
             zeros_S=column([0.0] * len(options), torch.float64),
-            draws=bool((temperature_S > 0.0).any()),
+            draws=any(temperature > 0.0 for temperature in temperatures),
             seeds=[option.seed for option in options],
             choices=[option.choice for option in options],
             penalised=[i for i, option in enumerate(options) if option.needs_penalties],
@@ -74,7 +76,33 @@ class _Batch:
         if not self.draws:
             return self.zeros_S
         positions = [request.num_output_tokens for request in self.requests]
-        return torch.from_numpy(uniforms(self.seeds, self.choices, positions)).to(self.zeros_S.device)
+        return send(torch.from_numpy(uniforms(self.seeds, self.choices, positions)), self.zeros_S.device)
+
+
+class PendingSamples:
+    """What `Sampler.sample` has set going."""
+
+    def __init__(
+        self,
+        token_ids_S: torch.Tensor,
+        finite_S: torch.Tensor,
+        logged: Sequence[int] = (),
+        counts: Sequence[int] = (),
+        logprobs: tuple[torch.Tensor, ...] = (),
+    ) -> None:
+        """token_ids_S: int64, on the device. logged: rows with log-probabilities, of which each wants its count."""
+        self.token_ids_S = token_ids_S
+        self._logged = logged
+        self._counts = counts
+        self._fetched = Fetched((token_ids_S, finite_S, *logprobs))
+
+    def results(self) -> list[Sampled]:
+        """One for each row. Waits until the device has them."""
+        token_ids_S, finite_S, *of_logged = (tensor.tolist() for tensor in self._fetched.tensors())
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids_S)
+        for i, count, chosen, rank, ids, values in zip(self._logged, self._counts, *of_logged, strict=True):
+            logprobs[i] = TokenLogprobs(chosen, rank, tuple(ids[:count]), tuple(values[:count]))
+        return list(map(Sampled, token_ids_S, logprobs, finite_S))
 
 
 class Sampler:
@@ -84,21 +112,21 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._batch: _Batch | None = None  # the last one
 
-    def sample(self, logits_SV: torch.Tensor, requests: list[Request]) -> list[Sampled]:
+    def sample(self, logits_SV: torch.Tensor, requests: list[Request]) -> PendingSamples:
         """Pick one token a row. `logits_SV` has the model's dtype and is not changed.
 
         In vLLM's order: penalties, suppression of stop tokens before min_tokens, then what kernels/sampling.py says.
         Log-probabilities are those of the untouched logits.
         """
-        batch = self._batch
+        batch, device = self._batch, logits_SV.device
         if batch is None or batch.requests != requests:  # compares identities
-            batch = self._batch = _Batch.gather(requests, logits_SV.device)
+            batch = self._batch = _Batch.gather(requests, device)
         temperature_S, uniform_S = batch.temperature_S, batch.uniform_S()
         suppressed = [i for i, min_tokens in batch.held if requests[i].num_output_tokens < min_tokens]
         altered = sorted({*batch.penalised, *suppressed})
         if altered:
             # Of these rows only finiteness is asked here.
-            rows_P = torch.tensor(altered, device=logits_SV.device)
+            rows_P = send(torch.tensor(altered), device)
             temperature_S = temperature_S.index_fill(0, rows_P, 0.0)
         token_ids_S, finite_S = sample_tokens(
             logits_SV, temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, uniform_S
@@ -110,15 +138,12 @@ class Sampler:
             _suppress_stops(logits_PV, requests_P, self._eos_token_ids)
             columns = (batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, uniform_S)
             token_ids_S[rows_P], _ = sample_tokens(logits_PV, *(column[rows_P] for column in columns))
-        token_ids = token_ids_S.tolist()
-        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
-        if batch.logged:
-            raw_PV = logits_SV[batch.logged].float().log_softmax(dim=1)
-            chosen = [token_ids[i] for i in batch.logged]
-            counts = [requests[i].sampling.num_logprobs or 0 for i in batch.logged]
-            for i, value in zip(batch.logged, _logprobs(raw_PV, chosen, counts), strict=True):
-                logprobs[i] = value
-        return list(map(Sampled, token_ids, logprobs, finite_S.tolist()))
+        if not batch.logged:
+            return PendingSamples(token_ids_S, finite_S)
+        counts = [requests[i].sampling.num_logprobs or 0 for i in batch.logged]
+        rows_P = send(torch.tensor(batch.logged), device)
+        logprobs = _logprobs(logits_SV[rows_P].float().log_softmax(dim=1), token_ids_S[rows_P], max(counts))
+        return PendingSamples(token_ids_S, finite_S, batch.logged, counts, logprobs)
 
 
 def uniforms(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -150,16 +175,17 @@ def _penalise(logits_SV: torch.Tensor, requests: Sequence[Request]) -> None:
     prompt_PV = _counts([requests[i].token_ids[: requests[i].num_prompt_tokens] for i in rows], vocab_size, device)
 
     def column(value: Callable[[SamplingOptions], float]) -> torch.Tensor:
-        return torch.tensor([value(requests[i].sampling) for i in rows], device=device)[:, None]
+        return send(torch.tensor([value(requests[i].sampling) for i in rows]), device)[:, None]
 
-    logits_PV = logits_SV[rows]
+    rows_P = send(torch.tensor(rows), device)
+    logits_PV = logits_SV[rows_P]
     repetition_P1 = column(lambda s: s.repetition_penalty)
     repeated_PV = torch.where(logits_PV > 0, logits_PV / repetition_P1, logits_PV * repetition_P1)
     logits_PV = torch.where((output_PV + prompt_PV) > 0, repeated_PV, logits_PV)
     logits_PV -= column(lambda s: s.frequency_penalty) * output_PV
     logits_PV -= column(lambda s: s.presence_penalty) * (output_PV > 0)
     # A repetition penalty near zero overflows to +inf, which is no sign of a broken model.
-    logits_SV[rows] = logits_PV.clamp_(max=torch.finfo(torch.float32).max)
+    logits_SV[rows_P] = logits_PV.clamp_(max=torch.finfo(torch.float32).max)
 
 
 def _counts(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -168,7 +194,7 @@ def _counts(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.d
     flat = np.concatenate([np.asarray(ids, np.int64) for ids in token_ids])
     flat += np.repeat(np.arange(len(token_ids), dtype=np.int64) * vocab_size, lengths)
     counts = np.bincount(flat, minlength=len(token_ids) * vocab_size)
-    return torch.from_numpy(counts.astype(np.float32)).to(device).view(len(token_ids), vocab_size)
+    return send(torch.from_numpy(counts.astype(np.float32)), device).view(len(token_ids), vocab_size)
 
 
 def _suppress_stops(logits_SV: torch.Tensor, requests: Sequence[Request], eos_token_ids: frozenset[int]) -> None:
@@ -181,16 +207,13 @@ def _suppress_stops(logits_SV: torch.Tensor, requests: Sequence[Request], eos_to
             rows.extend([i] * len(stops))
             columns.extend(stops)
     if rows:
-        logits_SV[rows, columns] = -torch.inf
+        at = send(torch.tensor([rows, columns]), logits_SV.device)
+        logits_SV[at[0], at[1]] = -torch.inf
 
 
-def _logprobs(raw_PV: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Of each row's token, and of its `counts` best."""
-    chosen_P1 = raw_PV.gather(1, torch.tensor(token_ids, device=raw_PV.device)[:, None])
-    ranks = (raw_PV > chosen_P1).sum(dim=1).add_(1).tolist()
-    top = raw_PV.topk(max(counts), dim=1)
-    rows = zip(chosen_P1[:, 0].tolist(), ranks, counts, top.indices.tolist(), top.values.tolist(), strict=True)
-    return [
-        TokenLogprobs(chosen, rank, tuple(ids[:count]), tuple(values[:count]))
-        for chosen, rank, count, ids, values in rows
-    ]
+def _logprobs(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Of each row's token its log-probability and rank, [P]; ids and log-probabilities of the best, [P, count]."""
+    chosen_P1 = raw_PV.gather(1, token_ids_P[:, None])
+    ranks_P = (raw_PV > chosen_P1).sum(dim=1).add_(1)
+    top = raw_PV.topk(count, dim=1)
+    return chosen_P1[:, 0], ranks_P, top.indices, top.values

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.kernels.lora import LoraSegments
+from lorafleet.kernels.lora_tiles import LoraTiles, TileLists, block_rows_for, divide
 from lorafleet.workers.engine.batch import Scheduled
+from lorafleet.workers.model.transfer import send
 
 # T tokens of the step, S sequences in it, P pages of the longest sequence
 
@@ -36,7 +39,7 @@ class StepInput:
     query_start_S1: torch.Tensor  # int32
     context_len_S: torch.Tensor  # int32: keys to attend to, this step's included
     sample_rows: torch.Tensor  # int64: rows whose logits are wanted
-    segments: LoraSegments | None  # None: nobody in this step uses an adapter, no LoRA op runs
+    segments: LoraSegments | LoraTiles | None  # None: nobody in this step uses an adapter, no LoRA op runs
     which_norm_T: torch.Tensor | None = None  # int32, as model/norm.py counts; None: all rows have the base model's
     own_tables: tuple[OwnTables, ...] = ()
 
@@ -52,11 +55,28 @@ class StepShape:
     num_segments: int
 
 
+class _Area:
+    """Numbers on the host and, for another device, a twin of them there. Both stay where they are."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        tensor = torch.zeros(shape, dtype=dtype)
+        self.host: npt.NDArray[Any] = tensor.numpy()
+        self._tensor = tensor
+        self._device = device
+        self._twin = None if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
+    def first(self, count: int) -> torch.Tensor:
+        """On the device, as the host has them now."""
+        if self._twin is None:
+            return self._tensor[:count]
+        return send(self._tensor[:count], self._device, into=self._twin[:count])
+
+
 class StepBuffers:
     """The memory of every step's input, allocated once for the largest step.
 
-    A step's tensors are views at the same addresses each time, and the page table's rows lie equally far apart. On
-    another device than the CPU they are copies there.
+    A step's tensors are views at the same addresses each time, and the page table's rows lie equally far apart. What is
+    sent to another device is on its way when a method returns, and the buffers may be filled again.
     """
 
     def __init__(
@@ -73,17 +93,23 @@ class StepBuffers:
         max_num_segments = max_num_seqs * max_composed
         self._page_size = page_size
         self._device = device
-        self._token_ids = np.zeros(max_num_tokens, np.int64)
-        self._positions = np.zeros(max_num_tokens, np.int64)
-        self._slot_mapping = np.zeros(max_num_tokens, np.int64)
-        self._page_table = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
-        self._query_start = np.zeros(max_num_seqs + 1, np.int32)
-        self._context_len = np.zeros(max_num_seqs, np.int32)
-        self._sample_rows = np.zeros(max_num_seqs, np.int64)
+        self._has_tiles = uses_triton(device)
+
+        def area(*shape: int, dtype: torch.dtype = torch.int32) -> _Area:
+            return _Area(shape, dtype, device)
+
+        self._token_ids = area(max_num_tokens, dtype=torch.int64)
+        self._positions = area(max_num_tokens, dtype=torch.int64)
+        self._slot_mapping = area(max_num_tokens, dtype=torch.int64)
+        self._page_table = area(max_num_seqs, -(-max_model_len // page_size))
+        self._query_start = area(max_num_seqs + 1)
+        self._context_len = area(max_num_seqs)
+        self._sample_rows = area(max_num_seqs, dtype=torch.int64)
+        self._which_norm = area(max_num_tokens)
+        self._tiles = area(6 * max_num_seqs + 1)  # of decode steps
         # First row, behind the last, slot, first row that samples, behind the last.
         self._segments = np.zeros((5, max_num_segments), np.int32)
         self._weights = np.ones(max_num_segments, np.float32)
-        self._which_norm = np.zeros(max_num_tokens, np.int32)
 
     def fill(self, scheduled: Sequence[Scheduled]) -> StepShape:
         """Lay out a non-empty plan that is grouped by adapter slots, as `StepPlan` promises.
@@ -92,7 +118,7 @@ class StepBuffers:
         those of a composition in one for each of its adapters, in the order of their digests.
         """
         page_size = self._page_size
-        token_ids, positions, slot_mapping = self._token_ids, self._positions, self._slot_mapping
+        token_ids, positions, slot_mapping = self._token_ids.host, self._positions.host, self._slot_mapping.host
         num_samples = num_segments = num_pages = row = 0
         applied: tuple[tuple[int, ...], tuple[float, ...]] = (), ()  # to the last row so far: slots and their weights
         for s, entry in enumerate(scheduled):
@@ -100,7 +126,7 @@ class StepBuffers:
             first = request.num_computed_tokens
             last = first + entry.num_tokens
             end = row + entry.num_tokens
-            pages = self._page_table[s]
+            pages = self._page_table.host[s]
             pages[: len(request.pages)] = request.pages
             num_pages = max(num_pages, len(request.pages))
             if entry.num_tokens == 1:
@@ -112,11 +138,11 @@ class StepBuffers:
                 own = np.arange(first, last)
                 positions[row:end] = own
                 slot_mapping[row:end] = pages[own // page_size].astype(np.int64) * page_size + own % page_size
-            self._context_len[s] = last
-            self._query_start[s + 1] = end
+            self._context_len.host[s] = last
+            self._query_start.host[s + 1] = end
             first_sample = num_samples
             if entry.samples:
-                self._sample_rows[num_samples] = end - 1
+                self._sample_rows.host[num_samples] = end - 1
                 num_samples += 1
             start = row + entry.num_base_tokens
             before, applied = applied, (entry.slots, request.weights) if start < end else ((), ())
@@ -133,7 +159,7 @@ class StepBuffers:
 
     def pack(self, shape: StepShape) -> npt.NDArray[np.int32]:
         """What the buffers hold of a step, for another rank."""
-        pages = self._page_table[: shape.num_seqs, : shape.num_pages]
+        pages = self._page_table.host[: shape.num_seqs, : shape.num_pages]
         parts = *self._parts(shape), pages, self._segments[:, : shape.num_segments]
         weights = self._weights[: shape.num_segments].view(np.int32)
         header = (shape.num_tokens, shape.num_seqs, shape.num_pages, shape.num_samples, shape.num_segments)
@@ -143,7 +169,7 @@ class StepBuffers:
         """Take over what `pack` made of another rank's buffers."""
         shape = StepShape(*packed[:5].tolist())
         begin = 5
-        pages = self._page_table[: shape.num_seqs, : shape.num_pages]
+        pages = self._page_table.host[: shape.num_seqs, : shape.num_pages]
         weights = self._weights[: shape.num_segments].view(np.int32)
         for part in (*self._parts(shape), pages, self._segments[:, : shape.num_segments], weights):
             part[...] = packed[begin : begin + part.size].reshape(part.shape)
@@ -154,12 +180,12 @@ class StepBuffers:
     def _parts(self, shape: StepShape) -> tuple[npt.NDArray[Any], ...]:
         """Those of one dimension. None of their numbers needs more than 31 bits."""
         return (
-            self._token_ids[: shape.num_tokens],
-            self._positions[: shape.num_tokens],
-            self._slot_mapping[: shape.num_tokens],
-            self._query_start[: shape.num_seqs + 1],
-            self._context_len[: shape.num_seqs],
-            self._sample_rows[: shape.num_samples],
+            self._token_ids.host[: shape.num_tokens],
+            self._positions.host[: shape.num_tokens],
+            self._slot_mapping.host[: shape.num_tokens],
+            self._query_start.host[: shape.num_seqs + 1],
+            self._context_len.host[: shape.num_seqs],
+            self._sample_rows.host[: shape.num_samples],
         )
 
     def step(
@@ -169,39 +195,66 @@ class StepBuffers:
 
         `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own.
         """
-        token_ids, positions, slot_mapping, query_start, context_len, sample_rows = self._parts(shape)
-        num_segments = shape.num_segments
-        starts, ends, slots, _, _ = self._segments
         which_norm_T, own_tables = None, []
         for start, end, slot, *samples in (
-            self._segments[:, :num_segments].T.tolist() if with_norms or with_tables else ()
+            self._segments[:, : shape.num_segments].T.tolist() if with_norms or with_tables else ()
         ):
             if slot in with_norms:
                 if which_norm_T is None:
-                    which_norm_T = self._which_norm[: shape.num_tokens]
+                    which_norm_T = self._which_norm.host[: shape.num_tokens]
                     which_norm_T[:] = 0
                 which_norm_T[start:end] = 1 + slot
             if slot in with_tables:
                 own_tables.append(OwnTables(slot, slice(start, end), slice(*samples)))
-        return StepInput(
-            token_ids_T=self._tensor(token_ids),
-            positions_T=self._tensor(positions),
-            slot_mapping_T=self._tensor(slot_mapping),
-            page_table_SP=self._tensor(self._page_table[: shape.num_seqs]),
-            query_start_S1=self._tensor(query_start),
-            context_len_S=self._tensor(context_len),
-            sample_rows=self._tensor(sample_rows),
-            segments=LoraSegments(
-                start_G=self._tensor(starts[:num_segments]),
-                end_G=self._tensor(ends[:num_segments]),
-                slot_G=self._tensor(slots[:num_segments]),
-                weight_G=self._tensor(self._weights[:num_segments]),
-            )
-            if num_segments
-            else None,
-            which_norm_T=None if which_norm_T is None else self._tensor(which_norm_T),
+        return replace(
+            self._input(shape.num_tokens, shape.num_seqs, shape.num_samples),
+            segments=self._lora(shape) if shape.num_segments else None,
+            which_norm_T=None if which_norm_T is None else self._which_norm.first(shape.num_tokens),
             own_tables=tuple(own_tables),
         )
 
-    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def decode_step(self, shape: StepShape, size: int, scratch_page: int, *, has_lora: bool) -> StepInput:
+        """A step of one token for each sequence, all of which sample, with rows added to it up to `size`.
+
+        Those are sequences of one token in a page that nobody else uses. Of adapters there may be one for each row;
+        has_lora, which a step without any may have too: there are tiles for them.
+        """
+        assert shape.num_tokens == shape.num_seqs == shape.num_samples <= size
+        added = slice(shape.num_seqs, size)
+        self._token_ids.host[added] = self._positions.host[added] = 0
+        self._slot_mapping.host[added] = scratch_page * self._page_size
+        self._page_table.host[added, 0] = scratch_page
+        self._context_len.host[added] = 1
+        self._query_start.host[: size + 1] = np.arange(size + 1)
+        self._sample_rows.host[:size] = np.arange(size)
+        step = self._input(size, size, size)
+        if not has_lora:
+            return step
+        lists = self._divided(shape)
+        self._tiles.host[: 6 * size + 1] = lists.packed(size, size).numpy()
+        return replace(step, segments=lists.on(self._tiles.first(6 * size + 1), size, size))
+
+    def _input(self, num_tokens: int, num_seqs: int, num_samples: int) -> StepInput:
+        """Without adapters."""
+        return StepInput(
+            token_ids_T=self._token_ids.first(num_tokens),
+            positions_T=self._positions.first(num_tokens),
+            slot_mapping_T=self._slot_mapping.first(num_tokens),
+            page_table_SP=self._page_table.first(num_seqs),
+            query_start_S1=self._query_start.first(num_seqs + 1),
+            context_len_S=self._context_len.first(num_seqs),
+            sample_rows=self._sample_rows.first(num_samples),
+            segments=None,
+        )
+
+    def _lora(self, shape: StepShape) -> LoraSegments | LoraTiles:
+        if self._has_tiles:
+            lists = self._divided(shape)
+            return lists.on(send(lists.packed(), self._device))
+        starts, ends, slots = torch.from_numpy(self._segments[:3, : shape.num_segments])
+        return LoraSegments(starts, ends, slots, torch.from_numpy(self._weights[: shape.num_segments]))
+
+    def _divided(self, shape: StepShape) -> TileLists:
+        starts, ends, slots = self._segments[:3, : shape.num_segments].tolist()
+        weights = self._weights[: shape.num_segments].tolist()
+        return divide(starts, ends, slots, weights, block_rows_for(shape.num_tokens))

@@ -32,11 +32,23 @@ class Machine(RuleBasedStateMachine):
         extra_budget=st.integers(0, 12),
         max_wait_s=st.sampled_from([0.0, 1.0, 8.0]),
         prefix_caching=st.booleans(),
+        overlaps=st.booleans(),
     )
     def start(
-        self, pages: int, slots: int, seats: int, extra_budget: int, max_wait_s: float, prefix_caching: bool
+        self,
+        pages: int,
+        slots: int,
+        seats: int,
+        extra_budget: int,
+        max_wait_s: float,
+        prefix_caching: bool,
+        overlaps: bool,
     ) -> None:
+        """overlaps: a step is planned before the tokens of the one before are known."""
         self.now = 0.0
+        self.overlaps = overlaps
+        self.in_flight: list[tuple[Request, int | None]] = []  # what was sampled; None: not finite
+        self.tokens: dict[str, list[int]] = {}  # of each request, with those that the scheduler does not know yet
         self.pool = BlockPool(pages)
         self.slots = AdapterSlots(slots)
         self.scheduler = Scheduler(
@@ -102,6 +114,7 @@ class Machine(RuleBasedStateMachine):
         )
         request = Request.from_generate(generate, self.num_added)
         self.requests[request.request_id] = request
+        self.tokens[request.request_id] = list(prompt)
         self.owners[request.request_id] = (generate.tenant, generate.cache_salt)
         self.scheduler.add(request)
 
@@ -136,21 +149,40 @@ class Machine(RuleBasedStateMachine):
         self._check_order(plan)
         self.loading += [load.digest for load in plan.loads]
         self._compute(plan)
-        assert plan.scheduled or self.loading or not self.requests, "there is work that nobody does"
+        has_work = plan.scheduled or self.loading or self.in_flight or not self.requests
+        assert has_work, "there is work that nobody does"
+        launched: list[tuple[Request, int | None]] = []
         for entry, result in zip(plan.scheduled, results, strict=False):
             request = entry.request
             assert entry.num_tokens >= 1
             assert request.num_computed_tokens + entry.num_tokens <= len(request.pages) * PAGE
             assert entry.slots == tuple(map(self.slots.slot_of, request.digests))
-            if not entry.samples:
-                self.scheduler.commit(entry, None)
-            elif result == "!":
+            if entry.samples:
+                assert request.num_pending_tokens <= self.overlaps
+                self.num_outputs += 1
+                token = EOS if result == "E" else 7
+                self.tokens[request.request_id].append(token)
+                launched.append((request, None if result == "!" else token))
+            self.scheduler.advance(entry)
+        self.scheduler.check_integrity()
+        self._settle()
+        self.in_flight = launched
+        if not self.overlaps:
+            self._settle()
+
+    def _settle(self) -> None:
+        for request, token in self.in_flight:
+            if not self.scheduler.holds(request):
+                continue  # cancelled, or it had ended before
+            if token is None:
                 assert self.scheduler.remove(request.request_id, is_spoiled=True)
                 self._note_end(request.request_id, "not finite")
+            elif self.scheduler.settle(request, token) is not None:
+                self._note_end(request.request_id, "finished")
             else:
-                self.num_outputs += 1
-                if self.scheduler.commit(entry, EOS if result == "E" else 7) is not None:
-                    self._note_end(request.request_id, "finished")
+                known = request.token_ids[: request.num_known_tokens]
+                assert known == self.tokens[request.request_id][: len(known)]
+        self.in_flight = []
 
     @invariant()
     def nothing_is_amiss(self) -> None:
@@ -192,7 +224,7 @@ class Machine(RuleBasedStateMachine):
 
     def _content(self, request: Request, position: int) -> object:
         computed_by = (request.adapter, request.adapter_start) if position >= request.adapter_start else (None, 0)
-        return self.owners[request.request_id], computed_by, tuple(request.token_ids[: position + 1])
+        return self.owners[request.request_id], computed_by, tuple(self.tokens[request.request_id][: position + 1])
 
     def _check_order(self, plan: StepPlan) -> None:
         """An adapter's rows are next to each other, but for base rows before its first ones in a request."""

@@ -23,11 +23,11 @@ def row(prompt: tuple[int, ...] = (3,), output: tuple[int, ...] = (), **options:
 
 
 def sample(logits_SV: torch.Tensor, requests: list[Request]) -> list[Sampled]:
-    return Sampler(frozenset()).sample(logits_SV, requests)
+    return Sampler(frozenset()).sample(logits_SV, requests).results()
 
 
 def draw(logits: torch.Tensor, request: Request, eos: frozenset[int] = frozenset()) -> Sampled:
-    return Sampler(eos).sample(logits[None], [request])[0]
+    return Sampler(eos).sample(logits[None], [request]).results()[0]
 
 
 def draws(logits: torch.Tensor, count: int, **options: object) -> Counter[int]:
@@ -183,7 +183,7 @@ def test_options_are_read_when_the_batch_changes_and_not_at_every_step(
     def step(batch: list[Request]) -> list[int]:
         """How often each request's options are read in a step that gives each a token."""
         before = [request.num_reads for request in requests]
-        for request, sampled in zip(batch, sampler.sample(logits.repeat(len(batch), 1), batch), strict=True):
+        for request, sampled in zip(batch, sampler.sample(logits.repeat(len(batch), 1), batch).results(), strict=True):
             request.token_ids.append(sampled.token_id)
         return [request.num_reads - n for request, n in zip(requests, before, strict=True)]
 
@@ -222,8 +222,8 @@ def test_a_sampler_gives_what_a_new_one_gives_whatever_it_did_before(logits: tor
     for number, batch in enumerate(batches):
         rows = logits.repeat(len(batch), 1) + torch.randn(len(batch), VOCAB) * 0.3
         reused[:] = batch
-        sampled = sampler.sample(rows, reused)
-        assert sampled == Sampler(eos).sample(rows, batch), number
+        sampled = sampler.sample(rows, reused).results()
+        assert sampled == Sampler(eos).sample(rows, batch).results(), number
         for request, own in zip(batch, sampled, strict=True):
             request.token_ids.append(own.token_id)
     assert requests[2].token_ids[1] not in eos and requests[2].token_ids[2] not in eos
@@ -232,7 +232,7 @@ def test_a_sampler_gives_what_a_new_one_gives_whatever_it_did_before(logits: tor
 def test_an_unchanged_batch_draws_new_numbers_at_every_position(logits: torch.Tensor) -> None:
     request, sampler, count = row(seed=3), Sampler(frozenset()), 200
     for position in range(count):
-        token_id = sampler.sample(logits[None], [request])[0].token_id
+        token_id = sampler.sample(logits[None], [request]).results()[0].token_id
         end = logits.double().softmax(0).cumsum(0)
         assert token_id == int((end <= uniforms([3], [0], [position])[0]).sum())
         request.token_ids.append(token_id)
@@ -251,7 +251,8 @@ def test_logits_of_16_bits_are_sampled_as_they_are(logits: torch.Tensor, dtype: 
     rows = (logits + torch.randn(len(requests), VOCAB)).to(dtype)
     before = rows.clone()
     eos = frozenset([int(rows[4].argmax())])
-    assert Sampler(eos).sample(rows, requests) == Sampler(eos).sample(rows.float(), requests)
+    ours, wanted = (Sampler(eos).sample(logits, requests).results() for logits in (rows, rows.float()))
+    assert ours == wanted
     assert torch.equal(rows, before)
 
 
