@@ -173,6 +173,7 @@ class Scheduler:
         if samples:
             request.token_ids.append(0)
             request.num_pending_tokens += 1
+            self._clients.charge_output(request, self._now)
 
     def settle(self, request: Request, token_id: int) -> FinishReason | None:
         """Put the token in the place of the first that is pending; the reason if that ended the request."""
@@ -180,7 +181,6 @@ class Scheduler:
         request.token_ids[request.num_known_tokens] = token_id
         request.num_pending_tokens -= 1
         self._name_known(request)
-        self._clients.charge_output(request, self._now)
         sampling = request.sampling
         if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
             finish = FinishReason.STOP

@@ -1,7 +1,7 @@
 """How an adapter gets onto a CUDA device while steps run on it: through pinned memory, on a stream of its own.
 
-Owns: the stream, one staging buffer on either side. Leaves to others: which slot (engine/), what goes where
-(slot_write.py), when steps see it (`ModelRunner.commit`).
+Owns: the stream, the buffers on either side. Leaves to others: which slot (engine/), what goes where (slot_write.py),
+when steps see it (`ModelRunner.commit`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ import torch
 
 from lorafleet.workers.model.slot_write import SlotWrite
 
+# A step's input goes over the same bus and waits for the piece that is on its way: a tenth of a millisecond.
+_PIECE_BYTES = 2 << 20
+_NUM_PIECES = 2  # one is filled while the other is on its way
+
 
 class SideStream:
     """Thread-safe; one adapter at a time, since all go over the same bus."""
@@ -20,23 +24,32 @@ class SideStream:
         self._device = device
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device)
-        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._pinned = torch.empty(_NUM_PIECES, _PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._sent = [torch.cuda.Event() for _ in range(_NUM_PIECES)]
         self._staged = torch.empty(0, dtype=torch.uint8, device=device)
 
     def fill(self, write: SlotWrite) -> None:
         """Do all of a write into a slot that no request uses, and wait for it on this thread. Steps go on meanwhile.
 
         The host tier's memory is not pinned, which would take as much from all other processes. So an adapter's bytes
-        go to a pinned buffer, from there to the device in one piece, and there to their places.
+        go to the device through a pinned buffer, piece by piece, and there to their places.
         """
         with self._lock, torch.cuda.stream(self._stream):
-            storage = write.storage
-            if storage is not None:
-                num_bytes = storage.nbytes()
-                if num_bytes > self._pinned.numel():
-                    self._pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-                    self._staged = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-                self._pinned[:num_bytes].copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-                self._staged[:num_bytes].copy_(self._pinned[:num_bytes], non_blocking=True)
+            if write.storage is not None:
+                self._stage(torch.empty(0, dtype=torch.uint8).set_(write.storage))
+            # A step that was launched before the slot was taken from its adapter may still read it.
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))
             write.run_from(self._staged)
             self._stream.synchronize()
+
+    def _stage(self, source: torch.Tensor) -> None:
+        num_bytes = source.numel()
+        if num_bytes > self._staged.numel():
+            self._staged = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        for number, begin in enumerate(range(0, num_bytes, _PIECE_BYTES)):
+            piece, sent = self._pinned[number % _NUM_PIECES], self._sent[number % _NUM_PIECES]
+            sent.synchronize()  # at once, the first time
+            size = min(_PIECE_BYTES, num_bytes - begin)
+            piece[:size].copy_(source[begin : begin + size])
+            self._staged[begin : begin + size].copy_(piece[:size], non_blocking=True)
+            sent.record(self._stream)
