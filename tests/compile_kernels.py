@@ -32,6 +32,7 @@ from lorafleet.kernels.dispatch import forced
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
 from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
 from lorafleet.kernels.rope import rope_kv_write_
+from lorafleet.kernels.sampling import sample_tokens
 
 CPU = torch.device("cpu")
 
@@ -95,7 +96,7 @@ def call_everything(dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, hea
         table = torch.zeros(num_seqs, 4, dtype=torch.int32)
         starts = torch.arange(num_seqs + 1, dtype=torch.int32)
         contexts = torch.ones(num_seqs, dtype=torch.int32)
-        for window in ():
+        for window in (0, 100):
             paged_attention(qkv[:, : widths[0]], keys, values, table, starts, contexts, num_q_heads, 0.1, window)
         slots = LoraSlots(
             torch.empty(2, 3, 64, hidden, dtype=dtype),
@@ -109,7 +110,7 @@ def call_everything(dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, hea
         one = torch.ones(1, dtype=torch.int32)
         lora_add_(qkv, x, slots, LoraSegments(0 * one, num_tokens * one, 0 * one, torch.ones(1)))
     columns = torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.ones(4), torch.zeros(4), torch.zeros(4).double()
-    # sample_tokens(torch.empty(4, vocab_size, dtype=dtype), *columns)
+    sample_tokens(torch.empty(4, vocab_size, dtype=dtype), *columns)
 
 
 def resources(kernel: Any) -> dict[str, int]:
