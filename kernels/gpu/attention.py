@@ -24,7 +24,6 @@ from lorafleet.kernels.gpu.device import num_multiprocessors
 from lorafleet.kernels.paged_kv import sizes
 
 _DECODES_EACH = 3  # programs of a decode step that a multiprocessor holds at once: shared memory is what limits them
-_PART_BLOCKS = 4  # at least, in a part: less, and starting and merging it would cost more than it saves
 _BLOCK_BYTES = 16384  # of the keys that a decode step multiplies at once, and as many of values
 _BYTES_AHEAD = 65536  # of keys and values that a decode step has requested before it needs them
 
@@ -127,8 +126,8 @@ def paged_attention(
     )
 
 
-# The sizes of tiles below are those with which nothing spills on sm_90, as tests/compile_kernels.py shows. Products of
-# float32 are not the tensor cores', and hold whole rows in registers.
+# Tiles are as large as registers allow on sm_90: none spills within a loop (tests/compile_kernels.py shows what each
+# takes). Products of float32 are not the tensor cores' and hold whole rows in registers.
 
 
 def _decode_tile(block_d: int, element_size: int, group: int) -> dict[str, int]:
@@ -150,7 +149,7 @@ def _prefill_tile(block_d: int, element_size: int, seq_rows: int, is_windowed: b
         block_m, block_n, num_warps = (64, 64, 4) if seq_rows <= 64 else (128, 64 if is_windowed else 128, 8)
     else:
         block_m, block_n, num_warps = (128, 32, 8) if block_d == 256 else (32, 16, 4)
-    num_stages = 3
+    num_stages = 3  # with fewer, Triton requests a block's keys only when it is done with the block before
     while block_n > 16 and (block_m + num_stages * 2 * block_n) * block_d * element_size > room:
         block_n //= 2
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
@@ -161,11 +160,11 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may have; where there is no GPU, an H100's."""
     if device.type != "cuda":
         return 227 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-_BLOCK_SEQS = tl.constexpr(256)
-_MIN_PART_BLOCKS = tl.constexpr(_PART_BLOCKS)
+_BLOCK_SEQS = tl.constexpr(128)
+_MIN_PART_BLOCKS = tl.constexpr(4)  # fewer would cost more to start and to merge than they save
 _NO_SCORE = tl.constexpr(-1e30)  # not infinity, of which a difference would be NaN
 
 
@@ -326,10 +325,10 @@ def _decode(
     is_in = is_head[:, None] & (column < HEAD_DIM)[None, :]
     place = head[:, None] * HEAD_DIM + column[None, :]
     largest, total, values = _attend(
-        tl.load(q + seq.to(tl.int64) * row_stride + place, mask=is_in, other=0.0),
+        tl.load(q + tl.cast(seq, tl.int64) * row_stride + place, mask=is_in, other=0.0),
         k_cache + kv_head * (PAGE_SIZE * HEAD_DIM),
         v_cache + kv_head * (PAGE_SIZE * HEAD_DIM),
-        page_table + seq.to(tl.int64) * table_stride,
+        page_table + tl.cast(seq, tl.int64) * table_stride,
         first,
         stop,
         stop,
@@ -350,7 +349,7 @@ def _decode(
     )
     if own_parts == 1:
         values /= total[:, None]
-        out += seq.to(tl.int64) * (NUM_KV_HEADS * GROUP * HEAD_DIM)
+        out += tl.cast(seq, tl.int64) * (NUM_KV_HEADS * GROUP * HEAD_DIM)
         tl.store(out + place, values.to(out.dtype.element_ty), mask=is_in)
     else:
         heads = part.to(tl.int64) * (NUM_KV_HEADS * GROUP)
@@ -389,7 +388,9 @@ def _merge(
     for first_seq in range(0, seq, _BLOCK_SEQS):
         first_part += tl.sum(tl.cdiv(_num_keys(context_len, first_seq, seq, window, IS_WINDOWED), part_size))
     column = tl.arange(0, BLOCK_D)
-    largest, total, values = _NO_SCORE, 0.0, tl.zeros([BLOCK_D], tl.float32)
+    largest = tl.full([], _NO_SCORE, tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    values = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, own_parts, BLOCK_PARTS):
         part = first + tl.arange(0, BLOCK_PARTS)
         is_part = part < own_parts
@@ -404,7 +405,7 @@ def _merge(
         largest = new_largest
         total = total * decay + tl.sum(weight * part_total)
         values = values * decay + tl.sum(weight[:, None] * tile, axis=0)
-    out += (seq.to(tl.int64) * num_heads + head) * HEAD_DIM
+    out += (tl.cast(seq, tl.int64) * num_heads + head) * HEAD_DIM
     tl.store(out + column, (values / total).to(out.dtype.element_ty), mask=column < HEAD_DIM)
 
 
@@ -468,7 +469,7 @@ def _prefill(
     q_tile = tl.load(q + q_row[:, None] * row_stride + place, mask=is_in, other=0.0)
     k_head = k_cache + kv_head * (PAGE_SIZE * HEAD_DIM)
     v_head = v_cache + kv_head * (PAGE_SIZE * HEAD_DIM)
-    pages = page_table + seq.to(tl.int64) * table_stride
+    pages = page_table + tl.cast(seq, tl.int64) * table_stride
     largest = tl.full([BLOCK_M], _NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     values = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
