@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that are not here, as calls of the ops would, and says what each takes.
 
-    python tests/compile_kernels.py [--capability 90]
+    python tests/compile_kernels.py [--capability 90] [--dtypes bfloat16 ...]
 
 One line of JSON for each kernel and set of compile-time arguments: registers, bytes of stack (where registers spill)
 and of shared memory. Not in a process where TRITON_INTERPRET is set.
@@ -135,11 +135,12 @@ SHAPES = ((32, 8, 128), (32, 32, 128), (9, 3, 64), (8, 1, 512))
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for a GPU that is not here.")
     parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100 and H200 (default)")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set; unset it.")
     with compiling(args.capability) as kernels, forced("triton"):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in (getattr(torch, name) for name in args.dtypes):
             for num_q_heads, num_kv_heads, head_dim in SHAPES:
                 known = len(kernels)
                 call_everything(dtype, num_q_heads, num_kv_heads, head_dim)

@@ -12,7 +12,7 @@ _BLOCK = 1024
 def silu_mul(gate_up_T2F: torch.Tensor, out_TF: torch.Tensor) -> None:
     rows, size = out_TF.shape
     if rows:
-        _silu_mul[(rows, triton.cdiv(size, _BLOCK))](gate_up_T2F, out_TF, size, BLOCK=_BLOCK)
+        _silu_mul[(rows, triton.cdiv(size, _BLOCK))](gate_up_T2F, out_TF, size, BLOCK=_BLOCK, enable_fp_fusion=True)
 
 
 @triton.jit

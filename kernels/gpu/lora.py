@@ -72,6 +72,7 @@ def lora_add_(
         IN_FLOAT32=in_float32,
         num_warps=4,
         num_stages=4,
+        enable_fp_fusion=True,
     )
     precision = "ieee" if torch.float32 in (y_TO.dtype, b_LRO.dtype) else "tf32"
     block_out = 64 if num_tiles < 8 or precision == "ieee" else 128
@@ -102,6 +103,7 @@ def lora_add_(
         PRECISION=precision,
         num_warps=4 if is_small else 8,
         num_stages=2,
+        enable_fp_fusion=True,
     )
 
 

@@ -25,7 +25,7 @@ def fused_add_rms_norm_(
 
 def _launch(size: int) -> dict[str, int]:
     block = triton.next_power_of_2(size)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": True}
 
 
 @triton.jit

@@ -45,6 +45,7 @@ def rope_kv_write_(
         NUM_KV_HEADS=num_kv_heads,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         num_warps=1,
+        enable_fp_fusion=True,
     )
 
 

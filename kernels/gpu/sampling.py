@@ -38,7 +38,9 @@ def sample_tokens(
     num_chunks = triton.cdiv(vocab_size, chunk)
     best = torch.empty(rows, num_chunks, dtype=torch.float32, device=logits_SV.device)
     best_id = torch.empty(rows, num_chunks, dtype=torch.int32, device=logits_SV.device)
-    _find_best[(rows, num_chunks)](logits_SV, logits_SV.stride(0), best, best_id, vocab_size, CHUNK=chunk, num_warps=8)
+    _find_best[(rows, num_chunks)](
+        logits_SV, logits_SV.stride(0), best, best_id, vocab_size, CHUNK=chunk, num_warps=8, enable_fp_fusion=True
+    )
     _pick[(rows,)](
         logits_SV,
         logits_SV.stride(0),
@@ -56,6 +58,7 @@ def sample_tokens(
         CHUNK=chunk,
         BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
         num_warps=16,
+        enable_fp_fusion=True,
     )
 
 
@@ -147,7 +150,7 @@ def _pick(
 
     # Kept: the tokens with a key below `edge`, and the first `num_edge` of those that have it, of which there are enough.
     min_p = tl.load(min_ps + row)
-    edge = tl.where(min_p > 0.0, -tl.log(tl.maximum(min_p, 1e-45)), float("inf")).to(tl.int32, bitcast=True)
+    edge = tl.where(min_p > 0.0, -tl.log(tl.maximum(min_p, 2e-38)), float("inf")).to(tl.int32, bitcast=True)
     edge = tl.maximum(edge, 0) + 1  # of min_p 1 the logarithm may be -0.0
     num_edge = 0
     top_k = tl.load(top_ks + row)
