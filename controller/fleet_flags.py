@@ -128,6 +128,11 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
         help="compute the beginning that prompts have in common once, for each adapter and tenant (default: on)",
     )
     batch.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="launch steps op by op: no CUDA graphs, and on a CPU no recorded steps; slower, for finding faults",
+    )
+    batch.add_argument(
         "--gpu-memory-utilization",
         type=float,
         default=engine.gpu_memory_utilization,
@@ -260,6 +265,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_adapter_wait_s=args.max_adapter_wait_s,
         block_size=args.block_size,
         enable_prefix_caching=args.enable_prefix_caching,
+        enforce_eager=args.enforce_eager,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel_size=args.tensor_parallel_size,

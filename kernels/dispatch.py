@@ -6,6 +6,7 @@ kernels/cpu/ the C++ one. Triton comes with torch's CUDA builds and is imported 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -15,12 +16,16 @@ import torch
 from lorafleet.kernels import native
 from lorafleet.kernels.build import Level
 
+# Read once: every call of an op asks.
+_are_wanted = os.environ.get("LORAFLEET_NATIVE_KERNELS") != "0"
 _is_triton_forced: bool | None = None  # None: the device decides
 
 
 def uses_triton(device: torch.device) -> bool:
     """Whether ops on tensors of this device run in Triton."""
-    return device.type == "cuda" if _is_triton_forced is None else _is_triton_forced
+    if _is_triton_forced is None:
+        return device.type == "cuda" and _are_wanted
+    return _is_triton_forced
 
 
 @contextmanager

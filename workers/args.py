@@ -27,6 +27,7 @@ class EngineArgs:
     max_adapter_wait_s: float = 0.0
     block_size: int = 16
     enable_prefix_caching: bool = True
+    enforce_eager: bool = False
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -63,6 +64,7 @@ class EngineArgs:
             max_adapter_wait_s=self.max_adapter_wait_s,
             block_size=self.block_size,
             enable_prefix_caching=self.enable_prefix_caching,
+            enforce_eager=self.enforce_eager,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             gpu_memory_utilization=self.gpu_memory_utilization,
             num_threads=self.num_threads,

@@ -82,6 +82,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # tokens computed in one step; None: 512 on a CPU, 2048 on CUDA
     block_size: int = 16  # tokens of one KV page
     enable_prefix_caching: bool = True  # requests find what others of their tenant and adapter have computed
+    enforce_eager: bool = False  # steps are launched op by op, never replayed
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
     tensor_parallel_size: int = 1

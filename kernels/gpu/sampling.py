@@ -1,7 +1,7 @@
 """Sampling in Triton: two launches for all rows, whatever they need, and nothing that the host waits for.
 
-The first looks for each chunk's best token. The second has one program a row, which ends there if the row is greedy. One
-that draws orders tokens by the bits of d = (max - x) / temperature: it is never negative, and so the bits of such
+The first looks for each chunk's best token. The second has one program a row, which ends there if the row is greedy.
+One that draws orders tokens by the bits of d = (max - x) / temperature: it is never negative, and so the bits of such
 numbers are in their order. What top_k and top_p keep are the tokens up to some d, and of those at it the first few;
 that d is found by halving the range of its bits, with a count, or a sum of weights, over the row each time. No row is
 sorted. See kernels/sampling.py for what is kept and drawn.
@@ -148,7 +148,7 @@ def _pick(
         return
     own = logits + row.to(tl.int64) * row_stride
 
-    # Kept: the tokens with a key below `edge`, and the first `num_edge` of those that have it, of which there are enough.
+    # Kept: the tokens with a key below `edge`, and of those that have it the first `num_edge`; there are as many.
     min_p = tl.load(min_ps + row)
     edge = tl.where(min_p > 0.0, -tl.log(tl.maximum(min_p, 2e-38)), float("inf")).to(tl.int32, bitcast=True)
     edge = tl.maximum(edge, 0) + 1  # of min_p 1 the logarithm may be -0.0
@@ -191,7 +191,8 @@ def _pick(
     # Sums in another order may end a little below the total, and the target must not lie behind all tokens.
     target = tl.minimum(tl.load(uniforms + row) * total, total * (1.0 - 1e-14))
     before = total * 0.0
-    num_before, chosen = num_edge * 0, num_edge * 0 - 1
+    num_before = num_edge * 0
+    chosen = num_before - 1
     for begin in range(0, vocab_size, CHUNK):
         if chosen < 0:
             ids = begin + tl.arange(0, CHUNK)
@@ -208,4 +209,4 @@ def _pick(
                 chosen = tl.minimum(tl.min(tl.where(is_past, ids, vocab_size)), last)
             before += here
             num_before += num_here
-    tl.store(token_ids + row, chosen.to(tl.int64))
+    tl.store(token_ids + row, chosen)

@@ -111,6 +111,11 @@ def test_prefix_caching_is_on_unless_it_is_turned_off() -> None:
     assert not config("--no-enable-prefix-caching").engine.enable_prefix_caching
 
 
+def test_steps_are_replayed_unless_they_are_to_be_eager() -> None:
+    assert not config().engine.enforce_eager
+    assert config("--enforce-eager").engine.enforce_eager
+
+
 def test_the_bound_on_waiting_is_on_unless_it_is_turned_off() -> None:
     assert config().engine.max_adapter_wait_s == 60.0
     assert config("--max-adapter-wait-s", "0").engine.max_adapter_wait_s == 0.0

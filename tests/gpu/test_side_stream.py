@@ -19,7 +19,8 @@ from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
 from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
 
 PROMPT = list(range(7, 40))
 GREEDY = SamplingOptions(max_tokens=24, temperature=0.0, num_logprobs=5, ignore_eos=True)

@@ -90,7 +90,13 @@ class Engine:
         self._max_lora_rank = lora.max_lora_rank if lora else 0
         self._ranks = ranks
         self._runner = ModelRunner(
-            spec, plan, max_lora_rank=self._max_lora_rank, device=device, group=ranks.group, plans=ranks.plans
+            spec,
+            plan,
+            max_lora_rank=self._max_lora_rank,
+            device=device,
+            group=ranks.group,
+            plans=ranks.plans,
+            enforce_eager=config.enforce_eager,
         )
         self._pool = BlockPool(plan.num_pages)
         eviction = lora.eviction if lora else "lru"

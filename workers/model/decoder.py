@@ -182,8 +182,10 @@ class Decoder:
         max_num_tokens: int,
         format: WeightFormat,
         group: TensorParallelGroup,
+        enforce_eager: bool = False,
     ) -> None:
-        """`max_num_tokens`: of one step."""
+        """`max_num_tokens`: of one step. enforce_eager: no step is recorded."""
+        self._enforce_eager = enforce_eager
         self.spec = spec
         self._group = group
         self._eps = spec.norm_eps
@@ -214,7 +216,8 @@ class Decoder:
         for layer in self._layers:
             layer.load(reader)
         linears = (linear for layer in self._layers for linear in layer.linears())
-        self._is_recordable = self._group.size == 1 and all(linear.weight.is_packed for linear in linears)
+        are_native = all(linear.weight.is_packed for linear in linears)
+        self._is_recordable = are_native and self._group.size == 1 and not self._enforce_eager
 
     def add_slots(self, shape: SlotShape) -> None:
         """Allocate adapter slots in every linear and norm. Before `load`."""

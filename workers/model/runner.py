@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lorafleet.kernels import native
+from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
@@ -46,8 +47,10 @@ class ModelRunner:
         device: torch.device,
         group: TensorParallelGroup | None = None,
         plans: PlanChannel | None = None,
+        enforce_eager: bool = False,
     ) -> None:
-        """plans: to the other ranks, for rank 0 of several."""
+        """plans: to the other ranks, for rank 0 of several. enforce_eager: steps are launched op by op."""
+        self._enforce_eager = enforce_eager
         group = group or TensorParallelGroup()
         self._plans = plans
         self._has_one_rank = group.size == 1
@@ -62,6 +65,7 @@ class ModelRunner:
             max_num_tokens=plan.max_num_batched_tokens,
             format=format,
             group=group,
+            enforce_eager=enforce_eager,
         )
         self._buffers = StepBuffers(
             page_size=plan.page_size,
@@ -99,7 +103,7 @@ class ModelRunner:
 
         Uses the first pages, which nobody may hold yet; what it writes there is never read.
         """
-        if self._device.type == "cuda" and self._has_one_rank:
+        if self._device.type == "cuda" and uses_triton(self._device) and self._has_one_rank and not self._enforce_eager:
             self.capture(CudaCapture())
         plan = self._plan
         num_tokens = min(

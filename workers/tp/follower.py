@@ -39,7 +39,14 @@ class Follower:
         self._spec = spec
         self._plans = plans
         max_lora_rank = config.lora.max_lora_rank if config.lora else 0
-        self._runner = ModelRunner(spec, plan, max_lora_rank=max_lora_rank, device=device, group=group)
+        self._runner = ModelRunner(
+            spec,
+            plan,
+            max_lora_rank=max_lora_rank,
+            device=device,
+            group=group,
+            enforce_eager=config.enforce_eager,
+        )
         self._store = adapter_store(spec, plan, group)
         self._lock = threading.Lock()
         # By slot: the number of the load and what is in place, until rank 0 says that it counts. The next load for the

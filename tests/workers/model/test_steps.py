@@ -51,9 +51,14 @@ class Counting:
         return call
 
 
-def make_engine(model: Path, *, dtype: str = "bfloat16") -> tuple[Engine, list[str]]:
+def make_engine(model: Path, *, dtype: str = "bfloat16", enforce_eager: bool = False) -> tuple[Engine, list[str]]:
     config = EngineConfig(
-        model=str(model / "model"), dtype=dtype, device="cpu", num_threads=2, lora=LoRAConfig(max_loras=4)
+        model=str(model / "model"),
+        dtype=dtype,
+        device="cpu",
+        enforce_eager=enforce_eager,
+        num_threads=2,
+        lora=LoRAConfig(max_loras=4),
     )
     engine = Engine.from_config(config)
     engine.load()
@@ -100,8 +105,8 @@ def test_a_step_makes_one_call_per_op_and_layer(
     assert per_step == expected | ({"lf_lora_add": 4 * NUM_LAYERS} if num_adapters else {})
 
 
-def run_all(model: Path, dtype: str) -> dict[str, Result]:
-    engine, digests = make_engine(model, dtype=dtype)
+def run_all(model: Path, dtype: str, **changes: Any) -> dict[str, Result]:
+    engine, digests = make_engine(model, dtype=dtype, **changes)
     try:
         run_engine(engine, requests([*digests]))  # all adapters are in slots now
         return run_engine(engine, requests([None, digests[0], digests[1], digests[0], None, digests[2]], num_output=20))
@@ -134,6 +139,12 @@ def test_replayed_steps_give_the_same_bits(
 def test_float32_is_not_replayed_since_torch_makes_its_products(model: Path, replays: list[native.Recording]) -> None:
     run_all(model, "float32")
     assert not replays
+
+
+def test_an_eager_engine_replays_nothing_and_gives_the_same_bits(model: Path, replays: list[native.Recording]) -> None:
+    eager = run_all(model, "bfloat16", enforce_eager=True)
+    assert not replays
+    assert run_all(model, "bfloat16") == eager and replays
 
 
 def test_recordings_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
