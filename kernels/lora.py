@@ -50,6 +50,7 @@ class LoraSlots:
     scale_LO: torch.Tensor  # float32
     shift_LO: torch.Tensor  # float32
     slice_end_N: torch.Tensor  # int32
+    is_aligned: bool = False  # every slice begins at a multiple of 16 features; a GPU reads 16 bytes at once then
 
 
 def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments | LoraTiles) -> None:
@@ -84,6 +85,7 @@ def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments
             slots.scale_LO,
             slots.shift_LO,
             slots.slice_end_N,
+            slots.is_aligned,
             segments if isinstance(segments, LoraTiles) else _divide(segments, y_TO.shape[0]),
         )
         return

@@ -106,6 +106,7 @@ def call_everything(dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, hea
             torch.zeros(2, 3, dtype=torch.int32),
             *torch.zeros(2, 2, sum(widths)),
             torch.tensor(widths, dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            is_aligned=True,
         )
         one = torch.ones(1, dtype=torch.int32)
         lora_add_(qkv, x, slots, LoraSegments(0 * one, num_tokens * one, 0 * one, torch.ones(1)))

@@ -36,6 +36,7 @@ class LoraCase:
         self.scale, self.shift = torch.rand(2, slots, sum(widths)) + 0.5
         for name, tensor in vars(self).items():
             setattr(self, name, tensor.to(device))
+        self.is_aligned = all(width % 16 == 0 for width in widths)
 
     def run(self, segments: list[tuple[int, int, int, float]]) -> torch.Tensor:
         """segments: (first row, behind the last, slot, weight)."""
@@ -47,7 +48,9 @@ class LoraCase:
         )
         y = self.y.clone()
         changes = self.is_affine, self.scale, self.shift
-        lora_add_(y, self.x, LoraSlots(self.a, self.b, self.rank, self.scaling, *changes, self.ends), packed)
+        lora_add_(
+            y, self.x, LoraSlots(self.a, self.b, self.rank, self.scaling, *changes, self.ends, self.is_aligned), packed
+        )
         return y
 
 

@@ -34,6 +34,7 @@ def lora_add_(
     scale_LO: torch.Tensor,
     shift_LO: torch.Tensor,
     slice_end_N: torch.Tensor,
+    is_aligned: bool,
     tiles: LoraTiles,
 ) -> None:
     _, num_slices, max_rank, num_in = a_LNRI.shape
@@ -100,6 +101,7 @@ def lora_add_(
         BLOCK_ROWS=tiles.block_rows,
         BLOCK_RANK=_BLOCK_RANK,
         BLOCK_OUT=block_out,
+        IS_ALIGNED=is_aligned,
         PRECISION=precision,
         num_warps=4 if is_small else 8,
         num_stages=2,
@@ -189,6 +191,7 @@ def _expand(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,  # slices begin at multiples of 16
     PRECISION: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
@@ -208,7 +211,11 @@ def _expand(
     if n < 0:
         return
     rows = start + tl.arange(0, BLOCK_ROWS)
-    columns = column + tl.arange(0, BLOCK_OUT)
+    if IS_ALIGNED:  # in a form in which the compiler sees it
+        columns = column // 16 * 16 + tl.arange(0, BLOCK_OUT)
+        stop = stop // 16 * 16
+    else:
+        columns = column + tl.arange(0, BLOCK_OUT)
     is_in = (columns < stop)[None, :]
     sums = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     first, behind = tl.load(first_piece + tile), tl.load(first_piece + tile + 1)

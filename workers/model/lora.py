@@ -85,6 +85,7 @@ class LoraLinear:
             scale_LO=zeros(slots, num_out, dtype=torch.float32),
             shift_LO=zeros(slots, num_out, dtype=torch.float32),
             slice_end_N=ends.to(shape.device),
+            is_aligned=all(part.size % 16 == 0 for part in parts),
         )
 
     def rows(self, adapter: HostAdapter, base: BaseLinear, out: SlotRows) -> None:

@@ -42,6 +42,12 @@ def test_inputs_are_split_over_programs(num_in: int) -> None:
     compare(case, [(0, 2, 1, 1.0), (2, 3, 5, 1.0)])
 
 
+def test_slices_that_begin_at_multiples_of_sixteen() -> None:
+    case = LoraCase(40, BF16, BF16, num_in=64, widths=(160, 48, 96), device=DEVICE)
+    assert case.is_aligned
+    compare(case, LAYOUTS["zipf"])
+
+
 def test_large_tiles() -> None:
     """As many rows as make them worth it: an adapter with several, one with a few rows, one composed with another."""
     case = LoraCase(300, F32, F32, device=DEVICE)
