@@ -5,8 +5,10 @@ Of a result the row that is farthest off decides: |ours - reference| / |referenc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +40,10 @@ class Check:
     @property
     def is_met(self) -> bool:
         return self.error <= self.limit
+
+    def as_json(self) -> dict[str, Any]:
+        error = None if math.isnan(self.error) else self.error  # JSON has no NaN
+        return asdict(self) | {"error": error, "is_met": self.is_met}
 
     def line(self) -> str:
         verdict = "ok" if self.is_met else f"WRONG {self.note}".rstrip()
@@ -107,7 +113,7 @@ def _compared(name: str, op: _Op, dtype: torch.dtype, device: torch.device) -> C
             expected = op()
         errors = [row_error(*pair) for pair in zip(ours, expected, strict=True)]
         # max() would pass over NaN.
-        error = next((error for error in errors if error != error), max(errors))
+        error = next((error for error in errors if math.isnan(error)), max(errors))
         return Check(name, title, error, limit)
     except Exception as error:  # the next kernel may be fine
         return Check(name, title, float("nan"), limit, _why(error))

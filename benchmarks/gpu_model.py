@@ -57,8 +57,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # for dry runs
         "vocab_size": 97,
         "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 64,

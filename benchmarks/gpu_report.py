@@ -35,7 +35,7 @@ class Row:
     case: Case
     status: str
     note: str = ""  # why it was not measured
-    device_s: float = 0.0  # forward pass, one after the other
+    device_s: float = 0.0  # forward passes one after the other, by the device's clock; it may wait for the host
     step_s: float = 0.0  # wall clock of steps that overlap, with their preparation and sampling
     floor_s: float = 0.0
     bound: str = ""  # what makes the floor: bytes or FLOPs
@@ -70,7 +70,9 @@ class Verdict:
     def line(self) -> str:
         if self.worst is None:
             return f"{self.title:<62}not measured"
-        verdict = "not met" if not self.is_met else f"met, {self.num_missing} missing" if self.num_missing else "met"
+        verdict = (
+            "not met" if not self.is_met else f"met, {self.num_missing} not measured" if self.num_missing else "met"
+        )
         return f"{self.title:<62}{self.worst:>8.3f}  {verdict}  ({self.where})"
 
 
@@ -170,9 +172,9 @@ def line(row: Row, rows: Sequence[Row]) -> str:
     start = f"{row.model:<12}{case.kind:<9}{case.num_seqs:>5}{case.num_tokens:>8}  {case.adapters:<10}"
     if row.status != MEASURED:
         return f"{start}  {row.status}{row.note and f': {row.note}'}"
-    base = partner(row, rows, NONE)
+    base = None if case.adapters in (OFF, NONE) else partner(row, rows, NONE)
     change = ""
-    if base is not None and base is not row and base.status == MEASURED:
+    if base is not None and base.status == MEASURED:
         change = f"{100 * (row.device_s / base.device_s - 1):+.1f} %"
     tokens = case.num_tokens if case.kind == "prefill" else case.num_seqs
     return (
