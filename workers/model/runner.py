@@ -95,8 +95,12 @@ class ModelRunner:
 
     def load(self, model_dir: Path) -> None:
         """Read the weights, and build the kernels if this machine has none yet. Raises `ModelError`."""
+        self.load_weights(CheckpointReader(model_dir))
+
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """The same, from a reader."""
         native.library()
-        self._decoder.load(CheckpointReader(model_dir))
+        self._decoder.load(reader)
 
     def warm_up(self) -> None:
         """Run a prompt and a single token, so that the first request finds threads, buffers and code in place.
