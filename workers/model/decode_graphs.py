@@ -10,6 +10,7 @@ launches for each), compositions (more pieces than rows), and all with several r
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -28,15 +29,31 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """CUDA graphs with one pool of memory for all: no two of them run at a time."""
+    """CUDA graphs with one pool of memory for all: no two of them run at a time.
+
+    `torch.cuda.graph` would look for garbage before each of them, which takes longer than the recording. It must not
+    be looked for amid one, since what is freed may be the device's.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            run()
+        torch.cuda.synchronize()
+        is_collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+        finally:
+            if is_collecting:
+                gc.enable()
         replay: Callable[[], None] = graph.replay
         return replay
 
