@@ -62,7 +62,7 @@ def sample_tokens(
     )
 
 
-@triton.jit(do_not_specialize=["row_stride", "vocab_size"])
+@triton.jit
 def _find_best(logits, row_stride, best, best_id, vocab_size, CHUNK: tl.constexpr):
     """Each chunk's largest logit, and the first token that has it; NaN where one is NaN or +inf."""
     row, chunk = tl.program_id(0), tl.program_id(1)
@@ -88,23 +88,23 @@ def _distances(logits, ids, vocab_size, largest, temperature):
 @triton.jit
 def _count(logits, vocab_size, largest, temperature, last_key, CHUNK: tl.constexpr):
     """Tokens with a key up to `last_key`."""
-    count = 0
+    counts = tl.zeros((CHUNK,), tl.int32)  # summed up once: a sum over threads waits for all of them
     for begin in range(0, vocab_size, CHUNK):
         ids = begin + tl.arange(0, CHUNK)
         _, key = _distances(logits, ids, vocab_size, largest, temperature)
-        count += tl.sum(((key <= last_key) & (ids < vocab_size)).to(tl.int32))
-    return count
+        counts += ((key <= last_key) & (ids < vocab_size)).to(tl.int32)
+    return tl.sum(counts)
 
 
 @triton.jit
 def _weigh(logits, vocab_size, largest, temperature, last_key, edge, edge_weight, CHUNK: tl.constexpr):
     """The weights of the tokens that are kept, of those with a key up to `last_key`; `edge_weight`: of those at it."""
-    total = tl.where(edge <= last_key, edge_weight, 0.0)
+    weights = tl.zeros((CHUNK,), tl.float64)
     for begin in range(0, vocab_size, CHUNK):
         ids = begin + tl.arange(0, CHUNK)
         d, key = _distances(logits, ids, vocab_size, largest, temperature)
-        total += tl.sum(tl.where((key < edge) & (key <= last_key), tl.exp(-d), 0.0).to(tl.float64))
-    return total
+        weights += tl.where((key < edge) & (key <= last_key), tl.exp(-d), 0.0).to(tl.float64)
+    return tl.sum(weights) + tl.where(edge <= last_key, edge_weight, 0.0)
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _weight_of(key, count):
     return each.to(tl.float64) * count
 
 
-@triton.jit(do_not_specialize=["row_stride", "vocab_size", "num_chunks"])
+@triton.jit
 def _pick(
     logits,
     row_stride,
