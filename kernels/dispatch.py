@@ -17,14 +17,14 @@ from lorafleet.kernels import native
 from lorafleet.kernels.build import Level
 
 # Read once: every call of an op asks.
-_are_wanted = os.environ.get("LORAFLEET_NATIVE_KERNELS") != "0"
+_is_triton_wanted = os.environ.get("LORAFLEET_NATIVE_KERNELS") != "0"
 _is_triton_forced: bool | None = None  # None: the device decides
 
 
 def uses_triton(device: torch.device) -> bool:
     """Whether ops on tensors of this device run in Triton."""
     if _is_triton_forced is None:
-        return device.type == "cuda" and _are_wanted
+        return device.type == "cuda" and _is_triton_wanted
     return _is_triton_forced
 
 

@@ -36,23 +36,24 @@ def rope_kv_write_(
     cos_sin_MD: float32, cosines in the first half of the columns. k_cache, v_cache: as paged_kv.py lays out.
     slot_mapping_T: int64, page · page size + offset of each row.
     """
+    arguments = (
+        qkv_TE,
+        cos_sin_MD,
+        positions_T,
+        k_cache,
+        v_cache,
+        slot_mapping_T,
+        num_q_heads,
+        num_kv_heads,
+        q_norm_WD,
+        k_norm_WD,
+        eps,
+        which_T,
+    )
     native = library()
     is_on_gpu = uses_triton(qkv_TE.device)
     if native is None and not is_on_gpu:
-        _reference_(
-            qkv_TE,
-            cos_sin_MD,
-            positions_T,
-            k_cache,
-            v_cache,
-            slot_mapping_T,
-            num_q_heads,
-            num_kv_heads,
-            q_norm_WD,
-            k_norm_WD,
-            eps,
-            which_T,
-        )
+        _reference_(*arguments)
         return
     _, page_size, head_dim = sizes(k_cache, v_cache)
     assert qkv_TE.stride(1) == 1 and qkv_TE.shape[1] == (num_q_heads + 2 * num_kv_heads) * head_dim
@@ -64,20 +65,7 @@ def rope_kv_write_(
     if is_on_gpu:
         from lorafleet.kernels.gpu.rope import rope_kv_write_ as on_gpu
 
-        on_gpu(
-            qkv_TE,
-            cos_sin_MD,
-            positions_T,
-            k_cache,
-            v_cache,
-            slot_mapping_T,
-            num_q_heads,
-            num_kv_heads,
-            q_norm_WD,
-            k_norm_WD,
-            eps,
-            which_T,
-        )
+        on_gpu(*arguments)
         return
     native.lf_rope_kv_write(
         DTYPE_CODES[qkv_TE.dtype],

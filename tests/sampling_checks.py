@@ -11,6 +11,7 @@ ROUNDING = 1e-6  # of cumulative probabilities, between two correct results
 TEMPERATURES = (0.0, 1e-30, 1e-5, 0.3, 1.0, 1.7, 100.0)
 TOP_PS = (1.0, 1.0 - 2.0**-24, 0.999, 0.9, 0.5, 1e-9)
 MIN_PS = (0.0, 0.0, 0.001, 0.3, 1.0)
+SHAPES = ("flat", "identical", "ties", "peaked", "one far above", "mostly -inf")
 
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -84,3 +85,16 @@ def near_threshold(
         if weight[token] > 0.0 and start - 4 * ROUNDING <= uniform <= end[token] + 4 * ROUNDING:
             return True
     return False
+
+
+def distribution(shape: str, rows: int, vocab_size: int) -> torch.Tensor:
+    """Random logits of one of `SHAPES`."""
+    noise = torch.randn(rows, vocab_size)
+    return {
+        "flat": noise * 0.01 + 5.0,
+        "identical": torch.full_like(noise, -2.5),
+        "ties": (noise * 2).round(),
+        "peaked": noise + 12.0 * (torch.rand(rows, vocab_size) < 0.004),
+        "one far above": noise * 0.01 + 10.0 * (torch.arange(vocab_size) == 4321),
+        "mostly -inf": noise.masked_fill(torch.rand(rows, vocab_size) < 0.9, -torch.inf),
+    }[shape]

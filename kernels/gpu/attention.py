@@ -126,7 +126,7 @@ def paged_attention(
     )
 
 
-# Tiles are as large as registers allow on sm_90: none spills within a loop (tests/compile_kernels.py shows what each
+# Tiles are as large as registers allow on sm_90, but for a few bytes a thread (tests/compile_kernels.py shows what each
 # takes). Products of float32 are not the tensor cores' and hold whole rows in registers.
 
 

@@ -9,7 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES
-from sampling_checks import MIN_PS, TEMPERATURES, TOP_PS, agree, columns, drawn, grid, mixed_columns
+from sampling_checks import (
+    MIN_PS,
+    SHAPES,
+    TEMPERATURES,
+    TOP_PS,
+    agree,
+    columns,
+    distribution,
+    drawn,
+    grid,
+    mixed_columns,
+)
 
 from lorafleet.kernels.dispatch import forced
 from lorafleet.kernels.sampling import sample_tokens, sample_tokens_reference
@@ -28,19 +39,10 @@ def test_rows_of_mixed_options(rows: int, vocab_size: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ["flat", "identical", "ties", "peaked", "one far above", "mostly -inf"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_distributions(shape: str, dtype: torch.dtype) -> None:
-    rows, vocab_size = 60, 5003
-    noise = torch.randn(rows, vocab_size)
-    logits = {
-        "flat": noise * 0.01 + 5.0,
-        "identical": torch.full_like(noise, -2.5),
-        "ties": (noise * 2).round(),
-        "peaked": noise + 12.0 * (torch.rand(rows, vocab_size) < 0.004),
-        "one far above": noise * 0.01 + 10.0 * (torch.arange(vocab_size) == 4321),
-        "mostly -inf": noise.masked_fill(torch.rand(rows, vocab_size) < 0.9, -torch.inf),
-    }[shape]
-    agree(logits.to(dtype), *mixed_columns(rows, vocab_size))
+    logits = distribution(shape, 60, 5003)
+    agree(logits.to(dtype), *mixed_columns(60, 5003))
 
 
 @settings(max_examples=100, deadline=None)

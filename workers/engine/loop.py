@@ -7,8 +7,8 @@ same inbox.
 
 Every accepted request ends in exactly one event with a `finish`.
 
-On a GPU steps overlap: while one runs, the next is planned and launched, whose rows take their input tokens from where
-the running one will leave them. What a step brought is published when the next has been launched.
+On one GPU steps overlap: while one runs, the next is planned and launched, whose rows take their input tokens from
+where the running one will leave them. What a step brought is published when the next has been launched.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.eviction import make_eviction
 from lorafleet.workers.engine.pace import PaceMeter
 from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, Retire
-from lorafleet.workers.engine.request import MAX_COMPOSED, FinishReason, GenerateRequest, Request, RequestEvent
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
+from lorafleet.workers.engine.request_checks import RequestChecks
 from lorafleet.workers.engine.scheduler import Scheduler
 from lorafleet.workers.engine.slot_loader import Loaded, SlotLoader
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
-    AdapterRefusedError,
-    ContextLengthError,
     InternalError,
     InvalidRequestError,
     NonFiniteLogitsError,
@@ -121,6 +120,12 @@ class Engine:
         )
         self._pace = PaceMeter()
         self._loader = SlotLoader(self._store, self._slots, self._runner, ranks.followers, self._pace, self._post)
+        self._checks = RequestChecks(
+            max_model_len=plan.max_model_len,
+            max_loras=plan.max_loras,
+            vocab_size_of=self.vocab_size_of,
+            not_composable=lambda digest: self._adapters.spec(digest).not_composable,
+        )
         self._lock = threading.Lock()  # guards the six below
         # A str is the id of a request to cancel.
         self._inbox: deque[GenerateRequest | str | Loaded | Retire | _Pin] = deque()
@@ -226,7 +231,7 @@ class Engine:
         too few slots) or `QueueFullError` (too many requests, or more clients than max_adapter_wait_s could be kept
         for); the request is then not accepted and has no events.
         """
-        self._check(request)
+        self._checks.check(request)
         request = self._activated(request)
         for digest in request.digests:
             self._store.hold_files(digest)
@@ -416,46 +421,6 @@ class Engine:
     def _release_files(self, request: GenerateRequest) -> None:
         for digest in request.digests:
             self._store.release_files(digest)
-
-    def _check(self, request: GenerateRequest) -> None:
-        prompt, sampling = request.prompt_token_ids, request.sampling
-        if not prompt:
-            raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
-        if len(prompt) + sampling.max_tokens > self.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: over the context of "
-                f"{self.max_model_len} tokens.",
-                param="max_tokens",
-            )
-        self._check_composition(request)
-        vocab_size = self.vocab_size_of(request.adapter)
-        for what, ids in (
-            ("The prompt", prompt),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("output_token_ids", request.output_token_ids),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-                raise InvalidRequestError(
-                    f"{what} has a token id outside 0 to {vocab_size - 1}.",
-                    param="prompt" if ids is prompt else what,
-                )
-
-    def _check_composition(self, request: GenerateRequest) -> None:
-        """Adapters that are applied together have LoRA on linears alone: of what else there is no weighted sum."""
-        max_composed = min(MAX_COMPOSED, self.plan.max_loras)
-        if len(request.composition) > max_composed:
-            raise InvalidRequestError(
-                f"{len(request.composition)} adapters are named; at most {max_composed} may be.", param="adapters"
-            )
-        for digest, _ in request.composition:
-            spec = self._adapters.spec(digest)
-            if spec.not_composable:
-                raise AdapterRefusedError(
-                    f"Adapter {digest} has {spec.not_composable}; with a weight or with others only LoRA on linears is "
-                    "applied.",
-                    reason="not_composable",
-                    param="adapters",
-                )
 
     def _activated(self, request: GenerateRequest) -> GenerateRequest:
         """The same, with the place where an activated adapter begins; if it does not, a request for the base model."""

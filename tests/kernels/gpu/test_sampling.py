@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kernel_checks import DTYPES
-from sampling_checks import TEMPERATURES, agree, columns, drawn, grid, mixed_columns
+from sampling_checks import SHAPES, TEMPERATURES, agree, columns, distribution, drawn, grid, mixed_columns
 
 from lorafleet.kernels.dispatch import forced
 from lorafleet.kernels.sampling import sample_tokens
@@ -33,19 +33,10 @@ def test_rows_of_mixed_options(rows: int, vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ["flat", "identical", "ties", "peaked", "one far above", "mostly -inf"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_distributions(shape: str, dtype: torch.dtype) -> None:
-    rows, vocab_size = 5, 5003
-    noise = torch.randn(rows, vocab_size)
-    logits = {
-        "flat": noise * 0.01 + 5.0,
-        "identical": torch.full_like(noise, -2.5),
-        "ties": (noise * 2).round(),
-        "peaked": noise + 12.0 * (torch.rand(rows, vocab_size) < 0.004),
-        "one far above": noise * 0.01 + 10.0 * (torch.arange(vocab_size) == 4321),
-        "mostly -inf": noise.masked_fill(torch.rand(rows, vocab_size) < 0.9, -torch.inf),
-    }[shape]
-    agree(logits.to(dtype), *mixed_columns(rows, vocab_size))
+    logits = distribution(shape, 5, 5003)
+    agree(logits.to(dtype), *mixed_columns(5, 5003))
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.7}])
