@@ -96,7 +96,10 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks of a worker, which share the model"
     )
     model.add_argument(
-        "--num-threads", type=int, metavar="N", help="CPU threads of each rank (default: its share of the host's)"
+        "--num-threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of each rank (default: its share of the cores that affinity and CPU quota allow)",
     )
 
     batch = parser.add_argument_group("batching and memory")

@@ -30,7 +30,7 @@ _FLAGS = (
     "-mprefer-vector-width=512",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fopenmp",
+    "-fopenmp-simd",
     "-fPIC",
     "-ffunction-sections",
     "-fdata-sections",
@@ -120,7 +120,6 @@ def build(level: Level, target: Path) -> None:
             for source, out in zip(sources, objects, strict=True)
         ]
         out = Path(scratch) / target.name
-        # Not linked with OpenMP: native.py offers the runtime that torch has loaded, whatever its file is called.
         link = [compiler, *_LINK_FLAGS, "-o", str(out), *objects]
         try:
             with ThreadPoolExecutor(len(commands)) as pool:

@@ -1,10 +1,11 @@
 """Linear layers: y = x·Wᵀ + bias, W in the activations' dtype, or in 8-bit integers with a scale per output.
 
-On a CPU, W in bfloat16 or integers is packed once, at loading, into the order in which our kernel reads it: the pairs
-of inputs that AVX-512 and AMX multiply together lie side by side for sixteen outputs. W that stays as it is (an
-adapter's own head) our kernel reads for up to four rows; beyond them it is torch's product.
+On a CPU, W is packed once, at loading, into the order in which our kernel reads it: the inputs that are multiplied
+together (pairs of bfloat16 or integers, as in AVX-512 and AMX, or single floats) lie side by side for sixteen outputs.
+W that stays as it is (bfloat16 with an odd number of inputs) our kernel reads for up to four rows; beyond them it is
+torch's product.
 
-T rows, I in features, O out features, G groups of 16 out features.
+T rows, I in features, O out features, G groups of 16 out features, U inputs that are multiplied together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lorafleet.kernels.native import is_recording, library
+from lorafleet.kernels.native import DTYPE_CODES, is_recording, library
 
 _GROUP = 16
 _MAX_PLAIN_ROWS = 4
@@ -24,13 +25,13 @@ _MAX_PLAIN_ROWS = 4
 class LinearWeight:
     """W as `linear` reads it; `prepare` makes it."""
 
-    data: torch.Tensor  # [O, I], or packed [G, I / 2, 16, 2]
+    data: torch.Tensor  # [O, I], or packed [G, I / U, 16, U]
     scale_O: torch.Tensor | None  # float32, with 8-bit integers
     num_out: int
 
     @property
     def num_in(self) -> int:
-        return self.data.shape[1] * (2 if self.is_packed else 1)
+        return self.data.shape[1] * (self.data.shape[3] if self.is_packed else 1)
 
     @property
     def is_packed(self) -> bool:
@@ -43,11 +44,12 @@ def prepare(weight_OI: torch.Tensor, *, int8: bool = False, packed: bool | None 
     `packed` None leaves the choice to us. What comes back may share W's memory.
     """
     num_out, num_in = weight_OI.shape
+    unit = 2 if int8 or weight_OI.dtype == torch.bfloat16 else 1
     if packed is None:
-        fits = weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and num_in % 2 == 0
-        packed = fits and library() is not None
+        fits = weight_OI.dtype == torch.bfloat16 or (weight_OI.dtype in DTYPE_CODES and not int8)
+        packed = fits and weight_OI.device.type == "cpu" and num_in % unit == 0 and library() is not None
     data, scale_O = quantize_int8(weight_OI) if int8 else (weight_OI, None)
-    return LinearWeight(_pack(data) if packed else data, scale_O, num_out)
+    return LinearWeight(_pack(data, unit) if packed else data, scale_O, num_out)
 
 
 def linear(
@@ -58,9 +60,7 @@ def linear(
     The sums are float32; integers are multiplied with x as they are, then scaled.
     """
     native = library()
-    fits = x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu"
-    plain = weight.scale_O is None and x_TI.shape[0] <= _MAX_PLAIN_ROWS
-    if native is None or not fits or not (weight.is_packed or plain):
+    if native is None or not _is_native(x_TI, weight):
         assert not is_recording(), "torch's products cannot be recorded"
         if out_TO is None:
             return linear_reference(x_TI, weight, bias_O)
@@ -72,18 +72,30 @@ def linear(
     rows, num_in = x_TI.shape
     data = weight.data
     assert num_in == weight.num_in and x_TI.stride(1) == 1 and data.is_contiguous()
-    assert bias_O is None or bias_O.dtype == torch.bfloat16
+    assert bias_O is None or bias_O.dtype == x_TI.dtype
     y_TO = x_TI.new_empty(rows, weight.num_out) if out_TO is None else out_TO
     assert y_TO.is_contiguous() and y_TO.shape == (rows, weight.num_out) and y_TO.dtype == x_TI.dtype
     x, stride, bias, y = x_TI.data_ptr(), x_TI.stride(0), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr()
     if not weight.is_packed:
         native.lf_linear(x, stride, data.data_ptr(), bias, y, rows, num_in, weight.num_out)
     elif weight.scale_O is None:
-        native.lf_linear_packed(x, stride, data.data_ptr(), bias, y, rows, num_in // 2, weight.num_out)
+        code = DTYPE_CODES[x_TI.dtype]
+        native.lf_linear_packed(code, x, stride, data.data_ptr(), bias, y, rows, data.shape[1], weight.num_out)
     else:
         scale = weight.scale_O.data_ptr()
-        native.lf_linear_packed_int8(x, stride, data.data_ptr(), scale, bias, y, rows, num_in // 2, weight.num_out)
+        native.lf_linear_packed_int8(x, stride, data.data_ptr(), scale, bias, y, rows, data.shape[1], weight.num_out)
     return y_TO
+
+
+def _is_native(x_TI: torch.Tensor, weight: LinearWeight) -> bool:
+    """Whether our kernel multiplies these, where there is one."""
+    if x_TI.device.type != "cpu":
+        return False
+    if weight.scale_O is not None:
+        return weight.is_packed and x_TI.dtype == torch.bfloat16
+    if x_TI.dtype != weight.data.dtype:
+        return False
+    return weight.is_packed or (x_TI.dtype == torch.bfloat16 and x_TI.shape[0] <= _MAX_PLAIN_ROWS)
 
 
 def linear_reference(x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
@@ -120,10 +132,10 @@ def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight_OI / scale_O[:, None]).round_().to(torch.int8), scale_O
 
 
-def _pack(weight_OI: torch.Tensor) -> torch.Tensor:
+def _pack(weight_OI: torch.Tensor, unit: int) -> torch.Tensor:
     num_out, num_in = weight_OI.shape
     padded = F.pad(weight_OI, (0, 0, 0, -num_out % _GROUP))
-    return padded.view(-1, _GROUP, num_in // 2, 2).transpose(1, 2).contiguous()
+    return padded.view(-1, _GROUP, num_in // unit, unit).transpose(1, 2).contiguous()
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:

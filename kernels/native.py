@@ -1,7 +1,8 @@
 """Loads the C++ kernels for this machine: prebuilt ones where the package carries them, else compiled once and cached.
 
-They are called through ctypes with data pointers and use the OpenMP runtime that torch has loaded, so that
-`torch.set_num_threads` in the calling thread governs them and no second pool of threads fights for the cores.
+They are called through ctypes with data pointers. A thread that calls them computes alone until `set_threads` gives it
+others that help (cpu/team.h says how). Torch has threads of its own; two pools that are both at work fight for the
+cores, so a thread that has helpers should let torch compute with one.
 
 Without a prebuilt library and without a compiler the references run instead, after one warning.
 LORAFLEET_NATIVE_KERNELS=0 asks for the references on purpose, LORAFLEET_CPU_LEVEL=avx2 for a lesser instruction set.
@@ -10,12 +11,12 @@ LORAFLEET_NATIVE_KERNELS=0 asks for the references on purpose, LORAFLEET_CPU_LEV
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import os
 import struct
 import sys
 import threading
 import warnings
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,14 +39,24 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lf_paged_attention": (_INT, _P, _I64, _P, _P, _P, _I64, _P, _P, _P, *(_I64,) * 5, _F32, _I64),
     "lf_lora_add": (_INT, _INT, _P, _I64, _P, _I64, *(_P,) * 12, *(_I64,) * 5),
     "lf_linear": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
-    "lf_linear_packed": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
+    "lf_linear_packed": (_INT, _P, _I64, _P, _P, _P, *(_I64,) * 3),
     "lf_linear_packed_int8": (_P, _I64, _P, _P, _P, _P, *(_I64,) * 3),
     "lf_sample_tokens": (_INT, _P, _I64, *(_P,) * 7, _I64, _I64),
+}
+# The rest of the library, which is never recorded: (result, arguments).
+_MANAGEMENT: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "lf_replay": (None, (_P, _I64)),
+    "lf_team_create": (_P, (_I64,)),
+    "lf_team_use": (None, (_P,)),
+    "lf_team_help": (None, (_P, _I64)),
+    "lf_team_close": (None, (_P,)),
+    "lf_team_free": (None, (_P,)),
 }
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_local = threading.local()  # .recording: the one that this thread makes
+# Of a thread: .recording, the one that it makes; .num_threads and .teams, by the library's handle, see `set_threads`.
+_local = threading.local()
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _description = ""  # of what _library is, for people
@@ -70,6 +81,61 @@ def describe() -> str:
     """What runs on this machine's processor: the instruction set of the kernels, or why it is the slow references."""
     library()
     return _description
+
+
+def set_threads(count: int) -> None:
+    """Let the calling thread's native calls be computed by so many threads, itself included.
+
+    The others begin with the cores and the priority that the calling thread has now, and end with it.
+    """
+    assert count >= 1
+    native = library()
+    if get_threads() == count:
+        return
+    if isinstance(native, ctypes.CDLL):
+        native.lf_team_use(None)
+    _local.num_threads, _local.teams = count, {}
+    _use_team()
+
+
+def get_threads() -> int:
+    """How many threads compute the calling thread's native calls."""
+    return getattr(_local, "num_threads", 1)
+
+
+def _use_team() -> None:
+    """Make the calling thread's team with the present library, which has a team of its own."""
+    native = library()
+    if not isinstance(native, ctypes.CDLL) or get_threads() == 1:
+        return
+    team = _local.teams.get(native._handle)
+    if team is None:
+        team = _local.teams[native._handle] = _Team(native, get_threads())
+    native.lf_team_use(team.handle)
+
+
+class _Team:
+    """Threads that help with the calls of the one that owns this object, for as long as it exists."""
+
+    def __init__(self, native: ctypes.CDLL, size: int) -> None:
+        self.handle = native.lf_team_create(size)
+        helpers = [
+            threading.Thread(
+                target=native.lf_team_help, args=(self.handle, i), name=f"lorafleet-kernels-{i}", daemon=True
+            )
+            for i in range(1, size)
+        ]
+        for helper in helpers:
+            helper.start()
+        # At exit they are left alone: daemons in C, which need nothing of Python.
+        weakref.finalize(self, self._end, native, self.handle, helpers).atexit = False
+
+    @staticmethod
+    def _end(native: ctypes.CDLL, handle: int, helpers: list[threading.Thread]) -> None:
+        native.lf_team_close(handle)
+        for helper in helpers:
+            helper.join()
+        native.lf_team_free(handle)
 
 
 class Recording:
@@ -143,6 +209,7 @@ def forced(level: Level | None) -> Iterator[None]:
     replacement = None if level is None else _open(_find(level))
     with _lock:
         kept, _library = _library, replacement
+    _use_team()
     try:
         yield
     finally:
@@ -198,25 +265,9 @@ def _is_library(path: Path) -> bool:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    # The library names no OpenMP runtime: its symbols are found in what is loaded globally.
-    ctypes.CDLL(_openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
     loaded = ctypes.CDLL(str(path))
-    for name, argtypes in _SIGNATURES.items():
+    faces = {name: (None, argtypes) for name, argtypes in _SIGNATURES.items()} | _MANAGEMENT
+    for name, (restype, argtypes) in faces.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = argtypes, None
-    loaded.lf_replay.argtypes, loaded.lf_replay.restype = (_P, _I64), None
+        function.argtypes, function.restype = argtypes, restype
     return loaded
-
-
-def _openmp_runtime() -> str:
-    """The file of the OpenMP runtime that torch has loaded into this process."""
-    try:
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
-    except OSError:
-        mapped = set()
-    runtimes = sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
-    own = [path for path in runtimes if "torch" in path]
-    found = next(iter(own or runtimes), None) or ctypes.util.find_library("gomp")
-    if found is None:
-        raise OSError("no OpenMP runtime is loaded or installed (libgomp.so.1)")
-    return found

@@ -6,9 +6,9 @@ the model (model/architecture.py) and against memory (memory_plan.py).
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+from lorafleet.workers.cores import num_usable_cores, share
 from lorafleet.workers.engine.eviction import EVICTIONS
 from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import ConfigError
@@ -90,7 +90,7 @@ class EngineConfig:
     # How long a client (a tenant's requests for one adapter) may get no token while others do; 0: as long as it takes.
     max_adapter_wait_s: float = 60.0
     lora: LoRAConfig | None = None  # None: LoRA is off
-    num_threads: int | None = None  # CPU threads of each rank; None: its share of those that this process may use
+    num_threads: int | None = None  # CPU threads of each rank; None: its share of the cores that this process may use
     workers_per_host: int = 1  # that share the host with this one, itself included; filled in by who places them
 
     def __post_init__(self) -> None:
@@ -133,9 +133,13 @@ class EngineConfig:
         return self.max_num_batched_tokens or max(512 if on_cpu else 2048, self.max_num_seqs)
 
     @property
+    def ranks_per_host(self) -> int:
+        """That share its cores, this one included."""
+        return self.tensor_parallel_size * self.workers_per_host
+
+    @property
     def threads(self) -> int:
-        sharing = self.tensor_parallel_size * self.workers_per_host
-        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // sharing)
+        return self.num_threads or share(num_usable_cores(), self.ranks_per_host)
 
 
 def _at_least(flag: str, value: int, bound: int) -> None:

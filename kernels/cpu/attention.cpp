@@ -9,7 +9,6 @@
 // product holds: a pair of bfloat16, or one float. Pages hold units in the order in which they are multiplied
 // (paged_kv.h), so both products read them where they lie; only sizes that do not fill a register are copied first.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -17,6 +16,7 @@
 
 #include "amx.h"
 #include "paged_kv.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -139,6 +139,7 @@ struct Attention {
   }
   int64_t num_keys(const Item& item) const { return first_position(item) + item.num_rows; }
 
+  // Leaves the sums in s.out and what they are to be divided by in s.total; `put` stores them.
   void run(const Item& item, const Item* next, Scratch<T>& s) const {
     const int64_t dim = pages.dim, group = q_heads / pages.kv_heads;
     const int64_t num_queries = item.num_rows * group;  // row-major: (position, head of the group)
@@ -210,6 +211,11 @@ struct Attention {
         column += wide ? kTileVectors * kLanes : kLanes;
       }
     }
+  }
+
+  void put(const Item& item, const Scratch<T>& s) const {
+    const int64_t dim = pages.dim, group = q_heads / pages.kv_heads, padded = (dim + kLanes - 1) / kLanes * kLanes;
+    const int64_t row0 = query_start[item.sequence] + item.first_row;
     for (int64_t i = 0; i < item.num_rows; ++i)
       for (int64_t g = 0; g < group; ++g) {
         const int64_t n = i * group + g;
@@ -395,14 +401,8 @@ struct Attention {
   }
 };
 
-}  // namespace
-
-extern "C" {
-
-void lf_paged_attention(int dtype, const void* q, int64_t q_stride, const void* k_cache, const void* v_cache,
-                        const int32_t* page_table, int64_t table_stride, const int32_t* query_start,
-                        const int32_t* context_len, void* out, int64_t sequences, int64_t q_heads, int64_t kv_heads,
-                        int64_t dim, int64_t page, float scale, int64_t window) {
+// The calling thread's list of work, the same on all threads.
+const std::vector<Item>& list_items(const int32_t* query_start, int64_t sequences, int64_t kv_heads) {
   std::vector<Item>& items = thread_own<std::vector<Item>>();
   items.clear();
   for (int64_t s = 0; s < sequences; ++s) {
@@ -411,25 +411,32 @@ void lf_paged_attention(int dtype, const void* q, int64_t q_stride, const void* 
       for (int32_t h = 0; h < kv_heads; ++h)
         items.push_back({static_cast<int32_t>(s), h, row, std::min<int32_t>(kQueryRows, length - row)});
   }
+  return items;
+}
+
+}  // namespace
+
+extern "C" {
+
+void lf_paged_attention(int dtype, const void* q, int64_t q_stride, const void* k_cache, const void* v_cache,
+                        const int32_t* page_table, int64_t table_stride, const int32_t* query_start,
+                        const int32_t* context_len, void* out, int64_t sequences, int64_t q_heads, int64_t kv_heads,
+                        int64_t dim, int64_t page, float scale, int64_t window) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
     const Attention<T> attention{static_cast<const T*>(q), q_stride, static_cast<const T*>(k_cache),
                                  static_cast<const T*>(v_cache), page_table, table_stride, query_start, context_len,
                                  static_cast<T*>(out), q_heads, Pages{kv_heads, page, dim}, scale, window};
-    std::atomic<size_t> num_taken{0};
-#pragma omp parallel if (items.size() > 1)
-    {
-      // Each thread takes its next item before it computes the one it has, and asks for its first keys meanwhile.
+    run_call(sequences * kv_heads > 1 || query_start[sequences] > kQueryRows, [&](Worker& worker) {
+      const std::vector<Item>& items = list_items(query_start, sequences, kv_heads);
+      const int64_t count = static_cast<int64_t>(items.size());
       Scratch<T>& scratch = thread_own<Scratch<T>>();
-      const auto take = [&] {
-        const size_t number = num_taken++;
-        return number < items.size() ? &items[number] : nullptr;
-      };
-      for (const Item *item = take(), *next; item; item = next) {
-        next = take();
-        attention.run(*item, next, scratch);
-      }
-    }
+      // What is likely to be claimed next, its first keys are asked for meanwhile.
+      worker.repeatable(
+          0, count, {1, 1},
+          [&](int64_t i, int64_t, int64_t next) { attention.run(items[i], next < count ? &items[next] : nullptr, scratch); },
+          [&](int64_t i, int64_t) { attention.put(items[i], scratch); });
+    });
   });
 }
 

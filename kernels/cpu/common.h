@@ -15,6 +15,10 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Elements that are multiplied together and lie together where they are read.
+template <typename T>
+constexpr int64_t kUnit = std::is_same_v<T, bf16> ? 2 : 1;
+
 inline float to_float(float x) { return x; }
 inline float to_float(_Float16 x) { return static_cast<float>(x); }
 inline float to_float(bf16 x) {

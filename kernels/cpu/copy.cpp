@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "common.h"
+#include "team.h"
 
 namespace {
 
@@ -23,15 +24,19 @@ extern "C" {
 
 // All sizes in bytes. Single-threaded: the caller makes small pieces of it.
 void lf_copy(const void* copies, int64_t i, int64_t count, const void* storage) {
-  const Copy* copy = static_cast<const Copy*>(copies);
-  for (int64_t c = 0; c < count; ++c, ++copy) {
-    const int64_t begin = copy->is_stored ? reinterpret_cast<int64_t>(storage) : 0;
-    const char* source = reinterpret_cast<const char*>(begin + copy->source);
-    char* place = copy->place + i * copy->step;
-    for (int64_t row = 0; row < copy->rows; ++row) {
-      std::memcpy(place + row * copy->place_stride, source + row * copy->source_stride, copy->width);
-    }
-  }
+  run_call(false, [=](Worker& worker) {
+    worker.once(0, count, {count}, [=](int64_t first, int64_t last) {
+      const Copy* copy = static_cast<const Copy*>(copies) + first;
+      for (int64_t c = first; c < last; ++c, ++copy) {
+        const int64_t begin = copy->is_stored ? reinterpret_cast<int64_t>(storage) : 0;
+        const char* source = reinterpret_cast<const char*>(begin + copy->source);
+        char* place = copy->place + i * copy->step;
+        for (int64_t row = 0; row < copy->rows; ++row) {
+          std::memcpy(place + row * copy->place_stride, source + row * copy->source_stride, copy->width);
+        }
+      }
+    });
+  });
 }
 
 LF_REPLAYABLE(lf_copy)

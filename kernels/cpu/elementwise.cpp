@@ -1,8 +1,10 @@
-// Norms, SiLU·mul, and RoPE with the write into the paged KV cache. One row per iteration, rows in parallel.
+// Norms, SiLU·mul, and RoPE with the write into the paged KV cache, row by row. Most of it is done in place, so that each
+// row is computed once.
 #include <cmath>
 #include <vector>
 
 #include "paged_kv.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -21,6 +23,23 @@ void normalise(const float* x, const T* weight, float eps, T* out, int64_t size)
   for_each_vector(size, [&](int64_t i, int64_t n) {
     store(round_to<T>(load(x + i, n) * scale) * load(weight + i, n), out + i, n);
   });
+}
+
+// Calls body(row) for each row, on several threads if there are more than `few`.
+template <typename Body>
+void for_rows(int64_t rows, int64_t few, Body body) {
+  run_call(rows > few, [&](Worker& worker) {
+    worker.once(0, rows, {few}, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) body(r);
+    });
+  });
+}
+
+// Memory of the calling thread.
+float* row_of_floats(int64_t size) {
+  std::vector<float>& memory = thread_own<std::vector<float>>();
+  if (memory.size() < static_cast<size_t>(size)) memory.resize(size);
+  return memory.data();
 }
 
 // Row r's weight among several of `size`, by number; without numbers the first.
@@ -54,16 +73,12 @@ void lf_rms_norm(int dtype, const void* x, const void* weight, const int32_t* wh
                  int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
-#pragma omp parallel if (rows > 8)
-    {
-      std::vector<float> row(size);
-#pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* own = static_cast<const T*>(x) + r * size;
-        for_each_vector(size, [&](int64_t i, int64_t n) { store(load(own + i, n), &row[i], n); });
-        normalise(row.data(), weight_of<T>(weight, which, r, size), eps, static_cast<T*>(out) + r * size, size);
-      }
-    }
+    for_rows(rows, 8, [&](int64_t r) {
+      float* row = row_of_floats(size);
+      const T* own = static_cast<const T*>(x) + r * size;
+      for_each_vector(size, [&](int64_t i, int64_t n) { store(load(own + i, n), row + i, n); });
+      normalise(row, weight_of<T>(weight, which, r, size), eps, static_cast<T*>(out) + r * size, size);
+    });
   });
 }
 
@@ -72,21 +87,17 @@ void lf_fused_add_rms_norm(int dtype, void* x, void* residual, const void* weigh
                            int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
-#pragma omp parallel if (rows > 8)
-    {
-      std::vector<float> row(size);
-#pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; ++r) {
-        T* own = static_cast<T*>(x) + r * size;
-        T* stream = static_cast<T*>(residual) + r * size;
-        for_each_vector(size, [&](int64_t i, int64_t n) {
-          const Floats sum = round_to<T>(load(stream + i, n) + load(own + i, n));
-          store(sum, stream + i, n);
-          store(sum, &row[i], n);
-        });
-        normalise(row.data(), weight_of<T>(weight, which, r, size), eps, own, size);
-      }
-    }
+    for_rows(rows, 8, [&](int64_t r) {
+      float* row = row_of_floats(size);
+      T* own = static_cast<T*>(x) + r * size;
+      T* stream = static_cast<T*>(residual) + r * size;
+      for_each_vector(size, [&](int64_t i, int64_t n) {
+        const Floats sum = round_to<T>(load(stream + i, n) + load(own + i, n));
+        store(sum, stream + i, n);
+        store(sum, row + i, n);
+      });
+      normalise(row, weight_of<T>(weight, which, r, size), eps, own, size);
+    });
   });
 }
 
@@ -94,8 +105,7 @@ void lf_fused_add_rms_norm(int dtype, void* x, void* residual, const void* weigh
 void lf_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
-#pragma omp parallel for schedule(static) if (rows > 4)
-    for (int64_t r = 0; r < rows; ++r) {
+    for_rows(rows, 4, [&](int64_t r) {
       const T* gate = static_cast<const T*>(gate_up) + r * 2 * size;
       const T* up = gate + size;
       T* row = static_cast<T*>(out) + r * size;
@@ -103,7 +113,7 @@ void lf_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_
         const Floats g = load(gate + i, n);
         store(round_to<T>(g / (1.0f + exp_lanes(-g))) * load(up + i, n), row + i, n);
       });
-    }
+    });
   });
 }
 
@@ -115,8 +125,7 @@ void lf_rope_kv_write(int dtype, void* qkv, int64_t stride, const float* cos_sin
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
     const Pages pages{kv_heads, page, dim};
-#pragma omp parallel for schedule(static) if (rows > 4)
-    for (int64_t r = 0; r < rows; ++r) {
+    for_rows(rows, 4, [&](int64_t r) {
       T* row = static_cast<T*>(qkv) + r * stride;
       const float* angles = cos_sin + positions[r] * dim;
       const T* own_q_norm = q_norm == nullptr ? nullptr : weight_of<T>(q_norm, which, r, dim);
@@ -129,7 +138,7 @@ void lf_rope_kv_write(int dtype, void* qkv, int64_t stride, const float* cos_sin
         rotate_head(keys + h * dim, own_k_norm, eps, angles, dim);
         pages.write(keys + h * dim, values + h * dim, slot, h, static_cast<T*>(k_cache), static_cast<T*>(v_cache));
       }
-    }
+    });
   });
 }
 

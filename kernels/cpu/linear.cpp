@@ -1,16 +1,16 @@
-// Linear layers: y = x·Wᵀ + bias in bfloat16, W in bfloat16 or in 8-bit integers with a scale per output.
+// Linear layers: y = x·Wᵀ + bias, W in the type of x or, where that is bfloat16, in 8-bit integers with a scale per output.
 //
-// Packed W is [groups of 16 outputs][pairs of inputs][16][2]: a vector holds one pair of inputs for several outputs and is
-// multiplied with the same pair of x, broadcast. A tile's sums then are outputs side by side: nothing is added across
-// lanes, and both x and W are read in order. With few rows all that counts is to read W once; with many, the tile's
-// registers keep the multipliers busy. The same order is that of AMX's tiles.
+// Packed W is [groups of 16 outputs][units of inputs][16][unit], a unit being a pair of bfloat16 or integers, or one float:
+// a vector holds one unit of inputs for several outputs and is multiplied with the same unit of x, broadcast. A tile's sums
+// then are outputs side by side: nothing is added across lanes, and both x and W are read in order. With few rows all that
+// counts is to read W once; with many, the tile's registers keep the multipliers busy. The same order is that of AMX's
+// tiles.
 #include <algorithm>
 #include <vector>
 
-#include <omp.h>
-
 #include "amx.h"
 #include "dot.h"
+#include "team.h"
 
 namespace {
 
@@ -20,10 +20,20 @@ constexpr int kTileVectors = 4;
 constexpr int64_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kTileOuts = kTileVectors * kLanes;
 constexpr int64_t kTileGroups = kTileOuts / kGroup;
+constexpr int64_t kBytesOfY = 128 << 10;  // that a thread computes before it puts them in place
 constexpr int64_t kVectorsOfGroup = kGroup / kLanes;
 static_assert(kTileOuts % kGroup == 0, "a tile is made of whole groups");
 
 inline Words load_weights(const bf16* p) { return load_words(p); }
+template <typename T>
+inline Floats load_weights(const T* p) {
+  return load(p);
+}
+inline uint32_t load_unit(const bf16* p) { return load_word(p); }
+template <typename T>
+inline float load_unit(const T* p) {
+  return to_float(*p);
+}
 
 // kLanes pairs of integers as pairs of bfloat16, which holds them exactly.
 inline Words load_weights(const int8_t* p) {
@@ -39,31 +49,34 @@ inline Words load_weights(const int8_t* p) {
 #endif
 }
 
+template <typename T>
 struct Linear {
-  const bf16* x;
+  const T* x;
   int64_t x_stride;
-  const float* scale;  // [O]; null for bfloat16 weights
-  const bf16* bias;    // [O] or null
-  bf16* y;
-  int64_t rows, pairs, num_out;
+  const float* scale;  // [O]; null but for integers
+  const T* bias;       // [O] or null
+  T* y;                // outputs from y_first on
+  int64_t y_stride, y_first, rows, units, num_out;
+
+  static constexpr int64_t u = kUnit<T>;
 
   // kRows rows from `row` on, kVectors vectors of outputs from `first` on, whose weights begin at `w`. On the way as
-  // many cache lines as there are pairs are requested from `ahead` on: the multipliers are busy, the memory is not.
+  // many cache lines as there are units are requested from `ahead` on: the multipliers are busy, the memory is not.
   template <int kRows, int kVectors, typename W>
   void tile(const W* w, int64_t row, int64_t first, const char* ahead) const {
-    const int64_t group_size = pairs * kGroup * 2;
+    const int64_t group_size = units * kGroup * u;
     Floats sum[kRows][kVectors] = {};
-    for (int64_t k = 0; k < pairs; ++k) {
+    for (int64_t k = 0; k < units; ++k) {
       request(ahead + k * kLine);
-      Words weight[kVectors];
+      decltype(load_weights(w)) weight[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
-        weight[v] = load_weights(w + v / kVectorsOfGroup * group_size + (k * kGroup + v % kVectorsOfGroup * kLanes) * 2);
+        weight[v] = load_weights(w + v / kVectorsOfGroup * group_size + (k * kGroup + v % kVectorsOfGroup * kLanes) * u);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
-        const Words pair = broadcast(load_word(x + (row + r) * x_stride + 2 * k));
+        const auto unit = broadcast(load_unit(x + (row + r) * x_stride + u * k));
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], pair, weight[v]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], unit, weight[v]);
       }
     }
 #pragma GCC unroll 6
@@ -77,13 +90,13 @@ struct Linear {
     if (count <= 0) return;
     if (scale != nullptr) value *= load(scale + first, count);
     if (bias != nullptr) value += load(bias + first, count);
-    store(value, y + row * num_out + first, count);
+    store(value, y + row * y_stride + first - y_first, count);
   }
 
   template <int kVectors, typename W>
   void all_rows(const W* w, int64_t first, const char* ahead) const {
     for_each_row_tile<kTileRows>(rows, [&](auto tile_rows, int64_t row) {
-      tile<tile_rows, kVectors>(w, row, first, ahead + row / kTileRows % kTileGroups * pairs * kLine);
+      tile<tile_rows, kVectors>(w, row, first, ahead + row / kTileRows % kTileGroups * units * kLine);
     });
   }
 
@@ -101,10 +114,23 @@ struct Linear {
   }
 };
 
-// `size` integers as bfloat16, in `wide`.
-void widen_groups(const int8_t* w, int64_t size, std::vector<bf16>& wide) {
-  wide.resize(size);
+// A thread's memory, grown once and kept.
+template <typename T>
+struct Scratch {
+  std::vector<T> wide, y;
+};
+
+template <typename T>
+T* grown(std::vector<T>& memory, int64_t size) {
+  if (memory.size() < static_cast<size_t>(size)) memory.resize(size);
+  return memory.data();
+}
+
+// `size` integers as bfloat16, in the thread's scratch.
+const bf16* widen_groups(const int8_t* w, int64_t size) {
+  bf16* wide = grown(thread_own<Scratch<bf16>>().wide, size);
   for (int64_t i = 0; i < size; i += 2 * kLanes) *reinterpret_cast<Words*>(&wide[i]) = load_weights(w + i);
+  return wide;
 }
 
 #if defined(__AMX_BF16__)
@@ -116,23 +142,22 @@ constexpr int64_t kFewIntegerRows = 4;     // for which widening the weights in 
 // copies filled up with zeros.
 class AmxLinear {
  public:
-  explicit AmxLinear(const Linear& linear)
-      : l_(linear), steps_(linear.pairs / kTileSide), rest_(linear.pairs % kTileSide) {}
+  explicit AmxLinear(const Linear<bf16>& linear)
+      : l_(linear), steps_(linear.units / kTileSide), rest_(linear.units % kTileSide) {}
 
-  // `count` rows from `row` on with the groups from `group` to `last`.
+  // `count` rows from `row` on with the groups from `group` to `last`; `after` comes next.
   template <typename W>
-  void run(const W* w, int64_t row, int64_t count, int64_t group, int64_t last) {
+  void run(const W* w, int64_t row, int64_t count, int64_t group, int64_t last, int64_t after) {
     const RowTiles tiles(count);
     const Tiles own(tiles.rows);
-    const int64_t group_size = l_.pairs * kGroup * 2;
+    const int64_t group_size = l_.units * kGroup * 2;
     if (rest_ > 0) copy_rest_of_x(row, count);
     for (; group < last; group += kAmxGroups) {
       const int64_t num_groups = std::min(kAmxGroups, last - group);
-      const W* next = w + (group + num_groups) * group_size;
+      const W* next = w + (group + num_groups < last ? group + num_groups : after) * group_size;
       const bf16* weights;
       if constexpr (std::is_same_v<W, int8_t>) {
-        widen_groups(w + group * group_size, num_groups * group_size, wide_);
-        weights = wide_.data();
+        weights = widen_groups(w + group * group_size, num_groups * group_size);
       } else {
         weights = w + group * group_size;
       }
@@ -167,7 +192,7 @@ class AmxLinear {
     using Sums = TileSums<kRowTiles, kGroups>;
     const bf16* x0 = l_.x + (row + tile0) * l_.x_stride;
     const bf16* x1 = l_.x + (row + tile1) * l_.x_stride;
-    const bf16* w1 = w + l_.pairs * kGroup * 2;
+    const bf16* w1 = w + l_.units * kGroup * 2;
     const int64_t x_bytes = l_.x_stride * sizeof(bf16);
     Sums::clear();
     for (int64_t step = 0; step < steps_; ++step) {
@@ -195,96 +220,118 @@ class AmxLinear {
   }
   void copy_rest_of_w(const bf16* w, int64_t num_groups) {
     for (int64_t g = 0; g < num_groups; ++g)
-      std::memcpy(w_rest_ + g * kTileElements, w + g * l_.pairs * kGroup * 2 + steps_ * kTileElements,
+      std::memcpy(w_rest_ + g * kTileElements, w + g * l_.units * kGroup * 2 + steps_ * kTileElements,
                   rest_ * 2 * kGroup * sizeof(bf16));
   }
 
-  const Linear l_;
+  const Linear<bf16> l_;
   const int64_t steps_, rest_;  // whole tiles of pairs, and pairs beyond
-  std::vector<bf16> wide_, x_rest_;
+  std::vector<bf16> x_rest_;
   alignas(64) bf16 w_rest_[kAmxGroups * kTileElements] = {};
 };
 #endif
 
-// The groups from `first` to `last`, a thread's share.
-template <typename W>
-void run_groups(const Linear& l, const W* w, int64_t first, int64_t last) {
+// The groups from `first` to `last`; `after` comes next.
+template <typename T, typename W>
+void run_groups(const Linear<T>& l, const W* w, int64_t first, int64_t last, int64_t after) {
 #if defined(__AMX_BF16__)
-  if (std::is_same_v<W, bf16> || l.rows > kFewIntegerRows) {
-    AmxLinear amx(l);
-    const int64_t num_rows = std::max<int64_t>(2 * kTileSide, kAmxBytesOfX / (2 * l.pairs * sizeof(bf16)));
-    for (int64_t row = 0; row < l.rows; row += num_rows) amx.run(w, row, std::min(num_rows, l.rows - row), first, last);
-    return;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (std::is_same_v<W, bf16> || l.rows > kFewIntegerRows) {
+      AmxLinear amx(l);
+      const int64_t num_rows = std::max<int64_t>(2 * kTileSide, kAmxBytesOfX / (2 * l.units * sizeof(bf16)));
+      for (int64_t row = 0; row < l.rows; row += num_rows)
+        amx.run(w, row, std::min(num_rows, l.rows - row), first, last, after);
+      return;
+    }
   }
 #endif
-  const int64_t group_size = l.pairs * kGroup * 2;
-  std::vector<bf16> wide;  // integers of a tile, widened once for many rows
+  const int64_t group_size = l.units * kGroup * l.u;
   for (int64_t group = first; group < last; group += kTileGroups) {
     const int64_t count = std::min(kTileGroups, last - group);
     const W* own = w + group * group_size;
+    const W* next = group + count < last ? own + count * group_size : w + after * group_size;
     if constexpr (std::is_same_v<W, int8_t>) {
       if (l.rows > 2 * kTileRows) {
-        widen_groups(own, count * group_size, wide);
-        l.groups(wide.data(), group, count, own + count * group_size);
+        l.groups(widen_groups(own, count * group_size), group, count, next);
         continue;
       }
     }
-    l.groups(own, group, count, own + count * group_size);
+    l.groups(own, group, count, next);
   }
 }
 
-template <typename W>
-void run_packed(const Linear& l, const W* w) {
-  const int64_t num_groups = (l.num_out + kGroup - 1) / kGroup;
-#pragma omp parallel
-  {
-    // Shares of whole groups, which differ by one group at most.
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    run_groups(l, w, num_groups * thread / threads, num_groups * (thread + 1) / threads);
-  }
+// y by groups of outputs, which compute(own, first group, behind the last, next one) makes.
+template <typename T, typename Compute>
+void run_by_groups(const Linear<T>& l, Compute compute) {
+  run_call(true, [&](Worker& worker) {
+    const int64_t most = kBytesOfY / std::max<int64_t>(1, l.rows * kGroup * sizeof(T));
+    const Cut cut{1, std::max<int64_t>(1, most), kTileGroups};
+    Linear<T> own = l;
+    worker.repeatable(
+        0, (l.num_out + kGroup - 1) / kGroup, cut,
+        [&](int64_t first, int64_t last, int64_t after) {
+          own.y_first = first * kGroup;
+          own.y_stride = (last - first) * kGroup;
+          own.y = grown(thread_own<Scratch<T>>().y, l.rows * own.y_stride);
+          compute(own, first, last, after);
+        },
+        [&](int64_t first, int64_t last) {
+          const int64_t count = std::min(last * kGroup, l.num_out) - first * kGroup;
+          for (int64_t r = 0; r < l.rows; ++r)
+            std::memcpy(l.y + r * l.y_stride + first * kGroup, own.y + r * own.y_stride, count * sizeof(T));
+        });
+  });
 }
 
-// W [O, I] as it lies in a checkpoint, for few rows: the products run along the inputs.
-void run_plain(const Linear& l, const bf16* w, int64_t num_in) {
-#pragma omp parallel for schedule(static)
-  for (int64_t first = 0; first < l.num_out; first += kGroup) {
-    const int64_t count = std::min(kGroup, l.num_out - first);
-    for_each_row_tile<kDotRows>(l.rows, [&](auto tile_rows, int64_t row) {
-      float sums[tile_rows][kGroup] = {};
-      dot_rows<tile_rows>(l.x + row * l.x_stride, l.x_stride, w + first * num_in, w + (first + count) * num_in, num_in,
-                          count, num_in, sums[0], kGroup);
-      for (int r = 0; r < tile_rows; ++r)
-        for (int64_t o = 0; o < count; o += kLanes) l.finish(load(&sums[r][o]), row + r, first + o);
-    });
-  }
+// W packed, in T or in integers.
+template <typename T, typename W>
+void run_packed(const void* x, int64_t x_stride, const W* w, const float* scale, const void* bias, void* y, int64_t rows,
+                int64_t units, int64_t num_out) {
+  const Linear<T> l{static_cast<const T*>(x), x_stride, scale, static_cast<const T*>(bias), static_cast<T*>(y), num_out, 0,
+                    rows, units, num_out};
+  run_by_groups(l, [w](const Linear<T>& own, int64_t first, int64_t last, int64_t after) {
+    run_groups(own, w, first, last, after);
+  });
 }
 
 }  // namespace
 
 extern "C" {
 
-// x [rows, I], w [O, I] → y [rows, O].
+// x [rows, I], w [O, I] as it lies in a checkpoint, bfloat16 → y [rows, O]. For few rows: the products run along the
+// inputs.
 void lf_linear(const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t rows, int64_t num_in,
                int64_t num_out) {
-  run_plain(Linear{static_cast<const bf16*>(x), x_stride, nullptr, static_cast<const bf16*>(bias),
-                   static_cast<bf16*>(y), rows, 0, num_out},
-            static_cast<const bf16*>(w), num_in);
+  const bf16* weights = static_cast<const bf16*>(w);
+  const Linear<bf16> l{static_cast<const bf16*>(x), x_stride, nullptr, static_cast<const bf16*>(bias),
+                       static_cast<bf16*>(y), num_out, 0, rows, 0, num_out};
+  run_by_groups(l, [=](const Linear<bf16>& own, int64_t group, int64_t last, int64_t) {
+    for (int64_t first = group * kGroup; first < std::min(last * kGroup, num_out); first += kGroup) {
+      const int64_t count = std::min(kGroup, num_out - first);
+      const bf16 *own_w = weights + first * num_in, *next_w = own_w + count * num_in;
+      for_each_row_tile<kDotRows>(rows, [&](auto tile_rows, int64_t row) {
+        float sums[tile_rows][kGroup] = {};
+        dot_rows<tile_rows>(own.x + row * x_stride, x_stride, own_w, next_w, num_in, count, num_in, sums[0], kGroup);
+        for (int r = 0; r < tile_rows; ++r)
+          for (int64_t o = 0; o < count; o += kLanes) own.finish(load(&sums[r][o]), row + r, first + o);
+      });
+    }
+  });
 }
 
-// x [rows, 2·pairs], w packed → y [rows, O].
-void lf_linear_packed(const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t rows,
-                      int64_t pairs, int64_t num_out) {
-  run_packed(Linear{static_cast<const bf16*>(x), x_stride, nullptr, static_cast<const bf16*>(bias), static_cast<bf16*>(y),
-             rows, pairs, num_out},
-      static_cast<const bf16*>(w));
+// x [rows, I], w packed → y [rows, O]; units: of the inputs.
+void lf_linear_packed(int dtype, const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t rows,
+                      int64_t units, int64_t num_out) {
+  with_dtype(dtype, [&](auto* tag) {
+    using T = element<decltype(tag)>;
+    run_packed<T>(x, x_stride, static_cast<const T*>(w), nullptr, bias, y, rows, units, num_out);
+  });
 }
 
-// The same with w in 8-bit integers, each output o times scale[o].
+// The same in bfloat16 with w in 8-bit integers, each output o times scale[o].
 void lf_linear_packed_int8(const void* x, int64_t x_stride, const void* w, const float* scale, const void* bias,
-                           void* y, int64_t rows, int64_t pairs, int64_t num_out) {
-  run_packed(Linear{static_cast<const bf16*>(x), x_stride, scale, static_cast<const bf16*>(bias), static_cast<bf16*>(y), rows,
-             pairs, num_out},
-      static_cast<const int8_t*>(w));
+                           void* y, int64_t rows, int64_t units, int64_t num_out) {
+  run_packed<bf16>(x, x_stride, static_cast<const int8_t*>(w), scale, bias, y, rows, units, num_out);
 }
 
 LF_REPLAYABLE(lf_linear)

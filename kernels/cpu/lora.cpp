@@ -1,19 +1,17 @@
 // Segmented LoRA: y[rows of g, slice n] += weight·scaling·(x·Aᵀ)·B, each slot at its own rank. Slices with a scale and a
 // shift of the outputs (DoRA, an adapter's bias) get them in the same pass.
 //
-// Two phases with a barrier between: shrink makes h for every pair (segment, slice), expand adds to y. Shrink is cut into
-// units of equal cost, of which each thread takes a stretch. Expand is split over columns only: each thread goes through
-// all segments for its columns, so that rows in several segments (composition) are added to by one thread, in segment
-// order, whatever the number of threads.
+// Two phases: shrink makes h for every pair (segment, slice), expand adds to y. Shrink is cut into units of equal cost.
+// Expand is cut into columns only: whoever claims some goes through all segments for them, so that rows in several segments
+// (composition) are added to in segment order, whatever the number of threads.
 //
 // An adapter lies anywhere in memory and is used for few rows, so that getting it is most of the work: both phases
 // request what comes next where they load what they have.
 #include <algorithm>
 #include <vector>
 
-#include <omp.h>
-
 #include "dot.h"
+#include "team.h"
 
 namespace {
 
@@ -24,6 +22,9 @@ constexpr int64_t kColumns = kVectors * kLanes;
 // How far ahead memory is requested: some microseconds' worth of work, and what a thread's share of the caches holds.
 constexpr int64_t kBlocksAhead = 2;   // of A, kDotOuts rows each
 constexpr int64_t kColumnsAhead = 4 * kColumns;
+constexpr int64_t kElementsOfY = 64 << 10;  // that a thread computes before it puts them in place
+constexpr int64_t kWorthAClaim = 1 << 18;   // products: a few microseconds' work
+constexpr int64_t kUnitSums = kDotRows * kDotOuts;
 
 // A slice that a segment's adapter changes.
 struct Pair {
@@ -33,10 +34,12 @@ struct Pair {
   int64_t h;           // where its [rows, rank] begin
 };
 
-// What the calling thread lays out for all of them.
+// A thread's memory, grown once and kept.
+template <typename X>
 struct Work {
   std::vector<Pair> pairs;
-  std::vector<float> h;
+  std::vector<float> sums;  // of units
+  std::vector<X> y;
 };
 
 // A thread's weights and rows as float32, where products are not taken in their own type.
@@ -93,35 +96,53 @@ struct Lora {
     return out.data();
   }
 
-  // h = weight·scaling·x·Aᵀ for the units from `unit` to `last`.
-  void shrink(const std::vector<Pair>& pairs, int64_t unit, int64_t last, float* h) const {
-    Wide& wide = thread_own<Wide>();
-    const W* widened = nullptr;  // the block of A that wide.a holds
+  // Calls body(pair's number, block of A, first row, rows, outputs) for the units from `unit` to `last`.
+  template <typename Body>
+  void for_each_unit(const std::vector<Pair>& pairs, int64_t unit, int64_t last, Body body) const {
     for (size_t p = 0; unit < last; ++p) {
       const Pair& pair = pairs[p];
-      const float factor = weight[pair.segment] * scaling[place(pair)];
       for (; unit < std::min(last, pair.unit + num_blocks(pair) * pair.row_blocks); ++unit) {
         const int64_t block = (unit - pair.unit) / pair.row_blocks;
         const int64_t row = (unit - pair.unit) % pair.row_blocks * kDotRows;
-        const int64_t outs = std::min<int64_t>(kDotOuts, pair.rank - block * kDotOuts);
-        const W* own_a = block_of_a(pair, block);
-        const W* next_a = row == 0 ? block_ahead(pairs, p, block) : own_a;
-        float* out = h + pair.h + row * pair.rank + block * kDotOuts;
-        const X* rows = x + (start[pair.segment] + row) * x_stride;
-        for_each_row_tile<kDotRows>(std::min<int64_t>(kDotRows, length(pair) - row), [&](auto count, int64_t) {
-          if constexpr (kSameType) {
-            dot_rows<count>(rows, x_stride, own_a, next_a, num_in, outs, num_in, out, pair.rank);
-          } else {
-            if (widened != own_a) widen_rows(own_a, num_in, outs, num_in, wide.a);
-            widened = own_a;
-            widen_rows(rows, x_stride, count, num_in, wide.x);
-            dot_rows<count>(wide.x.data(), num_in, wide.a.data(), wide.a.data(), num_in, outs, num_in, out, pair.rank);
-          }
-          for (int64_t k = 0; k < count; ++k)
-            for (int64_t r = 0; r < outs; ++r) out[k * pair.rank + r] *= factor;
-        });
+        body(p, block, row, std::min<int64_t>(kDotRows, length(pair) - row),
+             std::min<int64_t>(kDotOuts, pair.rank - block * kDotOuts));
       }
     }
+  }
+
+  // weight·scaling·x·Aᵀ for the units from `unit` to `last`, each [kDotRows, kDotOuts].
+  void shrink(const std::vector<Pair>& pairs, int64_t unit, int64_t last, float* sums) const {
+    Wide& wide = thread_own<Wide>();
+    const W* widened = nullptr;  // the block of A that wide.a holds
+    for_each_unit(pairs, unit, last, [&](size_t p, int64_t block, int64_t row, int64_t num_rows, int64_t outs) {
+      const Pair& pair = pairs[p];
+      const float factor = weight[pair.segment] * scaling[place(pair)];
+      const W* own_a = block_of_a(pair, block);
+      const W* next_a = row == 0 ? block_ahead(pairs, p, block) : own_a;
+      const X* rows = x + (start[pair.segment] + row) * x_stride;
+      for_each_row_tile<kDotRows>(num_rows, [&](auto count, int64_t) {
+        if constexpr (kSameType) {
+          dot_rows<count>(rows, x_stride, own_a, next_a, num_in, outs, num_in, sums, kDotOuts);
+        } else {
+          if (widened != own_a) widen_rows(own_a, num_in, outs, num_in, wide.a);
+          widened = own_a;
+          widen_rows(rows, x_stride, count, num_in, wide.x);
+          dot_rows<count>(wide.x.data(), num_in, wide.a.data(), wide.a.data(), num_in, outs, num_in, sums, kDotOuts);
+        }
+      });
+      for (int64_t i = 0; i < kUnitSums; ++i) sums[i] *= factor;
+      sums += kUnitSums;
+    });
+  }
+
+  // Where the pairs find them: h [rows, rank] of each.
+  void put(const std::vector<Pair>& pairs, int64_t unit, int64_t last, const float* sums, float* h) const {
+    for_each_unit(pairs, unit, last, [&](size_t p, int64_t block, int64_t row, int64_t num_rows, int64_t outs) {
+      const Pair& pair = pairs[p];
+      for (int64_t k = 0; k < num_rows; ++k)
+        std::memcpy(h + pair.h + (row + k) * pair.rank + block * kDotOuts, sums + k * kDotOuts, outs * sizeof(float));
+      sums += kUnitSums;
+    });
   }
 
   // What becomes of the outputs of a pair after its term is added: scale·y + shift, or y where there is no scale.
@@ -136,10 +157,17 @@ struct Lora {
     return {scale + slot[pair.segment] * num_out, shift + slot[pair.segment] * num_out};
   }
 
-  // y [kRows, kColumns] += h [kRows, own_rank]·B [own_rank, kColumns], at `column`.
+  // Part of y: rows from `row` on, columns from `column` on.
+  struct Part {
+    X* y;
+    int64_t stride, row, column;
+    X* at(int64_t r, int64_t c) const { return y + (r - row) * stride + c - column; }
+  };
+
+  // out [kRows, kColumns] += h [kRows, own_rank]·B [own_rank, kColumns], at `column`.
   template <int kRows>
   void expand_tile(const float* h, int64_t own_rank, const W* own_b, const W* next_b, const Affine& change,
-                   int64_t column, X* out) const {
+                   int64_t column, X* out, int64_t stride) const {
     Floats sum[kRows][kVectors] = {};
     for (int64_t r = 0; r < own_rank; ++r) {
       Floats row[kVectors];
@@ -154,7 +182,7 @@ struct Lora {
     for (int k = 0; k < kRows; ++k)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        X* place = out + k * y_stride + v * kLanes;
+        X* place = out + k * stride + v * kLanes;
         store(change(load(place) + sum[k][v], column + v * kLanes), place);
       }
   }
@@ -176,15 +204,16 @@ struct Lora {
 
   const W* columns_of_b(const Pair& pair) const { return b + slot[pair.segment] * max_rank * num_out; }
 
-  // Adds a pair's part to its columns. The thread's next pair is requested while this one ends.
-  void expand(const Pair& pair, Columns own, const Pair& next, Columns next_own, const float* h) const {
+  // Adds a pair's part to its columns. The next pair is requested while this one ends.
+  void expand(const Pair& pair, Columns own, const Pair& next, Columns next_own, const float* h,
+              const Part& part) const {
     const W* own_b = columns_of_b(pair);
     const Affine change = affine(pair);
     const int64_t ahead = std::min(kColumnsAhead, own.count());
     for (int64_t row = 0; row < length(pair); row += kExpandRows) {
       const int64_t num_rows = std::min(kExpandRows, length(pair) - row);
       const float* own_h = h + row * pair.rank;
-      X* out = y + (start[pair.segment] + row) * y_stride;
+      const int64_t first_row = start[pair.segment] + row;
       int64_t column = own.first;
       for (; column + kColumns <= own.last; column += kColumns) {
         const int64_t beyond = column + ahead - own.last;
@@ -193,59 +222,80 @@ struct Lora {
                                                        : own_b + column;
         for_each_row_tile<kExpandTileRows>(num_rows, [&](auto rows, int64_t k) {
           expand_tile<rows>(own_h + k * pair.rank, pair.rank, own_b + column, next_b, change, column,
-                            out + k * y_stride + column);
+                            part.at(first_row + k, column), part.stride);
         });
       }
       if (column < own.last)
         for (int64_t k = 0; k < num_rows; ++k)
           expand_rest(own_h + k * pair.rank, pair.rank, own_b + column, own.last - column, change, column,
-                      out + k * y_stride + column);
+                      part.at(first_row + k, column));
     }
   }
 
-  // Those of a pair among a thread's, maybe none.
-  Columns columns(const Pair& pair, Columns thread) const {
-    return {std::max(slice_begin(pair.slice), thread.first), std::min<int64_t>(slice_end[pair.slice], thread.last)};
+  // Those of a pair among some, maybe none.
+  Columns columns(const Pair& pair, Columns all) const {
+    return {std::max(slice_begin(pair.slice), all.first), std::min<int64_t>(slice_end[pair.slice], all.last)};
   }
 
-  void expand_all(const std::vector<Pair>& pairs, Columns thread, const float* h) const {
+  void expand_all(const std::vector<Pair>& pairs, Columns all, const float* h, const Part& part) const {
     for (size_t p = 0, next; p < pairs.size(); p = next) {
-      const Columns own = columns(pairs[p], thread);
-      for (next = p + 1; next < pairs.size() && columns(pairs[next], thread).count() <= 0;) ++next;
+      const Columns own = columns(pairs[p], all);
+      for (next = p + 1; next < pairs.size() && columns(pairs[next], all).count() <= 0;) ++next;
       const Pair& next_pair = pairs[next < pairs.size() ? next : p];
-      if (own.count() > 0) expand(pairs[p], own, next_pair, columns(next_pair, thread), h + pairs[p].h);
+      if (own.count() > 0) expand(pairs[p], own, next_pair, columns(next_pair, all), h + pairs[p].h, part);
     }
   }
 
-  void run() const {
-    Work& work = thread_own<Work>();
-    work.pairs.clear();
-    int64_t num_units = 0, size_of_h = 0;
+  void run(Worker& worker) const {
+    Work<X>& work = thread_own<Work<X>>();
+    std::vector<Pair>& pairs = work.pairs;
+    pairs.clear();
+    int64_t num_units = 0, size_of_h = 0, first_row = INT64_MAX, last_row = 0;
     for (int64_t g = 0; g < num_segments; ++g)
       for (int64_t n = 0; n < num_slices; ++n) {
         Pair pair{g, n, rank[slot[g] * num_slices + n], 0, num_units, size_of_h};
         const int64_t rows = length(pair);
         if ((pair.rank == 0 && !is_affine[place(pair)]) || rows <= 0) continue;
         pair.row_blocks = (rows + kDotRows - 1) / kDotRows;
-        work.pairs.push_back(pair);
+        pairs.push_back(pair);
         num_units += pair.row_blocks * num_blocks(pair);
         size_of_h += rows * pair.rank;
+        first_row = std::min<int64_t>(first_row, start[g]);
+        last_row = std::max<int64_t>(last_row, end[g]);
       }
-    if (work.pairs.empty()) return;
-    work.h.resize(size_of_h);
-    float* h = work.h.data();
+    if (pairs.empty()) return;
 
-#pragma omp parallel
-    {
-      const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-      shrink(work.pairs, num_units * thread / threads, num_units * (thread + 1) / threads, h);
-#pragma omp barrier
-      const int64_t num_stretches = (num_out + kColumns - 1) / kColumns;
-      expand_all(work.pairs,
-                 {num_stretches * thread / threads * kColumns,
-                  std::min(num_out, num_stretches * (thread + 1) / threads * kColumns)},
-                 h);
-    }
+    float* h = worker.shared_floats(0, size_of_h);
+    worker.repeatable(
+        1, num_units, {std::max<int64_t>(1, kWorthAClaim / (kUnitSums * num_in)), 256},
+        [&](int64_t unit, int64_t last, int64_t) {
+          work.sums.resize(std::max<size_t>(work.sums.size(), (last - unit) * kUnitSums));
+          shrink(pairs, unit, last, work.sums.data());
+        },
+        [&](int64_t unit, int64_t last) { put(pairs, unit, last, work.sums.data(), h); });
+
+    const int64_t num_rows = last_row - first_row;
+    const auto columns_of = [&](int64_t stretch, int64_t last) {
+      return Columns{stretch * kColumns, std::min(num_out, last * kColumns)};
+    };
+    worker.repeatable(
+        2, (num_out + kColumns - 1) / kColumns,
+        {std::max<int64_t>(1, kWorthAClaim / (8 * num_rows * kColumns)),
+         std::max<int64_t>(1, kElementsOfY / (num_rows * kColumns))},
+        [&](int64_t stretch, int64_t last, int64_t) {
+          const Columns own = columns_of(stretch, last);
+          work.y.resize(std::max<size_t>(work.y.size(), num_rows * own.count()));
+          const Part part{work.y.data(), own.count(), first_row, own.first};
+          for (int64_t r = first_row; r < last_row; ++r)
+            std::memcpy(part.at(r, own.first), y + r * y_stride + own.first, own.count() * sizeof(X));
+          expand_all(pairs, own, h, part);
+        },
+        [&](int64_t stretch, int64_t last) {
+          const Columns own = columns_of(stretch, last);
+          const Part part{work.y.data(), own.count(), first_row, own.first};
+          for (int64_t r = first_row; r < last_row; ++r)
+            std::memcpy(y + r * y_stride + own.first, part.at(r, own.first), own.count() * sizeof(X));
+        });
   }
 };
 
@@ -262,10 +312,10 @@ void lf_lora_add(int dtype, int lora_dtype, void* y, int64_t y_stride, const voi
     with_dtype(lora_dtype, [&](auto* w_tag) {
       using X = element<decltype(x_tag)>;
       using W = element<decltype(w_tag)>;
-      Lora<X, W>{static_cast<X*>(y), y_stride, static_cast<const X*>(x), x_stride, static_cast<const W*>(a),
-                 static_cast<const W*>(b), rank, scaling, is_affine, scale, shift, slice_end, start, end, slot,
-                 weight, num_segments, num_slices, max_rank, num_in, num_out}
-          .run();
+      const Lora<X, W> lora{static_cast<X*>(y), y_stride, static_cast<const X*>(x), x_stride, static_cast<const W*>(a),
+                            static_cast<const W*>(b), rank, scaling, is_affine, scale, shift, slice_end, start, end,
+                            slot, weight, num_segments, num_slices, max_rank, num_in, num_out};
+      run_call(true, [&](Worker& worker) { lora.run(worker); });
     });
   });
 }

@@ -3,10 +3,6 @@
 
 #include "common.h"
 
-// Elements that are multiplied together.
-template <typename T>
-constexpr int64_t kUnit = std::is_same_v<T, bf16> ? 2 : 1;
-
 struct Pages {
   int64_t kv_heads, page, dim;
 

@@ -1,11 +1,15 @@
 // Runs recorded calls of the other files' faces one after the other: a whole step for one call from Python.
-#include <cstdint>
+#include "team.h"
 
-struct Call {
+struct RecordedCall {
   void (*run)(const uint64_t* words);
   const uint64_t* words;  // one a parameter, in its low bytes
 };
 
-extern "C" void lf_replay(const Call* calls, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) calls[i].run(calls[i].words);
+// One job, so that threads need not wait for each other, nor for the one that calls, between the calls.
+extern "C" void lf_replay(const RecordedCall* calls, int64_t count) {
+  const auto body = [=](Worker&, int64_t i) { calls[i].run(calls[i].words); };
+  if (Team* team = Team::own()) return team->run(count, body);
+  Worker alone;
+  for (int64_t i = 0; i < count; ++i) body(alone, i);
 }

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -285,17 +286,26 @@ void lf_sample_tokens(int dtype, const void* logits, int64_t stride, const float
                       int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
-#pragma omp parallel for schedule(dynamic) if (rows > 1)
-    for (int64_t r = 0; r < rows; ++r) {
-      Row<T> row{static_cast<const T*>(logits) + r * stride, size, thread_own<Scratch>()};
-      finite[r] = row.find_best();
-      if (!finite[r])
-        token_ids[r] = 0;
-      else if (temperature[r] > 0.0f)
-        token_ids[r] = row.draw({temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]});
-      else
-        token_ids[r] = row.first_best();
-    }
+    run_call(rows > 1, [&](Worker& worker) {
+      int64_t token_id = 0;
+      bool is_finite = false;
+      worker.repeatable(
+          0, rows, {1, 1},
+          [&](int64_t r, int64_t, int64_t) {
+            Row<T> row{static_cast<const T*>(logits) + r * stride, size, thread_own<Scratch>()};
+            is_finite = row.find_best();
+            if (!is_finite)
+              token_id = 0;
+            else if (temperature[r] > 0.0f)
+              token_id = row.draw({temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]});
+            else
+              token_id = row.first_best();
+          },
+          [&](int64_t r, int64_t) {
+            token_ids[r] = token_id;
+            finite[r] = is_finite;
+          });
+    });
   });
 }
 

@@ -10,7 +10,7 @@ import torch
 
 from lorafleet.kernels.build import Level, supported_levels
 from lorafleet.kernels.dispatch import forced
-from lorafleet.kernels.native import library
+from lorafleet.kernels.native import library, set_threads
 
 # Each instruction set that this machine has. Triton's kernels run in its interpreter here, and by themselves on a GPU
 # (tests/gpu).
@@ -44,3 +44,11 @@ def each_level(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _helped() -> Iterator[None]:
+    """With more threads than most machines that run tests have cores free: they are put off in the middle of blocks."""
+    set_threads(3)
+    yield
+    set_threads(1)

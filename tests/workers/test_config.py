@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from lorafleet.workers import cores
 from lorafleet.workers.config import EngineConfig
 
 
@@ -24,4 +25,5 @@ def test_all_ranks_of_a_host_share_its_cores(
     options: dict[str, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(cores, "cpu_quota", lambda: None)
     assert EngineConfig("model", **options).threads == threads  # type: ignore[arg-type]

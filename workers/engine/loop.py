@@ -27,6 +27,7 @@ import torch
 from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.cores import CoreClaim, claim_cores
 from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.batch import Scheduled, StepPlan
@@ -135,6 +136,7 @@ class Engine:
         self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
         self._closed = False
         self._is_warm = False
+        self._cores: CoreClaim | None = None
         self._arrivals = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -280,18 +282,29 @@ class Engine:
         self._loader.close()
         self._ranks.followers.close()  # before they are told to end: an end that is wanted is no loss
         self._runner.close()
+        if self._cores is not None:
+            self._cores.close()
 
     # The stepping thread.
 
     def bind_thread(self) -> None:
         """Give the calling thread the engine's CPU threads; the first time, run the model once.
 
-        OpenMP's threads belong to the thread that calls in, so one thread should make all the steps.
+        The threads belong to the one that calls in, so one thread should make all the steps.
         """
-        torch.set_num_threads(self.config.threads)
+        self._runner.use_threads(self.config.threads)
         if not self._is_warm:
             self._is_warm = True
             self._runner.warm_up()
+
+    def take_cores(self) -> None:
+        """Let the calling thread, which is the engine's alone, compute on cores that no other rank of this host takes.
+
+        Before `bind_thread`, and only where ranks share a host's cores.
+        """
+        if self.plan.device == "cpu" and self.config.ranks_per_host > 1 and self._cores is None:
+            self._cores = claim_cores(self.config.threads)
+            self._cores.pin_thread()
 
     def wait_for_work(self, timeout_s: float | None = None) -> bool:
         """Sleep until there is something to do: a message, or a request that can run. False on timeout or close."""

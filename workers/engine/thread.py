@@ -44,6 +44,7 @@ class EngineThread:
     def _run(self) -> None:
         steps = 0
         try:
+            self._engine.take_cores()
             self._engine.bind_thread()
             while not self._stopping.is_set():
                 # The timeout only bounds how long a `stop` that raced with the wait can take.

@@ -216,8 +216,8 @@ class Decoder:
         for layer in self._layers:
             layer.load(reader)
         linears = (linear for layer in self._layers for linear in layer.linears())
-        are_native = all(linear.weight.is_packed for linear in linears)
-        self._is_recordable = are_native and self._group.size == 1 and not self._enforce_eager
+        self.is_native = all(linear.weight.is_packed for linear in linears)
+        self._is_recordable = self.is_native and self._group.size == 1 and not self._enforce_eager
 
     def add_slots(self, shape: SlotShape) -> None:
         """Allocate adapter slots in every linear and norm. Before `load`."""

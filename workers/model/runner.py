@@ -102,6 +102,12 @@ class ModelRunner:
         native.library()
         self._decoder.load(reader)
 
+    def use_threads(self, count: int) -> None:
+        """Compute the calling thread's steps with so many threads of the host. The weights are loaded."""
+        is_native = self._decoder.is_native
+        native.set_threads(count if is_native else 1)
+        torch.set_num_threads(1 if is_native else count)
+
     def warm_up(self) -> None:
         """Run a prompt and a single token, so that the first request finds threads, buffers and code in place.
 

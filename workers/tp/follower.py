@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from lorafleet.workers.adapters.format import read_spec
 from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.cores import claim_cores
 from lorafleet.workers.errors import AdapterRefusedError
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.adapter_shard import adapter_store
@@ -38,6 +40,7 @@ class Follower:
         self._config = config
         self._spec = spec
         self._plans = plans
+        self._is_on_cpu = device.type == "cpu"
         max_lora_rank = config.lora.max_lora_rank if config.lora else 0
         self._runner = ModelRunner(
             spec,
@@ -115,14 +118,17 @@ class Follower:
 
     def run(self) -> None:
         """Follow rank 0 until it ends. Raises `RuntimeError` when a rank is lost."""
-        torch.set_num_threads(self._config.threads)
-        while (plan := self._plans.receive()) is not None:
-            for change, number in plan.changes:
-                if change is Change.COMMIT:
-                    self._commit(number)
-                else:
-                    self._runner.clear_slot(number)
-            self._runner.follow(plan.step)
+        num_threads = self._config.threads
+        with closing(claim_cores(num_threads if self._is_on_cpu else 0)) as cores:
+            cores.pin_thread()
+            self._runner.use_threads(num_threads)
+            while (plan := self._plans.receive()) is not None:
+                for change, number in plan.changes:
+                    if change is Change.COMMIT:
+                        self._commit(number)
+                    else:
+                        self._runner.clear_slot(number)
+                self._runner.follow(plan.step)
 
     def close(self) -> None:
         self._store.close()
