@@ -46,13 +46,17 @@ class Shares:
         """How many places it has."""
         return self._held.get(holder, 0)
 
+    def most(self, holder: str) -> int:
+        """How many places it may have while nobody else has any."""
+        return self.limit - (self.limit // RESERVE if holder else 0)
+
     def take(self, holder: str, num_places: int = 1) -> Refusal | None:
         """Give `holder` more places, to be given back; or say how things stand."""
         self._expire_claims()
-        reserve = self.limit // RESERVE if holder else 0
+        most = self.most(holder)
         is_new = holder not in self._held and holder not in self._claims
         num_holders = len(self._held) + self._num_claims_only + is_new
-        share = max(1, (self.limit - reserve) // num_holders)
+        share = max(1, most // num_holders)
         num_held = self.held(holder)
         total = self.num_taken + num_places
         if num_held + num_places <= share:
@@ -61,7 +65,7 @@ class Shares:
                 self._claim(holder)
         else:
             others_claim = len(self._claims) > (holder in self._claims)
-            fits = total <= self.limit - reserve and not others_claim
+            fits = total <= most and not others_claim
         if not fits:
             return Refusal(self.limit, self.num_taken, num_held, share, num_holders)
         self._drop_claim(holder)
