@@ -22,6 +22,7 @@ from lorafleet.controller.gateway.fleet_metrics import FleetCollector
 from lorafleet.controller.gateway.generation import Generation
 from lorafleet.controller.gateway.intake import Intake
 from lorafleet.controller.gateway.metrics import Metrics
+from lorafleet.controller.gateway.metrics_page import MetricsPage, Snapshot
 from lorafleet.controller.gateway.pool import WorkerPool
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
@@ -60,18 +61,10 @@ class GatewayState:
         self._running: dict[Generation, ModelEntry] = {}
         self._stopped = False  # the drain's time is over
         self.metrics.in_flight.set_function(lambda: self.intake.num_in_flight)
-        self.metrics.registry.register(FleetCollector(self._pool.views))
+        self.metrics_page = MetricsPage(self.metrics, self._snapshot)
+        self.metrics.registry.register(FleetCollector(lambda: self.metrics_page.snapshot.views))
         if config.vllm_metrics:
-            self.metrics.registry.register(
-                VllmCollector(
-                    self.metrics,
-                    views=self._pool.views,
-                    table=lambda: self.routes.table,
-                    adapters_in_use=lambda: [
-                        entry.name for model in self._running.values() for entry in model.adapters
-                    ],
-                )
-            )
+            self.metrics.registry.register(VllmCollector(self.metrics, lambda: self.metrics_page.snapshot))
 
     def start(self) -> None:
         """Begin to watch the controller; sessions follow from what it says."""
@@ -79,6 +72,7 @@ class GatewayState:
 
     async def close(self) -> None:
         """End every connection to the fleet."""
+        await self.metrics_page.close()
         await self.routes.close()
         await self._pool.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -136,6 +130,13 @@ class GatewayState:
     def draw_seed(self) -> int:
         """For a request that gave none."""
         return self._random.getrandbits(64)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            [view.frozen() for view in self._pool.views()],
+            self.routes.table,
+            [entry.name for model in self._running.values() for entry in model.adapters],
+        )
 
     @contextmanager
     def generate(
