@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from lorafleet.controller.fleet_flags import (
     serve_config,
     with_flags_file,
 )
+from lorafleet.controller.gateway.api_keys import API_KEY_VARIABLE, keys_of_variable
 from lorafleet.workers.errors import ConfigError, LoRAFleetError
 
 
@@ -176,6 +176,7 @@ def _check_gateway_flags(args: argparse.Namespace) -> None:
         flag
         for flag, is_given in (
             ("--api-key", args.api_key),
+            ("--admin-api-key", args.admin_api_key),
             ("--tenants", args.tenants),
             ("--gateway-processes", args.gateway_processes > 1),
         )
@@ -190,5 +191,6 @@ def _check_gateway_flags(args: argparse.Namespace) -> None:
 def _status(args: argparse.Namespace) -> None:
     from lorafleet.controller.status import fetch_fleet, table
 
-    fleet = fetch_fleet(args.url, args.api_key or os.environ.get("LORAFLEET_API_KEY", "").split(",")[0])
+    keys = [args.api_key] if args.api_key else keys_of_variable(API_KEY_VARIABLE)
+    fleet = fetch_fleet(args.url, keys[0] if keys else None)
     print(json.dumps(fleet, indent=2) if args.json else table(fleet))

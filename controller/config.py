@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from lorafleet.controller.gateway.api_keys import check_keys
+from lorafleet.controller.gateway.limits import Limits
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import ConfigError
 
@@ -24,6 +26,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_api_keys: tuple[str, ...] = field(default=(), repr=False)  # that may load and unload adapters
     tenants_file: str | None = None  # read and checked; the gateway reads it again
     seed: int | None = None
     drain_timeout_s: float = 30.0
@@ -38,6 +41,7 @@ class ServeConfig:
     worker_ports: tuple[int, int] | None = None  # of the workers' gRPC servers, the last one included; None: any
     ray_address: str | None = None  # None: a Ray of our own on this machine
     log_level: str = "warning"
+    limits: Limits = field(default_factory=Limits)  # of each gateway process
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
@@ -57,8 +61,8 @@ class ServeConfig:
             raise ConfigError(f"--gateway-processes is {self.gateway_processes}; it must be at least 1.")
         if not all(self.served_model_names):
             raise ConfigError("--served-model-name has an empty name.")
-        if not all(self.api_keys):
-            raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none.")
+        check_keys("--api-key", self.api_keys)
+        check_keys("--admin-api-key", self.admin_api_keys)
         if self.adapters and self.engine.lora is None:
             raise ConfigError("--lora-modules is given without --enable-lora. Add --enable-lora.")
         if self.allow_runtime_lora_updates and self.engine.lora is None:

@@ -10,20 +10,19 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafleet.controller.byte_size import byte_size
 from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.gateway.api_keys import add_key_flags, given_keys
+from lorafleet.controller.gateway.limits import Limits
 from lorafleet.controller.gateway.tenants import read_tenants, tenants_of
 from lorafleet.workers.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, LoRAConfig, LoRAModule
 from lorafleet.workers.engine.eviction import EVICTIONS
 from lorafleet.workers.errors import ConfigError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 
 VLLM_UPDATES_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
@@ -55,13 +54,7 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
         metavar="N",
         help="processes that share the port and the work of HTTP, tokenizing and streaming (default: %(default)s)",
     )
-    http.add_argument(
-        "--api-key",
-        nargs="+",
-        action="extend",
-        metavar="KEY",
-        help="clients must send one of these as a bearer token (default: $LORAFLEET_API_KEY, else none is asked for)",
-    )
+    add_key_flags(http)
     http.add_argument(
         "--tenants",
         metavar="FILE",
@@ -78,6 +71,8 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
         default=30.0,
         help="seconds that running requests get at shutdown (default: %(default)s)",
     )
+
+    Limits.add_flags(parser.add_argument_group("bounds of each gateway process"))
 
     model = parser.add_argument_group("model")
     model.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="(default: the checkpoint's)")
@@ -113,6 +108,14 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
         help="tokens computed in one step (default: 512 on a CPU, 2048 on CUDA)",
     )
     batch.add_argument(
+        "--max-waiting",
+        type=int,
+        default=engine.max_waiting,
+        metavar="N",
+        help="requests (one for each choice) that a worker queues beyond those in its batch; more get 429 (default: "
+        "%(default)s)",
+    )
+    batch.add_argument(
         "--max-adapter-wait-s",
         type=float,
         default=engine.max_adapter_wait_s,
@@ -145,7 +148,7 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
     )
     batch.add_argument(
         "--kv-cache-memory-bytes",
-        type=size,
+        type=byte_size,
         metavar="SIZE",
         help="of the KV cache, such as 2GiB (default: what is left on a GPU; on a CPU at most 4GiB and half of that)",
     )
@@ -174,7 +177,7 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
     adapters.add_argument(
         "--lora-host-cache-bytes",
         dest="host_cache_bytes",
-        type=size,
+        type=byte_size,
         metavar="SIZE",
         help="of the host cache (default: at most 1GiB and an eighth of the free memory)",
     )
@@ -196,7 +199,7 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
     adapters.add_argument(
         "--lora-full-weight-bytes",
         dest="full_weight_bytes",
-        type=size,
+        type=byte_size,
         metavar="SIZE",
         help="of the embeddings and heads that adapters in slots have of their own, LoRA on them included (default: "
         "four vocabulary matrices, and at most a sixteenth of the memory that may be used)",
@@ -265,6 +268,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        max_waiting=args.max_waiting,
         max_adapter_wait_s=args.max_adapter_wait_s,
         block_size=args.block_size,
         enable_prefix_caching=args.enable_prefix_caching,
@@ -275,7 +279,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         num_threads=args.num_threads,
         lora=LoRAConfig(**given) if args.enable_lora else None,
     )
-    api_keys = args.api_key or [key for key in os.environ.get("LORAFLEET_API_KEY", "").split(",") if key]
+    api_keys, admin_api_keys = given_keys(args)
     tenants_file = None
     if args.tenants is not None:
         tenants_of(api_keys, read_tenants(Path(args.tenants)))  # refuses now what the gateway would refuse
@@ -286,7 +290,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         adapters=tuple(args.lora_modules or ()),
         host=args.host,
         port=args.port,
-        api_keys=tuple(api_keys),
+        api_keys=api_keys,
+        admin_api_keys=admin_api_keys,
         tenants_file=tenants_file,
         seed=args.seed,
         drain_timeout_s=args.drain_timeout_s,
@@ -299,6 +304,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         worker_ports=args.worker_ports,
         ray_address=args.ray_address,
         log_level=args.log_level,
+        limits=Limits.of_flags(args),
     )
 
 
@@ -345,14 +351,6 @@ def drain_timeout(text: str) -> float:
     if not 0 <= seconds < 86400:
         raise argparse.ArgumentTypeError(f"{text!r} must be seconds between 0 and 86400")
     return seconds
-
-
-def size(text: str) -> int:
-    """'2GiB', '500MB', '1048576' → bytes."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 2GiB, 500MB or 1048576")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def lora_module(text: str) -> LoRAModule:

@@ -5,7 +5,6 @@ Owns: their command lines, their lives. Leaves to others: when the fleet is read
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lorafleet.controller.config import ServeConfig
-from lorafleet.controller.gateway.__main__ import API_KEY_VARIABLE
+from lorafleet.controller.gateway.api_keys import as_environment
 from lorafleet.workers.errors import ConfigError
 
 _REPLACE_S = 1.0  # between the starts of one that keeps ending
@@ -36,10 +35,8 @@ class GatewayProcesses:
             self._command += ["--tenants", config.tenants_file]
         if config.seed is not None:
             self._command += ["--seed", str(config.seed)]
-        # Keys travel in the environment: a command line is visible to every user of the machine.
-        self._environment = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
-        if config.api_keys:
-            self._environment[API_KEY_VARIABLE] = ",".join(config.api_keys)
+        self._command += config.limits.as_flags()
+        self._environment = as_environment(config.api_keys, config.admin_api_keys)
         self._printed = [state_dir / f"gateway-{number}" for number in range(config.gateway_processes)]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._started_at: list[float] = []

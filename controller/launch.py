@@ -146,7 +146,8 @@ def _fleet(
         signals.check()
         try:
             # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
-            cluster.create_controller(ControllerActor, dataclasses.replace(config, api_keys=()), node, port, token)
+            told = dataclasses.replace(config, api_keys=(), admin_api_keys=())
+            cluster.create_controller(ControllerActor, told, node, port, token)
             yield cluster, wait_for_fleet(cluster, signals)
         except RuntimeError as error:
             raise ConfigError(str(error)) from error

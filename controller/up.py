@@ -43,8 +43,9 @@ def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_
     signals = Signals()
     # What the fleet is, not how this command reaches it. Ray keeps an actor's arguments, and without gateways the
     # controller has no use for the clients' keys.
-    keys = config.api_keys if gateways_on != "none" else ()
-    wanted = dataclasses.replace(config, ray_address=None, api_keys=keys)
+    wanted = dataclasses.replace(config, ray_address=None)
+    if gateways_on == "none":
+        wanted = dataclasses.replace(wanted, api_keys=(), admin_api_keys=())
     with contextlib.suppress(Stopped), _joined(config.ray_address or "auto", signals) as cluster:
         _say("starting controller, workers and gateways ...")
         said = ""

@@ -50,6 +50,10 @@ class AuthenticationError(LoRAFleetError):
     """No API key, or one that is not known."""
 
 
+class PermissionDeniedError(LoRAFleetError):
+    """The API key is known and may not do this."""
+
+
 class NotFoundError(LoRAFleetError):
     """No such path or object."""
 
@@ -153,6 +157,7 @@ ERRORS: dict[type[LoRAFleetError], ErrorStatus] = {
     InvalidRequestError: ErrorStatus("invalid_request", "INVALID_ARGUMENT", 400, "invalid_request_error"),
     ContextLengthError: ErrorStatus("context_length_exceeded", "INVALID_ARGUMENT", 400, "invalid_request_error"),
     AuthenticationError: ErrorStatus("invalid_api_key", "UNAUTHENTICATED", 401, "authentication_error"),
+    PermissionDeniedError: ErrorStatus("permission_denied", "PERMISSION_DENIED", 403, "permission_error"),
     NotFoundError: ErrorStatus("not_found", "NOT_FOUND", 404, "invalid_request_error"),
     MethodNotAllowedError: ErrorStatus("method_not_allowed", "UNIMPLEMENTED", 405, "invalid_request_error"),
     UnknownModelError: ErrorStatus("model_not_found", "NOT_FOUND", 404, "invalid_request_error"),

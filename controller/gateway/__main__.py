@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorafleet.controller.gateway.api_keys import WEAK_KEY_CHARS, add_key_flags, given_keys, num_weak
 from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
+from lorafleet.controller.gateway.limits import Limits, flag_of
 from lorafleet.controller.gateway.server import serve
 from lorafleet.controller.gateway.tenants import read_tenants
 from lorafleet.workers.errors import ConfigError
-
-API_KEY_VARIABLE = "LORAFLEET_API_KEY"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace]:
@@ -34,14 +34,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
     parser.add_argument("--token-file", required=True, type=Path, metavar="FILE", help="holds the fleet's token")
     parser.add_argument("--host", default=defaults.host, help="address to listen on")
     parser.add_argument("--port", type=int, default=defaults.port, help="0 takes any free one")
-    parser.add_argument(
-        "--api-key",
-        nargs="+",
-        action="extend",
-        metavar="KEY",
-        help=f"clients must send one of these, each a tenant of its own; if left out, ${API_KEY_VARIABLE} (several: "
-        "comma-separated)",
-    )
+    add_key_flags(parser)
     parser.add_argument(
         "--tenants", type=Path, metavar="FILE", help="JSON: tenants with names, api_keys, weights and priorities"
     )
@@ -63,18 +56,12 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
     )
     for name, help_text in (
         ("drain_timeout_s", "seconds that running requests get at shutdown"),
-        ("max_body_bytes", "of a request"),
-        ("body_timeout_s", "seconds for a request's body to arrive"),
-        ("write_timeout_s", "seconds that a client may take nothing"),
-        ("request_timeout_s", "seconds for a whole request"),
         ("worker_wait_s", "seconds that a request waits while no worker can take it or go on with it"),
-        ("max_in_flight", "requests at a time; more get 429"),
-        ("max_queued_tokens", "tokens of one choice that a slow reader may leave unread"),
         ("num_tokenizer_threads", "threads for tokenizers and chat templates"),
     ):
         default = getattr(defaults, name)
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help=help_text)
+        parser.add_argument(flag_of(name), type=type(default), default=default, help=help_text)
+    Limits.add_flags(parser)
     parser.add_argument(
         "--slow-step-s",
         type=float,
@@ -86,25 +73,20 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         token = args.token_file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--token-file {args.token_file} cannot be read: {error}.") from error
-    variable = os.environ.get(API_KEY_VARIABLE, "")
-    api_keys = args.api_key or [key.strip() for key in variable.split(",") if key.strip()]
+    api_keys, admin_api_keys = given_keys(args)
     config = GatewayConfig(
         controller=args.controller,
         token=token,
         host=args.host,
         port=args.port,
-        api_keys=tuple(api_keys),
+        api_keys=api_keys,
+        admin_api_keys=admin_api_keys,
         tenants=read_tenants(args.tenants) if args.tenants else {},
         seed=args.seed,
         drain_timeout_s=args.drain_timeout_s,
-        max_body_bytes=args.max_body_bytes,
-        body_timeout_s=args.body_timeout_s,
-        write_timeout_s=args.write_timeout_s,
-        request_timeout_s=args.request_timeout_s,
         worker_wait_s=args.worker_wait_s,
+        limits=Limits.of_flags(args),
         times=SessionTimes(slow_step_s=args.slow_step_s),
-        max_in_flight=args.max_in_flight,
-        max_queued_tokens=args.max_queued_tokens,
         num_tokenizer_threads=args.num_tokenizer_threads,
         vllm_metrics=args.vllm_metrics_compat,
         reuse_port=args.reuse_port,
@@ -122,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s gateway %(message)s"
     )
+    if num := num_weak([*config.api_keys, *config.tenants, *config.admin_api_keys]):
+        logging.warning("%d API keys have fewer than %d characters and may be guessed", num, WEAK_KEY_CHARS)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is told once, by us
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -10,7 +10,7 @@ from typing import Final
 
 from aiohttp import web
 
-from lorafleet.controller.gateway.limits import read_body
+from lorafleet.controller.gateway.auth import check_admin
 from lorafleet.controller.gateway.schema import LoadAdapterBody, UnloadAdapterBody, decode
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.proto import controller_pb2
@@ -21,11 +21,10 @@ UNLOAD_S: Final = 60.0
 
 async def load_adapter(request: web.Request) -> web.Response:
     """Load an adapter on every worker under `lora_name`."""
+    check_admin(request)
     state = request.app[STATE]
-    config = state.config
-    with state.admission.enter():
-        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-        fields = decode(body, LoadAdapterBody)
+    with state.intake.enter(request) as place:
+        fields = decode(await place.read_body(), LoadAdapterBody)
         update = controller_pb2.LoadAdapterRequest(
             name=fields.lora_name,
             root=fields.lora_path,
@@ -39,11 +38,10 @@ async def load_adapter(request: web.Request) -> web.Response:
 
 async def unload_adapter(request: web.Request) -> web.Response:
     """Take `lora_name` away; its running requests end as they would have. The headers say what memory is free now."""
+    check_admin(request)
     state = request.app[STATE]
-    config = state.config
-    with state.admission.enter():
-        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-        fields = decode(body, UnloadAdapterBody)
+    with state.intake.enter(request) as place:
+        fields = decode(await place.read_body(), UnloadAdapterBody)
         update = controller_pb2.UnloadAdapterRequest(name=fields.lora_name)
         done = await state.routes.update("UnloadAdapter", update, UNLOAD_S)
     headers = {

@@ -1,7 +1,6 @@
 """The HTTP application: routes, middlewares, and the parts' life tied to the application's.
 
-Owns: which path goes where. Leaves to others: listening and signals (server.py).
-
+Owns: which path goes where. Leaves to others: listening (listener.py), signals (server.py).
 """
 
 from __future__ import annotations
@@ -15,15 +14,19 @@ from aiohttp.typedefs import Handler
 from lorafleet.controller.gateway import adapters, chat, completions, fleet, health, models, tokenization
 from lorafleet.controller.gateway.auth import ApiKeys, auth_middleware
 from lorafleet.controller.gateway.errors import error_middleware
-from lorafleet.controller.gateway.state import ABORT_GRACE_S, STATE, GatewayState
+from lorafleet.controller.gateway.state import STATE, GatewayState
 from lorafleet.controller.gateway.tenants import tenants_of
 
 
 def make_app(state: GatewayState) -> web.Application:
     """The application; it starts and closes `state`."""
-    keys = ApiKeys(tenants_of(state.config.api_keys, state.config.tenants))
+    config = state.config
+    keys = ApiKeys(
+        tenants_of(config.api_keys, config.tenants, config.admin_api_keys),
+        is_open=not (config.api_keys or config.tenants),
+    )
     app = web.Application(
-        client_max_size=state.config.max_body_bytes,
+        client_max_size=config.limits.max_body_bytes,
         middlewares=[_count_requests, error_middleware, auth_middleware(keys)],
     )
     app[STATE] = state
@@ -47,23 +50,6 @@ def make_app(state: GatewayState) -> web.Application:
         ]
     )
     return app
-
-
-def make_runner(state: GatewayState) -> web.AppRunner:
-    """The application with the server options that it depends on.
-
-    handler_cancellation: a client that goes away cancels its handler, which cancels the request on its worker even
-    before there was anything to write. auto_decompress: a small body must not become a large one (limits.py refuses
-    encodings). lingering_time: how long the rest of a refused body is read and dropped, so that its answer arrives.
-    """
-    return web.AppRunner(
-        make_app(state),
-        access_log=None,
-        handler_cancellation=True,
-        auto_decompress=False,
-        lingering_time=2.0,
-        shutdown_timeout=ABORT_GRACE_S,
-    )
 
 
 async def _life(app: web.Application) -> AsyncIterator[None]:

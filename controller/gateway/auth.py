@@ -6,7 +6,6 @@ Owns: the check, and whose a request is. Leaves to others: where keys come from 
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Mapping
 from typing import Final
 
@@ -14,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from lorafleet.controller.gateway.tenants import Tenant
-from lorafleet.workers.errors import AuthenticationError
+from lorafleet.workers.errors import AuthenticationError, PermissionDeniedError
 
 TENANT: Final = web.RequestKey("tenant", Tenant)
 """Of every request that is not for one of `OPEN_PATHS`."""
@@ -24,29 +23,37 @@ OPEN_PATHS: Final = frozenset({"/health", "/ready", "/ping"})
 class ApiKeys:
     """Keys known by their SHA-256; the keys themselves are not kept."""
 
-    def __init__(self, tenants: Mapping[str, Tenant]) -> None:
-        """tenants: by key; without any, no key is asked for."""
+    def __init__(self, tenants: Mapping[str, Tenant], *, is_open: bool | None = None) -> None:
+        """tenants: by key. is_open: no key is asked for: there are none, or administrators' only."""
         self._tenants = {_digest(key): tenant for key, tenant in tenants.items()}
+        self._is_open = not tenants if is_open is None else is_open
+        self._anybody = Tenant(is_admin=not tenants)
 
     def check(self, header: str | None) -> Tenant:
-        """Whose key `header`, of `Authorization`, has. Takes the same time whichever key is nearly right.
-
-        Raises AuthenticationError.
-        """
-        if not self._tenants:
-            return Tenant()
+        """Whose key `header`, of `Authorization`, has. Raises AuthenticationError."""
         scheme, _, key = (header or "").partition(" ")
+        # Looked up by its digest, so that how long it takes says nothing of the keys.
+        tenant = self._tenants.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
+        if tenant is not None:
+            return tenant
+        if self._is_open:
+            return self._anybody
         if scheme.lower() != "bearer" or not key.strip():
             raise AuthenticationError("This server asks for an API key. Send it as 'Authorization: Bearer KEY'.")
-        digest = _digest(key.strip())
-        matches = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(digest, known)]
-        if not matches:
-            raise AuthenticationError("The API key is not known to this server.")
-        return matches[0]
+        raise AuthenticationError("The API key is not known to this server.")
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+def check_admin(request: web.Request) -> None:
+    """Raises PermissionDeniedError for a client that may not change what the server serves."""
+    if not request[TENANT].is_admin:
+        raise PermissionDeniedError(
+            "This API key may not load or unload adapters. Send a key of --admin-api-key or, if the server has none, "
+            "its first key."
+        )
 
 
 def auth_middleware(keys: ApiKeys) -> Middleware:

@@ -17,7 +17,6 @@ from lorafleet.controller.gateway.auth import TENANT
 from lorafleet.controller.gateway.composition import resolve_model
 from lorafleet.controller.gateway.errors import REQUEST_ID
 from lorafleet.controller.gateway.generation import ChoiceDelta
-from lorafleet.controller.gateway.limits import read_body
 from lorafleet.controller.gateway.logprobs import chat_logprobs
 from lorafleet.controller.gateway.sampling import sampling_params
 from lorafleet.controller.gateway.schema import ChatRequest, cache_salt_of, check_stream_options, decode
@@ -33,10 +32,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """One request: messages, `n` choices, streamed or not."""
     state = request.app[STATE]
-    config = state.config
-    with state.admission.enter():
-        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-        fields = decode(body, ChatRequest)
+    with state.intake.enter(request) as place:
+        fields = decode(await place.read_body(), ChatRequest)
         has_usage = check_stream_options(fields)
         table = state.table
         model = resolve_model(table, fields)
@@ -44,6 +41,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         num_logprobs = _num_logprobs(fields)
         params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
         check_messages(fields.messages)
+        place.take_choices(params.n, param="n")
         prompt = await state.in_thread(
             lambda: text.encode_chat(
                 fields.messages,
@@ -71,9 +69,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         ) as generation:
             if fields.stream:
                 frames = ChatFrames(head, generation.num_choices, text.tokenizer, num_logprobs, has_usage=has_usage)
-                return await stream_answer(
-                    request, generation, frames, has_usage=has_usage, write_timeout_s=config.write_timeout_s
-                )
+                return await stream_answer(request, generation, frames, has_usage=has_usage)
             choices = [_choice(delta, text.tokenizer, num_logprobs) for delta in await generation.gather()]
         answer = head | {"choices": choices, "usage": usage_of(generation)}
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")

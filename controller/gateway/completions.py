@@ -17,7 +17,6 @@ from lorafleet.controller.gateway.auth import TENANT
 from lorafleet.controller.gateway.composition import resolve_model
 from lorafleet.controller.gateway.errors import REQUEST_ID
 from lorafleet.controller.gateway.generation import ChoiceDelta
-from lorafleet.controller.gateway.limits import read_body
 from lorafleet.controller.gateway.logprobs import CompletionColumns, CompletionLogprobs
 from lorafleet.controller.gateway.sampling import sampling_params
 from lorafleet.controller.gateway.schema import CompletionRequest, cache_salt_of, check_stream_options, decode
@@ -35,10 +34,8 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def create_completion(request: web.Request) -> web.StreamResponse:
     """One request: any number of prompts, `n` choices of each, streamed or not."""
     state = request.app[STATE]
-    config = state.config
-    with state.admission.enter():
-        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-        fields = decode(body, CompletionRequest)
+    with state.intake.enter(request) as place:
+        fields = decode(await place.read_body(), CompletionRequest)
         has_usage = check_stream_options(fields)
         if fields.echo and fields.logprobs is not None:
             raise InvalidRequestError("echo together with logprobs is not supported. Leave one out.", param="echo")
@@ -54,6 +51,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
                 param="prompt",
             )
         asked = _prompts(fields.prompt)
+        place.take_choices(len(asked) * params.n, param="prompt" if len(asked) > 1 else "n")
         prompts = await state.in_thread(lambda: _encode(text, asked, fields.add_special_tokens is not False))
         if fields.max_tokens is None:  # the default gives way to a long prompt
             room = table.max_model_len - max(map(len, prompts))
@@ -84,9 +82,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
                 frames = CompletionFrames(
                     head, generation.num_choices, text.tokenizer, params, echoes, has_usage=has_usage
                 )
-                return await stream_answer(
-                    request, generation, frames, has_usage=has_usage, write_timeout_s=config.write_timeout_s
-                )
+                return await stream_answer(request, generation, frames, has_usage=has_usage)
             choices = [
                 _choice(delta, text.tokenizer, params, echoes[delta.index] if echoes else "")
                 for delta in await generation.gather()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lorafleet.controller.gateway.api_keys import check_keys
+from lorafleet.controller.gateway.limits import Limits
 from lorafleet.controller.gateway.tenants import Tenant, tenants_of
 from lorafleet.workers.errors import ConfigError
 
@@ -35,19 +37,15 @@ class GatewayConfig:
     tenants: dict[str, Tenant] = field(
         default_factory=dict, repr=False
     )  # by API key; without any key none is asked for
+    admin_api_keys: tuple[str, ...] = field(default=(), repr=False)  # that may load and unload adapters
     seed: int | None = None  # of the seeds drawn for requests without one; None: the operating system's
     drain_timeout_s: float = 30.0
-    max_body_bytes: int = 8 << 20
-    body_timeout_s: float = 30.0  # for a request's body to arrive
-    write_timeout_s: float = 30.0  # for a client that does not read
-    request_timeout_s: float = 3600.0
     worker_wait_s: float = 60.0  # for a worker that takes a request, or goes on with it
-    max_in_flight: int = 1024  # requests; more get 429
-    max_queued_tokens: int = 256  # of one choice whose client reads slower than it generates
     num_tokenizer_threads: int = 2
     vllm_metrics: bool = True
     reuse_port: bool = False  # several gateway processes on one port
     times: SessionTimes = field(default_factory=SessionTimes)
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         check_address("--controller", self.controller)
@@ -55,25 +53,13 @@ class GatewayConfig:
             raise ConfigError("The token of --token-file is empty.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be between 0 and 65535.")
-        if not all(self.api_keys):
-            raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none.")
-        tenants_of(self.api_keys, self.tenants)
-        for flag, value in (
-            ("--max-body-bytes", self.max_body_bytes),
-            ("--max-in-flight", self.max_in_flight),
-            ("--max-queued-tokens", self.max_queued_tokens),
-            ("--num-tokenizer-threads", self.num_tokenizer_threads),
-        ):
-            if value < 1:
-                raise ConfigError(f"{flag} is {value}; it must be at least 1.")
-        for flag, seconds in (
-            ("--body-timeout-s", self.body_timeout_s),
-            ("--write-timeout-s", self.write_timeout_s),
-            ("--request-timeout-s", self.request_timeout_s),
-            ("--slow-step-s", self.times.slow_step_s),
-        ):
-            if not 0 < seconds < float("inf"):
-                raise ConfigError(f"{flag} is {seconds}; it must be a positive number of seconds.")
+        check_keys("--api-key", self.api_keys)
+        check_keys("--admin-api-key", self.admin_api_keys)
+        tenants_of(self.api_keys, self.tenants, self.admin_api_keys)
+        if self.num_tokenizer_threads < 1:
+            raise ConfigError(f"--num-tokenizer-threads is {self.num_tokenizer_threads}; it must be at least 1.")
+        if not 0 < self.times.slow_step_s < float("inf"):
+            raise ConfigError(f"--slow-step-s is {self.times.slow_step_s}; it must be a positive number of seconds.")
         for flag, seconds in (("--drain-timeout-s", self.drain_timeout_s), ("--worker-wait-s", self.worker_wait_s)):
             if not 0 <= seconds < float("inf"):
                 raise ConfigError(f"{flag} is {seconds}; it must be 0 or more seconds.")

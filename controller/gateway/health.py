@@ -1,6 +1,6 @@
 """How the process is: /health, /ping, /ready, /version, /metrics.
 
-Owns: these endpoints. Leaves to others: what "ready" means (state.py), the numbers (metrics.py).
+Owns: these endpoints. Leaves to others: what "ready" means (state.py), the numbers (metrics_page.py).
 """
 
 from __future__ import annotations
@@ -36,4 +36,4 @@ async def show_version(request: web.Request) -> web.Response:
 
 async def show_metrics(request: web.Request) -> web.Response:
     """Prometheus' text format."""
-    return web.Response(body=request.app[STATE].metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return web.Response(body=await request.app[STATE].metrics_page.get(), headers={"Content-Type": CONTENT_TYPE_LATEST})

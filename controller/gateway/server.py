@@ -1,6 +1,6 @@
 """One gateway process from its first line to its last.
 
-Owns: listening, signals, the order of shutting down. Leaves to others: flags (__main__.py), paths (app.py).
+Owns: signals, the order of shutting down. Leaves to others: flags (__main__.py), listening (listener.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from aiohttp import web
-
-from lorafleet.controller.gateway.app import make_runner
 from lorafleet.controller.gateway.config import GatewayConfig
+from lorafleet.controller.gateway.listener import Listener
 from lorafleet.controller.gateway.state import GatewayState
 
 _READY_POLL_S = 0.05
@@ -36,21 +34,21 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     state = GatewayState(config)
-    runner = make_runner(state)
-    await runner.setup()
+    listener = Listener(state)
+    await listener.set_up()
     try:
         if exit_with_parent:
-            _watch_parent(loop, lambda: None if state.admission.draining else stop.set())  # no second signal
+            _watch_parent(loop, lambda: None if state.intake.draining else stop.set())  # no second signal
         if config.reuse_port and not await _can_serve(state, stop):
             return
-        await web.TCPSite(runner, config.host, config.port, reuse_port=config.reuse_port).start()
+        port = await listener.listen(config.host, config.port, reuse_port=config.reuse_port)
         host = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"lorafleet gateway listening on http://{host}:{runner.addresses[0][1]}", flush=True)
+        print(f"lorafleet gateway listening on http://{host}:{port}", flush=True)
         await stop.wait()
         stop.clear()
         await _first(state.drain(), stop.wait())
     finally:
-        await runner.cleanup()
+        await listener.close()
     logger.info("stopped")
 
 

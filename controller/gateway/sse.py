@@ -1,6 +1,6 @@
 """Server-sent events: one answer as a stream of chunks.
 
-Owns: the headers, the frames, a client that does not read, failures in mid-stream. Leaves to others: what a chunk says
+Owns: the headers, the frames, failures in mid-stream. Leaves to others: what a chunk says
 (completions.py, chat.py), where deltas come from (generation.py).
 
 A stream that ends well ends with ``data: [DONE]``. One that fails ends with ``data: {"error": ...}`` and nothing after
@@ -9,7 +9,6 @@ it: OpenAI's clients raise on that.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Protocol
 
 import msgspec
@@ -23,7 +22,6 @@ _HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-_LARGE_BYTES = 1 << 15  # a write of so much may have to wait by itself
 
 _json = msgspec.json.Encoder().encode
 
@@ -96,11 +94,10 @@ class ChunkTemplate:
 
 
 class EventStream:
-    """The answer's body. A client that takes nothing for write_timeout_s is disconnected."""
+    """The answer's body. A client that does not read it is disconnected (connections.py)."""
 
-    def __init__(self, request: web.Request, write_timeout_s: float) -> None:
+    def __init__(self, request: web.Request) -> None:
         self._request = request
-        self._write_timeout_s = write_timeout_s
         self._response = web.StreamResponse(headers=_HEADERS | {"x-request-id": request[REQUEST_ID]})
 
     async def open(self) -> None:
@@ -108,37 +105,23 @@ class EventStream:
         await self._response.prepare(self._request)
 
     async def write(self, data: bytes) -> None:
-        """Raises ConnectionResetError when the client is gone or does not read."""
-        transport = self._request.transport
-        if transport is None:
+        """Waits for a client that has not read what came before. Raises ConnectionResetError when it is gone."""
+        if self._request.transport is None:
             raise ConnectionResetError("the client is gone")
-        if len(data) < _LARGE_BYTES and not transport.get_write_buffer_size():
-            await self._response.write(data)  # cannot wait for the client
-            return
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await self._response.write(data)
-        except TimeoutError:
-            transport.abort()
-            raise ConnectionResetError(f"the client took nothing for {self._write_timeout_s:g} s") from None
+        await self._response.write(data)
 
     async def close(self) -> web.StreamResponse:
         """End the body."""
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await self._response.write_eof()
-        except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()
+        await self._response.write_eof()
         return self._response
 
 
 async def stream_answer(
-    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool, write_timeout_s: float
+    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool
 ) -> web.StreamResponse:
     """Send a generation as it comes. An error before its first token is raised, and so gets its own HTTP status."""
     deltas = await generation.next()
-    stream = EventStream(request, write_timeout_s)
+    stream = EventStream(request)
     await stream.open()
     data = frames.opening()
     try:

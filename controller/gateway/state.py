@@ -20,8 +20,9 @@ from aiohttp import web
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.fleet_metrics import FleetCollector
 from lorafleet.controller.gateway.generation import Generation
-from lorafleet.controller.gateway.limits import Admission
+from lorafleet.controller.gateway.intake import Intake
 from lorafleet.controller.gateway.metrics import Metrics
+from lorafleet.controller.gateway.metrics_page import MetricsPage, Snapshot
 from lorafleet.controller.gateway.pool import WorkerPool
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
@@ -44,7 +45,7 @@ class GatewayState:
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
-        self.admission = Admission(config.max_in_flight)
+        self.intake = Intake(config.limits)
         self.metrics = Metrics()
         gateway_id = uuid.uuid4().hex
         self._executor = ThreadPoolExecutor(config.num_tokenizer_threads, thread_name_prefix="tokenizer")
@@ -59,19 +60,11 @@ class GatewayState:
         self._random = random.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._running: dict[Generation, ModelEntry] = {}
         self._stopped = False  # the drain's time is over
-        self.metrics.in_flight.set_function(lambda: self.admission.num_in_flight)
-        self.metrics.registry.register(FleetCollector(self._pool.views))
+        self.metrics.in_flight.set_function(lambda: self.intake.num_in_flight)
+        self.metrics_page = MetricsPage(self.metrics, self._snapshot)
+        self.metrics.registry.register(FleetCollector(lambda: self.metrics_page.snapshot.views))
         if config.vllm_metrics:
-            self.metrics.registry.register(
-                VllmCollector(
-                    self.metrics,
-                    views=self._pool.views,
-                    table=lambda: self.routes.table,
-                    adapters_in_use=lambda: [
-                        entry.name for model in self._running.values() for entry in model.adapters
-                    ],
-                )
-            )
+            self.metrics.registry.register(VllmCollector(self.metrics, lambda: self.metrics_page.snapshot))
 
     def start(self) -> None:
         """Begin to watch the controller; sessions follow from what it says."""
@@ -79,26 +72,27 @@ class GatewayState:
 
     async def close(self) -> None:
         """End every connection to the fleet."""
+        await self.metrics_page.close()
         await self.routes.close()
         await self._pool.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self) -> None:
         """Refuse new requests; let the running ones finish, for as long as the configuration allows."""
-        self.admission.draining = True
-        logger.info("draining: %d requests in flight", self.admission.num_in_flight)
-        if await self.admission.idle(self.config.drain_timeout_s):
+        self.intake.draining = True
+        logger.info("draining: %d requests in flight", self.intake.num_in_flight)
+        if await self.intake.idle(self.config.drain_timeout_s):
             return
         self._stopped = True
         logger.warning("ending %d requests after %g s", len(self._running), self.config.drain_timeout_s)
         for generation in list(self._running):
             generation.fail(DrainingError("This gateway is shutting down and could not wait for the request's end."))
-        await self.admission.idle(ABORT_GRACE_S)
+        await self.intake.idle(ABORT_GRACE_S)
 
     @property
     def not_ready_reason(self) -> str | None:
         """Why no request can be answered now; None if one can."""
-        if self.admission.draining:
+        if self.intake.draining:
             return "draining"
         if self.routes.table is None:
             return "no routing table from the controller yet"
@@ -136,6 +130,13 @@ class GatewayState:
     def draw_seed(self) -> int:
         """For a request that gave none."""
         return self._random.getrandbits(64)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            [view.frozen() for view in self._pool.views()],
+            self.routes.table,
+            [entry.name for model in self._running.values() for entry in model.adapters],
+        )
 
     @contextmanager
     def generate(
@@ -180,11 +181,11 @@ class GatewayState:
             cache_salt=cache_salt,
             tokenizer=text.tokenizer,
             params=params,
-            max_queued_tokens=self.config.max_queued_tokens,
+            max_queued_tokens=self.config.limits.max_queued_tokens,
             worker_wait_s=self.config.worker_wait_s,
             metrics=self.metrics.model(model.name),
         )
-        limit_s = self.config.request_timeout_s
+        limit_s = self.config.limits.request_timeout_s
         timer = asyncio.get_running_loop().call_later(
             limit_s,
             lambda: generation.fail(DeadlineError(f"The request did not end within {limit_s:g} s, the limit.")),

@@ -7,12 +7,13 @@ sharing (workers/engine/fairness.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
+from lorafleet.controller.gateway.api_keys import check_keys
 from lorafleet.workers.engine.request import MAX_PRIORITY, MAX_TENANT_CHARS, MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import ConfigError, InvalidRequestError
 
@@ -24,6 +25,7 @@ class Tenant:
     name: str = ""
     weight: float = 1.0  # share of service relative to other tenants
     priority: int = 0  # lower is served earlier, whatever the shares
+    is_admin: bool = False  # may load and unload adapters
 
     def priority_of(self, asked: int | None) -> int:
         """Of a request that asks for `asked`, which adds to the tenant's. Raises InvalidRequestError.
@@ -78,9 +80,8 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
             raise ConfigError(f"{where}: priority is {entry.priority}; it must be {-MAX_PRIORITY} to {MAX_PRIORITY}.")
         if not entry.api_keys:
             raise ConfigError(f"{where} has no api_keys; nobody could be this tenant.")
+        check_keys(where, entry.api_keys)
         for key in entry.api_keys:
-            if not key or key != key.strip():
-                raise ConfigError(f"{where} has an API key that is empty or begins or ends with white space.")
             if key in tenants:
                 raise ConfigError(f"{where} has an API key that is given before.")
             tenants[key] = Tenant(entry.name, entry.weight, entry.priority)
@@ -89,12 +90,19 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
     return tenants
 
 
-def tenants_of(api_keys: Sequence[str], tenants: dict[str, Tenant]) -> dict[str, Tenant]:
-    """API key → tenant, of both flags: each key of --api-key is a tenant of its own. Raises ConfigError."""
+def tenants_of(
+    api_keys: Sequence[str], tenants: Mapping[str, Tenant], admin_api_keys: Sequence[str] = ()
+) -> dict[str, Tenant]:
+    """API key → tenant, of all three flags: each key of --api-key and of --admin-api-key is a tenant of its own, unless
+    it is known before. Without the last the first of all keys is the administrator's. Raises ConfigError.
+    """
     if not tenants.keys().isdisjoint(api_keys):
         raise ConfigError("A key of --api-key is also in the file of --tenants. Leave it out of one of them.")
-    return tenants | {key: Tenant(f"key-{digest[:8]}") for key, digest in _hexdigests(api_keys)}
+    known = {key: Tenant(_name_of(key)) for key in api_keys} | dict(tenants)
+    for key in admin_api_keys or list(known)[:1]:
+        known[key] = replace(known.get(key, Tenant(_name_of(key))), is_admin=True)
+    return known
 
 
-def _hexdigests(keys: Iterable[str]) -> Iterable[tuple[str, str]]:
-    return ((key, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()) for key in keys)
+def _name_of(key: str) -> str:
+    return f"key-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"

@@ -10,7 +10,6 @@ from aiohttp import web
 
 from lorafleet.controller.gateway.chat import check_messages
 from lorafleet.controller.gateway.composition import resolve_name
-from lorafleet.controller.gateway.limits import read_body
 from lorafleet.controller.gateway.schema import DetokenizeRequest, TokenizeRequest, decode
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.workers.errors import InvalidRequestError
@@ -20,10 +19,8 @@ from lorafleet.workers.text.model_text import ModelText
 async def tokenize(request: web.Request) -> web.Response:
     """The ids of a prompt, or of messages behind the model's template."""
     state = request.app[STATE]
-    with state.admission.enter():
-        config = state.config
-        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-        fields = decode(body, TokenizeRequest)
+    with state.intake.enter(request) as place:
+        fields = decode(await place.read_body(), TokenizeRequest)
         table = state.table
         text = state.text if fields.model is None else await state.text_of(resolve_name(table, fields.model))
         if (fields.prompt is None) == (fields.messages is None):
@@ -44,10 +41,8 @@ async def tokenize(request: web.Request) -> web.Response:
 async def detokenize(request: web.Request) -> web.Response:
     """The text of ids, special tokens included."""
     state = request.app[STATE]
-    with state.admission.enter():
-        config = state.config
-        body = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-        fields = decode(body, DetokenizeRequest)
+    with state.intake.enter(request) as place:
+        fields = decode(await place.read_body(), DetokenizeRequest)
         table = state.table
         model = None if fields.model is None else resolve_name(table, fields.model)
         text = state.text if model is None else await state.text_of(model)

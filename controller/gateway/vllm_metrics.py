@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lorafleet.controller.gateway.fleet_metrics import kv_usage
 from lorafleet.controller.gateway.metrics import Metrics
+from lorafleet.controller.gateway.metrics_page import Snapshot
 from lorafleet.controller.gateway.routing_table import RoutingTable
 from lorafleet.controller.gateway.worker_view import Tier, WorkerView
 
@@ -25,19 +26,10 @@ class VllmCollector(Collector):
     """Renames our instruments, and adds gauges over all workers together."""
 
     def __init__(
-        self,
-        metrics: Metrics,
-        *,
-        views: Callable[[], Sequence[WorkerView]],
-        table: Callable[[], RoutingTable | None],
-        adapters_in_use: Callable[[], Iterable[str]],
-        clock: Callable[[], float] = time.time,
+        self, metrics: Metrics, snapshot: Callable[[], Snapshot], clock: Callable[[], float] = time.time
     ) -> None:
-        """adapters_in_use: names of adapters that requests of this gateway run with or wait for."""
         self._metrics = metrics
-        self._views = views
-        self._table = table
-        self._adapters_in_use = adapters_in_use
+        self._snapshot = snapshot
         self._clock = clock
 
     def describe(self) -> Iterable[Metric]:
@@ -60,12 +52,12 @@ class VllmCollector(Collector):
                     yield _renamed(family, name)
         for family in metrics.choices.collect():
             yield _renamed(family, "vllm:request_success", lambda labels: labels["finish_reason"] in _FINISHED)
-        table = self._table()
-        if table is not None:
-            yield from self._gauges(table)
+        snapshot = self._snapshot()
+        if snapshot.table is not None:
+            yield from self._gauges(snapshot, snapshot.table)
 
-    def _gauges(self, table: RoutingTable) -> Iterable[Metric]:
-        views = self._views()
+    def _gauges(self, snapshot: Snapshot, table: RoutingTable) -> Iterable[Metric]:
+        views = snapshot.views
         labels = {"model_name": table.base_name}
         for name, help_text, value in (
             ("vllm:num_requests_running", "Requests in the workers' batches", sum(view.num_running for view in views)),
@@ -76,14 +68,15 @@ class VllmCollector(Collector):
             family.add_metric(list(labels.values()), value)
             yield family
         yield _cache_info(views)
-        yield self._lora_info(table, views)
+        yield self._lora_info(snapshot, table)
 
-    def _lora_info(self, table: RoutingTable, views: Sequence[WorkerView]) -> Metric:
+    def _lora_info(self, snapshot: Snapshot, table: RoutingTable) -> Metric:
         """One series: the adapters on the devices and those that are waited for."""
+        views = snapshot.views
         on_device = {digest for view in views for digest, tier in view.tiers.items() if tier is Tier.DEVICE}
         adapters = [entry for entry in table.models.values() if entry.digest]
         running = sorted(entry.name for entry in adapters if entry.digest in on_device)
-        waiting = sorted(set(self._adapters_in_use()).difference(running))
+        waiting = sorted(set(snapshot.adapters_in_use).difference(running))
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters on the devices and adapters waited for, at a unix time",

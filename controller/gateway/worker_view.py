@@ -6,7 +6,7 @@ Owns: the shape. Leaves to others: the numbers (session.py), what follows from t
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from lorafleet.workers.engine.pace import Pace
@@ -53,6 +53,10 @@ class WorkerView:
     def tier(self, adapter: str) -> Tier:
         """Where a request that is sent now will find an adapter, or what is on its way."""
         return Tier.DEVICE if adapter in self.expected else self.tiers.get(adapter, Tier.ABSENT)
+
+    def frozen(self) -> WorkerView:
+        """The same, for another thread: what the session goes on to change is copied."""
+        return replace(self, tiers=dict(self.tiers), expected=frozenset(self.expected))
 
     def num_in(self, tier: Tier) -> int:
         """How many adapters it has there and no nearer."""

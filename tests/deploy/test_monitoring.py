@@ -14,9 +14,9 @@ import yaml
 from promql import QueryError, read
 
 from lorafleet.controller.cli import make_parser
-from lorafleet.controller.gateway.__main__ import parse
 from lorafleet.controller.gateway.fleet_metrics import FleetCollector
 from lorafleet.controller.gateway.metrics import Metrics
+from lorafleet.controller.gateway.metrics_page import Snapshot
 from lorafleet.controller.gateway.routing_table import RoutingTable
 from lorafleet.controller.gateway.vllm_metrics import VllmCollector
 from lorafleet.controller.gateway.worker_view import Tier, WorkerView
@@ -52,11 +52,7 @@ class Gateway:
         self.metrics = Metrics()
         registry = self.metrics.registry
         registry.register(FleetCollector(lambda: self.views))
-        registry.register(
-            VllmCollector(
-                self.metrics, views=lambda: self.views, table=lambda: table, adapters_in_use=lambda: self.waiting
-            )
-        )
+        registry.register(VllmCollector(self.metrics, lambda: Snapshot(self.views, table, self.waiting)))
 
     def samples(self, name: str) -> list[dict[str, str]]:
         """The labels of each series with this name."""
@@ -225,13 +221,7 @@ def test_what_an_alerts_text_tells_people_to_look_at_exists(rule: dict[str, Any]
     (commands,) = [action for action in make_parser()._actions if isinstance(action.choices, dict)]
     (serve,) = [parser for name, parser in commands.choices.items() if name == "serve"]
     assert set(re.findall(r"`lorafleet (\w+)`", text)) <= set(commands.choices)
-    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= set(serve._option_string_actions) | {"--max-in-flight"}
-
-
-def test_the_gateways_own_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    assert "--max-in-flight" in capsys.readouterr().out
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= set(serve._option_string_actions)
 
 
 def test_every_alert_is_in_the_readme_and_none_else() -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import aiohttp
@@ -17,10 +17,10 @@ import grpc.aio
 import openai
 import pytest
 import tokenizers
-from aiohttp import web
 
-from lorafleet.controller.gateway.app import make_runner
 from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
+from lorafleet.controller.gateway.limits import Limits
+from lorafleet.controller.gateway.listener import Listener
 from lorafleet.controller.gateway.state import GatewayState
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
 from lorafleet.workers.text.tokenizer import Tokenizer
@@ -302,6 +302,7 @@ class Fleet:
     controller: FakeController
     workers: list[FakeWorker]
     state: GatewayState
+    listener: Listener
     url: str
     http: aiohttp.ClientSession
     openai: openai.AsyncOpenAI
@@ -362,7 +363,7 @@ def new_worker(tokenizer: Tokenizer) -> Callable[..., FakeWorker]:
 async def new_fleet(
     tokenizer_files: dict[str, bytes], tokenizer: Tokenizer, new_worker: Callable[..., FakeWorker]
 ) -> AsyncIterator[FleetMaker]:
-    """Makes fleets and takes them down. Keyword arguments go to the gateway's configuration."""
+    """Makes fleets and takes them down. Keyword arguments go to the gateway's configuration and its limits."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(*, num_workers: int = 1, wait: bool = True, **options: Any) -> Fleet:
@@ -373,24 +374,25 @@ async def new_fleet(
             controller = FakeController({"tok-1": tokenizer_files}, routing_table(workers, tokenizer.vocab_size))
             await controller.start()
             stack.push_async_callback(controller.kill)
+            names = {entry.name for entry in fields(Limits)}
+            bounds = Limits(**{name: options.pop(name) for name in list(options) if name in names})
             config = replace(
                 GatewayConfig(controller=controller.address, token=TOKEN, seed=7, times=QUICK, worker_wait_s=0.3),
+                limits=bounds,
                 **options,
             )
             state = GatewayState(config)
-            runner = make_runner(state)
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            listener = Listener(state)
+            await listener.set_up()
+            stack.push_async_callback(listener.close)
+            url = f"http://127.0.0.1:{await listener.listen('127.0.0.1', 0)}"
             key = config.api_keys[0] if config.api_keys else "none"
             headers = {"Authorization": f"Bearer {key}"}
             http = aiohttp.ClientSession(url, headers=headers, timeout=aiohttp.ClientTimeout(total=60))
             stack.push_async_callback(http.close)
             client = openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=60)
             stack.push_async_callback(client.close)
-            fleet = Fleet(controller, workers, state, url, http, client)
+            fleet = Fleet(controller, workers, state, listener, url, http, client)
             if wait:
                 await fleet.ready()
             return fleet

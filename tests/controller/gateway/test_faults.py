@@ -22,7 +22,7 @@ async def test_a_client_that_leaves_in_mid_stream_cancels_all_its_choices(fleet:
         await response.content.readuntil(b"\n\n")
         response.close()
     await fleet.until(lambda: sorted(fleet.worker.cancels) == [1, 2, 3])
-    await fleet.until(lambda: fleet.state.admission.num_in_flight == 0)
+    await fleet.until(lambda: fleet.state.intake.num_in_flight == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -208,7 +208,7 @@ async def test_a_request_that_waited_in_vain_gets_503(new_fleet: Any, stream: bo
         assert response.headers["Retry-After"]
         assert (await response.json())["error"]["code"] == "no_worker"
     assert asyncio.get_running_loop().time() - began >= 0.2
-    assert fleet.state.admission.num_in_flight == 0
+    assert fleet.state.intake.num_in_flight == 0
 
 
 async def test_an_adapter_that_no_worker_has_a_slot_for_is_refused_at_once(new_fleet: Any) -> None:
@@ -334,7 +334,7 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes(new_fleet: Any
     running = asyncio.create_task(fleet.post("/v1/completions", BODY))
     await fleet.until(lambda: fleet.worker.running)
     drain = asyncio.create_task(fleet.state.drain())
-    await fleet.until(lambda: fleet.state.admission.draining)
+    await fleet.until(lambda: fleet.state.intake.draining)
     assert (await fleet.get("/ready"))[0] == 503
     assert (await fleet.get("/health"))[0] == 200
     async with fleet.http.post("/v1/completions", json=BODY) as response:

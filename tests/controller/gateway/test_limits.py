@@ -88,6 +88,6 @@ async def test_a_client_that_does_not_read_loses_its_request_and_holds_up_nobody
     )
     await fleet.until(lambda: fleet.worker.cancels == [1], 60)
     assert (await fleet.post("/v1/completions", BODY))[0] == 200
-    await fleet.until(lambda: fleet.state.admission.num_in_flight == 0)
+    await fleet.until(lambda: fleet.state.intake.num_in_flight == 0)
     writer.close()
     del reader

@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from lorafleet.controller.gateway.__main__ import API_KEY_VARIABLE, main, parse
+from lorafleet.controller.gateway.__main__ import main, parse
+from lorafleet.controller.gateway.api_keys import API_KEY_VARIABLE
 from lorafleet.workers.errors import ConfigError
 
 LINE = "lorafleet gateway listening on http://127.0.0.1:"

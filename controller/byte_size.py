@@ -1,0 +1,28 @@
+"""Sizes on a command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Final
+
+_UNITS: Final = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+
+
+def byte_size(text: str) -> int:
+    """'2GiB', '500MB', '1048576' → bytes. For argparse."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not a size; write it like 2GiB, 500MB or 1048576")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])

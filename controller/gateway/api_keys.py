@@ -1,0 +1,96 @@
+"""API keys as an operator gives them: on a command line or in the environment.
+
+Owns: these forms, what a key may be. Leaves to others: whose a key is (tenants.py), the check of a request's (auth.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Protocol
+
+from lorafleet.workers.errors import ConfigError
+
+API_KEY_VARIABLE: Final = "LORAFLEET_API_KEY"
+ADMIN_KEY_VARIABLE: Final = "LORAFLEET_ADMIN_API_KEY"
+MAX_KEY_CHARS: Final = 1024
+WEAK_KEY_CHARS: Final = 16  # with fewer a key is said to be weak
+
+
+class _TakesFlags(Protocol):  # a parser, or a group of one
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action: ...
+
+
+def add_key_flags(parser: _TakesFlags) -> None:
+    """--api-key and --admin-api-key."""
+    parser.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="clients must send one of these as a bearer token, each a tenant of its own (default: "
+        f"${API_KEY_VARIABLE}: one, several with commas between them, or a JSON array; else none is asked for)",
+    )
+    parser.add_argument(
+        "--admin-api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help=f"who may load and unload adapters over HTTP (default: ${ADMIN_KEY_VARIABLE} in the same forms; else the "
+        "first key of --api-key, or of --tenants; without any keys everybody)",
+    )
+
+
+def given_keys(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The clients' keys and the administrators'. Raises `ConfigError`."""
+    return (
+        tuple(args.api_key or keys_of_variable(API_KEY_VARIABLE)),
+        tuple(args.admin_api_key or keys_of_variable(ADMIN_KEY_VARIABLE)),
+    )
+
+
+def keys_of_variable(name: str) -> list[str]:
+    """None if it is not set or empty. Raises `ConfigError`, whose text has no key."""
+    text = os.environ.get(name, "")
+    if not text:
+        return []
+    if text.lstrip().startswith("["):
+        try:
+            keys = json.loads(text)
+        except (ValueError, RecursionError):
+            keys = None
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ConfigError(f"${name} begins with [ and is not a JSON array of strings.")
+    else:
+        keys = [key.strip() for key in text.split(",") if key.strip()]
+    if not keys:
+        raise ConfigError(f"${name} is set and has no key in it. Unset it to ask for none.")
+    return keys
+
+
+def as_environment(api_keys: Sequence[str], admin_api_keys: Sequence[str]) -> dict[str, str]:
+    """For a process that is to have these keys, and no others. A command line is visible to every user of a machine."""
+    given = {API_KEY_VARIABLE: api_keys, ADMIN_KEY_VARIABLE: admin_api_keys}
+    inherited = {name: value for name, value in os.environ.items() if name not in given}
+    return inherited | {name: json.dumps(list(keys)) for name, keys in given.items() if keys}
+
+
+def check_keys(where: str, keys: Iterable[str]) -> None:
+    """Raises `ConfigError` for a key that no client could send. where: what has it, such as a flag."""
+    for key in keys:
+        if not key:
+            raise ConfigError(f"{where} has an API key that is empty; give a key, or leave it out to ask for none.")
+        if len(key) > MAX_KEY_CHARS:
+            raise ConfigError(f"{where} has an API key of {len(key)} characters; the limit is {MAX_KEY_CHARS}.")
+        if not all("!" <= char <= "~" for char in key):
+            raise ConfigError(
+                f"{where} has an API key with white space or a character that is not ASCII. HTTP headers do not carry "
+                "it safely; choose another."
+            )
+
+
+def num_weak(keys: Iterable[str]) -> int:
+    """How many keys are so short that they can be guessed."""
+    return sum(len(key) < WEAK_KEY_CHARS for key in keys)

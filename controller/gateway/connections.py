@@ -1,0 +1,198 @@
+"""Connections of clients: how many there are, how long a request's head may take, who reads nothing.
+
+Owns: what of these aiohttp leaves open. Leaves to others: bodies (intake.py), what a request is (aiohttp, app.py).
+
+The operating system takes part of what is sent to a client that does not read. It is told to take little, so that such
+a client is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from typing import Any, Final, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from lorafleet.controller.gateway.errors import error_json, error_response
+from lorafleet.controller.gateway.limits import Limits
+from lorafleet.workers.engine.shares import Shares
+from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, QueueFullError
+
+KEEP_ALIVE_S: Final = 75.0  # longer than what proxies and clients keep connections for, so that they end them
+MIN_BYTES_A_SECOND: Final = 1024  # that a client must read while more waits for it
+_SYSTEM_BYTES: Final = 32 << 10  # of one connection, in the operating system; twice that with its own
+_BUFFER_BYTES: Final = 32 << 10  # of one connection, here, before its writer waits
+_LINGER_S: Final = 1.0  # for a refusal to arrive
+_MAX_LINGERING: Final = 100
+
+logger = logging.getLogger(__name__)
+
+
+class Connections:
+    """All that are open. Call it for the next one's protocol."""
+
+    def __init__(self, server: web.Server, limits: Limits) -> None:
+        """server: which takes their requests."""
+        self.limits = limits
+        self.shares = Shares(limits.max_connections)
+        self.num_lingering = 0  # refused, and not yet gone
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self) -> Connection:
+        return Connection(self, self._server, loop=self._loop)
+
+
+class Connection(web.RequestHandler):
+    """One of them."""
+
+    __slots__ = ("_all", "_holder", "_refused", "_timer", "_unread_bytes", "_write_timer")
+
+    def __init__(self, connections: Connections, server: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
+        options: dict[str, Any] = {"access_log": None}  # which aiohttp takes for none at all
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=KEEP_ALIVE_S,
+            lingering_time=2.0,  # how long the rest of a refused body is read and dropped, so that its answer arrives
+            auto_decompress=False,  # a small body must not become a large one (intake.py refuses encodings)
+            **options,
+        )
+        self._all = connections
+        self._holder = ""  # of its place: the client's address
+        self._refused = False
+        self._timer: asyncio.TimerHandle | None = None  # for the head that is being received
+        self._unread_bytes = 0  # when the client was last seen to read
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self._holder = _network(peer[0]) if isinstance(peer, tuple) else "local"
+        if self._all.shares.take(self._holder) is not None:
+            self._refuse(transport)
+            return
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SYSTEM_BYTES)
+        transport.set_write_buffer_limits(high=_BUFFER_BYTES)
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._head_came()
+        self._stop_write_timer()
+        if self._refused:
+            self._all.num_lingering -= 1
+        else:
+            self._all.shares.give_back(self._holder)
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        num_heads = self._request_count
+        super().data_received(data)
+        if self._request_count != num_heads:
+            self._head_came()
+        elif self._waiter is not None and self._timer is None:  # no request runs: this is the next one's beginning
+            self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        assert self.transport is not None
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What is no HTTP gets an answer and no traceback; what is left is a bug of ours."""
+        if not isinstance(exc, HttpProcessingError) or request.writer.output_size:
+            return super().handle_error(request, status, exc, message)
+        said = " ".join(exc.message.split())[:200]
+        logger.debug("a client at %s sent what is no HTTP: %s", self._holder, said)
+        response = error_response(
+            InvalidRequestError(f"This is not a valid HTTP/1.1 request: {said}. (TLS is not spoken on this port.)")
+        )
+        response.force_close()
+        return response
+
+    def _await_head(self) -> None:
+        self._timer = self._loop.call_later(self._all.limits.header_timeout_s, self._head_is_late)
+
+    def _head_came(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _head_is_late(self) -> None:
+        self._timer = None
+        if self.transport is None or self._waiter is None:
+            return
+        timeout_s = self._all.limits.header_timeout_s
+        error = InvalidRequestError(f"No whole request head came within {timeout_s:g} s, --header-timeout-s.")
+        self.transport.write(_closing("408 Request Timeout", error))
+        self.force_close()
+
+    def _start_write_timer(self) -> None:
+        self._write_timer = self._loop.call_later(self._all.limits.write_timeout_s, self._check_reader)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _check_reader(self) -> None:
+        """End the connection if its client has read next to nothing; its requests end with it."""
+        self._write_timer = None
+        if self.transport is None:
+            return
+        left = self.transport.get_write_buffer_size()
+        timeout_s = self._all.limits.write_timeout_s
+        if self._unread_bytes - left >= MIN_BYTES_A_SECOND * timeout_s:
+            self._unread_bytes = left
+            self._start_write_timer()
+            return
+        logger.info("a client at %s is disconnected: %d bytes wait for it to read", self._holder, left)
+        self.transport.abort()
+
+    def _refuse(self, transport: asyncio.Transport) -> None:
+        """Say that there are too many, and close when the client has heard it."""
+        self._refused = True
+        self._all.num_lingering += 1
+        error = QueueFullError(
+            f"This gateway has {self._all.shares.num_taken} of at most {self._all.limits.max_connections} connections "
+            f"(--max-connections), {self._all.shares.held(self._holder)} of them from your address. Try again later."
+        )
+        transport.write(_closing("503 Service Unavailable", error, "Retry-After: 1\r\n"))
+        if self._all.num_lingering > _MAX_LINGERING or not transport.can_write_eof():
+            transport.close()
+        else:
+            transport.write_eof()
+            self._loop.call_later(_LINGER_S, transport.abort)
+
+
+def _closing(status: str, error: LoRAFleetError, headers: str = "") -> bytes:
+    """An answer to no request."""
+    body = error_json(error)
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{headers}"
+    return head.encode() + b"Connection: close\r\n\r\n" + body
+
+
+def _network(address: str) -> str:
+    """Whose address it is: of version 6 everybody has a network full of them."""
+    if ":" not in address:
+        return address
+    try:
+        return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return address

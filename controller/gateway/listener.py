@@ -1,0 +1,70 @@
+"""The HTTP application behind a port.
+
+Owns: its start and end, that there are enough file descriptors for its connections. Leaves to others: paths (app.py),
+connections (connections.py), when it starts and ends (server.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import resource
+from typing import Final
+
+from aiohttp import web
+
+from lorafleet.controller.gateway.app import make_app
+from lorafleet.controller.gateway.connections import Connections
+from lorafleet.controller.gateway.state import ABORT_GRACE_S, GatewayState
+
+_OWN_FILES: Final = 128  # descriptors for everything but clients
+
+logger = logging.getLogger(__name__)
+
+
+class Listener:
+    """`set_up` it, let it `listen`, `close` it; `set_up` starts `state` and `close` closes it."""
+
+    def __init__(self, state: GatewayState) -> None:
+        self._limits = state.config.limits
+        # handler_cancellation: a client that goes away cancels its handler, which cancels the request on its worker
+        # even before there was anything to write.
+        self._runner = web.AppRunner(make_app(state), handler_cancellation=True, shutdown_timeout=ABORT_GRACE_S)
+        self._server: asyncio.Server | None = None
+        self.connections: Connections | None = None  # from `listen` on
+
+    async def set_up(self) -> None:
+        """Start everything but listening."""
+        await self._runner.setup()
+
+    async def listen(self, host: str, port: int, *, reuse_port: bool = False) -> int:
+        """Take requests; the port that it is. Raises OSError when it cannot be had."""
+        server = self._runner.server
+        assert server is not None
+        limits = dataclasses.replace(self._limits, max_connections=_allowed(self._limits.max_connections))
+        self.connections = Connections(server, limits)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            self.connections, host, port, backlog=1024, reuse_port=reuse_port or None
+        )
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def close(self) -> None:
+        """End what still runs."""
+        if self._server is not None:
+            self._server.close()
+        await self._runner.cleanup()
+
+
+def _allowed(num_connections: int) -> int:
+    """So many of them as the process may have files open for; it may have as many as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + _OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            num_connections = max(1, soft - _OWN_FILES)
+            logger.warning("--max-connections is taken as %d: no more files may be open (ulimit -n)", num_connections)
+    return num_connections
