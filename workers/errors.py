@@ -10,7 +10,22 @@ gRPC (service.py). Imports nothing but the standard library.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
+
+MAX_QUOTED_CHARS: Final = 200
+
+
+def cut(text: str) -> str:
+    """A caller's text for a message, no more of it than a message may hold."""
+    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}…"
+
+
+def quoted(value: object) -> str:
+    """A caller's value for a message."""
+    try:
+        return cut(repr(value[:MAX_QUOTED_CHARS] if isinstance(value, str | bytes) else value))
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return f"a {type(value).__name__} that is too large to show"
 
 
 class LoRAFleetError(Exception):

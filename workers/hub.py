@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from lorafleet.workers.errors import cut, quoted
+from lorafleet.workers.found_file import FoundFileError, read_found
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w.-]+(?:/[\w.-]+)*)?")
+_REVISION = re.compile(r"[\w.-]+")
+_MAX_ID_CHARS = 300
+
+logger = logging.getLogger(__name__)
 
 
 class HubError(Exception):
@@ -14,8 +22,8 @@ class HubError(Exception):
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` may be a hub id (org/name). What looks like a path is never one."""
-    return not text.startswith(("/", "~", ".")) and _HUB_ID.fullmatch(text) is not None
+    """Whether `text` may be a hub id (org/name, or org/name@revision). What looks like a path is never one."""
+    return not text.startswith(("/", "~", ".")) and len(text) <= _MAX_ID_CHARS and _HUB_ID.fullmatch(text) is not None
 
 
 def is_cache_folder(path: Path) -> bool:
@@ -24,16 +32,22 @@ def is_cache_folder(path: Path) -> bool:
 
 
 def cached_snapshot(folder: Path) -> Path:
-    """The snapshot in a cache folder: that of `main`, else the newest. Raises `HubError`."""
-    main = folder / "refs" / "main"
-    if main.is_file():
-        snapshot = folder / "snapshots" / main.read_text().strip()
-        if snapshot.is_dir():
-            return snapshot
-    snapshots = [entry for entry in (folder / "snapshots").iterdir() if entry.is_dir()]
-    if not snapshots:
-        raise HubError(f"{folder} is a hub cache folder without a snapshot.")
-    return max(snapshots, key=lambda entry: entry.stat().st_mtime)
+    """The snapshot in a cache folder: that of `main`, else the newest. Never outside the folder. Raises `HubError`."""
+    try:
+        real = folder.resolve(strict=True)
+        revision = _main(real)
+        if revision is not None:
+            snapshot = (real / "snapshots" / revision).resolve()
+            if snapshot.is_dir() and snapshot.is_relative_to(real):
+                return snapshot
+        snapshots = [entry.resolve() for entry in (real / "snapshots").iterdir()]
+        snapshots = [entry for entry in snapshots if entry.is_dir() and entry.is_relative_to(real)]
+        newest = max(snapshots, key=lambda entry: entry.stat().st_mtime, default=None)
+    except OSError as error:
+        raise HubError(f"{quoted(folder.name)} cannot be read: {error.strerror}.") from error
+    if newest is None:
+        raise HubError(f"{cut(str(folder))} is a hub cache folder without a snapshot.")
+    return newest
 
 
 def download(hub_id: str, patterns: Sequence[str]) -> Path:
@@ -41,11 +55,39 @@ def download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    repository, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines()
+        logger.warning("%s: %s", hub_id, error)
+        is_ours = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) or not isinstance(error, OSError)
+        lines = str(error).strip().splitlines() if is_ours else [error.strerror or type(error).__name__]  # type: ignore[union-attr]
         raise HubError(
             f"No directory {hub_id!r} exists here, and the Hugging Face hub did not give it: "
-            f"{lines[0] if lines else type(error).__name__}"
+            f"{cut(lines[0]) if lines else type(error).__name__}"
         ) from error
+
+
+def list_files(hub_id: str) -> list[str]:
+    """What the repository has; nothing where the hub does not say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    repository, _, revision = hub_id.partition("@")
+    try:
+        return HfApi().list_repo_files(repository, revision=revision or None)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+        return []
+
+
+def pinned_id(hub_id: str, snapshot: Path) -> str:
+    """The id with the revision that was downloaded, so that the same is found again."""
+    return f"{hub_id.partition('@')[0]}@{snapshot.name}" if snapshot.parent.name == "snapshots" else hub_id
+
+
+def _main(folder: Path) -> str | None:
+    try:
+        name = read_found(folder / "refs" / "main", 1000, [folder]).decode().strip()
+    except (FileNotFoundError, FoundFileError, UnicodeDecodeError):
+        return None
+    return name if _REVISION.fullmatch(name) and name not in (".", "..") else None

@@ -5,36 +5,50 @@ Which linears an adapter changes is read off its tensors (format.py); the config
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from lorafleet.workers.errors import AdapterRefusedError
+from lorafleet.workers.adapters.folder import AdapterFolder
+from lorafleet.workers.adapters.foreign import describe, foreign_config
+from lorafleet.workers.adapters.patterns import PatternError, first_matches
+from lorafleet.workers.errors import AdapterRefusedError, cut, quoted
+from lorafleet.workers.found_file import json_object
+
+_T = TypeVar("_T", int, float)
 
 CONFIG_FILE = "adapter_config.json"
+_MAX_BYTES = 1 << 20
+_MAX_NAMES = 1024  # of `modules_to_save` and the like
+_MAX_RANK = 1 << 20
+_MAX_TOKEN_ID = (1 << 31) - 1
 
-# Fields of PEFT's LoraConfig that say how the adapter was made or which modules it touches (its tensors tell that), and
-# change nothing of what it computes.
+# Fields of PEFT's LoraConfig (and of those who write it) that say how the adapter was made or which modules it touches
+# (its tensors tell that), and change nothing of what it computes.
 _NEUTRAL = frozenset(
     [
+        "_from_model_config",
         "auto_mapping",
         "base_model_name_or_path",
+        "corda_config",
         "eva_config",
         "exclude_modules",
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",
+        "loftq_config",
         "lora_dropout",
+        "lora_ga_config",
         "megatron_core",
+        "monteclora_config",
         "peft_version",
         "qalora_group_size",
         "revision",
         "runtime_config",
         "target_modules",
         "task_type",
+        "transformers_version",
+        "velora_config",
     ]
 )
 _APPLIED = frozenset(
@@ -71,13 +85,19 @@ class AdapterConfig:
     use_dora: bool = False  # Liu et al. 2024
     lora_bias: bool = False  # B has a bias
     trains_bias: bool = False  # the base model's biases, where it has some, are the adapter's own
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...] = ()
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict, hash=False)  # of modules that a pattern names
+    alphas: Mapping[str, float] = field(default_factory=dict, hash=False)
     modules_to_save: tuple[str, ...] = ()  # ends of names of modules whose whole weights are the adapter's own
     trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # by ends of names: the ids whose rows are its own
     ensure_weight_tying: bool = False  # what is the embedding's own is the head's too, if the base model ties them
     # Activated LoRA (Greenewald et al. 2025): it is applied from where these last begin in a prompt. Empty: everywhere.
     invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def other_base(self) -> str:
+        """For a message about what does not fit the base model."""
+        named = f" {CONFIG_FILE} names {quoted(self.base_model_name)}." if self.base_model_name else ""
+        return f"Was it trained for another base model?{named}"
 
     def saves(self, module: str) -> bool:
         """Whether the module's whole weight is the adapter's own."""
@@ -85,135 +105,145 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """The first pattern that names the module decides, as in PEFT."""
-        return next((rank for pattern, rank in self.rank_pattern if pattern.match(module)), self.lora_rank)
+        return self.ranks.get(module, self.lora_rank)
 
     def scaling(self, module: str) -> float:
         """What B·A·x is multiplied with: alpha / r, or alpha / √r with rsLoRA (Kalajdzievski 2023)."""
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.match(module)), self.lora_alpha)
+        alpha = self.alphas.get(module, self.lora_alpha)
         rank = self.rank(module)
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
-def read_config(directory: Path) -> AdapterConfig:
-    """Raises `AdapterRefusedError`: no adapter, no LoRA, or something that is not applied."""
-    if not directory.is_dir():
-        raise AdapterRefusedError(
-            f"{directory} is not a directory. Give a directory with a PEFT adapter.", reason="missing_directory"
-        )
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterRefusedError(f"{directory} has no {CONFIG_FILE}: not a PEFT adapter.", reason="not_peft")
+def read_config(folder: AdapterFolder, modules: Sequence[str]) -> AdapterConfig:
+    """modules: of the base model, which patterns may name.
+
+    Raises `AdapterRefusedError`: no adapter, no LoRA, or something that is not applied.
+    """
+    data = folder.read(CONFIG_FILE, _MAX_BYTES)
+    if data is None:
+        what, reason = describe(folder.path, folder.names())
+        raise AdapterRefusedError(f"{folder.shown} {what}", reason=reason)
+    check = _Checks(folder)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _refused(path, f"cannot be read as JSON: {error}.", "bad_config") from error
-    if not isinstance(fields, dict):
-        raise _refused(path, f"holds {type(fields).__name__}, not a JSON object.", "bad_config")
+        fields = json_object(data)
+    except ValueError as error:
+        raise check.refused(f"{error}.") from error
     if fields.get("peft_type") != "LORA":
-        raise _refused(
-            path, f"has peft_type {fields.get('peft_type')!r}; only LORA is served.", "unsupported_peft_type"
+        foreign = foreign_config(fields)
+        if foreign is not None:
+            raise check.refused(foreign, "not_peft")
+        raise check.refused(
+            f"has peft_type {quoted(fields.get('peft_type'))}; only LORA is served.", "unsupported_peft_type"
         )
-    _check_features(path, fields)
+    check.features(fields)
     name = fields.get("base_model_name_or_path")
     return AdapterConfig(
-        base_model_name=name if isinstance(name, str) else None,
-        lora_rank=_rank(path, "r", fields.get("r")),
-        lora_alpha=_alpha(path, "lora_alpha", fields.get("lora_alpha")),
-        use_rslora=bool(fields.get("use_rslora")),
-        use_dora=bool(fields.get("use_dora")),
-        lora_bias=bool(fields.get("lora_bias")),
-        trains_bias=_trains_bias(path, fields.get("bias", "none")),
-        rank_pattern=tuple(
-            (_compiled(path, "rank_pattern", key), _rank(path, f"rank_pattern[{key!r}]", value))
-            for key, value in _pattern(path, fields, "rank_pattern").items()
-        ),
-        alpha_pattern=tuple(
-            (_compiled(path, "alpha_pattern", key), _alpha(path, f"alpha_pattern[{key!r}]", value))
-            for key, value in _pattern(path, fields, "alpha_pattern").items()
-        ),
-        modules_to_save=_names(path, "modules_to_save", fields.get("modules_to_save") or []),
-        trainable_tokens=_trainable_tokens(path, fields.get("trainable_token_indices") or {}),
-        ensure_weight_tying=bool(fields.get("ensure_weight_tying")),
-        invocation_tokens=_token_ids(path, "alora_invocation_tokens", fields.get("alora_invocation_tokens") or []),
+        base_model_name=cut(name) if isinstance(name, str) else None,
+        lora_rank=check.rank("r", fields.get("r")),
+        lora_alpha=check.alpha("lora_alpha", fields.get("lora_alpha")),
+        use_rslora=check.switch(fields, "use_rslora"),
+        use_dora=check.switch(fields, "use_dora"),
+        lora_bias=check.switch(fields, "lora_bias"),
+        trains_bias=check.trains_bias(fields.get("bias", "none")),
+        ranks=check.by_module(fields, "rank_pattern", modules, check.rank),
+        alphas=check.by_module(fields, "alpha_pattern", modules, check.alpha),
+        modules_to_save=check.names("modules_to_save", fields.get("modules_to_save") or []),
+        trainable_tokens=check.trainable_tokens(fields.get("trainable_token_indices") or {}),
+        ensure_weight_tying=check.switch(fields, "ensure_weight_tying"),
+        invocation_tokens=check.token_ids("alora_invocation_tokens", fields.get("alora_invocation_tokens") or []),
     )
 
 
-def _check_features(path: Path, fields: Mapping[str, Any]) -> None:
-    init = fields.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        raise _refused(
-            path,
-            f"has init_lora_weights {init!r}, which changes the base weights. Convert it to a plain LoRA with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
-            "unsupported_feature",
-        )
-    for name, value in fields.items():
-        if name in _NEUTRAL or name in _APPLIED or not value:
-            continue
-        raise _refused(path, f"asks for {name}={value!r}, which is not supported (yet).", "unsupported_feature")
+@dataclass(frozen=True, slots=True)
+class _Checks:
+    """Of the fields of one file: what they mean. All raise `AdapterRefusedError`."""
 
+    folder: AdapterFolder
 
-def _trains_bias(path: Path, value: Any) -> bool:
-    if value not in ("none", "all", "lora_only"):
-        raise _refused(path, f"has bias={value!r}; it must be none, all or lora_only.", "bad_config")
-    return bool(value != "none")
+    def refused(self, what: str, reason: str = "bad_config") -> AdapterRefusedError:
+        return self.folder.refused(CONFIG_FILE, what, reason)
 
-
-def _rank(path: Path, name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise _refused(path, f"has {name}={value!r}; it must be a positive integer.", "bad_config")
-    return value
-
-
-def _alpha(path: Path, name: str, value: Any) -> float:
-    # JSON as Python reads it has NaN, Infinity and integers beyond any float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise _refused(path, f"has {name}={value!r}; it must be a finite number (float32).", "bad_config")
-    return float(value)
-
-
-def _pattern(path: Path, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    pattern = fields.get(name) or {}
-    if not isinstance(pattern, dict):
-        raise _refused(path, f"has {name}={pattern!r}; it must be an object of module names.", "bad_config")
-    return pattern
-
-
-def _names(path: Path, name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
-        raise _refused(path, f"has {name}={value!r}; it must be a list of module names.", "bad_config")
-    return tuple(value)
-
-
-def _token_ids(path: Path, name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(token_id) is int and token_id >= 0 for token_id in value):
-        raise _refused(path, f"has {name}={value!r}; it must be a list of token ids.", "bad_config")
-    return tuple(value)
-
-
-def _trainable_tokens(path: Path, value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """A list alone is of the embedding."""
-    by_module = {"embed_tokens": value} if isinstance(value, list) else value
-    if not isinstance(by_module, dict):
-        raise _refused(path, f"has trainable_token_indices={value!r}; it must be a list or an object.", "bad_config")
-    for module, ids in by_module.items():
-        usable = isinstance(ids, list) and all(type(token_id) is int and token_id >= 0 for token_id in ids)
-        if not module or not usable or len(set(ids)) < len(ids):
-            raise _refused(
-                path,
-                f"has trainable_token_indices={ids!r} for {module!r}; they must be different token ids.",
-                "bad_config",
+    def features(self, fields: Mapping[str, Any]) -> None:
+        init = fields.get("init_lora_weights", True)
+        if isinstance(init, str) and init[:200].lower().startswith(_BASE_CHANGING_INITS):
+            raise self.refused(
+                f"has init_lora_weights {quoted(init)}, which changes the base weights. Convert it to a plain LoRA "
+                "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+                "unsupported_feature",
             )
-    return tuple((module, tuple(ids)) for module, ids in by_module.items() if ids)
+        for name, value in fields.items():
+            if name in _NEUTRAL or name in _APPLIED or not value:
+                continue
+            raise self.refused(
+                f"asks for {cut(name)}={quoted(value)}, which is not supported (yet).", "unsupported_feature"
+            )
 
+    def switch(self, fields: Mapping[str, Any], name: str) -> bool:
+        value = fields.get(name)
+        if value not in (None, True, False):
+            raise self.refused(f"has {name}={quoted(value)}; it must be true or false.")
+        return bool(value)
 
-def _compiled(path: Path, name: str, key: str) -> re.Pattern[str]:
-    """A key names modules by their ends: by whole names between dots, or as a regular expression."""
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise _refused(path, f"has {name} for {key!r}, no regular expression: {error}.", "bad_config") from error
+    def trains_bias(self, value: Any) -> bool:
+        if value not in ("none", "all", "lora_only"):
+            raise self.refused(f"has bias={quoted(value)}; it must be none, all or lora_only.")
+        return bool(value != "none")
 
+    def rank(self, name: str, value: Any) -> int:
+        if type(value) is not int or not 1 <= value <= _MAX_RANK:
+            raise self.refused(f"has {name}={quoted(value)}; it must be a positive integer.")
+        return value
 
-def _refused(path: Path, what: str, reason: str) -> AdapterRefusedError:
-    return AdapterRefusedError(f"{path} {what}", reason=reason)
+    def alpha(self, name: str, value: Any) -> float:
+        # JSON as Python reads it has NaN, Infinity and integers beyond any float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+            raise self.refused(f"has {name}={quoted(value)}; it must be a finite number (float32).")
+        return float(value)
+
+    def by_module(
+        self, fields: Mapping[str, Any], name: str, modules: Sequence[str], check: Callable[[str, Any], _T]
+    ) -> dict[str, _T]:
+        """The first pattern that names a module decides, as in PEFT."""
+        pattern = fields.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise self.refused(f"has {name}={quoted(pattern)}; it must be an object of module names.")
+        values = [check(f"{name}[{quoted(key)}]", value) for key, value in pattern.items()]
+        try:
+            first = first_matches(list(pattern), modules)
+        except PatternError as error:
+            raise self.refused(f"has {name} {error}.") from error
+        return {module: values[number] for module, number in first.items()}
+
+    def names(self, name: str, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
+            raise self.refused(f"has {name}={quoted(value)}; it must be a list of module names.")
+        if len(value) > _MAX_NAMES:
+            raise self.refused(f"has {len(value):,} {name}; the limit is {_MAX_NAMES:,}.")
+        return tuple(dict.fromkeys(value))
+
+    def token_ids(self, name: str, value: Any) -> tuple[int, ...]:
+        if not isinstance(value, list) or not all(type(token_id) is int and token_id >= 0 for token_id in value):
+            raise self.refused(f"has {name}={quoted(value)}; it must be a list of token ids.")
+        if value and max(value) > _MAX_TOKEN_ID:
+            raise self.refused(f"has {name} with {quoted(max(value))}; no token has that id.")
+        return tuple(value)
+
+    def trainable_tokens(self, value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """A list alone is of the embedding."""
+        by_module = {"embed_tokens": value} if isinstance(value, list) else value
+        if not isinstance(by_module, dict):
+            raise self.refused(f"has trainable_token_indices={quoted(value)}; it must be a list or an object.")
+        if len(by_module) > _MAX_NAMES:
+            raise self.refused(
+                f"has trainable_token_indices of {len(by_module):,} modules; the limit is {_MAX_NAMES:,}."
+            )
+        own = {}
+        for module, ids in by_module.items():
+            name = f"trainable_token_indices of {quoted(module)}"
+            usable = isinstance(ids, list) and all(type(token_id) is int and token_id >= 0 for token_id in ids)
+            if not module or not usable or len(set(ids)) < len(ids):
+                raise self.refused(
+                    f"has trainable_token_indices={quoted(ids)} for {quoted(module)}; they must be different token ids."
+                )
+            own[module] = self.token_ids(name, ids)
+        return tuple((module, ids) for module, ids in own.items() if ids)

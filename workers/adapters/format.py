@@ -7,6 +7,7 @@ slots (model/lora.py).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -18,6 +19,7 @@ import torch
 
 from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from lorafleet.workers.adapters.digest import AdapterHash
+from lorafleet.workers.adapters.folder import AdapterFolder
 from lorafleet.workers.adapters.modules import EMBEDDING, FUSED, HEAD, NO_LAYER, BaseShapes, module_name
 from lorafleet.workers.adapters.tensor_file import (
     DTYPES,
@@ -25,7 +27,6 @@ from lorafleet.workers.adapters.tensor_file import (
     Layout,
     TensorFile,
     in_order,
-    open_file,
     read_again,
 )
 from lorafleet.workers.adapters.vocabulary import TABLES, Place, Vocabulary
@@ -37,9 +38,11 @@ from lorafleet.workers.adapters.weights_file import (
     read_weights,
     where,
 )
-from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
+from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, cut
 
 _COMPARED_ROWS = 4096  # at a time
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,12 @@ class AdapterSpec:
     num_norm_elements: int = 0  # of norms in place of the base model's
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     files: tuple[TensorFile, ...] = ()
+    source: AdapterFolder | None = field(default=None, compare=False)  # None: the path, as it is
+
+    @property
+    def folder(self) -> AdapterFolder:
+        """Where its files are, and how messages name it."""
+        return self.source or AdapterFolder.at(self.path)
 
     @property
     def vocab_size(self) -> int:
@@ -133,7 +142,7 @@ BaseRows = Callable[[str, slice], torch.Tensor]
 
 
 def read_spec(
-    path: Path,
+    path: Path | AdapterFolder,
     base: BaseShapes,
     *,
     max_lora_rank: int,
@@ -145,8 +154,31 @@ def read_spec(
     `base_rows`: to find out which of its tables are the base model's own; without it none are taken for such. Takes
     20 ms longer for a file that has just been written, see `FileStamp.settle`.
     """
-    config = read_config(path)
-    weights = read_weights(path, base, config, max_lora_rank, max_extra_vocab, settle=True)
+    folder = path if isinstance(path, AdapterFolder) else AdapterFolder.at(path)
+    try:
+        return _read_spec(folder, base, max_lora_rank, max_extra_vocab, base_rows)
+    except AdapterRefusedError:
+        raise
+    except (OSError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError, RuntimeError) as error:
+        # Whatever a file does to the libraries that read it, it is the file that is refused.
+        logger.warning("an adapter cannot be read", exc_info=True)
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        raise AdapterRefusedError(
+            f"{folder.shown} cannot be read as an adapter: {type(error).__name__}: {cut(what or '')}",
+            reason="unreadable",
+        ) from error
+
+
+def _read_spec(
+    folder: AdapterFolder,
+    base: BaseShapes,
+    max_lora_rank: int,
+    max_extra_vocab: int,
+    base_rows: BaseRows | None,
+) -> AdapterSpec:
+    path = Path(folder.shown)
+    config = read_config(folder, base.module_names())
+    weights = read_weights(folder, base, config, max_lora_rank, max_extra_vocab, settle=True)
     if weights.changed:
         raise _refused(path, "changed while it was read. Register it when it is complete.", "changed_while_read")
     for layer, module, side, tensor in weights.tensors:
@@ -171,7 +203,7 @@ def read_spec(
     kept = _kept(weights.tensors, vocabulary)
     spec = AdapterSpec(
         digest=_digest(kept, config, vocabulary),
-        path=path,
+        path=folder.path,
         config=config,
         lora_rank=max(tensor.shape[0] for _, _, side, tensor in kept if side == "A"),
         num_elements=sum(tensor.numel() for _, _, _, tensor in kept if tensor.dim() == 2),
@@ -179,6 +211,7 @@ def read_spec(
         num_norm_elements=sum(tensor.numel() for _, module, _, tensor in kept if module in base.norms),
         vocabulary=vocabulary,
         files=weights.files,
+        source=folder,
     )
     _check_activation(spec, base)
     return spec
@@ -191,15 +224,15 @@ def _check_activation(spec: AdapterSpec, base: BaseShapes) -> None:
         return
     if spec.beyond_lora:
         raise _refused(
-            spec.path,
+            Path(spec.folder.shown),
             f"has {spec.beyond_lora}, and {CONFIG_FILE} has alora_invocation_tokens: an activated adapter may have "
             "LoRA on the decoder's linears alone.",
             "unsupported_feature",
         )
     if base.vocab_size and max(tokens) >= base.vocab_size:
         raise AdapterRefusedError(
-            f"{spec.path / CONFIG_FILE} has alora_invocation_tokens with the id {max(tokens)}; the base model's ids go "
-            f"from 0 to {base.vocab_size - 1}.",
+            f"{spec.folder.shown_file(CONFIG_FILE)} has alora_invocation_tokens with the id {max(tokens)}; the base "
+            f"model's ids go from 0 to {base.vocab_size - 1}.",
             reason="bad_config",
         )
 
@@ -220,7 +253,7 @@ def load_adapter(
     for (layer, module, side, stored), tensor in zip(kept, _in_dtype(kept, dtype, copy=not is_all), strict=True):
         if stored.dtype in wider and not _is_finite(tensor):
             raise _refused(
-                spec.path,
+                Path(spec.folder.shown),
                 f"overflows in {dtype} in {_named(layer, module, side)}. Use --lora-dtype bfloat16.",
                 "non_finite",
             )
@@ -249,7 +282,7 @@ def _read_verified(
     """The tensors that were verified, whether they are all that was read, and the form that they have together."""
     with suppress(OSError), ExitStack() as opened:
         if files is None:
-            files = [opened.enter_context(open_file(spec.path / file.name)) for file in spec.files]
+            files = [opened.enter_context(spec.folder.open(file.name)) for file in spec.files]
         reads = [read_again(file, known) for file, known in zip(files, spec.files, strict=True)]
         tensors = in_order(tensors for tensors, _ in reads)
         kept = _kept(tensors, spec.vocabulary)
@@ -259,13 +292,14 @@ def _read_verified(
             return kept, _is_all(tensors, spec), form
     # The same tensors may lie in a file that is laid out otherwise.
     try:
-        tensors = read_weights(spec.path, base, spec.config).tensors
+        tensors = read_weights(spec.folder, base, spec.config).tensors
     except AdapterRefusedError as error:
         raise AdapterUnavailableError(f"{error.message} It was fine when it was registered.", param="model") from error
     kept = _kept(tensors, spec.vocabulary)
     if _digest(kept, spec.config, spec.vocabulary) != spec.digest:
         raise AdapterUnavailableError(
-            f"{spec.path} changed since it was registered; register it again to serve the new version.", param="model"
+            f"{spec.folder.shown} changed since it was registered; register it again to serve the new version.",
+            param="model",
         )
     return kept, _is_all(tensors, spec), None
 

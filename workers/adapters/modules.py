@@ -38,6 +38,12 @@ class BaseShapes:
     vocab_size: int = 0
     tie_embeddings: bool = False  # the head is the embedding
 
+    def module_names(self) -> list[str]:
+        """All that may have LoRA, fused linears included."""
+        linears = [linear for linear in PARENTS if self.of(linear) is not None]
+        names = [module_name(layer, linear) for layer in range(self.num_layers) for linear in linears]
+        return [*names, *(module_name(NO_LAYER, table) for table in (EMBEDDING, HEAD) if self.vocab_size)]
+
     def norm_places(self) -> list[tuple[int, str]]:
         """(layer, norm) of all that the model has."""
         layers = [(layer, name) for layer in range(self.num_layers) for name in LAYER_NORMS if name in self.norms]

@@ -14,7 +14,6 @@ from typing import IO
 
 from lorafleet.workers.adapters.digest import FileStamp
 from lorafleet.workers.adapters.format import AdapterSpec
-from lorafleet.workers.adapters.tensor_file import open_file
 
 _SHARE = 0.25  # of the files that this process may have open; the rest is for connections
 
@@ -100,7 +99,7 @@ def _open_first(specs: Sequence[AdapterSpec]) -> OpenAdapter | None:
     for spec in specs:
         with ExitStack() as opened:
             try:
-                files = tuple(opened.enter_context(open_file(spec.path / file.name)) for file in spec.files)
+                files = tuple(opened.enter_context(spec.folder.open(file.name)) for file in spec.files)
                 stamps = tuple(FileStamp.of(file) for file in files)
             except OSError:
                 continue

@@ -115,7 +115,7 @@ class AdapterStore:
         num_bytes = self._size(spec)
         if num_bytes > self._max_bytes:
             raise AdapterRefusedError(
-                f"{spec.path} takes {num_bytes} bytes, the host cache holds {self._max_bytes}. Raise "
+                f"{spec.folder} takes {num_bytes} bytes, the host cache holds {self._max_bytes}. Raise "
                 "--lora-host-cache-bytes.",
                 reason="larger_than_host_cache",
             )

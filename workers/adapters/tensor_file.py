@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorafleet.workers.adapters.digest import FileStamp
-from lorafleet.workers.errors import AdapterRefusedError
+from lorafleet.workers.adapters.folder import AdapterFolder
+from lorafleet.workers.adapters.foreign import describe_head
+from lorafleet.workers.errors import AdapterRefusedError, cut
+from lorafleet.workers.found_file import FoundFileError
+
+_MAX_HEADER_BYTES = 4 << 20  # thousands of tensors take some hundred kilobytes
+_UNREAD_DTYPES = {"F64": "torch.float64", "I8": "torch.int8", "U8": "torch.uint8", "F8_E4M3": "torch.float8_e4m3fn"}
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -64,28 +71,26 @@ class FirstRead(NamedTuple):
     changed: bool  # while it was read
 
 
-def open_file(path: Path) -> IO[bytes]:
-    """For `read_again`. Raises `OSError`."""
-    return path.open("rb", buffering=0)
-
-
-def read_file(path: Path, keys_of: KeysOf, settle: bool) -> FirstRead:
+def read_file(folder: AdapterFolder, name: str, keys_of: KeysOf, settle: bool) -> FirstRead:
     """Read a file through its header, all of which `keys_of` has approved. Raises `AdapterRefusedError`.
 
     `settle`: the stamp is to be proof of what is read, see `FileStamp.settle`.
     """
+    path = folder.shown_file(name)
     try:
-        with open_file(path) as file:
+        with folder.open(name) as file:
             stamp = FileStamp.of(file)
             proof = stamp if not settle or stamp.settle() else None
+            _check_head(path, file.fileno())
             layout = _layout(path, file.fileno(), keys_of)
             tensors = _read(file, layout)
             changed = FileStamp.of(file) != stamp
-    except (SafetensorError, OSError) as error:
-        if _is_pickle(path):
-            raise refused(path, "is a pickle under another name, which is never read.", "pickle") from error
-        raise refused(path, f"cannot be read as safetensors: {error}.", "bad_safetensors") from error
-    return FirstRead(tensors, TensorFile(path.name, layout, proof), changed)
+    except FoundFileError as error:
+        raise refused(path, f"{error.what}.", error.reason) from error
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise refused(path, f"cannot be read as safetensors: {cut(what)}.", "bad_safetensors") from error
+    return FirstRead(tensors, TensorFile(name, layout, proof), changed)
 
 
 def read_again(file: IO[bytes], known: TensorFile) -> tuple[list[KeyedTensor], bool]:
@@ -107,6 +112,25 @@ def refused(path: Path, what: str, reason: str) -> AdapterRefusedError:
     return AdapterRefusedError(f"{path} {what}", reason=reason)
 
 
+def _check_head(path: Path, descriptor: int) -> None:
+    """Before a header is read: that it may be one, and how long it is."""
+    head = os.pread(descriptor, 64, 0)
+    length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
+    if length <= _MAX_HEADER_BYTES and head[8:9] == b"{":
+        return
+    known = describe_head(head)
+    if known is not None:
+        what, reason = known
+        raise refused(path, f"{what}.", reason)
+    if length > _MAX_HEADER_BYTES:
+        raise refused(
+            path,
+            f"cannot be read as safetensors: its header is said to take {length:,} bytes, the limit is "
+            f"{_MAX_HEADER_BYTES:,}.",
+            "bad_safetensors",
+        )
+
+
 def _layout(path: Path, descriptor: int, keys_of: KeysOf) -> Layout:
     # By its descriptor: the path may lead to another file by now. pread: a mapped file that shrinks kills the process.
     with safe_open(f"/dev/fd/{descriptor}", framework="pt", backend="pread") as header:
@@ -117,9 +141,10 @@ def _layout(path: Path, descriptor: int, keys_of: KeysOf) -> Layout:
         dtypes = {name: DTYPES.get(slices[name].get_dtype()) for name in keys}
         for name, dtype in dtypes.items():
             if dtype is None:
+                stored = slices[name].get_dtype()
                 raise refused(
                     path,
-                    f"has {name} in {header.get_tensor(name).dtype}; float32, float16 and bfloat16 are read.",
+                    f"has {cut(name)} in {_UNREAD_DTYPES.get(stored, stored)}; float32, float16 and bfloat16 are read.",
                     "unsupported_dtype",
                 )
     places = []
@@ -164,13 +189,3 @@ def _views(data: torch.Tensor, layout: Layout) -> list[KeyedTensor]:
             tensor = data[start:stop].clone().view(dtype).view(shape)
         views.append((layer, module, side, tensor))
     return views
-
-
-def _is_pickle(path: Path) -> bool:
-    """By its first bytes: torch's zip, or a bare pickle. False for what cannot be read."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(2)
-    except OSError:
-        return False
-    return head == b"PK" or head[:1] == b"\x80"

@@ -16,7 +16,7 @@ from itertools import chain
 
 from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig
 from lorafleet.workers.adapters.modules import EMBEDDING, HEAD, NO_LAYER, BaseShapes, module_name
-from lorafleet.workers.errors import AdapterRefusedError
+from lorafleet.workers.errors import AdapterRefusedError, cut, quoted
 
 Place = tuple[str, str]  # of a tensor: (module, side)
 TABLES = (EMBEDDING, HEAD)
@@ -123,7 +123,7 @@ def plan_vocabulary(
 
     LoRA's shapes are left to the caller, who knows the vocabulary's size then.
     """
-    _check_matrices(shapes, base, refuse)
+    _check_matrices(shapes, base, config, refuse)
     twins: list[tuple[Place, Place]] = []
     weights = _weights(shapes, config, base, twins, refuse)
     tokens = _trained_tokens(shapes, config, base, twins, refuse)
@@ -161,14 +161,16 @@ def plan_vocabulary(
     return Vocabulary(size, {module: table for module, table in tables.items() if table != Table()}, tuple(twins))
 
 
-def _check_matrices(shapes: Mapping[Place, tuple[int, ...]], base: BaseShapes, refuse: Refuse) -> None:
+def _check_matrices(
+    shapes: Mapping[Place, tuple[int, ...]], base: BaseShapes, config: AdapterConfig, refuse: Refuse
+) -> None:
     for (module, side), shape in shapes.items():
         if side in ("own", "base", "tokens", "new") and (
             len(shape) != 2 or shape[1] != base.hidden_size or not shape[0]
         ):
             raise refuse(
-                f"has rows of {module} of shape {list(shape)}; the base model wants [ids, {base.hidden_size}]. Was it "
-                "trained for another base model?",
+                f"has rows of {module} of shape {quoted(list(shape))}; the base model wants [ids, {base.hidden_size}]. "
+                f"{config.other_base}",
                 "wrong_shape",
             )
 
@@ -224,7 +226,8 @@ def _trained_tokens(
         modules = [module for module in TABLES if base.vocab_size and module_name(NO_LAYER, module).endswith(end)]
         if not modules:
             raise refuse(
-                f"asks for trainable_token_indices on {end}; served are {' and '.join(TABLES)}.", "unsupported_target"
+                f"asks for trainable_token_indices on {cut(end)}; served are {' and '.join(TABLES)}.",
+                "unsupported_target",
             )
         for module in modules:
             if module in ids:

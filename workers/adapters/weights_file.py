@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.workers.adapters.config import CONFIG_FILE, AdapterConfig
+from lorafleet.workers.adapters.folder import AdapterFolder
+from lorafleet.workers.adapters.foreign import missing_weights
 from lorafleet.workers.adapters.modules import (
     EMBEDDING,
     FINAL_NORM,
@@ -32,17 +34,19 @@ from lorafleet.workers.adapters.vocabulary import (
     is_saved,
     plan_vocabulary,
 )
-from lorafleet.workers.errors import AdapterRefusedError
+from lorafleet.workers.errors import AdapterRefusedError, cut, quoted
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = r"(?:base_model\.model\.)?"
+# As it counts itself: a layer "007" is none, and a number of thousands of digits is not computed with.
+_LAYER = r"(?P<layer>0|[1-9][0-9]{0,5})"
 _LORA = (
     r"(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<B_bias>lora_B(?:\.[^.]+)?\.bias)"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)"
 )
 _LINEAR = re.compile(
-    rf"{_PREFIX}model\.layers\.(?P<layer>[0-9]+)\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)\."
+    rf"{_PREFIX}model\.layers\.{_LAYER}\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)\."
     rf"(?:{_LORA}|(?P<bias>(?:base_layer\.)?bias))"
 )
 # A whole weight has several names where PEFT saves the table since the vocabulary was resized, or LoRA is on it.
@@ -55,7 +59,14 @@ _EMBEDDING = re.compile(
     rf"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)|{_WHOLE})"
 )
 _HEAD = re.compile(rf"{_PREFIX}lm_head\.(?:{_LORA}|{_WHOLE})")
-_NORM = re.compile(rf"{_PREFIX}model\.(?:layers\.(?P<layer>[0-9]+)\.(?P<name>(?:self_attn\.)?\w+)|norm)\.weight")
+_NORM = re.compile(rf"{_PREFIX}model\.(?:layers\.{_LAYER}\.(?P<name>(?:self_attn\.)?\w+)|norm)\.weight")
+_MAX_NAME_CHARS = 1000
+# Beginnings of names: a language model inside a multimodal one (in two ways), and Tinker's name of the head.
+_WRAPPED = {
+    "base_model.model.model.language_model.": "base_model.model.model.",
+    "base_model.model.language_model.": "base_model.model.",
+    "base_model.model.model.unembed_tokens.": "base_model.model.lm_head.",
+}
 _NEW_EMBEDDINGS = {"input_embeddings": EMBEDDING, "output_embeddings": HEAD}
 VECTORS = ("B_bias", "bias", "magnitude")  # one value an output
 _SIDES = ("A", "B", *VECTORS)
@@ -90,7 +101,7 @@ class Weights:
 
 
 def read_weights(
-    path: Path,
+    folder: AdapterFolder,
     base: BaseShapes,
     config: AdapterConfig,
     max_lora_rank: int | None = None,
@@ -102,15 +113,15 @@ def read_weights(
 
     Names, shapes, ranks and dtypes are checked before that. `settle`: the stamps are to be proof of what is read.
     """
-    weights_path = path / WEIGHTS_FILE
-    if not weights_path.is_file():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-        if pickles:
-            raise _pickle(path / pickles[0])
-        raise refused(path, f"has no {WEIGHTS_FILE}.", "missing_weights")
-    reads = [_read_new_embeddings(path, base, settle)] if any(path.glob("new_embeddings*")) else []
+    weights_path = folder.shown_file(WEIGHTS_FILE)
+    names = folder.names()
+    if WEIGHTS_FILE not in names:
+        what, reason = missing_weights(names, folder.path)
+        raise AdapterRefusedError(f"{folder.shown} {what}", reason=reason)
+    new_files = [name for name in names if name.startswith("new_embeddings")]
+    reads = [_read_new_embeddings(folder, new_files, base, config, max_extra_vocab, settle)] if new_files else []
     new = {(module, side): tuple(tensor.shape) for read in reads for _, module, side, tensor in read.tensors}
-    _check_saved(path / CONFIG_FILE, config, base)
+    _check_saved(folder.shown_file(CONFIG_FILE), config, base)
     plan: list[tuple[Vocabulary, tuple[tuple[Place, Place], ...]]] = []
 
     def keys_of(header: Any) -> dict[str, Key]:
@@ -118,7 +129,7 @@ def read_weights(
         plan.append((own, twins))
         return keys
 
-    reads.append(read_file(weights_path, keys_of, settle))
+    reads.append(read_file(folder, WEIGHTS_FILE, keys_of, settle))
     ((vocabulary, twins),) = plan
     return Weights(
         tensors=in_order(read.tensors for read in reads),
@@ -129,28 +140,47 @@ def read_weights(
     )
 
 
-def _read_new_embeddings(path: Path, base: BaseShapes, settle: bool) -> FirstRead:
-    """The rows of tokens behind the base's vocabulary."""
-    for file in sorted(path.glob("new_embeddings*")):
-        if file.suffix in (".bin", ".pt", ".pth"):
-            raise _pickle(file)
-        if file.name != NEW_EMBEDDINGS_FILE or not base.vocab_size:
-            raise refused(
-                file, f"is no file that is served; added tokens are in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature"
+def _read_new_embeddings(
+    folder: AdapterFolder,
+    files: Sequence[str],
+    base: BaseShapes,
+    config: AdapterConfig,
+    max_extra: int | None,
+    settle: bool,
+) -> FirstRead:
+    """The rows of tokens behind the base's vocabulary. max_extra: how many there may be; None: any number."""
+    for name in files:
+        if name.endswith((".bin", ".pt", ".pth")):
+            raise _pickle(folder.shown_file(name))
+        if name != NEW_EMBEDDINGS_FILE or not base.vocab_size:
+            raise folder.refused(
+                name, f"is no file that is served; added tokens are in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature"
             )
+    path = folder.shown_file(NEW_EMBEDDINGS_FILE)
 
     def keys(header: Any) -> dict[str, Key]:
         names = header.offset_keys()
         for name in names:
             if name not in _NEW_EMBEDDINGS:
                 raise refused(
-                    path / NEW_EMBEDDINGS_FILE,
-                    f"has the tensor {name}; supported are {' and '.join(_NEW_EMBEDDINGS)}.",
+                    path,
+                    f"has the tensor {cut(name)}; supported are {' and '.join(_NEW_EMBEDDINGS)}.",
                     "unsupported_target",
+                )
+            shape = list(header.get_slice(name).get_shape())
+            if len(shape) != 2 or shape[1] != base.hidden_size or not shape[0]:
+                what = f"{name}, rows of {_NEW_EMBEDDINGS[name]},"
+                raise _wrong_shape(path, what, shape, f"[ids, {base.hidden_size}]", config)
+            if max_extra is not None and shape[0] > max_extra:
+                raise refused(
+                    path,
+                    f"adds {shape[0]} token ids, the limit is {max_extra}. Start with --lora-extra-vocab-size "
+                    f"{shape[0]}.",
+                    "vocab_too_large",
                 )
         return {name: (NO_LAYER, _NEW_EMBEDDINGS[name], "new") for name in names}
 
-    return read_file(path / NEW_EMBEDDINGS_FILE, keys, settle)
+    return read_file(folder, NEW_EMBEDDINGS_FILE, keys, settle)
 
 
 def _check_header(
@@ -165,6 +195,14 @@ def _check_header(
     """What each name is, and what all of them do to the vocabulary. `new`: shapes of added tokens' rows."""
     names = sorted(header.offset_keys())
     shapes = {name: list(header.get_slice(name).get_shape()) for name in names}
+    empty = next((name for name in names if shapes[name] == [0]), None)
+    if empty is not None:
+        raise refused(
+            weights_path,
+            f"has empty tensors ({cut(empty)} has no elements). DeepSpeed ZeRO-3 and FSDP write such where the weights "
+            "are not gathered: gather them before save_pretrained(), and save again.",
+            "empty_tensors",
+        )
     keys, twins = _keys(weights_path, names, base, config)
     for layer, module, side in keys.values():
         lora_rank = config.rank(module_name(layer, module))
@@ -188,9 +226,9 @@ def _check_header(
         if side in _SIDES:
             shape = in_and_out[module] if layer == NO_LAYER else base.of(module)
             assert shape is not None
-            _check_shape(weights_path, name, side, shapes[name], shape, config.rank(module_name(layer, module)))
+            _check_shape(weights_path, name, side, shapes[name], shape, config.rank(module_name(layer, module)), config)
         elif module in base.norms:
-            _check_shape(weights_path, name, side, shapes[name], (0, base.norms[module]), 0)
+            _check_shape(weights_path, name, side, shapes[name], (0, base.norms[module]), 0, config)
     return keys, vocabulary, (*twins, *vocabulary.twins)
 
 
@@ -205,11 +243,11 @@ def _keys(
     twins: list[tuple[Place, Place]] = []
     plain: set[str] = set()  # tables with a weight of the base model's own name
     for name in names:
-        layer, module, side = _key(weights_path, name, base)
+        layer, module, side = _key(weights_path, name, base, config)
         if layer >= base.num_layers:
             raise refused(
                 weights_path,
-                f"has {name}, the base model has {base.num_layers} layers. Was it trained for another base model?",
+                f"has {cut(name)}, the base model has {base.num_layers} layers. {config.other_base}",
                 "unknown_layer",
             )
         if side == "weight":
@@ -222,7 +260,9 @@ def _keys(
             twins.append((first, (module, side)))
         key = (layer, module, side)
         if key in found:
-            raise refused(weights_path, f"has two tensors for one place: {found[key]} and {name}.", "bad_safetensors")
+            raise refused(
+                weights_path, f"has two tensors for one place: {cut(found[key])} and {cut(name)}.", "bad_safetensors"
+            )
         found[key] = name
     if not any(side == "A" for _, _, side in found):
         raise refused(weights_path, "holds no LoRA weights.", "no_weights")
@@ -250,8 +290,10 @@ def _keys(
     return {name: key for key, name in sorted(found.items())}, tuple(twins)
 
 
-def _key(weights_path: Path, name: str, base: BaseShapes) -> Key:
+def _key(weights_path: Path, given: str, base: BaseShapes, config: AdapterConfig) -> Key:
     """(layer, module, side) that a name is of; the side is "weight" where only the config can say whose it is."""
+    # Patterns mean the names that the modules had when it was trained, so what is renamed must not depend on any.
+    name = given if config.ranks or config.alphas or len(given) > _MAX_NAME_CHARS else _without_wrappers(given)
     match = _LINEAR.fullmatch(name)
     if match is not None and PARENTS.get(match["linear"]) == match["parent"] and base.of(match["linear"]) is not None:
         return int(match["layer"]), match["linear"], str(match.lastgroup)
@@ -268,10 +310,19 @@ def _key(weights_path: Path, name: str, base: BaseShapes) -> Key:
             return layer, norm, "own"
     raise refused(
         weights_path,
-        f"has the tensor {name}; supported are LoRA on {', '.join(base.linears)}, {' and '.join(TABLES)}, and whole "
-        f"weights of {', '.join(TABLES)} and norms.",
+        f"has the tensor {cut(given)}; supported are LoRA on {', '.join(base.linears)}, {' and '.join(TABLES)}, and "
+        f"whole weights of {', '.join(TABLES)} and norms.",
         "unsupported_target",
     )
+
+
+def _without_wrappers(name: str) -> str:
+    """The name that a tensor has where the model is neither compiled nor a part of another one."""
+    name = name.replace("_orig_mod.", "")  # torch.compile
+    for wrapped, plain in _WRAPPED.items():
+        if name.startswith(wrapped):
+            return plain + name[len(wrapped) :]
+    return name
 
 
 def _check_saved(config_path: Path, config: AdapterConfig, base: BaseShapes) -> None:
@@ -284,7 +335,7 @@ def _check_saved(config_path: Path, config: AdapterConfig, base: BaseShapes) -> 
         if other is not None or not any(module.endswith(end) for module in served):
             raise refused(
                 config_path,
-                f"asks for modules_to_save={end!r}; served whole are {', '.join(TABLES)} and the model's norms.",
+                f"asks for modules_to_save={quoted(end)}; served whole are {', '.join(TABLES)} and the model's norms.",
                 "unsupported_target",
             )
 
@@ -316,7 +367,13 @@ def _check_module(weights_path: Path, layer: int, module: str, sides: set[str], 
 
 
 def _check_shape(
-    weights_path: Path, name: str, side: str, shape: list[int], base: tuple[int, int], lora_rank: int
+    weights_path: Path,
+    name: str,
+    side: str,
+    shape: list[int],
+    base: tuple[int, int],
+    lora_rank: int,
+    config: AdapterConfig,
 ) -> None:
     num_in, num_out = base
     expected = {"A": [lora_rank, num_in], "B": [num_out, lora_rank]}.get(side, [num_out])
@@ -324,11 +381,19 @@ def _check_shape(
         return
     if len(shape) == len(expected) == 2 and shape[1 if side == "A" else 0] == expected[1 if side == "A" else 0]:
         raise refused(
-            weights_path, f"has {name} of shape {shape}; {CONFIG_FILE} says r={lora_rank}: {expected}.", "rank_mismatch"
+            weights_path,
+            f"has {cut(name)} of shape {quoted(shape)}; {CONFIG_FILE} says r={lora_rank}: {expected}.",
+            "rank_mismatch",
         )
-    raise refused(
+    raise _wrong_shape(weights_path, name, shape, str(expected), config)
+
+
+def _wrong_shape(
+    weights_path: Path, name: str, shape: list[int], expected: str, config: AdapterConfig
+) -> AdapterRefusedError:
+    return refused(
         weights_path,
-        f"has {name} of shape {shape}; the base model wants {expected}. Was it trained for another base model?",
+        f"has {cut(name)} of shape {quoted(shape)}; the base model wants {expected}. {config.other_base}",
         "wrong_shape",
     )
 

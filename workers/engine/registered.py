@@ -6,11 +6,13 @@ others: its way into a slot (slot_loader.py), where it is (adapter_slots.py, ada
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafleet.workers.adapters.base_name import is_same_base
 from lorafleet.workers.adapters.format import AdapterSpec, read_spec
 from lorafleet.workers.adapters.sources import resolve_adapter
 from lorafleet.workers.adapters.store import AdapterStore
@@ -22,11 +24,14 @@ from lorafleet.workers.errors import (
     AdapterUnavailableError,
     InternalError,
     UnknownModelError,
+    quoted,
 )
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.tp.followers import Followers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +80,29 @@ class RegisteredAdapters:
         lora = self._config.lora
         if lora is None:
             raise AdapterRefusedError(
-                f"LoRA is off, so adapter {path_or_id!r} cannot be used. Start with --enable-lora (enable_lora=True).",
+                f"LoRA is off, so adapter {quoted(path_or_id)} cannot be used. Start with --enable-lora "
+                "(enable_lora=True).",
                 reason="lora_disabled",
             )
-        path = resolve_adapter(path_or_id, roots)
+        folder = resolve_adapter(path_or_id, roots)
         spec = read_spec(
-            path,
+            folder,
             self._spec.base_shapes,
             max_lora_rank=lora.max_lora_rank,
             max_extra_vocab=lora.extra_vocab_size,
             base_rows=lambda name, rows: CheckpointReader(Path(self._config.model)).rows(name, rows),
         )
+        if not is_same_base(self._config.model, spec.config.base_model_name):
+            logger.warning(
+                "adapter %s was trained for %r, by its config; it fits %r in its sizes, and is served on that",
+                folder,
+                spec.config.base_model_name,
+                self._config.model,
+            )
         num_bytes = self._plan.full_weight_bytes_of(self._spec, spec.vocabulary)
         if num_bytes > self._plan.full_weight_bytes:
             raise AdapterRefusedError(
-                f"{path} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for such weights holds "
+                f"{folder} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for such weights holds "
                 f"{self._plan.full_weight_bytes}. Raise --lora-full-weight-bytes.",
                 reason="larger_than_full_weight_pool",
             )

@@ -74,8 +74,8 @@ class Follower:
         )
         if spec.digest != digest:
             raise AdapterRefusedError(
-                f"{path} reads as {spec.digest} on another rank of this worker and as {digest} on the first. Is it the "
-                "same directory on all nodes?",
+                f"The adapter reads as {spec.digest} on another rank of this worker and as {digest} on the first. Is "
+                "it the same directory on all nodes?",
                 reason="changed_while_read",
             )
         with self._lock:

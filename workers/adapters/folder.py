@@ -1,0 +1,75 @@
+"""An adapter's directory: its files by name, opened and read within bounds, and how messages name it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from lorafleet.workers.errors import AdapterRefusedError, cut
+from lorafleet.workers.found_file import FoundFileError, open_found, read_found
+
+_MAX_ENTRIES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """path: where it really lies. shown: as the caller named it, all that a message may tell of that.
+
+    roots: its files must really lie below one of these; none: anywhere. place: what finds the same directory again, on
+    any worker: an absolute path, or a hub id with its revision.
+    """
+
+    path: Path
+    shown: str
+    roots: tuple[Path, ...]
+    place: str
+
+    @classmethod
+    def at(
+        cls, path: Path, shown: str | None = None, roots: Sequence[Path] = (), *, place: str | None = None
+    ) -> AdapterFolder:
+        return cls(path, cut(str(path) if shown is None else shown), tuple(roots), place or str(path))
+
+    def __str__(self) -> str:
+        return self.shown
+
+    def shown_file(self, name: str) -> Path:
+        """For messages."""
+        return Path(self.shown) / cut(name)
+
+    def names(self) -> list[str]:
+        """What lies in it, sorted. Raises `AdapterRefusedError`."""
+        try:
+            with os.scandir(self.path) as entries:
+                names = [entry.name for entry in islice(entries, _MAX_ENTRIES + 1)]
+        except OSError as error:
+            raise AdapterRefusedError(
+                f"{self.shown} cannot be read: {error.strerror}. Give a directory with a PEFT adapter.",
+                reason="missing_directory",
+            ) from error
+        if len(names) > _MAX_ENTRIES:
+            raise AdapterRefusedError(
+                f"{self.shown} holds more than {_MAX_ENTRIES:,} files. Give a directory with a PEFT adapter alone.",
+                reason="not_peft",
+            )
+        return sorted(names)
+
+    def open(self, name: str) -> IO[bytes]:
+        """Raises `OSError`, of which `FoundFileError` may be shown."""
+        return open_found(self.path / name, self.roots)
+
+    def read(self, name: str, max_bytes: int) -> bytes | None:
+        """A file's content; None where there is none. Raises `AdapterRefusedError`."""
+        try:
+            return read_found(self.path / name, max_bytes, self.roots)
+        except FileNotFoundError:
+            return None
+        except FoundFileError as error:
+            raise self.refused(name, f"{error.what}.", error.reason) from error
+
+    def refused(self, name: str, what: str, reason: str) -> AdapterRefusedError:
+        return AdapterRefusedError(f"{self.shown_file(name)} {what}", reason=reason)

@@ -1,0 +1,120 @@
+"""Files that others wrote, opened and read within bounds.
+
+Only regular files are opened, so that no FIFO, device or socket is waited for, and none that a link leads to outside
+the allowed roots. Sizes are looked at before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_ADVICE = "is a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned, or download it again"
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class FoundFileError(OSError):
+    """A file that is not read. what: the rest of a sentence that begins with its name. reason: a stable code."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.reason = reason
+
+
+def open_found(path: Path, roots: Sequence[Path] = ()) -> IO[bytes]:
+    """Open a regular file for reading, unbuffered. roots: it must really lie below one of these; none: anywhere.
+
+    Raises `FileNotFoundError`, or `FoundFileError` for anything else that keeps it from being read.
+    """
+    try:
+        _check_regular(os.stat(path).st_mode)  # opening a device may already do something  # noqa: PTH116
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (FileNotFoundError, FoundFileError):
+        raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise _unreadable(error) from error
+    try:
+        opened = os.fstat(descriptor)
+        _check_regular(opened.st_mode)
+        if roots:
+            _check_below(path, opened, roots)
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_found(path: Path, max_bytes: int, roots: Sequence[Path] = ()) -> bytes:
+    """The whole of a file of at most `max_bytes`. Raises as `open_found`."""
+    with open_found(path, roots) as file:
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise _too_large(max_bytes)
+        try:
+            parts, rest = [], max_bytes + 1
+            while rest and (part := file.read(rest)):
+                parts.append(part)
+                rest -= len(part)
+        except OSError as error:
+            raise _unreadable(error) from error
+    if not rest:  # it grew
+        raise _too_large(max_bytes)
+    return b"".join(parts)
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Raises `ValueError`, which says what is wrong in the rest of a sentence, for anything but an object."""
+    if data.startswith(LFS_POINTER):
+        raise ValueError(LFS_ADVICE)
+    try:
+        value = json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not JSON in UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError("cannot be read as JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _check_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise FoundFileError(f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file", "not_a_file")
+
+
+def _check_below(path: Path, opened: os.stat_result, roots: Sequence[Path]) -> None:
+    """The file that was opened is the one that lies, links followed, at a place below a root."""
+    try:
+        real = path.resolve(strict=True)
+        found = real.stat()
+    except (OSError, RuntimeError) as error:
+        raise FoundFileError("changed while it was read", "changed_while_read") from error
+    if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino):
+        raise FoundFileError("changed while it was read", "changed_while_read")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise FoundFileError("is a link that leads out of what may be loaded at run time", "outside_roots")
+
+
+def _unreadable(error: OSError | ValueError) -> FoundFileError:
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return FoundFileError(f"cannot be read: {strerror or type(error).__name__}", "unreadable")
+
+
+def _too_large(max_bytes: int) -> FoundFileError:
+    return FoundFileError(f"is larger than {max_bytes:,} bytes, the limit for such a file", "file_too_large")
