@@ -179,7 +179,7 @@ class TextRequests:
                     self._to_cancel.append(event.request_id)
             elif is_stop:
                 output.finish_reason = "stop"
-                output.stop_reason = event.token_id if event.token_id in params.stop_token_ids else None
+                output.stop_reason = event.token_id if event.token_id in params.stop_ids else None
             elif event.finish is FinishReason.LENGTH:
                 output.finish_reason = "length"
         elif event.finish is not None:
