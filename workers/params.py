@@ -6,12 +6,12 @@ No torch, no Ray, no gRPC.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorafleet.workers.engine.request import MAX_LOGPROBS, SamplingOptions
-from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
+from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
 
 MAX_N = 16
 MAX_STOP_STRINGS = 16
@@ -26,7 +26,7 @@ class SamplingParams:
     max_tokens: None generates up to the end of the context. temperature 0 is greedy. top_k 0 (or -1) keeps all.
     logprobs: k returns the sampled token's log-probability and the k best at each position. seed: None draws one.
     stop: strings at which the text ends; they are not part of it unless include_stop_str_in_output. min_tokens: until
-    then no EOS, stop token or stop string ends the output.
+    then no EOS, stop token or stop string ends the output. stop and stop_token_ids: None is none.
     """
 
     n: int = 1
@@ -40,13 +40,14 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
     stops: tuple[str, ...] = field(init=False, repr=False, default=())  # `stop` as a tuple
+    stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())  # `stop_token_ids` as a set
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_N)
@@ -69,16 +70,11 @@ class SamplingParams:
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         object.__setattr__(self, "stops", _stop_strings(self.stop))
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
-                f"stop_token_ids has {len(self.stop_token_ids)} entries, the limit is {MAX_STOP_TOKEN_IDS}.",
-                param="stop_token_ids",
-            )
-        for token_id in self.stop_token_ids:
-            _integer("stop_token_ids", token_id, 0, 2**31 - 1)
+        object.__setattr__(self, "stop_ids", _stop_token_ids(self.stop_token_ids))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-            if type(getattr(self, name)) is not bool:
-                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; it must be true or false.", param=name)
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise InvalidRequestError(f"{name} is {quoted(value)}; it must be true or false.", param=name)
 
     def options(
         self,
@@ -110,11 +106,11 @@ class SamplingParams:
                 f"{room} tokens or shorten the prompt.",
                 param="max_tokens",
             )
-        for token_id in self.stop_token_ids:
-            if token_id >= vocab_size:
-                raise InvalidRequestError(
-                    f"stop_token_ids has {token_id}; the vocabulary ends at {vocab_size - 1}.", param="stop_token_ids"
-                )
+        highest = max(self.stop_ids, default=0)
+        if highest >= vocab_size:
+            raise InvalidRequestError(
+                f"stop_token_ids has {highest}; the vocabulary ends at {vocab_size - 1}.", param="stop_token_ids"
+            )
         max_tokens = room if self.max_tokens is None else self.max_tokens
         if self.min_tokens > max_tokens:
             raise ContextLengthError(
@@ -132,7 +128,7 @@ class SamplingParams:
             seed=(seed if self.seed is None else self.seed) & (2**64 - 1),
             choice=choice,
             num_logprobs=self.logprobs,
-            stop_token_ids=frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else eos_token_ids),
+            stop_token_ids=self.stop_ids if self.ignore_eos else self.stop_ids | eos_token_ids,
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
         )
@@ -152,6 +148,10 @@ class LoRARequest:
     load_inplace: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("lora_name", "lora_path"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise InvalidRequestError(f"{name} is {quoted(value)}; it must be a string.", param=name)
         if not self.lora_name:
             raise InvalidRequestError("lora_name is empty; give the adapter a name.", param="lora_name")
         _integer("lora_int_id", self.lora_int_id, 1, 2**63 - 1)
@@ -161,27 +161,27 @@ class LoRARequest:
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int:
-        raise InvalidRequestError(f"{name} is {value!r}; it must be an integer.", param=name)
+        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be an integer.", param=name)
     if not low <= value <= high:
-        raise InvalidRequestError(f"{name} is {value}; it must be between {low} and {high}.", param=name)
+        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be between {low} and {high}.", param=name)
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     if type(value) not in (int, float):
-        raise InvalidRequestError(f"{name} is {value!r}; it must be a number.", param=name)
+        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be a number.", param=name)
     assert isinstance(value, int | float)
-    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+    if not low <= value <= high or (open_low and value == low):  # false for NaN too
         bound = f"greater than {low:g} and at most {high:g}" if open_low else f"between {low:g} and {high:g}"
-        raise InvalidRequestError(f"{name} is {value}; it must be {bound}.", param=name)
+        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be {bound}.", param=name)
 
 
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"stop has {len(stops)} strings, the limit is {MAX_STOP_STRINGS}.", param="stop")
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else _some("stop", stop, MAX_STOP_STRINGS)
     for text in stops:
         if not isinstance(text, str):
-            raise InvalidRequestError(f"stop has {text!r}; it must be a string or a list of strings.", param="stop")
+            raise InvalidRequestError(
+                f"stop has {quoted(text)}; it must be a string or a list of strings.", param="stop"
+            )
         if not text:
             raise InvalidRequestError("stop has an empty string; it would end every answer at once.", param="stop")
         if len(text) > MAX_STOP_STRING_CHARS:
@@ -189,3 +189,21 @@ def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
                 f"stop has a string of {len(text)} characters, the limit is {MAX_STOP_STRING_CHARS}.", param="stop"
             )
     return stops
+
+
+def _stop_token_ids(token_ids: object) -> frozenset[int]:
+    checked = _some("stop_token_ids", token_ids, MAX_STOP_TOKEN_IDS)
+    for token_id in checked:
+        _integer("stop_token_ids", token_id, 0, 2**31 - 1)
+    return frozenset(checked)
+
+
+def _some(name: str, values: object, limit: int) -> tuple[Any, ...]:
+    """At most `limit` of anything; None is none."""
+    if values is None:
+        return ()
+    if not isinstance(values, Sequence | Set):
+        raise InvalidRequestError(f"{name} is {quoted(values)}; it must be a list.", param=name)
+    if len(values) > limit:
+        raise InvalidRequestError(f"{name} has {len(values)} entries, the limit is {limit}.", param=name)
+    return tuple(values)

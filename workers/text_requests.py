@@ -90,7 +90,7 @@ class TextRequests:
         """
         if request_id in self._requests:
             raise InvalidRequestError(f"Request id {request_id!r} is in use.", param="request_id")
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = tokenizer.encode(prompt, max_tokens=self._max_model_len) if isinstance(prompt, str) else list(prompt)
         if any(type(token_id) is not int for token_id in ids):
             raise InvalidRequestError("A prompt of token ids must be a list of integers.", param="prompt")
         if not ids:
@@ -179,7 +179,7 @@ class TextRequests:
                     self._to_cancel.append(event.request_id)
             elif is_stop:
                 output.finish_reason = "stop"
-                output.stop_reason = event.token_id if event.token_id in params.stop_token_ids else None
+                output.stop_reason = event.token_id if event.token_id in params.stop_ids else None
             elif event.finish is FinishReason.LENGTH:
                 output.finish_reason = "length"
         elif event.finish is not None:

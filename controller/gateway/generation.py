@@ -224,7 +224,7 @@ class Generation:
         stop_reason: str | int | None = delta.stop_reason
         if stop_reason is not None or by_token:
             reason = "stop"
-            if stop_reason is None and token_ids[-1] in params.stop_token_ids:
+            if stop_reason is None and token_ids[-1] in params.stop_ids:
                 stop_reason = token_ids[-1]
         elif finish is not None:
             reason = "length"

@@ -32,7 +32,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from lorafleet.workers.errors import InvalidRequestError, ModelError
+from lorafleet.workers.errors import InvalidRequestError, ModelError, cut, quoted
+from lorafleet.workers.text.json_shape import MAX_DEPTH, check_shape
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 MAX_STEPS: Final = 1_000_000
@@ -164,7 +165,7 @@ class _Compiled:
                     raise SecurityError(f"the prompt would be longer than {MAX_PROMPT_CHARS:,} characters")
                 pieces.append(piece)
         except Exception as error:  # a template can raise anything that its expressions can
-            reason = str(error) or type(error).__name__
+            reason = cut(str(error)) or type(error).__name__
             raise InvalidRequestError(
                 f"The model's chat template cannot render these messages: {reason}", param="messages"
             ) from error
@@ -297,7 +298,7 @@ def _part_text(part: Any, number: int) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
         raise InvalidRequestError(
-            f"A content part of message {number} has the type {kind!r}; this model takes only parts of the form "
+            f"A content part of message {number} has the type {quoted(kind)}; this model takes only parts of the form "
             '{"type": "text", "text": "..."}.',
             param="messages",
         )
@@ -310,8 +311,10 @@ def _parse_arguments(tool_calls: Any) -> Any:
     for call in tool_calls if isinstance(tool_calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            text = function["arguments"] or "{}"
+            check_shape(text.encode(errors="replace"), "The arguments of a tool call", param="messages")
             try:
-                arguments = json.loads(function["arguments"] or "{}")
+                arguments = json.loads(text)
             except ValueError:
                 continue
             if isinstance(arguments, dict):
@@ -319,14 +322,16 @@ def _parse_arguments(tool_calls: Any) -> Any:
     return tool_calls
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """A fresh copy made of JSON's types alone, so that a template meets no object with methods of ours."""
     if value is None or type(value) in (str, int, float, bool):
         return value
+    if depth == MAX_DEPTH:
+        raise InvalidRequestError(f"messages are nested deeper than {MAX_DEPTH}, the limit.", param="messages")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        return [_plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value)

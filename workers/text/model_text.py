@@ -36,13 +36,25 @@ class ModelText:
         return cls(digest, tokenizer, ChatTemplate.from_tokenizer(tokenizer), sampling_defaults(files))
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, add_special_tokens: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
     ) -> list[int]:
-        """Messages to a prompt's ids. Raises InvalidRequestError for what the template does not take."""
+        """Messages to a prompt's ids. max_tokens: see `Tokenizer.encode`.
+
+        Raises InvalidRequestError for what the template does not take, ContextLengthError.
+        """
         text = self.template.render(
             messages, add_generation_prompt=add_generation_prompt, **self.tokenizer.special_tokens
         )
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens, max_tokens=max_tokens)
+        except InvalidRequestError as error:
+            error.param = "messages"
+            raise
 
 
 def sampling_defaults(files: Mapping[str, bytes]) -> dict[str, float | int]:

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import tokenizers
 
-from lorafleet.workers.errors import InvalidRequestError, ModelError
+from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, ModelError
 from lorafleet.workers.text.pieces import DecoderRules, PieceTable
 
 TOKENIZER_FILES: Final[tuple[str, ...]] = (
@@ -34,6 +34,10 @@ TOKENIZER_FILES: Final[tuple[str, ...]] = (
     "chat_template.jinja",
 )
 """Names of the files that `Tokenizer` reads; only the first is required."""
+
+_SHORT_CHARS: Final = 1 << 12  # encoded in a millisecond, for which holding the GIL costs less than passing it on
+_PIECE_CHARS: Final = 1 << 16  # of a long text, encoded at a time to see how many tokens it has
+_USUAL_CHARS: Final = 8  # a token: a text with fewer is encoded without looking at it first
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -63,6 +67,7 @@ class Tokenizer:
         self.special_tokens: Mapping[str, Any] = dict(special_tokens or {})  # of str; Any lets ** type-check
         self.chat_templates: Mapping[str, str] = dict(chat_templates or {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self._max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self.special_token_ids: frozenset[int] = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -112,8 +117,15 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text to ids. Raises InvalidRequestError for a string that is not Unicode text (unpaired surrogates)."""
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
+        """Text to ids. max_tokens: a text that has more of them for certain is refused before all of it is encoded.
+
+        Raises InvalidRequestError for a string that is not Unicode text (unpaired surrogates), ContextLengthError.
+        """
+        if max_tokens is not None:
+            self._check_length(text, max_tokens)
+        if len(text) > _SHORT_CHARS:
+            return self.encode_batch([text], add_special_tokens)[0]
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
@@ -122,7 +134,7 @@ class Tokenizer:
             raise _not_unicode(text) from error
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` for several texts, on several cores."""
+        """`encode` for several texts, on several cores. Releases the GIL, which the library's `encode` does not."""
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError as error:
@@ -130,6 +142,32 @@ class Tokenizer:
                 raise
             raise next(_not_unicode(text) for text in texts if _surrogate_at(text) is not None) from error
         return [encoding.ids for encoding in encodings]
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        """Raises ContextLengthError for a text of which `max_tokens` can only be a part.
+
+        Cutting a text into pieces can add tokens where it is cut, so there is some slack.
+        """
+        max_chars = max_tokens * self._max_token_chars
+        if len(text) > max_chars:
+            raise ContextLengthError(
+                f"The text has {len(text)} characters; the context of {max_tokens} tokens holds at most {max_chars}, "
+                f"since the longest token has {self._max_token_chars}. Shorten it.",
+                param="prompt",
+            )
+        if len(text) <= max(max_tokens * _USUAL_CHARS, _PIECE_CHARS):
+            return
+        num_tokens, slack = 0, max_tokens // 4
+        for start in range(0, len(text), _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            num_tokens += len(self.encode_batch([piece], add_special_tokens=False)[0])
+            slack += 16
+            if num_tokens > max_tokens + slack:
+                raise ContextLengthError(
+                    f"The text has {len(text)} characters, of which the first {start + len(piece)} alone have "
+                    f"{num_tokens} tokens, over the context of {max_tokens}. Shorten it.",
+                    param="prompt",
+                )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids to text, all at once. An id that no token has contributes nothing."""

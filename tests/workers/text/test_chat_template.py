@@ -176,6 +176,49 @@ def test_messages_of_the_wrong_shape_are_refused(chat: Any, reason: str) -> None
         ChatTemplate(FOR_STRINGS).render(chat)
 
 
+def _nested(depth: int) -> Any:
+    value: Any = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"metadata": _nested(600)}, "nested deeper than 64"),
+        ({"metadata": _nested(5000)}, "nested deeper than 64"),
+        ({"tool_calls": [{"function": {"arguments": "[" * 50_000 + "]" * 50_000}}]}, "nested 50000 deep"),
+        ({"tool_calls": [{"function": {"arguments": '{"a":' * 600 + "1" + "}" * 600}}]}, "nested 600 deep"),
+        ({"tool_calls": [{"function": {"arguments": "[" + "{}," * 100_000 + "1]"}}]}, "the limit is 65536"),
+    ],
+)
+def test_what_is_nested_too_deeply_or_holds_too_much_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=reason) as caught:
+        ChatTemplate(FOR_STRINGS).render([{"role": "assistant", "content": "x", **fields}])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "arguments", ["not JSON", "9" * 5000, '{"a": ' + "9" * 5000 + "}", "\ud800", '{"a": "\ud800"}']
+)
+def test_arguments_that_are_no_json_object_stay_text(arguments: str) -> None:
+    source = "{{ messages[0].tool_calls[0].function.arguments | string | length }}"
+    chat = [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"arguments": arguments}}]}]
+    assert int(ChatTemplate(source).render(chat)) > 0
+
+
+def test_an_error_quotes_little_of_the_messages() -> None:
+    for source, content in (
+        ("{{ raise_exception(messages[0].content) }}", "x" * 1_000_000),
+        (FOR_STRINGS, [{"type": "y" * 1_000_000}]),
+        (FOR_STRINGS, [{"type": {"z" * 1_000_000: 1}}]),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            ChatTemplate(source).render([{"role": "user", "content": content}])
+        assert len(caught.value.message) < 500
+
+
 def test_what_a_template_raises_is_the_callers_to_read() -> None:
     chat = [{"role": "assistant", "content": "first"}]
     with pytest.raises(InvalidRequestError, match="Conversation roles must alternate") as caught:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.workers.errors import ModelError
+from lorafleet.workers.errors import ContextLengthError, ModelError
 from lorafleet.workers.text.model_text import ModelText, sampling_defaults
 
 TEMPLATE = (
@@ -52,3 +52,15 @@ def test_a_chat_is_the_templates_text_tokenized(tokenizer_files: dict[str, bytes
     ids = text.encode_chat([{"role": "user", "content": "hello"}], add_generation_prompt=True, add_special_tokens=False)
     decoded = text.tokenizer.decode(ids, skip_special_tokens=False)
     assert decoded == "<hello>:"
+
+
+def test_a_chat_that_cannot_fit_is_over_the_context_and_names_the_messages(tokenizer_files: dict[str, bytes]) -> None:
+    text = ModelText.from_files("d", tokenizer_files)
+    with pytest.raises(ContextLengthError, match="context of 64 tokens") as caught:
+        text.encode_chat(
+            [{"role": "user", "content": "hello" * 10_000}],
+            add_generation_prompt=True,
+            add_special_tokens=False,
+            max_tokens=64,
+        )
+    assert caught.value.param == "messages"

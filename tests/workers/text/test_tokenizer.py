@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
 from tokenizers_on_disk import from_dir
 
-from lorafleet.workers.errors import InvalidRequestError, ModelError
+from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, ModelError
 from lorafleet.workers.text import TOKENIZER_FILES, ChatTemplate, Tokenizer
 
 TEXTS = [
@@ -276,3 +276,66 @@ def test_the_demo_model_equals_transformers(demo_model: Path) -> None:
     messages = [{"role": "user", "content": "What is 2 + 2?"}]
     rendered = ChatTemplate.from_tokenizer(ours).render(messages, **ours.special_tokens)
     assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+class Watched:
+    """A backend that notes which of its calls got how many characters."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.calls: list[tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.calls.append(("encode", len(text)))
+        return self._backend.encode(text, **options)
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self.calls.append(("encode_batch_fast", sum(map(len, texts))))
+        return self._backend.encode_batch_fast(texts, **options)
+
+
+@pytest.fixture
+def watched(byte_level_dir: Path) -> tuple[Watched, Tokenizer]:
+    backend = Watched(Backend.from_file(str(byte_level_dir / "tokenizer.json")))
+    return backend, Tokenizer(backend)  # type: ignore[arg-type]
+
+
+def test_a_long_text_goes_through_the_call_that_releases_the_gil(watched: tuple[Watched, Tokenizer]) -> None:
+    backend, tokenizer = watched
+    text = "hello world " * 1000
+    assert tokenizer.encode(text) == backend._backend.encode(text).ids
+    assert backend.calls == [("encode_batch_fast", len(text))]
+
+
+def test_a_text_that_cannot_fit_is_refused_by_its_characters_alone(watched: tuple[Watched, Tokenizer]) -> None:
+    backend, tokenizer = watched
+    longest = max(map(len, backend.get_vocab()))
+    text = "a" * (64 * longest + 1)
+    with pytest.raises(ContextLengthError, match=f"{len(text)} characters; the context of 64 tokens") as caught:
+        tokenizer.encode(text, max_tokens=64)
+    assert caught.value.param == "prompt"
+    assert backend.calls == []
+    assert tokenizer.encode("<|endoftext|>" * 64, max_tokens=64) == tokenizer.encode("<|endoftext|>" * 64)
+
+
+def test_of_a_text_that_might_fit_by_its_characters_no_more_is_encoded_than_shows_that_it_does_not(
+    watched: tuple[Watched, Tokenizer],
+) -> None:
+    backend, tokenizer = watched
+    max_tokens = 100_000
+    text = "z" * (max_tokens * 12)  # a token each
+    with pytest.raises(ContextLengthError, match="tokens, over the context of 100000"):
+        tokenizer.encode(text, max_tokens=max_tokens)
+    assert sum(num_chars for _, num_chars in backend.calls) < 2 * max_tokens
+
+
+@pytest.mark.parametrize("max_tokens", [25_000, 33_000])
+def test_a_text_near_the_limit_is_encoded_whole(watched: tuple[Watched, Tokenizer], max_tokens: int) -> None:
+    _, tokenizer = watched
+    text = "<|endoftext|>" * 20_000 + "日本! " * 3000  # 13 and 2 characters a token, some across a cut
+    ids = tokenizer.encode(text)
+    assert abs(len(ids) - max_tokens) < max_tokens * 0.5
+    assert tokenizer.encode(text, max_tokens=max_tokens) == ids
