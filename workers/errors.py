@@ -10,7 +10,14 @@ gRPC (service.py). Imports nothing but the standard library.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
+
+MAX_QUOTED: Final = 200  # characters of a caller's value in a message
+
+
+def quoted(value: str) -> str:
+    """A caller's value as a message shows it."""
+    return repr(value) if len(value) <= MAX_QUOTED else f"{value[:MAX_QUOTED]!r}... ({len(value)} characters)"
 
 
 class LoRAFleetError(Exception):

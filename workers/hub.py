@@ -1,4 +1,7 @@
-"""The Hugging Face hub: ids, its local cache, downloads. Shared by base models and adapters."""
+"""The Hugging Face hub: ids (org/name, or org/name@revision), its local cache, downloads.
+
+Shared by base models and adapters.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 class HubError(Exception):
@@ -14,8 +17,13 @@ class HubError(Exception):
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` may be a hub id (org/name). What looks like a path is never one."""
+    """Whether `text` may be a hub id (org/name, org/name@revision). What looks like a path is never one."""
     return not text.startswith(("/", "~", ".")) and _HUB_ID.fullmatch(text) is not None
+
+
+def pinned(hub_id: str, revision: str) -> str:
+    """The id of just this revision."""
+    return f"{hub_id.partition('@')[0]}@{revision}"
 
 
 def is_cache_folder(path: Path) -> bool:
@@ -41,8 +49,9 @@ def download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    repository, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines()
         raise HubError(
