@@ -21,7 +21,9 @@ from lorafleet.controller.config import GatewayNodes, ServeConfig
 from lorafleet.controller.events import Events
 from lorafleet.controller.gateway_placement import GatewayPlacement
 from lorafleet.controller.reconcile import reconcile
+from lorafleet.controller.retirement import Retirement
 from lorafleet.controller.service import ControllerService, read_tokenizer_files
+from lorafleet.controller.worker_adapters import FleetAdapters, WorkerAdapters
 from lorafleet.controller.worker_life import Surroundings, WorkerLife
 from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
 from lorafleet.workers.actor import FleetSettings, WorkerFailed, WorkerReady
@@ -30,6 +32,8 @@ from lorafleet.workers.rpc import create_server
 from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
+
+HEAR_S = 10.0  # that a restarted controller waits for its workers' word before it publishes without it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class ControllerActor:
             self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
         )
         self._gateways_started = False
+        self._is_restart = False  # there are workers of an earlier run
         self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
         self._run = asyncio.get_running_loop().create_task(self._start())
         self._run.add_done_callback(self._stopped)
@@ -137,10 +142,17 @@ class ControllerActor:
             root=self._config.engine.model,
             tokenizer_digest=digest,
             created=int(time.time()),
+            now_ms=lambda: time.time_ns() // 1_000_000,
+            fleet=self._cluster.fleet_id(),
+            of_start=[adapter.name for adapter in self._config.adapters],
+        )
+        self._retirement = Retirement(
+            self._workers_in_table, self._catalogue.is_named, resume_s=self._config.worker_wait_s
         )
         self._updates = AdapterUpdates(
             self._catalogue,
-            lambda: [life.client for life in self._lives.values() if life.client is not None],
+            self._retirement,
+            self._workers_in_table,
             lambda: self._service.changed(),
             allowed=self._config.allow_runtime_lora_updates,
             roots=self._config.lora_roots,
@@ -151,11 +163,19 @@ class ControllerActor:
             {digest: files},
             self._updates,
             lambda: [life.status() for life in self._lives.values()],
+            lambda: [life.client for life in self._lives.values() if life.client is not None],
         )
         surroundings = Surroundings(
             self._cluster,
             self._catalogue,
-            self._updates,
+            FleetAdapters(
+                self._catalogue,
+                self._retirement,
+                self._updates.staging,
+                self._service.changed,
+                lambda: all(life.adapters is not None for life in self._lives.values()),
+                self._events.add,
+            ),
             self._token,
             self._service.changed,
             self._events.add,
@@ -165,18 +185,26 @@ class ControllerActor:
         )
         num_ranks = self._config.engine.tensor_parallel_size
         self._lives = {name: WorkerLife(name, num_ranks, surroundings) for name in self._desired}
+        observed = await asyncio.to_thread(self._cluster.worker_names)
+        actions = reconcile(self._desired, observed)
+        self._is_restart = bool(observed)
+        if self._is_restart:
+            self._retirement.worker_lost()
+            self._catalogue.await_word(set(self._desired) & set(observed))
+            asyncio.get_running_loop().call_later(HEAR_S, self._heard_enough)
         self._server = create_server(self._token)
         add_ControllerServicer_to_server(self._service, self._server)
         self._server.add_insecure_port(f"{self._host}:{self._port}")
         await self._server.start()
-        actions = reconcile(self._desired, await asyncio.to_thread(self._cluster.worker_names))
         for name in actions.remove:
             await asyncio.to_thread(self._cluster.remove_worker, name)
         await asyncio.gather(*(self._create(name) for name in actions.create))
         if self._failed is not None:
             return  # there is no room: gateways would only hold their port
         await asyncio.gather(
-            self._gateways.follow(self._gateways_are_there), *(life.follow() for life in self._lives.values())
+            self._retirement.run(),
+            self._gateways.follow(self._gateways_are_there),
+            *(life.follow() for life in self._lives.values()),
         )
 
     async def _create(self, name: str, is_bare: bool = False) -> None:
@@ -196,6 +224,15 @@ class ControllerActor:
         except WorkerLost as lost:  # tried again when it is missed
             logger.warning("%s", lost)
 
+    def _workers_in_table(self) -> list[WorkerAdapters]:
+        lives = self._lives.values()
+        return [life.adapters for life in lives if life.client is not None and life.adapters is not None]
+
+    def _heard_enough(self) -> None:
+        """Workers that have not said yet what they know say it later."""
+        if self._catalogue.heard(*self._desired):
+            self._service.changed()
+
     def _started(self) -> None:
         if self._gateways_started and all(life.has_served for life in self._lives.values()):
             self._settled.set()
@@ -209,7 +246,7 @@ class ControllerActor:
 
     def _cannot_start(self, failure: WorkerFailed) -> bool:
         """The fleet cannot start. Of no consequence later on, when the worker is tried again until it can."""
-        if not self._settled.is_set():
+        if not self._settled.is_set() and not self._is_restart:
             self._failed = failure
             self._settled.set()
         return self._failed is not None

@@ -1,7 +1,9 @@
 """Adapters that are loaded and unloaded while the fleet serves: on every worker, then in the table, or not at all.
 
-Owns: the order of the two phases, and that a worker that comes back knows what the table names. Leaves to others: what
-is published (catalogue.py), the calls (worker_client.py).
+Owns: the order of the phases. A load is read by all workers, then noted by them as what the name stands for, then
+published; an unload is noted, then published. So what was acknowledged is known to a worker too, and a controller that
+is restarted has it from there; and what failed is known to nobody. Leaves to others: what names stand for
+(catalogue.py), a worker that has missed it (worker_adapters.py), the end of old versions (retirement.py).
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from typing import Any, Protocol, TypeVar
 
 import grpc.aio
 
 from lorafleet.controller.catalogue import Catalogue
-from lorafleet.controller.worker_client import WorkerClient
+from lorafleet.controller.reconcile import Key
+from lorafleet.controller.retirement import Freed, Retirement
+from lorafleet.controller.update_turns import UpdateTurns
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import (
@@ -27,23 +29,25 @@ from lorafleet.workers.errors import (
     LoRAFleetError,
     NotFoundError,
     WorkerUnavailableError,
+    quoted,
 )
-from lorafleet.workers.text.files import files_digest
 
 _T = TypeVar("_T")
 
 MAX_NAME_CHARS = 256
-GRACE_S = 2.0  # between a new table and the end of what it no longer names: requests that gateways have just resolved
-FREE_S = 30.0  # that an unload waits for running requests; afterwards they go on, and what they use is freed later
+MAX_ROOT_CHARS = 4096  # of a path, on Linux
+FORGET_S = 5.0  # for what a load that failed has left on a worker; later reconciling finds it
+KNOW_S = 15.0  # that a load or unload waits for a controller that has just started to know what there is
+_LOOK_S = 0.5  # between looks at whether a worker that reads an adapter is still there
 
 
-@dataclass(frozen=True, slots=True)
-class Freed:
-    """What an unload has given back, on all workers together."""
+class Worker(Protocol):
+    """What is asked of worker_adapters.py's `WorkerAdapters`."""
 
-    device_bytes: int
-    host_bytes: int
-    num_draining: int  # workers that still finish requests, and free later
+    async def register(self, adapter: worker_pb2.Adapter) -> worker_pb2.Adapter: ...
+    async def note(self, adapters: Sequence[worker_pb2.Adapter]) -> None: ...
+    async def unregister(self, key: Key, timeout_s: float) -> worker_pb2.UnregisterAdapterReply | None: ...
+    def wake(self) -> None: ...
 
 
 class AdapterUpdates:
@@ -52,7 +56,8 @@ class AdapterUpdates:
     def __init__(
         self,
         catalogue: Catalogue,
-        workers: Callable[[], Collection[WorkerClient]],
+        retirement: Retirement,
+        workers: Callable[[], Collection[Worker]],
         changed: Callable[[], None],
         *,
         allowed: bool,
@@ -61,13 +66,15 @@ class AdapterUpdates:
     ) -> None:
         """workers: those in the table. changed: called after each change of the catalogue. tell: called with a line and
         its log level for what happens to an adapter."""
+        self.staging: set[Key] = set()  # versions that are being brought to the workers, and are no name's yet
         self._tell = tell
         self._catalogue = catalogue
+        self._retirement = retirement
         self._workers = workers
         self._changed = changed
         self._allowed = allowed
         self._roots = roots
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns = UpdateTurns()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def load(
@@ -76,7 +83,8 @@ class AdapterUpdates:
         """Read and verify what lies at `root` on every worker, then let `name` stand for it.
 
         weight, pin: see Adapter in worker.proto. Raises `AdapterConflictError` for a name that is taken (unless
-        load_inplace), `AdapterRefusedError`, `WorkerUnavailableError`; the name then stands for what it did.
+        load_inplace), `AdapterRefusedError`, `QueueFullError`, `WorkerUnavailableError`; the name then stands for what
+        it did.
         """
         self._check_allowed()
         _check_name(name, root)
@@ -85,102 +93,98 @@ class AdapterUpdates:
                 f"weight is {weight}; it must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", param="weight"
             )
         if name in self._catalogue.base_names:
-            raise AdapterConflictError(f"{name!r} is a name of the base model. Choose another.", param="lora_name")
+            raise AdapterConflictError(
+                f"{quoted(name)} is a name of the base model. Choose another.", param="lora_name"
+            )
         # A caller who does not wait for it leaves nothing half done.
         return await asyncio.shield(self._keep(self._load(name, root, load_inplace, weight, pin)))
-
-    async def _load(self, name: str, root: str, load_inplace: bool, weight: float, pin: bool) -> worker_pb2.Adapter:
-        async with self._lock(name):
-            current = self._catalogue.adapter(name)
-            if current is not None and not load_inplace:
-                raise AdapterConflictError(
-                    f"The LoRA adapter {name!r} has already been loaded, from {current.root}. Set 'load_inplace' to "
-                    "true to replace it, or unload it first.",
-                    param="lora_name",
-                )
-            wanted = worker_pb2.Adapter(
-                name=name,
-                version=self._catalogue.next_version(name),
-                root=root,
-                parent=current.parent if current is not None else "",
-                created=int(time.time()),
-                weight=weight,
-                pin=pin,
-            )
-            workers = list(self._workers())
-            adapter = await self._stage(wanted, workers)
-            self._catalogue.put_adapter(adapter)
-            self._changed()
-            if current is not None:
-                self._keep(self._free(current))
-            for worker in self._workers():
-                if worker not in workers:  # it came (back) meanwhile
-                    await self.sync(worker)
-        self._tell(f"adapter {name} is version {adapter.version}, {adapter.digest}, from {root}", logging.INFO)
-        return adapter
 
     async def unload(self, name: str) -> Freed:
         """Take a name out of the table, let its requests finish, and have its memory freed.
 
-        Raises `UnknownModelError`.
+        Raises `UnknownModelError`, `AdapterConflictError`, `QueueFullError`, `WorkerUnavailableError`.
         """
         self._check_allowed()
-        async with self._lock(name):
-            adapter = self._catalogue.drop_adapter(name)
-            self._changed()
-        self._tell(f"adapter {name} is unloaded", logging.INFO)
-        return await asyncio.shield(self._keep(self._free(adapter)))
-
-    async def sync(self, worker: WorkerClient) -> list[str]:
-        """Make a worker know just what the catalogue names; the names of those it cannot have.
-
-        On return nothing is to be done any more, so that a caller who does not wait in between can publish the worker.
-        """
-        failed: set[tuple[str, int]] = set()
-        known = {(adapter.name, adapter.version): adapter for adapter in await worker.adapters()}
-        self._catalogue.adopt(known.values())
-        while True:
-            wanted = {(adapter.name, adapter.version): adapter for adapter in self._catalogue.adapters()}
-            missing = [wanted[key] for key in wanted.keys() - known.keys() - failed]
-            surplus = [
-                adapter for key, adapter in known.items() if key not in wanted or wanted[key].digest != adapter.digest
-            ]
-            if not missing and not surplus:
-                return sorted(name for name, _ in failed)
-            for adapter in surplus:
-                del known[adapter.name, adapter.version]
-                await self._unregister(worker, adapter)
-            for adapter in missing:
-                try:
-                    found = await worker.register(adapter, ())
-                    if found.digest != adapter.digest:
-                        await self._unregister(worker, adapter)
-                        raise AdapterRefusedError(
-                            f"{adapter.root} is not what was loaded as {adapter.name!r} any more. Load it in place.",
-                            reason="changed",
-                        )
-                except LoRAFleetError as error:
-                    self._tell(f"adapter {adapter.name} cannot be loaded again: {error.message}", logging.ERROR)
-                    failed.add((adapter.name, adapter.version))
-                else:
-                    known[adapter.name, adapter.version] = adapter
-
-    async def files(self, digest: str) -> dict[str, bytes] | None:
-        """An adapter's tokenizer and template, from a worker that has them; None: none has."""
-        for worker in list(self._workers()):
-            try:
-                files = await worker.files(digest)
-            except grpc.aio.AioRpcError:
-                continue
-            if files_digest(files) == digest:
-                return files
-        return None
+        return await asyncio.shield(self._keep(self._unload(name)))
 
     async def close(self) -> None:
         """Stop whatever is under way."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _load(self, name: str, root: str, load_inplace: bool, weight: float, pin: bool) -> worker_pb2.Adapter:
+        async with self._turns.of(name, takes_place=True):
+            await self._know_names()
+            current = self._catalogue.adapter(name)
+            if current is not None and not load_inplace:
+                raise AdapterConflictError(
+                    f"The LoRA adapter {quoted(name)} has already been loaded, from {quoted(current.root)}. Set "
+                    "'load_inplace' to true to replace it, or unload it first.",
+                    param="lora_name",
+                )
+            wanted = worker_pb2.Adapter(
+                name=name,
+                version=self._catalogue.next_version(),
+                root=root,
+                parent=current.parent if current is not None else "",
+                created=int(time.time()),
+                weight=weight,
+                pin=pin,
+                allowed_roots=self._roots,
+            )
+            self.staging.add((name, wanted.version))
+            try:
+                adapter = await self._stage(wanted)
+                self._catalogue.put_adapter(adapter)
+            finally:
+                self.staging.discard((name, wanted.version))
+            noted = await self._note(adapter)
+            self._publish()
+            if current is not None:
+                self._retirement.add(current)
+        self._tell(
+            f"adapter {name} is version {adapter.version}, {adapter.digest}, from {adapter.place or root}", logging.INFO
+        )
+        if not noted:
+            raise WorkerUnavailableError(
+                "All workers were lost while the adapter was loaded. It is there when they are back, unless the "
+                "controller is lost too: see GET /v1/models."
+            )
+        return adapter
+
+    async def _unload(self, name: str) -> Freed:
+        async with self._turns.of(name, takes_place=False):
+            await self._know_names()
+            if self._catalogue.adapter(name) is not None and not self._workers():
+                raise WorkerUnavailableError("No worker is there to note the unload. Try again in a moment.")
+            adapter = self._catalogue.drop_adapter(name)
+            newest = self._catalogue.names.get(name)
+            assert newest is not None
+            noted = await self._note(newest)
+            self._publish()
+            self._retirement.add(adapter)
+        self._tell(f"adapter {name} is unloaded", logging.INFO)
+        if not noted:
+            raise WorkerUnavailableError(
+                "The adapter is unloaded, but all workers were lost before they had noted it. Should the controller be "
+                "lost too, it may be back: see GET /v1/models."
+            )
+        return await self._retirement.freed(adapter)
+
+    async def _know_names(self) -> None:
+        """Before, a name that is taken might seem free."""
+        try:
+            async with asyncio.timeout(KNOW_S):
+                while not self._catalogue.knows_names:  # noqa: ASYNC110 - a pure catalogue has no events
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise WorkerUnavailableError("The fleet is just starting. Try again in a moment.") from None
+
+    def _publish(self) -> None:
+        self._changed()
+        for worker in self._workers():
+            worker.wake()
 
     def _check_allowed(self) -> None:
         if not self._allowed:
@@ -189,31 +193,41 @@ class AdapterUpdates:
                 "--lora-root."
             )
 
-    def _lock(self, name: str) -> asyncio.Lock:
-        return self._locks.setdefault(name, asyncio.Lock())
+    async def _stage(self, wanted: worker_pb2.Adapter) -> worker_pb2.Adapter:
+        """Have every worker read it; nobody names it yet.
 
-    async def _stage(self, wanted: worker_pb2.Adapter, workers: Sequence[WorkerClient]) -> worker_pb2.Adapter:
-        """Have every worker read it; nobody names it yet."""
-        if not workers:
-            raise WorkerUnavailableError("No worker is there to load the adapter. Try again in a moment.")
-        answers = await asyncio.gather(
-            *(worker.register(wanted, self._roots) for worker in workers), return_exceptions=True
-        )
-        found = [answer for answer in answers if isinstance(answer, worker_pb2.Adapter)]
-        problems = [answer for answer in answers if isinstance(answer, BaseException)]
-        if not problems and len({adapter.digest for adapter in found}) == 1:
-            return found[0]
-        await asyncio.gather(*(self._unregister(worker, wanted) for worker in workers))
-        for problem in problems:
-            if isinstance(problem, grpc.aio.AioRpcError):
-                raise WorkerUnavailableError(
-                    f"A worker was lost while it read the adapter ({problem.code().name}). Nothing changed; try again."
-                ) from problem
-            raise problem
-        raise AdapterRefusedError(
-            f"{wanted.root} is not the same on all workers. Give a path that they share, or a hub id.",
-            reason="workers_disagree",
-        )
+        A worker that is lost meanwhile, or does not answer, gets it when it is back; one at least must have it.
+        """
+        reading: dict[Worker, asyncio.Task[worker_pb2.Adapter]] = {}
+        try:
+            while True:
+                for worker in self._workers():
+                    if worker not in reading:  # the others came (back) meanwhile
+                        reading[worker] = self._keep(worker.register(wanted))
+                awaited = [reading[worker] for worker in self._workers() if not reading[worker].done()]
+                if not awaited or any(isinstance(_problem(task), LoRAFleetError) for task in reading.values()):
+                    break
+                await asyncio.wait(awaited, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            return _agreed(wanted, list(reading.values()))
+        except BaseException:
+            for task in reading.values():
+                task.cancel()
+            await asyncio.gather(
+                *(worker.unregister((wanted.name, wanted.version), FORGET_S) for worker in reading),
+                return_exceptions=True,
+            )
+            raise
+        finally:
+            for task in reading.values():  # those of workers that are lost
+                task.cancel()
+
+    async def _note(self, adapter: worker_pb2.Adapter) -> int:
+        """Have the workers remember what a name stands for; how many do."""
+        answers = await asyncio.gather(*(worker.note([adapter]) for worker in self._workers()), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, grpc.aio.AioRpcError):
+                raise answer
+        return sum(answer is None for answer in answers)
 
     def _keep(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(work)
@@ -221,25 +235,34 @@ class AdapterUpdates:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _free(self, adapter: worker_pb2.Adapter) -> Freed:
-        await asyncio.sleep(GRACE_S)
-        replies = await asyncio.gather(*(self._unregister(worker, adapter) for worker in self._workers()))
-        return Freed(
-            sum(reply.device_bytes for reply in replies if reply is not None),
-            sum(reply.host_bytes for reply in replies if reply is not None),
-            sum(reply is None for reply in replies),
-        )
 
-    async def _unregister(
-        self, worker: WorkerClient, adapter: worker_pb2.Adapter
-    ) -> worker_pb2.UnregisterAdapterReply | None:
-        """None: it still drains. A worker that is lost has nothing to free; when it is back, `sync` sees to it."""
-        try:
-            return await worker.unregister(adapter, FREE_S)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                return None
-            return worker_pb2.UnregisterAdapterReply()
+def _problem(task: asyncio.Task[worker_pb2.Adapter]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
+
+
+def _agreed(wanted: worker_pb2.Adapter, reading: Sequence[asyncio.Task[worker_pb2.Adapter]]) -> worker_pb2.Adapter:
+    """What all workers found. Raises what is wrong with it."""
+    for task in reading:
+        problem = _problem(task)
+        if problem is not None and not isinstance(problem, grpc.aio.AioRpcError):
+            raise problem
+    found = [task.result() for task in reading if task.done() and not task.cancelled() and _problem(task) is None]
+    if not found:
+        raise WorkerUnavailableError(
+            "All workers were lost while they read the adapter. Nothing changed; try again in a moment."
+            if reading
+            else "No worker is there to load the adapter. Try again in a moment."
+        )
+    if len({adapter.digest for adapter in found}) > 1:
+        raise AdapterRefusedError(
+            f"{quoted(wanted.root)} is not the same on all workers. Give a path that they share, or a hub id.",
+            reason="workers_disagree",
+        )
+    adapter = worker_pb2.Adapter()
+    adapter.CopyFrom(found[0])
+    if len({other.place for other in found}) > 1:  # each finds it in its own way, and knows it by its digest
+        adapter.place = ""
+    return adapter
 
 
 def _check_name(name: str, root: str) -> None:
@@ -247,6 +270,12 @@ def _check_name(name: str, root: str) -> None:
         raise InvalidRequestError("Both 'lora_name' and 'lora_path' must be given.", param="lora_name")
     if len(name) > MAX_NAME_CHARS or not name.isprintable() or name != name.strip():
         raise InvalidRequestError(
-            f"lora_name must be at most {MAX_NAME_CHARS} printable characters without blanks around them.",
+            f"lora_name is {quoted(name)}; it must be at most {MAX_NAME_CHARS} printable characters without blanks "
+            "around them.",
             param="lora_name",
+        )
+    if len(root) > MAX_ROOT_CHARS or "\0" in root:
+        raise InvalidRequestError(
+            f"lora_path is {quoted(root)}; it must be at most {MAX_ROOT_CHARS} characters, none of them NUL.",
+            param="lora_path",
         )

@@ -1,93 +1,155 @@
 """What the fleet serves and on which workers: the routing table and its version. Pure; the clock is given.
 
-In memory only: rebuilt from the first worker's adapters whenever the controller starts.
+In memory only. A controller that starts has it back from what workers and gateways were told: of each name the newest
+version counts. What is lost with all of them together is what the start-up's configuration does not say.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.actor import WorkerReady
-from lorafleet.workers.errors import UnknownModelError
+from lorafleet.workers.adapter_names import AdapterNames
+from lorafleet.workers.errors import UnknownModelError, quoted
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A worker in the table."""
+
+    worker: WorkerReady
+    state: worker_pb2.WorkerState
+    lacking: Callable[[], Sequence[controller_pb2.LackingAdapter]]  # of the adapters, those that it does not have now
 
 
 class Catalogue:
     """Changes through its methods only; `version` grows with each change."""
 
-    def __init__(self, *, names: Sequence[str], root: str, tokenizer_digest: str, created: int) -> None:
-        """names: of the base model, canonical first. created: unix seconds."""
+    def __init__(
+        self,
+        *,
+        names: Sequence[str],
+        root: str,
+        tokenizer_digest: str,
+        created: int,
+        now_ms: Callable[[], int],
+        fleet: str = "",
+        of_start: Collection[str] = (),
+    ) -> None:
+        """names: of the base model, canonical first. created: unix seconds. now_ms: unix milliseconds.
+
+        fleet: the same for all runs of its controller. of_start: names of adapters that workers load when they start.
+        """
         self.incarnation = uuid.uuid4().hex
+        self.fleet = fleet
         self.version = 1
         self.base_names = tuple(names)
+        self.names = AdapterNames(of_start)  # changed here only
         self._root = root
         self._tokenizer_digest = tokenizer_digest
         self._created = created
-        self._adapters: dict[str, worker_pb2.Adapter] | None = None  # None: no worker has said yet
-        self._last_versions: dict[str, int] = {}  # a version is never used again, not even after an unload
-        self._workers: dict[str, tuple[WorkerReady, worker_pb2.WorkerState]] = {}
+        self._now_ms = now_ms
+        self._highest = 0  # version of any adapter that was ever seen
+        self._rows: dict[str, _Row] = {}
         self._last: WorkerReady | None = None  # the base's sizes stay known while no worker is up
+        self._unheard: set[str] = set()
 
     @property
     def is_complete(self) -> bool:
-        """Whether a worker has said what it serves. A table from before would make gateways drop their sessions."""
-        return self._last is not None
+        """Whether enough is known to publish. A table from before would make gateways drop sessions and adapters."""
+        return self._last is not None and self.knows_names
 
-    def put_worker(self, worker: WorkerReady, state: worker_pb2.WorkerState) -> bool:
-        """Add a worker or note its state; whether that changed the table."""
-        if self._workers.get(worker.worker_id) == (worker, state):
+    @property
+    def knows_names(self) -> bool:
+        """Whether all who may know of adapters have been heard."""
+        return not self._unheard
+
+    def await_word(self, workers: Iterable[str]) -> None:
+        """Workers of an earlier run of the controller, by their places: they may know of adapters."""
+        self._unheard.update(workers)
+
+    def heard(self, *workers: str) -> bool:
+        """They have said what they know, or are lost; whether that was awaited."""
+        awaited = not self._unheard.isdisjoint(workers)
+        self._unheard.difference_update(workers)
+        return awaited
+
+    def put_worker(
+        self,
+        worker: WorkerReady,
+        state: worker_pb2.WorkerState,
+        lacking: Callable[[], Sequence[controller_pb2.LackingAdapter]] = tuple,
+    ) -> bool:
+        """Add a worker or note its state; whether that changed the table. lacking: called for each table."""
+        known = self._rows.get(worker.worker_id)
+        if known is not None and (known.worker, known.state) == (worker, state):
             return False
-        self._workers[worker.worker_id] = (worker, state)
+        self._rows[worker.worker_id] = _Row(worker, state, lacking)
         self._last = worker
         self.version += 1
         return True
 
     def drop_worker(self, worker_id: str) -> bool:
         """Forget a worker; whether it was there."""
-        if self._workers.pop(worker_id, None) is None:
+        if self._rows.pop(worker_id, None) is None:
             return False
         self.version += 1
         return True
 
-    def adopt(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
-        """Take the adapters of the first worker that is met as the fleet's, of each name the newest version."""
-        if self._adapters is None:
-            self._adapters = {}
-            for adapter in sorted(adapters, key=lambda adapter: adapter.version):
-                self.put_adapter(adapter)
+    def lacking_changed(self) -> None:
+        """What some worker lacks is not what it was."""
+        self.version += 1
+
+    def note(self, adapters: Iterable[worker_pb2.Adapter]) -> bool:
+        """Take what another part of the fleet knows of names, where it is newer; whether it was."""
+        told = [adapter for adapter in adapters if adapter.name not in self.base_names]
+        self.see(adapter.version for adapter in told)
+        if not self.names.note(told):
+            return False
+        self.version += 1
+        return True
+
+    def see(self, versions: Iterable[int]) -> None:
+        """Versions that exist somewhere: they are not given again."""
+        self._highest = max(self._highest, *versions, 0)
 
     def adapters(self) -> list[worker_pb2.Adapter]:
-        return list((self._adapters or {}).values())
+        return self.names.loaded()
 
     def adapter(self, name: str) -> worker_pb2.Adapter | None:
-        return (self._adapters or {}).get(name)
+        adapter = self.names.get(name)
+        return None if adapter is None or adapter.unloaded else adapter
 
-    def next_version(self, name: str) -> int:
-        return self._last_versions.get(name, 0) + 1
+    def is_named(self, digest: str) -> bool:
+        """Whether some name stands for this content."""
+        return any(adapter.digest == digest for adapter in self.names.loaded())
+
+    def next_version(self) -> int:
+        """One that no adapter had. A clock that is set back does no harm while one part of the fleet remembers."""
+        self._highest = max(self._highest + 1, self._now_ms())
+        return self._highest
 
     def put_adapter(self, adapter: worker_pb2.Adapter) -> None:
         """Let a name stand for this version from now on."""
-        assert self._adapters is not None
-        assert adapter.version >= self.next_version(adapter.name)
-        self._adapters[adapter.name] = adapter
-        self._last_versions[adapter.name] = adapter.version
-        self.version += 1
+        assert self.note([adapter]), "an old version"
 
     def drop_adapter(self, name: str) -> worker_pb2.Adapter:
-        """Forget a name; what it stood for. Raises `UnknownModelError`."""
-        adapter = (self._adapters or {}).pop(name, None)
+        """Let a name stand for nothing; what it stood for. Raises `UnknownModelError`."""
+        adapter = self.adapter(name)
         if adapter is None:
             raise UnknownModelError(
-                f"The LoRA adapter {name!r} cannot be found. GET /v1/models lists those that are loaded.",
+                f"The LoRA adapter {quoted(name)} cannot be found. GET /v1/models lists those that are loaded.",
                 param="lora_name",
             )
-        self.version += 1
+        self.put_adapter(worker_pb2.Adapter(name=name, version=self.next_version(), unloaded=True))
         return adapter
 
     def table(self) -> controller_pb2.RoutingTable:
         """The table as gateways get it."""
-        table = controller_pb2.RoutingTable(incarnation=self.incarnation, version=self.version)
+        table = controller_pb2.RoutingTable(incarnation=self.incarnation, version=self.version, fleet=self.fleet)
         table.base.names.extend(self.base_names)
         table.base.root = self._root
         table.base.created = self._created
@@ -95,18 +157,23 @@ class Catalogue:
         if self._last is not None:
             table.base.max_model_len = self._last.max_model_len
             table.base.vocab_size = self._last.vocab_size
-        for adapter in self.adapters():
+        for adapter in self.names.all():
+            if adapter.unloaded:
+                table.unloaded.append(adapter)
+                continue
             row = table.adapters.add()
             row.CopyFrom(adapter)
             row.parent = adapter.parent or self.base_names[0]
-        for worker, state in self._workers.values():
+        for entry in self._rows.values():
+            worker = entry.worker
             table.workers.add(
                 worker_id=worker.worker_id,
                 generation=worker.generation,
                 address=worker.address,
-                state=state,
+                state=entry.state,
                 max_num_seqs=worker.max_num_seqs,
                 max_loras=worker.max_loras,
                 num_ranks=worker.num_ranks,
+                lacking=entry.lacking(),
             )
         return table

@@ -51,6 +51,10 @@ class WorkerCluster:
         """Of the node that this runs on, as the others of the cluster reach it."""
         return str(ray.util.get_node_ip_address())
 
+    def fleet_id(self) -> str:
+        """Of the controller's actor: the same after each of its restarts, and another fleet's is another."""
+        return str(ray.get_runtime_context().get_actor_id() or "")
+
     def worker_names(self) -> list[str]:
         """Workers that exist, in whatever state."""
         return [name for name in actor_names() if name.startswith(WORKER_PREFIX)]

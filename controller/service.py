@@ -10,13 +10,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import grpc
+import grpc.aio
 
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
+from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2
 from lorafleet.workers.errors import LoRAFleetError, ModelError
 from lorafleet.workers.rpc import failure_of
-from lorafleet.workers.text.files import chunks, read_text_files
+from lorafleet.workers.text.files import chunks, files_digest, read_text_files
 
 
 def read_tokenizer_files(model_dir: Path) -> dict[str, bytes]:
@@ -36,9 +38,11 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         files: Mapping[str, Mapping[str, bytes]],
         updates: AdapterUpdates,
         workers: Callable[[], Sequence[controller_pb2.WorkerStatus]],
+        clients: Callable[[], Sequence[WorkerClient]] = tuple,
     ) -> None:
-        """files: by digest, then by name. workers: how the wanted ones are."""
+        """files: by digest, then by name. workers: how the wanted ones are. clients: of those in the table."""
         self._workers = workers
+        self._clients = clients
         self._catalogue = catalogue
         self._updates = updates
         self._files = files
@@ -52,6 +56,8 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
     async def Watch(
         self, request: controller_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[controller_pb2.RoutingTable]:
+        if request.fleet and request.fleet == self._catalogue.fleet and self._catalogue.note(request.adapters):
+            self.changed()
         while True:
             changed = self._changed
             if self._catalogue.is_complete:
@@ -103,9 +109,20 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
     ) -> AsyncIterator[worker_pb2.FileChunk]:
         files = self._files.get(request.digest)
         if files is None:
-            files = await self._updates.files(request.digest)
+            files = await self._files_of_workers(request.digest)
         if files is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"No files with digest {request.digest} are known here.")
             return
         for name, data in chunks(files):
             yield worker_pb2.FileChunk(name=name, data=data)
+
+    async def _files_of_workers(self, digest: str) -> dict[str, bytes] | None:
+        """None: no worker has them."""
+        for client in self._clients():
+            try:
+                files = await client.files(digest)
+            except grpc.aio.AioRpcError:
+                continue
+            if files_digest(files) == digest:
+                return files
+        return None

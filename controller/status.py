@@ -43,6 +43,10 @@ def table(fleet: dict[str, Any]) -> str:
     rows = [_COLUMNS, *(_row(worker) for worker in fleet["workers"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for worker in fleet["workers"]:
+        lines += [f"{worker['name']} lacks {lacking['name']} ({lacking['reason']})" for lacking in worker["lacking"]]
+        if worker["num_lacking"] > len(worker["lacking"]):
+            lines.append(f"{worker['name']} lacks {worker['num_lacking'] - len(worker['lacking'])} more")
     return "\n".join([*lines, f"{fleet['num_adapters']} adapters, routing table version {fleet['table_version']}"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,8 +12,9 @@ from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, error_of
 
 CALL_S = 5.0
+LIST_S = 10.0
 FILES_S = 30.0
-REGISTER_S = 600.0  # an adapter may have to be downloaded
+REGISTER_S = 540.0  # an adapter may have to be downloaded; gateways wait for 600 s
 
 
 class WorkerClient:
@@ -41,21 +42,37 @@ class WorkerClient:
         reply = await self._call(self._stub.Drain, worker_pb2.DrainRequest(), CALL_S)
         return int(reply.num_unfinished)
 
-    async def adapters(self) -> list[worker_pb2.Adapter]:
-        reply = await self._call(self._stub.ListAdapters, worker_pb2.ListAdaptersRequest(), CALL_S)
-        return list(reply.adapters)
+    async def adapters(self) -> worker_pb2.ListAdaptersReply:
+        """What is registered there, and what names stand for as far as it was told."""
+        reply: worker_pb2.ListAdaptersReply = await self._call(
+            self._stub.ListAdapters, worker_pb2.ListAdaptersRequest(), LIST_S
+        )
+        return reply
 
-    async def register(self, adapter: worker_pb2.Adapter, allowed_roots: Sequence[str] = ()) -> worker_pb2.Adapter:
-        """Have `adapter` read from its root; as the worker found it. Raises the worker's `AdapterRefusedError`."""
+    async def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
+        """Tell it what names stand for."""
+        await self._call(self._stub.NoteAdapters, worker_pb2.NoteAdaptersRequest(adapters=adapters), CALL_S)
+
+    async def used(self, digests: Sequence[str], cut_s: float) -> set[str]:
+        """Which of these its requests need, or may need again elsewhere, having been cut at most so long ago."""
+        request = worker_pb2.GetUseRequest(digests=digests, cut_s=cut_s)
+        return set((await self._call(self._stub.GetUse, request, CALL_S)).digests)
+
+    async def register(self, adapter: worker_pb2.Adapter) -> worker_pb2.Adapter:
+        """Have `adapter` read from its place, or its root if that was not found yet; as the worker found it.
+
+        With a digest it is refused when the files are others. Raises the worker's `AdapterRefusedError`.
+        """
         request = worker_pb2.RegisterAdapterRequest(
             name=adapter.name,
             version=adapter.version,
-            root=adapter.root,
+            root=adapter.place or adapter.root,
             parent=adapter.parent,
             created=adapter.created,
             weight=adapter.weight,
             pin=adapter.pin,
-            allowed_roots=allowed_roots,
+            allowed_roots=adapter.allowed_roots,
+            digest=adapter.digest,
         )
         reply = await self._call(self._stub.RegisterAdapter, request, REGISTER_S)
         if reply.HasField("failure"):
@@ -63,9 +80,9 @@ class WorkerClient:
         registered: worker_pb2.Adapter = reply.adapter
         return registered
 
-    async def unregister(self, adapter: worker_pb2.Adapter, timeout_s: float) -> worker_pb2.UnregisterAdapterReply:
+    async def unregister(self, name: str, version: int, timeout_s: float) -> worker_pb2.UnregisterAdapterReply:
         """Have it forgotten, and wait until it is freed, for at most `timeout_s`."""
-        request = worker_pb2.UnregisterAdapterRequest(name=adapter.name, version=adapter.version)
+        request = worker_pb2.UnregisterAdapterRequest(name=name, version=version)
         reply: worker_pb2.UnregisterAdapterReply = await self._call(self._stub.UnregisterAdapter, request, timeout_s)
         return reply
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import Protocol
 
 import grpc
 
-from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.cluster import WorkerLost
+from lorafleet.controller.worker_adapters import FleetAdapters, WorkerAdapters
 from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
@@ -32,7 +31,7 @@ ENDED_S = 15.0  # and after so long it is ended, if it has not ended by itself
 START_TIMEOUT_S = 600.0
 RETRY_S = 1.0
 RESTART_S = 10.0  # between attempts of a worker that cannot start, such as one whose files are away
-RESYNC_S = 30.0  # between attempts to load an adapter again that a restarted worker could not read
+SETTLE_S = 10.0  # that a worker stays out of the table while it loads the fleet's adapters; the rest it loads later
 _REFUSED = ERRORS[AdapterRefusedError].code
 
 
@@ -50,7 +49,7 @@ class Surroundings:
 
     cluster: Cluster
     catalogue: Catalogue
-    updates: AdapterUpdates
+    adapters: FleetAdapters
     token: str
     table_changed: Callable[[], None]
     tell: Callable[[str, int], None]  # an event's line and log level
@@ -66,6 +65,7 @@ class WorkerLife:
         self.name = name
         self.ready: WorkerReady | None = None  # as it last started
         self.client: WorkerClient | None = None  # while it is in the table
+        self.adapters: WorkerAdapters | None = None  # of its process, when it has said what it has
         self.has_served = False
         self._num_ranks = num_ranks
         self._surroundings = surroundings
@@ -83,6 +83,7 @@ class WorkerLife:
                 worker = await cluster.worker_ready(self.name, START_TIMEOUT_S)
             except WorkerLost as lost:
                 logger.warning("worker %s is not there: %s", self.name, lost)
+                self._heard()
                 await asyncio.sleep(RETRY_S)
                 await self._surroundings.create(self.name, self._is_bare)
                 continue
@@ -94,9 +95,16 @@ class WorkerLife:
                 self._tell(f"is {worker.worker_id}, generation {worker.generation}, at {worker.address}")
             self.ready = worker
             async with WorkerClient(worker.address, self._surroundings.token) as client:
-                why = await self._poll_until_lost(worker, client)
+                adapters = WorkerAdapters(self.name, client, self._surroundings.adapters)
+                following = asyncio.create_task(adapters.follow(), name=f"adapters of {self.name}")
+                try:
+                    why = await self._poll_until_lost(worker, client, adapters)
+                finally:
+                    following.cancel()
+                    await asyncio.gather(following, return_exceptions=True)
             self._leave_table(worker)
-            self._report = None
+            self.adapters = self._report = None
+            self._heard()
             self._tell(f"is lost ({worker.worker_id}, generation {worker.generation}): {why}", logging.WARNING)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -138,6 +146,8 @@ class WorkerLife:
             status.report.CopyFrom(self._report)
             status.report_age_s = time.monotonic() - self._answered_at
             status.max_num_seqs, status.max_loras = self.ready.max_num_seqs, self.ready.max_loras
+        if self.adapters is not None:
+            status.lacking.extend(self.adapters.lacking())
         return status
 
     def _tell(self, what: str, level: int = logging.INFO) -> None:
@@ -146,6 +156,7 @@ class WorkerLife:
     async def _start_again(self, failed: WorkerFailed) -> None:
         """One that cannot start is tried again until it can, unless the fleet has never served."""
         cluster = self._surroundings.cluster
+        self._heard()
         self._tell(f"cannot start: {failed.message}", logging.ERROR)
         is_final = self._surroundings.cannot_start(failed)
         if not is_final and failed.code == _REFUSED and not self._is_bare:
@@ -157,18 +168,14 @@ class WorkerLife:
             await asyncio.sleep(RESTART_S)
             await asyncio.to_thread(cluster.restart_worker, self.name)
 
-    async def _poll_until_lost(self, worker: WorkerReady, client: WorkerClient) -> str:
+    async def _poll_until_lost(self, worker: WorkerReady, client: WorkerClient, adapters: WorkerAdapters) -> str:
         """Publish it once it knows the fleet's adapters, and follow its state; why it is lost, for people."""
-        updates = self._surroundings.updates
-        self._answered_at = sync_at = time.monotonic()
+        self._answered_at = began = time.monotonic()
         while True:
             try:
                 report = await client.report()
                 if (report.worker_id, report.generation) != _identity(worker):
                     return "another one answers at its address"
-                if time.monotonic() >= sync_at:
-                    failed = await updates.sync(client)
-                    sync_at = time.monotonic() + RESYNC_S if failed else math.inf
             except grpc.aio.AioRpcError as error:
                 # A refused connection is a dead process; silence may be a busy machine.
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -185,15 +192,27 @@ class WorkerLife:
                     )
             else:
                 self._answered_at, self._report = time.monotonic(), report
-                self._enter_table(worker, client, report.state)
+                if adapters.has_looked:
+                    self.adapters = adapters
+                    self._heard()
+                    if adapters.is_settled or time.monotonic() - began > SETTLE_S:
+                        self._enter_table(worker, client, report.state, adapters)
             await asyncio.sleep(POLL_S)
 
-    def _enter_table(self, worker: WorkerReady, client: WorkerClient, state: worker_pb2.WorkerState) -> None:
+    def _heard(self) -> None:
+        """What it knows of adapters is known, or is lost with it."""
+        if self._surroundings.catalogue.heard(self.name):
+            self._surroundings.table_changed()
+
+    def _enter_table(
+        self, worker: WorkerReady, client: WorkerClient, state: worker_pb2.WorkerState, adapters: WorkerAdapters
+    ) -> None:
         is_new = self.client is None
         self.client = client
-        if self._surroundings.catalogue.put_worker(worker, state):
+        if self._surroundings.catalogue.put_worker(worker, state, adapters.lacking):
             self._surroundings.table_changed()
         if is_new:
+            adapters.wake()
             self._tell("gets requests")
             self.has_served = True
             self._surroundings.started()
@@ -205,6 +224,7 @@ class WorkerLife:
         self.client = None
         if not self._surroundings.catalogue.drop_worker(worker.worker_id):
             return False
+        self._surroundings.adapters.retirement.worker_lost()
         self._surroundings.table_changed()
         return True
 

@@ -8,24 +8,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WatchRequest(_message.Message):
-    __slots__ = ("gateway_id",)
+    __slots__ = ("gateway_id", "fleet", "adapters")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    FLEET_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
-    def __init__(self, gateway_id: _Optional[str] = ...) -> None: ...
+    fleet: str
+    adapters: _containers.RepeatedCompositeFieldContainer[_worker_pb2.Adapter]
+    def __init__(self, gateway_id: _Optional[str] = ..., fleet: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[_worker_pb2.Adapter, _Mapping]]] = ...) -> None: ...
 
 class RoutingTable(_message.Message):
-    __slots__ = ("incarnation", "version", "base", "adapters", "workers")
+    __slots__ = ("incarnation", "version", "base", "adapters", "workers", "fleet", "unloaded")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    FLEET_FIELD_NUMBER: _ClassVar[int]
+    UNLOADED_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     version: int
     base: BaseModel
     adapters: _containers.RepeatedCompositeFieldContainer[_worker_pb2.Adapter]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerEndpoint]
-    def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_worker_pb2.Adapter, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerEndpoint, _Mapping]]] = ...) -> None: ...
+    fleet: str
+    unloaded: _containers.RepeatedCompositeFieldContainer[_worker_pb2.Adapter]
+    def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_worker_pb2.Adapter, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerEndpoint, _Mapping]]] = ..., fleet: _Optional[str] = ..., unloaded: _Optional[_Iterable[_Union[_worker_pb2.Adapter, _Mapping]]] = ...) -> None: ...
 
 class BaseModel(_message.Message):
     __slots__ = ("names", "root", "created", "tokenizer_digest", "max_model_len", "vocab_size")
@@ -44,7 +52,7 @@ class BaseModel(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., root: _Optional[str] = ..., created: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class WorkerEndpoint(_message.Message):
-    __slots__ = ("worker_id", "generation", "address", "state", "max_num_seqs", "max_loras", "num_ranks")
+    __slots__ = ("worker_id", "generation", "address", "state", "max_num_seqs", "max_loras", "num_ranks", "lacking")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +60,7 @@ class WorkerEndpoint(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_LORAS_FIELD_NUMBER: _ClassVar[int]
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    LACKING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     generation: int
     address: str
@@ -59,7 +68,18 @@ class WorkerEndpoint(_message.Message):
     max_num_seqs: int
     max_loras: int
     num_ranks: int
-    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ..., num_ranks: _Optional[int] = ...) -> None: ...
+    lacking: _containers.RepeatedCompositeFieldContainer[LackingAdapter]
+    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ..., num_ranks: _Optional[int] = ..., lacking: _Optional[_Iterable[_Union[LackingAdapter, _Mapping]]] = ...) -> None: ...
+
+class LackingAdapter(_message.Message):
+    __slots__ = ("name", "digest", "reason")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    reason: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "root", "load_inplace", "weight", "pin")
@@ -98,7 +118,7 @@ class FleetStatus(_message.Message):
     def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., num_adapters: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("name", "state", "num_ranks", "num_starts", "report", "report_age_s", "max_num_seqs", "max_loras")
+    __slots__ = ("name", "state", "num_ranks", "num_starts", "report", "report_age_s", "max_num_seqs", "max_loras", "lacking")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +127,7 @@ class WorkerStatus(_message.Message):
     REPORT_AGE_S_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_LORAS_FIELD_NUMBER: _ClassVar[int]
+    LACKING_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     num_ranks: int
@@ -115,7 +136,8 @@ class WorkerStatus(_message.Message):
     report_age_s: float
     max_num_seqs: int
     max_loras: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_starts: _Optional[int] = ..., report: _Optional[_Union[_worker_pb2.WorkerReport, _Mapping]] = ..., report_age_s: _Optional[float] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ...) -> None: ...
+    lacking: _containers.RepeatedCompositeFieldContainer[LackingAdapter]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_starts: _Optional[int] = ..., report: _Optional[_Union[_worker_pb2.WorkerReport, _Mapping]] = ..., report_age_s: _Optional[float] = ..., max_num_seqs: _Optional[int] = ..., max_loras: _Optional[int] = ..., lacking: _Optional[_Iterable[_Union[LackingAdapter, _Mapping]]] = ...) -> None: ...
 
 class AdapterUpdate(_message.Message):
     __slots__ = ("failure", "incarnation", "version", "device_bytes", "host_bytes", "num_draining")

@@ -305,7 +305,7 @@ class EngineCounters(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_adapter_loads: _Optional[int] = ..., num_slot_loads: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank", "text_digest", "vocab_size", "weight", "pin", "not_composable")
+    __slots__ = ("name", "digest", "version", "root", "parent", "created", "lora_rank", "text_digest", "vocab_size", "weight", "pin", "not_composable", "place", "allowed_roots", "unloaded")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +318,9 @@ class Adapter(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     NOT_COMPOSABLE_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_ROOTS_FIELD_NUMBER: _ClassVar[int]
+    UNLOADED_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     version: int
@@ -330,10 +333,13 @@ class Adapter(_message.Message):
     weight: float
     pin: bool
     not_composable: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ..., text_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., weight: _Optional[float] = ..., pin: bool = ..., not_composable: _Optional[str] = ...) -> None: ...
+    place: str
+    allowed_roots: _containers.RepeatedScalarFieldContainer[str]
+    unloaded: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ..., text_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., weight: _Optional[float] = ..., pin: bool = ..., not_composable: _Optional[str] = ..., place: _Optional[str] = ..., allowed_roots: _Optional[_Iterable[str]] = ..., unloaded: bool = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "version", "root", "parent", "created", "allowed_roots", "weight", "pin")
+    __slots__ = ("name", "version", "root", "parent", "created", "allowed_roots", "weight", "pin", "digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +348,7 @@ class RegisterAdapterRequest(_message.Message):
     ALLOWED_ROOTS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     root: str
@@ -350,7 +357,8 @@ class RegisterAdapterRequest(_message.Message):
     allowed_roots: _containers.RepeatedScalarFieldContainer[str]
     weight: float
     pin: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., allowed_roots: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., pin: bool = ...) -> None: ...
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., allowed_roots: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., pin: bool = ..., digest: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterReply(_message.Message):
     __slots__ = ("adapter", "failure")
@@ -393,10 +401,36 @@ class ListAdaptersRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListAdaptersReply(_message.Message):
+    __slots__ = ("adapters", "names")
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    names: _containers.RepeatedCompositeFieldContainer[Adapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., names: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
+
+class NoteAdaptersRequest(_message.Message):
     __slots__ = ("adapters",)
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
+
+class NoteAdaptersReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetUseRequest(_message.Message):
+    __slots__ = ("digests", "cut_s")
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    CUT_S_FIELD_NUMBER: _ClassVar[int]
+    digests: _containers.RepeatedScalarFieldContainer[str]
+    cut_s: float
+    def __init__(self, digests: _Optional[_Iterable[str]] = ..., cut_s: _Optional[float] = ...) -> None: ...
+
+class GetUseReply(_message.Message):
+    __slots__ = ("digests",)
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, digests: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetFilesRequest(_message.Message):
     __slots__ = ("digest",)

@@ -64,6 +64,16 @@ class WorkerStub(object):
                 request_serializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.FromString,
                 _registered_method=True)
+        self.NoteAdapters = channel.unary_unary(
+                '/lorafleet.Worker/NoteAdapters',
+                request_serializer=lorafleet_dot_proto_dot_worker__pb2.NoteAdaptersRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_worker__pb2.NoteAdaptersReply.FromString,
+                _registered_method=True)
+        self.GetUse = channel.unary_unary(
+                '/lorafleet.Worker/GetUse',
+                request_serializer=lorafleet_dot_proto_dot_worker__pb2.GetUseRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_worker__pb2.GetUseReply.FromString,
+                _registered_method=True)
         self.GetFiles = channel.unary_stream(
                 '/lorafleet.Worker/GetFiles',
                 request_serializer=lorafleet_dot_proto_dot_worker__pb2.GetFilesRequest.SerializeToString,
@@ -96,7 +106,7 @@ class WorkerServicer(object):
 
     def RegisterAdapter(self, request, context):
         """Read and verify an adapter and know it as (name, version), beside other versions of that name. Its digest may be
-        used in Generate from then on. Idempotent.
+        used in Generate from then on. Idempotent. It stands for the name only when NoteAdapters says so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +122,20 @@ class WorkerServicer(object):
 
     def ListAdapters(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NoteAdapters(self, request, context):
+        """What names stand for, to be told to a controller that has lost its memory. Of each name the newest version is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUse(self, request, context):
+        """Which adapters the requests here need, or may need again elsewhere.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -155,6 +179,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.FromString,
                     response_serializer=lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.SerializeToString,
+            ),
+            'NoteAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.NoteAdapters,
+                    request_deserializer=lorafleet_dot_proto_dot_worker__pb2.NoteAdaptersRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_worker__pb2.NoteAdaptersReply.SerializeToString,
+            ),
+            'GetUse': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUse,
+                    request_deserializer=lorafleet_dot_proto_dot_worker__pb2.GetUseRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_worker__pb2.GetUseReply.SerializeToString,
             ),
             'GetFiles': grpc.unary_stream_rpc_method_handler(
                     servicer.GetFiles,
@@ -324,6 +358,60 @@ class Worker(object):
             '/lorafleet.Worker/ListAdapters',
             lorafleet_dot_proto_dot_worker__pb2.ListAdaptersRequest.SerializeToString,
             lorafleet_dot_proto_dot_worker__pb2.ListAdaptersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NoteAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Worker/NoteAdapters',
+            lorafleet_dot_proto_dot_worker__pb2.NoteAdaptersRequest.SerializeToString,
+            lorafleet_dot_proto_dot_worker__pb2.NoteAdaptersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Worker/GetUse',
+            lorafleet_dot_proto_dot_worker__pb2.GetUseRequest.SerializeToString,
+            lorafleet_dot_proto_dot_worker__pb2.GetUseReply.FromString,
             options,
             channel_credentials,
             insecure,

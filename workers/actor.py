@@ -111,7 +111,7 @@ class WorkerActor:
 
             leader = Leader(self._config, self._listener, self._fleet.token, on_lost=lambda: os._exit(1))
             engine = Engine.from_config(self._config, leader.gather)
-        registry = AdapterRegistry(engine)
+        registry = AdapterRegistry(engine, [module.name for module in self._adapters])
         for module in self._adapters:
             request = worker_pb2.RegisterAdapterRequest(
                 name=module.name,
@@ -123,7 +123,7 @@ class WorkerActor:
                 pin=module.pin,
             )
             try:
-                registry.register(request)
+                registry.note([registry.register(request)])
             except LoRAFleetError as error:
                 error.message = f"Adapter {module.name!r}: {error.message}"
                 raise

@@ -1,15 +1,18 @@
 """The adapters of one worker by (name, version), as the controller asked for them.
 
-Owns: what is known of each. Leaves to others: what an alias stands for (adapters/aliases.py), gRPC (service.py).
+Owns: what is known of each, and what the controller said that names stand for. Leaves to others: what an alias stands
+for (adapters/aliases.py), gRPC (service.py).
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.adapter_names import AdapterNames
 from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
@@ -21,10 +24,12 @@ _Key = tuple[str, int]
 
 
 class AdapterRegistry:
-    """Thread-safe. Calls block while files are read, but for `all` and `prefetch`."""
+    """Thread-safe. `register`, `unregister` and `text_files` block while files are read."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, of_start: Collection[str] = ()) -> None:
+        """of_start: names that the worker loads whenever it starts."""
         self._engine = engine
+        self._names = AdapterNames(of_start)
         self._aliases: Aliases[_Key] = Aliases(engine)
         self._lock = threading.Lock()
         self._adapters: dict[_Key, worker_pb2.Adapter] = {}
@@ -36,18 +41,31 @@ class AdapterRegistry:
         with self._lock:
             return list(self._adapters.values())
 
+    def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
+        """What names stand for now; remembered for the controller."""
+        with self._lock:
+            self._names.note(adapters)
+
+    def names(self) -> list[worker_pb2.Adapter]:
+        """What names stand for, as it was noted."""
+        with self._lock:
+            return self._names.all()
+
     def register(self, request: worker_pb2.RegisterAdapterRequest) -> worker_pb2.Adapter:
         """Read and verify an adapter; one that is known under this name and version is not read again.
 
-        Raises `AdapterRefusedError`, and `AdapterConflictError` when no more adapters can be pinned.
+        Raises `AdapterRefusedError`, with reason `changed` for another digest than it must have, and
+        `AdapterConflictError` when no more adapters can be pinned.
         """
         key = request.name, request.version
         with self._lock:
             known = self._adapters.get(key)
         if known is not None:
+            _check_digest(request, known.digest)
             return known
         spec = self._aliases.add(key, request.root, list(request.allowed_roots) or None).result()
         try:
+            _check_digest(request, spec.digest)
             with self._text_lock:
                 text = self._texts.of(spec.path)
             if request.pin:
@@ -71,6 +89,8 @@ class AdapterRegistry:
             weight=request.weight,
             pin=request.pin,
             not_composable=spec.not_composable,
+            place=spec.folder.place,
+            allowed_roots=request.allowed_roots,
         )
         with self._lock:
             self._adapters[key] = adapter
@@ -100,3 +120,12 @@ class AdapterRegistry:
             self._adapters.pop((name, version), None)
             self._directories.pop((name, version), None)
         return self._aliases.remove((name, version)).result()
+
+
+def _check_digest(request: worker_pb2.RegisterAdapterRequest, digest: str) -> None:
+    if request.digest and request.digest != digest:
+        raise AdapterRefusedError(
+            f"The files of {request.name!r} have changed since it was loaded. Load it in place to serve what they are "
+            "now.",
+            reason="changed",
+        )

@@ -1,4 +1,7 @@
-"""The Hugging Face hub: ids, its local cache, downloads. Shared by base models and adapters."""
+"""The Hugging Face hub: ids (org/name, or org/name@revision), its local cache, downloads.
+
+Shared by base models and adapters.
+"""
 
 from __future__ import annotations
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers.adapter_registry import AdapterRegistry
+from lorafleet.workers.adapter_use import AdapterUse
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
 from lorafleet.workers.engine.thread import EngineThread
@@ -72,6 +74,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._thread = EngineThread(engine, self._publish, self._crashed)
         self._sessions: set[_Session] = set()
         self._owners: dict[str, tuple[_Session, int]] = {}  # engine request id → (session, stream)
+        self._use = AdapterUse(time.monotonic)
         self._session_count = 0
         self._draining = False
         self._hung_step_s = hung_step_s
@@ -124,6 +127,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._sessions.discard(session)
             for engine_id in session.streams.values():
                 self._owners.pop(engine_id, None)
+                self._use.cut(engine_id)
                 self._engine.cancel(engine_id)
             why = "its gateway does not read" if session.overflow.is_set() else "closed"
             logger.info("session %s ends (%s), %d requests cancelled", session.name, why, len(session.streams))
@@ -165,7 +169,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def ListAdapters(
         self, request: worker_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ListAdaptersReply:
-        return worker_pb2.ListAdaptersReply(adapters=self._registry.all())
+        return worker_pb2.ListAdaptersReply(adapters=self._registry.all(), names=self._registry.names())
+
+    async def NoteAdapters(
+        self, request: worker_pb2.NoteAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.NoteAdaptersReply:
+        self._registry.note(request.adapters)
+        return worker_pb2.NoteAdaptersReply()
+
+    async def GetUse(
+        self, request: worker_pb2.GetUseRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.GetUseReply:
+        return worker_pb2.GetUseReply(digests=self._use.used(request.digests, request.cut_s))
 
     async def GetFiles(
         self, request: worker_pb2.GetFilesRequest, context: grpc.aio.ServicerContext
@@ -238,6 +253,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             return
         session.streams[stream] = engine_id
         self._owners[engine_id] = (session, stream)
+        digests = [part.digest for part in generate.composition] or [generate.adapter_digest]
+        self._use.begin(engine_id, [digest for digest in digests if digest])
 
     async def _heartbeats(self, session: _Session) -> None:
         told: Places = {}
@@ -296,6 +313,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if event.finish is not None:
                 del self._owners[event.request_id]
                 del session.streams[stream]
+                self._use.end(event.request_id)
         for session, output in outputs.items():
             session.put(worker_pb2.WorkerMessage(step=output))
 

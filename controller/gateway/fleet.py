@@ -13,6 +13,7 @@ from lorafleet.controller.gateway.state import STATE
 from lorafleet.proto import controller_pb2
 
 STATUS_S: Final = 5.0
+MAX_LACKING: Final = 100  # adapters that are named for each worker
 
 
 async def show_fleet(request: web.Request) -> web.Response:
@@ -40,6 +41,10 @@ def _worker(status: controller_pb2.WorkerStatus) -> dict[str, Any]:
         "load": None,
         "kv_usage": None,
         "adapters": None,
+        "num_lacking": len(status.lacking),
+        "lacking": [
+            {"name": lacking.name, "reason": lacking.reason or "loading"} for lacking in status.lacking[:MAX_LACKING]
+        ],
     }
     if not status.HasField("report"):
         return answer

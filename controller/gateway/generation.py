@@ -25,7 +25,12 @@ from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import LoRAFleetError, WorkerLostError, WorkerUnavailableError
+from lorafleet.workers.errors import (
+    AdapterUnavailableError,
+    LoRAFleetError,
+    WorkerLostError,
+    WorkerUnavailableError,
+)
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
@@ -264,7 +269,7 @@ class Generation:
                 session = choice.choose()
                 choice.submit(session)
                 break
-            except WorkerUnavailableError:
+            except (WorkerUnavailableError, AdapterUnavailableError):
                 if time.monotonic() >= deadline:
                     self._inbox.fail(error)
                     return

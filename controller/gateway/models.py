@@ -1,6 +1,6 @@
 """GET /v1/models and /v1/models/{id}: the base model's names and the adapters.
 
-Owns: the shape. Leaves to others: the table (routing_table.py).
+Owns: the shape; `unavailable` says why no worker has an adapter now. Leaves to others: the table (routing_table.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ async def get_model(request: web.Request) -> web.Response:
 
 
 def _card(entry: ModelEntry, table: RoutingTable) -> dict[str, Any]:
-    return {
+    card: dict[str, Any] = {
         "id": entry.name,
         "object": "model",
         "created": entry.created,
@@ -36,6 +36,8 @@ def _card(entry: ModelEntry, table: RoutingTable) -> dict[str, Any]:
         "parent": entry.parent,
         "max_model_len": table.max_model_len,
     }
+    reason = table.unavailable(entry.digest) if entry.digest else None
+    return card if reason is None else card | {"unavailable": reason}
 
 
 def _json(value: object) -> web.Response:

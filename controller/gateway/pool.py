@@ -17,7 +17,12 @@ from lorafleet.controller.gateway.router import Wanted, choose_worker
 from lorafleet.controller.gateway.routing_table import Endpoint
 from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.controller.gateway.worker_view import WorkerView
-from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, WorkerUnavailableError
+from lorafleet.workers.errors import (
+    AdapterUnavailableError,
+    InvalidRequestError,
+    LoRAFleetError,
+    WorkerUnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +71,10 @@ class WorkerPool:
         """The session for a request, which is then to be submitted there.
 
         adapters: digests; none for the base model. owner: see `prefix_names`. Raises WorkerUnavailableError when no
-        worker can take it now, InvalidRequestError when none could even if all were ready.
+        worker can take it now, AdapterUnavailableError when all have tried in vain to load an adapter again,
+        InvalidRequestError when none could even if all were ready.
         """
-        sessions = [session for session in self._sessions.values() if not session.retired]
+        sessions = _with_adapters([session for session in self._sessions.values() if not session.retired], adapters)
         views = [session.view() for session in sessions]
         if not any(view.ready and view.max_loras >= len(adapters) for view in views):
             raise self._refusal(views, len(adapters))
@@ -112,3 +118,17 @@ class WorkerPool:
                     del self._sessions[identity]
                     logger.info("worker %s left the routing table", session.endpoint.worker_id)
                     await session.close()
+
+
+def _with_adapters(sessions: list[WorkerSession], adapters: Sequence[str]) -> list[WorkerSession]:
+    """Those whose workers have all of `adapters`. Raises AdapterUnavailableError when none has or will soon have."""
+    able = [session for session in sessions if session.endpoint.lacking.keys().isdisjoint(adapters)]
+    if sessions and not able:
+        reasons = [{session.endpoint.lacking.get(digest, "") for digest in adapters} - {""} for session in sessions]
+        if all(reasons):
+            raise AdapterUnavailableError(
+                f"No worker has the adapter now, since it could not be loaded again: {min(map(min, reasons))}. It is "
+                "tried again; until then unload it, or load it in place from where it is. GET /fleet says more.",
+                param="model",
+            )
+    return able

@@ -4,8 +4,8 @@ changed of it, passed on.
 Owns: the Watch stream and its reconnecting, fetching files by digest. Leaves to others: what follows from a table
 (pool.py, state.py).
 
-The last table stays valid while the controller is away. A new table's tokenizer replaces the old one only when it has
-been loaded; until then the old one serves.
+The last table stays valid while the controller is away; one that has lost its memory is told of it. A new table's
+tokenizer replaces the old one only when it has been loaded; until then the old one serves.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class RoutesClient:
         self._arrived = asyncio.Event()  # set, and replaced, with each new table
         self._task: asyncio.Task[None] | None = None
         self._text_task: asyncio.Task[None] | None = None
+        self._known = controller_pb2.WatchRequest(gateway_id=gateway_id)  # what the last table said of names
         self._text_digest = ""  # of the text that is loaded or being loaded
 
     def start(self) -> None:
@@ -135,20 +136,22 @@ class RoutesClient:
             await asyncio.sleep(backoff.next_s())
 
     async def _watch(self, stub: Any, backoff: Backoff) -> None:
-        request = controller_pb2.WatchRequest(gateway_id=self._gateway_id)
-        call = stub.Watch(request, metadata=self._metadata, timeout=WATCH_DEADLINE_S)
+        call = stub.Watch(self._known, metadata=self._metadata, timeout=WATCH_DEADLINE_S)
         try:
             async for message in call:
                 backoff.reset()
-                self._take(RoutingTable.from_wire(message))
+                self._take(RoutingTable.from_wire(message), message)
         finally:
             call.cancel()
 
-    def _take(self, table: RoutingTable) -> None:
+    def _take(self, table: RoutingTable, message: controller_pb2.RoutingTable) -> None:
         old = self.table
         if old is not None and old.incarnation == table.incarnation and table.version < old.version:
             return
         self.table = table
+        self._known = controller_pb2.WatchRequest(
+            gateway_id=self._gateway_id, fleet=message.fleet, adapters=[*message.adapters, *message.unloaded]
+        )
         if table.tokenizer_digest != self._text_digest:
             self._text_digest = table.tokenizer_digest
             if self._text_task is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import UnknownModelError
@@ -49,7 +49,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One worker's identity and address."""
+    """One worker's identity and address. Why it lacks an adapter is a code; empty while it is being loaded."""
 
     worker_id: str
     generation: int
@@ -58,6 +58,7 @@ class Endpoint:
     max_loras: int  # 0: LoRA is off
     draining: bool
     num_ranks: int = 1
+    lacking: Mapping[str, str] = field(default_factory=dict)  # digests of adapters that it has not → why
 
     @property
     def identity(self) -> tuple[str, int, str]:
@@ -117,6 +118,7 @@ class RoutingTable:
                     worker.max_loras,
                     worker.state == worker_pb2.WORKER_DRAINING,
                     max(worker.num_ranks, 1),
+                    {lacking.digest: lacking.reason for lacking in worker.lacking},
                 )
                 for worker in table.workers
             ),
@@ -126,6 +128,11 @@ class RoutingTable:
     def base_name(self) -> str:
         """The base model's canonical name."""
         return next(iter(self.models), "")
+
+    def unavailable(self, digest: str) -> str | None:
+        """Why no worker has an adapter, a code; None where one has it or is loading it, or none is there."""
+        reasons = [worker.lacking.get(digest) for worker in self.workers]
+        return reasons[0] if all(reasons) and reasons else None
 
     def resolve(self, name: str) -> ModelEntry:
         """The model called `name`. Raises UnknownModelError with near matches."""

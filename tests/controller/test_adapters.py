@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable
 
 import grpc
-import grpc.aio
 import pytest
+from adapter_fleet import ROOTS, CallFailed, Clock, Controller, FakeClient
 
 from lorafleet.controller import adapters as adapters_module
-from lorafleet.controller.adapters import AdapterUpdates, Freed
-from lorafleet.controller.catalogue import Catalogue
-from lorafleet.controller.worker_client import WorkerClient
+from lorafleet.controller import retirement as retirement_module
+from lorafleet.controller import update_turns
+from lorafleet.controller.retirement import Freed
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import (
     AdapterConflictError,
@@ -26,91 +24,37 @@ from lorafleet.workers.errors import (
     WorkerUnavailableError,
 )
 
-ROOTS = ("/adapters",)
 
-
-class CallFailed(grpc.aio.AioRpcError):
-    def __init__(self, code: grpc.StatusCode) -> None:
-        super().__init__(code, grpc.aio.Metadata(), grpc.aio.Metadata())
-
-
-@dataclass(eq=False)
-class FakeClient:
-    """A worker: what its disk holds at each root, and what it has registered."""
-
-    disk: dict[str, str] = field(default_factory=lambda: {"/adapters/a": "content a", "/adapters/b": "content b"})
-    known: dict[tuple[str, int], worker_pb2.Adapter] = field(default_factory=dict)
-    lost: bool = False
-    draining: bool = False
-    roots: list[tuple[str, ...]] = field(default_factory=list)
-    gate: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.gate.set()
-
-    async def adapters(self) -> list[worker_pb2.Adapter]:
-        return list(self.known.values())
-
-    async def register(self, adapter: worker_pb2.Adapter, allowed_roots: Sequence[str] = ()) -> worker_pb2.Adapter:
-        self.roots.append(tuple(allowed_roots))
-        await self.gate.wait()
-        if self.lost:
-            raise CallFailed(grpc.StatusCode.UNAVAILABLE)
-        if adapter.root not in self.disk:
-            raise AdapterRefusedError(f"{adapter.root} is not there.", reason="missing_directory")
-        found = worker_pb2.Adapter()
-        found.CopyFrom(adapter)
-        found.digest = self.disk[adapter.root]
-        self.known[adapter.name, adapter.version] = found
-        return found
-
-    async def unregister(self, adapter: worker_pb2.Adapter, timeout_s: float) -> worker_pb2.UnregisterAdapterReply:
-        if self.lost:
-            raise CallFailed(grpc.StatusCode.UNAVAILABLE)
-        found = self.known.pop((adapter.name, adapter.version), None) is not None
-        if self.draining:
-            raise CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED)
-        return worker_pb2.UnregisterAdapterReply(found=found, device_bytes=10 * found, host_bytes=3 * found)
-
-
-@dataclass
 class Fleet:
-    catalogue: Catalogue
-    workers: list[FakeClient]
-    updates: AdapterUpdates
-    published: list[dict[str, str]]  # name → digest, after each change
+    """Two workers and their controller."""
+
+    def __init__(self, *, allowed: bool = True) -> None:
+        self.clients = {"w0": FakeClient(), "w1": FakeClient()}
+        self.clock = Clock()
+        self.controller = Controller(self.clients, self.clock, allowed=allowed)
+
+    @property
+    def workers(self) -> list[FakeClient]:
+        return list(self.clients.values())
 
     def names(self) -> dict[str, str]:
-        return {adapter.name: adapter.digest for adapter in self.catalogue.table().adapters}
+        return self.controller.names()
 
     async def load(self, name: str, root: str, *, load_inplace: bool = False) -> worker_pb2.Adapter:
-        return await self.updates.load(name, root, load_inplace=load_inplace)
+        return await self.controller.updates.load(name, root, load_inplace=load_inplace)
 
-
-def make_fleet(num_workers: int = 2, *, allowed: bool = True) -> Fleet:
-    catalogue = Catalogue(names=("base",), root="/base", tokenizer_digest="t", created=1)
-    catalogue.adopt([])
-    workers = [FakeClient() for _ in range(num_workers)]
-    published: list[dict[str, str]] = []
-    told: list[str] = []
-    updates = AdapterUpdates(
-        catalogue,
-        lambda: cast(Any, workers),
-        lambda: published.append(fleet.names()),
-        allowed=allowed,
-        roots=ROOTS,
-        tell=lambda line, level: told.append(line),
-    )
-    fleet = Fleet(catalogue, workers, updates, published)
-    return fleet
+    async def restart_controller(self) -> None:
+        await self.controller.kill()
+        self.controller = Controller(self.clients, self.clock, is_restart=True)
 
 
 @pytest.fixture
 async def fleet(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
-    monkeypatch.setattr(adapters_module, "GRACE_S", 0.0)
-    fleet = make_fleet()
+    monkeypatch.setattr(retirement_module, "GRACE_S", 0.0)
+    fleet = Fleet()
+    await fleet.controller.step()
     yield fleet
-    await fleet.updates.close()
+    await fleet.controller.kill()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -125,30 +69,51 @@ async def refused(fleet: Fleet, name: str, root: str, kind: type[LoRAFleetError]
     with pytest.raises(kind, match=match) as caught:
         await fleet.load(name, root)
     assert fleet.names() == names
-    assert [worker.known for worker in fleet.workers if not worker.lost] == [
-        before for worker, before in zip(fleet.workers, known, strict=True) if not worker.lost
-    ]
+    assert [worker.known for worker in fleet.workers] == known
     return caught.value
 
 
-async def test_an_adapter_is_on_every_worker_before_its_name_is_published(fleet: Fleet) -> None:
-    fleet.workers[1].gate.clear()
+async def unload(fleet: Fleet, name: str) -> tuple[int, int, int]:
+    """Device bytes, host bytes, workers that drain."""
+    return await freed(fleet, asyncio.ensure_future(fleet.controller.updates.unload(name)))
+
+
+async def freed(fleet: Fleet, unloading: asyncio.Future[Freed]) -> tuple[int, int, int]:
+    async with asyncio.timeout(10.0):
+        while not unloading.done():
+            await fleet.controller.retirement.step()
+            await asyncio.sleep(0)
+    got = await unloading
+    return got.device_bytes, got.host_bytes, got.num_draining
+
+
+async def test_an_adapter_is_on_every_worker_and_noted_before_its_name_is_published(fleet: Fleet) -> None:
+    first, second = fleet.workers
+    fleet.controller.published.clear()
+    second.gate.clear()
     loading = asyncio.ensure_future(fleet.load("sql", "/adapters/a"))
-    await until(lambda: fleet.workers[0].known)
-    assert not fleet.published
-    fleet.workers[1].gate.set()
+    await until(lambda: first.known)
+    assert not fleet.controller.published and not first.names.all()
+    second.gate.set()
     adapter = await loading
-    assert (adapter.name, adapter.version, adapter.digest) == ("sql", 1, "content a")
-    assert fleet.published == [{"sql": "content a"}]
-    assert all(worker.known.keys() == {("sql", 1)} for worker in fleet.workers)
-    assert all(worker.roots == [ROOTS] for worker in fleet.workers)
+    assert (adapter.name, adapter.digest, adapter.place) == ("sql", "content a", "/adapters/a")
+    assert fleet.controller.published == [{"sql": "content a"}]
+    for worker in fleet.workers:
+        assert worker.known.keys() == {("sql", adapter.version)}
+        assert worker.names.all() == [adapter]
+        assert [tuple(request.allowed_roots) for request in worker.requests] == [ROOTS]
 
 
 async def test_what_one_worker_refuses_is_on_none(fleet: Fleet) -> None:
     del fleet.workers[1].disk["/adapters/a"]
     error = await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "is not there")
     assert isinstance(error, AdapterRefusedError) and error.reason == "missing_directory"
-    assert not fleet.published
+
+
+async def test_what_one_worker_refuses_is_answered_while_another_one_still_reads(fleet: Fleet) -> None:
+    fleet.workers[0].gate.clear()
+    del fleet.workers[1].disk["/adapters/a"]
+    await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "is not there")
 
 
 async def test_workers_that_see_different_files_are_no_fleet(fleet: Fleet) -> None:
@@ -156,14 +121,38 @@ async def test_workers_that_see_different_files_are_no_fleet(fleet: Fleet) -> No
     await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "not the same on all workers")
 
 
-async def test_a_worker_that_is_lost_meanwhile_fails_the_load(fleet: Fleet) -> None:
-    fleet.workers[1].lost = True
+async def test_a_worker_that_is_lost_meanwhile_gets_it_when_it_is_back(fleet: Fleet) -> None:
+    fleet.workers[1].reachable = False
+    adapter = await fleet.load("sql", "/adapters/a")
+    assert fleet.controller.lacking("w1") == {"sql": ""}, "no request goes there for it"
+    fleet.workers[1].reachable = True
+    await fleet.controller.step()
+    assert fleet.workers[1].known.keys() == {("sql", adapter.version)}
+    assert fleet.controller.lacking("w1") == {}
+
+
+async def test_a_worker_that_leaves_the_table_while_it_reads_is_not_waited_for(fleet: Fleet) -> None:
+    fleet.workers[1].gate.clear()
+    loading = asyncio.ensure_future(fleet.load("sql", "/adapters/a"))
+    await until(lambda: fleet.workers[0].known)
+    fleet.controller.lose("w1")
+    assert (await loading).digest == "content a"
+
+
+async def test_a_load_that_all_workers_are_lost_in_changes_nothing(fleet: Fleet) -> None:
+    for worker in fleet.workers:
+        worker.reachable = False
     await refused(fleet, "sql", "/adapters/a", WorkerUnavailableError, "Nothing changed")
 
 
-async def test_without_workers_nothing_can_be_loaded(fleet: Fleet) -> None:
-    fleet.workers.clear()
-    await refused(fleet, "sql", "/adapters/a", WorkerUnavailableError, "No worker")
+async def test_without_workers_nothing_can_be_loaded_or_unloaded(fleet: Fleet) -> None:
+    await fleet.load("sql", "/adapters/a")
+    for name in fleet.clients:
+        fleet.controller.lose(name)
+    await refused(fleet, "other", "/adapters/a", WorkerUnavailableError, "No worker")
+    with pytest.raises(WorkerUnavailableError, match="No worker"):
+        await fleet.controller.updates.unload("sql")
+    assert fleet.names() == {"sql": "content a"}
 
 
 @pytest.mark.parametrize(
@@ -174,45 +163,100 @@ async def test_without_workers_nothing_can_be_loaded(fleet: Fleet) -> None:
         ("sql", "", InvalidRequestError, "must be given"),
         ("x" * 257, "/adapters/a", InvalidRequestError, "256"),
         ("a\nb", "/adapters/a", InvalidRequestError, "printable"),
+        ("sql", "/" + "x" * 4096, InvalidRequestError, "4096"),
+        ("sql", "/adapters/\0", InvalidRequestError, "NUL"),
+        ("x" * 5_000_000, "x" * 5_000_000, InvalidRequestError, "printable"),
     ],
 )
-async def test_a_name_must_be_one(name: str, root: str, kind: type[LoRAFleetError], match: str, fleet: Fleet) -> None:
-    await refused(fleet, name, root, kind, match)
+async def test_name_and_path_must_be_some(
+    name: str, root: str, kind: type[LoRAFleetError], match: str, fleet: Fleet
+) -> None:
+    error = await refused(fleet, name, root, kind, match)
+    assert len(error.message) < 500
+    assert not any(worker.requests for worker in fleet.workers)
 
 
 async def test_a_taken_name_is_replaced_only_in_place_and_the_old_version_goes(fleet: Fleet) -> None:
-    await fleet.load("sql", "/adapters/a")
+    first = await fleet.load("sql", "/adapters/a")
     await refused(fleet, "sql", "/adapters/b", AdapterConflictError, "already been loaded")
-    adapter = await fleet.load("sql", "/adapters/b", load_inplace=True)
-    assert (adapter.version, fleet.names()) == (2, {"sql": "content b"})
-    await until(lambda: not any(("sql", 1) in worker.known for worker in fleet.workers))
-    assert all(worker.known.keys() == {("sql", 2)} for worker in fleet.workers)
+    second = await fleet.load("sql", "/adapters/b", load_inplace=True)
+    assert second.version > first.version and fleet.names() == {"sql": "content b"}
+    await fleet.controller.retirement.step()
+    await until(lambda: all(worker.known.keys() == {("sql", second.version)} for worker in fleet.workers))
 
 
 async def test_weight_and_pin_go_to_the_workers_and_into_the_table(fleet: Fleet) -> None:
-    await fleet.updates.load("sql", "/adapters/a", load_inplace=False, weight=2.5, pin=True)
-    (adapter,) = fleet.catalogue.table().adapters
+    await fleet.controller.updates.load("sql", "/adapters/a", load_inplace=False, weight=2.5, pin=True)
+    (adapter,) = fleet.controller.catalogue.table().adapters
     assert (adapter.weight, adapter.pin) == (2.5, True)
-    worker = FakeClient()
-    await fleet.updates.sync(cast(WorkerClient, worker))
-    assert (worker.known["sql", 1].weight, worker.known["sql", 1].pin) == (2.5, True)
+    fleet.clients["w2"] = FakeClient()
+    await fleet.controller.step()
+    (again,) = fleet.clients["w2"].known.values()
+    assert (again.weight, again.pin) == (2.5, True)
     for weight in (-1.0, 1e4, float("nan")):
         with pytest.raises(InvalidRequestError, match="weight is"):
-            await fleet.updates.load("other", "/adapters/b", load_inplace=False, weight=weight)
+            await fleet.controller.updates.load("other", "/adapters/b", load_inplace=False, weight=weight)
 
 
 async def test_a_failed_replacement_leaves_the_old_version_serving(fleet: Fleet) -> None:
-    await fleet.load("sql", "/adapters/a")
+    first = await fleet.load("sql", "/adapters/a")
     with pytest.raises(AdapterRefusedError):
         await fleet.load("sql", "/adapters/nowhere", load_inplace=True)
     assert fleet.names() == {"sql": "content a"}
-    assert all(worker.known.keys() == {("sql", 1)} for worker in fleet.workers)
+    assert all(worker.known.keys() == {("sql", first.version)} for worker in fleet.workers)
 
 
 async def test_loads_of_one_name_come_one_after_the_other(fleet: Fleet) -> None:
-    results = await asyncio.gather(*(fleet.load("sql", "/adapters/a") for _ in range(5)), return_exceptions=True)
-    assert sum(isinstance(result, worker_pb2.Adapter) for result in results) == 1
+    roots = [f"/adapters/{'abc'[number % 3]}" for number in range(5)]
+    results = await asyncio.gather(*(fleet.load("sql", root) for root in roots), return_exceptions=True)
+    (adapter,) = [result for result in results if isinstance(result, worker_pb2.Adapter)]
     assert sum(isinstance(result, AdapterConflictError) for result in results) == 4
+    assert fleet.names() == {"sql": adapter.digest}
+
+
+async def test_a_storm_of_replacements_ends_with_the_last_and_leaves_nothing_else(fleet: Fleet) -> None:
+    roots = [f"/adapters/{'abc'[number % 3]}" for number in range(50)]
+    loaded = await asyncio.gather(*(fleet.load("sql", root, load_inplace=True) for root in roots))
+    assert len({adapter.version for adapter in loaded}) == 50
+    newest = max(loaded, key=lambda adapter: adapter.version)
+    assert fleet.names() == {"sql": newest.digest}
+    await fleet.controller.settle()
+    assert all(worker.known.keys() == {("sql", newest.version)} for worker in fleet.workers)
+
+
+async def test_a_load_that_hangs_holds_up_no_other_name(fleet: Fleet) -> None:
+    worker = fleet.workers[0]
+    worker.gate.clear()
+    hanging = asyncio.ensure_future(fleet.load("slow", "/adapters/a"))
+    await until(lambda: worker.requests)
+    worker.gate = asyncio.Event()
+    worker.gate.set()
+    assert (await fleet.load("other", "/adapters/b")).digest == "content b"
+    assert await unload(fleet, "other") == (20, 6, 0)
+    assert not hanging.done()
+    hanging.cancel()
+
+
+async def test_an_unload_waits_for_the_load_of_its_name(fleet: Fleet) -> None:
+    fleet.workers[0].gate.clear()
+    loading = asyncio.ensure_future(fleet.load("sql", "/adapters/a"))
+    await until(lambda: fleet.workers[0].requests)
+    unloading = asyncio.ensure_future(fleet.controller.updates.unload("sql"))
+    await asyncio.sleep(0)
+    fleet.workers[0].gate.set()
+    await loading
+    assert await freed(fleet, unloading) == (20, 6, 0)
+    assert fleet.names() == {}
+
+
+async def test_a_turn_that_does_not_come_is_said_to_be_taken(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_turns, "TURN_S", 0.01)
+    fleet.workers[0].gate.clear()
+    loading = asyncio.ensure_future(fleet.load("sql", "/adapters/a"))
+    await until(lambda: fleet.workers[0].requests)
+    with pytest.raises(AdapterConflictError, match="still under way"):
+        await fleet.controller.updates.unload("sql")
+    loading.cancel()
 
 
 async def test_a_caller_who_goes_away_leaves_nothing_half_done(fleet: Fleet) -> None:
@@ -222,65 +266,150 @@ async def test_a_caller_who_goes_away_leaves_nothing_half_done(fleet: Fleet) -> 
     loading.cancel()
     await asyncio.gather(loading, return_exceptions=True)
     fleet.workers[0].gate.set()
-    await until(lambda: fleet.published)
-    assert fleet.names() == {"sql": "content a"}
+    await until(lambda: fleet.names() == {"sql": "content a"})
 
 
 async def test_unloading_takes_the_name_away_first_and_says_what_it_freed(fleet: Fleet) -> None:
     await fleet.load("sql", "/adapters/a")
-    assert await fleet.updates.unload("sql") == Freed(device_bytes=20, host_bytes=6, num_draining=0)
-    assert fleet.published[-1] == {}
+    assert await unload(fleet, "sql") == (20, 6, 0)
+    assert fleet.controller.published[-1] == {}
     assert not any(worker.known for worker in fleet.workers)
-    with pytest.raises(UnknownModelError):
-        await fleet.updates.unload("sql")
+    with pytest.raises(UnknownModelError, match="'sql'"):
+        await fleet.controller.updates.unload("sql")
+    with pytest.raises(UnknownModelError) as caught:
+        await fleet.controller.updates.unload("x" * 5_000_000)
+    assert len(caught.value.message) < 500
 
 
 async def test_unloading_says_which_workers_still_drain_and_forgets_those_that_are_lost(fleet: Fleet) -> None:
     await fleet.load("sql", "/adapters/a")
-    fleet.workers[0].draining, fleet.workers[1].lost = True, True
-    assert await fleet.updates.unload("sql") == Freed(device_bytes=0, host_bytes=0, num_draining=1)
-
-
-async def test_a_worker_that_comes_back_gets_what_it_lacks_and_loses_what_was_unloaded(fleet: Fleet) -> None:
-    await fleet.load("sql", "/adapters/a")
-    await fleet.load("sql", "/adapters/b", load_inplace=True)
-    stray, old = (worker_pb2.Adapter(name=name, version=1, digest="content a") for name in ("gone", "sql"))
-    worker = FakeClient(known={("gone", 1): stray, ("sql", 1): old})
-    assert await fleet.updates.sync(cast(WorkerClient, worker)) == []
-    assert {key: adapter.digest for key, adapter in worker.known.items()} == {("sql", 2): "content b"}
-    assert worker.roots == [()], "what was allowed once is not asked again"
-
-
-async def test_what_a_worker_cannot_have_again_is_named_and_hurts_no_other(fleet: Fleet) -> None:
-    await fleet.load("a", "/adapters/a")
-    await fleet.load("b", "/adapters/b")
-    worker = FakeClient(disk={"/adapters/a": "content a", "/adapters/b": "changed"})
-    assert await fleet.updates.sync(cast(WorkerClient, worker)) == ["b"]
-    assert worker.known.keys() == {("a", 1)}
-
-
-async def test_the_same_version_with_other_content_is_not_the_same(fleet: Fleet) -> None:
-    await fleet.load("sql", "/adapters/a")
-    worker = FakeClient(known={("sql", 1): worker_pb2.Adapter(name="sql", version=1, digest="other")})
-    assert await fleet.updates.sync(cast(WorkerClient, worker)) == []
-    assert worker.known["sql", 1].digest == "content a"
-
-
-async def test_a_worker_that_comes_during_a_load_gets_it_too(fleet: Fleet) -> None:
-    fleet.workers[0].gate.clear()
-    loading = asyncio.ensure_future(fleet.load("sql", "/adapters/a"))
-    await asyncio.sleep(0)
-    late = FakeClient()
-    await fleet.updates.sync(cast(WorkerClient, late))
-    fleet.workers.append(late)
-    fleet.workers[0].gate.set()
-    await loading
-    assert late.known.keys() == {("sql", 1)}
+    fleet.workers[0].draining = True
+    fleet.controller.lose("w1")
+    fleet.clock.now += 1000
+    assert await unload(fleet, "sql") == (0, 0, 1)
 
 
 async def test_nothing_is_changed_where_that_is_not_allowed() -> None:
-    fleet = make_fleet(allowed=False)
+    fleet = Fleet(allowed=False)
     with pytest.raises(NotFoundError, match="--allow-runtime-lora-updates"):
         await fleet.load("sql", "/adapters/a")
     with pytest.raises(NotFoundError, match="--allow-runtime-lora-updates"):
-        await fleet.updates.unload("sql")
+        await fleet.controller.updates.unload("sql")
+
+
+async def test_a_restarted_controller_deletes_nothing_that_the_first_worker_does_not_know(fleet: Fleet) -> None:
+    await fleet.load("sql", "/adapters/a")
+    await fleet.load("legal", "/adapters/b")
+    first, second = fleet.workers
+    first.known.clear()  # it was restarted, and its node has lost a file
+    first.names = type(first.names)()
+    del first.disk["/adapters/b"]
+    await fleet.restart_controller()
+    await fleet.controller.settle()
+    assert fleet.names() == {"sql": "content a", "legal": "content b"}
+    assert fleet.controller.lacking("w0") == {"legal": "missing_directory"}
+    assert fleet.controller.lacking("w1") == {}
+    assert second.serves() == {"sql": {"content a"}, "legal": {"content b"}}
+
+
+async def test_the_newest_version_is_the_truth_whichever_worker_is_heard_first(fleet: Fleet) -> None:
+    start = worker_pb2.Adapter(name="sql", version=1, root="/adapters/a", place="/adapters/a", digest="content a")
+    await fleet.load("sql", "/adapters/b")
+    for number in range(2):
+        restarted = FakeClient(known={("sql", 1): start})
+        restarted.names.note([start])
+        fleet.clients[f"w{number}"] = restarted  # with what its start-up says
+        await fleet.restart_controller()
+        await fleet.controller.settle()
+        assert fleet.names() == {"sql": "content b"}
+        assert all(worker.serves() == {"sql": {"content b"}} for worker in fleet.workers)
+
+
+async def test_an_unload_that_was_acknowledged_stays_when_all_but_one_worker_are_lost(fleet: Fleet) -> None:
+    start = worker_pb2.Adapter(name="sql", version=1, root="/adapters/a", place="/adapters/a", digest="content a")
+    for worker in fleet.workers:
+        worker.known["sql", 1] = start
+        worker.names.note([start])
+    await fleet.restart_controller()
+    await fleet.controller.settle()
+    assert fleet.names() == {"sql": "content a"}
+    await unload(fleet, "sql")
+    restarted = FakeClient(known={("sql", 1): start})
+    restarted.names.note([start])
+    fleet.clients["w0"] = restarted
+    await fleet.restart_controller()
+    await fleet.controller.settle()
+    assert fleet.names() == {} and not any(worker.known for worker in fleet.workers)
+
+
+async def test_a_load_whose_answer_was_lost_leaves_no_content_for_the_next(fleet: Fleet) -> None:
+    for worker in fleet.workers:
+        worker.lose_answers = {"register", "unregister"}
+    with pytest.raises(WorkerUnavailableError):
+        await fleet.load("sql", "/adapters/a")
+    for worker in fleet.workers:
+        worker.disk["/adapters/a"] = "mended"
+    adapter = await fleet.load("sql", "/adapters/a")
+    assert adapter.digest == "mended"
+    await fleet.controller.settle()
+    assert all(worker.known.keys() == {("sql", adapter.version)} for worker in fleet.workers)
+
+
+async def test_what_a_load_has_staged_is_left_alone_by_reconciling(fleet: Fleet) -> None:
+    fleet.workers[1].gate.clear()
+    loading = asyncio.ensure_future(fleet.load("new", "/adapters/a"))
+    await until(lambda: fleet.workers[0].known)
+    fleet.clock.now += 61.0
+    await fleet.controller.workers["w0"].step()
+    fleet.workers[1].gate.set()
+    adapter = await loading
+    assert all(worker.known.keys() == {("new", adapter.version)} for worker in fleet.workers)
+
+
+async def test_a_load_that_no_worker_has_noted_is_not_acknowledged(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(adapters: object) -> None:
+        raise CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    for worker in fleet.workers:
+        monkeypatch.setattr(worker, "note", fail)
+    with pytest.raises(WorkerUnavailableError, match="GET /v1/models"):
+        await fleet.load("sql", "/adapters/a")
+
+
+async def test_a_clock_that_is_set_back_gives_no_version_twice(fleet: Fleet) -> None:
+    first = await fleet.load("sql", "/adapters/a")
+    fleet.clock.now -= 600.0
+    await fleet.restart_controller()
+    await fleet.controller.step()
+    second = await fleet.load("sql", "/adapters/b", load_inplace=True)
+    assert second.version > first.version and fleet.names() == {"sql": "content b"}
+
+
+async def test_places_that_differ_between_nodes_are_found_by_each_in_its_own_way(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = fleet.workers[1]
+    register = worker.register
+
+    async def elsewhere(adapter: worker_pb2.Adapter) -> worker_pb2.Adapter:
+        found = await register(adapter)
+        found.place = "/mnt/other/a"
+        return found
+
+    monkeypatch.setattr(worker, "register", elsewhere)
+    assert (await fleet.load("sql", "/adapters/a")).place == ""
+
+
+async def test_a_restarted_controller_knows_all_names_before_it_loads(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters_module, "KNOW_S", 0.01)
+    await fleet.load("sql", "/adapters/a")
+    await fleet.restart_controller()
+    with pytest.raises(WorkerUnavailableError, match="just starting"):
+        await fleet.load("sql", "/adapters/b")
+    await fleet.controller.step()
+    with pytest.raises(AdapterConflictError):
+        await fleet.load("sql", "/adapters/b")
