@@ -7,8 +7,9 @@ virtual clock's.
 from __future__ import annotations
 
 import heapq
+import math
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -52,7 +53,11 @@ class Machine:
     max_num_batched_tokens: int = 512
     step_s: float = 0.02
     token_s: float = 0.0002  # more for each token in a step
-    load_s: float = 0.2
+    load_s: float = 0.2  # from host memory into a slot
+    read_s: float = 0.0  # from the disk into host memory; 0: all adapters are there
+    num_readers: int = 4
+    num_host: int = 16  # adapters that host memory holds
+    hung: frozenset[str] = frozenset()  # adapters whose reads never end
 
 
 @dataclass(slots=True)
@@ -61,6 +66,7 @@ class Outcome:
 
     num_accepted: int = 0
     num_refused: int = 0
+    num_given_up: int = 0  # refused after they had waited for as long as the bound allows
     num_finished: int = 0
     num_tokens: int = 0
     num_steps: int = 0
@@ -71,7 +77,8 @@ class Outcome:
     waits: dict[Key, float] = field(default_factory=dict)  # between any two tokens
     service: dict[str, float] = field(default_factory=dict)  # by tenant, not weighted
     history: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # (time, service by tenant)
-    refusals: list[tuple[int, bool]] = field(default_factory=list)  # at each new adapter: (how many waited, refused)
+    # At each new adapter: (how many turns were waited for, how many may be, refused).
+    refusals: list[tuple[int, int, bool]] = field(default_factory=list)
 
 
 class Simulation:
@@ -92,12 +99,17 @@ class Simulation:
             max_num_batched_tokens=machine.max_num_batched_tokens,
             eos_token_ids=frozenset(),
             max_wait_s=max_wait_s,
+            is_in_host=self._is_in_host,
             clock=lambda: self.now,
         )
-        self._entrance = Entrance(WaitBound(max_wait_s, machine.num_slots, machine.num_seats))
+        self._bound = WaitBound(max_wait_s, machine.num_slots, machine.num_seats)
+        self._entrance = Entrance(self._bound)
         self._numbers = count()
         self._arrivals: list[tuple[float, int, Arrival]] = []
         self._loads: list[tuple[float, str]] = []
+        self._reads: list[tuple[float, str]] = []
+        self._readers = [0.0] * machine.num_readers  # when each is free again
+        self._host: OrderedDict[str, None] = OrderedDict()  # least recently used first
         self._arrival_of: dict[str, Arrival] = {}
         self._num_open: dict[Key, int] = defaultdict(int)
         self._unserved_since: dict[Key, float] = {}
@@ -117,12 +129,16 @@ class Simulation:
             began = time.perf_counter()
             plan = self.scheduler.schedule()
             self.outcome.schedule_s.append(time.perf_counter() - began)
+            for digest in plan.prefetches:
+                self._read(digest)
             for load in plan.loads:
-                heapq.heappush(self._loads, (self.now + self._machine.load_s, load.digest))
+                read_at = self.now if self._is_in_host(load.digest) else self._read(load.digest)
+                heapq.heappush(self._loads, (read_at + self._machine.load_s, load.digest))
             if plan.scheduled:
                 self._step(plan)
             elif not self._skip_to_next_event():
                 break
+            self._give_up()
             if each_step is not None:
                 each_step(self, plan)
             if self._check:
@@ -133,7 +149,42 @@ class Simulation:
         self.outcome.seconds = self.now
         return self.outcome
 
+    def _is_in_host(self, digest: str) -> bool:
+        return not self._machine.read_s or digest in self._host
+
+    def _read(self, digest: str) -> float:
+        """Bring an adapter into host memory; when it will be there."""
+        if self._is_in_host(digest):
+            return self.now
+        if digest in self._machine.hung:
+            return math.inf
+        done_at = max(self.now, heapq.heappop(self._readers)) + self._machine.read_s
+        heapq.heappush(self._readers, done_at)
+        heapq.heappush(self._reads, (done_at, digest))
+        return done_at
+
+    def _end_read(self, digest: str) -> None:
+        self._host[digest] = None
+        while len(self._host) > self._machine.num_host:
+            spare = [other for other in self._host if other != digest]
+            del self._host[min(spare, key=self.scheduler.is_in_use)]
+        self.scheduler.come(digest)
+
+    def _give_up(self) -> None:
+        for request_id in self.scheduler.overdue():
+            arrival = self._arrival_of.pop(request_id)
+            request = self.scheduler._requests[request_id]
+            self.scheduler.remove(request_id)
+            self.outcome.num_given_up += 1
+            key = (request.tenant, request.adapter)
+            self._note_wait(key, self.now - self._unserved_since[key])
+            self._leave(key, arrival)
+            if arrival.repeats or arrival.retries:
+                self._push_again(arrival, 1.0)
+
     def _take_in(self) -> None:
+        while self._reads and self._reads[0][0] <= self.now:
+            self._end_read(heapq.heappop(self._reads)[1])
         while self._loads and self._loads[0][0] <= self.now:
             self._slots.finish_load(heapq.heappop(self._loads)[1])
         while self._arrivals and self._arrivals[0][0] <= self.now:
@@ -152,18 +203,18 @@ class Simulation:
             composition=tuple((digest or "", 1.0) for digest in (arrival.adapter, *arrival.others) if arrival.others),
         )
         key = (arrival.tenant, generate.model_key)
-        waiting = self._entrance.num_waiting_turns
+        turns = self._entrance.num_waiting_turns, self._bound.max_turns(turn_s=self._entrance.turn_s)
         is_new = arrival.adapter is not None and all(adapter != key[1] for _, adapter in self._num_open)
         try:
             self._entrance.enter(*key, len(generate.digests))
         except QueueFullError as error:
             self.outcome.num_refused += 1
-            self.outcome.refusals.append((waiting, True))
+            self.outcome.refusals.append((*turns, True))
             if arrival.repeats or arrival.retries:
                 self._push_again(arrival, error.retry_after_s or 1.0)
             return
         if is_new:
-            self.outcome.refusals.append((waiting, False))
+            self.outcome.refusals.append((*turns, False))
         self.outcome.num_accepted += 1
         self._arrival_of[generate.request_id] = arrival
         self._num_open[key] += 1
@@ -196,15 +247,19 @@ class Simulation:
         outcome.history.append((self.now, dict(outcome.service)))
         self._entrance.num_served_clients = self.scheduler.num_served_clients
         self._entrance.num_served_turns = self.scheduler.num_served_turns
+        self._entrance.turn_s = self.scheduler.slot_turn_s
 
     def _finish(self, key: Key, arrival: Arrival) -> None:
         self.outcome.num_finished += 1
+        self._leave(key, arrival)
+        if arrival.repeats:
+            self._push_again(arrival, 0.0)
+
+    def _leave(self, key: Key, arrival: Arrival) -> None:
         self._entrance.leave(*key, 1 + len(arrival.others))
         self._num_open[key] -= 1
         if not self._num_open[key]:
             del self._num_open[key], self._unserved_since[key]
-        if arrival.repeats:
-            self._push_again(arrival, 0.0)
 
     def _push_again(self, arrival: Arrival, after_s: float) -> None:
         heapq.heappush(self._arrivals, (self.now + after_s, next(self._numbers), arrival))
@@ -220,7 +275,7 @@ class Simulation:
 
     def _skip_to_next_event(self) -> bool:
         """Nothing can run: on to the next load's end or arrival. False if there is none."""
-        events = [queue[0][0] for queue in (self._loads, self._arrivals) if queue]
+        events = [queue[0][0] for queue in (self._loads, self._reads, self._arrivals) if queue]
         if events:
             self.now = max(self.now, min(events))
         return bool(events)

@@ -183,6 +183,11 @@ class AdapterStore:
             self._hold(digest, entry)
             return entry.future.result()
 
+    def is_resident(self, digest: str) -> bool:
+        """Whether an adapter is in the cache now. It asks for no lock."""
+        entry = self._entries.get(digest)
+        return entry is not None and entry.future.done() and entry.future.exception() is None
+
     def prefetch(self, digest: str) -> None:
         """Bring an adapter that is to be fetched soon into the cache, in the background, if there is room at once.
 

@@ -32,9 +32,8 @@ class Claims:
         before = now - self._turn_s
         ranks = self._claimable(hot, taken, before)
         claimed: set[str] = set()
-        for adapter in self._clients.next_cold(self._slots.num_slots) if ranks else ():
-            client = self._clients.first(adapter)
-            if not ranks or client is None or self._clients.slot_line.since(adapter) > before:
+        for client in self._residency.next_at_hand() if ranks else ():
+            if not ranks or client.adapter is None or self._clients.slot_line.since(client.adapter) > before:
                 continue
             for digest in self._claimed_by(client, ranks, hot):
                 del ranks[digest]

@@ -22,7 +22,7 @@ from itertools import zip_longest
 from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN, Fairness
 from lorafleet.workers.engine.ranking import Ranking
 from lorafleet.workers.engine.request import Request
-from lorafleet.workers.engine.turns import Line, WaitBound
+from lorafleet.workers.engine.turns import Line, SlotPace, WaitBound
 
 Rank = tuple[
     int, float, float, int
@@ -126,6 +126,10 @@ class Clients:
         clients = sorted(self._unserved.get(adapter, ()), key=lambda client: (client.since, client.waiting[0].arrival))
         return clients[: self._bound.num_clients_a_turn]
 
+    def wants(self, digest: str) -> bool:
+        """Whether requests wait for an adapter, alone or with others."""
+        return digest in self._by_adapter or digest in self._composed
+
     def digests_of(self, adapter: str) -> tuple[str, ...]:
         """The adapters that clients of `adapter` need; of an adapter itself."""
         return self._compositions.get(adapter, (adapter,))
@@ -138,9 +142,12 @@ class Clients:
                 hot[name] = self._compositions[name]
         return hot
 
-    def set_pinned(self, num_pinned: int) -> None:
-        """Say how many slots change hands no more."""
-        self.slot_line.num_places = self._bound.places_left(num_pinned)
+    def set_pinned(self, num_pinned: int, pace: SlotPace) -> float:
+        """Say how many slots change hands no more; how long each of the others is kept at least."""
+        num_places = self._bound.places_left(num_pinned)
+        turn_s = pace.turn_s(num_places)
+        self.slot_line.set_places(num_places, turn_s)
+        return turn_s
 
     def set_hot(self, adapters: frozenset[str]) -> None:
         """Say which adapters are in slots or on the way there; all others are cold."""
@@ -178,6 +185,11 @@ class Clients:
             for request in client.waiting
         ]
         return sorted(requests, key=lambda request: request.arrival)
+
+    def overdue(self, before: float) -> list[Request]:
+        """Requests that have never begun, of clients that have got nothing since `before` or longer."""
+        clients = self.seat_line.longest(before)
+        return [request for client in clients for request in client.waiting if not request.num_output_tokens]
 
     def rank(self, client: Client) -> Rank:
         """Of a client with waiting requests."""

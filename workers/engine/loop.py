@@ -38,12 +38,13 @@ from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, 
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
 from lorafleet.workers.engine.request_checks import RequestChecks
 from lorafleet.workers.engine.scheduler import Scheduler
-from lorafleet.workers.engine.slot_loader import Loaded, SlotLoader
+from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
     InternalError,
     InvalidRequestError,
+    LoRAFleetError,
     NonFiniteLogitsError,
     QueueFullError,
 )
@@ -115,6 +116,7 @@ class Engine:
             eos_token_ids=spec.eos_token_ids,
             max_wait_s=config.max_adapter_wait_s,
             enable_prefix_caching=config.enable_prefix_caching,
+            is_in_host=lambda digest: self._store.is_resident(digest),
         )
         self._store = adapter_store(
             spec, plan, ranks.group, eviction=make_eviction(eviction), is_in_use=self._scheduler.is_in_use
@@ -129,7 +131,7 @@ class Engine:
         )
         self._lock = threading.Lock()  # guards the six below
         # A str is the id of a request to cancel.
-        self._inbox: deque[GenerateRequest | str | Loaded | Retire | _Pin] = deque()
+        self._inbox: deque[GenerateRequest | str | Loaded | Fetched | Retire | _Pin] = deque()
         self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots, ranks.followers)
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
@@ -204,7 +206,8 @@ class Engine:
 
     def prefetch_adapter(self, digest: str) -> None:
         """Bring a registered adapter into the host cache in the background, if there is room."""
-        self._prefetch(digest)
+        self._store.prefetch(digest)
+        self._ranks.followers.prefetch(digest)
 
     def pin_adapter(self, digest: str) -> None:
         """Bring a registered adapter into a slot as soon as one is free, and keep it there until it is unregistered.
@@ -329,7 +332,7 @@ class Engine:
         for load in plan.loads:
             self._loader.start(load)
         for digest in plan.prefetches:
-            self._prefetch(digest)
+            self._loader.fetch(digest)
         if any(map(_needs_history, plan.scheduled)):
             self._settle(events)
             plan = replace(plan, scheduled=tuple(e for e in plan.scheduled if self._scheduler.holds(e.request)))
@@ -340,6 +343,7 @@ class Engine:
             self._step_began = max(launched.launched_at, self._settled_at)
             if not self._overlaps:
                 self._settle(events)
+        self._give_up(events)
         self._free_retired()
         with self._lock:
             ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
@@ -348,6 +352,7 @@ class Engine:
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
             self._entrance.num_pinned = self._slots.num_staying
+            self._entrance.turn_s = self._scheduler.slot_turn_s
         for gone in ended:
             self._release_files(gone)
         self._stats = self._take_stats()
@@ -427,10 +432,6 @@ class Engine:
             self._inbox.append(request)
             self._wake.notify()
 
-    def _prefetch(self, digest: str) -> None:
-        self._store.prefetch(digest)
-        self._ranks.followers.prefetch(digest)
-
     def _release_files(self, request: GenerateRequest) -> None:
         for digest in request.digests:
             self._store.release_files(digest)
@@ -457,7 +458,8 @@ class Engine:
             or self._in_flight is not None
             or self._loader.is_copying
             or self._scheduler.num_running > 0
-            or (self._scheduler.num_waiting > 0 and self._loader.num_loading == 0)
+            or (self._scheduler.num_waiting > 0 and self._loader.num_coming == 0)
+            or self._scheduler.is_overdue
         )
 
     def _drain(self, events: list[RequestEvent]) -> None:
@@ -470,6 +472,8 @@ class Engine:
                 self._scheduler.add(Request.from_generate(message, self._arrivals))
             elif isinstance(message, Loaded):
                 self._take_loaded(message, events)
+            elif isinstance(message, Fetched):
+                self._take_fetched(message, events)
             elif isinstance(message, Retire):
                 self._adapters.retire(message)
             elif isinstance(message, _Pin):
@@ -479,23 +483,44 @@ class Engine:
 
     def _take_loaded(self, loaded: Loaded, events: list[RequestEvent]) -> None:
         error = self._loader.take(loaded)
+        if error is not None:
+            self._fail(self._scheduler.waiting_for(loaded.load.digest), error, events)
+
+    def _take_fetched(self, fetched: Fetched, events: list[RequestEvent]) -> None:
+        error = self._loader.take_fetched(fetched)
         if error is None:
-            return
-        for request_id in self._scheduler.waiting_for(loaded.load.digest):
+            self._scheduler.come(fetched.digest)
+        else:
+            self._fail(self._scheduler.waiting_for(fetched.digest), error, events)
+
+    def _give_up(self, events: list[RequestEvent]) -> None:
+        """Refuse what has waited for too long to be served in time."""
+        overdue = self._scheduler.overdue()
+        if overdue:
+            error = QueueFullError(
+                f"There was no turn for the request within --max-adapter-wait-s {self.config.max_adapter_wait_s:g}: "
+                "too many wait, or adapters load too slowly. Try again later."
+            )
+            self._fail(overdue, error, events)
+
+    def _fail(self, request_ids: list[str], error: LoRAFleetError, events: list[RequestEvent]) -> None:
+        for request_id in request_ids:
             self._scheduler.remove(request_id)
             events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=error))
 
     def _free_retired(self) -> None:
         with self._lock:
-            freed = self._adapters.free_unused(self._scheduler.uses)
+            freed = self._adapters.free_unused(
+                lambda digest: self._scheduler.uses(digest) or self._loader.is_fetching(digest)
+            )
         self._loader.clear_emptied()
         for retire, num_bytes in freed:
             retire.freed.set_result(num_bytes)
 
-    def _post(self, loaded: Loaded) -> None:
-        """On a loader thread."""
+    def _post(self, report: Loaded | Fetched) -> None:
+        """On any thread."""
         with self._lock:
-            self._inbox.append(loaded)
+            self._inbox.append(report)
             self._wake.notify()
 
     def _take_stats(self) -> EngineStats:

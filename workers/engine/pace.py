@@ -26,7 +26,7 @@ class Pace:
     prompt_token_s: float = 0.0  # more for each token of a prompt
     seat_s: float = 0.0  # from a request's start, or start anew, to its end
     host_load_s: float = 0.0  # from the host tier into a slot
-    disk_load_s: float = 0.0  # from the disk into a slot
+    disk_load_s: float = 0.0  # from the disk into the host tier; `host_load_s` comes on top
 
 
 class PaceMeter:

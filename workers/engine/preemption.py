@@ -23,7 +23,6 @@ class Reserved:
     adapters: list[str]  # that must have a slot, longest wait first
     keep: set[str]  # adapters of all that must have a turn: they are not evicted
     claimed: set[str] = field(default_factory=set)  # adapters that take nobody new
-    num_seats: int = 0  # kept free for requests whose adapters are being loaded
     is_gathering: bool = False  # slots come free for a composition: nobody else may take them
     is_blocked: bool = False  # someone waits for a seat or pages: nobody else may take them
 
@@ -41,6 +40,7 @@ class Preemption:
         *,
         turn_s: float,
     ) -> None:
+        """turn_s: how long a seat is kept at least."""
         self._slots = slots
         self._clients = clients
         self._pages = pages
@@ -56,14 +56,13 @@ class Preemption:
 
     def give_turns(self, now: float) -> Reserved:
         """Give places to those whose time is running out. Who has run for less than a turn is left alone."""
-        adapters = self._clients.slot_line.due(now)
+        adapters = self._clients.slot_line.due(now, self._residency.could_run)
         due = self._due(adapters, now)
         reserved = Reserved(adapters, {digest for client in due for digest in client.digests})
         for client in due:
             if self._residency.are_ready(client.digests):
                 reserved.is_blocked |= not self._start(client, now)
             else:
-                reserved.num_seats += 1
                 self._load(client, reserved, now)
         return reserved
 
@@ -120,7 +119,7 @@ class Preemption:
 
         An adapter with a request that has got no token yet is left alone. False, and nothing is taken: there are fewer.
         """
-        before = now - self._turn_s
+        before = now - self._clients.slot_line.turn_s
         held = {digest for digest in adapters if self._residency.held_since(digest) <= before}
         running: dict[str, list[Request]] = {}
         for request in self._running:

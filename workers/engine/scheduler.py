@@ -34,7 +34,9 @@ from lorafleet.workers.engine.request import FinishReason, Request
 from lorafleet.workers.engine.request_pages import RequestPages
 from lorafleet.workers.engine.residency import Residency
 from lorafleet.workers.engine.running import Running
-from lorafleet.workers.engine.turns import WaitBound
+from lorafleet.workers.engine.turns import SlotPace, WaitBound
+
+_NEVER = (-1, -1, -1)
 
 
 class Scheduler:
@@ -54,9 +56,13 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         max_wait_s: float = 0.0,
         enable_prefix_caching: bool = True,
+        is_in_host: Callable[[str], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """max_wait_s: how long a client may get no token; 0 is no bound. clock: seconds that never go back."""
+        """max_wait_s: how long a client may get no token; 0 is no bound. is_in_host: whether an adapter can be copied
+        into a slot now; of those that cannot, those that plans name in `prefetches` are to be reported by `come`.
+        clock: seconds that never go back.
+        """
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
         self._clock = clock
@@ -65,14 +71,18 @@ class Scheduler:
         self._slots = slots
         self._clients = clients = Clients(bound)
         self._pages = pages = RequestPages(pool, page_size=page_size, enable_prefix_caching=enable_prefix_caching)
-        self._residency = residency = Residency(slots, clients, pages)
+        self._residency = residency = Residency(slots, clients, pages, SlotPace(bound), is_in_host)
         self._running = running = Running(clients, pages, residency, max_num_seqs=max_num_seqs)
         self._claims = Claims(slots, clients, residency, turn_s=bound.turn_s)
         self._preemption = Preemption(slots, clients, pages, residency, running, turn_s=bound.turn_s)
         self._requests: dict[str, Request] = {}
+        self._bound = bound
+        self.slot_turn_s = bound.turn_s  # how long a slot is kept at least
         self._look_again_s = bound.turn_s / 16
-        self._last_look = (-1, -1)  # what had changed before the last look that left nobody who could be let in
+        self._last_look = _NEVER  # what had changed before the last look that left nobody who could be let in
         self._last_look_at = self._now
+        self._give_up_s = max_wait_s - bound.turn_s / 4
+        self._overdue_at = self._now  # when to look again for some
         self._num_put_off = 0  # tokens of running prompts that are left to later steps
 
     @property
@@ -137,8 +147,16 @@ class Scheduler:
         return True
 
     def is_in_use(self, digest: str) -> bool:
-        """Whether an adapter is in a slot, or a request for it has begun and waits to go on. For any thread."""
-        return self._running.have_begun(digest) or self._slots.slot_of(digest) is not None
+        """Whether an adapter is in a slot or has come for one, or a request for it has begun. For any thread."""
+        return (
+            self._running.have_begun(digest)
+            or self._residency.has_come(digest)
+            or self._slots.slot_of(digest) is not None
+        )
+
+    def come(self, digest: str) -> None:
+        """An adapter that a plan's prefetches named is in host memory."""
+        self._residency.come(digest, self._clock())
 
     def uses(self, digest: str) -> bool:
         """Whether any request, waiting or running, names this adapter."""
@@ -148,10 +166,28 @@ class Scheduler:
         """Ids of the requests that wait and name this adapter."""
         return [request.request_id for request in self._clients.waiting_for(digest)]
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether `overdue` may name some now."""
+        max_wait_s, now = self._bound.max_wait_s, self._clock()
+        return max_wait_s > 0 and now >= max(self._overdue_at, self._clients.seat_line.first_since + self._give_up_s)
+
+    def overdue(self) -> list[str]:
+        """Ids of the requests that could not be served in time: their clients have got nothing for `max_wait_s`, but
+        for the last moment.
+
+        One that has begun is never among them: it goes on.
+        """
+        if not self.is_overdue:
+            return []
+        now = self._clock()
+        self._overdue_at = now + self._look_again_s
+        return [request.request_id for request in self._clients.overdue(now - self._give_up_s)]
+
     def schedule(self) -> StepPlan:
         """Choose the next step: those that run go on, then waiting ones are let in."""
         self._now = self._clock()
-        self._residency.update_clients()
+        self.slot_turn_s = self._residency.update_clients(self._now)
         reserved = self._preemption.give_turns(self._now)
         scheduled: dict[Request, int] = {}
         budget, preempted = self._go_on(scheduled)
@@ -159,8 +195,8 @@ class Scheduler:
         if reserved.keep or not scheduled or self._has_news():
             if not preempted and not reserved.is_blocked:
                 self._let_in(scheduled, budget, reserved)
-            cold = self._clients.next_cold(self._slots.num_slots)
-            prefetches = self._residency.announce([*reserved.adapters, *cold])
+            due = self._clients.slot_line.due(self._now)
+            prefetches = self._residency.announce(due, self._now, self.slot_turn_s)
         slots_of = self._residency.slots_of
         entries = [Scheduled(request, num, slots_of(request.digests)) for request, num in scheduled.items()]
         return StepPlan(in_row_order(entries), self._residency.take_started(), prefetches)
@@ -241,13 +277,13 @@ class Scheduler:
         """
         return self._changes() != self._last_look or self._now >= self._last_look_at + self._look_again_s
 
-    def _changes(self) -> tuple[int, int]:
-        return self._clients.num_changes, self._slots.num_changes
+    def _changes(self) -> tuple[int, int, int]:
+        return self._clients.num_changes, self._slots.num_changes, self._residency.num_come
 
     def _let_in(self, scheduled: dict[Request, int], budget: int, reserved: Reserved) -> None:
         """Start waiting requests in the order of service until budget, seats or pages run out.
 
-        One whose adapter is in no slot starts a load if a slot can be had; if none can, those that rank behind it pass.
+        One whose adapter is at hand but in no slot starts a load if a slot can be had; if none can, those that rank behind it pass.
         """
         clients = self._clients
         hot = clients.hot()
@@ -259,7 +295,7 @@ class Scheduler:
         while True:
             warm = [client for adapter in (None, *ready) if (client := clients.first(adapter)) is not None]
             best = min(warm, key=clients.rank, default=None)
-            while has_slot and (cold := clients.first_cold()) is not None:
+            while has_slot and (cold := next(iter(self._residency.next_at_hand()), None)) is not None:
                 if best is not None and clients.rank(best) < clients.rank(cold):
                     break
                 has_slot = self._residency.start_load(cold, keep, self._now)
@@ -268,13 +304,13 @@ class Scheduler:
                 elif any(map(self._slots.lacks_bytes, cold.digests)):
                     self._load_beside(keep)
             if best is not None and budget == 0:
-                self._last_look = (-1, -1)
+                self._last_look = _NEVER
                 return
-            if best is None or self._running.num_free_seats <= reserved.num_seats:
+            if best is None or not self._running.num_free_seats:
                 break
             request = best.waiting[0]
             if request.num_pending_tokens:  # preempted amid a step; the next one will find its token
-                self._last_look = (-1, -1)
+                self._last_look = _NEVER
                 return
             if not self._running.start(request, self._now):
                 break
@@ -283,11 +319,8 @@ class Scheduler:
 
     def _load_beside(self, keep: set[str]) -> None:
         """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""
-        for adapter in self._clients.next_cold(self._slots.num_slots):
-            client = self._clients.first(adapter)
-            if client is None or any(map(self._slots.lacks_bytes, client.digests)):
-                continue
-            if not self._residency.missing(client):
+        for client in self._residency.next_at_hand():
+            if any(map(self._slots.lacks_bytes, client.digests)) or not self._residency.missing(client):
                 continue
             if not self._residency.start_load(client, keep, self._now):
                 return

@@ -1,4 +1,4 @@
-"""How adapters get from the host tier into their slots without a step waiting for one.
+"""How adapters get from the disk into host memory, and from there into their slots, without a step waiting for one.
 
 Loader threads fetch them and list what is to be copied where, and have the other ranks do all of it; the stepping
 thread copies in pieces between steps. What an earlier load has left ready needs no loader thread.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -48,8 +50,20 @@ class Loaded:
     from_disk: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What came of a `fetch`: the adapter is in host memory, or why not."""
+
+    digest: str
+    seconds: float
+    from_disk: bool
+    error: BaseException | None
+
+
 class SlotLoader:
-    """`report`, called on a loader thread, brings each `Loaded` to the stepping thread, which calls all methods."""
+    """`report`, called on some thread, brings what came of a load or a fetch to the stepping thread, which calls all
+    methods.
+    """
 
     def __init__(
         self,
@@ -58,7 +72,7 @@ class SlotLoader:
         runner: ModelRunner,
         followers: Followers,
         pace: PaceMeter,
-        report: Callable[[Loaded], None],
+        report: Callable[[Loaded | Fetched], None],
     ) -> None:
         self._pace = pace
         self._followers = followers
@@ -70,12 +84,49 @@ class SlotLoader:
         self._loaders = background_threads(_NUM_LOADERS, "lorafleet-slot")
         self._copying: deque[tuple[Loaded, SlotWrite]] = deque()
         self._copy_s = _MIN_COPY_S  # for copying, before the next step
+        self._fetching: Counter[str] = Counter()
         self.num_loading = 0
         self.num_loaded = 0  # ever
 
     @property
+    def num_coming(self) -> int:
+        """Loads and fetches that have not ended."""
+        return self.num_loading + len(self._fetching)
+
+    def is_fetching(self, digest: str) -> bool:
+        return digest in self._fetching
+
+    @property
     def is_copying(self) -> bool:
         return bool(self._copying)
+
+    def fetch(self, digest: str) -> None:
+        """Bring an adapter into host memory, where nothing holds it; it is to have a slot soon."""
+        self._fetching[digest] += 1
+        if not self._followers.are_none:  # they read it while this rank does
+            self._loaders.submit(partial(self._followers.prefetch, digest))
+        began = time.monotonic()
+        fetched = self._store.fetch(digest)
+        from_disk = not fetched.done()
+
+        def report(fetched: Future[HostAdapter]) -> None:
+            error = fetched.exception()
+            if error is None:
+                self._store.release(digest)
+            self._report(Fetched(digest, time.monotonic() - began, from_disk, error))
+
+        fetched.add_done_callback(report)
+
+    def take_fetched(self, fetched: Fetched) -> LoRAFleetError | None:
+        """Take in what came of a `fetch`; why it failed."""
+        self._fetching -= Counter([fetched.digest])
+        if fetched.error is None:
+            if fetched.from_disk:
+                self._pace.book_load(fetched.seconds, from_disk=True)
+            return None
+        if isinstance(fetched.error, LoRAFleetError):
+            return fetched.error
+        return InternalError("Reading the adapter failed; the worker's log says why.")
 
     def start(self, load: SlotLoad) -> None:
         """Begin to bring an adapter into the slot that `AdapterSlots` gave it."""

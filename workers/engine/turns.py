@@ -21,16 +21,19 @@ Pure: times are the caller's.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Generic, TypeVar
 
 from lorafleet.workers.errors import QueueFullError
 
 TURN_S = 1.0
+COST = 5.0  # a turn is so many times as long as its slot stands empty at its beginning
+_MAX_PASSED = 8  # turns
 
 T = TypeVar("T", bound=Hashable)
 
@@ -45,7 +48,7 @@ class WaitBound:
 
     @property
     def turn_s(self) -> float:
-        """How long a place is kept at least."""
+        """How long a seat is kept at least, and a slot if it can be filled at once."""
         return min(TURN_S, self.max_wait_s / 8) if self.max_wait_s else TURN_S
 
     @property
@@ -61,9 +64,12 @@ class WaitBound:
         """How many turns an adapter needs for so many clients, or a composition of `num_adapters`."""
         return -(-num_clients // self.num_clients_a_turn) * (2 * num_adapters - 1)
 
-    def max_turns(self, num_pinned: int = 0) -> int:
-        """How many turns adapters may wait for, when some slots change hands no more."""
-        return self.places_left(num_pinned) * int(self.max_wait_s / self.turn_s - 4)
+    def max_turns(self, num_pinned: int = 0, turn_s: float = 0.0) -> int:
+        """How many turns adapters may wait for, when some slots change hands no more: two each at least.
+
+        turn_s: of a slot, if it is longer than a seat's.
+        """
+        return self.places_left(num_pinned) * max(2, int(self.max_wait_s / max(turn_s, self.turn_s) - 4))
 
     def places_left(self, num_pinned: int) -> int:
         """For adapters to take turns in."""
@@ -75,11 +81,32 @@ class WaitBound:
         return self.num_seats * int(self.max_wait_s / self.turn_s - 4)
 
 
+class SlotPace:
+    """How long slots take to change hands: means of what was measured, the newest counting for a quarter."""
+
+    def __init__(self, bound: WaitBound) -> None:
+        self._bound = bound
+        self._empty_s = 0.0  # that a slot stands empty while an adapter is on its way into it
+        self._ready_s = 0.0  # that the host tier needs for each adapter that gets a slot
+
+    def book(self, empty_s: float | None = None, ready_s: float | None = None) -> None:
+        """ready_s: 0 for an adapter that was there already."""
+        if empty_s is not None:
+            self._empty_s += (empty_s - self._empty_s) / 4
+        if ready_s is not None:
+            self._ready_s += (ready_s - self._ready_s) / 4
+
+    def turn_s(self, num_places: int) -> float:
+        """How long a slot is kept at least."""
+        return max(self._bound.turn_s, COST * self._empty_s, num_places * self._ready_s)
+
+
 class Line(Generic[T]):
     """Those that wait for one kind of place, longest wait first."""
 
     def __init__(self, num_places: int, bound: WaitBound) -> None:
-        self.num_places = num_places  # may change
+        self.num_places = num_places
+        self.turn_s = bound.turn_s  # how long a place is kept at least
         self._bound = bound
         self._numbers = count()
         self._entries: list[tuple[float, int, T]] = []  # (since when, number, item), sorted
@@ -87,6 +114,9 @@ class Line(Generic[T]):
         self._turns: dict[T, int] = {}
         self._widths: dict[T, int] = {}  # places that an item needs at once
         self.num_turns = 0  # of all in line
+        self._is_changed = True  # since `_late_at` was found
+        self._found_at = -math.inf
+        self._late_at = math.inf  # when those at the line's head must have places, or others will be served too late
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -94,9 +124,20 @@ class Line(Generic[T]):
     def __contains__(self, item: T) -> bool:
         return item in self._known
 
+    @property
+    def first_since(self) -> float:
+        """When the first in line began to wait."""
+        return self._entries[0][0] if self._entries else math.inf
+
     def since(self, item: T) -> float:
         """When an item that is in line began to wait."""
         return self._known[item][0]
+
+    def set_places(self, num_places: int, turn_s: float) -> None:
+        """Say how many places there are from now on, and how long each is kept at least."""
+        if (num_places, turn_s) != (self.num_places, self.turn_s):
+            self.num_places, self.turn_s = num_places, turn_s
+            self._is_changed = True
 
     def put(self, item: T, since: float, num_turns: int = 1, width: int = 1) -> None:
         """Put an item in line, or to where it belongs now.
@@ -111,6 +152,7 @@ class Line(Generic[T]):
         self.num_turns += num_turns - self._turns.get(item, 0)
         self._turns[item] = num_turns
         self._widths[item] = width
+        self._is_changed = True
 
     def discard(self, item: T) -> None:
         entry = self._known.pop(item, None)
@@ -118,39 +160,54 @@ class Line(Generic[T]):
             del self._entries[bisect_left(self._entries, entry[:2], key=lambda known: known[:2])]
             self.num_turns -= self._turns.pop(item)
             del self._widths[item]
+            self._is_changed = True
 
-    def due(self, now: float) -> list[T]:
-        """Those that must have a place now, longest wait first, at most as many as there are places."""
-        places, turn_s = self.num_places, self._bound.turn_s
+    def longest(self, before: float) -> Iterator[T]:
+        """Those that wait since `before` or longer, longest first. The line must not change meanwhile."""
+        for since, _, item in self._entries:
+            if since > before:
+                return
+            yield item
+
+    def due(self, now: float, can_have: Callable[[T], bool] = lambda _: True) -> list[T]:
+        """Those that must have a place now, longest wait first, at most as many as there are places.
+
+        can_have: whether one could have a place now; those that cannot are passed, as far as a few turns' worth.
+        """
         if not self._bound.max_wait_s or not self._entries:
             return []
-        latest = now - self._bound.max_wait_s + 2 * turn_s  # whoever has waited since then is due at the line's head
-        if self._entries[0][0] > latest + (self.num_turns // places) * turn_s:
-            return []
-        due = []
-        k = 0
-        for since, _, item in self._entries:
-            width = min(self._widths[item], places)
-            if k % places + width > places:  # the rest of that turn is too little for it
-                k += -k % places
-            turn = k // places
-            if since <= latest + turn * turn_s:
-                if turn:
-                    return self._first_turn()
-                due.append(item)
-            k += self._turns[item] - (width - 1)
-        return due
-
-    def _first_turn(self) -> list[T]:
-        """Those at the line's head that have room together."""
+        latest = now - self._bound.max_wait_s + 2 * self.turn_s  # who waits since then is due at the line's head
+        is_late = now >= self._find_late_at(now)
         items = []
         num_left = self.num_places
-        for _, _, item in self._entries:
+        for since, _, item in islice(self._entries, _MAX_PASSED * self.num_places):
+            if since > latest and not is_late:
+                break
+            if not can_have(item):
+                continue
             num_left -= min(self._widths[item], self.num_places)
             if num_left < 0:
                 break
             items.append(item)
         return items
+
+    def _find_late_at(self, now: float) -> float:
+        """As exact as a sixteenth of a turn: a look at all in line costs more than a step decides otherwise."""
+        if not self._is_changed or now < self._found_at + self.turn_s / 16:
+            return self._late_at
+        self._is_changed, self._found_at = False, now
+        places, turn_s = self.num_places, self.turn_s
+        earliest = math.inf
+        k = 0
+        for since, _, item in self._entries:
+            width = min(self._widths[item], places)
+            if k % places + width > places:  # the rest of that turn is too little for it
+                k += -k % places
+            if k >= places:
+                earliest = min(earliest, since - k // places * turn_s)
+            k += self._turns[item] - (width - 1)
+        self._late_at = earliest + self._bound.max_wait_s - 2 * turn_s
+        return self._late_at
 
     def check_integrity(self) -> None:
         """For tests."""
@@ -171,6 +228,7 @@ class Entrance:
         self.num_served_clients = 0
         self.num_served_turns = 0
         self.num_pinned = 0  # adapters whose slots change hands no more
+        self.turn_s = bound.turn_s  # of a slot
 
     @property
     def num_waiting_turns(self) -> int:
@@ -216,7 +274,7 @@ class Entrance:
 
     def _check_room(self, num_more_turns: int) -> None:
         bound = self._bound
-        max_turns = bound.max_turns(self.num_pinned)
+        max_turns = bound.max_turns(self.num_pinned, self.turn_s)
         if num_more_turns and self.num_waiting_turns >= max_turns:
             raise QueueFullError(
                 f"{self.num_waiting_turns} adapters wait for {bound.places_left(self.num_pinned)} slots (one that many "

@@ -228,10 +228,6 @@ def test_an_adapter_that_changed_on_disk_fails_its_requests_by_name(
     assert engine.register_adapter(str(moving)).digest != digest
 
 
-def wait_for_prefetches(engine: Engine) -> None:
-    engine._store._prefetcher.submit(engine._store.check_integrity).result(60.0)
-
-
 def test_an_adapter_that_waits_for_a_slot_is_in_the_host_cache_before_it_gets_one(
     fleet: Fleet, engines: list[Engine]
 ) -> None:
@@ -246,9 +242,10 @@ def test_an_adapter_that_waits_for_a_slot_is_in_the_host_cache_before_it_gets_on
         engine.wait_for_work(timeout_s=1.0)
         gather(engine.step(), results)
     engine.submit(second)
-    gather(engine.step(), results)
-    wait_for_prefetches(engine)
-    assert set(engine._store.resident()) == {first.adapter, second.adapter}
+    while second.adapter not in engine._store.resident():
+        engine.wait_for_work(timeout_s=1.0)
+        gather(engine.step(), results)
+        assert not results["all:1"].finish
     assert engine.stats().device_adapters == (first.adapter,)
     while engine.has_unfinished():
         engine.wait_for_work(timeout_s=1.0)
@@ -257,7 +254,7 @@ def test_an_adapter_that_waits_for_a_slot_is_in_the_host_cache_before_it_gets_on
     assert engine.stats().num_adapter_loads == 2, "the slot was filled from the host cache"
 
 
-def test_an_adapter_that_cannot_be_prefetched_fails_its_own_requests_only(
+def test_an_adapter_that_cannot_be_read_fails_its_own_requests_only_and_takes_no_slot(
     fleet: Fleet, engines: list[Engine], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -284,14 +281,12 @@ def test_an_adapter_that_cannot_be_prefetched_fails_its_own_requests_only(
     for request in requests:
         engine.submit(request)
     results = {request.request_id: Result() for request in requests}
-    gather(engine.step(), results)
-    wait_for_prefetches(engine)
-    assert digest in loads, "it was tried ahead of time"
-    assert engine.stats().num_waiting and not results["broken"].finish, "and that alone ends no request"
     while engine.has_unfinished():
         engine.wait_for_work(timeout_s=1.0)
         gather(engine.step(), results)
         engine._store.check_integrity()
+        assert digest not in engine.stats().loading_adapters
+    assert digest in loads
     failed = results.pop("broken")
     assert failed.finish is FinishReason.ERROR and isinstance(failed.error, AdapterUnavailableError)
     fleet.check(results)
