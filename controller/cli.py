@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from lorafleet.controller.command_parser import CommandParser
 from lorafleet.controller.config import GATEWAY_NODES
 from lorafleet.controller.fleet_flags import (
     add_fleet_flags,
@@ -29,7 +30,7 @@ from lorafleet.workers.errors import ConfigError, LoRAFleetError
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command; the exit code is 0, 1 for what cannot run, 2 for wrong usage."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["gateway"]:
         from lorafleet.controller.gateway.__main__ import main as gateway
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             if args.command == "up":
                 _check_gateway_flags(args)
     except ConfigError as error:
-        parser.error(error.message)
+        parser.command(argv[0]).error(error.message)
     try:
         if args.command == "serve":
             from lorafleet.controller.launch import serve
@@ -76,10 +77,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lorafleet", description="Serve one base model and any number of LoRA adapters.", allow_abbrev=False
-    )
+def make_parser() -> CommandParser:
+    parser = CommandParser(prog="lorafleet", description="Serve one base model and any number of LoRA adapters.")
     parser.add_argument("--version", action="version", version=f"lorafleet {version('lorafleet')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
@@ -88,7 +87,6 @@ def make_parser() -> argparse.ArgumentParser:
         description="Serve a model and its adapters over an OpenAI-compatible HTTP API, on a Ray of its own on this "
         "machine or on a running Ray cluster. Flags that vLLM has mean what they mean there. Flags may also stand in a "
         "file: `lorafleet serve @FILE`, several on a line, # for comments.",
-        allow_abbrev=False,
     )
     add_fleet_flags(serve, ray_address=None, ray_help="a running Ray cluster to use (default: a Ray of its own)")
     _add_up(commands)
@@ -106,9 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
             "restart` has them back.",
         ),
     ):
-        command = commands.add_parser(
-            name, help=purpose, description=f"{purpose.capitalize()}: {description}", allow_abbrev=False
-        )
+        command = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}: {description}")
         command.add_argument(
             "--ray-address", metavar="ADDRESS", default="auto", help="of the cluster (default: the one of this machine)"
         )
@@ -126,7 +122,6 @@ def make_parser() -> argparse.ArgumentParser:
         "status",
         help="show the workers of a running fleet",
         description="Show the workers of a running fleet: state, ranks, generation, load, KV use and adapters by tier.",
-        allow_abbrev=False,
     )
     status.add_argument("--url", default="http://127.0.0.1:8000", help="of a gateway (default: %(default)s)")
     status.add_argument("--api-key", metavar="KEY", help="one that it knows (default: $LORAFLEET_API_KEY)")
@@ -134,14 +129,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_up(commands: argparse._SubParsersAction[CommandParser]) -> None:
     up = commands.add_parser(
         "up",
         help="start a fleet on a running Ray cluster and leave it running",
         description="Start a fleet on a running Ray cluster and leave it running: the controller on the head node, the "
         "workers where they fit, gateways where --gateways says. The same command again waits for the fleet that runs. "
         "Flags may also stand in a file: `lorafleet up @FILE`, several on a line, # for comments.",
-        allow_abbrev=False,
     )
     add_fleet_flags(up, ray_address="auto", ray_help="of the cluster (default: the one of this machine)")
     cluster = up.add_argument_group("cluster")

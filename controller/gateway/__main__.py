@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorafleet.controller.command_parser import CommandParser
 from lorafleet.controller.gateway.api_keys import WEAK_KEY_CHARS, add_key_flags, given_keys, num_weak
 from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
 from lorafleet.controller.gateway.limits import Limits, flag_of
@@ -24,10 +25,9 @@ from lorafleet.workers.errors import ConfigError
 def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace]:
     """Raises ConfigError for a value that cannot be; argparse itself exits for unknown flags."""
     defaults = GatewayConfig(controller="localhost:1", token="-")
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lorafleet gateway",
         description="LoRAFleet's HTTP gateway: an OpenAI-compatible API in front of the workers.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--controller", required=True, metavar="HOST:PORT", help="the controller's gRPC address")
