@@ -89,13 +89,12 @@ def set_threads(count: int) -> None:
     The others begin with the cores and the priority that the calling thread has now, and end with it.
     """
     assert count >= 1
-    native = library()
     if get_threads() == count:
         return
-    if isinstance(native, ctypes.CDLL):
-        native.lf_team_use(None)
+    ended = getattr(_local, "teams", {})
     _local.num_threads, _local.teams = count, {}
     _use_team()
+    ended.clear()
 
 
 def get_threads() -> int:
@@ -104,9 +103,12 @@ def get_threads() -> int:
 
 
 def _use_team() -> None:
-    """Make the calling thread's team with the present library, which has a team of its own."""
+    """Let the present library know the calling thread's team. Each library has teams of its own."""
     native = library()
-    if not isinstance(native, ctypes.CDLL) or get_threads() == 1:
+    if not isinstance(native, ctypes.CDLL):
+        return
+    if get_threads() == 1:
+        native.lf_team_use(None)
         return
     team = _local.teams.get(native._handle)
     if team is None:
@@ -215,6 +217,7 @@ def forced(level: Level | None) -> Iterator[None]:
     finally:
         with _lock:
             _library = kept
+        _use_team()
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:

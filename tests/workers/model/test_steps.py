@@ -14,10 +14,11 @@ import torch
 from tiny import Result, run_engine
 
 from lorafleet.kernels import native
+from lorafleet.kernels.linear import prepare
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
-from lorafleet.workers.model import decoder
+from lorafleet.workers.model import decoder, layers
 
 NUM_LAYERS = 3
 NUM_ADAPTERS = 3
@@ -127,18 +128,26 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[native.Recording]:
     return replayed
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_replayed_steps_give_the_same_bits(
-    model: Path, replays: list[native.Recording], monkeypatch: pytest.MonkeyPatch
+    dtype: str, model: Path, replays: list[native.Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded = run_all(model, "bfloat16")
+    recorded = run_all(model, dtype)
     assert len(replays) > 10
     monkeypatch.setattr(decoder, "_MAX_RECORDED_TOKENS", 0)
-    assert run_all(model, "bfloat16") == recorded
+    assert run_all(model, dtype) == recorded
 
 
-def test_float32_is_not_replayed_since_torch_makes_its_products(model: Path, replays: list[native.Recording]) -> None:
-    run_all(model, "float32")
-    assert not replays
+def test_a_model_of_which_torch_makes_a_product_is_not_replayed_and_torch_has_the_threads(
+    model: Path, replays: list[native.Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_all(model, "float32")
+    assert replays and (native.get_threads(), torch.get_num_threads()) == (2, 1)
+    replays.clear()
+    monkeypatch.setattr(layers, "prepare", lambda weight, **form: prepare(weight, **form | {"packed": False}))
+    found = run_all(model, "float32")
+    assert not replays and (native.get_threads(), torch.get_num_threads()) == (1, 2)
+    assert [result.token_ids for result in found.values()] == [result.token_ids for result in expected.values()]
 
 
 def test_an_eager_engine_replays_nothing_and_gives_the_same_bits(model: Path, replays: list[native.Recording]) -> None:
@@ -155,7 +164,7 @@ def test_recordings_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_torchs_products_are_never_left_out_of_a_recording() -> None:
-    from lorafleet.kernels.linear import linear, prepare
+    from lorafleet.kernels.linear import linear
 
     x = torch.randn(3, 8)
     with pytest.raises(AssertionError, match="recorded"), native.record():
