@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lorafleet.kernels import paged_kv
+from lorafleet.kernels import native, paged_kv
 from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.linear import linear, prepare
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
+    native.set_threads(args.num_threads)
     from benchmarks.compare import demo_model
 
     spec = read_spec(args.model or demo_model())

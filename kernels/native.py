@@ -89,13 +89,12 @@ def set_threads(count: int) -> None:
     The others begin with the cores and the priority that the calling thread has now, and end with it.
     """
     assert count >= 1
-    native = library()
     if get_threads() == count:
         return
-    if isinstance(native, ctypes.CDLL):
-        native.lf_team_use(None)
+    ended = getattr(_local, "teams", {})
     _local.num_threads, _local.teams = count, {}
     _use_team()
+    ended.clear()
 
 
 def get_threads() -> int:
@@ -104,9 +103,12 @@ def get_threads() -> int:
 
 
 def _use_team() -> None:
-    """Make the calling thread's team with the present library, which has a team of its own."""
+    """Let the present library know the calling thread's team. Each library has teams of its own."""
     native = library()
-    if not isinstance(native, ctypes.CDLL) or get_threads() == 1:
+    if not isinstance(native, ctypes.CDLL):
+        return
+    if get_threads() == 1:
+        native.lf_team_use(None)
         return
     team = _local.teams.get(native._handle)
     if team is None:
@@ -139,32 +141,32 @@ class _Team:
 
 
 class Recording:
-    """The native calls of a block, run as usual and written down, to be run again as one call without Python between.
+    """The native calls of a block, written down instead of being run; `run` runs them, without Python between.
 
-    What was a pointer or a number then is the same pointer or number in a replay: the tensors must outlive it, and only
-    their content may differ. Torch's own operations are not recorded, so there must be none in the block.
+    So the threads that help need not wait for the calling one between the calls. What was a pointer or a number in the
+    block is the same one in each run: the tensors must outlive it, and only their content may differ. Torch's own
+    operations are not recorded, so there must be none.
     """
 
     def __init__(self, native: ctypes.CDLL) -> None:
         self._native = native
-        self._calls: list[tuple[int, list[int]]] = []  # (address, words), until the first replay
+        self._calls: list[tuple[int, list[int]]] = []  # (address, words), until the first run
         self._packed: tuple[array[int], array[int]] | None = None  # what replay.cpp reads: calls; all their words
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """A kernel that writes its calls down. Kept as an attribute, so that each name comes here once."""
-        function, types = getattr(self._native, name), _SIGNATURES[name]
+        types = _SIGNATURES[name]
         address = ctypes.cast(getattr(self._native, f"{name}_replay"), _P).value
         assert address is not None
 
         def call(*arguments: Any) -> None:
-            function(*arguments)
             self._calls.append((address, [_word(kind, value) for kind, value in zip(types, arguments, strict=True)]))
 
         self.__dict__[name] = call
         return call
 
-    def replay(self) -> None:
-        """Run all calls again, with the content that their tensors have now."""
+    def run(self) -> None:
+        """Run all calls, with the content that their tensors have now."""
         if self._packed is None:
             words = array("Q", [word for _, own in self._calls for word in own])
             calls, place = array("Q"), words.buffer_info()[0]
@@ -184,7 +186,7 @@ def is_recording() -> bool:
 
 @contextmanager
 def record() -> Iterator[Recording]:
-    """Write down this thread's native calls within the block. The kernels must be available."""
+    """Write down this thread's native calls within the block, none of which is run. The kernels must be available."""
     native = library()
     assert isinstance(native, ctypes.CDLL), "there is nothing to record, or a recording within a recording"
     _local.recording = Recording(native)
@@ -215,6 +217,7 @@ def forced(level: Level | None) -> Iterator[None]:
     finally:
         with _lock:
             _library = kept
+        _use_team()
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:

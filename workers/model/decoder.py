@@ -36,7 +36,7 @@ from lorafleet.workers.model.vocabulary import VocabularyPart, embedding_squares
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 # A recording of SmolLM2's 30 layers takes 50 KB; steps of more tokens spend little of their time in Python.
-_MAX_RECORDED_TOKENS = 128
+_MAX_KEPT_TOKENS = 128
 _MAX_RECORDINGS = 256
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
@@ -169,9 +169,9 @@ class DecoderLayer:
 class Decoder:
     """The whole model on one rank. Created empty; `load` fills it.
 
-    With native kernels throughout, a step that repeats the shape of an earlier one is not run op by op: the calls of
-    the layers were recorded then and are replayed as one (what CUDA graphs are on a GPU), since several hundred calls
-    from Python cost a small model a quarter of its step.
+    With native kernels throughout, the calls of the layers are recorded and run as one. Those of a small step are kept
+    for the next one of the same shape (what CUDA graphs are on a GPU), since several hundred calls from Python cost a
+    small model a quarter of its step.
     """
 
     def __init__(
@@ -312,21 +312,21 @@ class Decoder:
 
     def _run_layers(self, work: Activations, step: StepInput, cache: KVCache) -> None:
         kernels = native.library()
-        num_tokens = work.x_TH.shape[0]
-        if kernels is None or num_tokens > _MAX_RECORDED_TOKENS or not self._is_recordable:
+        if kernels is None or not self._is_recordable:
             for layer in self._layers:
                 layer.forward(work, step, cache, self._cos_sin_MD)
             return
+        num_tokens = work.x_TH.shape[0]
         # All that the calls hold besides addresses that never change (see StepBuffers, Activations).
         num_segments = step.segments.slot_G.shape[0] if isinstance(step.segments, LoraSegments) else 0
         shape = (kernels, num_tokens, step.context_len_S.shape[0], num_segments, step.which_norm_T is None)
         recording = self._recordings.pop(shape, None)
-        if recording is not None:
-            recording.replay()
-        else:
+        if recording is None:
             with native.record() as recording:
                 for layer in self._layers:
                     layer.forward(work, step, cache, self._cos_sin_MD)
-        self._recordings[shape] = recording
-        if len(self._recordings) > _MAX_RECORDINGS:
-            self._recordings.popitem(last=False)
+        recording.run()
+        if num_tokens <= _MAX_KEPT_TOKENS:
+            self._recordings[shape] = recording
+            if len(self._recordings) > _MAX_RECORDINGS:
+                self._recordings.popitem(last=False)

@@ -1,5 +1,5 @@
-"""What a step costs in calls: one per op and layer whatever is in the batch, no LoRA op for the base model, and a step
-whose shape came before is replayed as one call with the same result."""
+"""What a step costs in calls: one per op and layer whatever is in the batch, no LoRA op for the base model, and steps
+that are recorded and run as one call, with the same result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from tiny import Result, run_engine
 
 from lorafleet.kernels import native
+from lorafleet.kernels.linear import prepare
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
-from lorafleet.workers.model import decoder
+from lorafleet.workers.model import decoder, layers
 
 NUM_LAYERS = 3
 NUM_ADAPTERS = 3
@@ -81,11 +82,10 @@ def requests(adapters: list[str | None], num_output: int = 12) -> list[GenerateR
 def test_a_step_makes_one_call_per_op_and_layer(
     num_adapters: int, num_requests: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, digests = make_engine(model)
+    engine, digests = make_engine(model, enforce_eager=True)
     try:
         used: list[str | None] = [digests[i % num_adapters] if num_adapters else None for i in range(num_requests)]
         run_engine(engine, requests([*digests]))  # all adapters are in slots now
-        monkeypatch.setattr(decoder, "_MAX_RECORDED_TOKENS", 0)
         counting = Counting(native.library())
         monkeypatch.setattr(native, "_library", counting)
         before = engine.stats().num_steps
@@ -107,6 +107,7 @@ def test_a_step_makes_one_call_per_op_and_layer(
 
 def run_all(model: Path, dtype: str, **changes: Any) -> dict[str, Result]:
     engine, digests = make_engine(model, dtype=dtype, **changes)
+    engine.bind_thread()
     try:
         run_engine(engine, requests([*digests]))  # all adapters are in slots now
         return run_engine(engine, requests([None, digests[0], digests[1], digests[0], None, digests[2]], num_output=20))
@@ -115,47 +116,56 @@ def run_all(model: Path, dtype: str, **changes: Any) -> dict[str, Result]:
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[native.Recording]:
-    """All that are replayed, in order."""
-    replay, replayed = native.Recording.replay, []
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[native.Recording]:
+    """All recordings that are run, in order."""
+    run, ran = native.Recording.run, []
 
     def noted(recording: native.Recording) -> None:
-        replayed.append(recording)
-        replay(recording)
+        ran.append(recording)
+        run(recording)
 
-    monkeypatch.setattr(native.Recording, "replay", noted)
-    return replayed
+    monkeypatch.setattr(native.Recording, "run", noted)
+    return ran
 
 
-def test_replayed_steps_give_the_same_bits(
-    model: Path, replays: list[native.Recording], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_steps_that_run_a_kept_recording_give_the_same_bits(
+    dtype: str, model: Path, runs: list[native.Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded = run_all(model, "bfloat16")
-    assert len(replays) > 10
-    monkeypatch.setattr(decoder, "_MAX_RECORDED_TOKENS", 0)
-    assert run_all(model, "bfloat16") == recorded
+    kept = run_all(model, dtype)
+    assert len(runs) - len({id(recording) for recording in runs}) > 10
+    runs.clear()
+    monkeypatch.setattr(decoder, "_MAX_KEPT_TOKENS", 0)
+    assert run_all(model, dtype) == kept
+    assert len({id(recording) for recording in runs}) == len(runs)
 
 
-def test_float32_is_not_replayed_since_torch_makes_its_products(model: Path, replays: list[native.Recording]) -> None:
-    run_all(model, "float32")
-    assert not replays
+def test_a_model_of_which_torch_makes_a_product_is_not_recorded_and_torch_has_the_threads(
+    model: Path, runs: list[native.Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_all(model, "float32")
+    assert runs and (native.get_threads(), torch.get_num_threads()) == (2, 1)
+    runs.clear()
+    monkeypatch.setattr(layers, "prepare", lambda weight, **form: prepare(weight, **form | {"packed": False}))
+    found = run_all(model, "float32")
+    assert not runs and (native.get_threads(), torch.get_num_threads()) == (1, 2)
+    assert [result.token_ids for result in found.values()] == [result.token_ids for result in expected.values()]
 
 
-def test_an_eager_engine_replays_nothing_and_gives_the_same_bits(model: Path, replays: list[native.Recording]) -> None:
+def test_an_eager_engine_records_nothing_and_gives_the_same_bits(model: Path, runs: list[native.Recording]) -> None:
     eager = run_all(model, "bfloat16", enforce_eager=True)
-    assert not replays
-    assert run_all(model, "bfloat16") == eager and replays
+    assert not runs
+    assert run_all(model, "bfloat16") == eager and runs
 
 
 def test_recordings_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = run_all(model, "bfloat16")
     monkeypatch.setattr(decoder, "_MAX_RECORDINGS", 2)
-    recorded = run_all(model, "bfloat16")
-    monkeypatch.setattr(decoder, "_MAX_RECORDED_TOKENS", 0)
-    assert run_all(model, "bfloat16") == recorded
+    assert run_all(model, "bfloat16") == kept
 
 
 def test_torchs_products_are_never_left_out_of_a_recording() -> None:
-    from lorafleet.kernels.linear import linear, prepare
+    from lorafleet.kernels.linear import linear
 
     x = torch.randn(3, 8)
     with pytest.raises(AssertionError, match="recorded"), native.record():
@@ -163,16 +173,18 @@ def test_torchs_products_are_never_left_out_of_a_recording() -> None:
     assert not native.is_recording()
 
 
-def test_what_a_replay_reads_is_what_its_tensors_hold_then() -> None:
+def test_what_a_recording_reads_is_what_its_tensors_hold_when_it_is_run() -> None:
     from lorafleet.kernels.norm import rms_norm
 
     x, weight, out = torch.randn(4, 32), torch.randn(32), torch.empty(4, 32)
+    out.zero_()
     with native.record() as recording:
         rms_norm(x, weight, 1e-5, out)
+    assert not out.any(), "nothing is run while it is recorded"
     for _ in range(2):
         x.normal_()
         out.zero_()
-        recording.replay()
+        recording.run()
         assert torch.equal(out, rms_norm(x, weight, 1e-5))
 
 
