@@ -19,7 +19,7 @@ import grpc.aio
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto import worker_pb2
-from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
+from lorafleet.workers.engine.request import MAX_NAME_CHARS, MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -32,7 +32,6 @@ from lorafleet.workers.text.files import files_digest
 
 _T = TypeVar("_T")
 
-MAX_NAME_CHARS = 256
 GRACE_S = 2.0  # between a new table and the end of what it no longer names: requests that gateways have just resolved
 FREE_S = 30.0  # that an unload waits for running requests; afterwards they go on, and what they use is freed later
 
@@ -71,7 +70,7 @@ class AdapterUpdates:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def load(
-        self, name: str, root: str, *, load_inplace: bool, weight: float = 0.0, pin: bool = False
+        self, name: str, root: str, *, load_inplace: bool, weight: float = 1.0, pin: bool = False
     ) -> worker_pb2.Adapter:
         """Read and verify what lies at `root` on every worker, then let `name` stand for it.
 
@@ -80,7 +79,7 @@ class AdapterUpdates:
         """
         self._check_allowed()
         _check_name(name, root)
-        if weight and not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
             raise InvalidRequestError(
                 f"weight is {weight}; it must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", param="weight"
             )

@@ -53,7 +53,7 @@ class WorkerClient:
             root=adapter.root,
             parent=adapter.parent,
             created=adapter.created,
-            weight=adapter.weight,
+            weight=adapter.weight if adapter.HasField("weight") else None,
             pin=adapter.pin,
             allowed_roots=allowed_roots,
         )
