@@ -196,7 +196,7 @@ async def test_weight_and_pin_go_to_the_workers_and_into_the_table(fleet: Fleet)
     worker = FakeClient()
     await fleet.updates.sync(cast(WorkerClient, worker))
     assert (worker.known["sql", 1].weight, worker.known["sql", 1].pin) == (2.5, True)
-    for weight in (-1.0, 1e4, float("nan")):
+    for weight in (0.0, -1.0, 1e4, float("nan")):
         with pytest.raises(InvalidRequestError, match="weight is"):
             await fleet.updates.load("other", "/adapters/b", load_inplace=False, weight=weight)
 
