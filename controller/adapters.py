@@ -21,7 +21,7 @@ from lorafleet.controller.reconcile import Key
 from lorafleet.controller.retirement import Freed, Retirement
 from lorafleet.controller.update_turns import UpdateTurns
 from lorafleet.proto import worker_pb2
-from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
+from lorafleet.workers.engine.request import MAX_NAME_CHARS, MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -34,7 +34,6 @@ from lorafleet.workers.errors import (
 
 _T = TypeVar("_T")
 
-MAX_NAME_CHARS = 256
 MAX_ROOT_CHARS = 4096  # of a path, on Linux
 FORGET_S = 5.0  # for what a load that failed has left on a worker; later reconciling finds it
 KNOW_S = 15.0  # that a load or unload waits for a controller that has just started to know what there is
@@ -78,7 +77,7 @@ class AdapterUpdates:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def load(
-        self, name: str, root: str, *, load_inplace: bool, weight: float = 0.0, pin: bool = False
+        self, name: str, root: str, *, load_inplace: bool, weight: float = 1.0, pin: bool = False
     ) -> worker_pb2.Adapter:
         """Read and verify what lies at `root` on every worker, then let `name` stand for it.
 
@@ -88,7 +87,7 @@ class AdapterUpdates:
         """
         self._check_allowed()
         _check_name(name, root)
-        if weight and not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
             raise InvalidRequestError(
                 f"weight is {weight}; it must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", param="weight"
             )

@@ -72,7 +72,7 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
                 request.name,
                 request.root,
                 load_inplace=request.load_inplace,
-                weight=request.weight,
+                weight=request.weight if request.HasField("weight") else 1.0,
                 pin=request.pin,
             )
         except LoRAFleetError as error:

@@ -6,6 +6,7 @@ Owns: asking a gateway and the table. Leaves to others: what a gateway says (gat
 from __future__ import annotations
 
 import datetime
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -19,16 +20,16 @@ _COLUMNS = ("WORKER", "STATE", "RANKS", "GENERATION", "STARTS", "RUNNING", "WAIT
 
 def fetch_fleet(url: str, api_key: str | None) -> dict[str, Any]:
     """What GET /fleet says. Raises `LoRAFleetError` with what to do about it."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/fleet")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # $http_proxy is not for our own gateway
     try:
+        request = urllib.request.Request(_fleet_url(url))
+        if api_key:
+            request.add_header("Authorization", f"Bearer {api_key}")
         with opener.open(request, timeout=_TIMEOUT_S) as response:
             fleet = json.load(response)
     except urllib.error.HTTPError as error:
         raise LoRAFleetError(f"{url} answers {error.code}: {_message(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise WorkerUnavailableError(
             f"No gateway answers at {url} ({getattr(error, 'reason', error)}). Give --url the address that `lorafleet "
             "serve` printed."
@@ -36,6 +37,12 @@ def fetch_fleet(url: str, api_key: str | None) -> dict[str, Any]:
     if not isinstance(fleet, dict) or fleet.get("object") != "fleet":
         raise LoRAFleetError(f"{url} is not a LoRAFleet gateway.")
     return fleet
+
+
+def _fleet_url(url: str) -> str:
+    """Of a gateway's address, with or without the scheme, the API's /v1 or slashes at its end."""
+    base = url if "://" in url else f"http://{url}"
+    return base.rstrip("/").removesuffix("/fleet").removesuffix("/v1").rstrip("/") + "/fleet"
 
 
 def table(fleet: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ class WorkerClient:
             root=adapter.place or adapter.root,
             parent=adapter.parent,
             created=adapter.created,
-            weight=adapter.weight,
+            weight=adapter.weight if adapter.HasField("weight") else None,
             pin=adapter.pin,
             allowed_roots=adapter.allowed_roots,
             digest=adapter.digest,

@@ -86,7 +86,7 @@ class AdapterRegistry:
             lora_rank=spec.lora_rank,
             text_digest="" if text is None else text.digest,
             vocab_size=spec.vocab_size,
-            weight=request.weight,
+            weight=request.weight if request.HasField("weight") else 1.0,
             pin=request.pin,
             not_composable=spec.not_composable,
             place=spec.folder.place,

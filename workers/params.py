@@ -13,6 +13,7 @@ from typing import Any
 from lorafleet.workers.engine.request import MAX_LOGPROBS, SamplingOptions
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
 
+MAX_INT = 2**31 - 1
 MAX_N = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
@@ -52,15 +53,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_N)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+            _integer("max_tokens", self.max_tokens, 1, MAX_INT)
+        _integer("min_tokens", self.min_tokens, 0, MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", param="min_tokens"
             )
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _integer("top_k", self.top_k, -1, MAX_INT)
         _number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1)
@@ -194,7 +195,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 def _stop_token_ids(token_ids: object) -> frozenset[int]:
     checked = _some("stop_token_ids", token_ids, MAX_STOP_TOKEN_IDS)
     for token_id in checked:
-        _integer("stop_token_ids", token_id, 0, 2**31 - 1)
+        _integer("stop_token_ids", token_id, 0, MAX_INT)
     return frozenset(checked)
 
 

@@ -10,13 +10,16 @@ from typing import Final
 
 from aiohttp import web
 
-from lorafleet.controller.gateway.auth import check_admin
+from lorafleet.controller.gateway.auth import TENANT, check_admin
 from lorafleet.controller.gateway.schema import LoadAdapterBody, UnloadAdapterBody, decode
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.proto import controller_pb2
+from lorafleet.workers.engine.request import MAX_NAME_CHARS
+from lorafleet.workers.errors import InvalidRequestError, quoted
 
 LOAD_S: Final = 600.0  # an adapter may have to be downloaded
 UNLOAD_S: Final = 60.0
+MAX_PATH_CHARS: Final = 4096  # Linux's
 
 
 async def load_adapter(request: web.Request) -> web.Response:
@@ -24,7 +27,10 @@ async def load_adapter(request: web.Request) -> web.Response:
     check_admin(request)
     state = request.app[STATE]
     with state.intake.enter(request) as place:
-        fields = decode(await place.read_body(), LoadAdapterBody)
+        body = await place.read_body()
+        fields = await state.parse(request[TENANT], len(body), lambda: decode(body, LoadAdapterBody))
+        _check_name(fields.lora_name)
+        _check_path(fields.lora_path)
         update = controller_pb2.LoadAdapterRequest(
             name=fields.lora_name,
             root=fields.lora_path,
@@ -41,7 +47,9 @@ async def unload_adapter(request: web.Request) -> web.Response:
     check_admin(request)
     state = request.app[STATE]
     with state.intake.enter(request) as place:
-        fields = decode(await place.read_body(), UnloadAdapterBody)
+        body = await place.read_body()
+        fields = await state.parse(request[TENANT], len(body), lambda: decode(body, UnloadAdapterBody))
+        _check_name(fields.lora_name)
         update = controller_pb2.UnloadAdapterRequest(name=fields.lora_name)
         done = await state.routes.update("UnloadAdapter", update, UNLOAD_S)
     headers = {
@@ -50,3 +58,19 @@ async def unload_adapter(request: web.Request) -> web.Response:
         "x-lorafleet-draining-workers": str(done.num_draining),
     }
     return web.Response(text=f"Success: LoRA adapter '{fields.lora_name}' removed successfully.", headers=headers)
+
+
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME_CHARS:
+        raise InvalidRequestError(
+            f"lora_name has {len(name)} characters; the limit is {MAX_NAME_CHARS}.", param="lora_name"
+        )
+
+
+def _check_path(path: str) -> None:
+    if len(path) > MAX_PATH_CHARS or "\0" in path:
+        raise InvalidRequestError(
+            f"lora_path is {quoted(path)}; it must be at most {MAX_PATH_CHARS} characters without a null character: a "
+            "directory on the workers or a hub id.",
+            param="lora_path",
+        )

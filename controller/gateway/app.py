@@ -31,24 +31,24 @@ def make_app(state: GatewayState) -> web.Application:
     )
     app[STATE] = state
     app.cleanup_ctx.append(_life)
-    app.add_routes(
-        [
-            web.get("/health", health.health),
-            web.get("/ping", health.health),
-            web.get("/ready", health.ready),
-            web.get("/version", health.show_version),
-            web.get("/metrics", health.show_metrics),
-            web.get("/fleet", fleet.show_fleet),
-            web.get("/v1/models", models.list_models),
-            web.get("/v1/models/{id:.+}", models.get_model),
-            web.post("/v1/completions", completions.create_completion),
-            web.post("/v1/chat/completions", chat.create_chat_completion),
-            web.post("/v1/load_lora_adapter", adapters.load_adapter),
-            web.post("/v1/unload_lora_adapter", adapters.unload_adapter),
-            web.post("/tokenize", tokenization.tokenize),
-            web.post("/detokenize", tokenization.detokenize),
-        ]
-    )
+    for add, path, handler in (
+        (web.get, "/health", health.health),
+        (web.get, "/ping", health.health),
+        (web.get, "/ready", health.ready),
+        (web.get, "/version", health.show_version),
+        (web.get, "/metrics", health.show_metrics),
+        (web.get, "/fleet", fleet.show_fleet),
+        (web.get, "/v1/fleet", fleet.show_fleet),  # found too by whoever knows only the API's base URL
+        (web.get, "/v1/models", models.list_models),
+        (web.post, "/v1/completions", completions.create_completion),
+        (web.post, "/v1/chat/completions", chat.create_chat_completion),
+        (web.post, "/v1/load_lora_adapter", adapters.load_adapter),
+        (web.post, "/v1/unload_lora_adapter", adapters.unload_adapter),
+        (web.post, "/tokenize", tokenization.tokenize),
+        (web.post, "/detokenize", tokenization.detokenize),
+    ):
+        app.add_routes([add(path, handler), add(path + "/", handler)])
+    app.add_routes([web.get("/v1/models/{id:.+}", models.get_model)])
     return app
 
 
@@ -62,7 +62,7 @@ async def _life(app: web.Application) -> AsyncIterator[None]:
 async def _count_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Outermost: every answer by route and status; 499 for a client that did not wait."""
     resource = request.match_info.route.resource
-    route = resource.canonical if resource is not None else "unmatched"
+    route = resource.canonical.rstrip("/") if resource is not None else "unmatched"
     status = "500"
     try:
         response = await handler(request)

@@ -61,7 +61,7 @@ def auth_middleware(keys: ApiKeys) -> Middleware:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN_PATHS:
+        if request.path.rstrip("/") not in OPEN_PATHS:
             request[TENANT] = keys.check(request.headers.get("Authorization"))
         return await handler(request)
 

@@ -7,12 +7,12 @@ everything that completions share (generation.py, sse.py, sampling.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
+from lorafleet.controller.gateway.answer import answer, usage_of
 from lorafleet.controller.gateway.auth import TENANT
 from lorafleet.controller.gateway.composition import resolve_model
 from lorafleet.controller.gateway.errors import REQUEST_ID
@@ -20,10 +20,11 @@ from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.logprobs import chat_logprobs
 from lorafleet.controller.gateway.sampling import sampling_params
 from lorafleet.controller.gateway.schema import ChatRequest, cache_salt_of, check_stream_options, decode
-from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer, usage_of
+from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer
 from lorafleet.controller.gateway.state import STATE
-from lorafleet.workers.engine.request import MAX_LOGPROBS
-from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.engine.request import MAX_LOGPROBS, MAX_NAME_CHARS
+from lorafleet.workers.errors import InvalidRequestError, quoted
+from lorafleet.workers.params import MAX_INT
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -33,31 +34,35 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """One request: messages, `n` choices, streamed or not."""
     state = request.app[STATE]
     with state.intake.enter(request) as place:
-        fields = decode(await place.read_body(), ChatRequest)
+        body = await place.read_body()
+        tenant = request[TENANT]
+        fields = await state.parse(tenant, len(body), lambda: _read(body))
         has_usage = check_stream_options(fields)
         table = state.table
         model = resolve_model(table, fields)
         text = await state.text_of(model)
         num_logprobs = _num_logprobs(fields)
         params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
-        check_messages(fields.messages)
         place.take_choices(params.n, param="n")
         prompt = await state.in_thread(
+            tenant,
+            len(body),
             lambda: text.encode_chat(
                 fields.messages,
                 add_generation_prompt=fields.add_generation_prompt is not False,
                 add_special_tokens=fields.add_special_tokens is True,
-            )
+                max_tokens=table.max_model_len,
+            ),
         )
         head = {
             "id": f"chatcmpl-{request[REQUEST_ID]}",
             "object": "chat.completion.chunk" if fields.stream else "chat.completion",
             "created": int(time.time()),
-            "model": fields.model,
+            "model": fields.model[:MAX_NAME_CHARS],
         }
-        with state.generate(
+        async with state.generate(
             request_id=request[REQUEST_ID],
-            tenant=request[TENANT],
+            tenant=tenant,
             priority=fields.priority,
             cache_salt=cache_salt_of(fields),
             table=table,
@@ -70,9 +75,17 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
             if fields.stream:
                 frames = ChatFrames(head, generation.num_choices, text.tokenizer, num_logprobs, has_usage=has_usage)
                 return await stream_answer(request, generation, frames, has_usage=has_usage)
-            choices = [_choice(delta, text.tokenizer, num_logprobs) for delta in await generation.gather()]
-        answer = head | {"choices": choices, "usage": usage_of(generation)}
-        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+            deltas = await generation.gather()
+        head["usage"] = usage_of(generation)
+        return await answer(
+            request, head, deltas, lambda delta: _choice(delta, text.tokenizer, num_logprobs), num_logprobs
+        )
+
+
+def _read(body: bytes) -> ChatRequest:
+    fields = decode(body, ChatRequest)
+    check_messages(fields.messages)
+    return fields
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
@@ -82,7 +95,7 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
     for number, message in enumerate(messages):
         role = message.get("role")
         if role not in ROLES:
-            shown = f"{role[:64]!r}" if isinstance(role, str) else type(role).__name__
+            shown = quoted(role) if isinstance(role, str) else type(role).__name__
             raise InvalidRequestError(
                 f"messages[{number}].role is {shown}; it must be one of {', '.join(ROLES)}.", param="messages"
             )
@@ -95,7 +108,13 @@ def _max_tokens(fields: ChatRequest) -> int | None:
     new, old = fields.max_completion_tokens, fields.max_tokens
     if new is not None and old is not None and new != old:
         raise InvalidRequestError(
-            f"max_completion_tokens is {new} and max_tokens is {old}. Give one of them.", param="max_tokens"
+            f"max_completion_tokens is {quoted(new)} and max_tokens is {quoted(old)}. Give one of them.",
+            param="max_tokens",
+        )
+    if new is not None and not 1 <= new <= MAX_INT:
+        raise InvalidRequestError(
+            f"max_completion_tokens is {quoted(new)}; it must be between 1 and {MAX_INT}.",
+            param="max_completion_tokens",
         )
     return old if new is None else new
 
@@ -105,7 +124,7 @@ def _num_logprobs(fields: ChatRequest) -> int | None:
     num_top = fields.top_logprobs or 0
     if not 0 <= num_top <= MAX_LOGPROBS:
         raise InvalidRequestError(
-            f"top_logprobs is {num_top}; it must be between 0 and {MAX_LOGPROBS}.", param="top_logprobs"
+            f"top_logprobs is {quoted(num_top)}; it must be between 0 and {MAX_LOGPROBS}.", param="top_logprobs"
         )
     if not fields.logprobs:
         if num_top:
@@ -148,10 +167,10 @@ class ChatFrames:
         self._tokenizer = tokenizer
         self._num_logprobs = num_logprobs
 
-    def opening(self) -> bytes:
+    def opening(self) -> Iterable[bytes]:
         """Each choice's role."""
         fields = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return b"".join(self._template.choice(index, fields) for index in range(self._num_choices))
+        return (self._template.choice(index, fields) for index in range(self._num_choices))
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         """One choice's gain."""

@@ -1,33 +1,34 @@
 """POST /v1/completions.
 
-Owns: prompts in their four forms, echo, the shape of answers and chunks. Leaves to others: everything that chat shares
-(generation.py, sse.py, sampling.py).
+Owns: the shape of answers and chunks. Leaves to others: prompts and echo (prompts.py), everything that chat shares
+(generation.py, sse.py, answer.py, sampling.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
+from lorafleet.controller.gateway.answer import answer, usage_of
 from lorafleet.controller.gateway.auth import TENANT
 from lorafleet.controller.gateway.composition import resolve_model
 from lorafleet.controller.gateway.errors import REQUEST_ID
 from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.logprobs import CompletionColumns, CompletionLogprobs
+from lorafleet.controller.gateway.prompts import echoes_of, encode_prompts, read_prompts
 from lorafleet.controller.gateway.sampling import sampling_params
 from lorafleet.controller.gateway.schema import CompletionRequest, cache_salt_of, check_stream_options, decode
-from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer, usage_of
+from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer
 from lorafleet.controller.gateway.state import STATE
+from lorafleet.workers.engine.request import MAX_NAME_CHARS
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
-from lorafleet.workers.text.model_text import ModelText
 from lorafleet.workers.text.tokenizer import Tokenizer
 
-MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
@@ -35,7 +36,9 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     """One request: any number of prompts, `n` choices of each, streamed or not."""
     state = request.app[STATE]
     with state.intake.enter(request) as place:
-        fields = decode(await place.read_body(), CompletionRequest)
+        body = await place.read_body()
+        tenant = request[TENANT]
+        fields = await state.parse(tenant, len(body), lambda: decode(body, CompletionRequest))
         has_usage = check_stream_options(fields)
         if fields.echo and fields.logprobs is not None:
             raise InvalidRequestError("echo together with logprobs is not supported. Leave one out.", param="echo")
@@ -44,31 +47,29 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         text = await state.text_of(model)
         max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
         params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=fields.logprobs)
-        if not isinstance(fields.prompt, str) and len(fields.prompt) > max(table.max_model_len, MAX_PROMPTS):
-            raise InvalidRequestError(
-                f"prompt has {len(fields.prompt)} items, more than prompts ({MAX_PROMPTS}) or tokens of one prompt "
-                f"({table.max_model_len}) may be.",
-                param="prompt",
-            )
-        asked = _prompts(fields.prompt)
+        max_len = table.max_model_len
+        asked = await state.parse(tenant, len(body), lambda: read_prompts(bytes(fields.prompt), max_len))
         place.take_choices(len(asked) * params.n, param="prompt" if len(asked) > 1 else "n")
-        prompts = await state.in_thread(lambda: _encode(text, asked, fields.add_special_tokens is not False))
+        prompts = await state.in_thread(
+            tenant,
+            len(body),
+            lambda: encode_prompts(text.tokenizer, asked, fields.add_special_tokens is not False, max_len),
+        )
         if fields.max_tokens is None:  # the default gives way to a long prompt
-            room = table.max_model_len - max(map(len, prompts))
+            room = max_len - max(map(len, prompts))
             params = dataclasses.replace(params, max_tokens=max(min(max_tokens, room), 1))
         echoes: list[str] = []
         if fields.echo:
-            shown = await state.in_thread(lambda: [_show(text.tokenizer, prompt) for prompt in asked])
-            echoes = [prompt for prompt in shown for _ in range(params.n)]
+            echoes = await state.in_thread(tenant, len(body), lambda: echoes_of(text.tokenizer, asked, params.n))
         head = {
             "id": f"cmpl-{request[REQUEST_ID]}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": fields.model,
+            "model": fields.model[:MAX_NAME_CHARS],
         }
-        with state.generate(
+        async with state.generate(
             request_id=request[REQUEST_ID],
-            tenant=request[TENANT],
+            tenant=tenant,
             priority=fields.priority,
             cache_salt=cache_salt_of(fields),
             table=table,
@@ -83,47 +84,15 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
                     head, generation.num_choices, text.tokenizer, params, echoes, has_usage=has_usage
                 )
                 return await stream_answer(request, generation, frames, has_usage=has_usage)
-            choices = [
-                _choice(delta, text.tokenizer, params, echoes[delta.index] if echoes else "")
-                for delta in await generation.gather()
-            ]
-        answer = head | {"choices": choices, "usage": usage_of(generation)}
-        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
-
-
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """Raises InvalidRequestError for none, too many, an empty one, or several kinds together."""
-    asked: list[str | list[int]]
-    if isinstance(prompt, str):
-        asked = [prompt]
-    elif prompt and all(isinstance(item, int) for item in prompt):
-        asked = [[item for item in prompt if isinstance(item, int)]]
-    else:
-        asked = [item for item in prompt if not isinstance(item, int)]
-        if len(asked) != len(prompt) or len({type(item) for item in asked}) > 1:
-            raise InvalidRequestError(
-                "prompt mixes kinds; give a string, strings, token ids, or lists of token ids.", param="prompt"
-            )
-    if not asked or not all(asked):
-        raise InvalidRequestError("prompt is empty; there must be at least one token.", param="prompt")
-    if len(asked) > MAX_PROMPTS:
-        raise InvalidRequestError(f"prompt has {len(asked)} prompts, the limit is {MAX_PROMPTS}.", param="prompt")
-    return asked
-
-
-def _encode(text: ModelText, prompts: list[str | list[int]], add_special_tokens: bool) -> list[list[int]]:
-    try:
-        return [
-            text.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
-    except InvalidRequestError as error:
-        error.param = "prompt"
-        raise
-
-
-def _show(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            deltas = await generation.gather()
+        head["usage"] = usage_of(generation)
+        return await answer(
+            request,
+            head,
+            deltas,
+            lambda delta: _choice(delta, text.tokenizer, params, echoes[delta.index] if echoes else ""),
+            params.logprobs,
+        )
 
 
 def _choice(delta: ChoiceDelta, tokenizer: Tokenizer, params: SamplingParams, echo: str) -> dict[str, Any]:
@@ -159,9 +128,9 @@ class CompletionFrames:
         if params.logprobs is not None:
             self._columns = [CompletionColumns(tokenizer, params.skip_special_tokens) for _ in range(num_choices)]
 
-    def opening(self) -> bytes:
+    def opening(self) -> Iterable[bytes]:
         """The echoed prompts, if any."""
-        return b"".join(self._template.text(index, echo) for index, echo in enumerate(self._echoes))
+        return (self._template.text(index, echo) for index, echo in enumerate(self._echoes))
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         """One choice's gain."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Final
 
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
 from lorafleet.controller.gateway.schema import GenerateFields
-from lorafleet.workers.engine.request import MAX_COMPOSED, MAX_COMPOSED_WEIGHT
-from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, UnknownModelError
+from lorafleet.workers.engine.request import MAX_COMPOSED, MAX_COMPOSED_WEIGHT, MAX_NAME_CHARS
+from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, UnknownModelError, quoted
+
+MAX_MODEL_CHARS: Final = MAX_COMPOSED * (MAX_NAME_CHARS + 32)
+"""Of `model`: so many names with their weights."""
 
 _WEIGHT = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]-?[0-9]+)?")
 
@@ -23,7 +27,7 @@ def resolve_model(table: RoutingTable, fields: GenerateFields) -> ModelEntry:
         return resolve_name(table, fields.model)
     if table.resolve(fields.model).digest:
         raise InvalidRequestError(
-            f"model is {fields.model!r}, an adapter; together with adapters it must be the base model, "
+            f"model is {quoted(fields.model)}, an adapter; together with adapters it must be the base model, "
             f"{table.base_name!r}.",
             param="model",
         )
@@ -37,6 +41,12 @@ def resolve_name(table: RoutingTable, name: str) -> ModelEntry:
     """
     if name in table.models:
         return table.models[name]
+    if len(name) > MAX_MODEL_CHARS:
+        raise UnknownModelError(
+            f"model has {len(name)} characters; no name, nor {MAX_COMPOSED} of them with weights, has more than "
+            f"{MAX_MODEL_CHARS}. GET /v1/models lists the base model and its adapters.",
+            param="model",
+        )
     parts = [_part(table, part) for part in name.split("+")]
     if (len(parts) == 1 and parts[0][0] == name) or not any(part in table.models for part, _ in parts):
         return table.resolve(name)
@@ -70,16 +80,21 @@ def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str
             raise
         if not entry.digest:
             raise InvalidRequestError(
-                f"{field} names {name!r}, the base model, to which adapters are added anyway. Name adapters alone.",
+                f"{field} names {quoted(name)}, the base model, to which adapters are added anyway. Name adapters "
+                "alone.",
                 param=field,
             )
         if entry.digest in names:
-            same = "" if names[entry.digest] == name else f" (as {names[entry.digest]!r}, which has the same weights)"
-            raise InvalidRequestError(f"{field} names {name!r} twice{same}. Name it once.", param=field)
+            same = (
+                ""
+                if names[entry.digest] == name
+                else f" (as {quoted(names[entry.digest])}, which has the same weights)"
+            )
+            raise InvalidRequestError(f"{field} names {quoted(name)} twice{same}. Name it once.", param=field)
         names[entry.digest] = name
         if not abs(weight) <= MAX_COMPOSED_WEIGHT:
             raise InvalidRequestError(
-                f"The weight of {name!r} is {weight:g}; it must be between {-MAX_COMPOSED_WEIGHT:g} and "
+                f"The weight of {quoted(name)} is {weight:g}; it must be between {-MAX_COMPOSED_WEIGHT:g} and "
                 f"{MAX_COMPOSED_WEIGHT:g}.",
                 param=field,
             )
@@ -89,15 +104,16 @@ def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str
     for entry, _ in composition:
         if entry.not_composable:
             raise AdapterRefusedError(
-                f"{entry.name!r} has {entry.not_composable}; with a weight or with others only LoRA on linears is "
-                "applied. Name it alone.",
+                f"{quoted(entry.name)} has {entry.not_composable}; with a weight or with others only LoRA on linears "
+                "is applied. Name it alone.",
                 reason="not_composable",
                 param=field,
             )
     texts = {entry.text_digest for entry, _ in composition}
     if len(texts) > 1:
         raise AdapterRefusedError(
-            f"{' and '.join(names.values())} have different tokenizers or chat templates, so they cannot be composed.",
+            f"{' and '.join(map(quoted, names.values()))} have different tokenizers or chat templates, so they "
+            "cannot be composed.",
             reason="different_texts",
             param=field,
         )

@@ -25,8 +25,11 @@ from lorafleet.workers.errors import (
     LoRAFleetError,
     MethodNotAllowedError,
     NotFoundError,
+    cut,
     status_of,
 )
+
+MAX_MESSAGE_CHARS: Final = 2000
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -37,7 +40,8 @@ logger = logging.getLogger(__name__)
 def error_json(error: LoRAFleetError) -> bytes:
     """``{"error": {...}}`` as OpenAI writes it; `reason` only where an adapter was refused."""
     status = status_of(error)
-    body = {"message": error.message, "type": status.openai_type, "param": error.param, "code": status.code}
+    message = error.message[:MAX_MESSAGE_CHARS].encode(errors="replace").decode()
+    body = {"message": message, "type": status.openai_type, "param": error.param, "code": status.code}
     reason = getattr(error, "reason", None)
     if reason is not None:
         body["reason"] = reason
@@ -79,13 +83,18 @@ def _named(error: Exception, request: web.Request) -> LoRAFleetError:
         return BodyTooLargeError("The body is larger than this server takes.")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        return MethodNotAllowedError(f"{request.path} takes {allowed}, not {request.method}.")
+        return MethodNotAllowedError(f"{_path(request)} takes {allowed}, not {cut(request.method)}.")
     if isinstance(error, web.HTTPNotFound):
-        return NotFoundError(f"There is no {request.method} {request.path[:128]}.")
+        return NotFoundError(f"There is no {cut(request.method)} {_path(request)}.")
     if isinstance(error, web.HTTPException) and error.status < 500:
         return InvalidRequestError(error.reason)
     logger.error("request %s failed", request[REQUEST_ID], exc_info=error)
     return internal_error(request[REQUEST_ID])
+
+
+def _path(request: web.Request) -> str:
+    """As it was sent: decoded, it may be no Unicode."""
+    return cut(request.rel_url.raw_path)
 
 
 @web.middleware

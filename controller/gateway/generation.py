@@ -205,11 +205,27 @@ class Generation:
 
     async def gather(self) -> list[ChoiceDelta]:
         """All of every choice, once all have ended."""
-        parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
+        texts: list[list[str]] = [[] for _ in self._choices]
+        token_ids: list[list[int]] = [[] for _ in self._choices]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in self._choices]
+        last: dict[int, ChoiceDelta] = {}
         while deltas := await self.next():
             for delta in deltas:
-                parts[delta.index].append(delta)
-        return [_joined(deltas) for deltas in parts]
+                texts[delta.index].append(delta.text)
+                token_ids[delta.index].extend(delta.token_ids)
+                logprobs[delta.index].extend(delta.logprobs)
+                last[delta.index] = delta
+        return [
+            ChoiceDelta(
+                index,
+                "".join(texts[index]),
+                token_ids[index],
+                logprobs[index],
+                last[index].finish_reason,
+                last[index].stop_reason,
+            )
+            for index in range(len(self._choices))
+        ]
 
     def _advance(self, choice: _Choice) -> ChoiceDelta:
         token_ids, logprobs, finish = choice.queue.take()
@@ -285,15 +301,3 @@ class Generation:
                 session.endpoint.worker_id,
                 len(choice.queue.received),
             )
-
-
-def _joined(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
-    last = deltas[-1]
-    return ChoiceDelta(
-        last.index,
-        "".join(delta.text for delta in deltas),
-        [token_id for delta in deltas for token_id in delta.token_ids],
-        [entry for delta in deltas for entry in delta.logprobs],
-        last.finish_reason,
-        last.stop_reason,
-    )

@@ -10,20 +10,31 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from lorafleet.controller.gateway.auth import TENANT
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
 from lorafleet.controller.gateway.state import STATE
+
+_CARD_BYTES = 256
 
 
 async def list_models(request: web.Request) -> web.Response:
     """All names that `model` may have."""
-    table = request.app[STATE].table
-    return _json({"object": "list", "data": [_card(entry, table) for entry in table.models.values()]})
+    state = request.app[STATE]
+    table = state.table
+    body = await state.parse(request[TENANT], _CARD_BYTES * len(table.models), lambda: _list(table))
+    return web.Response(body=body, content_type="application/json")
 
 
 async def get_model(request: web.Request) -> web.Response:
     """One of them; its name may hold slashes."""
     table = request.app[STATE].table
-    return _json(_card(table.resolve(request.match_info["id"]), table))
+    name = request.match_info["id"]
+    entry = table.models.get(name) or table.resolve(name.rstrip("/"))
+    return web.Response(body=msgspec.json.encode(_card(entry, table)), content_type="application/json")
+
+
+def _list(table: RoutingTable) -> bytes:
+    return msgspec.json.encode({"object": "list", "data": [_card(entry, table) for entry in table.models.values()]})
 
 
 def _card(entry: ModelEntry, table: RoutingTable) -> dict[str, Any]:
@@ -38,7 +49,3 @@ def _card(entry: ModelEntry, table: RoutingTable) -> dict[str, Any]:
     }
     reason = table.unavailable(entry.digest) if entry.digest else None
     return card if reason is None else card | {"unavailable": reason}
-
-
-def _json(value: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

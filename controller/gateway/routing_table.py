@@ -6,16 +6,12 @@ choosing a worker (router.py).
 
 from __future__ import annotations
 
-import difflib
-import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorafleet.controller.gateway.near_names import NearNames
 from lorafleet.proto import controller_pb2, worker_pb2
-from lorafleet.workers.errors import UnknownModelError
-
-NUM_NEAR_MATCHES = 3
-_NUM_COMPARED = 64  # names that difflib looks at; it takes tens of microseconds for each
+from lorafleet.workers.errors import UnknownModelError, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +72,10 @@ class RoutingTable:
     vocab_size: int
     models: Mapping[str, ModelEntry]
     workers: tuple[Endpoint, ...]
+    _near: NearNames = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_near", NearNames(self.models))
 
     @classmethod
     def from_wire(cls, table: controller_pb2.RoutingTable) -> RoutingTable:
@@ -98,7 +98,7 @@ class RoutingTable:
                 adapter.created,
                 adapter.text_digest,
                 adapter.vocab_size or base.vocab_size,
-                adapter.weight or 1.0,
+                adapter.weight if adapter.HasField("weight") else 1.0,
                 adapter.not_composable,
             )
         adapters = sorted(list(models.values())[num_base:], key=lambda entry: entry.name)
@@ -139,29 +139,9 @@ class RoutingTable:
         entry = self.models.get(name)
         if entry is not None:
             return entry
-        near = near_matches(name, self.models)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        shown = name if len(name) <= 128 else name[:128] + "..."
+        near = self._near.of(name)
+        hint = f" Did you mean {' or '.join(map(quoted, near))}?" if near else ""
         raise UnknownModelError(
-            f"There is no model {shown!r}.{hint} GET /v1/models lists the base model and its adapters.", param="model"
+            f"There is no model {quoted(name)}.{hint} GET /v1/models lists the base model and its adapters.",
+            param="model",
         )
-
-
-def near_matches(name: str, names: Iterable[str]) -> list[str]:
-    """At most three of `names` that look like `name`, the likest first.
-
-    Names are first ranked by the pairs of letters that they share, since difflib is too slow for thousands.
-    """
-    wanted = name[:256].lower()
-    pairs = _pairs(wanted)
-
-    def overlap(candidate: str) -> float:
-        own = _pairs(candidate.lower())
-        return len(own & pairs) / max(len(own | pairs), 1)
-
-    shortlist = {candidate.lower(): candidate for candidate in heapq.nlargest(_NUM_COMPARED, names, key=overlap)}
-    return [shortlist[match] for match in difflib.get_close_matches(wanted, shortlist, NUM_NEAR_MATCHES, cutoff=0.5)]
-
-
-def _pairs(text: str) -> set[str]:
-    return {text[start : start + 2] for start in range(max(len(text) - 1, 1))}

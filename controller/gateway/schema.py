@@ -5,6 +5,7 @@ mean together (sampling.py, completions.py, chat.py).
 
 A field that is not here would change the answer if it were honoured, so it is refused by name, unless its value asks
 for nothing (null, or the default). msgspec decodes strictly: true is no number, 1.0 is no integer, and JSON has no NaN.
+How much a body holds is counted before it is decoded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from lorafleet.workers.engine.request import MAX_SALT_CHARS
-from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.errors import InvalidRequestError, cut, quoted
+from lorafleet.workers.text.json_shape import check_shape
+
+MAX_FIELD_BYTES: Final = 1 << 17  # of any field but those whose size is the request's
+SIZEABLE: Final = frozenset({"prompt", "messages", "tokens"})
+_MAX_DEFAULT_BYTES = 256  # no value of `DEFAULTS` is as long
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -71,9 +77,9 @@ class GenerateFields(SamplingFields, kw_only=True):
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
-    """POST /v1/completions. prompt: a text, texts, token ids, or lists of token ids."""
+    """POST /v1/completions. prompt: a text, texts, token ids, or lists of token ids (prompts.py)."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: msgspec.Raw
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -178,25 +184,38 @@ _WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
 
 def decode(body: bytes, kind: type[_T]) -> _T:
     """A request's body. Raises InvalidRequestError that names the field."""
+    check_shape(body, "The body")
     fields = _decode(body, dict[str, msgspec.Raw])
     known = kind.__struct_fields__
     for name, raw in fields.items():
-        if name in known or name in ASKS_NOTHING:
-            continue
-        value = _decode(bytes(raw), object)
-        if value is not None and not any(value == default for default in DEFAULTS.get(name, ())):
-            shown = name if len(name) <= 64 else name[:64] + "..."
+        num_bytes = memoryview(raw).nbytes
+        if name in known:
+            if num_bytes > MAX_FIELD_BYTES and name not in SIZEABLE:
+                raise InvalidRequestError(f"{name} has {num_bytes} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
+        elif name not in ASKS_NOTHING and (num_bytes > _MAX_DEFAULT_BYTES or not _asks_nothing(name, bytes(raw))):
             does = "is not supported by this server" if name in DEFAULTS else "is not a known field"
-            raise InvalidRequestError(f"{shown!r} {does}. Leave it out.", param=shown)
+            raise InvalidRequestError(f"{quoted(name)} {does}. Leave it out.", param=cut(name))
     request: _T = _decode(body, kind)
     return request
 
 
-def _decode(body: bytes, kind: type[Any]) -> Any:
+def decode_field(raw: bytes, kind: Any, name: str) -> Any:
+    """The value of one field, or of a part of it. Raises InvalidRequestError that names the field."""
+    return _decode(raw, kind, name)
+
+
+def _asks_nothing(name: str, raw: bytes) -> bool:
+    value = _decode(raw, object)
+    return value is None or any(
+        value == default and isinstance(value, bool) == isinstance(default, bool) for default in DEFAULTS.get(name, ())
+    )
+
+
+def _decode(body: bytes, kind: Any, name: str | None = None) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
+        raise _explain(str(error), name) from None
     except msgspec.DecodeError as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
     except UnicodeDecodeError as error:
@@ -205,14 +224,17 @@ def _decode(body: bytes, kind: type[Any]) -> Any:
         raise InvalidRequestError("The body is nested too deeply.") from None
 
 
-def _explain(problem: str) -> InvalidRequestError:
-    """msgspec's message in ours. It never holds a value, only types and places."""
+def _explain(problem: str, root: str | None) -> InvalidRequestError:
+    """msgspec's message in ours. Of the body it holds nothing but types, places and unknown names."""
     where = _WHERE.search(problem)
     detail = problem[: where.start()] if where else problem
-    detail = detail.replace(" | null", "").rstrip(".")
+    detail = cut(detail.replace(" | null", "")).rstrip(".")
     name = where.group(1) if where else None
-    if name is not None and where is not None:
-        return InvalidRequestError(f"{name}{where.group(2)}: {detail[0].lower()}{detail[1:]}.", param=name)
+    place = where.group(2) if where else ""
+    if root is not None:
+        return InvalidRequestError(f"{root}{place}: {detail[0].lower()}{detail[1:]}.", param=root.partition("[")[0])
+    if name is not None:
+        return InvalidRequestError(f"{name}{place}: {detail[0].lower()}{detail[1:]}.", param=name)
     missing = re.match(r"Object missing required field `(\w+)`", detail)
     if missing:
         return InvalidRequestError(f"{missing.group(1)!r} is missing. Give it.", param=missing.group(1))

@@ -9,11 +9,15 @@ it: OpenAI's clients raise on that.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
 
+from lorafleet.controller.gateway.answer import usage_of
 from lorafleet.controller.gateway.errors import REQUEST_ID, error_json, named_error
 from lorafleet.controller.gateway.generation import ChoiceDelta, Generation
 
@@ -22,26 +26,17 @@ _HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+_SLICE_BYTES = 1 << 16  # of one answer, written before others have their turn on the event loop
+_LARGE_BYTES = 1 << 15  # a write of so much may have to wait by itself
 
 _json = msgspec.json.Encoder().encode
-
-
-def usage_of(generation: Generation) -> dict[str, Any]:
-    """`usage` as OpenAI gives it. EOS counts."""
-    num_prompt, num_output = generation.num_prompt_tokens, generation.num_output_tokens
-    return {
-        "prompt_tokens": num_prompt,
-        "total_tokens": num_prompt + num_output,
-        "completion_tokens": num_output,
-        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
-    }
 
 
 class Frames(Protocol):
     """An endpoint's chunks, framed."""
 
-    def opening(self) -> bytes:
-        """What comes before the first tokens."""
+    def opening(self) -> Iterable[bytes]:
+        """What comes before the first tokens, in pieces."""
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         """One choice's gain."""
@@ -89,7 +84,7 @@ class ChunkTemplate:
         return self._choices[index] + _json(fields)[1:-1] + self._tail
 
     def usage(self, usage: dict[str, Any]) -> bytes:
-        """The chunk behind all choices."""
+        """The chunk after all choices."""
         return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
 
 
@@ -123,13 +118,20 @@ async def stream_answer(
     deltas = await generation.next()
     stream = EventStream(request)
     await stream.open()
-    data = frames.opening()
+    pieces = frames.opening()
+    data = b""
     try:
         while deltas:
-            for delta in deltas:
-                data += frames.delta(delta)
-            await stream.write(data)
-            data = b""
+            for piece in itertools.chain(pieces, map(frames.delta, deltas)):
+                data += piece
+                if len(data) > _SLICE_BYTES:
+                    await stream.write(data)
+                    data = b""
+                    await asyncio.sleep(0)
+            if data:
+                await stream.write(data)
+                data = b""
+            pieces = ()
             deltas = await generation.next()
         if has_usage:
             data = frames.usage(usage_of(generation))

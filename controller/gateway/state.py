@@ -10,9 +10,9 @@ import functools
 import logging
 import random
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
 from aiohttp import web
@@ -24,15 +24,20 @@ from lorafleet.controller.gateway.intake import Intake
 from lorafleet.controller.gateway.metrics import Metrics
 from lorafleet.controller.gateway.metrics_page import MetricsPage, Snapshot
 from lorafleet.controller.gateway.pool import WorkerPool
+from lorafleet.controller.gateway.prompts import check_ids, empty_prompt
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
 from lorafleet.controller.gateway.sampling import wire_samplings
 from lorafleet.controller.gateway.tenants import Tenant
+from lorafleet.controller.gateway.text_threads import TextThreads
 from lorafleet.controller.gateway.vllm_metrics import VllmCollector
-from lorafleet.workers.errors import DeadlineError, DrainingError, InvalidRequestError, WorkerUnavailableError
+from lorafleet.workers.errors import DeadlineError, DrainingError, WorkerUnavailableError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.model_text import ModelText
 
+INLINE_BYTES: Final = 1 << 15  # of JSON, which are decoded or encoded in less than a millisecond
+_IDS_OF_A_CHOICE = 1000  # what a choice costs beside its prompt's ids
+IDS_AT_ONCE: Final = 1 << 16  # written into messages before others have their turn on the event loop
 ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
 
 _T = TypeVar("_T")
@@ -48,13 +53,14 @@ class GatewayState:
         self.intake = Intake(config.limits)
         self.metrics = Metrics()
         gateway_id = uuid.uuid4().hex
-        self._executor = ThreadPoolExecutor(config.num_tokenizer_threads, thread_name_prefix="tokenizer")
+        self._text_threads = TextThreads(config.num_tokenizer_threads)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer loader")
         self._pool = WorkerPool(gateway_id=gateway_id, token=config.token, times=config.times)
         self.routes = RoutesClient(
             config.controller,
             token=config.token,
             gateway_id=gateway_id,
-            executor=self._executor,
+            executor=self._loader,
             on_table=lambda table: self._pool.apply(table.workers),
         )
         self._random = random.SystemRandom() if config.seed is None else random.Random(config.seed)
@@ -75,7 +81,8 @@ class GatewayState:
         await self.metrics_page.close()
         await self.routes.close()
         await self._pool.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._text_threads.close()
+        self._loader.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self) -> None:
         """Refuse new requests; let the running ones finish, for as long as the configuration allows."""
@@ -123,9 +130,15 @@ class GatewayState:
             return text
         return await self.routes.adapter_texts.get(model.text_digest)
 
-    async def in_thread(self, function: Callable[[], _T]) -> _T:
-        """Run something that takes long (a tokenizer, a template) off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+    async def in_thread(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
+        """Run what may take long (a tokenizer, a template) off the event loop. num_bytes: of what it works on."""
+        return await self._text_threads.run(tenant.name, num_bytes, function)
+
+    async def parse(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
+        """Run what takes long only if it works on much: on the event loop for a few bytes, else off it."""
+        if num_bytes <= INLINE_BYTES:
+            return function()
+        return await self.in_thread(tenant, num_bytes, function)
 
     def draw_seed(self) -> int:
         """For a request that gave none."""
@@ -138,8 +151,8 @@ class GatewayState:
             [entry.name for model in self._running.values() for entry in model.adapters],
         )
 
-    @contextmanager
-    def generate(
+    @asynccontextmanager
+    async def generate(
         self,
         *,
         request_id: str,
@@ -152,15 +165,19 @@ class GatewayState:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         prompt_field: str,
-    ) -> Iterator[Generation]:
+    ) -> AsyncIterator[Generation]:
         """Submit all choices of all prompts; what still runs at the block's end is cancelled.
 
         priority: as the request asks for it; it adds to the tenant's.
         Raises what is wrong with the request before any of it is submitted.
         """
         samplings = []
+        others = _OthersTurn()
         for prompt in prompts:
-            _check_ids(prompt, model.vocab_size, prompt_field)
+            await others.after(len(prompt))
+            if not prompt:
+                raise empty_prompt(prompt_field)
+            check_ids(prompt, model.vocab_size, prompt_field)
             samplings.append(
                 wire_samplings(
                     params,
@@ -196,6 +213,7 @@ class GatewayState:
             owner = "\0".join([tenant.name, cache_salt, *map(str, model.parts)])
             with generation:
                 for prompt, wires in zip(prompts, samplings, strict=True):
+                    await others.after((len(prompt) + _IDS_OF_A_CHOICE) * len(wires))
                     choose = functools.partial(self._pool.choose, digests, prompt, owner)
                     generation.add_prompt(choose, model, prompt, wires)
                 yield generation
@@ -204,13 +222,18 @@ class GatewayState:
             del self._running[generation]
 
 
-def _check_ids(prompt: Sequence[int], vocab_size: int, field: str) -> None:
-    if not prompt:
-        raise InvalidRequestError(f"{field} is empty; there must be at least one token.", param=field)
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise InvalidRequestError(f"{field} has the token id {bad}; ids go from 0 to {vocab_size - 1}.", param=field)
+class _OthersTurn:
+    """Lets others go on with the event loop whenever so much has been done on it."""
+
+    def __init__(self) -> None:
+        self._num_ids = 0
+
+    async def after(self, num_ids: int) -> None:
+        """Before so much more is done."""
+        self._num_ids += num_ids
+        if self._num_ids > IDS_AT_ONCE:
+            self._num_ids = num_ids
+            await asyncio.sleep(0)
 
 
 STATE: Final = web.AppKey("state", GatewayState)

@@ -193,7 +193,7 @@ async def test_weight_and_pin_go_to_the_workers_and_into_the_table(fleet: Fleet)
     await fleet.controller.step()
     (again,) = fleet.clients["w2"].known.values()
     assert (again.weight, again.pin) == (2.5, True)
-    for weight in (-1.0, 1e4, float("nan")):
+    for weight in (0.0, -1.0, 1e4, float("nan")):
         with pytest.raises(InvalidRequestError, match="weight is"):
             await fleet.controller.updates.load("other", "/adapters/b", load_inplace=False, weight=weight)
 

@@ -30,10 +30,13 @@ async def test_whose_a_request_is_and_what_it_weighs_reach_the_engine(worker: Wo
         one, other = (request for request, _ in worker.engine._running.values())
         assert (one.tenant, one.tenant_weight, one.adapter_weight, one.priority) == ("acme", 2.5, 0.5, -3)
         assert (other.tenant, other.tenant_weight, other.adapter_weight, other.priority) == ("", 1.0, 1.0, 0)
-        await client.generate(3, [1], tenant_weight=1e9)
-        ended = (await client.ending(3)).ended
-        assert ended is not None and ended.error_code == "invalid_request"
-        assert "tenant_weight" in ended.error_message
+        for stream, (name, weight) in enumerate(
+            [("tenant_weight", 1e9), ("tenant_weight", 0.0), ("adapter_weight", 0.0)], start=3
+        ):
+            await client.generate(stream, [1], **{name: weight})
+            ended = (await client.ending(stream)).ended
+            assert ended is not None and ended.error_code == "invalid_request"
+            assert name in ended.error_message
         worker.engine.resume()
         await client.ending(1)
         await client.ending(2)

@@ -14,6 +14,7 @@ from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 MAX_LOGPROBS = 20
 MAX_TENANT_CHARS = 256
 MAX_SALT_CHARS = 1024
+MAX_NAME_CHARS = 256  # of an adapter, as callers give it
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
 MAX_COMPOSED = 8  # adapters of one request
 MAX_COMPOSED_WEIGHT = 100.0

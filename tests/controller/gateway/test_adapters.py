@@ -40,9 +40,11 @@ async def test_what_is_asked_for_is_passed_on(fleet: Any) -> None:
     body = {"lora_name": "new", "lora_path": "x", "load_inplace": True, "is_3d_lora_weight": False}
     await text(fleet, LOAD, body | {"weight": 3, "pin": True})
     await text(fleet, LOAD, {"lora_name": "plain", "lora_path": "x"})
-    full, plain = fleet.controller.loads
+    await text(fleet, LOAD, {"lora_name": "zero", "lora_path": "x", "weight": 0})
+    full, plain, zero = fleet.controller.loads
     assert (full.load_inplace, full.weight, full.pin) == (True, 3.0, True)
     assert (plain.load_inplace, plain.weight, plain.pin) == (False, 1.0, False)
+    assert (zero.HasField("weight"), zero.weight) == (True, 0.0)  # for the controller to refuse
 
 
 async def test_an_adapters_share_and_vocabulary_are_those_of_the_table(fleet: Any, tokenizer: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -164,6 +166,92 @@ async def test_malformed_bodies_are_refused(fleet: Any) -> None:
         status, answer = await fleet.post("/v1/completions", body)
         assert status == 400, (body[:60], answer)
         assert part in answer["error"]["message"], (body[:60], answer)
+
+
+async def test_ids_and_text_that_are_too_long_get_the_same_error(fleet: Any) -> None:
+    word = "hello "
+    for num_tokens in (64, 65, 130, 2000):
+        answers = [
+            await fleet.post("/v1/completions", {"model": "tiny", "prompt": prompt, **extra})
+            for prompt in ([5] * num_tokens, [[5] * num_tokens], word * num_tokens, [word * num_tokens])
+            for extra in ({}, {"max_tokens": 1}, {"stream": True})
+        ]
+        errors = {(status, answer["error"]["code"], answer["error"]["param"]) for status, answer in answers}
+        assert errors == {(400, "context_length_exceeded", "prompt")}, num_tokens
+
+
+async def test_zero_is_a_value_and_not_what_is_taken_where_none_is_given(fleet: Any) -> None:
+    body = {"model": "tiny", "prompt": "hello", "temperature": 0, "top_k": 0, "seed": 0, "priority": 0, "logprobs": 0}
+    status, _ = await fleet.post("/v1/completions", body)
+    assert status == 200
+    generate = fleet.worker.generates[-1]
+    sampling = generate.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed, generate.priority) == (0, 0, 0, 0)
+    assert sampling.HasField("num_logprobs")  # 0 candidates are asked for
+    for name in ("max_tokens", "max_completion_tokens", "n"):
+        status, answer = await fleet.post("/v1/chat/completions", {"model": "tiny", "messages": HI, name: 0})
+        assert (status, answer["error"]["param"]) == (400, name)
+
+
+async def test_an_answer_repeats_little_of_what_the_client_calls_the_model(fleet: Any) -> None:
+    name = "+".join(["sql-adapter:1." + "0" * 200, "org/pirate:0." + "5" * 100])
+    async with fleet.http.post(
+        "/v1/completions", json={"model": name, "prompt": "hello", "max_tokens": 3, "stream": True}
+    ) as response:
+        assert response.status == 200
+        events = (await response.read()).decode().split("\n\n")
+    assert all(len(event) < 600 for event in events)
+    assert json.loads(events[0].removeprefix("data: "))["model"] == name[:256]
+    status, answer = await fleet.post("/v1/completions", {"model": name, "prompt": "hello", "max_tokens": 3})
+    assert (status, answer["model"]) == (200, name[:256])
+    for digits in (32_768, 1_000_000):
+        body = json.dumps({"model": "sql-adapter:" + "9" * digits, "prompt": "hello"}).encode()
+        status, answer = await fleet.post("/v1/completions", body)
+        assert status in (400, 404)
+        assert answer["error"]["param"] == "model"
+        assert len(answer["error"]["message"]) < 300
+
+
+async def test_long_names_and_paths_of_adapters_do_not_reach_the_controller(fleet: Any) -> None:
+    for body, param in (
+        ({"lora_name": "a" * 257, "lora_path": "/a"}, "lora_name"),
+        ({"lora_name": "a", "lora_path": "/a" * 2049}, "lora_path"),
+        ({"lora_name": "a", "lora_path": "/a\0"}, "lora_path"),
+        ({"lora_name": "a", "lora_path": "/a" * 100_000}, "lora_path"),
+    ):
+        status, answer = await fleet.post("/v1/load_lora_adapter", body)
+        assert (status, answer["error"]["param"]) == (400, param)
+        assert len(answer["error"]["message"]) < 400
+    assert fleet.controller.loads == []
+
+
+async def test_what_takes_long_runs_on_the_threads_for_text(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[tuple[str, bool]] = []
+
+    def watch(name: str) -> None:
+        module, _, function = name.rpartition(".")
+        original = getattr(importlib.import_module(f"lorafleet.controller.gateway.{module}"), function)
+
+        def noting(*args: Any, **options: Any) -> Any:
+            where.append((function, threading.current_thread() is threading.main_thread()))
+            return original(*args, **options)
+
+        monkeypatch.setattr(f"lorafleet.controller.gateway.{name}", noting)
+
+    for name in (
+        "completions.decode",
+        "completions.read_prompts",
+        "completions.encode_prompts",
+        "completions.echoes_of",
+    ):
+        watch(name)
+    small = {"model": "tiny", "prompt": "hello", "echo": True, "max_tokens": 1}
+    assert (await fleet.post("/v1/completions", small))[0] == 200
+    assert where == [("decode", True), ("read_prompts", True), ("encode_prompts", False), ("echoes_of", False)]
+    where.clear()
+    large = small | {"user": "x" * 100_000}
+    assert (await fleet.post("/v1/completions", large))[0] == 200
+    assert where == [("decode", False), ("read_prompts", False), ("encode_prompts", False), ("echoes_of", False)]
 
 
 async def test_an_unknown_model_is_404_with_near_matches(fleet: Any) -> None:

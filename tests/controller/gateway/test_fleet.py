@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
-from lorafleet.controller.status import table
+import pytest
+
+from lorafleet.controller.status import fetch_fleet, table
 from lorafleet.proto import controller_pb2, worker_pb2
+from lorafleet.workers.errors import LoRAFleetError
 
 
 async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
@@ -58,3 +62,27 @@ async def test_it_needs_the_controller(fleet: Any) -> None:
     await fleet.controller.kill()
     status, _ = await fleet.get("/fleet")
     assert status == 503
+
+
+async def test_it_is_found_wherever_somebody_would_look_for_it(fleet: Any) -> None:
+    for path in ("/fleet", "/fleet/", "/v1/fleet", "/v1/fleet/"):
+        status, text = await fleet.get(path)
+        assert (status, json.loads(text)["object"]) == (200, "fleet")
+    host = fleet.url.removeprefix("http://")
+    for url in ("", "/", "/v1", "/v1/", "/fleet", "/v1/fleet", "//"):
+        assert (await asyncio.to_thread(fetch_fleet, fleet.url + url, None))["object"] == "fleet"
+    assert (await asyncio.to_thread(fetch_fleet, host, None))["object"] == "fleet"
+
+
+@pytest.mark.parametrize("url", ["", "http://", "ftp://a", "http://a:port", "http://127.0.0.1:1/\x00", "http://[::1"])
+def test_an_address_that_is_none_is_said_to_be_so(url: str) -> None:
+    with pytest.raises(LoRAFleetError, match="--url"):
+        fetch_fleet(url, None)
+
+
+async def test_a_slash_at_the_end_of_a_path_changes_nothing(fleet: Any) -> None:
+    for path in ("/health/", "/ready/", "/version/", "/metrics/", "/v1/models/", "/v1/models/org/pirate/"):
+        assert await fleet.get(path) == await fleet.get(path.rstrip("/")) or path == "/metrics/"
+        assert (await fleet.get(path))[0] == 200
+    status, answer = await fleet.post("/v1/completions/", {"model": "tiny", "prompt": "hello", "max_tokens": 2})
+    assert (status, len(answer["choices"])) == (200, 1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from lorafleet.controller.gateway.routing_table import RoutingTable, near_matches
+from lorafleet.controller.gateway.routing_table import RoutingTable
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import UnknownModelError
 
@@ -49,26 +47,19 @@ def test_an_unknown_name_is_refused_with_what_it_may_have_meant() -> None:
     assert "Did you mean" not in failure.value.message
 
 
-@pytest.mark.parametrize(
-    ("name", "matches"),
-    [
-        ("Customer-0042", "customer-0042"),
-        ("ustomer-0042", "customer-0042"),
-        ("customer0042", "customer-0042"),
-    ],
-)
-def test_near_matches_are_found_among_thousands(name: str, matches: str) -> None:
-    names = [f"customer-{number:04}" for number in range(5000)]
-    started = time.process_time()
-    found = near_matches(name, names)
-    assert time.process_time() - started < 0.5
-    assert len(found) == 3
-    assert matches in found
+def test_an_error_quotes_little_of_an_unknown_name() -> None:
+    for name in ("x" * 5_000_000, "\x00" * 1000, "sql-adapte" + "r" * 1000):
+        with pytest.raises(UnknownModelError) as failure:
+            _table(("sql-adapter", "d", 1), ("r" * 256, "e", 1)).resolve(name)
+        assert len(failure.value.message) < 1200
 
 
-def test_odd_names_match_nothing() -> None:
-    for name in ("", "?", "x" * 10_000):
-        assert near_matches(name, ["base", "pirate"]) == []
+def test_the_weight_is_what_it_says_and_1_if_it_says_nothing() -> None:
+    message = controller_pb2.RoutingTable(base=controller_pb2.BaseModel(names=["base"]))
+    message.adapters.add(name="a", digest="d", version=1, weight=0.25)
+    message.adapters.add(name="b", digest="e", version=1)
+    models = RoutingTable.from_wire(message).models
+    assert (models["a"].weight, models["b"].weight) == (0.25, 1.0)
 
 
 def test_an_adapter_without_a_digest_is_not_there_rather_than_the_base_model() -> None:
