@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from lorafleet.proto import worker_pb2
+from lorafleet.workers import hub
 from lorafleet.workers.adapter_names import AdapterNames
 from lorafleet.workers.adapters.aliases import Aliases
-from lorafleet.workers.adapters.sources import place_of
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError, ModelError
@@ -90,7 +90,7 @@ class AdapterRegistry:
             weight=request.weight,
             pin=request.pin,
             not_composable=spec.not_composable,
-            place=place_of(request.root, spec.path),
+            place=_place_of(request.root, spec.path),
             allowed_roots=request.allowed_roots,
         )
         with self._lock:
@@ -130,3 +130,8 @@ def _check_digest(request: worker_pb2.RegisterAdapterRequest, digest: str) -> No
             "now.",
             reason="changed",
         )
+
+
+def _place_of(root: str, found: Path) -> str:
+    """What gives the same adapter again, wherever a process stands: a real directory, or a hub id with its revision."""
+    return hub.pinned_id(root, found) if hub.is_hub_id(root) and found.parent.name == "snapshots" else str(found)

@@ -21,9 +21,9 @@ def is_hub_id(text: str) -> bool:
     return not text.startswith(("/", "~", ".")) and _HUB_ID.fullmatch(text) is not None
 
 
-def pinned(hub_id: str, revision: str) -> str:
-    """The id of just this revision."""
-    return f"{hub_id.partition('@')[0]}@{revision}"
+def pinned_id(hub_id: str, snapshot: Path) -> str:
+    """The id of just the revision that was downloaded to `snapshot`."""
+    return f"{hub_id.partition('@')[0]}@{snapshot.name}"
 
 
 def is_cache_folder(path: Path) -> bool:

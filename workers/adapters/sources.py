@@ -50,16 +50,6 @@ def resolve_adapter(path_or_id: str, roots: Sequence[str] | None = None) -> Path
     )
 
 
-def place_of(path_or_id: str, found: Path) -> str:
-    """What to ask for to get the same again, wherever the process stands: a real directory, or a hub id's revision.
-
-    found: the directory that `resolve_adapter` gave for `path_or_id`.
-    """
-    if hub.is_hub_id(path_or_id) and found.parent.name == "snapshots":
-        return hub.pinned(path_or_id, found.name)
-    return str(found.resolve())
-
-
 def _below(path_or_id: str, roots: Sequence[str]) -> Path | None:
     """The real path below a root, or None for a hub id that a root allows. Tells nothing of other paths."""
     organisations = [root.removeprefix(HUB_ROOT).rstrip("/") for root in roots if root.startswith(HUB_ROOT)]
