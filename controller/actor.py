@@ -181,7 +181,7 @@ class ControllerActor:
             self._events.add,
             self._create,
             self._started,
-            self._cannot_start,
+            lambda failure: not self._is_restart and self._cannot_start(failure),
         )
         num_ranks = self._config.engine.tensor_parallel_size
         self._lives = {name: WorkerLife(name, num_ranks, surroundings) for name in self._desired}
@@ -246,7 +246,7 @@ class ControllerActor:
 
     def _cannot_start(self, failure: WorkerFailed) -> bool:
         """The fleet cannot start. Of no consequence later on, when the worker is tried again until it can."""
-        if not self._settled.is_set() and not self._is_restart:
+        if not self._settled.is_set():
             self._failed = failure
             self._settled.set()
         return self._failed is not None

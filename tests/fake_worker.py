@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -43,6 +43,13 @@ class FakeRegistry:
         self.adapters: dict[str, worker_pb2.Adapter] = {}
         self.prefetched: list[str] = []
         self.freed: Future[FreedBytes] | None = Future()
+        self.noted: list[worker_pb2.Adapter] = []
+
+    def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
+        self.noted.extend(adapters)
+
+    def names(self) -> list[worker_pb2.Adapter]:
+        return self.noted
 
     def all(self) -> list[worker_pb2.Adapter]:
         return list(self.adapters.values())

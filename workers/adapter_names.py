@@ -55,5 +55,5 @@ class AdapterNames:
 def _supersedes(adapter: worker_pb2.Adapter, known: worker_pb2.Adapter) -> bool:
     if adapter.version != known.version:
         return adapter.version > known.version
-    # Two workers have read an adapter of the start-up, and its files changed between. What was read first has served.
-    return adapter.digest != known.digest and (adapter.created, adapter.digest) < (known.created, known.digest)
+    # Two workers have read an adapter of the start-up; should its files have changed between, the first one's served.
+    return (adapter.created, adapter.digest) < (known.created, known.digest)

@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from lorafleet.controller import actor as actor_module
-from lorafleet.controller import adapters as adapters_module
+from lorafleet.controller import retirement as retirement_module
 from lorafleet.controller import worker_client as client_module
 from lorafleet.controller import worker_life as life_module
 from lorafleet.controller.actor import ControllerActor, FleetReady, Outcome
@@ -21,6 +21,7 @@ from lorafleet.controller.cluster import Node, WorkerLost
 from lorafleet.controller.config import ServeConfig
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
 from lorafleet.workers.actor import FleetSettings, WorkerFailed, WorkerReady
+from lorafleet.workers.adapter_names import AdapterNames
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
@@ -39,12 +40,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     num_unfinished: int = 0
     drained: bool = False
     adapters: dict[tuple[str, int], worker_pb2.Adapter] = field(default_factory=dict)
+    names: AdapterNames = field(default_factory=AdapterNames)
+    missing: set[str] = field(default_factory=set)  # roots
     answering: asyncio.Event = field(default_factory=asyncio.Event)
     server: Any = None
     address: str = ""
 
     async def start(self) -> None:
         self.answering.set()
+        self.names.note(self.adapters.values())  # of the start-up
         self.server = create_server(TOKEN)
         cast(Any, worker_pb2_grpc.add_WorkerServicer_to_server)(self, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
@@ -62,9 +66,19 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.WorkerReport(worker_id=self.worker_id, generation=1, state=self.state)
 
     async def ListAdapters(self, request: Any, context: Any) -> worker_pb2.ListAdaptersReply:
-        return worker_pb2.ListAdaptersReply(adapters=self.adapters.values())
+        return worker_pb2.ListAdaptersReply(adapters=self.adapters.values(), names=self.names.all())
+
+    async def NoteAdapters(self, request: Any, context: Any) -> worker_pb2.NoteAdaptersReply:
+        self.names.note(request.adapters)
+        return worker_pb2.NoteAdaptersReply()
+
+    async def GetUse(self, request: Any, context: Any) -> worker_pb2.GetUseReply:
+        return worker_pb2.GetUseReply()
 
     async def RegisterAdapter(self, request: Any, context: Any) -> worker_pb2.RegisterAdapterReply:
+        if request.root in self.missing:
+            failure = worker_pb2.Failure(code="adapter_refused", message="It is gone.", reason="missing_directory")
+            return worker_pb2.RegisterAdapterReply(failure=failure)
         adapter = worker_pb2.Adapter(
             name=request.name, version=request.version, root=request.root, digest=f"digest of {request.root}"
         )
@@ -97,6 +111,9 @@ class FakeCluster:
         self.gateway_failure = ""
         self.hosting: list[str] = []  # nodes that were to have gateways
         self.has_room = True
+
+    def fleet_id(self) -> str:
+        return "fleet"
 
     def worker_names(self) -> list[str]:
         return self.names
@@ -211,7 +228,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     cluster = FakeCluster()
     monkeypatch.setattr(actor_module, "WorkerCluster", lambda: cluster)
     monkeypatch.setattr(life_module, "POLL_S", 0.01)
-    monkeypatch.setattr(adapters_module, "GRACE_S", 0.0)
+    monkeypatch.setattr(retirement_module, "GRACE_S", 0.0)
+    monkeypatch.setattr(retirement_module, "POLL_S", 0.01)
     monkeypatch.setattr(life_module, "RETRY_S", 0.01)
     monkeypatch.setattr(life_module, "RESTART_S", 0.01)
     return cluster
@@ -333,27 +351,92 @@ async def test_a_worker_whose_actor_is_gone_is_created_anew(fleet: Fleet, start:
     assert fleet.cluster.created == [NAME, NAME]
 
 
-async def test_a_restarted_worker_is_in_the_table_when_it_knows_what_was_loaded_and_not_what_was_unloaded(
+def started() -> dict[tuple[str, int], worker_pb2.Adapter]:
+    return {("start-up", 1): worker_pb2.Adapter(name="start-up", version=1, root="/start-up", digest="d")}
+
+
+async def test_a_restarted_worker_is_in_the_table_when_it_knows_what_was_loaded(
     fleet: Fleet, start: StartWorker
 ) -> None:
-    def started() -> dict[tuple[str, int], worker_pb2.Adapter]:
-        return {("start-up", 1): worker_pb2.Adapter(name="start-up", version=1, root="/start-up", digest="d")}
-
     worker = await start("worker-a", adapters=started())
     fleet.cluster.answers.put_nowait(worker.ready)
     table = await fleet.workers_become("worker-a")
     assert [adapter.name for adapter in table.adapters] == ["start-up"]
     updates = fleet.controller._updates
     updates._allowed = True
-    await updates.load("sql", "/adapters/sql", load_inplace=False)
+    adapter = await updates.load("sql", "/adapters/sql", load_inplace=False)
     await updates.unload("start-up")
     await worker.kill()
     await fleet.workers_become()
     again = await start("worker-b", adapters=started())
     fleet.cluster.answers.put_nowait(again.ready)
     table = await fleet.workers_become("worker-b")
-    assert again.adapters.keys() == {("sql", 1)}
+    assert again.adapters["sql", adapter.version].digest == "digest of /adapters/sql"
     assert [(adapter.name, adapter.digest) for adapter in table.adapters] == [("sql", "digest of /adapters/sql")]
+    assert not table.workers[0].lacking
+    assert {adapter.name: adapter.unloaded for adapter in again.names.all()} == {"start-up": True, "sql": False}
+
+
+async def test_a_controller_that_starts_again_has_everything_back_from_the_workers(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=2)
+    workers = [await start(worker_id, adapters=started()) for worker_id in ("a", "b")]
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
+    for worker in workers:
+        cluster.answers.put_nowait(worker.ready)
+    await ready(controller)
+    controller._updates._allowed = True
+    await controller._updates.load("sql", "/adapters/sql", load_inplace=False)
+    await controller._updates.unload("start-up")
+    await stop(controller)
+    await workers[1].kill()
+    blank = await start("c", adapters=started())  # takes the other's place, and is met first
+    cluster.answers.put_nowait(blank.ready)
+    cluster.answers.put_nowait(workers[0].ready)
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
+    fleet = Fleet(controller, cluster, free_port)
+    async for table in fleet.tables():
+        assert [adapter.name for adapter in table.adapters] == ["sql"], "no table before has been wrong"
+        if len(table.workers) == 2:
+            break
+    assert {name for name, _ in blank.adapters} >= {"sql"}
+    await stop(controller)
+
+
+async def test_a_worker_that_cannot_have_an_adapter_serves_the_rest_and_the_table_says_so(
+    fleet: Fleet, start: StartWorker
+) -> None:
+    worker = await start("worker-a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("worker-a")
+    fleet.controller._updates._allowed = True
+    await fleet.controller._updates.load("sql", "/adapters/sql", load_inplace=False)
+    await worker.kill()
+    await fleet.workers_become()
+    again = await start("worker-b", missing={"/adapters/sql"})
+    fleet.cluster.answers.put_nowait(again.ready)
+    table = await fleet.workers_become("worker-b")
+    assert [(lacking.name, lacking.reason) for lacking in table.workers[0].lacking] == [("sql", "missing_directory")]
+    status = fleet.controller._lives[NAME].status()
+    assert [(lacking.name, lacking.reason) for lacking in status.lacking] == [("sql", "missing_directory")]
+    again.missing.clear()
+    async for table in fleet.tables():
+        if not table.workers[0].lacking:
+            return
+
+
+async def test_a_restarted_controller_takes_a_worker_whose_start_up_is_gone_without_it(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    cluster.names = [NAME]
+    cluster.answers.put_nowait(WorkerFailed("adapter_refused", "Adapter 'sql': it is gone."))
+    cluster.answers.put_nowait((await start("worker-b")).ready)
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",))
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
+    await Fleet(controller, cluster, free_port).workers_become("worker-b")
+    assert (cluster.removed, cluster.created) == ([NAME], [NAME])
+    await stop(controller)
 
 
 async def test_an_adapter_of_the_start_up_that_is_gone_does_not_keep_a_worker_from_coming_back(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lorafleet.controller.catalogue import Catalogue
-from lorafleet.proto import worker_pb2
+from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.actor import WorkerReady
 from lorafleet.workers.errors import UnknownModelError
 
@@ -25,10 +25,16 @@ WORKER = WorkerReady(
 )
 
 
+def make_catalogue(names: tuple[str, ...] = ("base",), now_ms: int = 0) -> Catalogue:
+    return Catalogue(
+        names=names, root="/models/base", tokenizer_digest="tokenizer", created=1234, now_ms=lambda: now_ms, fleet="f"
+    )
+
+
 @pytest.fixture
 def catalogue() -> Catalogue:
-    catalogue = Catalogue(names=("base", "base-alias"), root="/models/base", tokenizer_digest="tokenizer", created=1234)
-    catalogue.adopt(
+    catalogue = make_catalogue(names=("base", "base-alias"))
+    catalogue.note(
         [
             worker_pb2.Adapter(name="json", digest="digest-2", version=3, root="org/json", parent="base-alias"),
             worker_pb2.Adapter(name="json", digest="digest-0", version=2, root="org/json"),
@@ -45,10 +51,10 @@ def test_the_table_says_what_is_served_and_where(catalogue: Catalogue) -> None:
     assert (table.base.root, table.base.created, table.base.tokenizer_digest) == ("/models/base", 1234, "tokenizer")
     assert (table.base.max_model_len, table.base.vocab_size) == (128, 300)
     assert [(entry.name, entry.digest, entry.version, entry.parent) for entry in table.adapters] == [
-        ("sql", "digest-1", 1, "base"),
         ("json", "digest-2", 3, "base-alias"),
+        ("sql", "digest-1", 1, "base"),
     ]
-    assert table.adapters[0].lora_rank == 8
+    assert table.adapters[1].lora_rank == 8
     (worker,) = table.workers
     assert (worker.worker_id, worker.generation, worker.address) == ("worker-a", 1, "127.0.0.1:1000")
     assert (worker.state, worker.max_num_seqs, worker.max_loras) == (READY, 16, 4)
@@ -75,7 +81,7 @@ def test_a_lost_worker_leaves_the_table_and_the_models_stay(catalogue: Catalogue
     catalogue.drop_worker("worker-a")
     table = catalogue.table()
     assert not table.workers
-    assert [entry.name for entry in table.adapters] == ["sql", "json"]
+    assert [entry.name for entry in table.adapters] == ["json", "sql"]
     assert table.base.max_model_len == 128
 
 
@@ -94,23 +100,65 @@ def test_it_is_complete_from_the_first_worker_on(catalogue: Catalogue) -> None:
 
 
 def test_every_run_of_the_controller_is_an_incarnation_of_its_own(catalogue: Catalogue) -> None:
-    other = Catalogue(names=("base",), root="", tokenizer_digest="", created=0)
+    other = make_catalogue()
+    assert other.table().fleet == catalogue.table().fleet == "f"
     assert catalogue.table().incarnation and catalogue.table().incarnation != other.table().incarnation
 
 
-def test_only_the_first_worker_tells_which_adapters_there_are(catalogue: Catalogue) -> None:
-    catalogue.adopt([worker_pb2.Adapter(name="stray", version=1)])
-    assert [adapter.name for adapter in catalogue.adapters()] == ["sql", "json"]
-
-
-def test_a_version_is_never_used_again(catalogue: Catalogue) -> None:
-    assert (catalogue.next_version("json"), catalogue.next_version("new")) == (4, 1)
+def test_of_what_is_told_the_newest_counts_in_whatever_order(catalogue: Catalogue) -> None:
     before = catalogue.version
-    catalogue.put_adapter(worker_pb2.Adapter(name="json", version=4, digest="digest-4"))
-    assert catalogue.drop_adapter("json").digest == "digest-4"
-    assert catalogue.version == before + 2
-    assert catalogue.adapter("json") is None
-    assert catalogue.next_version("json") == 5
+    old = worker_pb2.Adapter(name="json", version=1, digest="old")
+    assert not catalogue.note([old, worker_pb2.Adapter(name="sql", version=1, digest="digest-1")])
+    assert catalogue.version == before
+    assert catalogue.note([worker_pb2.Adapter(name="json", version=7, unloaded=True)])
+    assert not catalogue.note([worker_pb2.Adapter(name="json", version=6, digest="late")])
+    assert catalogue.version == before + 1
+    table = catalogue.table()
+    assert [adapter.name for adapter in table.adapters] == ["sql"]
+    assert [(adapter.name, adapter.version) for adapter in table.unloaded] == [("json", 7)]
+
+
+def test_a_name_of_the_base_model_is_never_an_adapters(catalogue: Catalogue) -> None:
+    assert not catalogue.note([worker_pb2.Adapter(name="base-alias", version=9, digest="d")])
+    assert catalogue.adapter("base-alias") is None
+
+
+def test_a_version_is_never_given_again() -> None:
+    catalogue = make_catalogue(now_ms=5000)
+    assert [catalogue.next_version(), catalogue.next_version()] == [5000, 5001]
+    catalogue.see([9000, 3])
+    assert catalogue.next_version() == 9001
+    catalogue.note([worker_pb2.Adapter(name="sql", version=9500, unloaded=True)])
+    assert catalogue.next_version() == 9501
+
+
+def test_an_unloaded_name_stands_for_nothing_until_it_is_loaded_again(catalogue: Catalogue) -> None:
+    before = catalogue.version
+    assert catalogue.drop_adapter("json").digest == "digest-2"
+    assert catalogue.adapter("json") is None and catalogue.version == before + 1
+    newest = catalogue.names.get("json")
+    assert newest is not None and newest.unloaded and newest.version > 3
+    catalogue.put_adapter(worker_pb2.Adapter(name="json", version=catalogue.next_version(), digest="digest-4"))
+    assert catalogue.is_named("digest-4") and not catalogue.is_named("digest-2")
+    assert not catalogue.table().unloaded
+
+
+def test_nothing_is_published_before_all_who_may_know_of_adapters_are_heard(catalogue: Catalogue) -> None:
+    catalogue.await_word(["w0", "w1"])
+    catalogue.put_worker(WORKER, READY)
+    assert not catalogue.is_complete
+    assert catalogue.heard("w0") and not catalogue.heard("w0") and not catalogue.is_complete
+    assert catalogue.heard("w1") and catalogue.is_complete
+
+
+def test_the_table_says_what_each_worker_lacks(catalogue: Catalogue) -> None:
+    lacking = [controller_pb2.LackingAdapter(name="sql", digest="digest-1", reason="changed")]
+    catalogue.put_worker(WORKER, READY, lambda: lacking)
+    assert list(catalogue.table().workers[0].lacking) == lacking
+    before = catalogue.version
+    lacking.clear()
+    catalogue.lacking_changed()
+    assert catalogue.version == before + 1 and not catalogue.table().workers[0].lacking
 
 
 def test_a_name_that_is_not_there_cannot_be_dropped(catalogue: Catalogue) -> None:

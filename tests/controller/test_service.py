@@ -12,6 +12,7 @@ import pytest
 
 from lorafleet.controller.adapters import AdapterUpdates
 from lorafleet.controller.catalogue import Catalogue
+from lorafleet.controller.retirement import Retirement
 from lorafleet.controller.service import ControllerService, read_tokenizer_files
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2
 from lorafleet.workers.actor import WorkerReady
@@ -25,6 +26,16 @@ FILES = {"tokenizer.json": b"x" * (5 << 19), "chat_template.jinja": b"", "config
 WORKER = WorkerReady("worker-a", 1, "127.0.0.1:1", (), (), 128, 300, 16, 0)
 
 STATUS = controller_pb2.WorkerStatus(name="lorafleet-worker-0", state="ready")
+
+
+ADAPTERS_FILES = {"tokenizer.json": b"own"}
+
+
+class Holder:
+    """A worker with the files of an adapter."""
+
+    async def files(self, digest: str) -> dict[str, bytes]:
+        return ADAPTERS_FILES
 
 
 class Fleet:
@@ -49,10 +60,26 @@ class Fleet:
 
 @pytest.fixture
 async def fleet() -> AsyncIterator[Fleet]:
-    catalogue = Catalogue(names=("base",), root="/base", tokenizer_digest=files_digest(FILES), created=1)
-    catalogue.adopt([])
-    updates = AdapterUpdates(catalogue, list, lambda: service.changed(), allowed=True, roots=("/adapters",), tell=print)
-    service = ControllerService(catalogue, {files_digest(FILES): FILES}, updates, lambda: [STATUS])
+    catalogue = Catalogue(
+        names=("base",),
+        root="/base",
+        tokenizer_digest=files_digest(FILES),
+        created=1,
+        now_ms=lambda: 5000,
+        fleet="fleet",
+    )
+    updates = AdapterUpdates(
+        catalogue,
+        Retirement(list, catalogue.is_named, resume_s=1.0),
+        list,
+        lambda: service.changed(),
+        allowed=True,
+        roots=("/adapters",),
+        tell=print,
+    )
+    service = ControllerService(
+        catalogue, {files_digest(FILES): FILES}, updates, lambda: [STATUS], lambda: cast(Any, [Holder()])
+    )
     server = create_server(TOKEN)
     cast(Any, controller_pb2_grpc.add_ControllerServicer_to_server)(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -105,6 +132,30 @@ async def test_files_come_in_chunks_that_name_them_empty_ones_too(fleet: Fleet) 
         got[chunk.name] = got.get(chunk.name, b"") + chunk.data
     assert got == FILES
     assert files_digest(got) == digest
+
+
+async def test_an_adapters_files_come_from_a_worker(fleet: Fleet) -> None:
+    request = worker_pb2.GetFilesRequest(digest=files_digest(ADAPTERS_FILES))
+    chunk = await fleet.stub.GetFiles(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S).read()
+    assert {chunk.name: chunk.data} == ADAPTERS_FILES
+
+
+@pytest.mark.parametrize(("of", "names"), [("fleet", ["sql"]), ("another", []), ("", [])])
+async def test_a_controller_without_memory_learns_names_from_the_gateways_of_its_fleet(
+    of: str, names: list[str], fleet: Fleet
+) -> None:
+    fleet.put()
+    request = controller_pb2.WatchRequest(
+        gateway_id="g",
+        fleet=of,
+        adapters=[
+            worker_pb2.Adapter(name="sql", version=7, digest="d", place="/adapters/sql"),
+            worker_pb2.Adapter(name="gone", version=8, unloaded=True),
+        ],
+    )
+    table = await fleet.stub.Watch(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S).read()
+    assert [adapter.name for adapter in table.adapters] == names
+    assert [adapter.name for adapter in table.unloaded] == (["gone"] if names else [])
 
 
 async def test_files_of_an_unknown_digest_are_not_found(fleet: Fleet) -> None:

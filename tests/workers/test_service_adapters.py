@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import grpc.aio
-from fake_worker import TIMEOUT_S, TOKEN, Worker, status
+from fake_worker import TIMEOUT_S, TOKEN, Worker, eventually, status
 
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.registered import FreedBytes
@@ -44,3 +44,37 @@ async def test_an_unregistration_waits_until_all_is_free_and_goes_on_when_nobody
         )
     assert not freed.cancelled()
     freed.set_result(FreedBytes(0, 0))
+
+
+async def test_what_names_stand_for_is_noted_and_told_again(worker: Worker) -> None:
+    call = {"metadata": bearer(TOKEN), "timeout": TIMEOUT_S}
+    told = [worker_pb2.Adapter(name="sql", version=1 << 40, digest="d"), worker_pb2.Adapter(name="x", unloaded=True)]
+    async with worker.channel() as stub:
+        await stub.NoteAdapters(worker_pb2.NoteAdaptersRequest(adapters=told), **call)
+        assert list((await stub.ListAdapters(worker_pb2.ListAdaptersRequest(), **call)).names) == told
+
+
+async def test_adapters_are_used_by_their_requests_and_for_a_while_by_those_that_were_cut(worker: Worker) -> None:
+    async with worker.channel() as stub:
+
+        async def used(cut_s: float) -> list[str]:
+            request = worker_pb2.GetUseRequest(digests=["a", "b", "c", "d"], cut_s=cut_s)
+            return list((await stub.GetUse(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S)).digests)
+
+        worker.engine.paused = True
+        async with worker.session() as client:
+            parts = [worker_pb2.ComposedAdapter(digest=digest, weight=1.0) for digest in "bc"]
+            await client.generate(1, [1], max_tokens=1, adapter_digest="a")
+            await client.generate(2, [1], max_tokens=1, composition=parts)
+            await client.generate(3, [1], max_tokens=1)
+            await eventually(lambda: worker.engine.num_running == 3)
+            assert await used(0.0) == ["a", "b", "c"]
+            worker.engine.resume()
+            for stream in (1, 2, 3):
+                await client.ending(stream)
+            assert await used(60.0) == []
+            worker.engine.paused = True
+            await client.generate(4, [1], max_tokens=1, adapter_digest="d")
+            await eventually(lambda: worker.engine.num_running == 1)
+        await eventually(lambda: worker.service.num_unfinished == 0)
+        assert await used(60.0) == ["d"] and await used(0.0) == []

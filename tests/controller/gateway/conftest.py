@@ -237,6 +237,7 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
     table: controller_pb2.RoutingTable
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_watches: int = 0
+    watches: list[controller_pb2.WatchRequest] = field(default_factory=list)
     loads: list[controller_pb2.LoadAdapterRequest] = field(default_factory=list)
     update_failure: worker_pb2.Failure | None = None
     status: controller_pb2.FleetStatus = field(default_factory=controller_pb2.FleetStatus)
@@ -261,6 +262,7 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[controller_pb2.RoutingTable]:
         self.num_watches += 1
+        self.watches.append(request)
         while True:
             changed = self.changed
             yield self.table

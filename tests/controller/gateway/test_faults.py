@@ -211,6 +211,85 @@ async def test_a_request_that_waited_in_vain_gets_503(new_fleet: Any, stream: bo
     assert fleet.state.intake.num_in_flight == 0
 
 
+def lack(fleet: Any, number: int, digest: str, reason: str) -> None:
+    """The table says that a worker has not got an adapter."""
+    fleet.controller.table.workers[number].lacking.add(name="x", digest=digest, reason=reason)
+
+
+async def test_requests_go_where_their_adapter_is(new_fleet: Any) -> None:
+    fleet = await new_fleet(num_workers=2)
+    lack(fleet, 0, "d-sql", "missing_directory")
+    lack(fleet, 1, "d-pirate", "")
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.table.version > 1)
+    for model in ("sql-adapter", "org/pirate") * 4:
+        assert (await fleet.post("/v1/completions", {"model": model, "prompt": "hello", "max_tokens": 1}))[0] == 200
+    assert {generate.adapter_digest for generate in fleet.workers[0].generates} == {"d-pirate"}
+    assert {generate.adapter_digest for generate in fleet.workers[1].generates} == {"d-sql"}
+
+
+async def test_an_adapter_that_no_worker_can_have_again_is_a_named_503_and_hurts_no_other(new_fleet: Any) -> None:
+    fleet = await new_fleet(num_workers=2, worker_wait_s=60.0)
+    for number in range(2):
+        lack(fleet, number, "d-sql", "changed")
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.table.version > 1)
+    body = {"model": "sql-adapter", "prompt": "hello", "max_tokens": 1}
+    status, answer = await fleet.post("/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (503, "adapter_unavailable")
+    assert "changed" in answer["error"]["message"]
+    assert (await fleet.post("/v1/completions", body | {"model": "tiny"}))[0] == 200
+
+
+async def test_a_request_waits_for_an_adapter_that_is_being_loaded_again(new_fleet: Any) -> None:
+    fleet = await new_fleet(worker_wait_s=60.0)
+    lack(fleet, 0, "d-sql", "")
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.table.version > 1)
+    body = {"model": "sql-adapter", "prompt": "hello", "max_tokens": 1}
+    asking = asyncio.ensure_future(fleet.post("/v1/completions", body))
+    await asyncio.sleep(0.2)
+    assert not asking.done()
+    fleet.controller.table.workers[0].ClearField("lacking")
+    fleet.controller.publish()
+    assert (await asking)[0] == 200
+
+
+async def test_a_stream_whose_worker_died_waits_for_another_one_with_its_adapter(new_fleet: Any) -> None:
+    fleet = await new_fleet(num_workers=2, worker_wait_s=60.0)
+    lack(fleet, 1, "d-sql", "missing_directory")
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.table.version > 1)
+    fleet.workers[0].permits = 2
+    body = {"model": "sql-adapter", "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+    asking = asyncio.ensure_future(fleet.post("/v1/completions", body))
+    await fleet.until(lambda: fleet.workers[0].permits == 0)
+    await fleet.workers[0].kill()
+    await fleet.until(lambda: not fleet.workers[0].sessions)
+    fleet.controller.table.workers[1].ClearField("lacking")
+    fleet.controller.publish()
+    status, answer = await asking
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+
+
+async def test_a_controller_that_starts_again_is_told_what_the_last_table_said(fleet: Any) -> None:
+    fleet.controller.table.fleet = "fleet-1"
+    fleet.controller.table.unloaded.add(name="gone", version=9, unloaded=True)
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.table.version > 1)
+    port = int(fleet.controller.address.rpartition(":")[2])
+    await fleet.controller.kill()
+    await fleet.controller.start(port)
+    await fleet.until(lambda: fleet.controller.num_watches > 1)
+    told = fleet.controller.watches[-1]
+    assert told.fleet == "fleet-1"
+    assert {(known.name, known.unloaded) for known in told.adapters} == {
+        ("sql-adapter", False),
+        ("org/pirate", False),
+        ("gone", True),
+    }
+
+
 async def test_an_adapter_that_no_worker_has_a_slot_for_is_refused_at_once(new_fleet: Any) -> None:
     fleet = await new_fleet(worker_wait_s=60.0)
     fleet.controller.table.workers[0].max_loras = 0

@@ -22,6 +22,8 @@ async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
         host_adapters=["x", "z"],
         num_registered_adapters=7,
     )
+    lacking = [controller_pb2.LackingAdapter(name=f"a{number}", reason="changed") for number in range(101)]
+    lacking[1].reason = ""
     fleet.controller.status = controller_pb2.FleetStatus(
         version=5,
         num_adapters=7,
@@ -36,7 +38,7 @@ async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
                 max_num_seqs=64,
                 max_loras=8,
             ),
-            controller_pb2.WorkerStatus(name="two", state="starting", num_ranks=2),
+            controller_pb2.WorkerStatus(name="two", state="starting", num_ranks=2, lacking=lacking),
         ],
     )
     status, text = await fleet.get("/fleet")
@@ -48,6 +50,8 @@ async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
     assert first["adapters"] == {"device": 2, "host": 1, "disk": 4, "max_loras": 8}
     assert (first["kv_usage"], first["generation"]) == (0.25, 1_700_000_000_000_000_000)
     assert (second["state"], second["load"], second["generation"]) == ("starting", None, None)
+    assert (first["num_lacking"], second["num_lacking"], len(second["lacking"])) == (0, 101, 100)
+    assert second["lacking"][:2] == [{"name": "a0", "reason": "changed"}, {"name": "a1", "reason": "loading"}]
     lines = table(answer).splitlines()
     assert lines[0].split() == [
         *("WORKER", "STATE", "RANKS", "GENERATION", "STARTS", "RUNNING", "WAITING", "KV", "DEVICE", "HOST", "DISK")
@@ -55,7 +59,8 @@ async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
     assert lines[1].split()[:3] == ["one", "ready", "2"]
     assert lines[1].split()[5:] == ["1", "3/64", "2", "25%", "2/8", "1", "4"]
     assert lines[2].split() == ["two", "starting", "2", "-", "0", *"------"]
-    assert lines[3] == "7 adapters, routing table version 5"
+    assert lines[3] == "two lacks a0 (changed)"
+    assert lines[-2:] == ["two lacks 1 more", "7 adapters, routing table version 5"]
 
 
 async def test_it_needs_the_controller(fleet: Any) -> None:

@@ -36,6 +36,15 @@ async def test_a_new_table_changes_the_list(fleet: Any) -> None:
     assert "late" in [model.id async for model in fleet.openai.models.list()]
 
 
+async def test_an_adapter_that_no_worker_has_now_is_listed_with_the_reason(fleet: Any) -> None:
+    fleet.controller.table.workers[0].lacking.add(name="sql-adapter", digest="d-sql", reason="missing_directory")
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.table.unavailable("d-sql"))
+    cards = {card["id"]: card for card in json.loads((await fleet.get("/v1/models"))[1])["data"]}
+    assert cards["sql-adapter"]["unavailable"] == "missing_directory"
+    assert "unavailable" not in cards["org/pirate"] and "unavailable" not in cards["tiny"]
+
+
 async def test_tokenize_and_detokenize_are_each_others_reverse(fleet: Any, tokenizer: Any) -> None:
     ids = tokenizer.encode("hello world")
     status, answer = await fleet.post(

@@ -64,3 +64,15 @@ def test_the_weight_is_what_it_says_and_1_if_it_says_nothing() -> None:
 
 def test_an_adapter_without_a_digest_is_not_there_rather_than_the_base_model() -> None:
     assert list(_table(("a", "", 1)).models) == ["base", "alias"]
+
+
+def test_an_adapter_is_unavailable_when_every_worker_has_a_reason_to_lack_it() -> None:
+    message = controller_pb2.RoutingTable(base=controller_pb2.BaseModel(names=["base"]))
+    assert RoutingTable.from_wire(message).unavailable("d") is None, "no worker is there, so who knows"
+    for number, reason in enumerate(("changed", "missing_directory")):
+        worker = message.workers.add(worker_id=f"w{number}", address="h:1")
+        worker.lacking.add(name="a", digest="d", reason=reason)
+    assert RoutingTable.from_wire(message).unavailable("d") == "changed"
+    assert RoutingTable.from_wire(message).unavailable("other") is None
+    message.workers[1].lacking[0].reason = ""
+    assert RoutingTable.from_wire(message).unavailable("d") is None, "one is loading it"

@@ -1,0 +1,98 @@
+"""Whatever is killed, what was loaded, replaced and unloaded stays so, as long as one process that was told lives."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from adapter_server import NUM_OUTPUT, PROMPT, Fleet
+from serving import start, wait_until
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two workers. Of the start-up's adapters one is replaced, one is unloaded; another one is loaded."""
+    root = tmp_path_factory.mktemp("memory")
+    model = tiny.make_model("smollm2", root / "model")
+    tiny.save_tokenizer(root / "model")
+    expected = {"tiny": tiny.greedy(model, PROMPT, NUM_OUTPUT)}
+    for seed, name in enumerate(("start", "one", "two")):
+        adapted = tiny.make_adapter(copy.deepcopy(model), root / "adapters" / name, seed=seed + 1, strength=0.3)
+        expected[name] = tiny.greedy(adapted, PROMPT, NUM_OUTPUT)
+    arguments = ["--served-model-name", "tiny", "--dtype", "float32", "--enable-lora", "--num-workers", "2"]
+    arguments += ["--allow-runtime-lora-updates", "--lora-root", str(root / "adapters"), "--lora-modules"]
+    arguments += [f"{name}={root / 'adapters' / 'start'}" for name in ("replaced", "unloaded")]
+    server = start(str(root / "model"), *arguments)
+    fleet = Fleet(server, root, expected)
+    try:
+        server.wait_until_ready()
+        assert fleet.post("/v1/load_lora_adapter", {"lora_name": "loaded", "lora_path": "one"})[0] == 200
+        assert fleet.load("replaced", "two", load_inplace=True)[0] == 200
+        assert fleet.unload("unloaded")[0] == 200
+        yield fleet
+    finally:
+        server.stop()
+
+
+def kill(fleet: Fleet, *names: bytes, num_workers: int = 2) -> None:
+    victims = [pid for name in names for pid in sorted(fleet.server.processes(name))]
+    workers = sorted(fleet.server.processes(b"ray::WorkerActor"))
+    for pid in [pid for pid in victims if pid not in workers] + workers[:num_workers]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def workers(fleet: Fleet) -> list[dict[str, object]]:
+    status, body = fleet.server.get("/fleet")
+    return list(json.loads(body)["workers"]) if status == 200 else []
+
+
+def heal(fleet: Fleet, killed_at: float) -> None:
+    def is_whole() -> bool:
+        states = workers(fleet)
+        return bool(states) and all(worker["state"] == "ready" for worker in states)
+
+    wait_until(lambda: time.monotonic() > killed_at + 3.0 and is_whole(), "both workers are back", 120)
+
+
+def all_is_as_it_was(fleet: Fleet) -> None:
+    for _ in range(6):  # whichever worker answers
+        assert fleet.models() == ["tiny", "loaded", "replaced"]
+        assert fleet.answers_as("loaded", "one")
+        assert fleet.answers_as("replaced", "two")
+        assert fleet.complete("unloaded")[0] == 404
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_the_controller_is_killed_with_some_or_all_workers(fleet: Fleet, num_workers: int) -> None:
+    """With all of them it has everything back from the gateway."""
+    all_is_as_it_was(fleet)
+    kill(fleet, b"ray::ControllerActor", num_workers=num_workers)
+    heal(fleet, time.monotonic())
+    all_is_as_it_was(fleet)
+
+
+def test_an_adapter_whose_files_are_gone_is_served_where_it_is_and_then_named(fleet: Fleet) -> None:
+    there, away = fleet.root / "adapters" / "one", fleet.root / "away"
+    there.rename(away)
+    kill(fleet, num_workers=1)
+    heal(fleet, time.monotonic())
+    assert sorted(len(worker["lacking"]) for worker in workers(fleet)) == [0, 1]  # type: ignore[arg-type]
+    for _ in range(10):
+        assert fleet.answers_as("loaded", "one"), "all requests go to the worker that has it"
+    kill(fleet, num_workers=2)
+    heal(fleet, time.monotonic())
+    status, body = fleet.complete("loaded")
+    assert (status, json.loads(body)["error"]["code"]) == (503, "adapter_unavailable")
+    cards = {card["id"]: card for card in json.loads(fleet.server.get("/v1/models")[1])["data"]}
+    assert cards["loaded"]["unavailable"] and "unavailable" not in cards["replaced"]
+    assert fleet.answers_as("replaced", "two") and fleet.answers_as("tiny", "tiny")
+    Path(away).rename(there)
+    wait_until(lambda: fleet.complete("loaded")[0] == 200, "it is tried again", 90)
+    assert fleet.answers_as("loaded", "one")
