@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lorafleet.proto import worker_pb2 as lorafleet_dot_proto_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lorafleet/proto/controller.proto\x12\tlorafleet\x1a\x1clorafleet/proto/worker.proto\"\"\n\x0cWatchRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xaa\x01\n\x0cRoutingTable\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\"\n\x04\x62\x61se\x18\x03 \x01(\x0b\x32\x14.lorafleet.BaseModel\x12$\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x12.lorafleet.Adapter\x12*\n\x07workers\x18\x05 \x03(\x0b\x32\x19.lorafleet.WorkerEndpoint\"~\n\tBaseModel\x12\r\n\x05names\x18\x01 \x03(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"\xab\x01\n\x0eWorkerEndpoint\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.lorafleet.WorkerState\x12\x14\n\x0cmax_num_seqs\x18\x05 \x01(\r\x12\x11\n\tmax_loras\x18\x06 \x01(\r\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\"c\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\x14\n\x0cload_inplace\x18\x03 \x01(\x08\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\x0b\n\x03pin\x18\x05 \x01(\x08\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x0f\n\rStatusRequest\"s\n\x0b\x46leetStatus\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0cnum_adapters\x18\x03 \x01(\r\x12(\n\x07workers\x18\x04 \x03(\x0b\x32\x17.lorafleet.WorkerStatus\"\xba\x01\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tnum_ranks\x18\x03 \x01(\r\x12\x12\n\nnum_starts\x18\x04 \x01(\r\x12\'\n\x06report\x18\x05 \x01(\x0b\x32\x17.lorafleet.WorkerReport\x12\x14\n\x0creport_age_s\x18\x06 \x01(\x01\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x11\n\tmax_loras\x18\x08 \x01(\r\"\x9a\x01\n\rAdapterUpdate\x12#\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x12.lorafleet.Failure\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x12\x12\n\nhost_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cnum_draining\x18\x06 \x01(\r2\xdc\x02\n\nController\x12;\n\x05Watch\x12\x17.lorafleet.WatchRequest\x1a\x17.lorafleet.RoutingTable0\x01\x12>\n\x08GetFiles\x12\x1a.lorafleet.GetFilesRequest\x1a\x14.lorafleet.FileChunk0\x01\x12\x46\n\x0bLoadAdapter\x12\x1d.lorafleet.LoadAdapterRequest\x1a\x18.lorafleet.AdapterUpdate\x12J\n\rUnloadAdapter\x12\x1f.lorafleet.UnloadAdapterRequest\x1a\x18.lorafleet.AdapterUpdate\x12=\n\tGetStatus\x12\x18.lorafleet.StatusRequest\x1a\x16.lorafleet.FleetStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lorafleet/proto/controller.proto\x12\tlorafleet\x1a\x1clorafleet/proto/worker.proto\"\"\n\x0cWatchRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xaa\x01\n\x0cRoutingTable\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\"\n\x04\x62\x61se\x18\x03 \x01(\x0b\x32\x14.lorafleet.BaseModel\x12$\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x12.lorafleet.Adapter\x12*\n\x07workers\x18\x05 \x03(\x0b\x32\x19.lorafleet.WorkerEndpoint\"~\n\tBaseModel\x12\r\n\x05names\x18\x01 \x03(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"\xab\x01\n\x0eWorkerEndpoint\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.lorafleet.WorkerState\x12\x14\n\x0cmax_num_seqs\x18\x05 \x01(\r\x12\x11\n\tmax_loras\x18\x06 \x01(\r\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\"c\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\x14\n\x0cload_inplace\x18\x03 \x01(\x08\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\x0b\n\x03pin\x18\x05 \x01(\x08\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\r\n\x0bPingRequest\"\x0b\n\tPingReply\"\x0f\n\rStatusRequest\"s\n\x0b\x46leetStatus\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0cnum_adapters\x18\x03 \x01(\r\x12(\n\x07workers\x18\x04 \x03(\x0b\x32\x17.lorafleet.WorkerStatus\"\xba\x01\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tnum_ranks\x18\x03 \x01(\r\x12\x12\n\nnum_starts\x18\x04 \x01(\r\x12\'\n\x06report\x18\x05 \x01(\x0b\x32\x17.lorafleet.WorkerReport\x12\x14\n\x0creport_age_s\x18\x06 \x01(\x01\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x11\n\tmax_loras\x18\x08 \x01(\r\"\x9a\x01\n\rAdapterUpdate\x12#\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x12.lorafleet.Failure\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x12\x12\n\nhost_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cnum_draining\x18\x06 \x01(\r2\x92\x03\n\nController\x12;\n\x05Watch\x12\x17.lorafleet.WatchRequest\x1a\x17.lorafleet.RoutingTable0\x01\x12>\n\x08GetFiles\x12\x1a.lorafleet.GetFilesRequest\x1a\x14.lorafleet.FileChunk0\x01\x12\x46\n\x0bLoadAdapter\x12\x1d.lorafleet.LoadAdapterRequest\x1a\x18.lorafleet.AdapterUpdate\x12J\n\rUnloadAdapter\x12\x1f.lorafleet.UnloadAdapterRequest\x1a\x18.lorafleet.AdapterUpdate\x12=\n\tGetStatus\x12\x18.lorafleet.StatusRequest\x1a\x16.lorafleet.FleetStatus\x12\x34\n\x04Ping\x12\x16.lorafleet.PingRequest\x1a\x14.lorafleet.PingReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,14 +44,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADADAPTERREQUEST']._serialized_end=687
   _globals['_UNLOADADAPTERREQUEST']._serialized_start=689
   _globals['_UNLOADADAPTERREQUEST']._serialized_end=725
-  _globals['_STATUSREQUEST']._serialized_start=727
-  _globals['_STATUSREQUEST']._serialized_end=742
-  _globals['_FLEETSTATUS']._serialized_start=744
-  _globals['_FLEETSTATUS']._serialized_end=859
-  _globals['_WORKERSTATUS']._serialized_start=862
-  _globals['_WORKERSTATUS']._serialized_end=1048
-  _globals['_ADAPTERUPDATE']._serialized_start=1051
-  _globals['_ADAPTERUPDATE']._serialized_end=1205
-  _globals['_CONTROLLER']._serialized_start=1208
-  _globals['_CONTROLLER']._serialized_end=1556
+  _globals['_PINGREQUEST']._serialized_start=727
+  _globals['_PINGREQUEST']._serialized_end=740
+  _globals['_PINGREPLY']._serialized_start=742
+  _globals['_PINGREPLY']._serialized_end=753
+  _globals['_STATUSREQUEST']._serialized_start=755
+  _globals['_STATUSREQUEST']._serialized_end=770
+  _globals['_FLEETSTATUS']._serialized_start=772
+  _globals['_FLEETSTATUS']._serialized_end=887
+  _globals['_WORKERSTATUS']._serialized_start=890
+  _globals['_WORKERSTATUS']._serialized_end=1076
+  _globals['_ADAPTERUPDATE']._serialized_start=1079
+  _globals['_ADAPTERUPDATE']._serialized_end=1233
+  _globals['_CONTROLLER']._serialized_start=1236
+  _globals['_CONTROLLER']._serialized_end=1638
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,7 @@ from aiohttp import web
 from lorafleet.controller.gateway.app import make_runner
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.state import GatewayState
+from lorafleet.controller.heartbeat import BEAT_S, beat
 
 _READY_POLL_S = 0.05
 
@@ -37,6 +38,7 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
         loop.add_signal_handler(number, stop.set)
     state = GatewayState(config)
     runner = make_runner(state)
+    beating = loop.create_task(_beat()) if exit_with_parent else None
     await runner.setup()
     try:
         if exit_with_parent:
@@ -51,7 +53,16 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
         await _first(state.drain(), stop.wait())
     finally:
         await runner.cleanup()
+        if beating is not None:
+            beating.cancel()
     logger.info("stopped")
+
+
+async def _beat() -> None:
+    """Show the parent, which reads our stdout, that this loop turns."""
+    while True:
+        beat(sys.stdout.fileno())
+        await asyncio.sleep(BEAT_S)
 
 
 async def _can_serve(state: GatewayState, stop: asyncio.Event) -> bool:
