@@ -1,7 +1,8 @@
 """The controller as a Ray actor: keeps the wanted workers running, follows their health, publishes the routing table.
 
 Named and detached; when Ray restarts it, it rebuilds everything from its constructor's arguments and from the workers,
-which go on serving meanwhile.
+which go on serving meanwhile. One that fails ends, and Ray starts it again; one that hangs is ended by its watchdog.
+While the fleet has never served, its failures are for whoever waits in `ready`.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ from lorafleet.controller.cluster import WORKER_PREFIX, WorkerCluster, WorkerLos
 from lorafleet.controller.config import GatewayNodes, ServeConfig
 from lorafleet.controller.events import Events
 from lorafleet.controller.gateway_placement import GatewayPlacement
+from lorafleet.controller.owner import owner_has_ended
 from lorafleet.controller.reconcile import reconcile
 from lorafleet.controller.retirement import Retirement
 from lorafleet.controller.service import ControllerService, read_tokenizer_files
+from lorafleet.controller.watchdog import under_watch
 from lorafleet.controller.worker_adapters import FleetAdapters, WorkerAdapters
 from lorafleet.controller.worker_life import Surroundings, WorkerLife
 from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
 from lorafleet.workers.actor import FleetSettings, WorkerFailed, WorkerReady
-from lorafleet.workers.errors import ERRORS, ConfigError, LoRAFleetError, NoRoomError, status_of
+from lorafleet.workers.errors import ERRORS, ConfigError, InternalError, LoRAFleetError, NoRoomError, status_of
 from lorafleet.workers.rpc import create_server
 from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
 
 HEAR_S = 10.0  # that a restarted controller waits for its workers' word before it publishes without it
+AGAIN_S = 2.0  # between attempts; from a failure to the end of the process, so that who follows the events hears of it
+FIRST_AGAIN_S = 60.0  # the first time: whoever has made the fleet is to end it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,15 @@ class ControllerActor:
     """One fleet. All arguments are plain data, since Ray keeps them for restarts."""
 
     def __init__(
-        self, config: ServeConfig, host: str, port: int, token: str, gateways_on: GatewayNodes = "none"
+        self,
+        config: ServeConfig,
+        host: str,
+        port: int,
+        token: str,
+        gateways_on: GatewayNodes = "none",
+        owner: str = "",
     ) -> None:
-        """host: to listen on; empty: the node's address."""
+        """host: to listen on; empty: the node's address. owner: the mark of the command that it ends with, if any."""
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
         self._port = port
@@ -68,26 +79,28 @@ class ControllerActor:
         self._cluster = WorkerCluster()
         self._host = host or self._cluster.node_address()
         self._gateways_on = gateways_on
+        self._owner = owner
         self._desired = [f"{WORKER_PREFIX}{number}" for number in range(config.num_workers)]
         self._lives: dict[str, WorkerLife] = {}
         self._events = Events()
-        self._failed: WorkerFailed | None = None
+        self._failed: WorkerFailed | None = None  # why it cannot serve now, while it never has
+        self._has_served = False
+        self._last_failure = ""  # that was told
+        self._lacks_room = False
         self._gateways = GatewayPlacement(
             self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
         )
         self._gateways_started = False
         self._is_restart = False  # there are workers of an earlier run
         self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
-        self._run = asyncio.get_running_loop().create_task(self._start())
+        # Nothing here waits for Ray: it would not start a controller again whose constructor has failed.
+        self._run = asyncio.get_running_loop().create_task(self._serve())
         self._run.add_done_callback(self._stopped)
+        self._watched = asyncio.get_running_loop().create_task(under_watch())
 
     async def ready(self) -> FleetReady | WorkerFailed:
         """Wait until the whole fleet serves or cannot."""
-        waiter = asyncio.ensure_future(self._settled.wait())
-        await asyncio.wait([waiter, self._run], return_when=asyncio.FIRST_COMPLETED)
-        if not waiter.done():
-            waiter.cancel()
-            self._run.result()  # the start failed by a bug: raise it to the caller
+        await self._settled.wait()
         if self._failed is not None:
             return self._failed
         workers = tuple(life.ready for life in self._lives.values() if life.ready is not None)
@@ -95,7 +108,7 @@ class ControllerActor:
 
     async def was_told(self, config: ServeConfig, token: str, gateways_on: GatewayNodes) -> bool:
         """Whether it has been started with these."""
-        told = config == self._config and gateways_on == self._gateways_on
+        told = config == self._config and gateways_on == self._gateways_on and not self._owner
         return told and hmac.compare_digest(token, self._token)
 
     async def events(self, after: int) -> list[tuple[int, str]]:
@@ -111,7 +124,7 @@ class ControllerActor:
         for life in self._lives.values():
             try:
                 await life.restart(self._config.drain_timeout_s)
-            except TimeoutError:
+            except (TimeoutError, WorkerLost):
                 return Outcome(False, f"{life.name} did not come back; the others were left alone")
         return Outcome(True, f"all {len(self._lives)} workers were restarted")
 
@@ -130,12 +143,31 @@ class ControllerActor:
             return Outcome(True, f"drained: {names}")
         return Outcome(False, f"not all of {names} drained within {timeout_s:g} s; others go on with their requests")
 
-    async def _start(self) -> None:
-        try:
-            files = read_tokenizer_files(Path(self._config.engine.model))
-        except LoRAFleetError as error:
-            self._cannot_start(WorkerFailed(status_of(error).code, error.message))
+    async def _serve(self) -> None:
+        """For as long as the owner lives, if there is one."""
+        if not self._owner:
+            await self._start()
             return
+        serving = asyncio.ensure_future(self._start())
+        ended = asyncio.ensure_future(
+            owner_has_ended(self._cluster, self._owner, self._config.drain_timeout_s, self._events.add)
+        )
+        try:
+            await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            ended.cancel()
+        if serving.done():
+            await serving
+        await asyncio.gather(serving, return_exceptions=True)  # else it would make again what is ended
+        await asyncio.to_thread(self._cluster.end_fleet)
+
+    async def _start(self) -> None:
+        if await asyncio.to_thread(self._cluster.is_restarted):
+            self._has_served = True  # as far as anybody who waits in `ready` is concerned
+            self._events.number_from(int(time.time() * 1000))
+            self._events.add("the controller was started again; it looks for its workers", logging.WARNING)
+        files = await self._files()
         digest = files_digest(files)
         self._catalogue = Catalogue(
             names=self._config.served_model_names,
@@ -194,18 +226,42 @@ class ControllerActor:
             asyncio.get_running_loop().call_later(HEAR_S, self._heard_enough)
         self._server = create_server(self._token)
         add_ControllerServicer_to_server(self._service, self._server)
-        self._server.add_insecure_port(f"{self._host}:{self._port}")
-        await self._server.start()
+        await self._listen()
         for name in actions.remove:
             await asyncio.to_thread(self._cluster.remove_worker, name)
         await asyncio.gather(*(self._create(name) for name in actions.create))
-        if self._failed is not None:
-            return  # there is no room: gateways would only hold their port
+        while self._lacks_room and not self._has_served:  # gateways would only hold their port
+            await asyncio.sleep(AGAIN_S)
+            self._lacks_room = False
+            await asyncio.gather(*(self._create(name) for name in self._desired))
         await asyncio.gather(
             self._retirement.run(),
             self._gateways.follow(self._gateways_are_there),
             *(life.follow() for life in self._lives.values()),
         )
+
+    async def _files(self) -> dict[str, bytes]:
+        """The base model's tokenizer, when it can be read."""
+        while True:
+            try:
+                return await asyncio.to_thread(read_tokenizer_files, Path(self._config.engine.model))
+            except LoRAFleetError as error:
+                self._tell_failure(WorkerFailed(status_of(error).code, error.message))
+            await asyncio.sleep(AGAIN_S)
+
+    async def _listen(self) -> None:
+        address = f"{self._host}:{self._port}"
+        while True:
+            try:
+                self._server.add_insecure_port(address)
+                break
+            except RuntimeError:  # a restarted one may find somebody else there for a while
+                message = (
+                    f"The controller cannot listen on {address}: the port is taken. Give another --controller-port."
+                )
+                self._tell_failure(WorkerFailed(ERRORS[ConfigError].code, message))
+            await asyncio.sleep(AGAIN_S)
+        await self._server.start()
 
     async def _create(self, name: str, is_bare: bool = False) -> None:
         config = self._config
@@ -219,8 +275,8 @@ class ControllerActor:
                 FleetSettings(self._host, self._token, config.log_level, config.hung_step_s, config.worker_ports),
             )
         except NoRoomError as error:
-            logger.error("%s", error.message)
-            self._cannot_start(WorkerFailed(status_of(error).code, error.message))
+            self._lacks_room = True
+            self._tell_failure(WorkerFailed(status_of(error).code, error.message))
         except WorkerLost as lost:  # tried again when it is missed
             logger.warning("%s", lost)
 
@@ -235,24 +291,37 @@ class ControllerActor:
 
     def _started(self) -> None:
         if self._gateways_started and all(life.has_served for life in self._lives.values()):
+            self._failed, self._has_served = None, True
             self._settled.set()
 
     def _gateways_are_there(self, failure: str) -> None:
         """failure: why some are not, or nothing."""
-        if failure:
-            self._cannot_start(WorkerFailed(ERRORS[ConfigError].code, failure))
+        if failure and self._cannot_start(WorkerFailed(ERRORS[ConfigError].code, failure)):
+            return
         self._gateways_started = True
         self._started()
 
+    def _tell_failure(self, failure: WorkerFailed) -> None:
+        """Once, though it is met again and again."""
+        if failure.message != self._last_failure:
+            self._last_failure = failure.message
+            self._events.add(failure.message, logging.ERROR)
+        self._cannot_start(failure)
+
     def _cannot_start(self, failure: WorkerFailed) -> bool:
-        """The fleet cannot start. Of no consequence later on, when the worker is tried again until it can."""
-        if not self._settled.is_set():
-            self._failed = failure
-            self._settled.set()
-        return self._failed is not None
+        """The fleet cannot start; whether that is for whoever has made it, since it has never served."""
+        if self._has_served:
+            return False
+        self._failed = failure
+        self._settled.set()
+        return True
 
     def _stopped(self, run: asyncio.Task[None]) -> None:
-        """Nobody looks after the fleet now. While it starts, `ready` says so; later Ray starts the controller anew."""
-        if not run.cancelled() and self._settled.is_set() and self._failed is None:
-            logger.critical("the controller ends", exc_info=run.exception())
-            os._exit(1)
+        """Nobody looks after the fleet now, so this process ends, and Ray starts it again."""
+        if run.cancelled():
+            return
+        error = run.exception()
+        logger.critical("the controller ends", exc_info=error)
+        self._events.add(f"the controller failed and is started again: {error!r}", logging.CRITICAL)
+        is_new = self._cannot_start(WorkerFailed(ERRORS[InternalError].code, f"The controller failed: {error!r}"))
+        asyncio.get_running_loop().call_later(FIRST_AGAIN_S if is_new else AGAIN_S, os._exit, 1)

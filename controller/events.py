@@ -10,16 +10,21 @@ from collections import deque
 logger = logging.getLogger(__name__)
 
 _MAX_KEPT = 1000
-_WAIT_S = 30.0
+_WAIT_S = 1.0  # an answer is a sign of life too
 
 
 class Events:
-    """Numbered from 1. A restarted controller begins anew."""
+    """Numbered from 1; by a restarted controller, whose lines are all new to who has read an earlier one's, from a
+    higher number."""
 
     def __init__(self) -> None:
         self._lines: deque[tuple[int, str]] = deque(maxlen=_MAX_KEPT)
         self._added = asyncio.Event()  # set, and replaced, with each line
         self.last = 0
+
+    def number_from(self, number: int) -> None:
+        """Before the first line."""
+        self.last = number
 
     def add(self, line: str, level: int = logging.INFO) -> None:
         """Something has happened."""
@@ -30,7 +35,7 @@ class Events:
         self._added = asyncio.Event()
 
     async def after(self, number: int) -> list[tuple[int, str]]:
-        """Those that came after the one with this number, of another life's number all; waits for one, not for ever."""
+        """Those that came after the one with this number, all after one that is not known; waits for a second."""
         if number > self.last:
             number = 0
         if number == self.last:

@@ -1,27 +1,46 @@
 """What commands ask of Ray: a Ray to run on, the controller in it, and the end of a fleet.
 
-With cluster.py every Ray call of the project. Every wait has a deadline.
+With cluster.py every Ray call of the project. Every wait has a deadline. Nothing is ended but by the fleet's identity
+(cluster.py): a command that found another one's fleet leaves it alone.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import re
 import socket
 import time
+import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import get_placement_group, remove_placement_group
+from ray.util.placement_group import placement_group
 
-from lorafleet.controller.cluster import DRAIN_GRACE_S, GATEWAY_PREFIX, NAMESPACE, WORKER_PREFIX, actor_names
+from lorafleet.controller.cluster import (
+    CONTROLLER_NAME,
+    DRAIN_GRACE_S,
+    GATEWAY_PREFIX,
+    NAMESPACE,
+    actor_names,
+    fleet_namespace,
+    remove_groups,
+)
+from lorafleet.controller.cluster_watch import FLEET_ENDED
+from lorafleet.controller.lasting_thread import LastingThread
 
-CONTROLLER_NAME = "lorafleet-controller"
 _INIT_TIMEOUT_S = 120.0
 _CONNECT_TIMEOUT_S = 5.0
+_ANSWER_S = 30.0  # for Ray's store
+_END_S = 10.0  # until what was killed is gone
+_LEAVE_S = 15.0
+_POLL_S = 0.1
+_LOOKS_WITHOUT = 3  # actors: what the controller was about to make comes to light
+_SETTLE_S = 2.0
 
 
 class FleetCluster:
@@ -37,16 +56,18 @@ class FleetCluster:
         # processes behind. On a thread that lasts: the kernel ends Ray's processes with the thread that began them.
         self._is_own = address is None
         _check_reachable(address)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-ray")
+        self._thread = LastingThread("lorafleet-ray")
+        self._asking = LastingThread("lorafleet-ask")  # for calls that may not come back
         starting = self._thread.submit(
-            ray.init,
-            address=address or "local",
-            num_cpus=None if address else max(num_actors, os.cpu_count() or 1),
-            namespace=NAMESPACE,
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level="error",
-            configure_logging=True,
+            lambda: ray.init(
+                address=address or "local",
+                num_cpus=None if address else max(num_actors, os.cpu_count() or 1),
+                namespace=NAMESPACE,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="error",
+                configure_logging=True,
+            )
         )
         deadline = time.monotonic() + _INIT_TIMEOUT_S
         while not wait([starting], timeout=0.01).done and time.monotonic() < deadline:
@@ -54,6 +75,8 @@ class FleetCluster:
         while_waiting()
         starting.result(timeout=0)
         self._controller: Any = None
+        self._made = ""  # the fleet that this command has made, and owns
+        self._owner: Any = None
         self._asked: dict[str, Any] = {}  # calls of the controller without an answer yet
 
     def find_controller(self) -> bool:
@@ -62,6 +85,8 @@ class FleetCluster:
             self._controller = ray.get_actor(CONTROLLER_NAME, NAMESPACE)
         except ValueError:
             self._controller = None
+        except RayError as error:
+            raise RuntimeError(f"Ray does not answer: {error}") from error
         return self._controller is not None
 
     @property
@@ -69,31 +94,63 @@ class FleetCluster:
         """Of the node that this runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def still_knows_us(self) -> bool | None:
-        """Whether the cluster is the one that was joined, not one in its place; None if it does not answer."""
+    def ask_if_it_lives(self) -> Future[str]:
+        """Have it found out what ails the cluster or this command's fleet in it; nothing if both are there.
+
+        An exception, or no answer, means that the cluster does not answer now.
+        """
+        return self._asking.submit(self._ailment)
+
+    def _ailment(self) -> str:
+        _check_reachable(ray.get_runtime_context().gcs_address)
+        if not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes()):
+            return "The Ray cluster has been started anew, or has given up this node."
         try:
-            _check_reachable(ray.get_runtime_context().gcs_address)
-        except ConnectionError:
-            return None
-        return any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
+            found = _fleet_of(ray.get_actor(CONTROLLER_NAME, NAMESPACE))
+        except ValueError:
+            found = ""
+        return "" if found == _fleet_of(self._controller) else FLEET_ENDED
+
+    def dead_processes(self) -> list[str]:
+        """Return which processes of a Ray of our own have ended, for people. It cannot go on without one of them."""
+        node = ray._private.worker._global_node  # there is no other way to know at once
+        if not self._is_own or node is None:
+            return []
+        return [f"{name} ended with exit code {process.returncode}" for name, process in node.dead_processes()]
+
+    def mark_owner(self) -> str:
+        """Make a mark in the cluster that Ray removes with this command, however it ends; its name."""
+        name = f"lorafleet-owner-{uuid.uuid4().hex}"
+        self._owner = placement_group([{"node:__internal_head__": 0.001}], name=name)
+        return name
 
     def create_controller(self, actor: type, *args: object) -> None:
-        """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already."""
+        """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already, or
+        parts of one."""
         if self.find_controller():
-            raise RuntimeError("This Ray cluster already runs a LoRAFleet controller; `lorafleet down` ends it.")
-        self._controller = (
-            ray.remote(actor)
-            .options(
-                name=CONTROLLER_NAME,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                max_restarts=-1,
-                max_task_retries=-1,
-                num_cpus=0,
-                resources={"node:__internal_head__": 0.001},
+            raise RuntimeError(_RUNS_ALREADY)
+        if not self._is_own and (left := self._leftovers()):
+            raise RuntimeError(
+                f"This Ray cluster has {len(left)} actors of a fleet whose controller is gone, such as {left[0][1]!r}; "
+                "`lorafleet down` ends them."
             )
-            .remote(*args)
-        )
+        try:
+            self._controller = (
+                ray.remote(actor)
+                .options(
+                    name=CONTROLLER_NAME,
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    max_restarts=-1,
+                    max_task_retries=-1,
+                    num_cpus=0,
+                    resources={"node:__internal_head__": 0.001},
+                )
+                .remote(*args)
+            )
+        except ValueError as error:  # another command was quicker
+            raise RuntimeError(_RUNS_ALREADY) from error
+        self._made = _fleet_of(self._controller)
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any:
         """The controller's answer, or None when it takes longer than `timeout_s`; then ask again for the same answer.
@@ -112,40 +169,93 @@ class FleetCluster:
             raise RuntimeError(f"The controller failed: {error}") from error
 
     def drain_gateways(self, timeout_s: float) -> None:
-        """Let all gateways that actors own finish their requests, for at most so long."""
-        names = [name for name in self._actor_names() if name.startswith(GATEWAY_PREFIX)]
+        """Let all gateways that actors of the found controller's fleet own finish their requests, for so long."""
+        if self._controller is None:
+            return
+        namespace = fleet_namespace(_fleet_of(self._controller))
         with contextlib.suppress(RayError, ValueError):
-            drains = [ray.get_actor(name, NAMESPACE).drain.remote(timeout_s) for name in names]
+            names = [name for name in actor_names(namespace) if name.startswith(GATEWAY_PREFIX)]
+            drains = [ray.get_actor(name, namespace).drain.remote(timeout_s) for name in names]
             ray.get(drains, timeout=timeout_s + DRAIN_GRACE_S)
 
-    def remove_fleet(self) -> int:
-        """End all our actors; how many there were."""
-        names = self._actor_names()
-        for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):  # first who would make the others anew
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
-        with contextlib.suppress(RayError, ValueError):
-            for group in ray.util.placement_group_table().values():
-                if group["name"].startswith(WORKER_PREFIX) and group["state"] != "REMOVED":
-                    remove_placement_group(get_placement_group(group["name"]))
-        return len(names)
+    def end_found_fleet(self) -> int:
+        """End the found controller's fleet; how many actors it had."""
+        return _end_fleet(_fleet_of(self._controller)) if self._controller is not None else 0
 
-    @staticmethod
-    def _actor_names() -> list[str]:
-        with contextlib.suppress(RayError):
-            return actor_names()
-        return []
+    def end_leftovers(self) -> int:
+        """End the actors of fleets whose controllers are gone; how many there were."""
+        return sum(map(_end_fleet, {fleet for fleet, _ in self._leftovers()}))
+
+    def _leftovers(self) -> list[tuple[str, str]]:
+        """(fleet, name) of actors that a controller made which is gone: its name is free only when it is."""
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        current = _fleet_of(self._controller) if self.find_controller() else ""
+        found = [(_NAMESPACE.fullmatch(actor["namespace"]), str(actor["name"])) for actor in actors]
+        return [(match[1], name) for match, name in found if match and match[1] != current]
 
     def leave(self) -> None:
         """Let what runs in the cluster go on without us."""
-        self._thread.submit(ray.shutdown).result()
-        self._thread.shutdown()
+        if not self.dead_processes():
+            self._settle()
+            if wait([self._thread.submit(ray.shutdown)], timeout=_LEAVE_S).done:
+                self._thread.end()
+                return
+        # Ray half dead is waited for, and then aborts us. The kernel ends its processes with this one.
+        atexit.register(os._exit, 1)
 
     def shutdown(self) -> None:
-        """End our actors, and Ray with them if it is our own."""
-        if not self._is_own:  # our own Ray takes its actors with it, and asking it would hang if it has died before us
-            self.remove_fleet()
+        """End the fleet that this command has made, and Ray with it if it is our own."""
+        if not self.dead_processes():
+            ending = self._asking.submit(self._end_made)
+            with contextlib.suppress(RayError, RuntimeError, TimeoutError):
+                ending.result(timeout=_ANSWER_S)
         self.leave()
+
+    def _end_made(self) -> None:
+        """Our own Ray's actors too: one whose process ends with Ray's would be reported, in Ray's own words."""
+        self._settle()
+        if self._made:
+            _end_fleet(self._made)
+        if self._owner is not None:
+            ray.util.remove_placement_group(self._owner)
+
+    def _settle(self) -> None:
+        """Have no call on its way: Ray tells of each that its shutdown cuts short."""
+        asked, self._asked = list(self._asked.values()), {}
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=_SETTLE_S, fetch_local=False)
+
+
+_NAMESPACE = re.compile(rf"{NAMESPACE}-([0-9a-f]{{32}})")
+_RUNS_ALREADY = "This Ray cluster already runs a LoRAFleet controller; `lorafleet down` ends it."
+
+
+def _fleet_of(controller: Any) -> str:
+    """A fleet's identity; see cluster.py."""
+    return str(controller._actor_id.hex())
+
+
+def _end_fleet(fleet: str) -> int:
+    """End a fleet's actors, and wait until they are gone; how many there were. First who would make the others anew."""
+    num_ended = 0
+    with contextlib.suppress(RayError, ValueError):
+        controller = ray.get_actor(CONTROLLER_NAME, NAMESPACE)
+        if _fleet_of(controller) == fleet:
+            ray.kill(controller, no_restart=True)
+            num_ended = 1
+    namespace, seen = fleet_namespace(fleet), set[str]()
+    deadline, num_looks_without = time.monotonic() + _END_S, 0
+    with contextlib.suppress(RayError):
+        while num_looks_without < _LOOKS_WITHOUT and time.monotonic() < deadline:
+            names = actor_names(namespace)
+            for name in names:
+                seen.add(name)
+                with contextlib.suppress(ValueError):
+                    ray.kill(ray.get_actor(name, namespace), no_restart=True)
+            num_looks_without = 0 if names else num_looks_without + 1
+            time.sleep(_POLL_S)
+        remove_groups(fleet)
+    return num_ended + len(seen)
 
 
 def _check_reachable(address: str | None) -> None:

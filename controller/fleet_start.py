@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorafleet.controller.cluster_watch import Cluster, ClusterWatch
+from lorafleet.controller.say import say
 from lorafleet.controller.signals import Signals
 from lorafleet.workers.actor import WorkerFailed
-from lorafleet.workers.errors import ConfigError, error_from_code
+from lorafleet.workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorafleet.controller.actor import FleetReady
@@ -16,20 +18,21 @@ _TIMEOUT_S = 900.0
 _POLL_S = 0.5
 
 
-class Controller(Protocol):
+class Controller(Cluster, Protocol):
     """What is asked of fleet_cluster.py's `FleetCluster`."""
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any: ...
 
 
-def wait_for_fleet(controller: Controller, signals: Signals) -> FleetReady:
-    """Until all serve. Raises `Stopped` when a signal comes first, and `LoRAFleetError` for what cannot start."""
+def wait_for_fleet(controller: Controller, signals: Signals) -> FleetReady | WorkerFailed:
+    """Until all serve, or one cannot. Raises `Stopped` when a signal comes first, `ConfigError` when Ray is lost."""
     deadline = time.monotonic() + _TIMEOUT_S
+    ray = ClusterWatch(controller, say)
     while time.monotonic() < deadline:
         signals.check()
+        if lost := ray.look():
+            raise ConfigError(lost)
         answer: FleetReady | WorkerFailed | None = controller.poll("ready", timeout_s=_POLL_S)
-        if isinstance(answer, WorkerFailed):
-            raise error_from_code(answer.code, answer.message)
         if answer is not None:
             return answer
     raise ConfigError(f"The fleet did not start within {_TIMEOUT_S:g} s.")

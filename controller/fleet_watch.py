@@ -1,7 +1,8 @@
-"""What the launcher does while the fleet serves: prints what happens to it, and has its workers restarted.
+"""What a command does while its fleet serves: prints what happens to it, and has its workers restarted.
 
-Owns: asking the controller for both without ever waiting for it. Leaves to others: signals (launch.py), what happens
-(the controller's events.py), restarting (actor.py).
+Owns: asking the controller for both without ever waiting for it, and telling when it does not answer. Leaves to others:
+signals (launch.py, up.py), what happens (the controller's events.py), restarting (actor.py), the cluster
+(cluster_watch.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 _LOOK_S = 0.5
+_MAX_STEP_S = 1.0
+SILENT_S = 5.0  # an answer comes each second
 
 
 class Controller(Protocol):
@@ -22,33 +25,52 @@ class Controller(Protocol):
 class FleetWatch:
     """Call `look` again and again."""
 
-    def __init__(self, controller: Controller, last_event: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        controller: Controller,
+        last_event: int,
+        say: Callable[[str], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._controller = controller
         self._last_event = last_event
         self._say = say
+        self._now = now
         self._restarting = False
-        self._looked_at = 0.0
-        self._has_failed = False  # the controller did not answer the last time
+        self._looked_at = self._answered_at = now()
+        self._is_away = False  # it has been told that the controller does not answer
 
     def look(self, *, wants_restart: bool) -> bool:
         """Print what is new. wants_restart: whether a restart of the workers is to begin; whether it has, now."""
-        if time.monotonic() - self._looked_at < _LOOK_S:
+        now = self._now()
+        if now - self._looked_at < _LOOK_S:
             return False
-        self._looked_at = time.monotonic()
+        # While this command was stopped, the controller was not silent.
+        self._answered_at += max(0.0, now - self._looked_at - _MAX_STEP_S)
+        self._looked_at = now
         begins = wants_restart and not self._restarting
         if begins:
             self._restarting = True
             self._say("restarting the workers, one after the other ...")
         try:
-            for number, line in self._controller.poll("events", self._last_event, timeout_s=0.0) or ():
-                self._last_event = number
-                self._say(line)
+            events = self._controller.poll("events", self._last_event, timeout_s=0.0)
             if self._restarting and (answer := self._controller.poll("restart_workers", timeout_s=0.0)) is not None:
                 self._restarting = False
                 self._say(answer.text)
-            self._has_failed = False
-        except RuntimeError as error:  # gateways and workers serve without it
-            if not self._has_failed:
-                self._say(str(error))
-            self._has_failed = True
+        except RuntimeError:  # whether it is gone for good is the cluster's to say
+            events = None
+        if events is not None:
+            self._answered_at = now
+            if self._is_away:
+                self._is_away = False
+                self._say("the controller answers again")
+            for number, line in events:
+                self._last_event = number
+                self._say(line)
+        elif now - self._answered_at > SILENT_S and not self._is_away:
+            self._is_away = True
+            self._say(
+                f"the controller has not answered for {now - self._answered_at:.0f} s; gateways and workers go on "
+                "without it until Ray has started it again"
+            )
         return begins

@@ -15,6 +15,7 @@ from pathlib import Path
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.gateway_processes import GatewayProcesses
 from lorafleet.controller.secret_file import write_secret
+from lorafleet.controller.watchdog import under_watch
 from lorafleet.workers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,11 @@ class GatewayHostActor:
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._directory = tempfile.TemporaryDirectory(prefix="lorafleet-gateways-")
         state_dir = Path(self._directory.name)
-        self._gateways = GatewayProcesses(config, controller, write_secret(state_dir / "token", token), state_dir)
+        self._gateways = GatewayProcesses(config, controller, write_secret(state_dir / "token", token))
         self._gateways.__enter__()
-        self._run = asyncio.get_running_loop().create_task(self._keep())
+        loop = asyncio.get_running_loop()
+        self._run = loop.create_task(self._keep())
+        self._watched = loop.create_task(under_watch())
 
     async def ready(self) -> str:
         """Wait until all listen; why they cannot, or nothing."""
@@ -58,5 +61,5 @@ class GatewayHostActor:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(_POLL_S)
-            for code in self._gateways.replace_ended():
-                logger.warning("a gateway of %s ended with exit code %d; another takes its place", os.uname()[1], code)
+            for lost in self._gateways.replace_lost():
+                logger.warning("on %s %s; another takes its place", os.uname()[1], lost)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lorafleet.controller.cluster import Node
+from lorafleet.controller.cluster import Node, WorkerLost
 from lorafleet.controller.config import GatewayNodes, ServeConfig
 from lorafleet.controller.gateway_host import GatewayHostActor
 
@@ -62,13 +62,16 @@ class GatewayPlacement:
         if self._where == "none":
             on_first("")
             return
-        on_first(await self._look())
+        first: Callable[[str], None] | None = on_first
         while True:
-            await asyncio.sleep(LOOK_S)
             try:
-                await self._look()
-            except RuntimeError as error:  # Ray's, of a head node that is away for a while
-                logger.warning("nodes cannot be looked up: %s", error)
+                failure = await self._look()
+                if first is not None:
+                    first(failure)
+                    first = None
+            except WorkerLost as lost:  # a head node that is away for a while
+                logger.warning("nodes cannot be looked up: %s", lost)
+            await asyncio.sleep(LOOK_S)
 
     async def drain(self, node_id: str, timeout_s: float) -> None:
         """Let a node's gateways finish their requests; it gets none until `undrain`."""

@@ -1,4 +1,4 @@
-"""The gateway processes that `serve` runs: started together on one port, replaced when one dies, ended together.
+"""The gateway processes of a node: started together on one port, replaced when one dies or hangs, ended together.
 
 Owns: their command lines, their lives. Leaves to others: when the fleet is ready and when it ends (launch.py).
 """
@@ -13,17 +13,59 @@ from types import TracebackType
 
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.gateway.api_keys import as_environment
+from lorafleet.controller.heartbeat import Pulse
 from lorafleet.workers.errors import ConfigError
 
-_REPLACE_S = 1.0  # between the starts of one that keeps ending
+REPLACE_S = 1.0  # between the starts of one that keeps ending
+SILENT_S = 10.0  # without a sign of life: the kernel gives a hung one its share of the new connections
+START_S = 60.0  # before its first
+
+
+class GatewayProcess:
+    """One of them. Has a session of its own, so that Ctrl-C in a terminal reaches it through us only."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        self._pulse = Pulse(self._process.stdout.fileno(), time.monotonic())
+        self.started_at = time.monotonic()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    @property
+    def is_listening(self) -> bool:
+        """It has said that it does. One of several does so only when it can serve."""
+        self._pulse.look(time.monotonic())
+        return self._pulse.has_said(b"listening")
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since its last sign of life, by which one that starts is not judged yet."""
+        silent_s = self._pulse.look(time.monotonic())
+        return silent_s if self._pulse.has_beaten or silent_s > START_S else 0.0
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def end(self) -> None:
+        """At once, a stopped one too."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 class GatewayProcesses:
-    """A context, with whose end they are gone. Each has a session of its own, so that Ctrl-C in a terminal reaches it
-    through us only."""
+    """A context, with whose end they are gone."""
 
-    def __init__(self, config: ServeConfig, controller: str, token_file: Path, state_dir: Path) -> None:
-        """controller: host:port. state_dir: for what they print."""
+    def __init__(self, config: ServeConfig, controller: str, token_file: Path) -> None:
+        """controller: host:port."""
         self._command = [sys.executable, "-m", "lorafleet.controller.gateway"]
         self._command += ["--controller", controller, "--token-file", str(token_file), "--exit-with-parent"]
         self._command += ["--host", config.host, "--port", str(config.port)]
@@ -37,66 +79,53 @@ class GatewayProcesses:
             self._command += ["--seed", str(config.seed)]
         self._command += config.limits.as_flags()
         self._environment = as_environment(config.api_keys, config.admin_api_keys)
-        self._printed = [state_dir / f"gateway-{number}" for number in range(config.gateway_processes)]
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._started_at: list[float] = []
+        self._number = config.gateway_processes
+        self._processes: list[GatewayProcess] = []
 
     def __enter__(self) -> GatewayProcesses:
-        for printed in self._printed:
-            self._processes.append(self._start(printed))
-            self._started_at.append(time.monotonic())
+        self._processes = [self._start() for _ in range(self._number)]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-            _reap(process)
+            process.end()
 
     def check(self) -> None:
         """Raises `ConfigError` when one has ended: while the fleet starts, that has a reason that would come again."""
         for process in self._processes:
-            if process.poll() is not None:
-                raise ConfigError(
-                    f"The gateway ended by itself with exit code {process.returncode}; see its log above."
-                )
+            if process.exit_code is not None:
+                raise ConfigError(f"The gateway ended by itself with exit code {process.exit_code}; see its log above.")
 
     @property
     def are_listening(self) -> bool:
-        """All have said that they do. One of several does so only when it can serve."""
-        return all(printed.stat().st_size for printed in self._printed)
+        return all(process.is_listening for process in self._processes)
 
-    def replace_ended(self) -> list[int]:
-        """Start those anew that have ended; the exit codes of these."""
-        codes = []
+    def replace_lost(self) -> list[str]:
+        """Start those again that have ended or hang; what has become of each, for people."""
+        lost = []
         for number, process in enumerate(self._processes):
-            if process.poll() is None or time.monotonic() - self._started_at[number] < _REPLACE_S:
+            if process.exit_code is None:
+                if (silent_s := process.silent_s) <= SILENT_S:
+                    continue
+                lost.append(f"a gateway has given no sign of life for {silent_s:.0f} s and is ended")
+            elif time.monotonic() - process.started_at < REPLACE_S:
                 continue
-            codes.append(process.returncode)
-            _reap(process)
-            self._processes[number] = self._start(self._printed[number])
-            self._started_at[number] = time.monotonic()
-        return codes
+            else:
+                lost.append(f"a gateway ended with exit code {process.exit_code}")
+            process.end()
+            self._processes[number] = self._start()
+        return lost
 
     def terminate(self) -> None:
-        """Let them drain."""
+        """Let them drain; the second time, end their requests at once, each with an answer."""
         for process in self._processes:
             process.terminate()
 
     @property
     def have_ended(self) -> bool:
-        return all(process.poll() is not None for process in self._processes)
+        return all(process.exit_code is not None for process in self._processes)
 
-    def _start(self, printed: Path) -> subprocess.Popen[bytes]:
-        with printed.open("wb") as output:
-            return subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=output, env=self._environment, start_new_session=True
-            )
-
-
-def _reap(process: subprocess.Popen[bytes]) -> None:
-    process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
+    def _start(self) -> GatewayProcess:
+        return GatewayProcess(self._command, self._environment)

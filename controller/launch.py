@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import tempfile
 import time
 import urllib.error
@@ -21,15 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafleet.controller.cluster_watch import ClusterWatch
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet_start import wait_for_fleet
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.gateway_processes import GatewayProcesses
+from lorafleet.controller.say import say
 from lorafleet.controller.secret_file import write_secret
 from lorafleet.controller.signals import Signals, Stopped
-from lorafleet.workers.actor import WorkerReady
+from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.address import own_address
-from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.errors import ConfigError, error_from_code
 from lorafleet.workers.model.source import read_ahead
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 _GATEWAY_START_S = 60.0
 _POLL_S = 0.1
+_DRAINED_S = 5.0  # beyond the drain
+_LOST_S = 0.0  # for requests of a fleet that is lost
+_CUT_S = 3.0  # for the answers to requests that are cut short
 
 
 def serve(config: ServeConfig) -> None:
@@ -46,6 +50,7 @@ def serve(config: ServeConfig) -> None:
     signals.install()
     _check_port(config.host, config.port)
     began = time.monotonic()
+    lost = ""
     with contextlib.ExitStack() as stack:
         try:
             state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorafleet-")))
@@ -55,29 +60,38 @@ def serve(config: ServeConfig) -> None:
             # Gateways start and the weights come off the disk while Ray starts; until there is a worker a gateway that
             # is alone answers /ready with 503.
             read_ahead(Path(config.engine.model))
-            gateways = stack.enter_context(GatewayProcesses(config, f"{node}:{controller_port}", token_file, state_dir))
-            _say(f"starting Ray, controller and {_count(config.num_workers, 'worker')} ...")
+            gateways = stack.enter_context(GatewayProcesses(config, f"{node}:{controller_port}", token_file))
+            say(f"starting Ray, controller and {_count(config.num_workers, 'worker')} ...")
             cluster, ready = stack.enter_context(
                 _fleet(config, node, controller_port, token_file.read_text(), state_dir, signals)
             )
             _wait_for_gateways(config, gateways, signals)
             _announce(config, ready.workers, time.monotonic() - began)
-            watch = FleetWatch(cluster, ready.last_event, _say)
-            while not signals.count:
-                signals.num_restarts -= watch.look(wants_restart=signals.num_restarts > 0)
-                for code in gateways.replace_ended():
-                    _say(f"a gateway ended with exit code {code}; another takes its place")
-                time.sleep(_POLL_S)
+            lost = _stay(cluster, ready, gateways, signals)
         except Stopped:
             pass
-        if signals.count:
-            _say(f"draining (at most {config.drain_timeout_s:g} s; press Ctrl-C again to stop at once) ...")
+        if lost:
+            say(f"{lost} Ending what is left of the fleet ...")
+            _drain_gateways(gateways, _LOST_S, signals)
+        elif signals.count:
+            say(f"draining (at most {config.drain_timeout_s:g} s; press Ctrl-C again to stop at once) ...")
             _drain_gateways(gateways, config.drain_timeout_s, signals)
-    _say("stopped")
+    if lost:
+        raise ConfigError(lost)
+    say("stopped")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _stay(cluster: FleetCluster, ready: FleetReady, gateways: GatewayProcesses, signals: Signals) -> str:
+    """Tell what happens, until a signal comes or the fleet can serve no longer; then why."""
+    fleet, ray = FleetWatch(cluster, ready.last_event, say), ClusterWatch(cluster, say)
+    while not signals.count:
+        if lost := ray.look():
+            return lost
+        signals.num_restarts -= fleet.look(wants_restart=signals.num_restarts > 0)
+        for what in gateways.replace_lost():
+            say(f"{what}; another takes its place")
+        time.sleep(_POLL_S)
+    return ""
 
 
 def _count(number: int, noun: str) -> str:
@@ -112,9 +126,14 @@ def _node_address() -> str:
 
 
 def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: Signals) -> None:
+    """Let them finish their requests for so long, or until a second signal; then end these, each with an answer."""
     gateways.terminate()
-    deadline = time.monotonic() + timeout_s + 5.0
+    deadline = time.monotonic() + timeout_s + _DRAINED_S
     while not gateways.have_ended and time.monotonic() < deadline and signals.count < 2:
+        time.sleep(_POLL_S)
+    gateways.terminate()
+    deadline = time.monotonic() + _CUT_S
+    while not gateways.have_ended and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
@@ -147,8 +166,12 @@ def _fleet(
         try:
             # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
             told = dataclasses.replace(config, api_keys=(), admin_api_keys=())
-            cluster.create_controller(ControllerActor, told, node, port, token)
-            yield cluster, wait_for_fleet(cluster, signals)
+            owner = cluster.mark_owner() if config.ray_address is not None else ""
+            cluster.create_controller(ControllerActor, told, node, port, token, "none", owner)
+            ready = wait_for_fleet(cluster, signals)
+            if isinstance(ready, WorkerFailed):
+                raise error_from_code(ready.code, ready.message)
+            yield cluster, ready
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
     finally:

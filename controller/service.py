@@ -101,6 +101,11 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
             workers=self._workers(),
         )
 
+    async def Ping(
+        self, request: controller_pb2.PingRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.PingReply:
+        return controller_pb2.PingReply()
+
     def _update(self) -> controller_pb2.AdapterUpdate:
         return controller_pb2.AdapterUpdate(incarnation=self._catalogue.incarnation, version=self._catalogue.version)
 

@@ -11,8 +11,8 @@ class Stopped(Exception):
 
 
 class Signals:
-    """How often SIGINT and SIGTERM came: the first asks for the end, the second cuts a drain short. And how often
-    SIGUSR1, which asks for a restart of the workers.
+    """How often SIGINT, SIGTERM and SIGHUP came: the first asks for the end, the second cuts a drain short. And how
+    often SIGUSR1, which asks for a restart of the workers.
 
     They are only counted. Any lock, an Event's too, may be held by the very code that the next signal interrupts.
     """
@@ -24,6 +24,8 @@ class Signals:
     def install(self) -> None:
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self._handle)
         signal.signal(signal.SIGUSR1, self._handle_restart)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -9,18 +9,20 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafleet.controller.cluster_watch import FLEET_ENDED, ClusterWatch
 from lorafleet.controller.config import GatewayNodes, ServeConfig
 from lorafleet.controller.fleet_start import wait_for_fleet
 from lorafleet.controller.fleet_watch import FleetWatch
+from lorafleet.controller.say import say
 from lorafleet.controller.secret_file import write_secret
 from lorafleet.controller.signals import Signals, Stopped
-from lorafleet.workers.errors import ConfigError, NoRoomError
+from lorafleet.workers.actor import WorkerFailed
+from lorafleet.workers.errors import ConfigError, NoRoomError, error_from_code
 
 if TYPE_CHECKING:
     from lorafleet.controller.actor import FleetReady, Outcome
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 _ANSWER_S = 60.0
 _ROOM_S = 5.0  # between attempts of a fleet that has no room yet
-_CHECK_S = 2.0  # between looks at whether the Ray cluster is there
-_AWAY_S = 60.0  # how long it may be away; Ray's own processes give up then too
 
 
 def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_on: GatewayNodes, follow: bool) -> None:
@@ -47,7 +47,7 @@ def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_
     if gateways_on == "none":
         wanted = dataclasses.replace(wanted, api_keys=(), admin_api_keys=())
     with contextlib.suppress(Stopped), _joined(config.ray_address or "auto", signals) as cluster:
-        _say("starting controller, workers and gateways ...")
+        say("starting controller, workers and gateways ...")
         said = ""
         while True:
             try:
@@ -58,7 +58,7 @@ def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_
                     raise
                 if error.message != said:
                     said = error.message
-                    _say(f"waiting for nodes: {said}")
+                    say(f"waiting for nodes: {said}")
                 _pause(_ROOM_S, signals)
         _announce(config, fleet, token_file)
         if follow:
@@ -87,11 +87,15 @@ def _start(
             "ends it."
         )
     try:
-        return wait_for_fleet(cluster, signals)
+        ready = wait_for_fleet(cluster, signals)
     except BaseException:
         if is_new:
-            cluster.remove_fleet()
+            cluster.end_found_fleet()
         raise
+    if isinstance(ready, WorkerFailed):  # it has never served: of no use, whichever command has made it
+        cluster.end_found_fleet()
+        raise error_from_code(ready.code, ready.message)
+    return ready
 
 
 def _pause(seconds: float, signals: Signals) -> None:
@@ -105,8 +109,11 @@ def _pause(seconds: float, signals: Signals) -> None:
 def down(ray_address: str, drain_timeout_s: float) -> None:
     """Let the gateways finish their requests, then end the fleet. Raises `ConfigError`."""
     with _joined(ray_address) as cluster:
-        cluster.drain_gateways(drain_timeout_s)
-        num_ended = cluster.remove_fleet()
+        num_ended = 0
+        if cluster.find_controller():
+            cluster.drain_gateways(drain_timeout_s)
+            num_ended = cluster.end_found_fleet()
+        num_ended += cluster.end_leftovers()
     print(f"ended {num_ended} actors" if num_ended else _NO_FLEET)
 
 
@@ -115,7 +122,7 @@ def restart(ray_address: str) -> None:
     with _joined(ray_address) as cluster:
         if not cluster.find_controller():
             raise ConfigError(f"{_NO_FLEET}; `lorafleet up` starts one.")
-        _say("restarting the workers, one after the other ...")
+        say("restarting the workers, one after the other ...")
         outcome: Outcome | None = None
         while outcome is None:
             outcome = cluster.poll("restart_workers", timeout_s=_ANSWER_S)
@@ -156,25 +163,16 @@ def _announce(config: ServeConfig, fleet: FleetReady, token_file: Path) -> None:
 
 def _follow(cluster: FleetCluster, last_event: int, signals: Signals) -> None:
     """Print what happens until the fleet is ended. Raises `Stopped`, and `ConfigError` when the cluster is lost."""
-    watch = FleetWatch(cluster, last_event, _say)
-    check_at = answered_at = time.monotonic()
+    fleet, ray = FleetWatch(cluster, last_event, say), ClusterWatch(cluster, say)
     while True:
         signals.check()
-        signals.num_restarts -= watch.look(wants_restart=signals.num_restarts > 0)
+        if (lost := ray.look()) == FLEET_ENDED:
+            say("the fleet was ended")
+            return
+        if lost:
+            raise ConfigError(lost)
+        signals.num_restarts -= fleet.look(wants_restart=signals.num_restarts > 0)
         time.sleep(_POLL_S)
-        if (now := time.monotonic()) < check_at:
-            continue
-        check_at = now + _CHECK_S
-        knows_us = cluster.still_knows_us()
-        if knows_us:
-            answered_at = now
-            if not cluster.find_controller():
-                _say("the fleet was ended")
-                return
-        elif knows_us is not None:
-            raise ConfigError("The Ray cluster has been started anew, or has given up this node.")
-        elif now - answered_at > _AWAY_S:
-            raise ConfigError(f"The Ray cluster has not answered for {_AWAY_S:g} s.")
 
 
 def _token(path: Path) -> str:
@@ -210,7 +208,3 @@ def _joined(address: str, signals: Signals | None = None) -> Iterator[FleetClust
         raise ConfigError(str(error)) from error
     finally:
         cluster.leave()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

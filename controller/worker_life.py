@@ -18,7 +18,7 @@ import grpc
 from lorafleet.controller.catalogue import Catalogue
 from lorafleet.controller.cluster import WorkerLost
 from lorafleet.controller.worker_adapters import FleetAdapters, WorkerAdapters
-from lorafleet.controller.worker_client import WorkerClient
+from lorafleet.controller.worker_client import CALL_S, WorkerClient
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.errors import ERRORS, AdapterRefusedError
@@ -162,16 +162,25 @@ class WorkerLife:
         if not is_final and failed.code == _REFUSED and not self._is_bare:
             # An adapter of the start-up has gone or changed since. That must not keep the others from serving.
             self._is_bare = True
-            await asyncio.to_thread(cluster.remove_worker, self.name)
+            await self._ask_ray(cluster.remove_worker)
             await self._surroundings.create(self.name, self._is_bare)
         else:
             await asyncio.sleep(RESTART_S)
-            await asyncio.to_thread(cluster.restart_worker, self.name)
+            await self._ask_ray(cluster.restart_worker)
+
+    async def _ask_ray(self, call: Callable[[str], None]) -> None:
+        """One that fails, since Ray does not answer now, is made again: the worker is looked at from the beginning."""
+        try:
+            await asyncio.to_thread(call, self.name)
+        except WorkerLost as lost:
+            logger.warning("%s", lost)
 
     async def _poll_until_lost(self, worker: WorkerReady, client: WorkerClient, adapters: WorkerAdapters) -> str:
         """Publish it once it knows the fleet's adapters, and follow its state; why it is lost, for people."""
-        self._answered_at = began = time.monotonic()
+        self._answered_at = began = looked_at = time.monotonic()
+        silent_s = 0.0  # by our own running time: after a pause of the controller or the machine nobody is to blame
         while True:
+            looked_at, silent_s = self._silence(looked_at, silent_s)
             try:
                 report = await client.report()
                 if (report.worker_id, report.generation) != _identity(worker):
@@ -180,10 +189,10 @@ class WorkerLife:
                 # A refused connection is a dead process; silence may be a busy machine.
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
                     return "its process has ended"
-                silent_s = time.monotonic() - self._answered_at
+                looked_at, silent_s = self._silence(looked_at, silent_s)
                 if silent_s > ENDED_S:
                     # It hangs or is stopped. Ray ends within 5 s what does not end by itself.
-                    await asyncio.to_thread(self._surroundings.cluster.restart_worker, self.name)
+                    await self._ask_ray(self._surroundings.cluster.restart_worker)
                     return f"it has given no report for {silent_s:.0f} s ({_reason(error)}), so its process is ended"
                 if silent_s > LOST_S and self._leave_table(worker):
                     self._tell(
@@ -191,7 +200,7 @@ class WorkerLife:
                         logging.WARNING,
                     )
             else:
-                self._answered_at, self._report = time.monotonic(), report
+                self._answered_at, self._report, silent_s = time.monotonic(), report, 0.0
                 if adapters.has_looked:
                     self.adapters = adapters
                     self._heard()
@@ -203,6 +212,12 @@ class WorkerLife:
         """What it knows of adapters is known, or is lost with it."""
         if self._surroundings.catalogue.heard(self.name):
             self._surroundings.table_changed()
+
+    @staticmethod
+    def _silence(looked_at: float, silent_s: float) -> tuple[float, float]:
+        """Now, and the silence until now; both of the last look."""
+        now = time.monotonic()
+        return now, silent_s + min(now - looked_at, CALL_S + POLL_S)
 
     def _enter_table(
         self, worker: WorkerReady, client: WorkerClient, state: worker_pb2.WorkerState, adapters: WorkerAdapters

@@ -60,6 +60,11 @@ class ControllerStub(object):
                 request_serializer=lorafleet_dot_proto_dot_controller__pb2.StatusRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_proto_dot_controller__pb2.FleetStatus.FromString,
                 _registered_method=True)
+        self.Ping = channel.unary_unary(
+                '/lorafleet.Controller/Ping',
+                request_serializer=lorafleet_dot_proto_dot_controller__pb2.PingRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_proto_dot_controller__pb2.PingReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer(object):
@@ -101,6 +106,13 @@ class ControllerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ping(self, request, context):
+        """A sign of life, for who waits for another call. One that does not know this call lives too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=lorafleet_dot_proto_dot_controller__pb2.StatusRequest.FromString,
                     response_serializer=lorafleet_dot_proto_dot_controller__pb2.FleetStatus.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=lorafleet_dot_proto_dot_controller__pb2.PingRequest.FromString,
+                    response_serializer=lorafleet_dot_proto_dot_controller__pb2.PingReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +282,33 @@ class Controller(object):
             '/lorafleet.Controller/GetStatus',
             lorafleet_dot_proto_dot_controller__pb2.StatusRequest.SerializeToString,
             lorafleet_dot_proto_dot_controller__pb2.FleetStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.Controller/Ping',
+            lorafleet_dot_proto_dot_controller__pb2.PingRequest.SerializeToString,
+            lorafleet_dot_proto_dot_controller__pb2.PingReply.FromString,
             options,
             channel_credentials,
             insecure,

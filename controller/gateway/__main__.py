@@ -41,7 +41,10 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
     parser.add_argument("--seed", type=int, help="of the seeds drawn for requests that give none")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument(
-        "--exit-with-parent", action="store_true", help="stdin is a pipe held by the parent; drain when it closes"
+        "--exit-with-parent",
+        action="store_true",
+        help="stdin and stdout are pipes held by the parent: drain when the one closes, write a line a second to the "
+        "other",
     )
     parser.add_argument(
         "--vllm-metrics-compat",

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import grpc.aio
 
+from lorafleet.controller.gateway.controller_pulse import while_it_lives
 from lorafleet.controller.gateway.routing_table import RoutingTable
 from lorafleet.controller.gateway.texts import Texts
 from lorafleet.controller.gateway.wire import Backoff, controller_stub, describe, open_channel
@@ -83,11 +84,13 @@ class RoutesClient:
     async def update(self, method: str, request: Any, timeout_s: float) -> controller_pb2.AdapterUpdate:
         """Have the controller change its table, and wait until the change is here.
 
-        Raises what the controller refused it with, `WorkerUnavailableError` when it is away, `DeadlineError`.
+        Raises what the controller refused it with, `WorkerUnavailableError` when it is away or silent, `DeadlineError`.
         """
-        call = getattr(controller_stub(self._channel), method)
+        stub = controller_stub(self._channel)
         try:
-            done: controller_pb2.AdapterUpdate = await call(request, metadata=self._metadata, timeout=timeout_s)
+            done: controller_pb2.AdapterUpdate = await while_it_lives(
+                stub, self._metadata, getattr(stub, method)(request, metadata=self._metadata, timeout=timeout_s)
+            )
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise DeadlineError(f"The controller did not answer within {timeout_s:g} s.") from error

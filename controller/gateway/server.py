@@ -18,6 +18,7 @@ from typing import Any
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.listener import Listener
 from lorafleet.controller.gateway.state import GatewayState
+from lorafleet.controller.heartbeat import BEAT_S, beat
 
 _READY_POLL_S = 0.05
 
@@ -35,6 +36,7 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
         loop.add_signal_handler(number, stop.set)
     state = GatewayState(config)
     listener = Listener(state)
+    beating = loop.create_task(_beat()) if exit_with_parent else None
     await listener.set_up()
     try:
         if exit_with_parent:
@@ -49,7 +51,16 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
         await _first(state.drain(), stop.wait())
     finally:
         await listener.close()
+        if beating is not None:
+            beating.cancel()
     logger.info("stopped")
+
+
+async def _beat() -> None:
+    """Show the parent, which reads our stdout, that this loop turns."""
+    while True:
+        beat(sys.stdout.fileno())
+        await asyncio.sleep(BEAT_S)
 
 
 async def _can_serve(state: GatewayState, stop: asyncio.Event) -> bool:

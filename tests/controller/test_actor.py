@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 
 from lorafleet.controller import actor as actor_module
+from lorafleet.controller import owner as owner_module
 from lorafleet.controller import retirement as retirement_module
 from lorafleet.controller import worker_client as client_module
 from lorafleet.controller import worker_life as life_module
@@ -111,9 +112,22 @@ class FakeCluster:
         self.gateway_failure = ""
         self.hosting: list[str] = []  # nodes that were to have gateways
         self.has_room = True
+        self.restarted_by_ray = False
+        self.owners: set[str] = set()
+        self.fleet_ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
     def fleet_id(self) -> str:
         return "fleet"
+
+    def is_restarted(self) -> bool:
+        return self.restarted_by_ray
+
+    def has_owner(self, owner: str) -> bool:
+        return owner in self.owners
+
+    def end_fleet(self) -> None:
+        self._loop.call_soon_threadsafe(self.fleet_ended.set)
 
     def worker_names(self) -> list[str]:
         return self.names
@@ -224,8 +238,10 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+async def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     cluster = FakeCluster()
+    monkeypatch.setattr(actor_module, "under_watch", lambda: asyncio.sleep(0))
+    monkeypatch.setattr(actor_module, "AGAIN_S", 0.01)
     monkeypatch.setattr(actor_module, "WorkerCluster", lambda: cluster)
     monkeypatch.setattr(life_module, "POLL_S", 0.01)
     monkeypatch.setattr(retirement_module, "GRACE_S", 0.0)
@@ -244,8 +260,9 @@ async def fleet(model_dir: Path, cluster: FakeCluster, free_port: int) -> AsyncI
 
 
 async def stop(controller: ControllerActor) -> None:
-    controller._run.cancel()
-    await asyncio.gather(controller._run, return_exceptions=True)
+    for task in (controller._run, controller._watched):
+        task.cancel()
+    await asyncio.gather(controller._run, controller._watched, return_exceptions=True)
     server = getattr(controller, "_server", None)
     if server is not None:
         await server.stop(None)
@@ -630,16 +647,130 @@ async def test_the_fleet_is_ready_when_its_gateways_listen_and_cannot_start_if_t
     await stop(controller)
 
 
-async def test_a_fleet_without_room_says_so_and_takes_no_port_for_gateways(
-    model_dir: Path, cluster: FakeCluster, free_port: int
+async def test_a_fleet_without_room_says_so_takes_no_port_for_gateways_and_starts_when_there_is_room(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
 ) -> None:
     cluster.has_room = False
     controller = ControllerActor(
         ServeConfig(EngineConfig(str(model_dir)), ("base",)), "127.0.0.1", free_port, TOKEN, "head"
     )
     assert await ready(controller) == WorkerFailed("no_room", "no room")
-    await controller._run
     assert cluster.hosting == []
+    cluster.answers.put_nowait((await start("worker-a")).ready)
+    cluster.has_room = True
+    async with asyncio.timeout(TIMEOUT_S):
+        while isinstance(await controller.ready(), WorkerFailed):  # noqa: ASYNC110 (an earlier answer is no event)
+            await asyncio.sleep(0.01)
+    assert cluster.hosting == ["head"]
+    await stop(controller)
+
+
+class Restarted:
+    """A controller of two workers, of which `worker-a` runs, that Ray has just started again."""
+
+    def __init__(self, cluster: FakeCluster, model_dir: Path, port: int, owner: str = "") -> None:
+        cluster.restarted_by_ray = True
+        cluster.names = [NAME]
+        config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=2, drain_timeout_s=0)
+        self.controller = ControllerActor(config, "127.0.0.1", port, TOKEN, "none", owner)
+
+    async def says(self, text: str) -> None:
+        """Wait until it has."""
+        number, lines = 0, [""]
+        async with asyncio.timeout(TIMEOUT_S):
+            while not any(text in line for line in lines):
+                events = await self.controller.events(number)
+                number, lines = max([number, *(new for new, _ in events)]), [line for _, line in events]
+
+
+async def test_a_restarted_controller_serves_what_is_there_and_mends_the_rest_when_there_is_room(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    cluster.has_room = False
+    restarted = Restarted(cluster, model_dir, free_port)
+    cluster.answers.put_nowait((await start("worker-a")).ready)
+    fleet = Fleet(restarted.controller, cluster, free_port)
+    await restarted.says("the controller was started again")
+    await restarted.says("no room")
+    await fleet.serves("worker-a")
+    cluster.has_room = True
+    cluster.answers.put_nowait(WorkerLost("there is none"))
+    cluster.answers.put_nowait((await start("worker-b")).ready)
+    await fleet.serves("worker-a", "worker-b")
+    assert isinstance(await ready(restarted.controller), FleetReady)
+    told = [line for _, line in await restarted.controller.events(0)]
+    assert told.count("no room") == 1
+    await stop(restarted.controller)
+
+
+async def test_a_restarted_controller_waits_for_its_port_and_its_models_files(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
+) -> None:
+    (model_dir / "tokenizer.json").rename(model_dir / "away")
+    with socket.create_server(("127.0.0.1", free_port)):
+        restarted = Restarted(cluster, model_dir, free_port)
+        await restarted.says("has no tokenizer.json")
+        (model_dir / "away").rename(model_dir / "tokenizer.json")
+        await restarted.says(f"cannot listen on 127.0.0.1:{free_port}")
+    for worker_id in ("worker-a", "worker-b"):
+        cluster.answers.put_nowait((await start(worker_id)).ready)
+    await Fleet(restarted.controller, cluster, free_port).serves("worker-a", "worker-b")
+    await stop(restarted.controller)
+
+
+@pytest.mark.parametrize("is_restarted", [True, False])
+async def test_a_controller_that_fails_says_so_and_ends_so_that_ray_starts_it_again(
+    model_dir: Path, cluster: FakeCluster, free_port: int, monkeypatch: pytest.MonkeyPatch, is_restarted: bool
+) -> None:
+    def fail() -> list[str]:
+        raise WorkerLost("Ray does not answer")
+
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(actor_module, "FIRST_AGAIN_S", 0.2)
+    monkeypatch.setattr(actor_module.os, "_exit", ended.set_result)
+    cluster.worker_names = fail  # type: ignore[method-assign]
+    cluster.restarted_by_ray = is_restarted
+    controller = ControllerActor(ServeConfig(EngineConfig(str(model_dir)), ("base",)), "127.0.0.1", free_port, TOKEN)
+    if not is_restarted:
+        failed = await ready(controller)
+        assert isinstance(failed, WorkerFailed) and "Ray does not answer" in failed.message
+        assert not ended.done(), "whoever has made the fleet hears of it first"
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await ended == 1
+    assert "Ray does not answer" in (await controller.events(0))[-1][1]
+    await stop(controller)
+
+
+async def test_a_fleet_ends_with_its_owner_and_not_while_ray_does_not_answer(
+    start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(owner_module, "GRACE_S", 0.0)
+    cluster.owners = {"owner"}
+    cluster.names = [NAME]
+    cluster.answers.put_nowait((await start("worker-a")).ready)
+    config = ServeConfig(EngineConfig(str(model_dir)), ("base",), drain_timeout_s=0)
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, "none", "owner")
+    assert isinstance(await ready(controller), FleetReady)
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def is_away(owner: str) -> bool:
+        loop.call_soon_threadsafe(asked.set)
+        raise WorkerLost("Ray does not answer")
+
+    def has_owner(owner: str) -> bool:
+        return owner in cluster.owners
+
+    cluster.has_owner = is_away  # type: ignore[method-assign]
+    async with asyncio.timeout(TIMEOUT_S):
+        await asked.wait()
+    assert not cluster.fleet_ended.is_set()
+    cluster.owners.clear()
+    cluster.has_owner = has_owner  # type: ignore[method-assign]
+    async with asyncio.timeout(TIMEOUT_S):
+        await cluster.fleet_ended.wait()
+    assert not await controller.was_told(config, TOKEN, "none"), "no other command has it for its own"
     await stop(controller)
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from lorafleet.controller import fleet_watch as module
 from lorafleet.controller.actor import Outcome
 from lorafleet.controller.fleet_watch import FleetWatch
 
@@ -27,14 +24,20 @@ class FakeController:
         return answer
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_S", 0.0)
+class Clock:
+    """Each look is a second after the one before."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
 
 
 def test_events_are_printed_once_and_asked_for_from_the_last_one_on() -> None:
     controller, said = FakeController(), list[str]()
-    watch = FleetWatch(controller, 2, said.append)
+    watch = FleetWatch(controller, 2, said.append, Clock())
     watch.look(wants_restart=False)
     controller.answers["events"] = [(3, "a worker is lost"), (4, "it is back")]
     watch.look(wants_restart=False)
@@ -45,7 +48,7 @@ def test_events_are_printed_once_and_asked_for_from_the_last_one_on() -> None:
 
 def test_a_restart_begins_once_and_says_what_came_of_it() -> None:
     controller, said = FakeController(), list[str]()
-    watch = FleetWatch(controller, 0, said.append)
+    watch = FleetWatch(controller, 0, said.append, Clock())
     assert watch.look(wants_restart=True)
     assert not watch.look(wants_restart=True), "one is under way"
     controller.answers["restart_workers"] = Outcome(True, "all 2 workers were restarted")
@@ -55,12 +58,28 @@ def test_a_restart_begins_once_and_says_what_came_of_it() -> None:
     assert [method for method, _ in controller.asked].count("restart_workers") == 3
 
 
-def test_a_controller_that_is_away_ends_nothing() -> None:
+def test_a_controller_that_is_away_ends_nothing_and_is_told_once() -> None:
     controller, said = FakeController(), list[str]()
-    watch = FleetWatch(controller, 0, said.append)
-    for _ in range(2):
-        controller.answers["events"] = RuntimeError("The controller died.")
+    watch = FleetWatch(controller, 0, said.append, Clock())
+    controller.answers["events"] = RuntimeError("The controller died.")
+    for _ in range(5):
+        watch.look(wants_restart=False)
+    assert said == []
+    for _ in range(5):
         watch.look(wants_restart=False)
     controller.answers["events"] = [(1, "a worker serves")]
     watch.look(wants_restart=False)
-    assert said == ["The controller died.", "a worker serves"]
+    assert said == [
+        "the controller has not answered for 6 s; gateways and workers go on without it until Ray has started it again",
+        "the controller answers again",
+        "a worker serves",
+    ]
+
+
+def test_a_command_that_was_stopped_blames_nobody() -> None:
+    controller, said, clock = FakeController(), list[str](), Clock()
+    watch = FleetWatch(controller, 0, said.append, clock)
+    watch.look(wants_restart=False)
+    clock.now += 3600
+    watch.look(wants_restart=False)
+    assert said == []

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from lorafleet.controller import gateway_placement
-from lorafleet.controller.cluster import Node
+from lorafleet.controller.cluster import Node, WorkerLost
 from lorafleet.controller.config import GatewayNodes, ServeConfig
 from lorafleet.controller.gateway_placement import GatewayPlacement
 from lorafleet.workers.config import EngineConfig
@@ -30,7 +30,7 @@ class FakeCluster:
     def nodes(self) -> list[Node]:
         self.num_looks += 1
         if self.is_away:
-            raise RuntimeError("the head node is away")
+            raise WorkerLost("the head node is away")
         return list(self.alive)
 
     def gateway_nodes(self) -> set[str]:

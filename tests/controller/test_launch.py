@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -27,10 +28,23 @@ class FakeCluster:
         self.answer = answer
         self.controller_arguments: tuple[Any, ...] = ()
         self.is_shut_down = False
+        self.dead: list[str] = []
+        self.ailment = ""
 
     def __call__(self, address: str | None, num_actors: int, while_waiting: Callable[[], None]) -> FakeCluster:
         while_waiting()
         return self
+
+    def dead_processes(self) -> list[str]:
+        return self.dead
+
+    def ask_if_it_lives(self) -> Future[str]:
+        answer: Future[str] = Future()
+        answer.set_result(self.ailment)
+        return answer
+
+    def mark_owner(self) -> str:
+        return "owner"
 
     def create_controller(self, actor: type, *args: object) -> None:
         self.controller_arguments = args

@@ -30,3 +30,21 @@ os._exit(7)
 
 def test_signals_in_the_middle_of_handling_one_do_no_harm() -> None:
     assert subprocess.run([sys.executable, "-c", FLOOD], timeout=60, check=False).returncode == 7
+
+
+HANGUP = """
+import os, signal, sys
+from lorafleet.controller.signals import Signals
+
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signals = Signals()
+signals.install()
+os.kill(os.getpid(), signal.SIGHUP)
+sys.exit(signals.count)
+"""
+
+
+def test_a_terminal_that_is_closed_asks_for_the_end_unless_nohup_says_otherwise() -> None:
+    for how, count in (("plain", 1), ("nohup", 0)):
+        assert subprocess.run([sys.executable, "-c", HANGUP, how], timeout=60, check=False).returncode == count

@@ -1,0 +1,52 @@
+"""Waiting for a long call of the controller for as long as the controller lives.
+
+A load may take minutes, and a controller that hangs keeps its connection: only calls that it answers at once tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, Final, TypeVar
+
+import grpc.aio
+
+from lorafleet.proto import controller_pb2
+from lorafleet.workers.errors import WorkerUnavailableError
+
+_T = TypeVar("_T")
+
+PING_S: Final = 1.0  # between two, and for an answer
+SILENT_S: Final = 5.0
+
+
+async def while_it_lives(stub: Any, metadata: Sequence[tuple[str, str]], call: Awaitable[_T]) -> _T:
+    """Return what `call` comes to. Raises `WorkerUnavailableError` once the controller has been silent for too long."""
+    waiting = asyncio.ensure_future(call)
+    silence = asyncio.ensure_future(_silence(stub, metadata))
+    try:
+        await asyncio.wait([waiting, silence], return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return waiting.result()
+    finally:
+        for task in (waiting, silence):
+            task.cancel()
+        await asyncio.gather(waiting, silence, return_exceptions=True)
+    raise WorkerUnavailableError(
+        f"The controller has not answered for {SILENT_S:g} s. Whether it has done this shows in GET /v1/models; "
+        "try again in a moment."
+    )
+
+
+async def _silence(stub: Any, metadata: Sequence[tuple[str, str]]) -> None:
+    """Wait until it has answered nothing for so long."""
+    loop = asyncio.get_running_loop()
+    answered_at = loop.time()
+    while loop.time() - answered_at < SILENT_S:
+        try:
+            await stub.Ping(controller_pb2.PingRequest(), metadata=metadata, timeout=PING_S)
+            answered_at = loop.time()
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # an earlier version's
+                answered_at = loop.time()
+        await asyncio.sleep(PING_S)
