@@ -40,7 +40,10 @@ async def start(fleet: Any, token_file: str) -> AsyncIterator[Callable[..., Awai
         )
         processes.append(process)
         assert process.stdout is not None
-        line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+        line = "\n"
+        async with asyncio.timeout(30):
+            while line == "\n":  # a sign of life, to the parent
+                line = (await process.stdout.readline()).decode()
         assert line.startswith(LINE)
         return process, line.removeprefix("lorafleet gateway listening on ").strip()
 
