@@ -55,7 +55,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
                 max_tokens=table.max_model_len,
             ),
         )
-        head = {
+        head: dict[str, Any] = {
             "id": f"chatcmpl-{request[REQUEST_ID]}",
             "object": "chat.completion.chunk" if fields.stream else "chat.completion",
             "created": int(time.time()),

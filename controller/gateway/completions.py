@@ -62,7 +62,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         echoes: list[str] = []
         if fields.echo:
             echoes = await state.in_thread(tenant, len(body), lambda: echoes_of(text.tokenizer, asked, params.n))
-        head = {
+        head: dict[str, Any] = {
             "id": f"cmpl-{request[REQUEST_ID]}",
             "object": "text_completion",
             "created": int(time.time()),
