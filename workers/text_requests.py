@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
-from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
+from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, quoted
 from lorafleet.workers.outputs import CompletionOutput, Logprob, RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.text.output import OutputText
@@ -89,7 +89,7 @@ class TextRequests:
         digest and tokenizer: the adapter's, or None and the base model's.
         """
         if request_id in self._requests:
-            raise InvalidRequestError(f"Request id {request_id!r} is in use.", param="request_id")
+            raise InvalidRequestError(f"Request id {quoted(request_id)} is in use.", param="request_id")
         ids = tokenizer.encode(prompt, max_tokens=self._max_model_len) if isinstance(prompt, str) else list(prompt)
         if any(type(token_id) is not int for token_id in ids):
             raise InvalidRequestError("A prompt of token ids must be a list of integers.", param="prompt")

@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
         ("worker_wait_s", "seconds that a request waits while no worker can take it or go on with it"),
         ("max_in_flight", "requests at a time; more get 429"),
         ("max_queued_tokens", "tokens of one choice that a slow reader may leave unread"),
-        ("num_tokenizer_threads", "threads for tokenizers and chat templates"),
+        ("num_tokenizer_threads", "threads for JSON, chat templates and tokenizers; one is kept for short requests"),
     ):
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s gateway %(message)s"
     )
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is told once, by us
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours (text_threads.py)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(config, exit_with_parent=args.exit_with_parent))

@@ -140,7 +140,7 @@ class RoutesClient:
         try:
             async for message in call:
                 backoff.reset()
-                self._take(RoutingTable.from_wire(message))
+                self._take(await asyncio.to_thread(RoutingTable.from_wire, message))  # of thousands it takes long
         finally:
             call.cancel()
 

@@ -5,6 +5,7 @@ Whatever it is: an answer below 500 that names the field and is short, and no wo
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
@@ -179,3 +180,32 @@ async def test_any_messages_are_answered_below_500(fleet: Any, path: str) -> Non
     for kind, value in MESSAGES.items():
         status, answer = await ask(fleet, path, body_of(fields | {"messages": value}))
         check(status, answer, f"{path}: {kind}", "messages")
+
+
+PATHS = (
+    "/v1/models/%ED%A0%80",
+    "/v1/models/%FF%FE",
+    "/v1/models/a%00b",
+    "/v1/models/%2F%2F..%2F..",
+    "/v1/models/" + "x" * 7000,
+    "/v1/models/" + "%F0%9F%98%80" * 500,
+    "/v1/models/sql-adapter:" + "9" * 5000,
+    "/%ED%A0%80",
+    "/" + "y" * 7000,
+    "/v1/completions/%00",
+    "//",
+    "/?" + "a=b&" * 1000,
+)
+
+
+async def test_any_path_and_method_is_answered_below_500(fleet: Any) -> None:
+    for method in ("GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH"):
+        for path in PATHS:
+            head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(fleet.url.rpartition(":")[2]))
+            writer.write(head.encode())
+            answer = await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            assert 200 <= int(answer.split()[1]) < 500, (method, path[:50], answer[:300])
+            assert len(answer) < 2500, (method, path[:50])
