@@ -95,6 +95,13 @@ class TextRequests:
             raise InvalidRequestError("A prompt of token ids must be a list of integers.", param="prompt")
         if not ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+        vocab_size = self._vocab_size_of(digest)
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= vocab_size:
+            raise InvalidRequestError(
+                f"The prompt has the token id {quoted(low if low < 0 else high)}; ids go from 0 to {vocab_size - 1}.",
+                param="prompt",
+            )
         seed = self._random.getrandbits(64)
         request = _TextRequest(
             request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora, tokenizer
@@ -104,7 +111,7 @@ class TextRequests:
             options = params.options(
                 num_prompt_tokens=len(ids),
                 max_model_len=self._max_model_len,
-                vocab_size=self._vocab_size_of(digest),
+                vocab_size=vocab_size,
                 seed=seed,
                 choice=index,
                 eos_token_ids=tokenizer.eos_token_ids,
