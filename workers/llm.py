@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -11,7 +11,7 @@ from typing import Any, cast
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lorafleet.workers.args import EngineArgs
-from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.generation_defaults import read_generation_defaults
 from lorafleet.workers.llm_engine import LLMEngine
 from lorafleet.workers.outputs import RequestOutput
@@ -64,7 +64,9 @@ class LLM:
         are one for all or one per prompt. Raises `InvalidRequestError`, `ContextLengthError`, `AdapterRefusedError`,
         `AdapterConflictError` before anything runs, and a request's own error after the others are done.
         """
-        batch = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        if isinstance(prompts, str | Mapping):
+            prompts = [prompts]
+        batch = _list_of("prompts", prompts)
         inputs = [_prompt(prompt) for prompt in batch]
         return self._run(inputs, sampling_params, lora_request, use_tqdm)
 
@@ -78,9 +80,10 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation or many, through the model's chat template or the adapter's."""
-        if not messages:
+        batch = _list_of("messages", messages)
+        if not batch:
             raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
-        conversations = cast(Sequence[Messages], [messages] if isinstance(messages[0], Mapping) else messages)
+        conversations = cast(Sequence[Messages], [batch] if isinstance(batch[0], Mapping) else batch)
         loras = _one_each("lora_request", lora_request, (LoRARequest, type(None)), len(conversations))
         inputs = [
             self.llm_engine.text(lora).encode_chat(
@@ -144,27 +147,38 @@ def _speed(outputs: Mapping[str, RequestOutput], elapsed_s: float | None) -> str
     return f"{tokens / elapsed_s:.1f} output tok/s" if elapsed_s else ""
 
 
-def _prompt(prompt: str | Mapping[str, Any] | Sequence[int]) -> str | list[int]:
-    if isinstance(prompt, str):
-        return prompt
+def _prompt(prompt: object) -> str | list[int]:
     if isinstance(prompt, Mapping):
         if set(prompt) == {"prompt_token_ids"}:
-            return list(prompt["prompt_token_ids"])
+            return _token_ids(prompt["prompt_token_ids"])
         if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
-            return str(prompt["prompt"])
+            return prompt["prompt"]
         raise InvalidRequestError(
-            f"A prompt with the keys {sorted(prompt)} is not understood; use 'prompt' or 'prompt_token_ids'.",
+            f"A prompt is {quoted(prompt)}; a mapping must have either 'prompt', a string, or 'prompt_token_ids'.",
             param="prompt",
         )
-    return list(prompt)
+    return prompt if isinstance(prompt, str) else _token_ids(prompt)
+
+
+def _token_ids(value: object) -> list[int]:
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise InvalidRequestError(f"A prompt is {quoted(value)}; give text or a list of token ids.", param="prompt")
+    return list(value)
+
+
+def _list_of(name: str, values: object) -> list[Any]:
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise InvalidRequestError(f"{name} is {quoted(values)}; it must be a list.", param=name)
+    return list(values)
 
 
 def _one_each(name: str, value: Any, kind: type | tuple[type, ...], count: int) -> list[Any]:
     if isinstance(value, kind):
         return [value] * count
-    values = list(value)
-    if len(values) != count:
+    if not isinstance(value, Sequence) or not all(isinstance(item, kind) for item in value):
+        raise InvalidRequestError(f"{name} is {quoted(value)}; give one for all or one per prompt.", param=name)
+    if len(value) != count:
         raise InvalidRequestError(
-            f"{name} has {len(values)} entries for {count} prompts; give one for all or one per prompt.", param=name
+            f"{name} has {len(value)} entries for {count} prompts; give one for all or one per prompt.", param=name
         )
-    return values
+    return list(value)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
-from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
+from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, quoted
 from lorafleet.workers.outputs import CompletionOutput, Logprob, RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.text.output import OutputText
@@ -89,12 +89,19 @@ class TextRequests:
         digest and tokenizer: the adapter's, or None and the base model's.
         """
         if request_id in self._requests:
-            raise InvalidRequestError(f"Request id {request_id!r} is in use.", param="request_id")
+            raise InvalidRequestError(f"Request id {quoted(request_id)} is in use.", param="request_id")
         ids = tokenizer.encode(prompt, max_tokens=self._max_model_len) if isinstance(prompt, str) else list(prompt)
         if any(type(token_id) is not int for token_id in ids):
             raise InvalidRequestError("A prompt of token ids must be a list of integers.", param="prompt")
         if not ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+        vocab_size = self._vocab_size_of(digest)
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= vocab_size:
+            raise InvalidRequestError(
+                f"The prompt has the token id {quoted(low if low < 0 else high)}; ids go from 0 to {vocab_size - 1}.",
+                param="prompt",
+            )
         seed = self._random.getrandbits(64)
         request = _TextRequest(
             request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora, tokenizer
@@ -104,7 +111,7 @@ class TextRequests:
             options = params.options(
                 num_prompt_tokens=len(ids),
                 max_model_len=self._max_model_len,
-                vocab_size=self._vocab_size_of(digest),
+                vocab_size=vocab_size,
                 seed=seed,
                 choice=index,
                 eos_token_ids=tokenizer.eos_token_ids,

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace
     for name, help_text in (
         ("drain_timeout_s", "seconds that running requests get at shutdown"),
         ("worker_wait_s", "seconds that a request waits while no worker can take it or go on with it"),
-        ("num_tokenizer_threads", "threads for tokenizers and chat templates"),
+        ("num_tokenizer_threads", "threads for JSON, chat templates and tokenizers; one is kept for short requests"),
     ):
         default = getattr(defaults, name)
         parser.add_argument(flag_of(name), type=type(default), default=default, help=help_text)
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if num := num_weak([*config.api_keys, *config.tenants, *config.admin_api_keys]):
         logging.warning("%d API keys have fewer than %d characters and may be guessed", num, WEAK_KEY_CHARS)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is told once, by us
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours (text_threads.py)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(config, exit_with_parent=args.exit_with_parent))

@@ -143,7 +143,8 @@ class RoutesClient:
         try:
             async for message in call:
                 backoff.reset()
-                self._take(RoutingTable.from_wire(message), message)
+                table = await asyncio.to_thread(RoutingTable.from_wire, message)  # of thousands it takes long
+                self._take(table, message)
         finally:
             call.cancel()
 

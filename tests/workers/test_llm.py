@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -103,6 +104,42 @@ def test_prompts_may_be_text_ids_or_mappings(llm: LLM) -> None:
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert len(set(texts(outputs))) == 1
     assert [output.prompt is None for output in outputs] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "part"),
+    [
+        (None, "prompts is None"),
+        (5, "prompts is 5"),
+        (b"ab", "prompts is b'ab'"),
+        ([None], "A prompt is None"),
+        ([5], "A prompt is 5"),
+        ([["a"]], "list of integers"),
+        ([[1.0]], "list of integers"),
+        ([[10**5000]], "16610 bits"),
+        ([[-1]], "token id -1"),
+        ([[]], "empty"),
+        ({"prompt": 5}, "mapping"),
+        ({"prompt_token_ids": None}, "A prompt is None"),
+        ({"x" * 1_000_000: 1}, "mapping"),
+        ("a" * 1_000_000, "1000000 characters"),
+    ],
+)
+def test_what_is_no_prompt_is_named(llm: LLM, prompts: Any, part: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert part in caught.value.message
+    assert len(caught.value.message) < 500
+    with pytest.raises(InvalidRequestError, match="sampling_params is 'x'"):
+        llm.generate("a", "x", use_tqdm=False)  # type: ignore[arg-type]
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("messages", [None, 5, "hi", [], [5], [[5]], [[]], [{"role": "user", "content": 5}]])
+def test_what_are_no_messages_is_named(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.chat(messages, GREEDY, use_tqdm=False)
+    assert caught.value.param == "messages"
 
 
 def test_chat_goes_through_the_template(llm: LLM) -> None:

@@ -106,6 +106,8 @@ class ChatTemplate:
                 "/v1/completions instead, or give the model a chat_template.jinja.",
                 param="messages",
             )
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+            raise InvalidRequestError(f"messages is {quoted(messages)}; it must be a list.", param="messages")
         if not messages:
             raise InvalidRequestError("There must be at least one message.", param="messages")
         variables = {"bos_token": bos_token, "eos_token": eos_token}

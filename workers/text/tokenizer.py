@@ -16,6 +16,7 @@ the other files declare are added, as transformers' ``AutoTokenizer`` does. Two 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -35,7 +36,7 @@ TOKENIZER_FILES: Final[tuple[str, ...]] = (
 )
 """Names of the files that `Tokenizer` reads; only the first is required."""
 
-_SHORT_CHARS: Final = 1 << 12  # encoded in a millisecond, for which holding the GIL costs less than passing it on
+_SHORT: Final = 1 << 12  # characters or ids, worked on in a millisecond: holding the GIL costs less than passing it on
 _PIECE_CHARS: Final = 1 << 16  # of a long text, encoded at a time to see how many tokens it has
 _USUAL_CHARS: Final = 8  # a token: a text with fewer is encoded without looking at it first
 
@@ -67,14 +68,14 @@ class Tokenizer:
         self.special_tokens: Mapping[str, Any] = dict(special_tokens or {})  # of str; Any lets ** type-check
         self.chat_templates: Mapping[str, str] = dict(chat_templates or {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self._max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self.special_token_ids: frozenset[int] = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self.bos_token_id: int | None = self._id_of("bos_token")
         own_eos = self._id_of("eos_token")
         self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids) | ({own_eos} if own_eos is not None else set())
-        rules = DecoderRules.parse(json.loads(backend.to_str())["decoder"])
+        decoder = backend.decoder
+        rules = DecoderRules.parse(None if decoder is None else json.loads(decoder.__getstate__()))
         self._pieces: PieceTable | None = None
         self._visible_pieces: PieceTable | None = None
         if rules is not None:
@@ -124,7 +125,7 @@ class Tokenizer:
         """
         if max_tokens is not None:
             self._check_length(text, max_tokens)
-        if len(text) > _SHORT_CHARS:
+        if len(text) > _SHORT:
             return self.encode_batch([text], add_special_tokens)[0]
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -143,11 +144,17 @@ class Tokenizer:
             raise next(_not_unicode(text) for text in texts if _surrogate_at(text) is not None) from error
         return [encoding.ids for encoding in encodings]
 
+    @functools.cached_property
+    def _max_token_chars(self) -> int:
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
     def _check_length(self, text: str, max_tokens: int) -> None:
         """Raises ContextLengthError for a text of which `max_tokens` can only be a part.
 
         Cutting a text into pieces can add tokens where it is cut, so there is some slack.
         """
+        if len(text) <= max_tokens * _USUAL_CHARS:
+            return
         max_chars = max_tokens * self._max_token_chars
         if len(text) > max_chars:
             raise ContextLengthError(
@@ -155,7 +162,7 @@ class Tokenizer:
                 f"since the longest token has {self._max_token_chars}. Shorten it.",
                 param="prompt",
             )
-        if len(text) <= max(max_tokens * _USUAL_CHARS, _PIECE_CHARS):
+        if len(text) <= _PIECE_CHARS:
             return
         num_tokens, slack = 0, max_tokens // 4
         for start in range(0, len(text), _PIECE_CHARS):
@@ -171,6 +178,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids to text, all at once. An id that no token has contributes nothing."""
+        if len(token_ids) > _SHORT:  # as in `encode`, the call that releases the GIL
+            return self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def id_to_token(self, token_id: int) -> str | None:

@@ -166,6 +166,8 @@ def test_a_part_that_is_not_text_is_refused_by_its_type(source: str, part: Any, 
     ("chat", "reason"),
     [
         ([], "at least one message"),
+        (5, "messages is 5; it must be a list"),
+        ("hi", "messages is 'hi'"),
         (["hi"], "Message 0 must be an object, not str"),
         ([{"role": "user", "content": 3}], "content of message 0 must be a string or a list of parts, not int"),
         ([{"role": "user", "content": "x", "when": object()}], "must be plain JSON, not object"),
