@@ -55,7 +55,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
             "created": int(time.time()),
             "model": fields.model,
         }
-        with state.generate(
+        async with state.generate(
             request_id=request[REQUEST_ID],
             tenant=request[TENANT],
             priority=fields.priority,

@@ -10,9 +10,9 @@ import functools
 import logging
 import random
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
 from aiohttp import web
@@ -26,7 +26,7 @@ from lorafleet.controller.gateway.metrics_page import MetricsPage, Snapshot
 from lorafleet.controller.gateway.pool import WorkerPool
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
-from lorafleet.controller.gateway.sampling import wire_samplings
+from lorafleet.controller.gateway.sampling import wire_sampling
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.controller.gateway.vllm_metrics import VllmCollector
 from lorafleet.workers.errors import DeadlineError, DrainingError, InvalidRequestError, WorkerUnavailableError
@@ -34,6 +34,8 @@ from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.model_text import ModelText
 
 ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
+
+_CHECKED_AT_ONCE: Final = 1 << 15  # token ids of prompts
 
 _T = TypeVar("_T")
 
@@ -138,8 +140,8 @@ class GatewayState:
             [entry.name for model in self._running.values() for entry in model.adapters],
         )
 
-    @contextmanager
-    def generate(
+    @asynccontextmanager
+    async def generate(
         self,
         *,
         request_id: str,
@@ -152,26 +154,31 @@ class GatewayState:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         prompt_field: str,
-    ) -> Iterator[Generation]:
+    ) -> AsyncIterator[Generation]:
         """Submit all choices of all prompts; what still runs at the block's end is cancelled.
 
         priority: as the request asks for it; it adds to the tenant's.
         Raises what is wrong with the request before any of it is submitted.
         """
         samplings = []
+        num_checked = 0
         for prompt in prompts:
             _check_ids(prompt, model.vocab_size, prompt_field)
             samplings.append(
-                wire_samplings(
+                wire_sampling(
                     params,
                     num_prompt_tokens=len(prompt),
                     max_model_len=table.max_model_len,
                     vocab_size=model.vocab_size,
                     eos_token_ids=text.tokenizer.eos_token_ids,
-                    draw_seed=self.draw_seed,
+                    seed=self.draw_seed(),
                     prompt_field=prompt_field,
                 )
             )
+            num_checked += len(prompt)
+            if num_checked >= _CHECKED_AT_ONCE:
+                num_checked = 0
+                await asyncio.sleep(0)  # others get between
         if self._stopped:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(
@@ -183,6 +190,8 @@ class GatewayState:
             params=params,
             max_queued_tokens=self.config.limits.max_queued_tokens,
             worker_wait_s=self.config.worker_wait_s,
+            line=self._pool.line,
+            num_seats=lambda: self._pool.num_seats,
             metrics=self.metrics.model(model.name),
         )
         limit_s = self.config.limits.request_timeout_s
@@ -195,9 +204,10 @@ class GatewayState:
             digests = [entry.digest for entry in model.adapters]
             owner = "\0".join([tenant.name, cache_salt, *map(str, model.parts)])
             with generation:
-                for prompt, wires in zip(prompts, samplings, strict=True):
+                for prompt, sampling in zip(prompts, samplings, strict=True):
                     choose = functools.partial(self._pool.choose, digests, prompt, owner)
-                    generation.add_prompt(choose, model, prompt, wires)
+                    generation.add_prompt(choose, model, prompt, sampling, params.n)
+                generation.start()
                 yield generation
         finally:
             timer.cancel()
