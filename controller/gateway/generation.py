@@ -1,17 +1,16 @@
 """The life of one API request behind its parsing: its choices on their workers, and their tokens as text.
 
-Owns: submitting, turning arrived tokens into deltas, finish reasons, cancelling whatever is not needed any more.
-Leaves to others: parsing and tokenising (completions.py, chat.py), framing (sse.py), the workers (pool.py).
+Owns: turning arrived tokens into deltas, finish reasons, cancelling whatever is not needed any more. Leaves to others:
+parsing and tokenising (completions.py, chat.py), framing (sse.py), giving choices to workers (placing.py).
 
-A choice that no worker can take now waits for one, within a limit. One whose worker is lost goes on with another one,
-where its tokens so far count as its own output, so that the client sees no seam. However a request ends (finished, stop
+A choice whose worker is lost goes on with another one, where its tokens so far count as its own output, so that the
+client sees no seam. However a request ends (finished, stop
 string, error, client gone, shutdown), leaving the ``with`` block cancels on the workers what still runs there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,25 +19,17 @@ from typing import Literal, Self
 
 from lorafleet.controller.gateway.inbox import ChoiceQueue, Inbox
 from lorafleet.controller.gateway.metrics import ModelMetrics
+from lorafleet.controller.gateway.placing import Placing, Prompt, Ticket
 from lorafleet.controller.gateway.routing_table import ModelEntry
 from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.controller.gateway.tenants import Tenant
+from lorafleet.controller.gateway.waiting_line import WaitingLine
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import (
-    AdapterUnavailableError,
-    LoRAFleetError,
-    WorkerLostError,
-    WorkerUnavailableError,
-)
+from lorafleet.workers.errors import LoRAFleetError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
-
-MAX_LOST = 3  # workers that one choice may outlive
-_RETRY_S = 0.05
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +46,13 @@ class ChoiceDelta:
 
 @dataclass(slots=True, eq=False)
 class _Choice:
-    queue: ChoiceQueue
-    text: OutputText
-    choose: Callable[[], WorkerSession]
-    generate: worker_pb2.Generate
-    session: WorkerSession | None = None  # where it was submitted
-    stream: int = 0
-    num_lost: int = 0  # workers that it was on
-    waiting: asyncio.Task[None] | None = None  # for a worker
+    ticket: Ticket
+    text: OutputText | None = None  # from its first token on
     last_at: float | None = None  # when its last tokens came
-
-    def cancel(self) -> None:
-        """Nobody wants more of it."""
-        if self.waiting is not None:
-            self.waiting.cancel()
-        if self.session is not None:
-            self.session.cancel(self.stream)
-
-    def submit(self, session: WorkerSession) -> None:
-        """Send it to a worker. Raises WorkerUnavailableError."""
-        self.stream = session.submit(self.queue, self.generate)
-        self.session = session
 
 
 class Generation:
-    """One request's choices. Add them, then call `next` until it returns nothing. One task uses it."""
+    """One request's choices. Add them, `start`, then call `next` until it returns nothing. One task uses it."""
 
     def __init__(
         self,
@@ -92,9 +65,12 @@ class Generation:
         params: SamplingParams,
         max_queued_tokens: int,
         worker_wait_s: float,
+        line: WaitingLine,
+        num_seats: Callable[[], int],
         metrics: ModelMetrics,
     ) -> None:
-        """worker_wait_s: how long a choice may wait for a worker that takes it, or goes on with it."""
+        """worker_wait_s: how long a choice may wait for a worker that takes it, or goes on with it. num_seats: of all
+        workers that take requests."""
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self._request_id = request_id
@@ -106,10 +82,17 @@ class Generation:
         self._metrics = metrics
         self._started_at = time.monotonic()
         self._has_token = False
-        self._worker_wait_s = worker_wait_s
         self._inbox = Inbox(max_queued_tokens, self._cancel_all, self._lost)
+        self._placing = Placing(
+            request_id=request_id,
+            line=line,
+            num_seats=num_seats,
+            worker_wait_s=worker_wait_s,
+            fail=self._inbox.fail,
+            on_resumed=metrics.resumed,
+        )
         self._choices: list[_Choice] = []
-        self._choices_by_prompt: list[list[_Choice]] = []
+        self._queues_by_prompt: list[list[ChoiceQueue]] = []
         self._num_open = 0
 
     @property
@@ -119,7 +102,7 @@ class Generation:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens of the prompts that were computed for no choice."""
-        return sum(min(choice.queue.num_cached_tokens for choice in choices) for choices in self._choices_by_prompt)
+        return sum(min(queue.num_cached_tokens for queue in queues) for queues in self._queues_by_prompt)
 
     def __enter__(self) -> Self:
         return self
@@ -145,20 +128,17 @@ class Generation:
         choose: Callable[[], WorkerSession],
         model: ModelEntry,
         prompt_token_ids: Sequence[int],
-        samplings: Sequence[worker_pb2.Sampling],
+        sampling: worker_pb2.Sampling,
+        num_choices: int,
     ) -> None:
-        """Start one choice for each of `samplings`, all on one worker if one can take them now.
+        """Add so many choices, which differ in their number alone.
 
         choose: gives a worker's session, or raises WorkerUnavailableError, or why none will ever take it.
         """
-        params = self._params
-        session = None
-        self.num_prompt_tokens += len(prompt_token_ids)
-        first = len(self._choices)
-        common = worker_pb2.Generate(
+        message = worker_pb2.Generate(
             request_id=self._request_id,
             adapter_digest=model.digest,
-            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
             tenant=self._tenant.name,
             tenant_weight=self._tenant.weight,
             adapter_weight=model.weight,
@@ -168,28 +148,21 @@ class Generation:
                 worker_pb2.ComposedAdapter(digest=entry.digest, weight=weight) for entry, weight in model.composition
             ],
         )
-        for sampling in samplings:
+        prompt = Prompt(choose, prompt_token_ids, message)
+        self.num_prompt_tokens += len(prompt_token_ids)
+        queues = []
+        for number in range(num_choices):
             queue = self._inbox.open_queue(len(self._choices))
-            generate = worker_pb2.Generate()
-            generate.CopyFrom(common)
-            generate.sampling.CopyFrom(sampling)
-            text = OutputText(
-                self._tokenizer,
-                prompt_token_ids[-16:],
-                stop=params.stops,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                min_tokens=params.min_tokens,
-                skip_special_tokens=params.skip_special_tokens,
-            )
-            choice = _Choice(queue, text, choose, generate)
-            try:
-                session = session or choose()
-                choice.submit(session)
-            except WorkerUnavailableError as error:
-                self._wait(choice, error)
-            self._choices.append(choice)
-            self._num_open += 1
-        self._choices_by_prompt.append(self._choices[first:])
+            ticket = Ticket(queue, prompt, number)
+            self._placing.add(ticket)
+            self._choices.append(_Choice(ticket))
+            queues.append(queue)
+        self._num_open += num_choices
+        self._queues_by_prompt.append(queues)
+
+    def start(self) -> None:
+        """Give the choices to workers, as these can take them. Raises what none will ever take one for."""
+        self._placing.start()
 
     async def next(self) -> list[ChoiceDelta]:
         """What has come since the last call, one delta for each choice that gained something; empty at the end.
@@ -229,7 +202,9 @@ class Generation:
         ]
 
     def _advance(self, choice: _Choice) -> ChoiceDelta:
-        token_ids, logprobs, finish = choice.queue.take()
+        ticket = choice.ticket
+        token_ids, logprobs, finish = ticket.queue.take()
+        ticket.give_up_at = None
         at = time.monotonic()
         if choice.last_at is not None:
             self._metrics.gap(at - choice.last_at)
@@ -238,6 +213,8 @@ class Generation:
             self._metrics.first_token(at - self._started_at)
         choice.last_at = at
         params = self._params
+        if choice.text is None:
+            choice.text = self._new_text(ticket.prompt.token_ids)
         by_token = finish is FinishReason.STOP
         delta = choice.text.push(
             token_ids, finish is not None, hide_last=by_token and not params.include_stop_str_in_output
@@ -256,49 +233,25 @@ class Generation:
         if reason is not None:
             self._num_open -= 1
             self._metrics.ended(reason)
-            choice.cancel()
+            self._placing.end(ticket)
         if num_used != len(token_ids):
             token_ids, logprobs = token_ids[:num_used], logprobs[:num_used]
-        return ChoiceDelta(choice.queue.index, delta.text, token_ids, logprobs, reason, stop_reason)
+        return ChoiceDelta(ticket.queue.index, delta.text, token_ids, logprobs, reason, stop_reason)
+
+    def _new_text(self, prompt_token_ids: Sequence[int]) -> OutputText:
+        params = self._params
+        return OutputText(
+            self._tokenizer,
+            prompt_token_ids[-16:],
+            stop=params.stops,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+        )
 
     def _cancel_all(self) -> None:
+        self._placing.stop()
         for choice in self._choices:
-            choice.cancel()
+            self._placing.end(choice.ticket)
 
     def _lost(self, queue: ChoiceQueue, error: LoRAFleetError) -> None:
-        choice = self._choices[queue.index]
-        choice.num_lost += isinstance(error, WorkerLostError)
-        if choice.num_lost > MAX_LOST:  # it may be what they die of
-            self._inbox.fail(error)
-            return
-        del choice.generate.output_token_ids[:]
-        choice.generate.output_token_ids.extend(choice.queue.received)
-        self._wait(choice, error)
-
-    def _wait(self, choice: _Choice, error: LoRAFleetError) -> None:
-        """Let a choice go to a worker as soon as one takes it. error: how the request ends if none does."""
-        choice.waiting = asyncio.create_task(self._place(choice, error), name=f"placing {self._request_id}")
-
-    async def _place(self, choice: _Choice, error: LoRAFleetError) -> None:
-        deadline = time.monotonic() + self._worker_wait_s
-        while True:
-            try:
-                session = choice.choose()
-                choice.submit(session)
-                break
-            except (WorkerUnavailableError, AdapterUnavailableError):
-                if time.monotonic() >= deadline:
-                    self._inbox.fail(error)
-                    return
-            except LoRAFleetError as refused:
-                self._inbox.fail(refused)
-                return
-            await asyncio.sleep(_RETRY_S)
-        if choice.num_lost:
-            self._metrics.resumed()
-            logger.info(
-                "request %s: worker %s goes on behind %d tokens",
-                self._request_id,
-                session.endpoint.worker_id,
-                len(choice.queue.received),
-            )

@@ -16,6 +16,7 @@ from lorafleet.controller.gateway.prefix_memory import prefix_names
 from lorafleet.controller.gateway.router import Wanted, choose_worker
 from lorafleet.controller.gateway.routing_table import Endpoint
 from lorafleet.controller.gateway.session import WorkerSession
+from lorafleet.controller.gateway.waiting_line import WaitingLine
 from lorafleet.controller.gateway.worker_view import WorkerView
 from lorafleet.workers.errors import (
     AdapterUnavailableError,
@@ -38,6 +39,7 @@ class WorkerPool:
         self._times = times
         self._sessions: dict[tuple[str, int, str], WorkerSession] = {}
         self._demand = Demand()
+        self.line = WaitingLine()  # of those that no worker could take
         self._sweeper: asyncio.Task[None] | None = None
 
     @property
@@ -53,9 +55,16 @@ class WorkerPool:
             session.endpoint = wanted.get(identity, session.endpoint)
         for identity, endpoint in wanted.items():
             if identity not in self._sessions:
-                session = WorkerSession(endpoint, gateway_id=self._gateway_id, token=self._token, times=self._times)
+                session = WorkerSession(
+                    endpoint,
+                    gateway_id=self._gateway_id,
+                    token=self._token,
+                    times=self._times,
+                    on_open=self.line.move,
+                )
                 self._sessions[identity] = session
                 session.start()
+        self.line.move()
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep(), name="session sweeper")
 
@@ -66,6 +75,11 @@ class WorkerPool:
     @property
     def has_ready_worker(self) -> bool:
         return any(view.ready for view in self.views())
+
+    @property
+    def num_seats(self) -> int:
+        """Of all workers that take requests."""
+        return sum(view.max_num_seqs for view in self.views() if view.ready)
 
     def choose(self, adapters: Sequence[str], prompt: Sequence[int], owner: str) -> WorkerSession:
         """The session for a request, which is then to be submitted there.

@@ -1,12 +1,12 @@
 """From a request's fields to the sampling that goes over the wire.
 
-Owns: which default counts (the request's, the model's, OpenAI's), one wire message for each choice. Leaves to others:
+Owns: which default counts (the request's, the model's, OpenAI's), the wire message. Leaves to others:
 ranges and the context's length (workers/params.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lorafleet.controller.gateway.schema import SamplingFields
@@ -27,23 +27,24 @@ def sampling_params(
     return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
 
 
-def wire_samplings(
+def wire_sampling(
     params: SamplingParams,
     *,
     num_prompt_tokens: int,
     max_model_len: int,
     vocab_size: int,
     eos_token_ids: frozenset[int],
-    draw_seed: Callable[[], int],
+    seed: int,
     prompt_field: str,
-) -> list[worker_pb2.Sampling]:
-    """One for each of a prompt's `n` choices. prompt_field: what an error about the prompt's length names."""
+) -> worker_pb2.Sampling:
+    """Of all of a prompt's choices, as the first one's. seed: if the request has none. prompt_field: what an error
+    about the prompt's length names."""
     try:
         options = params.options(
             num_prompt_tokens=num_prompt_tokens,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
-            seed=draw_seed(),
+            seed=seed,
             choice=0,
             eos_token_ids=eos_token_ids,
         )
@@ -51,13 +52,7 @@ def wire_samplings(
         if error.param == "prompt":
             error.param = prompt_field
         raise
-    samplings = [_wire(options)]
-    for choice in range(1, params.n):
-        sampling = worker_pb2.Sampling()
-        sampling.CopyFrom(samplings[0])
-        sampling.choice = choice
-        samplings.append(sampling)
-    return samplings
+    return _wire(options)
 
 
 def _wire(options: SamplingOptions) -> worker_pb2.Sampling:

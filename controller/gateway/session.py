@@ -47,13 +47,16 @@ class WorkerSession:
         gateway_id: str,
         token: str,
         times: SessionTimes,
+        on_open: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """on_open: called when the worker may take requests and could not before."""
         self.endpoint = endpoint
         self.retired = False  # no longer in the table: takes nothing new
         self._gateway_id = gateway_id
         self._metadata = bearer(token)
         self._times = times
+        self._on_open = on_open
         self._clock = clock
         self._task: asyncio.Task[None] | None = None
         self._live = False
@@ -61,6 +64,9 @@ class WorkerSession:
         self._last_stream = 0
         self._outbox: deque[worker_pb2.GatewayMessage] = deque()
         self._outbox_filled = asyncio.Event()
+        self._outbox_empty = asyncio.Event()
+        self._outbox_empty.set()
+        self._was_full = False  # somebody was refused since
         self._heard_at = 0.0
         self._heartbeat: worker_pb2.Heartbeat | None = None  # None until the first of this session
         self._pace = Pace()
@@ -148,6 +154,7 @@ class WorkerSession:
         Raises WorkerUnavailableError when the session is not there or does not take any more.
         """
         if not self._live or len(self._outbox) >= MAX_UNSENT:
+            self._was_full = self._live
             raise WorkerUnavailableError(f"Worker {self.endpoint.worker_id} does not take requests now. Try again.")
         self._last_stream += 1  # 2^32 of them take weeks at any rate that one worker holds
         generate.stream = self._last_stream
@@ -155,6 +162,10 @@ class WorkerSession:
         self._num_unreported += 1
         self._send(worker_pb2.GatewayMessage(generate=generate))
         return self._last_stream
+
+    async def drained(self) -> None:
+        """Wait until all that was submitted has been sent, or is lost."""
+        await self._outbox_empty.wait()
 
     def cancel(self, stream: int) -> None:
         """Stop a request, which hears nothing any more. Does nothing for one that has ended."""
@@ -164,6 +175,7 @@ class WorkerSession:
     def _send(self, message: worker_pb2.GatewayMessage) -> None:
         self._outbox.append(message)
         self._outbox_filled.set()
+        self._outbox_empty.clear()
 
     async def _run(self) -> None:
         backoff = Backoff(self._times.first_backoff_s, self._times.last_backoff_s)
@@ -196,6 +208,8 @@ class WorkerSession:
         self._prefixes.clear()
         self._outbox.clear()
         self._outbox_filled.clear()
+        self._outbox_empty.set()
+        self._was_full = False
         self._num_unreported = self._num_unreported_tokens = 0
         streams, self._streams = self._streams, {}
         message = (
@@ -256,6 +270,10 @@ class WorkerSession:
             self._outbox_filled.clear()
             while self._outbox:
                 await call.write(self._outbox.popleft())
+            self._outbox_empty.set()
+            if self._was_full:
+                self._was_full = False
+                self._on_open()
 
     async def _watch(self) -> None:
         """Raise when the worker has been silent for too long."""
@@ -275,7 +293,10 @@ class WorkerSession:
             if kind == "step":
                 deliver(message.step, self._streams)
             elif kind == "heartbeat":
-                self._heartbeat = beat = message.heartbeat
+                before, self._heartbeat = self._heartbeat, message.heartbeat
+                beat = self._heartbeat
+                if before is None or before.state != beat.state:
+                    self._on_open()
                 self._residents.update((place.digest, Tier(place.tier)) for place in beat.adapters)
                 self._pace = Pace(
                     beat.pace.step_s,

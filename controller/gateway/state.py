@@ -27,7 +27,7 @@ from lorafleet.controller.gateway.pool import WorkerPool
 from lorafleet.controller.gateway.prompts import check_ids, empty_prompt
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
-from lorafleet.controller.gateway.sampling import wire_samplings
+from lorafleet.controller.gateway.sampling import wire_sampling
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.controller.gateway.text_threads import TextThreads
 from lorafleet.controller.gateway.vllm_metrics import VllmCollector
@@ -36,7 +36,6 @@ from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.model_text import ModelText
 
 INLINE_BYTES: Final = 1 << 15  # of JSON, which are decoded or encoded in less than a millisecond
-_IDS_OF_A_CHOICE = 1000  # what a choice costs beside its prompt's ids
 IDS_AT_ONCE: Final = 1 << 16  # written into messages before others have their turn on the event loop
 ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
 
@@ -179,16 +178,20 @@ class GatewayState:
                 raise empty_prompt(prompt_field)
             check_ids(prompt, model.vocab_size, prompt_field)
             samplings.append(
-                wire_samplings(
+                wire_sampling(
                     params,
                     num_prompt_tokens=len(prompt),
                     max_model_len=table.max_model_len,
                     vocab_size=model.vocab_size,
                     eos_token_ids=text.tokenizer.eos_token_ids,
-                    draw_seed=self.draw_seed,
+                    seed=self.draw_seed(),
                     prompt_field=prompt_field,
                 )
             )
+            num_checked += len(prompt)
+            if num_checked >= _CHECKED_AT_ONCE:
+                num_checked = 0
+                await asyncio.sleep(0)  # others get between
         if self._stopped:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(
@@ -200,6 +203,8 @@ class GatewayState:
             params=params,
             max_queued_tokens=self.config.limits.max_queued_tokens,
             worker_wait_s=self.config.worker_wait_s,
+            line=self._pool.line,
+            num_seats=lambda: self._pool.num_seats,
             metrics=self.metrics.model(model.name),
         )
         limit_s = self.config.limits.request_timeout_s
@@ -212,10 +217,10 @@ class GatewayState:
             digests = [entry.digest for entry in model.adapters]
             owner = "\0".join([tenant.name, cache_salt, *map(str, model.parts)])
             with generation:
-                for prompt, wires in zip(prompts, samplings, strict=True):
-                    await others.after((len(prompt) + _IDS_OF_A_CHOICE) * len(wires))
+                for prompt, sampling in zip(prompts, samplings, strict=True):
                     choose = functools.partial(self._pool.choose, digests, prompt, owner)
-                    generation.add_prompt(choose, model, prompt, wires)
+                    generation.add_prompt(choose, model, prompt, sampling, params.n)
+                generation.start()
                 yield generation
         finally:
             timer.cancel()

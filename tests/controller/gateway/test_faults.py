@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from lorafleet.controller.gateway.generation import MAX_LOST
+from lorafleet.controller.gateway.placing import MAX_LOST
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import QueueFullError
 
@@ -183,7 +183,7 @@ async def test_a_request_waits_for_a_worker(new_fleet: Any, stream: bool) -> Non
     await fleet.until(lambda: fleet.state.not_ready_reason == "no worker is ready")
     async with asyncio.TaskGroup() as group:
         answer = group.create_task(fleet.openai.completions.create(**BODY, n=2, stream=stream))
-        await fleet.until(lambda: sum("placing" in task.get_name() for task in asyncio.all_tasks()) == 2)
+        await fleet.until(lambda: len(fleet.state._pool.line) == 1)
         await fleet.worker.start(port)
     if stream:
         texts = {0: "", 1: ""}
