@@ -257,7 +257,8 @@ class ControllerActor:
                 break
             except RuntimeError:  # a restarted one may find somebody else there for a while
                 message = (
-                    f"The controller cannot listen on {address}: the port is taken. Give another --controller-port."
+                    f"The controller cannot listen on {address}, on the cluster's head node: the port is taken, or the "
+                    "address is another machine's."
                 )
                 self._tell_failure(WorkerFailed(ERRORS[ConfigError].code, message))
             await asyncio.sleep(AGAIN_S)

@@ -149,13 +149,16 @@ class WorkerCluster:
             ).remote(config, rank, leads, fleet)
 
     async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed:
-        """Wait for a worker's start. Raises `WorkerLost` when it died or did not answer in time."""
+        """Wait for a worker's start. Raises `WorkerLost` when it died; one that does not answer in time is ended."""
         try:
             async with asyncio.timeout(timeout_s):
                 actor = await asyncio.to_thread(ray.get_actor, name, self._namespace)
                 answer: WorkerReady | WorkerFailed = await actor.ready.remote()
                 return answer
-        except (RayError, ValueError, TimeoutError) as error:
+        except TimeoutError as error:
+            await asyncio.to_thread(self.restart_worker, name)
+            raise WorkerLost(f"{name} did not start within {timeout_s:g} s") from error
+        except (RayError, RuntimeError, ValueError) as error:
             raise WorkerLost(f"{name}: {error}") from error
 
     def remove_worker(self, name: str) -> None:
@@ -217,14 +220,14 @@ class WorkerCluster:
             async with asyncio.timeout(timeout_s):
                 actor = await asyncio.to_thread(ray.get_actor, f"{GATEWAY_PREFIX}{node_id}", self._namespace)
                 return str(await actor.ready.remote())
-        except (RayError, ValueError) as error:
+        except (RayError, RuntimeError, ValueError) as error:
             return f"the actor of its gateways is not there: {error}"
         except TimeoutError:
             return f"its gateways did not listen within {timeout_s:g} s"
 
     async def drain_gateways(self, node_id: str, timeout_s: float) -> None:
         """Let those of a node finish their requests, for at most so long, and end."""
-        with contextlib.suppress(RayError, ValueError, TimeoutError):
+        with contextlib.suppress(RayError, RuntimeError, ValueError, TimeoutError):
             async with asyncio.timeout(timeout_s + DRAIN_GRACE_S):
                 actor = await asyncio.to_thread(ray.get_actor, f"{GATEWAY_PREFIX}{node_id}", self._namespace)
                 await actor.drain.remote(timeout_s)

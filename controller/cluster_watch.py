@@ -6,6 +6,7 @@ up.py).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,8 @@ FLEET_ENDED = "The fleet was ended by another command."
 CHECK_S = 2.0
 _MAX_STEP_S = 1.0
 SILENT_S = 10.0
-AWAY_S = 60.0  # how long it may be away; Ray's own processes give up then too
+_RAYS_OWN = "RAY_gcs_rpc_server_reconnect_timeout_s"
+AWAY_S = max(SILENT_S, float(os.environ.get(_RAYS_OWN, "60")) - 10.0)  # later Ray's own processes, and ours, give up
 
 
 class Cluster(Protocol):

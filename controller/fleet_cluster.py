@@ -74,6 +74,7 @@ class FleetCluster:
             while_waiting()
         while_waiting()
         starting.result(timeout=0)
+        self._is_abandoned = False
         self._controller: Any = None
         self._made = ""  # the fleet that this command has made, and owns
         self._owner: Any = None
@@ -113,10 +114,15 @@ class FleetCluster:
 
     def dead_processes(self) -> list[str]:
         """Return which processes of a Ray of our own have ended, for people. It cannot go on without one of them."""
-        node = ray._private.worker._global_node  # there is no other way to know at once
-        if not self._is_own or node is None:
+        node = ray._private.worker._global_node if self._is_own else None  # there is no other way to know at once
+        if node is None:
             return []
-        return [f"{name} ended with exit code {process.returncode}" for name, process in node.dead_processes()]
+        dead = [(name, process.returncode) for name, process in node.dead_processes() if name in _NEEDED]
+        return [f"{name} ended with exit code {code}" for name, code in dead]
+
+    def abandon(self) -> None:
+        """Ask Ray for nothing any more: it is lost, and would be waited for."""
+        self._is_abandoned = True
 
     def mark_owner(self) -> str:
         """Make a mark in the cluster that Ray removes with this command, however it ends; its name."""
@@ -195,7 +201,7 @@ class FleetCluster:
 
     def leave(self) -> None:
         """Let what runs in the cluster go on without us."""
-        if not self.dead_processes():
+        if not self._is_abandoned:
             self._settle()
             if wait([self._thread.submit(ray.shutdown)], timeout=_LEAVE_S).done:
                 self._thread.end()
@@ -205,7 +211,9 @@ class FleetCluster:
 
     def shutdown(self) -> None:
         """End the fleet that this command has made, and Ray with it if it is our own."""
-        if not self.dead_processes():
+        if self.dead_processes():
+            self.abandon()
+        if not self._is_abandoned:
             ending = self._asking.submit(self._end_made)
             with contextlib.suppress(RayError, RuntimeError, TimeoutError):
                 ending.result(timeout=_ANSWER_S)
@@ -227,6 +235,7 @@ class FleetCluster:
 
 
 _NAMESPACE = re.compile(rf"{NAMESPACE}-([0-9a-f]{{32}})")
+_NEEDED = ("raylet", "gcs_server")
 _RUNS_ALREADY = "This Ray cluster already runs a LoRAFleet controller; `lorafleet down` ends it."
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafleet.controller.cluster_watch import ClusterWatch
+from lorafleet.controller.cluster_watch import FLEET_ENDED, ClusterWatch
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet_start import wait_for_fleet
 from lorafleet.controller.fleet_watch import FleetWatch
@@ -73,6 +73,8 @@ def serve(config: ServeConfig) -> None:
         if lost:
             say(f"{lost} Ending what is left of the fleet ...")
             _drain_gateways(gateways, _LOST_S, signals)
+            if lost != FLEET_ENDED:
+                cluster.abandon()
         elif signals.count:
             say(f"draining (at most {config.drain_timeout_s:g} s; press Ctrl-C again to stop at once) ...")
             _drain_gateways(gateways, config.drain_timeout_s, signals)

@@ -170,6 +170,7 @@ def _follow(cluster: FleetCluster, last_event: int, signals: Signals) -> None:
             say("the fleet was ended")
             return
         if lost:
+            cluster.abandon()
             raise ConfigError(lost)
         signals.num_restarts -= fleet.look(wants_restart=signals.num_restarts > 0)
         time.sleep(_POLL_S)

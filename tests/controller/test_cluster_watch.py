@@ -76,7 +76,7 @@ def test_one_that_is_away_for_a_while_is_told_once_and_welcomed_back() -> None:
 
 def test_one_that_stays_away_is_the_end() -> None:
     watched = Watched()
-    assert watched.look(AWAY_S + 5.0) == "The Ray cluster has not answered for 60 s."
+    assert watched.look(AWAY_S + 5.0) == "The Ray cluster has not answered for 50 s."
 
 
 def test_a_command_that_was_stopped_blames_nobody() -> None:

@@ -1,0 +1,98 @@
+"""Gateway processes that die or hang, with processes that stand for gateways."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lorafleet.controller import gateway_processes as module
+from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.gateway_processes import GatewayProcesses
+from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.errors import ConfigError
+
+# Signs of life ten times a second; it ends when its stdin does, and with 7 when it is asked to.
+GATEWAY = """
+import signal, sys, threading, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+def beat():
+    while True:
+        print(flush=True)
+        time.sleep(0.1)
+threading.Thread(target=beat, daemon=True).start()
+print("lorafleet gateway listening on nothing", flush=True)
+while sys.stdin.read(1):
+    pass
+"""
+
+
+@pytest.fixture
+def gateways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GatewayProcesses]:
+    monkeypatch.setattr(module, "REPLACE_S", 0.0)
+    monkeypatch.setattr(module, "SILENT_S", 1.0)
+    config = ServeConfig(EngineConfig("/model"), ("base",), gateway_processes=2)
+    gateways = GatewayProcesses(config, "127.0.0.1:1", tmp_path / "token")
+    gateways._command = [sys.executable, "-c", GATEWAY]
+    with gateways:
+        until(lambda: gateways.are_listening)
+        yield gateways
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def pids(gateways: GatewayProcesses) -> list[int]:
+    return [process._process.pid for process in gateways._processes]
+
+
+def replaced(gateways: GatewayProcesses) -> list[str]:
+    """What is said of those that are replaced next."""
+    said: list[str] = []
+    until(lambda: said.extend(gateways.replace_lost()) or said)
+    return said
+
+
+def test_one_that_is_stopped_is_ended_and_replaced_and_the_others_stay(gateways: GatewayProcesses) -> None:
+    first, second = pids(gateways)
+    os.kill(first, signal.SIGSTOP)
+    (said,) = replaced(gateways)
+    assert said.startswith("a gateway has given no sign of life for ") and said.endswith(" and is ended")
+    assert first not in pids(gateways) and pids(gateways)[1] == second
+    assert not Path(f"/proc/{first}").exists()
+    until(lambda: gateways.are_listening)
+    assert gateways.replace_lost() == []
+
+
+def test_one_that_dies_is_replaced(gateways: GatewayProcesses) -> None:
+    first, second = pids(gateways)
+    os.kill(second, signal.SIGKILL)
+    assert replaced(gateways) == ["a gateway ended with exit code -9"]
+    assert pids(gateways)[0] == first
+    until(lambda: gateways.are_listening)
+
+
+def test_while_the_fleet_starts_one_that_ends_is_a_refusal(gateways: GatewayProcesses) -> None:
+    gateways.check()
+    gateways.terminate()
+    until(lambda: gateways.have_ended)
+    with pytest.raises(ConfigError, match="exit code 7"):
+        gateways.check()
+
+
+def test_the_end_ends_stopped_ones_too(tmp_path: Path) -> None:
+    gateways = GatewayProcesses(ServeConfig(EngineConfig("/model"), ("base",)), "127.0.0.1:1", tmp_path / "token")
+    gateways._command = [sys.executable, "-c", GATEWAY]
+    with gateways:
+        (pid,) = pids(gateways)
+        os.kill(pid, signal.SIGSTOP)
+    assert not Path(f"/proc/{pid}").exists()
