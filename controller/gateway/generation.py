@@ -255,3 +255,4 @@ class Generation:
             self._placing.end(choice.ticket)
 
     def _lost(self, queue: ChoiceQueue, error: LoRAFleetError) -> None:
+        self._placing.lose(self._choices[queue.index].ticket, error)

@@ -188,10 +188,6 @@ class GatewayState:
                     prompt_field=prompt_field,
                 )
             )
-            num_checked += len(prompt)
-            if num_checked >= _CHECKED_AT_ONCE:
-                num_checked = 0
-                await asyncio.sleep(0)  # others get between
         if self._stopped:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(
