@@ -38,6 +38,7 @@ from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, 
 from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
 from lorafleet.workers.engine.request_checks import RequestChecks
 from lorafleet.workers.engine.scheduler import Scheduler
+from lorafleet.workers.engine.shares import Shares
 from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.turns import Entrance, WaitBound
@@ -135,6 +136,7 @@ class Engine:
         self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots, ranks.followers)
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
+        self._places = Shares(config.max_waiting + config.max_num_seqs)  # for requests, by tenant
         self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
         self._closed = False
         self._is_warm = False
@@ -349,6 +351,7 @@ class Engine:
             ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
             for gone in ended:
                 self._entrance.leave(gone.tenant, gone.model_key, len(gone.digests))
+                self._places.give_back(gone.tenant)
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
             self._entrance.num_pinned = self._slots.num_staying
@@ -422,12 +425,17 @@ class Engine:
             self._adapters.check(*request.digests)
             if request.request_id in self._unfinished:
                 raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
-            bound = self.config.max_waiting + self.config.max_num_seqs
-            if len(self._unfinished) >= bound:
+            full = self._places.take(request.tenant)
+            if full is not None:
                 raise QueueFullError(
-                    f"{len(self._unfinished)} requests run or wait, the limit is {bound}. Try again later."
+                    f"{full.num_taken} requests run or wait, the limit is {full.limit} (--max-waiting and "
+                    f"--max-num-seqs); {full.num_held} are yours, your share is {full.share}. Try again later."
                 )
-            self._entrance.enter(request.tenant, request.model_key, len(request.digests))
+            try:
+                self._entrance.enter(request.tenant, request.model_key, len(request.digests))
+            except QueueFullError:
+                self._places.give_back(request.tenant)
+                raise
             self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()

@@ -368,7 +368,9 @@ async def new_fleet(
     """Makes fleets and takes them down. Keyword arguments go to the gateway's configuration and its limits."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def make(*, num_workers: int = 1, wait: bool = True, **options: Any) -> Fleet:
+        async def make(
+            *, num_workers: int = 1, wait: bool = True, headers: dict[str, str] | None = None, **options: Any
+        ) -> Fleet:
             workers = [new_worker(worker_id=f"worker-{'abc'[number]}") for number in range(num_workers)]
             for worker in workers:
                 await worker.start()
@@ -389,7 +391,7 @@ async def new_fleet(
             stack.push_async_callback(listener.close)
             url = f"http://127.0.0.1:{await listener.listen('127.0.0.1', 0)}"
             key = config.api_keys[0] if config.api_keys else "none"
-            headers = {"Authorization": f"Bearer {key}"}
+            headers = headers or {"Authorization": f"Bearer {key}"}
             http = aiohttp.ClientSession(url, headers=headers, timeout=aiohttp.ClientTimeout(total=60))
             stack.push_async_callback(http.close)
             client = openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=60)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.proto import worker_pb2
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -99,3 +100,32 @@ async def test_without_its_controller_nothing_changes_and_the_answer_says_so(fle
     status, answer = await fleet.post(LOAD, {"lora_name": "new", "lora_path": "/x"})
     assert (status, answer["error"]["code"]) == (503, "no_worker")
     assert (await fleet.openai.completions.create(model="sql-adapter", prompt="hello", max_tokens=2)).choices
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed", "refused"),
+    [
+        ({"api_keys": ("k1", "k2")}, ["k1"], ["k2"]),
+        ({"tenants": {"t1": Tenant("a"), "t2": Tenant("b")}}, ["t1"], ["t2"]),
+        ({"tenants": {"t1": Tenant("a")}, "api_keys": ("k1",)}, ["k1"], ["t1"]),
+        ({"api_keys": ("k1", "k2"), "admin_api_keys": ("root", "k2")}, ["root", "k2"], ["k1"]),
+        ({"admin_api_keys": ("root",)}, ["root"], ["none", ""]),
+    ],
+    ids=["the first key", "the first of the file", "the first of both", "administrators'", "administrators' alone"],
+)
+async def test_only_an_administrators_key_changes_what_is_served(
+    options: dict[str, Any], allowed: list[str], refused: list[str], new_fleet: Any
+) -> None:
+    fleet = await new_fleet(**options)
+    bodies = ((LOAD, {"lora_name": "new", "lora_path": "/adapters/new"}), (UNLOAD, {"lora_name": "sql-adapter"}))
+    for key in refused:
+        for path, body in bodies:
+            headers = {"Authorization": f"Bearer {key}"} if key else {"Authorization": ""}
+            status, answer = await fleet.post(path, body, headers=headers)
+            assert (status, answer["error"]["code"]) == (403, "permission_denied")
+            assert (await fleet.get("/v1/models", headers=headers))[0] == 200
+    assert not fleet.controller.loads
+    for key in allowed:
+        for path, body in bodies:
+            async with fleet.http.post(path, json=body, headers={"Authorization": f"Bearer {key}"}) as response:
+                assert response.status == 200

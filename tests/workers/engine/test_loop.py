@@ -354,6 +354,19 @@ def test_a_full_queue_and_a_reused_id_are_refused(fleet: Fleet, engines: list[En
         engine.step()
 
 
+def test_one_tenants_requests_leave_others_places_in_the_queue(fleet: Fleet, engines: list[Engine]) -> None:
+    engine = fleet.engine(max_num_seqs=1, max_waiting=15)
+    engines.append(engine)
+    for number in range(14):
+        engine.submit(GenerateRequest(f"a{number}", (5,), GREEDY, tenant="a"))
+    with pytest.raises(QueueFullError, match="14 are yours"):
+        engine.submit(GenerateRequest("a14", (5,), GREEDY, tenant="a"))
+    engine.submit(GenerateRequest("b0", (5,), GREEDY, tenant="b"))
+    while engine.has_unfinished():
+        engine.step()
+    assert engine._places.num_taken == 0
+
+
 def test_more_clients_than_the_bound_can_serve_are_refused_while_others_go_on(
     fleet: Fleet, engines: list[Engine]
 ) -> None:
