@@ -150,24 +150,23 @@ class Generation:
         session = None
         self.num_prompt_tokens += len(prompt_token_ids)
         first = len(self._choices)
-        common = worker_pb2.Generate(
-            request_id=self._request_id,
-            adapter_digest=model.digest,
-            prompt_token_ids=prompt_token_ids,
-            tenant=self._tenant.name,
-            tenant_weight=self._tenant.weight,
-            adapter_weight=model.weight,
-            priority=self._priority,
-            cache_salt=self._cache_salt,
-            composition=[
-                worker_pb2.ComposedAdapter(digest=entry.digest, weight=weight) for entry, weight in model.composition
-            ],
-        )
         for sampling in samplings:
             queue = self._inbox.open_queue(len(self._choices))
-            generate = worker_pb2.Generate()
-            generate.CopyFrom(common)
-            generate.sampling.CopyFrom(sampling)
+            generate = worker_pb2.Generate(
+                request_id=self._request_id,
+                adapter_digest=model.digest,
+                prompt_token_ids=prompt_token_ids,
+                sampling=sampling,
+                tenant=self._tenant.name,
+                tenant_weight=self._tenant.weight,
+                adapter_weight=model.weight,
+                priority=self._priority,
+                cache_salt=self._cache_salt,
+                composition=[
+                    worker_pb2.ComposedAdapter(digest=entry.digest, weight=weight)
+                    for entry, weight in model.composition
+                ],
+            )
             text = OutputText(
                 self._tokenizer,
                 prompt_token_ids[-16:],

@@ -39,26 +39,25 @@ def wire_samplings(
     prompt_field: str,
 ) -> list[worker_pb2.Sampling]:
     """One for each of a prompt's `n` choices. prompt_field: what an error about the prompt's length names."""
+    seed = draw_seed()
     try:
-        options = params.options(
-            num_prompt_tokens=num_prompt_tokens,
-            max_model_len=max_model_len,
-            vocab_size=vocab_size,
-            seed=draw_seed(),
-            choice=0,
-            eos_token_ids=eos_token_ids,
-        )
+        return [
+            _wire(
+                params.options(
+                    num_prompt_tokens=num_prompt_tokens,
+                    max_model_len=max_model_len,
+                    vocab_size=vocab_size,
+                    seed=seed,
+                    choice=choice,
+                    eos_token_ids=eos_token_ids,
+                )
+            )
+            for choice in range(params.n)
+        ]
     except ContextLengthError as error:
         if error.param == "prompt":
             error.param = prompt_field
         raise
-    samplings = [_wire(options)]
-    for choice in range(1, params.n):
-        sampling = worker_pb2.Sampling()
-        sampling.CopyFrom(samplings[0])
-        sampling.choice = choice
-        samplings.append(sampling)
-    return samplings
 
 
 def _wire(options: SamplingOptions) -> worker_pb2.Sampling:

@@ -35,8 +35,6 @@ from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.model_text import ModelText
 
 INLINE_BYTES: Final = 1 << 15  # of JSON, which are decoded or encoded in less than a millisecond
-_IDS_OF_A_CHOICE = 1000  # what a choice costs beside its prompt's ids
-IDS_AT_ONCE: Final = 1 << 16  # written into messages before others have their turn on the event loop
 ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
 
 _T = TypeVar("_T")
@@ -171,9 +169,7 @@ class GatewayState:
         Raises what is wrong with the request before any of it is submitted.
         """
         samplings = []
-        others = _OthersTurn()
         for prompt in prompts:
-            await others.after(len(prompt))
             if not prompt:
                 raise empty_prompt(prompt_field)
             check_ids(prompt, model.vocab_size, prompt_field)
@@ -212,27 +208,12 @@ class GatewayState:
             owner = "\0".join([tenant.name, cache_salt, *map(str, model.parts)])
             with generation:
                 for prompt, wires in zip(prompts, samplings, strict=True):
-                    await others.after((len(prompt) + _IDS_OF_A_CHOICE) * len(wires))
                     choose = functools.partial(self._pool.choose, digests, prompt, owner)
                     generation.add_prompt(choose, model, prompt, wires)
                 yield generation
         finally:
             timer.cancel()
             del self._running[generation]
-
-
-class _OthersTurn:
-    """Lets others go on with the event loop whenever so much has been done on it."""
-
-    def __init__(self) -> None:
-        self._num_ids = 0
-
-    async def after(self, num_ids: int) -> None:
-        """Before so much more is done."""
-        self._num_ids += num_ids
-        if self._num_ids > IDS_AT_ONCE:
-            self._num_ids = num_ids
-            await asyncio.sleep(0)
 
 
 STATE: Final = web.AppKey("state", GatewayState)
