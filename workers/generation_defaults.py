@@ -22,7 +22,7 @@ def parse_generation_defaults(data: bytes, where: str) -> dict[str, Any]:
     try:
         config = json.loads(data)
         return {name: kind(config[name]) for name, kind in _FIELDS.items() if config.get(name) is not None}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{where} is broken: {error}") from error
 
 

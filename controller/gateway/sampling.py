@@ -15,6 +15,7 @@ from lorafleet.workers.engine.request import SamplingOptions
 from lorafleet.workers.errors import ContextLengthError
 from lorafleet.workers.params import SamplingParams
 
+_SMALLEST = 2.0**-126  # of the wire's floats; what is less would arrive as 0
 _FIELDS = SamplingFields.__struct_fields__
 
 
@@ -59,10 +60,10 @@ def _wire(options: SamplingOptions) -> worker_pb2.Sampling:
     return worker_pb2.Sampling(
         max_tokens=options.max_tokens,
         temperature=options.temperature,
-        top_p=options.top_p,
+        top_p=max(options.top_p, _SMALLEST),
         top_k=options.top_k,
         min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
+        repetition_penalty=max(options.repetition_penalty, _SMALLEST),
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         seed=options.seed,

@@ -10,6 +10,8 @@ How much a body holds is counted before it is decoded.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from typing import Any, Final, TypeVar
 
@@ -184,7 +186,7 @@ _WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
 
 def decode(body: bytes, kind: type[_T]) -> _T:
     """A request's body. Raises InvalidRequestError that names the field."""
-    check_shape(body, "The body")
+    _check_shape(body, kind)
     fields = _decode(body, dict[str, msgspec.Raw])
     known = kind.__struct_fields__
     for name, raw in fields.items():
@@ -202,6 +204,25 @@ def decode(body: bytes, kind: type[_T]) -> _T:
 def decode_field(raw: bytes, kind: Any, name: str) -> Any:
     """The value of one field, or of a part of it. Raises InvalidRequestError that names the field."""
     return _decode(raw, kind, name)
+
+
+def _check_shape(body: bytes, kind: type[msgspec.Struct]) -> None:
+    try:
+        check_shape(body, "The body")
+    except InvalidRequestError as error:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            parts = msgspec.json.decode(body, type=_parts_of(kind))  # makes nothing of what is in them
+            for name in kind.__struct_fields__:
+                check_shape(bytes(getattr(parts, name)), name, param=name)
+        raise error
+
+
+@functools.cache
+def _parts_of(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """`kind` with all of its fields as they stand in the body."""
+    return msgspec.defstruct(
+        f"{kind.__name__}Parts", [(name, msgspec.Raw, msgspec.Raw(b"")) for name in kind.__struct_fields__]
+    )
 
 
 def _asks_nothing(name: str, raw: bytes) -> bool:

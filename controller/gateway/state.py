@@ -171,9 +171,7 @@ class GatewayState:
         Raises what is wrong with the request before any of it is submitted.
         """
         samplings = []
-        others = _OthersTurn()
         for prompt in prompts:
-            await others.after(len(prompt))
             if not prompt:
                 raise empty_prompt(prompt_field)
             check_ids(prompt, model.vocab_size, prompt_field)
@@ -221,20 +219,6 @@ class GatewayState:
         finally:
             timer.cancel()
             del self._running[generation]
-
-
-class _OthersTurn:
-    """Lets others go on with the event loop whenever so much has been done on it."""
-
-    def __init__(self) -> None:
-        self._num_ids = 0
-
-    async def after(self, num_ids: int) -> None:
-        """Before so much more is done."""
-        self._num_ids += num_ids
-        if self._num_ids > IDS_AT_ONCE:
-            self._num_ids = num_ids
-            await asyncio.sleep(0)
 
 
 STATE: Final = web.AppKey("state", GatewayState)

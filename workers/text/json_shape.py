@@ -48,7 +48,9 @@ def check_shape(text: bytes, what: str, *, param: str | None = None) -> None:
 
 def _check_count(count: int, limit: int, kind: str, what: str, param: str | None) -> None:
     if count > limit:
-        raise InvalidRequestError(f"{what} holds {count} {kind}; the limit is {limit}.", param=param)
+        raise InvalidRequestError(
+            f"{what} holds {count} {kind}; the limit is {limit}. Send less at a time.", param=param
+        )
 
 
 def _structure(text: bytes) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, fields, replace
@@ -315,7 +316,7 @@ class Fleet:
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
         """(status, JSON) of a request."""
-        data = {"json": body} if not isinstance(body, bytes) else {"data": body}
+        data = {"json": body} if not isinstance(body, bytes) else {"data": io.BytesIO(body)}
         options.setdefault("headers", {"Content-Type": "application/json"} if isinstance(body, bytes) else {})
         async with self.http.post(path, **data, **options) as response:
             return response.status, await response.json()

@@ -168,6 +168,31 @@ async def test_malformed_bodies_are_refused(fleet: Any) -> None:
         assert part in answer["error"]["message"], (body[:60], answer)
 
 
+async def test_a_field_that_holds_too_much_is_named(fleet: Any) -> None:
+    for path, name, value, part in (
+        ("/v1/chat/completions", "messages", b"[" + b"{}," * 70_000 + b"{}]", "70002 objects"),
+        (
+            "/v1/chat/completions",
+            "messages",
+            b'[{"role":"user","content":' + b"[" * 600 + b"]" * 600 + b"}]",
+            "602 deep",
+        ),
+        ("/v1/completions", "prompt", b"[" + b'"a",' * 70_000 + b'"a"]', "70001 strings"),
+        ("/v1/completions", "stop", b"[" + b'"a",' * 70_000 + b'"a"]', "70001 strings"),
+        ("/v1/completions", "stop_token_ids", b"[" + b"1," * 1_100_000 + b"1]", "1100001 values"),
+        ("/v1/completions", "stop_token_ids", b"[" + b"1," * 100_000 + b"1]", "200003 bytes; the limit is 131072"),
+        ("/v1/completions", "cache_salt", b'"' + b"a" * 200_000 + b'"', "200002 bytes"),
+        ("/detokenize", "tokens", b"[" + b"1," * 1_100_000 + b"1]", "1100001 values"),
+        ("/detokenize", "tokens", b"[" + b"1," * 1000 + b"1]", "1001 ids; the limit is 256"),
+    ):
+        status, answer = await fleet.post(path, b'{"model":"tiny","%s":%s}' % (name.encode(), value))
+        assert (status, answer["error"]["param"]) == (400, name), answer
+        assert part in answer["error"]["message"], answer
+    status, answer = await fleet.post("/v1/completions", b'{"model":"tiny",' + b'"a":1,' * 70_000 + b'"b":1}')
+    assert (status, answer["error"]["param"]) == (400, None)
+    assert "strings" in answer["error"]["message"]
+
+
 async def test_ids_and_text_that_are_too_long_get_the_same_error(fleet: Any) -> None:
     word = "hello "
     for num_tokens in (64, 65, 130, 2000):
@@ -188,6 +213,10 @@ async def test_zero_is_a_value_and_not_what_is_taken_where_none_is_given(fleet: 
     sampling = generate.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed, generate.priority) == (0, 0, 0, 0)
     assert sampling.HasField("num_logprobs")  # 0 candidates are asked for
+    tiny = {"top_p": 1e-300, "repetition_penalty": 1e-300, "min_p": 1e-300}
+    assert (await fleet.post("/v1/completions", {"model": "tiny", "prompt": "hello", **tiny}))[0] == 200
+    sampling = fleet.worker.generates[-1].sampling
+    assert 0 < sampling.top_p < 1e-30 and 0 < sampling.repetition_penalty < 1e-30  # 0 would be out of range
     for name in ("max_tokens", "max_completion_tokens", "n"):
         status, answer = await fleet.post("/v1/chat/completions", {"model": "tiny", "messages": HI, name: 0})
         assert (status, answer["error"]["param"]) == (400, name)

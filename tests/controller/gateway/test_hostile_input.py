@@ -130,13 +130,14 @@ ENDPOINTS: dict[str, tuple[type[msgspec.Struct], dict[str, str]]] = {
     "/v1/load_lora_adapter": (schema.LoadAdapterBody, {"lora_name": '"a"', "lora_path": '"/a"'}),
     "/v1/unload_lora_adapter": (schema.UnloadAdapterBody, {"lora_name": '"sql-adapter"'}),
 }
+CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # which take a tenth of a second each
 UNKNOWN = ("user", "metadata", "response_format", "logit_bias", "tools", "tool_choice", "guided_json", "nonsense")
 
 
 def fields_of(path: str) -> Iterator[str]:
     kind, _ = ENDPOINTS[path]
     yield from kind.__struct_fields__
-    yield from UNKNOWN
+    yield from (name for name in UNKNOWN if not (path in CHANGES and name in schema.ASKS_NOTHING))
 
 
 def body_of(fields: dict[str, str]) -> bytes:

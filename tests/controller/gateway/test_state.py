@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from typing import Any
 
 import pytest
 
-from lorafleet.controller.gateway.state import IDS_AT_ONCE, INLINE_BYTES
+from lorafleet.controller.gateway.state import INLINE_BYTES
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
@@ -28,25 +27,6 @@ def generate(fleet: Any, prompts: list[list[int]], **params: Any) -> Any:
         params=SamplingParams(**params),
         prompt_field="prompt",
     )
-
-
-async def test_a_request_for_much_lets_others_on_the_event_loop_while_it_is_submitted(fleet: Any) -> None:
-    num_turns = 0
-
-    async def others() -> None:
-        nonlocal num_turns
-        while True:
-            num_turns += 1
-            await asyncio.sleep(0)
-
-    task = asyncio.create_task(others())
-    await asyncio.sleep(0)
-    before = num_turns
-    async with generate(fleet, [[5] * 60] * 128, n=16, max_tokens=1) as generation:
-        assert generation.num_choices == 2048
-        assert num_turns - before >= 2048 * 1000 // IDS_AT_ONCE
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_nothing_is_submitted_before_every_prompt_is_checked(fleet: Any) -> None:
