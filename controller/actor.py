@@ -156,9 +156,8 @@ class ControllerActor:
             await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
         finally:
             serving.cancel()
-            ended.cancel()
-        if serving.done():
-            await serving
+            ended.cancel()  # nothing happens to the one that is done
+        await (serving if serving.done() else ended)
         await asyncio.gather(serving, return_exceptions=True)  # else it would make again what is ended
         await asyncio.to_thread(self._cluster.end_fleet)
 

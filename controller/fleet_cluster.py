@@ -10,11 +10,13 @@ import atexit
 import contextlib
 import os
 import re
+import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -114,11 +116,14 @@ class FleetCluster:
 
     def dead_processes(self) -> list[str]:
         """Return which processes of a Ray of our own have ended, for people. It cannot go on without one of them."""
-        node = ray._private.worker._global_node if self._is_own else None  # there is no other way to know at once
-        if node is None:
+        if (node := self._own_node()) is None:
             return []
         dead = [(name, process.returncode) for name, process in node.dead_processes() if name in _NEEDED]
         return [f"{name} ended with exit code {code}" for name, code in dead]
+
+    def _own_node(self) -> Any:
+        """What Ray knows of the processes of a Ray of our own; None: it is not ours."""
+        return ray._private.worker._global_node if self._is_own else None
 
     def abandon(self) -> None:
         """Ask Ray for nothing any more: it is lost, and would be waited for."""
@@ -206,7 +211,9 @@ class FleetCluster:
             if wait([self._thread.submit(ray.shutdown)], timeout=_LEAVE_S).done:
                 self._thread.end()
                 return
-        # Ray half dead is waited for, and then aborts us. The kernel ends its processes with this one.
+        # Ray half dead would be waited for, and then abort us. What its processes have begun would wait for it too.
+        if (node := self._own_node()) is not None:
+            _kill_with_descendants([info.process.pid for infos in node.all_processes.values() for info in infos])
         atexit.register(os._exit, 1)
 
     def shutdown(self) -> None:
@@ -265,6 +272,17 @@ def _end_fleet(fleet: str) -> int:
             time.sleep(_POLL_S)
         remove_groups(fleet)
     return num_ended + len(seen)
+
+
+def _kill_with_descendants(pids: Sequence[int]) -> None:
+    found = list(pids)
+    for pid in found:  # grows
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                found += map(int, (thread / "children").read_text().split())
+    for pid in found:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _check_reachable(address: str | None) -> None:

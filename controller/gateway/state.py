@@ -36,7 +36,6 @@ from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.model_text import ModelText
 
 INLINE_BYTES: Final = 1 << 15  # of JSON, which are decoded or encoded in less than a millisecond
-IDS_AT_ONCE: Final = 1 << 16  # written into messages before others have their turn on the event loop
 ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
 
 _T = TypeVar("_T")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -103,6 +104,26 @@ async def test_the_parents_death_ends_the_gateway(start: Callable[..., Awaitable
     assert process.stdin is not None
     process.stdin.close()
     assert await asyncio.wait_for(process.wait(), 10) == 0
+
+
+async def test_a_parent_that_watches_gets_signs_of_life_before_the_first_line_and_after_it(
+    start: Callable[..., Awaitable[Any]],
+) -> None:
+    process, _ = await start("--exit-with-parent", stdin=subprocess.PIPE)
+    assert process.stdout is not None and process.stdin is not None
+    for _ in range(2):
+        assert await asyncio.wait_for(process.stdout.readline(), 10) == b"\n"
+    process.send_signal(signal.SIGSTOP)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            while True:
+                await process.stdout.readline()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(process.stdout.readline(), 2)
+    process.send_signal(signal.SIGCONT)
+    assert await asyncio.wait_for(process.stdout.readline(), 10) == b"\n"
+    process.stdin.close()
+    await asyncio.wait_for(process.wait(), 10)
 
 
 async def test_a_port_that_is_taken_is_an_error(fleet: Any, token_file: str) -> None:
