@@ -150,9 +150,9 @@ def summarise(scene: Scene, rows: list[dict[str, Any]], num_cores: int) -> dict[
     ratio = statistics.median(row["ratio"] for row in own)
     return {
         "scene": scene.name,
-        "quiet_tok_per_s": statistics.median(figures["tok_per_s"] for figures in quiet),
-        "beside_tok_per_s": statistics.median(figures["tok_per_s"] for figures in beside),
-        "ratio": ratio,
+        "quiet_tok_per_s": round(statistics.median(figures["tok_per_s"] for figures in quiet), 1),
+        "beside_tok_per_s": round(statistics.median(figures["tok_per_s"] for figures in beside), 1),
+        "ratio": round(ratio, 3),
         "ratios": [row["ratio"] for row in own],
         "reach": round(scene.reach(num_cores), 3),
         "is_reached": ratio >= scene.reach(num_cores),

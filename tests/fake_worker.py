@@ -132,6 +132,9 @@ class FakeEngine:
             pace=Pace(step_s=0.03),
         )
 
+    def take_cores(self) -> None:
+        """It computes nothing."""
+
     def bind_thread(self) -> None:
         pass
 

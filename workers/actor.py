@@ -7,6 +7,7 @@ Imports the engine (and torch) only when it runs, so that whoever creates the ac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from lorafleet.workers.engine.loop import Engine
 
 logger = logging.getLogger(__name__)
+
+_RAY_NICENESS = 15  # of its workers, by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,17 @@ class WorkerFailed:
     message: str
 
 
+def leave_ray_niceness() -> None:
+    """Give the calling thread, and those that it will start, the usual priority instead of the one that Ray gives.
+
+    At Ray's, a busy process beside a worker leaves it a thirtieth of the core that they share. `lorafleet serve` tells
+    its own Ray; on a Ray that was there before it takes a privilege, which root has.
+    """
+    if os.getpriority(os.PRIO_PROCESS, 0) == _RAY_NICENESS:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
 class WorkerActor:
     """One worker's first process. All arguments are plain data, since Ray keeps them for restarts.
 
@@ -71,6 +85,7 @@ class WorkerActor:
     """
 
     def __init__(self, config: EngineConfig, adapters: Sequence[LoRAModule], fleet: FleetSettings) -> None:
+        leave_ray_niceness()
         logging.basicConfig(level=fleet.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
         self._adapters = adapters
@@ -174,6 +189,7 @@ class FollowerActor:
 
     def __init__(self, config: EngineConfig, rank: int, leader: str, fleet: FleetSettings) -> None:
         """leader: `WorkerActor.leads`."""
+        leave_ray_niceness()
         logging.basicConfig(level=fleet.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._run = asyncio.get_running_loop().create_task(self._follow(config, rank, leader, fleet.token))
 

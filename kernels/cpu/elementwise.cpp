@@ -35,9 +35,13 @@ void for_rows(int64_t rows, int64_t few, Body body) {
   });
 }
 
+struct Scratch {
+  std::vector<float> row;
+};
+
 // Memory of the calling thread.
 float* row_of_floats(int64_t size) {
-  std::vector<float>& memory = thread_own<std::vector<float>>();
+  std::vector<float>& memory = thread_own<Scratch>().row;
   if (memory.size() < static_cast<size_t>(size)) memory.resize(size);
   return memory.data();
 }

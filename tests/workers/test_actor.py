@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ import grpc.aio
 import pytest
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
-from lorafleet.workers.actor import FleetSettings, WorkerActor, WorkerFailed, WorkerReady
+from lorafleet.workers.actor import FleetSettings, WorkerActor, WorkerFailed, WorkerReady, leave_ray_niceness
 from lorafleet.workers.config import EngineConfig, LoRAConfig, LoRAModule
 from lorafleet.workers.engine import loop as loop_module
 from lorafleet.workers.engine.stats import EngineStats
@@ -60,6 +61,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats()
+
+    def take_cores(self) -> None:
+        """It computes nothing."""
 
     def bind_thread(self) -> None:
         pass
@@ -158,3 +162,23 @@ async def test_every_start_is_another_worker_of_a_later_generation(actors: list[
 async def test_ready_can_be_asked_again_and_again(actors: list[WorkerActor]) -> None:
     ready = await start(actors)
     assert await asyncio.gather(*(actors[0].ready() for _ in range(3))) == [ready] * 3
+
+
+@pytest.mark.parametrize(
+    ("niceness", "is_allowed", "asked"),
+    [(15, True, [0]), (15, False, [0]), (0, True, []), (10, True, []), (19, True, [])],
+)
+def test_a_worker_leaves_the_priority_that_ray_gives_it_and_keeps_any_other(
+    niceness: int, is_allowed: bool, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def set_priority(which: int, who: int, wanted: int) -> None:
+        seen.append(wanted)
+        if not is_allowed:
+            raise PermissionError
+
+    monkeypatch.setattr(os, "getpriority", lambda which, who: niceness)
+    monkeypatch.setattr(os, "setpriority", set_priority)
+    leave_ray_niceness()
+    assert seen == asked

@@ -5,7 +5,8 @@ Owns every tensor. Decides nothing: what to run and where it lies comes as a pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -85,6 +86,7 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(spec.eos_token_ids)
+        self._num_torch_threads: int | None = None  # in a step; None: as many as the caller has
         self._samples: PendingSamples | None = None  # the last step's
         self._sampled: dict[Request, int] = {}  # whose they are
         self._graphs: DecodeGraphs | None = None
@@ -103,10 +105,13 @@ class ModelRunner:
         self._decoder.load(reader)
 
     def use_threads(self, count: int) -> None:
-        """Compute the calling thread's steps with so many threads of the host. The weights are loaded."""
+        """Compute the calling thread's steps with so many threads of the host. The weights are loaded.
+
+        The kernels' threads or, where products are torch's, torch's: those of both would fight for the cores.
+        """
         is_native = self._decoder.is_native
         native.set_threads(count if is_native else 1)
-        torch.set_num_threads(1 if is_native else count)
+        self._num_torch_threads = 1 if is_native else count
 
     def warm_up(self) -> None:
         """Run a prompt and a single token, so that the first request finds threads, buffers and code in place.
@@ -158,9 +163,9 @@ class ModelRunner:
 
         The last token of a request may be pending, of the launch before this one; its place is taken from there.
         """
-        logits_SV = self.logits(plan)
         requests = [entry.request for entry in plan.scheduled if entry.samples]
-        samples = self._sampler.sample(logits_SV, requests)
+        with _torch_threads(self._num_torch_threads):
+            samples = self._sampler.sample(self.logits(plan), requests)
         self._samples = samples
         self._sampled = {request: number for number, request in enumerate(requests)}
         return samples
@@ -190,7 +195,8 @@ class ModelRunner:
     @torch.inference_mode()
     def follow(self, step: Words) -> None:
         """Compute this rank's share of a step that rank 0 has laid out."""
-        self._forward(self._buffers.unpack(step))
+        with _torch_threads(self._num_torch_threads):
+            self._forward(self._buffers.unpack(step))
 
     def prepare_adapter(self, slot: int, adapter: HostAdapter) -> SlotWrite:
         """Make ready what goes into a slot that no request uses. May run on another thread while `run` runs.
@@ -269,3 +275,14 @@ class ModelRunner:
     def _tell(self, change: Change, number: int) -> None:
         if self._plans is not None:
             self._changes.append((change, number))
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    """Within the block torch has so many threads: the calling thread may be a user's, who has other work for torch."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(count or kept)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)

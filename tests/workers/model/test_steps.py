@@ -14,6 +14,7 @@ import torch
 from tiny import Result, run_engine
 
 from lorafleet.kernels import native
+from lorafleet.kernels.activation import silu_mul
 from lorafleet.kernels.linear import prepare
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
@@ -143,12 +144,21 @@ def test_steps_that_run_a_kept_recording_give_the_same_bits(
 def test_a_model_of_which_torch_makes_a_product_is_not_recorded_and_torch_has_the_threads(
     model: Path, runs: list[native.Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    own = torch.get_num_threads()
+    seen: list[tuple[int, int]] = []  # threads of the kernels and of torch in a step
+
+    def noted(*arguments: torch.Tensor) -> torch.Tensor:
+        seen.append((native.get_threads(), torch.get_num_threads()))
+        return silu_mul(*arguments)
+
+    monkeypatch.setattr(decoder, "silu_mul", noted)
     expected = run_all(model, "float32")
-    assert runs and (native.get_threads(), torch.get_num_threads()) == (2, 1)
+    assert runs and set(seen) == {(2, 1)} and torch.get_num_threads() == own
     runs.clear()
+    seen.clear()
     monkeypatch.setattr(layers, "prepare", lambda weight, **form: prepare(weight, **form | {"packed": False}))
     found = run_all(model, "float32")
-    assert not runs and (native.get_threads(), torch.get_num_threads()) == (1, 2)
+    assert not runs and set(seen) == {(1, 2)} and torch.get_num_threads() == own
     assert [result.token_ids for result in found.values()] == [result.token_ids for result in expected.values()]
 
 
