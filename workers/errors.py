@@ -9,23 +9,33 @@ gRPC (service.py). Imports nothing but the standard library.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 MAX_QUOTED_CHARS: Final = 200
+_MAX_QUOTED_BITS: Final = 600  # of an integer that is written out, some 180 digits; Python refuses to write 4,300
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict, _short.maxset = 3, 8, 8, 8, 8
+_short.maxstring = _short.maxlong = _short.maxother = MAX_QUOTED_CHARS
 
 
 def cut(text: str) -> str:
-    """A caller's text for a message, no more of it than a message may hold."""
-    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}…"
+    """A caller's text as a message quotes it."""
+    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."
 
 
 def quoted(value: object) -> str:
-    """A caller's value for a message."""
+    """A caller's value as a message quotes it: `repr(value)`, neither longer nor more work than is good."""
+    if isinstance(value, str | bytes):
+        return cut(repr(value)) if len(value) <= MAX_QUOTED_CHARS else f"{value[:MAX_QUOTED_CHARS]!r}..."
+    if isinstance(value, int) and value.bit_length() > _MAX_QUOTED_BITS:
+        return f"an integer of {value.bit_length()} bits"
     try:
-        return cut(repr(value[:MAX_QUOTED_CHARS] if isinstance(value, str | bytes) else value))
-    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
-        return f"a {type(value).__name__} that is too large to show"
+        return cut(_short.repr(value))
+    except Exception:  # a caller's own object may do anything
+        return f"an object of the type {type(value).__name__}"
 
 
 class LoRAFleetError(Exception):

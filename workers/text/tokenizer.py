@@ -22,7 +22,8 @@ from typing import Any, Final
 
 import tokenizers
 
-from lorafleet.workers.errors import InvalidRequestError, ModelError
+from lorafleet.workers.errors import InvalidRequestError, ModelError, cut, quoted
+from lorafleet.workers.found_file import LFS_ADVICE, LFS_POINTER, json_object
 from lorafleet.workers.text.pieces import DecoderRules, PieceTable
 
 TOKENIZER_FILES: Final[tuple[str, ...]] = (
@@ -87,10 +88,12 @@ class Tokenizer:
                 "There is no tokenizer.json. A model needs one; for a model that has only a SentencePiece or "
                 "vocab/merges file, write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained()."
             )
+        if files["tokenizer.json"].startswith(LFS_POINTER):
+            raise ModelError(f"tokenizer.json {LFS_ADVICE}.")
         try:
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception or ValueError
-            raise ModelError(f"tokenizer.json is not a tokenizer: {error}.") from error
+            raise ModelError(f"tokenizer.json is not a tokenizer: {cut(str(error))}.") from error
         config = _json_object(files, "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= _json_object(files, "special_tokens_map.json")
@@ -178,22 +181,17 @@ def _not_unicode(text: str) -> InvalidRequestError:
 
 
 def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    if name not in files:
-        return {}
     try:
-        value = json.loads(files[name])
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise ModelError(f"{name} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{name} must hold a JSON object, not {type(value).__name__}.")
-    return value
+        return json_object(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ModelError(f"{name} {error}.") from error
 
 
 def _eos_ids(files: Mapping[str, bytes], name: str) -> set[int]:
     value = _json_object(files, name).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int and item >= 0 for item in ids):
-        raise ModelError(f"eos_token_id of {name} must be a token id or a list of them, not {value!r}.")
+        raise ModelError(f"eos_token_id of {name} must be a token id or a list of them, not {quoted(value)}.")
     return set(ids)
 
 
@@ -205,13 +203,13 @@ def _added_token(value: Any, key: str) -> tokenizers.AddedToken:
         flags = {name: flag for name, flag in value.items() if name not in ("__type", "content")}
         return tokenizers.AddedToken(value["content"], **flags)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ModelError(f"{key} of tokenizer_config.json is not a token: {value!r}.") from error
+        raise ModelError(f"{cut(key)} of tokenizer_config.json is not a token: {quoted(value)}.") from error
 
 
 def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
     """Add to `backend` the tokens that only `config` declares; return the named special tokens."""
     declared = config.get("added_tokens_decoder", {})
-    if not isinstance(declared, dict) or not all(key.isdecimal() for key in declared):
+    if not isinstance(declared, dict) or not all(key.isdecimal() and len(key) < 10 for key in declared):
         raise ModelError("added_tokens_decoder of tokenizer_config.json must be an object of token ids.")
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     added = [_added_token(declared[key], "added_tokens_decoder") for key in sorted(declared, key=int)]
@@ -225,7 +223,7 @@ def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     if not isinstance(extra, list):
-        raise ModelError(f"The extra special tokens of tokenizer_config.json must be a list, not {extra!r}.")
+        raise ModelError(f"The extra special tokens of tokenizer_config.json must be a list, not {quoted(extra)}.")
     contents = {token.content for token in backend.get_added_tokens_decoder().values()}
     contents.update(token.content for token in missing)
     for token in [*named.values(), *(_added_token(value, "extra_special_tokens") for value in extra)]:
