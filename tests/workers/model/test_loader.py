@@ -39,7 +39,7 @@ def rewrite(directory: Path, change: Callable[[Tensors], None], *, shards: bool 
     for number, part in enumerate((tensors, head)):
         save_file(part, directory / f"model-{number}.safetensors", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def own_head(tensors: Tensors) -> None:
