@@ -95,6 +95,7 @@ class TextRequests:
             raise InvalidRequestError("A prompt of token ids must be a list of integers.", param="prompt")
         if not ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+        tokenizer.check_ids(ids, self._vocab_size_of(digest), "prompt")
         seed = self._random.getrandbits(64)
         request = _TextRequest(
             request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora, tokenizer

@@ -31,6 +31,7 @@ from lorafleet.controller.gateway.vllm_metrics import VllmCollector
 from lorafleet.workers.errors import DeadlineError, DrainingError, InvalidRequestError, WorkerUnavailableError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.model_text import ModelText
+from lorafleet.workers.text.tokenizer import Tokenizer
 
 ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
 
@@ -159,7 +160,7 @@ class GatewayState:
         """
         samplings = []
         for prompt in prompts:
-            _check_ids(prompt, model.vocab_size, prompt_field)
+            _check_ids(prompt, model.vocab_size, prompt_field, text.tokenizer)
             samplings.append(
                 wire_samplings(
                     params,
@@ -203,13 +204,10 @@ class GatewayState:
             del self._running[generation]
 
 
-def _check_ids(prompt: Sequence[int], vocab_size: int, field: str) -> None:
+def _check_ids(prompt: Sequence[int], vocab_size: int, field: str, tokenizer: Tokenizer) -> None:
     if not prompt:
         raise InvalidRequestError(f"{field} is empty; there must be at least one token.", param=field)
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise InvalidRequestError(f"{field} has the token id {bad}; ids go from 0 to {vocab_size - 1}.", param=field)
+    tokenizer.check_ids(prompt, vocab_size, field)
 
 
 STATE: Final = web.AppKey("state", GatewayState)

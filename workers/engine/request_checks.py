@@ -51,8 +51,9 @@ class RequestChecks:
             ("output_token_ids", request.output_token_ids),
         ):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+                bad = min(ids) if min(ids) < 0 else max(ids)
                 raise InvalidRequestError(
-                    f"{what} has a token id outside 0 to {vocab_size - 1}.",
+                    f"{what} has the token id {bad}; ids go from 0 to {vocab_size - 1}.",
                     param="prompt" if ids is prompt else what,
                 )
 

@@ -93,17 +93,17 @@ def _added(own: Mapping[str, bytes]) -> dict[str, tuple[int, dict[str, Any]]]:
     if not isinstance(decoder, dict):
         raise ModelError(f"added_tokens_decoder of {_CONFIG} must be an object of token ids.")
     for key, token in decoder.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(text, str) or not text or not key.isdecimal() or len(key) > 9:
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str) or not content or not key.isdecimal() or len(key) > 9:
             raise ModelError(
                 f"added_tokens_decoder of {_CONFIG} has {quoted(key)}: {quoted(token)}, which is no token."
             )
         flags = {flag: bool(token.get(flag)) for flag in _FLAGS} if isinstance(token, dict) else {"special": True}
-        if text in added and added[text][0] != int(key):
+        if content in added and added[content][0] != int(key):
             raise ModelError(
-                f"added_tokens.json gives {quoted(text)} the id {added[text][0]}, {_CONFIG} the id {int(key)}."
+                f"added_tokens.json gives {quoted(content)} the id {added[content][0]}, {_CONFIG} the id {int(key)}."
             )
-        added[text] = int(key), flags
+        added[content] = int(key), flags
     return added
 
 

@@ -142,7 +142,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def compile_bounded(self, tree: nodes.Template) -> jinja2.Template:
         """`tree` with what counts its steps and what it joins. Raises `jinja2.TemplateError`."""
-        names = [node.name for node in tree.find_all((nodes.Name, nodes.Macro))]
+        names = [node.name for node in tree.find_all(nodes.Name)] + [node.name for node in tree.find_all(nodes.Macro)]
         reserved = next((name for name in names if name.startswith(_RESERVED)), None)
         if reserved is not None:
             raise jinja2.TemplateError(f"it uses the name {reserved!r}")

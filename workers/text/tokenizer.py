@@ -138,6 +138,21 @@ class Tokenizer:
         """Ids to text, all at once. An id that no token has contributes nothing."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def check_ids(self, token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+        """vocab_size: how many ids the model has a row for; the tokenizer may have more.
+
+        Raises InvalidRequestError, which names the token.
+        """
+        low, high = min(token_ids, default=0), max(token_ids, default=0)
+        if low >= 0 and high < vocab_size:
+            return
+        bad = low if low < 0 else high
+        token = self._backend.id_to_token(bad) if 0 <= bad < self.vocab_size else None
+        known = "" if token is None else f" (the tokenizer's {quoted(token)}, for which the model has no row)"
+        raise InvalidRequestError(
+            f"{param} has the token id {quoted(bad)}{known}; ids go from 0 to {vocab_size - 1}.", param=param
+        )
+
     def id_to_token(self, token_id: int) -> str | None:
         """A token as the vocabulary spells it (``Ġthe``, ``▁the``), or None."""
         return self._backend.id_to_token(token_id)

@@ -203,6 +203,21 @@ def test_an_unpaired_surrogate_is_the_callers_mistake(tokenizer: Tokenizer) -> N
         tokenizer.encode_batch(["fine", "\udc00"])
 
 
+def test_an_id_that_the_model_has_no_row_for_is_named_with_its_token(tokenizer: Tokenizer) -> None:
+    last = tokenizer.vocab_size - 1
+    tokenizer.check_ids([0, last], last + 1, "prompt")
+    with pytest.raises(InvalidRequestError) as caught:
+        tokenizer.check_ids([0, last], last, "prompt")
+    token = tokenizer.id_to_token(last)
+    assert caught.value.message == (
+        f"prompt has the token id {last} (the tokenizer's {token!r}, for which the model has no row); ids go from 0 to "
+        f"{last - 1}."
+    )
+    for bad in (-1, 10**400, tokenizer.vocab_size + 5):
+        with pytest.raises(InvalidRequestError, match="prompt has the token id"):
+            tokenizer.check_ids([bad], last, "prompt")
+
+
 def test_a_text_that_is_no_string_is_a_type_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(TypeError):
         tokenizer.encode(3)  # type: ignore[arg-type]
