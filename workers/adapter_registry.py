@@ -67,12 +67,12 @@ class AdapterRegistry:
         try:
             _check_digest(request, spec.digest)
             with self._text_lock:
-                text = self._texts.of(spec.path)
+                text = self._texts.of(spec.path, spec.folder.roots)
             if request.pin:
                 self._engine.pin_adapter(spec.digest)
         except ModelError as error:
             self._aliases.remove(key)
-            raise AdapterRefusedError(f"{spec.path}: {error.message}", reason="bad_tokenizer") from error
+            raise AdapterRefusedError(f"{spec.folder}: {error.message}", reason="bad_tokenizer") from error
         except LoRAFleetError:
             self._aliases.remove(key)
             raise

@@ -42,7 +42,11 @@ def open_found(path: Path, roots: Sequence[Path] = ()) -> IO[bytes]:
     try:
         _check_regular(os.stat(path).st_mode)  # opening a device may already do something  # noqa: PTH116
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except (FileNotFoundError, FoundFileError):
+    except FileNotFoundError as error:
+        if os.path.lexists(path):
+            raise FoundFileError("is a link that leads nowhere", "broken_link") from error
+        raise
+    except FoundFileError:
         raise
     except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, error.strerror) from error

@@ -96,12 +96,7 @@ class TextRequests:
         if not ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
         vocab_size = self._vocab_size_of(digest)
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= vocab_size:
-            raise InvalidRequestError(
-                f"The prompt has the token id {quoted(low if low < 0 else high)}; ids go from 0 to {vocab_size - 1}.",
-                param="prompt",
-            )
+        tokenizer.check_ids(ids, vocab_size, "prompt")
         seed = self._random.getrandbits(64)
         request = _TextRequest(
             request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora, tokenizer

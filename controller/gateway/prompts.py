@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from lorafleet.controller.gateway.schema import decode_field
-from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
+from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 MAX_PROMPTS: Final = 128
@@ -66,16 +66,6 @@ def echoes_of(tokenizer: Tokenizer, prompts: Sequence[Prompt], n: int) -> list[s
             param="echo",
         )
     return [text for text in texts for _ in range(n)]
-
-
-def check_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises InvalidRequestError that names an id outside the vocabulary."""
-    low, high = min(token_ids, default=0), max(token_ids, default=0)
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise InvalidRequestError(
-            f"{param} has the token id {quoted(bad)}; ids go from 0 to {vocab_size - 1}.", param=param
-        )
 
 
 def _ids(raw: bytes, name: str, max_model_len: int) -> list[int]:

@@ -24,7 +24,7 @@ from lorafleet.controller.gateway.intake import Intake
 from lorafleet.controller.gateway.metrics import Metrics
 from lorafleet.controller.gateway.metrics_page import MetricsPage, Snapshot
 from lorafleet.controller.gateway.pool import WorkerPool
-from lorafleet.controller.gateway.prompts import check_ids, empty_prompt
+from lorafleet.controller.gateway.prompts import empty_prompt
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
 from lorafleet.controller.gateway.sampling import wire_sampling
@@ -173,7 +173,7 @@ class GatewayState:
         for prompt in prompts:
             if not prompt:
                 raise empty_prompt(prompt_field)
-            check_ids(prompt, model.vocab_size, prompt_field)
+            text.tokenizer.check_ids(prompt, model.vocab_size, prompt_field)
             samplings.append(
                 wire_sampling(
                     params,

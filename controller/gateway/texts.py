@@ -18,7 +18,9 @@ from lorafleet.controller.gateway.wire import describe
 from lorafleet.workers.errors import LoRAFleetError, WorkerUnavailableError
 from lorafleet.workers.text.model_text import ModelText
 
-MAX_TEXTS: Final = 32  # beside the base model's; a tokenizer takes tens of megabytes
+MAX_TEXTS: Final = 32  # beside the base model's
+MAX_BYTES: Final = 1 << 30  # of memory that these take, about
+_BYTES_PER_FILE_BYTE = 6  # of memory: SmolLM2's tokenizer takes 18 MB for 3.5
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Texts:
         self._fetch = fetch
         self._executor = executor
         self._texts: OrderedDict[str, ModelText] = OrderedDict()  # least recently used first
+        self._bytes: dict[str, int] = {}
         self._loading: dict[str, asyncio.Task[ModelText]] = {}
 
     async def get(self, digest: str) -> ModelText:
@@ -58,6 +61,8 @@ class Texts:
         files = await self._fetch(digest)
         text = await asyncio.get_running_loop().run_in_executor(self._executor, ModelText.from_files, digest, files)
         self._texts[digest] = text
-        if len(self._texts) > MAX_TEXTS:
-            self._texts.popitem(last=False)
+        self._bytes[digest] = _BYTES_PER_FILE_BYTE * sum(map(len, files.values()))
+        while len(self._texts) > 1 and (len(self._texts) > MAX_TEXTS or sum(self._bytes.values()) > MAX_BYTES):
+            gone, _ = self._texts.popitem(last=False)
+            del self._bytes[gone]
         return text

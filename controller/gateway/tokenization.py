@@ -13,7 +13,6 @@ from aiohttp import web
 from lorafleet.controller.gateway.auth import TENANT
 from lorafleet.controller.gateway.chat import check_messages
 from lorafleet.controller.gateway.composition import resolve_name
-from lorafleet.controller.gateway.prompts import check_ids
 from lorafleet.controller.gateway.schema import DetokenizeRequest, TokenizeRequest, decode
 from lorafleet.controller.gateway.state import STATE
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
@@ -89,5 +88,5 @@ def _detokenize(tokenizer: Tokenizer, token_ids: list[int], vocab_size: int, lim
         raise ContextLengthError(
             f"tokens has {len(token_ids)} ids; the limit is {limit}, {MAX_CONTEXTS} times the context.", param="tokens"
         )
-    check_ids(token_ids, vocab_size, "tokens")
+    tokenizer.check_ids(token_ids, vocab_size, "tokens")
     return msgspec.json.encode({"prompt": tokenizer.decode(token_ids, skip_special_tokens=False)})

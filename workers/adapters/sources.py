@@ -70,7 +70,7 @@ def resolve_adapter(path_or_id: str, roots: Sequence[str] | None = None) -> Adap
 
 def _downloaded(hub_id: str) -> AdapterFolder:
     path = hub.download(hub_id, _FILES)
-    if path.is_dir() and not all((path / name).is_file() for name in (CONFIG, WEIGHTS)):
+    if not all((path / name).is_file() for name in (CONFIG, WEIGHTS)):
         known = describe_repository(hub.list_files(hub_id))
         if known is not None:
             what, reason = known

@@ -6,7 +6,6 @@ not compute is refused by name. Imports transformers only inside `read_spec`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.workers.adapters.modules import BaseShapes
-from lorafleet.workers.errors import ModelError
+from lorafleet.workers.errors import ModelError, cut
+from lorafleet.workers.found_file import FoundFileError, json_object, read_found
+from lorafleet.workers.model.loader import CheckpointReader
+
+_MAX_CONFIG_BYTES = 16 << 20
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -111,7 +114,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
     """Read config.json and generation_config.json. Raises `ModelError` for what is missing or not supported."""
     config_path = model_dir / "config.json"
     if not config_path.is_file():
-        raise ModelError(f"{model_dir} has no config.json: not a Hugging Face model directory.")
+        raise ModelError(f"{model_dir} {_not_a_model(model_dir)}")
     raw = _read_json(config_path)
     architectures = raw.get("architectures") or ["(none named)"]
     architecture = architectures[0]
@@ -130,7 +133,11 @@ def read_spec(model_dir: Path) -> ModelSpec:
         raise ModelError(f"{config_path} has rope_type {rope_type!r}; served are {', '.join(ROPE_TYPES)}.")
     quantization = getattr(config, "quantization_config", None)
     if quantization:
-        raise ModelError(f"{config_path} has a quantization_config; only unquantised checkpoints are served.")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ModelError(
+            f"{config_path} has a quantization_config ({cut(str(method or 'of no named method'))}); only unquantised "
+            "checkpoints are served. Give the model that it was made from; --quantization int8 halves its memory."
+        )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:
@@ -148,7 +155,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
         vocab_size=config.vocab_size,
         max_position=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
-        tie_embeddings=bool(config.tie_word_embeddings),
+        tie_embeddings=_ties_head(model_dir, bool(config.tie_word_embeddings)),
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         o_bias=attention_bias,
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
@@ -157,6 +164,28 @@ def read_spec(model_dir: Path) -> ModelSpec:
         dtype=dtype,
         eos_token_ids=_eos_token_ids(model_dir, raw),
         hf_config=config,
+    )
+
+
+def _ties_head(model_dir: Path, wanted: bool) -> bool:
+    """Whether the head is the embedding: the weights decide, where they are there already."""
+    try:
+        return wanted and CheckpointReader(model_dir).ties_head(wanted)
+    except ModelError:
+        return wanted  # what is wrong with them is said when they are loaded
+
+
+def _not_a_model(directory: Path) -> str:
+    """What a directory without config.json is, and what to do about it."""
+    try:
+        adapter = json_object(read_found(directory / "adapter_config.json", _MAX_CONFIG_BYTES))
+    except (OSError, ValueError):
+        return "has no config.json: not a Hugging Face model directory."
+    base = adapter.get("base_model_name_or_path")
+    return (
+        f"is an adapter, not a model: it has adapter_config.json and no config.json. Give the base model as MODEL"
+        f"{f' ({cut(base)}, says its config)' if isinstance(base, str) and base else ''}, and the adapter with "
+        "--enable-lora --lora-modules NAME=DIRECTORY (LoRARequest offline)."
     )
 
 
@@ -179,9 +208,8 @@ def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> frozenset[int]
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(read_found(path, _MAX_CONFIG_BYTES))
+    except FoundFileError as error:
+        raise ModelError(f"{path} {error.what}.") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds {type(value).__name__}, not a JSON object.")
-    return value
+        raise ModelError(f"{path} {error}.") from error

@@ -79,6 +79,12 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
         reader = GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError) as error:  # the reader trusts what it reads
         raise ModelError(f"{path} cannot be read as GGUF: {error}") from error
+    kind = reader.get_field("general.type")
+    if kind is not None and kind.contents() == "adapter":
+        raise ModelError(
+            f"{path} is a GGUF adapter, not a model. GGUF adapters are not served: give the base model as MODEL, and "
+            "the adapter as PEFT saves it with --lora-modules."
+        )
     field = reader.get_field("general.architecture")
     architecture = None if field is None else field.contents()
     if architecture not in _ARCHITECTURES:

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from lorafleet.workers.text.files import files_digest, over_model, read_text_files
+from lorafleet.workers.text.check_process import check_apart
+from lorafleet.workers.text.files import files_digest, over_model, read_adapter_files, read_text_files
 from lorafleet.workers.text.model_text import ModelText
 
 MAX_ADAPTER_TEXTS = 32  # that an offline engine keeps
+_MAX_CHECKED = 10_000  # digests, of 64 bytes
 
 
 class AdapterTexts:
-    """Those used last are kept, since a tokenizer takes tens of megabytes. Not thread-safe."""
+    """Those used last are kept, since a tokenizer takes tens of megabytes. `files` is thread-safe."""
 
-    def __init__(self, model_dir: Path, max_texts: int) -> None:
+    def __init__(self, model_dir: Path, max_texts: int = MAX_ADAPTER_TEXTS) -> None:
         self._model_dir = model_dir
         self._max_texts = max_texts
         self._texts: OrderedDict[str, ModelText] = OrderedDict()  # by digest, least recently used first
+        self._lock = threading.Lock()
+        self._checked: OrderedDict[str, None] = OrderedDict()  # digests of files that are good, oldest first
 
     @cached_property
-    def _model_files(self) -> dict[str, bytes]:
+    def model_files(self) -> dict[str, bytes]:
         return read_text_files(self._model_dir)
 
     @cached_property
     def model(self) -> ModelText:
         """The base model's. Raises `ModelError`."""
-        return ModelText.from_files(files_digest(self._model_files), self._model_files)
+        return ModelText.from_files(files_digest(self.model_files), self.model_files)
 
-    def of(self, adapter_dir: Path) -> ModelText | None:
-        """An adapter's; None where it is the model's. Raises `ModelError` for a broken tokenizer or template."""
-        files = self.files(adapter_dir)
+    def of(self, adapter_dir: Path, roots: Sequence[Path] = ()) -> ModelText | None:
+        """An adapter's; None where it is the model's. Raises as `files`."""
+        files = self.files(adapter_dir, roots)
         if files is None:
             return None
         digest = files_digest(files)
@@ -41,7 +47,24 @@ class AdapterTexts:
             self._texts.popitem(last=False)
         return text
 
-    def files(self, adapter_dir: Path) -> dict[str, bytes] | None:
-        """What the adapter's text is made of; None where that is what the model's is made of. Raises `ModelError`."""
-        files = over_model(self._model_files, read_text_files(adapter_dir))
-        return None if files == self._model_files else files
+    def files(self, adapter_dir: Path, roots: Sequence[Path] = ()) -> dict[str, bytes] | None:
+        """What the adapter's text is made of; None where that is what the model's is made of.
+
+        roots: its files must really lie below one of these; none: anywhere. Raises `ModelError` for a broken tokenizer
+        or template, and for what is no file or too large. What the model has too is in memory once.
+        """
+        model = self.model_files
+        files = over_model(model, read_adapter_files(adapter_dir, roots))
+        if files == model:
+            return None
+        files = {name: model[name] if data == model.get(name) else data for name, data in files.items()}
+        digest = files_digest(files)
+        with self._lock:
+            is_checked = digest in self._checked
+        if not is_checked:
+            check_apart(digest, files)
+            with self._lock:
+                self._checked[digest] = None
+                if len(self._checked) > _MAX_CHECKED:
+                    self._checked.popitem(last=False)
+        return files

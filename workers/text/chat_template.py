@@ -1,19 +1,8 @@
 """Chat templates: messages to the text of a prompt, as transformers' ``apply_chat_template`` renders them.
 
-Owns: the sandbox, its helpers and its bounds, OpenAI content parts. Leaves to others: reading files (tokenizer.py),
-tokenising the result (with ``add_special_tokens=False``: a template writes its own).
-
-A template is a program that came with a model or an adapter. What bounds it:
-
-* jinja2's sandbox: no attribute that leads to the interpreter, no change of a value it was given, no file, no include;
-  ``range`` is limited to 100,000.
-* Steps: every turn of a loop and every macro call counts towards `MAX_STEPS`; recursion ends at Python's limit.
-* Size: the prompt is given up as soon as it passes `MAX_PROMPT_CHARS`; ``*`` and ``**`` refuse operands that would
-  build something larger.
-
-Between two steps a filter still works on whole values: a template that sets out to fill memory (by doubling a string
-with ``~``) can. So templates are taken from model and adapter directories, which an operator chose, never from a
-request.
+Owns: OpenAI content parts, what a template is given. Leaves to others: what it runs in and what bounds it
+(template_sandbox.py), reading files (files.py), tokenising the result (with ``add_special_tokens=False``: a template
+writes its own).
 """
 
 from __future__ import annotations
@@ -21,29 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import jinja2
-import jinja2.ext
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from lorafleet.workers.errors import InvalidRequestError, ModelError, cut, quoted
 from lorafleet.workers.text.json_shape import MAX_DEPTH, check_shape
+from lorafleet.workers.text.template_sandbox import Budget, Environment
 from lorafleet.workers.text.tokenizer import Tokenizer
 
-MAX_STEPS: Final = 1_000_000
-"""Loop turns and macro calls of one rendering: a chat of 700 messages through a template that is quadratic in them."""
+MAX_TEMPLATE_CHARS: Final = 128 << 10
+"""Length of a template: the longest published ones have some 30,000. Compiling one takes 10 µs a character."""
 
-MAX_PROMPT_CHARS: Final = 16_000_000
-"""Length of a rendered prompt: some 4 million tokens."""
-
-_STEP = "_lorafleet_step"  # the counter's name inside templates
-_NUM_BITS_LIMIT = 1 << 16  # of an integer that a template computes
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -127,44 +106,30 @@ class _Compiled:
     """One compiled template. wants_parts: it takes nothing but content lists."""
 
     def __init__(self, source: str, now: Callable[[], datetime]) -> None:
-        environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda format: now().strftime(format),
-            "namespace": _TemplateNamespace,
-            "dict": lambda *args, **kwargs: dict(*args, **kwargs),
-        }
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise ModelError(f"The chat template has {len(source):,} characters, the limit is {MAX_TEMPLATE_CHARS:,}.")
+        environment = Environment()
+        environment.globals["strftime_now"] = lambda format: now().strftime(format)
         try:
             tree = environment.parse(source)
             self.accepts_parts = _goes_over_content(tree)
             self.wants_parts = self.accepts_parts and not any(
                 test.name in ("string", "sequence", "iterable", "mapping") for test in tree.find_all(nodes.Test)
             )
-            _count_steps(tree, environment)
-            self._template = environment.from_string(tree)
+            self._template = environment.compile_bounded(tree)
         except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"The chat template does not compile: {error.message} (line {error.lineno}).") from error
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ModelError(f"The chat template does not compile: {error}.") from error
+            raise ModelError(
+                f"The chat template does not compile: {cut(error.message or '')} (line {error.lineno})."
+            ) from error
+        except Exception as error:  # of jinja2, or of Python on what jinja2 made of it
+            raise ModelError(f"The chat template does not compile: {cut(str(error))}.") from error
 
     def render(self, variables: dict[str, Any]) -> str:
-        num_chars = num_steps = 0
+        budget = Budget()
         pieces: list[str] = []
-
-        def step() -> None:
-            nonlocal num_steps
-            num_steps += 1
-            if num_steps > MAX_STEPS:
-                raise SecurityError(f"it took more than {MAX_STEPS:,} steps")
-
         try:
-            for piece in self._template.generate(variables | {_STEP: step}):
-                num_chars += len(piece)
-                if num_chars > MAX_PROMPT_CHARS:
-                    raise SecurityError(f"the prompt would be longer than {MAX_PROMPT_CHARS:,} characters")
+            for piece in self._template.generate(variables | budget.variables()):
+                budget.write(piece)
                 pieces.append(piece)
         except Exception as error:  # a template can raise anything that its expressions can
             reason = cut(str(error)) or type(error).__name__
@@ -172,82 +137,6 @@ class _Compiled:
                 f"The model's chat template cannot render these messages: {reason}", param="messages"
             ) from error
         return "".join(pieces)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with a bound on what multiplication and powers may build."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Check the operands' sizes, then compute."""
-        if isinstance(left, int) and isinstance(right, int):
-            factor = abs(right) if operator == "**" else 1
-            if left.bit_length() * factor + right.bit_length() > _NUM_BITS_LIMIT:
-                raise SecurityError(f"{operator} would give a number of more than {_NUM_BITS_LIMIT:,} bits")
-        elif operator == "*":
-            for value, times in ((left, right), (right, left)):
-                repeats = isinstance(value, (str, list, tuple)) and isinstance(times, int)
-                if repeats and len(value) * times > MAX_PROMPT_CHARS:
-                    raise SecurityError(f"* would give something longer than {MAX_PROMPT_CHARS:,}")
-        return super().call_binop(context, operator, left, right)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}`` marks what training learns from; here it only renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance's)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """A scope of its own, as transformers has it."""
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-class _TemplateNamespace(Namespace):
-    """jinja2's namespace without underscore names, which could stand in for Python's own."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # no parameter names, so that namespace(self=1) works
-        for name in dict(*args[1:], **kwargs):
-            _check_name(name)
-        Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: str) -> None:
-    if name.startswith("_"):
-        raise SecurityError(f"a namespace may not have a name that begins with an underscore: {name!r}")
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _count_steps(tree: nodes.Template, environment: jinja2.Environment) -> None:
-    """Put a call of the step counter at the head of every loop and macro body."""
-    blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
-        *tree.find_all(nodes.For),
-        *tree.find_all(nodes.Macro),
-        *tree.find_all(nodes.CallBlock),
-    ]
-    for node in blocks:
-        call = nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None)
-        statement = nodes.ExprStmt(call).set_lineno(node.lineno).set_environment(environment)
-        node.body.insert(0, statement)
 
 
 def _goes_over_content(tree: nodes.Template) -> bool:

@@ -23,7 +23,8 @@ from typing import Any, Final
 
 import tokenizers
 
-from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, ModelError
+from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, ModelError, cut, quoted
+from lorafleet.workers.found_file import LFS_ADVICE, LFS_POINTER, json_object
 from lorafleet.workers.text.pieces import DecoderRules, PieceTable
 
 TOKENIZER_FILES: Final[tuple[str, ...]] = (
@@ -93,10 +94,12 @@ class Tokenizer:
                 "There is no tokenizer.json. A model needs one; for a model that has only a SentencePiece or "
                 "vocab/merges file, write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained()."
             )
+        if files["tokenizer.json"].startswith(LFS_POINTER):
+            raise ModelError(f"tokenizer.json {LFS_ADVICE}.")
         try:
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception or ValueError
-            raise ModelError(f"tokenizer.json is not a tokenizer: {error}.") from error
+            raise ModelError(f"tokenizer.json is not a tokenizer: {cut(str(error))}.") from error
         config = _json_object(files, "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= _json_object(files, "special_tokens_map.json")
@@ -182,6 +185,21 @@ class Tokenizer:
             return self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def check_ids(self, token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+        """vocab_size: how many ids the model has a row for; the tokenizer may have more.
+
+        Raises InvalidRequestError, which names the token.
+        """
+        low, high = min(token_ids, default=0), max(token_ids, default=0)
+        if low >= 0 and high < vocab_size:
+            return
+        bad = low if low < 0 else high
+        token = self._backend.id_to_token(bad) if 0 <= bad < self.vocab_size else None
+        known = "" if token is None else f" (the tokenizer's {quoted(token)}, for which the model has no row)"
+        raise InvalidRequestError(
+            f"{param} has the token id {quoted(bad)}{known}; ids go from 0 to {vocab_size - 1}.", param=param
+        )
+
     def id_to_token(self, token_id: int) -> str | None:
         """A token as the vocabulary spells it (``Ġthe``, ``▁the``), or None."""
         return self._backend.id_to_token(token_id)
@@ -225,22 +243,17 @@ def _not_unicode(text: str) -> InvalidRequestError:
 
 
 def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    if name not in files:
-        return {}
     try:
-        value = json.loads(files[name])
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise ModelError(f"{name} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{name} must hold a JSON object, not {type(value).__name__}.")
-    return value
+        return json_object(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ModelError(f"{name} {error}.") from error
 
 
 def _eos_ids(files: Mapping[str, bytes], name: str) -> set[int]:
     value = _json_object(files, name).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int and item >= 0 for item in ids):
-        raise ModelError(f"eos_token_id of {name} must be a token id or a list of them, not {value!r}.")
+        raise ModelError(f"eos_token_id of {name} must be a token id or a list of them, not {quoted(value)}.")
     return set(ids)
 
 
@@ -252,13 +265,13 @@ def _added_token(value: Any, key: str) -> tokenizers.AddedToken:
         flags = {name: flag for name, flag in value.items() if name not in ("__type", "content")}
         return tokenizers.AddedToken(value["content"], **flags)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ModelError(f"{key} of tokenizer_config.json is not a token: {value!r}.") from error
+        raise ModelError(f"{cut(key)} of tokenizer_config.json is not a token: {quoted(value)}.") from error
 
 
 def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
     """Add to `backend` the tokens that only `config` declares; return the named special tokens."""
     declared = config.get("added_tokens_decoder", {})
-    if not isinstance(declared, dict) or not all(key.isdecimal() for key in declared):
+    if not isinstance(declared, dict) or not all(key.isdecimal() and len(key) < 10 for key in declared):
         raise ModelError("added_tokens_decoder of tokenizer_config.json must be an object of token ids.")
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     added = [_added_token(declared[key], "added_tokens_decoder") for key in sorted(declared, key=int)]
@@ -272,7 +285,7 @@ def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     if not isinstance(extra, list):
-        raise ModelError(f"The extra special tokens of tokenizer_config.json must be a list, not {extra!r}.")
+        raise ModelError(f"The extra special tokens of tokenizer_config.json must be a list, not {quoted(extra)}.")
     contents = {token.content for token in backend.get_added_tokens_decoder().values()}
     contents.update(token.content for token in missing)
     for token in [*named.values(), *(_added_token(value, "extra_special_tokens") for value in extra)]:

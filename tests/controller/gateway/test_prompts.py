@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorafleet.controller.gateway import prompts as prompts_module
-from lorafleet.controller.gateway.prompts import check_ids, echoes_of, encode_prompts, read_prompts
+from lorafleet.controller.gateway.prompts import echoes_of, encode_prompts, read_prompts
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
 CONTEXT = 64
@@ -86,17 +86,6 @@ def test_more_ids_than_the_context_has_are_counted_and_not_decoded(
     assert where in caught.value.message
     assert caught.value.param == "prompt"
     assert sum(num_bytes) < 10
-
-
-def test_an_id_outside_the_vocabulary_is_named() -> None:
-    check_ids([0, 9], 10, "prompt")
-    check_ids([], 10, "tokens")
-    for bad in (10, -1, 2**70, -(10**5000)):
-        with pytest.raises(InvalidRequestError) as caught:
-            check_ids([1, bad, 2], 10, "tokens")
-        assert caught.value.param == "tokens"
-        assert (str(bad) if abs(bad) < 10**100 else "bits") in caught.value.message
-        assert "0 to 9" in caught.value.message
 
 
 def test_texts_are_encoded_and_ids_stay(tokenizer: Any) -> None:

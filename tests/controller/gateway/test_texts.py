@@ -66,3 +66,23 @@ async def test_each_is_fetched_once_and_those_used_last_are_kept(
             await texts.get("broken")
         assert fetched == ["a", "b", "c", "b", "broken"]
         await texts.close()
+
+
+async def test_those_that_are_kept_take_so_many_bytes_at_most(
+    tokenizer_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+
+    async def fetch(digest: str) -> Mapping[str, bytes]:
+        fetched.append(digest)
+        return tokenizer_files
+
+    size = texts_module._BYTES_PER_FILE_BYTE * sum(map(len, tokenizer_files.values()))
+    with ThreadPoolExecutor(1) as executor:
+        texts = Texts(fetch, executor)
+        for num_kept in (2, 0):  # one is kept whatever it takes: it is in use
+            monkeypatch.setattr(texts_module, "MAX_BYTES", num_kept * size)
+            for digest in ("a", "b", "a", "b"):
+                await texts.get(f"{digest}{num_kept}")
+        assert fetched == ["a2", "b2", "a0", "b0", "a0", "b0"]
+        await texts.close()

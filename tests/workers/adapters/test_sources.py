@@ -26,6 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise hub.HubError(f"{hub_id} is not on the hub.")
 
     monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr(hub, "list_files", lambda hub_id: [])
     return ids
 
 

@@ -289,7 +289,7 @@ def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
         for adapter, too_large in ((None, V), (narrow.digest, V + 1), (wide.digest, V + 40)):
             for prompt, stop in (((5, too_large), ()), ((5,), (too_large,))):
                 sampling = SamplingOptions(max_tokens=2, stop_token_ids=frozenset(stop))
-                with pytest.raises(InvalidRequestError, match=f"outside 0 to {too_large - 1}"):
+                with pytest.raises(InvalidRequestError, match=f"ids go from 0 to {too_large - 1}"):
                     engine.submit(GenerateRequest("refused", prompt, sampling, adapter))
         hot = SamplingOptions(max_tokens=60, temperature=5.0, num_logprobs=20, ignore_eos=True)
         requests = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorafleet.workers.errors import InvalidRequestError, ModelError
-from lorafleet.workers.text import ChatTemplate, Tokenizer, chat_template
+from lorafleet.workers.text import ChatTemplate, Tokenizer, template_sandbox
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": 'Be <brief> & "kind" —日本'},
@@ -275,7 +276,22 @@ def test_several_templates_without_a_default_are_refused() -> None:
         ChatTemplate({"b": "", "a": ""})
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{ 'open", "{% endfor %}", "{{ x | no_such_filter }}"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if %}",
+        "{{ 'open",
+        "{% endfor %}",
+        "{{ x | no_such_filter }}",
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "[" * 90_000,
+        "{% set _lorafleet_step = 1 %}",
+        "{% macro _lorafleet_budget() %}{% endmacro %}",
+        "{{ _lorafleet_step.__closure__[0].cell_contents.x }}",
+    ],
+    ids=range(10),
+)
 def test_a_template_that_does_not_compile_is_a_model_error(source: str) -> None:
     with pytest.raises(ModelError, match="chat template does not compile"):
         ChatTemplate(source)
@@ -289,7 +305,6 @@ def test_a_template_that_does_not_compile_is_a_model_error(source: str) -> None:
     [
         "{{ ''.__class__.__mro__ }}",
         "{{ raise_exception.__globals__.x }}",
-        "{{ _lorafleet_step.__closure__[0].cell_contents.x }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
         "{{ namespace(__class__=1) }}",
@@ -315,14 +330,89 @@ def test_the_sandbox_holds(source: str) -> None:
     ],
 )
 def test_a_runaway_template_is_stopped(monkeypatch: pytest.MonkeyPatch, source: str, reason: str) -> None:
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 2_000)
-    monkeypatch.setattr(chat_template, "MAX_PROMPT_CHARS", 5_000)
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 2_000)
+    monkeypatch.setattr(template_sandbox, "MAX_PROMPT_CHARS", 5_000)
     with pytest.raises(InvalidRequestError, match=reason):
         ChatTemplate(source).render(CHAT)
 
 
+BIG = "{% set x = 'x' * 9000000 %}{% set l = [x, x, x, x] %}{% set m = [l] * 9000 %}"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "x ~ x",
+        "x + x",
+        "l | join",
+        "'' ~ m",
+        "m | string",
+        "m",
+        "m | tojson",
+        "{'a': m}",
+        "x.replace('x', x)",
+        "x | replace('x', 'yy')",
+        "x.join(l)",
+        "l | join(x)",
+        "','.join(m | map('string'))",
+        "'%s%s' % (x, x)",
+        "'%1000000000d' % 1",
+        "'%*d' % (1000000000, 1)",
+        "'%s%s' | format(x, x)",
+        "'{:1000000000}'.format(1)",
+        "'{:{}}'.format(1, 1000000000)",
+        "'{0}{0}'.format(x)",
+        "'a' | center(1000000000)",
+        "'a'.ljust(1000000000)",
+        "'a'.zfill(1000000000)",
+        "'a\n' | indent(1000000000, true)",
+        "('a\n' * 90000) | indent(x)",
+        "[1] | batch(1000000000, 1) | list",
+        "'a\t'.expandtabs(1000000000)",
+        "'x'.translate({120: x ~ ''})",
+        "(1).to_bytes(1000000000, 'big')",
+        "1.5 | round(100000000, 'ceil')",
+        "[1] * 9000000",
+        "range(90000) | map('string') | map('center', 10001) | list",
+        "([[1] * 1000] * 60000) | sum(start=[]) | length",
+        "lipsum(n=100000)",
+        "9 ** 9 ** 9 ** 9 ** 9 ** 9",
+    ],
+)
+def test_a_template_that_would_fill_memory_is_stopped_before(expression: str) -> None:
+    """At the bounds as they are: what these would build has a gigabyte or more, or takes minutes."""
+    template = ChatTemplate(f"{BIG}{{{{ {expression} }}}}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequestError):
+            template.render(CHAT)
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_built_and_thrown_away_is_bounded_too() -> None:
+    source = (
+        "{% set ns = namespace(l=[]) %}{% for i in range(1000) %}{% set ns.l = ns.l + ['x' * 900000 ~ i] %}{% endfor %}"
+    )
+    with pytest.raises(InvalidRequestError, match="on the way"):
+        ChatTemplate(source).render(CHAT)
+
+
+def test_a_rendering_has_so_much_cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_RENDER_S", 0.05)
+    source = "{% for i in range(90000) %}{% set x = range(90000) | sum %}{% endfor %}"
+    with pytest.raises(InvalidRequestError, match=r"more than 0\.05 s"):
+        ChatTemplate(source).render(CHAT)
+
+
+def test_the_length_of_a_template_is_bounded() -> None:
+    with pytest.raises(ModelError, match="1,000,000 characters, the limit is 131,072"):
+        ChatTemplate("x" * 1_000_000)
+
+
 def test_steps_are_counted_for_each_rendering_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 100)
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 100)
     template = ChatTemplate("{% for i in range(60) %}{{ i }}{% endfor %}")
     assert template.render(CHAT) == template.render(CHAT)
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
 from tokenizers_on_disk import from_dir
 
+from lorafleet.workers import found_file
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, ModelError
 from lorafleet.workers.text import TOKENIZER_FILES, ChatTemplate, Tokenizer
 
@@ -202,6 +203,21 @@ def test_an_unpaired_surrogate_is_the_callers_mistake(tokenizer: Tokenizer) -> N
         tokenizer.encode_batch(["fine", "\udc00"])
 
 
+def test_an_id_that_the_model_has_no_row_for_is_named_with_its_token(tokenizer: Tokenizer) -> None:
+    last = tokenizer.vocab_size - 1
+    tokenizer.check_ids([0, last], last + 1, "prompt")
+    with pytest.raises(InvalidRequestError) as caught:
+        tokenizer.check_ids([0, last], last, "prompt")
+    token = tokenizer.id_to_token(last)
+    assert caught.value.message == (
+        f"prompt has the token id {last} (the tokenizer's {token!r}, for which the model has no row); ids go from 0 to "
+        f"{last - 1}."
+    )
+    for bad in (-1, 10**400, tokenizer.vocab_size + 5):
+        with pytest.raises(InvalidRequestError, match="prompt has the token id"):
+            tokenizer.check_ids([bad], last, "prompt")
+
+
 def test_a_text_that_is_no_string_is_a_type_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(TypeError):
         tokenizer.encode(3)  # type: ignore[arg-type]
@@ -219,16 +235,19 @@ def test_a_directory_without_tokenizer_json_is_refused_with_what_is_needed(tmp_p
     [
         ("tokenizer.json", b"{", "tokenizer.json is not a tokenizer: .*EOF"),
         ("tokenizer.json", b"\xff\xfe", "tokenizer.json is not a tokenizer"),
-        ("tokenizer_config.json", b"{", "tokenizer_config.json is not valid JSON"),
-        ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not valid JSON"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json must hold a JSON object, not list"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json cannot be read as JSON"),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON in UTF-8"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json holds list, not a JSON object"),
         ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token of tokenizer_config.json is not a token: 3"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"1": {}}}', "is not a token"),
         ("tokenizer_config.json", b'{"extra_special_tokens": 3}', "must be a list, not 3"),
         ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template of tokenizer_config.json"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', "chat_template of tokenizer_config.json"),
-        ("special_tokens_map.json", b"nul", "special_tokens_map.json is not valid JSON"),
+        ("special_tokens_map.json", b"nul", "special_tokens_map.json cannot be read as JSON"),
+        ("tokenizer_config.json", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"' + b"9" * 5000 + b'": {}}}', "added_tokens_decoder"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid", "tokenizer.json is a Git LFS pointer"),
         ("generation_config.json", b'{"eos_token_id": "x"}', "eos_token_id of generation_config.json"),
         ("config.json", b'{"eos_token_id": [1, -1]}', "eos_token_id of config.json"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8"),
@@ -243,10 +262,10 @@ def test_a_bad_file_is_refused_by_name(byte_level_dir: Path, name: str, content:
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(*args: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(found_file.os, "open", refuse)
     with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read: Permission denied"):
         from_dir(tmp_path)
 

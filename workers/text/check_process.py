@@ -1,0 +1,76 @@
+"""Checks of tokenizers and templates that others wrote, in a process of their own.
+
+Reading a tokenizer or compiling a template takes seconds at its worst, with Python's lock held, and a broken one may
+end the process: nobody else is to wait for that. The process has bounds of CPU time and memory, and tries the template.
+
+Owns: the process and its bounds. Leaves to others: what is right (model_text.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+from lorafleet.workers.errors import InvalidRequestError, ModelError, cut
+from lorafleet.workers.text.model_text import ModelText
+from lorafleet.workers.text.template_sandbox import LimitError
+
+CPU_S: Final = 30
+_WALL_S = 300.0
+_MEMORY_BYTES = 4 << 30
+_CODE = "from lorafleet.workers.text.check_process import main; main()"
+
+
+def check_apart(digest: str, files: Mapping[str, bytes]) -> None:
+    """Raises ModelError for files that are no tokenizer and template, or that take too long or too much."""
+    sizes = json.dumps({"digest": digest, "sizes": {name: len(data) for name, data in files.items()}}).encode()
+    task = b"\n".join([sizes, b"".join(files.values())])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _CODE], input=task, capture_output=True, timeout=_WALL_S, env=env
+        )
+    except (subprocess.TimeoutExpired, OSError) as error:
+        raise ModelError(f"The tokenizer cannot be checked: {type(error).__name__}.") from error
+    if done.returncode:
+        raise ModelError(
+            f"The tokenizer or the chat template takes more than {CPU_S} s of CPU time or {_MEMORY_BYTES >> 30} GiB of "
+            "memory to read, or breaks the library that reads it."
+        )
+    message = json.loads(done.stdout)["error"]
+    if message is not None:
+        raise ModelError(message)
+
+
+def main() -> None:
+    """The process: reads a task from standard input, writes what is wrong to standard output."""
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    head, _, data = sys.stdin.buffer.read().partition(b"\n")
+    task = json.loads(head)
+    files, start = {}, 0
+    for name, size in task["sizes"].items():
+        files[name] = data[start : start + size]
+        start += size
+    print(json.dumps({"error": problem(task["digest"], files)}))
+
+
+def problem(digest: str, files: Mapping[str, bytes]) -> str | None:
+    """What is wrong with a tokenizer and its template; None: nothing."""
+    try:
+        text = ModelText.from_files(digest, files)
+        if text.template.exists:
+            text.template.render([{"role": "user", "content": "Hello"}], **text.tokenizer.special_tokens)
+    except InvalidRequestError as error:  # it may well want another conversation, but none that costs so much
+        return f"chat_template: {error.message}" if isinstance(error.__cause__, LimitError) else None
+    except ModelError as error:
+        return error.message
+    except Exception as error:
+        return f"It cannot be read as a tokenizer: {type(error).__name__}: {cut(str(error))}."
+    return None

@@ -1,0 +1,371 @@
+"""What chat templates run in: jinja2's sandbox, and bounds on the work and the memory of one rendering.
+
+A template is a program that came with a model or an adapter. What bounds it:
+
+* jinja2's sandbox: no attribute that leads to the interpreter, no change of a value it was given, no file, no include;
+  ``range`` is limited to 100,000.
+* Steps and time: every turn of a loop and every macro call counts, and looks at the clock; recursion ends at Python's
+  limit.
+* Size: what operators, filters and methods build is counted together, before it is built where a few characters can
+  ask for much. Filters and methods that no chat template needs and that cannot be counted are taken away.
+
+Owns: the environment and the budget. Leaves to others: what a template is given (chat_template.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, Final, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace, pass_context
+from jinja2.visitor import NodeTransformer
+
+MAX_STEPS: Final = 1_000_000
+"""Loop turns and macro calls of one rendering: a chat of 700 messages through a template that is quadratic in them."""
+
+MAX_PROMPT_CHARS: Final = 16_000_000
+"""Length of a rendered prompt: some 4 million tokens. Also of any one value that a template builds."""
+
+MAX_BUILT_CHARS: Final = 256_000_000
+"""Of all that one rendering builds on the way to its prompt, what it throws away included."""
+
+MAX_RENDER_S: Final = 10.0
+"""CPU time of one rendering."""
+
+BUDGET: Final = "_lorafleet_budget"
+"""The variable that a rendering's `Budget` is passed in."""
+
+_STEP, _JOIN = "_lorafleet_step", "_lorafleet_join"
+_RESERVED = "_lorafleet"
+_NUM_BITS_LIMIT = 1 << 16  # of an integer that a template computes
+_ITEM_CHARS = 8  # what an item of a list counts
+_MAX_WIDTH = 10_000  # that something is padded or indented to
+_NO_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+_NO_METHODS = frozenset({"expandtabs", "format_map", "from_bytes", "fromhex", "maketrans", "to_bytes", "translate"})
+_WIDE = re.compile(r"\d{5}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # widths in formats: large ones, and those from arguments
+_PAD_METHODS = frozenset({"center", "ljust", "rjust", "zfill"})
+
+
+class LimitError(SecurityError):
+    """A template asked for more than a rendering may have."""
+
+
+class Budget:
+    """What one rendering has used."""
+
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self._clock = clock
+        self._end = clock() + MAX_RENDER_S
+        self._num_steps = 0
+        self._num_built = 0
+        self._num_written = 0
+
+    def variables(self) -> dict[str, Any]:
+        """What a compiled template refers to."""
+        return {BUDGET: self, _STEP: self.step, _JOIN: self.join}
+
+    def step(self) -> None:
+        self._num_steps += 1
+        if self._num_steps > MAX_STEPS:
+            raise LimitError(f"it took more than {MAX_STEPS:,} steps")
+        if self._clock() > self._end:
+            raise LimitError(f"it took more than {MAX_RENDER_S:g} s")
+
+    def write(self, piece: str) -> None:
+        """A part of the prompt."""
+        self._num_written += len(piece)
+        if self._num_written > MAX_PROMPT_CHARS:
+            raise LimitError(f"the prompt would be longer than {MAX_PROMPT_CHARS:,} characters")
+
+    def take(self, num_chars: int) -> None:
+        """Something of this size is about to be built, or has just been."""
+        self._num_built += num_chars
+        if num_chars > MAX_PROMPT_CHARS:
+            raise LimitError(f"it would build something longer than {MAX_PROMPT_CHARS:,} characters")
+        if self._num_built > MAX_BUILT_CHARS:
+            raise LimitError(f"it built more than {MAX_BUILT_CHARS:,} characters on the way")
+        if self._clock() > self._end:
+            raise LimitError(f"it took more than {MAX_RENDER_S:g} s")
+
+    def take_text(self, *values: Any) -> None:
+        """These are about to be written out as one text."""
+        self.take(sum(_size(value) for value in values))
+
+    def take_result(self, value: Any) -> Any:
+        if isinstance(value, str | bytes):
+            self.take(len(value))
+        elif isinstance(value, list | tuple | dict):
+            self.take(_ITEM_CHARS * len(value))
+        return value
+
+    def join(self, *parts: Any) -> str:
+        """``a ~ b``."""
+        self.take_text(*parts)
+        return "".join(map(str, parts))
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a budget for each rendering."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+            optimized=False,  # nothing is computed while it is compiled
+            finalize=_finalize,
+        )
+        for name in _NO_FILTERS:
+            del self.filters[name]
+        del self.globals["lipsum"]
+        self.filters["tojson"] = _tojson
+        for name, function in list(self.filters.items()):
+            self.filters[name] = _counted(name, function)
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "namespace": _TemplateNamespace,
+            "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        }
+
+    def compile_bounded(self, tree: nodes.Template) -> jinja2.Template:
+        """`tree` with what counts its steps and what it joins. Raises `jinja2.TemplateError`."""
+        names = [node.name for node in tree.find_all(nodes.Name)] + [node.name for node in tree.find_all(nodes.Macro)]
+        reserved = next((name for name in names if name.startswith(_RESERVED)), None)
+        if reserved is not None:
+            raise jinja2.TemplateError(f"it uses the name {reserved!r}")
+        _CountJoins(self).visit(tree)
+        _count_steps(tree, self)
+        return self.from_string(tree)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Check what it would build, then compute."""
+        budget = _budget(context)
+        if isinstance(left, int) and isinstance(right, int):
+            factor = abs(right) if operator == "**" else 1
+            if left.bit_length() * factor + right.bit_length() > _NUM_BITS_LIMIT:
+                raise LimitError(f"{operator} would give a number of more than {_NUM_BITS_LIMIT:,} bits")
+        elif operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
+                    budget.take(_unit(value) * len(value) * max(times, 0))
+        elif operator == "+":
+            if isinstance(left, str | bytes | list | tuple) and isinstance(right, str | bytes | list | tuple):
+                budget.take(_unit(left) * (len(left) + len(right)))
+        elif operator == "%" and isinstance(left, str):
+            _take_format(budget, left, right if isinstance(right, tuple) else (right,))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check what a method of a value would build, then call."""
+        budget = _budget(__context)
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
+        owner = getattr(method, "__self__", None)
+        name = getattr(method, "__name__", "")
+        if isinstance(owner, str | bytes | int) or owner in (str, bytes, int, float):
+            if name in _NO_METHODS:
+                raise LimitError(f"the method {name} is not available")
+            args = _take_method(budget, owner, name, args, kwargs)
+        return budget.take_result(super().call(__context, __obj, *args, **kwargs))
+
+
+def _take_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Check what a method would build; its arguments, generators among them written out."""
+    if name in _PAD_METHODS:
+        _check_width(args[0] if args else 0)
+    elif name == "replace" and len(args) >= 2:
+        budget.take(len(owner) + owner.count(args[0]) * len(args[1]))
+    elif name == "join" and args:
+        parts = _listed(budget, args[0])
+        budget.take_text(*parts)
+        budget.take(len(owner) * len(parts))
+        return (parts, *args[1:])
+    elif name == "format":
+        _take_format(budget, owner, (*args, *kwargs.values()))
+    elif name in ("split", "rsplit", "splitlines"):
+        budget.take(len(owner))
+    return args
+
+
+def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that takes from the budget. It is given the context whatever it wants itself."""
+    wants = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
+
+    def bounded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+        budget = _budget(context)
+        value = _take_filter(budget, name, value, args, kwargs)
+        first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
+        result = function(*([first[wants]] if wants else []), value, *args, **kwargs)
+        return budget.take_result(result)
+
+    return pass_context(bounded)
+
+
+def _take_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Check what a filter would build; its value, a generator written out where that had to be looked at."""
+    numbers = [item for item in (*args, *kwargs.values()) if isinstance(item, int)]
+    if name in ("center", "indent", "batch", "slice", "truncate", "tojson", "round", "int"):
+        for number in numbers:
+            _check_width(number)
+    if name == "round" and any(abs(number) > 100 for number in numbers):
+        raise LimitError("numbers are rounded to at most 100 places")
+    if name == "indent":
+        width = next(
+            (len(item) for item in (*args, *kwargs.values()) if isinstance(item, str)), max(numbers, default=4)
+        )
+        budget.take(len(value) + (str(value).count("\n") + 1) * width if isinstance(value, str) else 0)
+    elif name == "replace" and len(args) >= 2:
+        text, old, new = str(value), str(args[0]), str(args[1])
+        budget.take(len(text) + text.count(old) * len(new))
+    elif name == "join":
+        separator = args[0] if args else kwargs.get("d", "")
+        value = _listed(budget, value)
+        budget.take_text(*value)
+        budget.take_text(*[separator] * len(value[:MAX_STEPS]))
+    elif name == "format":
+        _take_format(budget, str(value), (*args, *kwargs.values()))
+    elif name == "sum":
+        value = _listed(budget, value)
+        total = 0
+        for item in value:
+            total += len(item) if isinstance(item, list | tuple | str) else 0
+            budget.take(total)
+    elif name in ("tojson", "string", "e", "escape", "forceescape", "urlencode", "safe", "upper", "lower", "title"):
+        budget.take_text(value)
+    return value
+
+
+def _take_format(budget: Budget, text: str, values: Sequence[Any]) -> None:
+    if _WIDE.search(text):
+        raise LimitError("a format asks for more than 9,999 characters, or takes its width from a value")
+    budget.take(len(text) + (text.count("%") + text.count("{")) * max(map(_size, values), default=0))
+
+
+def _check_width(width: Any) -> None:
+    if isinstance(width, int) and abs(width) > _MAX_WIDTH:
+        raise LimitError(f"{width} is more than {_MAX_WIDTH:,}, the most that something is padded to or cut into")
+
+
+def _listed(budget: Budget, values: Any) -> Any:
+    """What is gone over, so that its size is known."""
+    if isinstance(values, str | bytes | list | tuple | dict):
+        return values
+    if not isinstance(values, Iterable):
+        return ()
+    listed = list(islice(values, MAX_PROMPT_CHARS // _ITEM_CHARS))
+    budget.take(_ITEM_CHARS * len(listed))
+    return listed
+
+
+def _unit(value: Any) -> int:
+    return 1 if isinstance(value, str | bytes) else _ITEM_CHARS
+
+
+def _size(value: Any) -> int:
+    """Of what it is as text, about; counting ends a little over the limit. One list may lie in another many times."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if not isinstance(value, list | tuple | dict):
+        return _ITEM_CHARS
+    size, rest = 0, [value]
+    while rest and size <= MAX_PROMPT_CHARS:
+        item = rest.pop()
+        if isinstance(item, dict):
+            rest += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            rest += item
+        size += len(item) if isinstance(item, str | bytes) else _ITEM_CHARS
+    return size
+
+
+def _budget(context: Context) -> Budget:
+    budget: Budget = context.parent[BUDGET]  # where a template cannot set anything
+    return budget
+
+
+@pass_context
+def _finalize(context: Context, value: Any) -> Any:
+    if isinstance(value, list | tuple | dict):
+        _budget(context).take_text(value)
+    return value
+
+
+class _CountJoins(NodeTransformer):
+    """Puts a call that counts in place of each ``~``."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        self._environment = environment
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        call = nodes.Call(nodes.Name(_JOIN, "load"), node.nodes, [], None, None)
+        return call.set_lineno(node.lineno).set_environment(self._environment)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}...{% endgeneration %}`` marks what training learns from; here it only renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance's)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """A scope of its own, as transformers has it."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _TemplateNamespace(Namespace):
+    """jinja2's namespace without underscore names, which could stand in for Python's own."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no parameter names, so that namespace(self=1) works
+        for name in dict(*args[1:], **kwargs):
+            _check_name(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"a namespace may not have a name that begins with an underscore: {name!r}")
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _count_steps(tree: nodes.Template, environment: jinja2.Environment) -> None:
+    """Put a call of the step counter at the head of every loop and macro body."""
+    blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+        *tree.find_all(nodes.For),
+        *tree.find_all(nodes.Macro),
+        *tree.find_all(nodes.CallBlock),
+    ]
+    for node in blocks:
+        call = nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None)
+        statement = nodes.ExprStmt(call).set_lineno(node.lineno).set_environment(environment)
+        node.body.insert(0, statement)
