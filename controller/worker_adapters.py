@@ -61,7 +61,7 @@ class WorkerAdapters:
     ) -> None:
         self.name = name
         self.has_looked = False
-        self.is_settled = False  # all that it should have has been tried
+        self.settled = asyncio.Event()  # all that it should have has been tried
         self._client = client
         self._fleet = fleet
         self._clock = clock
@@ -89,6 +89,11 @@ class WorkerAdapters:
     def wake(self) -> None:
         """Something has changed: see to it now."""
         self._woken.set()
+
+    def catch_up(self, newest: worker_pb2.Adapter) -> None:
+        """A name stands for something else: see to it now, if it has not got or not heard of that."""
+        if self._noted.get(newest.name) != newest.version or not (newest.unloaded or self._has(newest)):
+            self.wake()
 
     async def follow(self) -> None:
         """Make its adapters the fleet's, for as long as it lives."""
@@ -121,12 +126,13 @@ class WorkerAdapters:
         if actions.unregister:
             actions = self._actions()
         self._begin_loads(actions.register)
-        if not self._loaders and not self.is_settled:
-            self.is_settled = True
+        if not self._loaders and not self.settled.is_set():
+            self.settled.set()
             self._publish()
 
     def lacking(self) -> list[controller_pb2.LackingAdapter]:
-        """Of the adapters that names stand for, those that are not here."""
+        """Of the adapters that names stand for, those whose content is not here."""
+        held = {adapter.digest for adapter in self._registered.values()}
         return [
             controller_pb2.LackingAdapter(
                 name=adapter.name,
@@ -134,7 +140,7 @@ class WorkerAdapters:
                 reason=self._reason(adapter),
             )
             for adapter in self._fleet.catalogue.adapters()
-            if not self._has(adapter)
+            if adapter.digest not in held
         ]
 
     async def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:

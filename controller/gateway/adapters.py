@@ -16,7 +16,7 @@ from lorafleet.controller.gateway.state import STATE
 from lorafleet.proto import controller_pb2
 
 LOAD_S: Final = 600.0  # an adapter may have to be downloaded
-UNLOAD_S: Final = 60.0
+UNLOAD_S: Final = 90.0  # its turn and the end of its requests
 
 
 async def load_adapter(request: web.Request) -> web.Response:
