@@ -161,3 +161,29 @@ def test_hub_ids_need_a_root_of_their_own(
     else:
         assert refusal("org/there", roots).reason == "outside_roots"
         assert not asked
+
+
+def test_a_hub_id_may_name_its_revision(asked: list[str]) -> None:
+    assert hub.is_hub_id("org/name@0123abc") and not hub.is_hub_id("org/name@") and not hub.is_hub_id("name@0123abc")
+    snapshot = Path("/cache/models--org--name/snapshots/0123abc")
+    assert hub.pinned_id("org/name", snapshot) == "org/name@0123abc"
+    assert hub.pinned_id("org/name@main", snapshot) == "org/name@0123abc"
+    assert refusal("org/name@0123abc", ["hf://org"]).reason == "not_found"
+    assert asked == ["org/name@0123abc"]
+    assert refusal("other/name@0123abc", ["hf://org"]).reason == "outside_roots"
+
+
+def test_a_path_below_a_root_is_found_again_from_anywhere_by_what_it_was_found_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    for name in ("sql", "team/sql"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    roots = [str(tmp_path / "adapters")]
+    for name in ("sql", "team/sql"):
+        found = resolve_adapter(name, roots)
+        assert found == tmp_path / "adapters" / name
+        assert resolve_adapter(str(found), roots) == found
+    assert not asked
