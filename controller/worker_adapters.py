@@ -24,6 +24,8 @@ from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import LoRAFleetError, status_of
 
+logger = logging.getLogger(__name__)
+
 MAX_LOADING = 8  # adapters that a worker is made to read at once
 LOOK_S = 30.0  # between looks at what the worker has: what a call that failed has left behind
 FIRST_RETRY_S = 1.0
@@ -100,9 +102,12 @@ class WorkerAdapters:
         try:
             while True:
                 self._woken.clear()
-                # Silence is worker_life.py's business; what it means for one call is tried again here.
-                with contextlib.suppress(grpc.aio.AioRpcError):
+                try:
                     await self.step()
+                except grpc.aio.AioRpcError:
+                    pass  # silence is worker_life.py's business; the call is made again
+                except Exception:  # a bug of ours must not leave the worker alone for good
+                    logger.exception("the adapters of %s cannot be seen to", self.name)
                 waits = [problem.retry_at for problem in self._problems.values()]
                 wait_s = max(0.0, min([self._look_at, *waits]) - self._clock())
                 with contextlib.suppress(TimeoutError):
@@ -237,6 +242,9 @@ class WorkerAdapters:
             self._failed(key, getattr(error, "reason", "") or status_of(error).code, error.message)
         except grpc.aio.AioRpcError as error:
             self._failed(key, "no_answer", f"the worker does not answer ({error.code().name})")
+        except Exception as error:  # else the others would not be loaded either
+            logger.exception("adapter %s cannot be loaded again", key[0])
+            self._failed(key, status_of(error).code, repr(error))
         else:
             self._problems.pop(key, None)
 
