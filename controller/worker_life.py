@@ -101,11 +101,12 @@ class WorkerLife:
                 try:
                     why = await self._poll_until_lost(worker, client, adapters)
                 finally:
+                    self._leave_table(worker)
+                    self.adapters = self._report = None
                     following.cancel()
                     await asyncio.gather(following, return_exceptions=True)
-            self._leave_table(worker)
-            self.adapters = self._report = None
-            self._heard()
+            if adapters.has_looked:
+                self._heard()
             self._tell(f"is lost ({worker.worker_id}, generation {worker.generation}): {why}", logging.WARNING)
 
     async def drain(self, timeout_s: float) -> bool:

@@ -91,10 +91,10 @@ def test_requests_on_a_replaced_version_outlive_their_worker(fleet: Fleet) -> No
     """The other worker has no request for it, and keeps it all the same."""
     all_is_as_it_was(fleet)
     assert fleet.load("changing", "one")[0] == 200
-    body = {"model": "changing", "prompt": [PROMPT] * 8, "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    body = {"model": "changing", "prompt": [PROMPT] * 8, "max_tokens": 240, "temperature": 0, "ignore_eos": True}
     undisturbed = texts(fleet.post("/v1/completions", body))
     answers: list[tuple[int, str]] = []
-    running = threading.Thread(target=lambda: answers.append(fleet.post("/v1/completions", body | {"n": 4})))
+    running = threading.Thread(target=lambda: answers.append(fleet.post("/v1/completions", body | {"n": 16})))
     running.start()
     wait_until(lambda: fleet.server.metric("vllm:num_requests_running") > 0, "the request runs")
     assert fleet.load("changing", "two", load_inplace=True)[0] == 200
@@ -102,7 +102,7 @@ def test_requests_on_a_replaced_version_outlive_their_worker(fleet: Fleet) -> No
     before = fleet.server.metric("lorafleet_choices_resumed_total")
     kill(fleet, num_workers=1)
     running.join(120)
-    assert texts(answers[0]) == [text for text in undisturbed for _ in range(4)]
+    assert texts(answers[0]) == [text for text in undisturbed for _ in range(16)]
     assert fleet.server.metric("lorafleet_choices_resumed_total") > before
     assert fleet.answers_as("changing", "two")
     heal(fleet, time.monotonic())
