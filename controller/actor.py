@@ -178,7 +178,7 @@ class ControllerActor:
             of_start=[adapter.name for adapter in self._config.adapters],
         )
         self._retirement = Retirement(
-            self._workers_in_table, self._catalogue.is_named, resume_s=self._config.worker_wait_s
+            self._workers_in_table, self._catalogue.digests, resume_s=self._config.worker_wait_s
         )
         self._updates = AdapterUpdates(
             self._catalogue,

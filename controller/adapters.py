@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 MAX_ROOT_CHARS = 4096  # of a path, on Linux
 FORGET_S = 5.0  # for what a load that failed has left on a worker; later reconciling finds it
-KNOW_S = 15.0  # that a load or unload waits for a controller that has just started to know what there is
+KNOW_S = 12.0  # that a load or unload waits for a controller that has just started to know what there is
 _LOOK_S = 0.5  # between looks at whether a worker that reads an adapter is still there
 
 
@@ -46,7 +46,7 @@ class Worker(Protocol):
     async def register(self, adapter: worker_pb2.Adapter) -> worker_pb2.Adapter: ...
     async def note(self, adapters: Sequence[worker_pb2.Adapter]) -> None: ...
     async def unregister(self, key: Key, timeout_s: float) -> worker_pb2.UnregisterAdapterReply | None: ...
-    def wake(self) -> None: ...
+    def catch_up(self, newest: worker_pb2.Adapter) -> None: ...
 
 
 class AdapterUpdates:
@@ -139,7 +139,7 @@ class AdapterUpdates:
             finally:
                 self.staging.discard((name, wanted.version))
             noted = await self._note(adapter)
-            self._publish()
+            self._publish(adapter)
             if current is not None:
                 self._retirement.add(current)
         self._tell(
@@ -161,7 +161,7 @@ class AdapterUpdates:
             newest = self._catalogue.names.get(name)
             assert newest is not None
             noted = await self._note(newest)
-            self._publish()
+            self._publish(newest)
             self._retirement.add(adapter)
         self._tell(f"adapter {name} is unloaded", logging.INFO)
         if not noted:
@@ -180,10 +180,10 @@ class AdapterUpdates:
         except TimeoutError:
             raise WorkerUnavailableError("The fleet is just starting. Try again in a moment.") from None
 
-    def _publish(self) -> None:
+    def _publish(self, newest: worker_pb2.Adapter) -> None:
         self._changed()
         for worker in self._workers():
-            worker.wake()
+            worker.catch_up(newest)
 
     def _check_allowed(self) -> None:
         if not self._allowed:

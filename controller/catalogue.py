@@ -56,6 +56,7 @@ class Catalogue:
         self._rows: dict[str, _Row] = {}
         self._last: WorkerReady | None = None  # the base's sizes stay known while no worker is up
         self._unheard: set[str] = set()
+        self._table: controller_pb2.RoutingTable | None = None  # the last that was made
 
     @property
     def is_complete(self) -> bool:
@@ -123,9 +124,9 @@ class Catalogue:
         adapter = self.names.get(name)
         return None if adapter is None or adapter.unloaded else adapter
 
-    def is_named(self, digest: str) -> bool:
-        """Whether some name stands for this content."""
-        return any(adapter.digest == digest for adapter in self.names.loaded())
+    def digests(self) -> set[str]:
+        """Of all that names stand for."""
+        return {adapter.digest for adapter in self.names.loaded()}
 
     def next_version(self) -> int:
         """One that no adapter had. A clock that is set back does no harm while one part of the fleet remembers."""
@@ -148,7 +149,12 @@ class Catalogue:
         return adapter
 
     def table(self) -> controller_pb2.RoutingTable:
-        """The table as gateways get it."""
+        """The table as gateways get it; each version is made once."""
+        if self._table is None or self._table.version != self.version:
+            self._table = self._make_table()
+        return self._table
+
+    def _make_table(self) -> controller_pb2.RoutingTable:
         table = controller_pb2.RoutingTable(incarnation=self.incarnation, version=self.version, fleet=self.fleet)
         table.base.names.extend(self.base_names)
         table.base.root = self._root

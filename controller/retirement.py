@@ -57,17 +57,17 @@ class Retirement:
     def __init__(
         self,
         workers: Callable[[], Collection[Worker]],
-        is_named: Callable[[str], bool],
+        named: Callable[[], Collection[str]],
         *,
         resume_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """workers: those in the table. is_named: whether a name stands for this content; nothing is freed then.
+        """workers: those in the table. named: digests that names stand for; nothing of these is freed.
 
         resume_s: how long a request whose worker was lost waits for another one.
         """
         self._workers = workers
-        self._is_named = is_named
+        self._named = named
         self._hold_s = resume_s + NOTICE_S
         self._clock = clock
         self._retired: dict[Key, _Retired] = {}
@@ -88,7 +88,7 @@ class Retirement:
         """`add` it, and what has become of it after `FREE_S` at the latest."""
         future = self.add(adapter)
         patience_s = GRACE_S + FREE_S
-        if self._held_until - self._clock() < patience_s or self._is_named(adapter.digest):
+        if self._held_until - self._clock() < patience_s or adapter.digest in self._named():
             await asyncio.wait([future], timeout=patience_s)
         if future.done():
             return future.result()
@@ -122,11 +122,12 @@ class Retirement:
         workers = list(self._workers())
         asked = sorted({entry.adapter.digest for entry in due.values()})
         answers = await asyncio.gather(*(self._used(worker, asked) for worker in workers)) if asked else []
+        named = self._named() if due else ()
         for key, entry in due.items():
             digest = entry.adapter.digest
             entry.num_users = sum(answer is None or digest in answer for answer in answers)
             entry.is_used = any(answer is not None and digest in answer for answer in answers)
-            if self._is_named(digest) or (not entry.num_users and self._clock() >= self._held_until):
+            if digest in named or (not entry.num_users and self._clock() >= self._held_until):
                 del self._retired[key]
                 task = asyncio.create_task(self._drop(entry, workers), name=f"freeing {key[0]}")
                 self._dropping.add(task)

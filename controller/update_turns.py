@@ -13,7 +13,7 @@ from lorafleet.workers.errors import AdapterConflictError, QueueFullError, quote
 MAX_SIDE_BY_SIDE = 32  # names that are loaded at once
 MAX_UPDATES = 1024  # under way and waiting
 MAX_OF_NAME = 64  # of these
-TURN_S = 50.0  # for one's turn; gateways wait for 60 s
+TURN_S = 30.0  # for one's turn; gateways wait longer for what comes of it
 
 
 class UpdateTurns:

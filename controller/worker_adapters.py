@@ -24,6 +24,8 @@ from lorafleet.controller.worker_client import WorkerClient
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import LoRAFleetError, status_of
 
+logger = logging.getLogger(__name__)
+
 MAX_LOADING = 8  # adapters that a worker is made to read at once
 LOOK_S = 30.0  # between looks at what the worker has: what a call that failed has left behind
 FIRST_RETRY_S = 1.0
@@ -61,7 +63,7 @@ class WorkerAdapters:
     ) -> None:
         self.name = name
         self.has_looked = False
-        self.is_settled = False  # all that it should have has been tried
+        self.settled = asyncio.Event()  # all that it should have has been tried
         self._client = client
         self._fleet = fleet
         self._clock = clock
@@ -90,14 +92,22 @@ class WorkerAdapters:
         """Something has changed: see to it now."""
         self._woken.set()
 
+    def catch_up(self, newest: worker_pb2.Adapter) -> None:
+        """A name stands for something else: see to it now, if it has not got or not heard of that."""
+        if self._noted.get(newest.name) != newest.version or not (newest.unloaded or self._has(newest)):
+            self.wake()
+
     async def follow(self) -> None:
         """Make its adapters the fleet's, for as long as it lives."""
         try:
             while True:
                 self._woken.clear()
-                # Silence is worker_life.py's business; what it means for one call is tried again here.
-                with contextlib.suppress(grpc.aio.AioRpcError):
+                try:
                     await self.step()
+                except grpc.aio.AioRpcError:
+                    pass  # silence is worker_life.py's business; the call is made again
+                except Exception:  # a bug of ours must not leave the worker alone for good
+                    logger.exception("the adapters of %s cannot be seen to", self.name)
                 waits = [problem.retry_at for problem in self._problems.values()]
                 wait_s = max(0.0, min([self._look_at, *waits]) - self._clock())
                 with contextlib.suppress(TimeoutError):
@@ -121,12 +131,13 @@ class WorkerAdapters:
         if actions.unregister:
             actions = self._actions()
         self._begin_loads(actions.register)
-        if not self._loaders and not self.is_settled:
-            self.is_settled = True
+        if not self._loaders and not self.settled.is_set():
+            self.settled.set()
             self._publish()
 
     def lacking(self) -> list[controller_pb2.LackingAdapter]:
-        """Of the adapters that names stand for, those that are not here."""
+        """Of the adapters that names stand for, those whose content is not here."""
+        held = {adapter.digest for adapter in self._registered.values()}
         return [
             controller_pb2.LackingAdapter(
                 name=adapter.name,
@@ -134,7 +145,7 @@ class WorkerAdapters:
                 reason=self._reason(adapter),
             )
             for adapter in self._fleet.catalogue.adapters()
-            if not self._has(adapter)
+            if adapter.digest not in held
         ]
 
     async def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
@@ -231,6 +242,9 @@ class WorkerAdapters:
             self._failed(key, getattr(error, "reason", "") or status_of(error).code, error.message)
         except grpc.aio.AioRpcError as error:
             self._failed(key, "no_answer", f"the worker does not answer ({error.code().name})")
+        except Exception as error:  # else the others would not be loaded either
+            logger.exception("adapter %s cannot be loaded again", key[0])
+            self._failed(key, status_of(error).code, repr(error))
         else:
             self._problems.pop(key, None)
 

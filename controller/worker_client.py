@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
@@ -90,9 +93,26 @@ class WorkerClient:
         """Tokenizer and template files of an adapter that is registered there."""
         request = worker_pb2.GetFilesRequest(digest=digest)
         files: dict[str, bytearray] = {}
-        async for chunk in self._stub.GetFiles(request, timeout=FILES_S, metadata=self._metadata):
-            files.setdefault(chunk.name, bytearray()).extend(chunk.data)
+        with _lost_when_closed():
+            async for chunk in self._stub.GetFiles(request, timeout=FILES_S, metadata=self._metadata):
+                files.setdefault(chunk.name, bytearray()).extend(chunk.data)
         return {name: bytes(data) for name, data in files.items()}
 
     async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
-        return await method(request, timeout=timeout_s, metadata=self._metadata)
+        with _lost_when_closed():
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
+
+
+@contextlib.contextmanager
+def _lost_when_closed() -> Iterator[None]:
+    """A call whose connection is closed under it fails like one to a worker that is lost. gRPC says that it, or who
+    waits for it, was cancelled."""
+    try:
+        yield
+    except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "the connection was closed"
+        ) from error

@@ -7,6 +7,7 @@ which adapters it is to know (adapters.py), which workers are wanted (actor.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -100,11 +101,12 @@ class WorkerLife:
                 try:
                     why = await self._poll_until_lost(worker, client, adapters)
                 finally:
+                    self._leave_table(worker)
+                    self.adapters = self._report = None
                     following.cancel()
                     await asyncio.gather(following, return_exceptions=True)
-            self._leave_table(worker)
-            self.adapters = self._report = None
-            self._heard()
+            if adapters.has_looked:
+                self._heard()
             self._tell(f"is lost ({worker.worker_id}, generation {worker.generation}): {why}", logging.WARNING)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -204,9 +206,13 @@ class WorkerLife:
                 if adapters.has_looked:
                     self.adapters = adapters
                     self._heard()
-                    if adapters.is_settled or time.monotonic() - began > SETTLE_S:
+                    if adapters.settled.is_set() or time.monotonic() - began > SETTLE_S:
                         self._enter_table(worker, client, report.state, adapters)
-            await asyncio.sleep(POLL_S)
+            if self.client is not None or adapters.settled.is_set():
+                await asyncio.sleep(POLL_S)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(adapters.settled.wait(), POLL_S)
 
     def _heard(self) -> None:
         """What it knows of adapters is known, or is lost with it."""

@@ -149,7 +149,7 @@ class Controller:
             fleet="fleet",
             of_start=of_start,
         )
-        self.retirement = Retirement(self._serving, self.catalogue.is_named, resume_s=RESUME_S, clock=clock)
+        self.retirement = Retirement(self._serving, self.catalogue.digests, resume_s=RESUME_S, clock=clock)
         self.updates = AdapterUpdates(
             self.catalogue,
             self.retirement,

@@ -18,7 +18,7 @@ from lorafleet.workers.engine.request import MAX_NAME_CHARS
 from lorafleet.workers.errors import InvalidRequestError, quoted
 
 LOAD_S: Final = 600.0  # an adapter may have to be downloaded
-UNLOAD_S: Final = 60.0
+UNLOAD_S: Final = 90.0  # its turn and the end of its requests
 MAX_PATH_CHARS: Final = 4096  # Linux's
 
 

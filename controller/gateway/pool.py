@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Sequence
 
 from lorafleet.controller.gateway.config import SessionTimes
@@ -28,6 +29,7 @@ from lorafleet.workers.errors import (
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.5
+_SURE_S = 2.0  # after a table, workers' heartbeats have said which adapters they have
 
 
 class WorkerPool:
@@ -41,6 +43,7 @@ class WorkerPool:
         self._demand = Demand()
         self.line = WaitingLine()  # of those that no worker could take
         self._sweeper: asyncio.Task[None] | None = None
+        self._applied_at = time.monotonic()  # of the last table
 
     @property
     def sessions(self) -> Iterable[WorkerSession]:
@@ -49,6 +52,7 @@ class WorkerPool:
 
     def apply(self, endpoints: Iterable[Endpoint]) -> None:
         """Make the sessions those of a new table."""
+        self._applied_at = time.monotonic()
         wanted = {endpoint.identity: endpoint for endpoint in endpoints}
         for identity, session in self._sessions.items():
             session.retired = identity not in wanted
@@ -90,6 +94,11 @@ class WorkerPool:
         """
         sessions = _with_adapters([session for session in self._sessions.values() if not session.retired], adapters)
         views = [session.view() for session in sessions]
+        if adapters and time.monotonic() - self._applied_at > _SURE_S:
+            # What no name stands for any more is not in the table: a worker that has restarted may not have it.
+            having = [number for number, view in enumerate(views) if all(map(view.tier, adapters))]
+            if having:
+                sessions, views = [sessions[number] for number in having], [views[number] for number in having]
         if not any(view.ready and view.max_loras >= len(adapters) for view in views):
             raise self._refusal(views, len(adapters))
         names = prefix_names(owner, prompt)

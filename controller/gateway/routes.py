@@ -63,7 +63,7 @@ class RoutesClient:
         self._arrived = asyncio.Event()  # set, and replaced, with each new table
         self._task: asyncio.Task[None] | None = None
         self._text_task: asyncio.Task[None] | None = None
-        self._known = controller_pb2.WatchRequest(gateway_id=gateway_id)  # what the last table said of names
+        self._message = controller_pb2.RoutingTable()  # the last table as it came
         self._text_digest = ""  # of the text that is loaded or being loaded
 
     def start(self) -> None:
@@ -139,7 +139,12 @@ class RoutesClient:
             await asyncio.sleep(backoff.next_s())
 
     async def _watch(self, stub: Any, backoff: Backoff) -> None:
-        call = stub.Watch(self._known, metadata=self._metadata, timeout=WATCH_DEADLINE_S)
+        request = controller_pb2.WatchRequest(
+            gateway_id=self._gateway_id,
+            fleet=self._message.fleet,
+            adapters=[*self._message.adapters, *self._message.unloaded],
+        )
+        call = stub.Watch(request, metadata=self._metadata, timeout=WATCH_DEADLINE_S)
         try:
             async for message in call:
                 backoff.reset()
@@ -153,9 +158,7 @@ class RoutesClient:
         if old is not None and old.incarnation == table.incarnation and table.version < old.version:
             return
         self.table = table
-        self._known = controller_pb2.WatchRequest(
-            gateway_id=self._gateway_id, fleet=message.fleet, adapters=[*message.adapters, *message.unloaded]
-        )
+        self._message = message
         if table.tokenizer_digest != self._text_digest:
             self._text_digest = table.tokenizer_digest
             if self._text_task is not None:

@@ -120,7 +120,7 @@ async def test_an_unload_that_cannot_free_yet_says_where_it_drains(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retirement_module, "FREE_S", 0.0)
-    monkeypatch.setattr(retirement_module, "GRACE_S", 0.01)
+    monkeypatch.setattr(retirement_module, "GRACE_S", 0.2)
     fleet.clients["w0"].in_use = {"content b"}
     unloading = asyncio.ensure_future(fleet.controller.updates.unload("sql"))
     await asyncio.sleep(0)

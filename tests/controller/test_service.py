@@ -70,7 +70,7 @@ async def fleet() -> AsyncIterator[Fleet]:
     )
     updates = AdapterUpdates(
         catalogue,
-        Retirement(list, catalogue.is_named, resume_s=1.0),
+        Retirement(list, catalogue.digests, resume_s=1.0),
         list,
         lambda: service.changed(),
         allowed=True,

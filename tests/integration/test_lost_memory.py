@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import tiny
 from adapter_server import NUM_OUTPUT, PROMPT, Fleet
 from serving import start, wait_until
+
+from lorafleet.controller.retirement import GRACE_S
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,12 @@ def workers(fleet: Fleet) -> list[dict[str, object]]:
     return list(json.loads(body)["workers"]) if status == 200 else []
 
 
+def texts(answer: tuple[int, str]) -> list[str]:
+    status, body = answer
+    assert status == 200, body
+    return [choice["text"] for choice in json.loads(body)["choices"]]
+
+
 def heal(fleet: Fleet, killed_at: float) -> None:
     def is_whole() -> bool:
         states = workers(fleet)
@@ -76,6 +85,28 @@ def test_the_controller_is_killed_with_some_or_all_workers(fleet: Fleet, num_wor
     kill(fleet, b"ray::ControllerActor", num_workers=num_workers)
     heal(fleet, time.monotonic())
     all_is_as_it_was(fleet)
+
+
+def test_requests_on_a_replaced_version_outlive_their_worker(fleet: Fleet) -> None:
+    """The other worker has no request for it, and keeps it all the same."""
+    all_is_as_it_was(fleet)
+    assert fleet.load("changing", "one")[0] == 200
+    body = {"model": "changing", "prompt": [PROMPT] * 8, "max_tokens": 240, "temperature": 0, "ignore_eos": True}
+    undisturbed = texts(fleet.post("/v1/completions", body))
+    answers: list[tuple[int, str]] = []
+    running = threading.Thread(target=lambda: answers.append(fleet.post("/v1/completions", body | {"n": 16})))
+    running.start()
+    wait_until(lambda: fleet.server.metric("vllm:num_requests_running") > 0, "the request runs")
+    assert fleet.load("changing", "two", load_inplace=True)[0] == 200
+    time.sleep(GRACE_S + 1.0)  # a worker without requests for the old version would have dropped it by now
+    before = fleet.server.metric("lorafleet_choices_resumed_total")
+    kill(fleet, num_workers=1)
+    running.join(120)
+    assert texts(answers[0]) == [text for text in undisturbed for _ in range(16)]
+    assert fleet.server.metric("lorafleet_choices_resumed_total") > before
+    assert fleet.answers_as("changing", "two")
+    heal(fleet, time.monotonic())
+    assert fleet.unload("changing")[0] == 200
 
 
 def test_an_adapter_whose_files_are_gone_is_served_where_it_is_and_then_named(fleet: Fleet) -> None:

@@ -53,6 +53,12 @@ class FakeEngine:
             digest=f"digest of {path}", lora_rank=8, path=Path(path), vocab_size=300, not_composable=""
         )
 
+    def prefetch_adapter(self, digest: str) -> None:
+        pass
+
+    def unregister_adapter(self, digest: str) -> None:
+        pass
+
     def describe(self) -> list[str]:
         return ["memory plan", "  weights"]
 
@@ -115,6 +121,27 @@ async def test_a_worker_says_what_it_serves_and_answers_there(actors: list[Worke
         stub = cast(Any, worker_pb2_grpc.WorkerStub)(channel)
         report = await stub.GetReport(worker_pb2.ReportRequest(), metadata=bearer(TOKEN), timeout=10)
     assert (report.worker_id, report.generation) == (ready.worker_id, ready.generation)
+
+
+async def test_names_of_the_start_up_are_noted_and_files_that_changed_are_not_taken_for_what_was_loaded(
+    actors: list[WorkerActor],
+) -> None:
+    ready = await start(actors, LoRAModule("sql", "/sql"))
+    assert isinstance(ready, WorkerReady)
+    async with grpc.aio.insecure_channel(ready.address) as channel:
+        stub = cast(Any, worker_pb2_grpc.WorkerStub)(channel)
+        call = {"metadata": bearer(TOKEN), "timeout": 10}
+        listed = await stub.ListAdapters(worker_pb2.ListAdaptersRequest(), **call)
+        assert list(listed.names) == list(listed.adapters) == list(ready.adapters)
+        assert [(adapter.version, adapter.place) for adapter in listed.names] == [(1, "/sql")]
+        again = worker_pb2.RegisterAdapterRequest(
+            name="sql", version=1, root="/sql", digest="digest of /sql", created=listed.names[0].created
+        )
+        assert (await stub.RegisterAdapter(again, **call)).adapter.digest == "digest of /sql"
+        other = worker_pb2.RegisterAdapterRequest(name="sql", version=2, root="/sql", digest="what was loaded")
+        refused = (await stub.RegisterAdapter(other, **call)).failure
+        assert (refused.code, refused.reason) == ("adapter_refused", "changed")
+        assert len((await stub.ListAdapters(worker_pb2.ListAdaptersRequest(), **call)).adapters) == 1
 
 
 async def test_workers_of_one_host_take_the_next_free_port_of_those_they_are_given(actors: list[WorkerActor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from lorafleet.controller.gateway import pool as pool_module
 from lorafleet.controller.gateway.placing import MAX_LOST
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import QueueFullError
@@ -270,6 +271,21 @@ async def test_a_stream_whose_worker_died_waits_for_another_one_with_its_adapter
     fleet.controller.publish()
     status, answer = await asking
     assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+
+
+async def test_a_version_that_no_name_stands_for_any_more_is_looked_for_where_it_still_is(
+    new_fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second worker has restarted; the streams of the first, which dies, go on with the third."""
+    monkeypatch.setattr(pool_module, "_SURE_S", 0.0)
+    fleet = await new_fleet(num_workers=3)
+    for number in (0, 2):
+        fleet.workers[number].device_adapters.append("d-sql")
+    await fleet.until(lambda: sum(view.tier("d-sql") > 0 for view in fleet.state._pool.views()) == 2)
+    for _ in range(12):
+        body = {"model": "sql-adapter", "prompt": "hello", "max_tokens": 1}
+        assert (await fleet.post("/v1/completions", body))[0] == 200
+    assert not fleet.workers[1].generates
 
 
 async def test_a_controller_that_starts_again_is_told_what_the_last_table_said(fleet: Any) -> None:
