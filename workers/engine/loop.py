@@ -340,6 +340,7 @@ class Engine:
             self._entrance.num_served_turns = self._scheduler.num_served_turns
             self._entrance.num_pinned = self._slots.num_staying
             self._entrance.turn_s = self._scheduler.slot_turn_s
+            self._entrance.hot = self._slots.occupants()
         for gone in ended:
             self._release_files(gone)
         self._stats = self._take_stats()
@@ -414,7 +415,8 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._unfinished)} requests run or wait, the limit is {bound}. Try again later."
                 )
-            self._entrance.enter(request.tenant, request.model_key, len(request.digests))
+            is_hot = self._entrance.hot.issuperset(request.digests)
+            self._entrance.enter(request.tenant, request.model_key, len(request.digests), is_hot=is_hot)
             self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()
