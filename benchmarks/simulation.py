@@ -130,7 +130,10 @@ class Simulation:
             plan = self.scheduler.schedule()
             self.outcome.schedule_s.append(time.perf_counter() - began)
             for digest in plan.prefetches:
-                self._read(digest)
+                if self._is_in_host(digest):
+                    self.scheduler.come(digest)
+                else:
+                    self._read(digest)
             for load in plan.loads:
                 read_at = self.now if self._is_in_host(load.digest) else self._read(load.digest)
                 heapq.heappush(self._loads, (read_at + self._machine.load_s, load.digest))
@@ -154,8 +157,6 @@ class Simulation:
 
     def _read(self, digest: str) -> float:
         """Bring an adapter into host memory; when it will be there."""
-        if self._is_in_host(digest):
-            return self.now
         if digest in self._machine.hung:
             return math.inf
         done_at = max(self.now, heapq.heappop(self._readers)) + self._machine.read_s
@@ -205,8 +206,10 @@ class Simulation:
         key = (arrival.tenant, generate.model_key)
         turns = self._entrance.num_waiting_turns, self._bound.max_turns(turn_s=self._entrance.turn_s)
         is_new = arrival.adapter is not None and all(adapter != key[1] for _, adapter in self._num_open)
+        is_new = is_new and not self._entrance.hot.issuperset(generate.digests)
         try:
-            self._entrance.enter(*key, len(generate.digests))
+            is_hot = self._entrance.hot.issuperset(generate.digests)
+            self._entrance.enter(*key, len(generate.digests), is_hot=is_hot)
         except QueueFullError as error:
             self.outcome.num_refused += 1
             self.outcome.refusals.append((*turns, True))
@@ -248,6 +251,7 @@ class Simulation:
         self._entrance.num_served_clients = self.scheduler.num_served_clients
         self._entrance.num_served_turns = self.scheduler.num_served_turns
         self._entrance.turn_s = self.scheduler.slot_turn_s
+        self._entrance.hot = self._slots.occupants()
 
     def _finish(self, key: Key, arrival: Arrival) -> None:
         self.outcome.num_finished += 1

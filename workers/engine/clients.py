@@ -62,7 +62,7 @@ class Clients:
         self._bound = bound
         self._num_clients: Counter[str] = Counter()  # by adapter
         self._num_turns = 0  # that they would need if none of them were served
-        self._unserved: dict[str, set[Client]] = {}  # by adapter: none of the client's requests runs
+        self._unserved: dict[str, Ranking[Client]] = {}  # by adapter: none of the client's requests runs
         self.num_served_clients = 0
         self.slot_line: Line[str] = Line(bound.num_adapter_places, bound)
         self.seat_line: Line[Client] = Line(bound.num_seats, bound)
@@ -123,8 +123,8 @@ class Clients:
 
     def served_by_turn(self, adapter: str) -> list[Client]:
         """Of the clients with requests that only wait, for this adapter, those that its turn is for, longest first."""
-        clients = sorted(self._unserved.get(adapter, ()), key=lambda client: (client.since, client.waiting[0].arrival))
-        return clients[: self._bound.num_clients_a_turn]
+        unserved = self._unserved.get(adapter)
+        return [] if unserved is None else unserved.take(self._bound.num_clients_a_turn)
 
     def wants(self, digest: str) -> bool:
         """Whether requests wait for an adapter, alone or with others."""
@@ -301,15 +301,15 @@ class Clients:
             self._count(client, -1)
 
     def _line_up(self, adapter: str, client: Client, is_unserved: bool) -> None:
-        unserved = self._unserved.setdefault(adapter, set())
+        unserved = self._unserved.setdefault(adapter, Ranking(_since))
         if is_unserved:
-            unserved.add(client)
+            unserved.push(client)
         else:
             unserved.discard(client)
-        if unserved:
-            since = min(client.since for client in unserved)
+        first = unserved.first()
+        if first is not None:
             width = len(client.digests)
-            self.slot_line.put(adapter, since, self._bound.num_turns(len(unserved), width), width)
+            self.slot_line.put(adapter, first.since, self._bound.num_turns(len(unserved), width), width)
         else:
             del self._unserved[adapter]
             self.slot_line.discard(adapter)
@@ -342,7 +342,7 @@ class Clients:
         for client in self._clients.values():
             if client.adapter is not None and not client.num_running:
                 lined_up.setdefault(client.adapter, set()).add(client)
-        assert self._unserved == lined_up
+        assert {adapter: set(unserved) for adapter, unserved in self._unserved.items()} == lined_up
         assert len(self.slot_line) == len(lined_up)
         for adapter, unserved in lined_up.items():
             assert self.slot_line.since(adapter) == min(client.since for client in unserved)
@@ -371,3 +371,7 @@ class Clients:
 
 def _in_client(request: Request) -> tuple[int, int]:
     return request.priority, request.arrival
+
+
+def _since(client: Client) -> float:
+    return client.since

@@ -356,6 +356,7 @@ class Engine:
             self._entrance.num_served_turns = self._scheduler.num_served_turns
             self._entrance.num_pinned = self._slots.num_staying
             self._entrance.turn_s = self._scheduler.slot_turn_s
+            self._entrance.hot = self._slots.occupants()
         for gone in ended:
             self._release_files(gone)
         self._stats = self._take_stats()
@@ -431,8 +432,9 @@ class Engine:
                     f"{full.num_taken} requests run or wait, the limit is {full.limit} (--max-waiting and "
                     f"--max-num-seqs); {full.num_held} are yours, your share is {full.share}. Try again later."
                 )
+            is_hot = self._entrance.hot.issuperset(request.digests)
             try:
-                self._entrance.enter(request.tenant, request.model_key, len(request.digests))
+                self._entrance.enter(request.tenant, request.model_key, len(request.digests), is_hot=is_hot)
             except QueueFullError:
                 self._places.give_back(request.tenant)
                 raise

@@ -229,6 +229,7 @@ class Entrance:
         self.num_served_turns = 0
         self.num_pinned = 0  # adapters whose slots change hands no more
         self.turn_s = bound.turn_s  # of a slot
+        self.hot: frozenset[str] = frozenset()  # adapters in slots or on the way there
 
     @property
     def num_waiting_turns(self) -> int:
@@ -238,10 +239,11 @@ class Entrance:
     def num_waiting_clients(self) -> int:
         return max(0, len(self._requests) - self.num_served_clients)
 
-    def enter(self, tenant: str, adapter: str | None, num_adapters: int = 1) -> None:
+    def enter(self, tenant: str, adapter: str | None, num_adapters: int = 1, *, is_hot: bool = False) -> None:
         """Count one more request for an adapter, a composition of `num_adapters`, or the base model.
 
-        Raises `QueueFullError`: too many others wait for this one to be served in time.
+        is_hot: it needs no other slots than those of `hot`. Raises `QueueFullError`: too many others wait for this one
+        to be served in time.
         """
         bound = self._bound
         if (tenant, adapter) not in self._requests:
@@ -250,7 +252,7 @@ class Entrance:
                 num_clients = self._clients[adapter]
                 num_more = bound.num_turns(num_clients + 1, num_adapters) - bound.num_turns(num_clients, num_adapters)
             if bound.max_wait_s:
-                self._check_room(num_more)
+                self._check_room(0 if is_hot else num_more)
             if adapter is not None:
                 self._clients[adapter] += 1
             self._num_turns += num_more
