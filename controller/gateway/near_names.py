@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import difflib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 NUM_NEAR: Final = 3
@@ -26,21 +26,25 @@ class NearNames:
     def of(self, name: str) -> list[str]:
         """At most `NUM_NEAR` names that look like `name`, the likest first; case does not matter."""
         wanted = name[:_MAX_CHARS].lower()
-        near: dict[str, str] = {}
-        for key, names in ((wanted, self._forwards), (_backwards(name), self._backwards)):
-            place = bisect.bisect_left(names, (key, ""))
-            for _, found in names[max(0, place - _NUM_NEIGHBOURS) : place + _NUM_NEIGHBOURS]:
-                near.setdefault(found[:_MAX_CHARS].lower(), found)
-        return [near[match] for match in difflib.get_close_matches(wanted, near, NUM_NEAR, cutoff=0.5)]
+        ending = name[: -_MAX_CHARS - 1 : -1].lower()
+        near = [*_neighbours(wanted, self._forwards), *(found[::-1] for found in _neighbours(ending, self._backwards))]
+        compared = {found[:_MAX_CHARS]: found for found in near}
+        matches = difflib.get_close_matches(wanted, compared, NUM_NEAR, cutoff=0.5)
+        return [self._by_lower[compared[match]] for match in matches]
 
     @functools.cached_property
-    def _forwards(self) -> list[tuple[str, str]]:
-        return sorted((name[:_MAX_CHARS].lower(), name) for name in self._names)
+    def _by_lower(self) -> dict[str, str]:
+        return {name.lower(): name for name in self._names}
 
     @functools.cached_property
-    def _backwards(self) -> list[tuple[str, str]]:
-        return sorted((_backwards(name), name) for name in self._names)
+    def _forwards(self) -> list[str]:
+        return sorted(self._by_lower)
+
+    @functools.cached_property
+    def _backwards(self) -> list[str]:
+        return sorted(name[::-1] for name in self._by_lower)
 
 
-def _backwards(name: str) -> str:
-    return name[: -_MAX_CHARS - 1 : -1].lower()
+def _neighbours(name: str, names: Sequence[str]) -> Sequence[str]:
+    place = bisect.bisect_left(names, name)
+    return names[max(0, place - _NUM_NEIGHBOURS) : place + _NUM_NEIGHBOURS]

@@ -161,8 +161,8 @@ class Tokenizer:
         max_chars = max_tokens * self._max_token_chars
         if len(text) > max_chars:
             raise ContextLengthError(
-                f"The text has {len(text)} characters; the context of {max_tokens} tokens holds at most {max_chars}, "
-                f"since the longest token has {self._max_token_chars}. Shorten it.",
+                f"The text has {len(text)} characters; {max_tokens} tokens, the limit, have at most {max_chars}, since "
+                f"the longest has {self._max_token_chars}. Shorten it.",
                 param="prompt",
             )
         if len(text) <= _PIECE_CHARS:
@@ -175,7 +175,7 @@ class Tokenizer:
             if num_tokens > max_tokens + slack:
                 raise ContextLengthError(
                     f"The text has {len(text)} characters, of which the first {start + len(piece)} alone have "
-                    f"{num_tokens} tokens, over the context of {max_tokens}. Shorten it.",
+                    f"{num_tokens} tokens; the limit is {max_tokens}. Shorten it.",
                     param="prompt",
                 )
 
