@@ -26,7 +26,6 @@ def make_app(state: GatewayState) -> web.Application:
         is_open=not (config.api_keys or config.tenants),
     )
     app = web.Application(
-        client_max_size=config.limits.max_body_bytes,
         middlewares=[_count_requests, error_middleware, auth_middleware(keys)],
     )
     app[STATE] = state

@@ -50,7 +50,7 @@ class Connections:
 class Connection(web.RequestHandler):
     """One of them."""
 
-    __slots__ = ("_all", "_holder", "_refused", "_timer", "_unread_bytes", "_write_timer")
+    __slots__ = ("_all", "_holder", "_open", "_refused", "_timer", "_unread_bytes", "_write_timer")
 
     def __init__(self, connections: Connections, server: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
         options: dict[str, Any] = {"access_log": None}  # which aiohttp takes for none at all
@@ -64,13 +64,14 @@ class Connection(web.RequestHandler):
         )
         self._all = connections
         self._holder = ""  # of its place: the client's address
+        self._open: asyncio.Transport | None = None  # until it is lost; aiohttp's own ends with the will to close it
         self._refused = False
         self._timer: asyncio.TimerHandle | None = None  # for the head that is being received
         self._unread_bytes = 0  # when the client was last seen to read
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.Transport, transport)
+        self._open = transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self._holder = _network(peer[0]) if isinstance(peer, tuple) else "local"
         if self._all.shares.take(self._holder) is not None:
@@ -84,6 +85,7 @@ class Connection(web.RequestHandler):
         self._await_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._open = None
         self._head_came()
         self._stop_write_timer()
         if self._refused:
@@ -102,15 +104,23 @@ class Connection(web.RequestHandler):
         elif self._waiter is not None and self._timer is None:  # no request runs: this is the next one's beginning
             self._await_head()
 
+    async def start(self) -> None:
+        """Serve its requests. When that is over it closes, as soon as the client has read what waits for it."""
+        try:
+            await super().start()
+        finally:
+            if self._open is not None and self._write_timer is None:
+                self._watch_reader(self._open)
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        assert self.transport is not None
-        self._unread_bytes = self.transport.get_write_buffer_size()
-        self._start_write_timer()
+        if self._open is not None and self._write_timer is None:
+            self._watch_reader(self._open)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_write_timer()
+        if self._open is not None and not self._open.is_closing():
+            self._stop_write_timer()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -143,7 +153,8 @@ class Connection(web.RequestHandler):
         self.transport.write(_closing("408 Request Timeout", error))
         self.force_close()
 
-    def _start_write_timer(self) -> None:
+    def _watch_reader(self, transport: asyncio.Transport) -> None:
+        self._unread_bytes = transport.get_write_buffer_size()
         self._write_timer = self._loop.call_later(self._all.limits.write_timeout_s, self._check_reader)
 
     def _stop_write_timer(self) -> None:
@@ -154,16 +165,14 @@ class Connection(web.RequestHandler):
     def _check_reader(self) -> None:
         """End the connection if its client has read next to nothing; its requests end with it."""
         self._write_timer = None
-        if self.transport is None:
+        transport = self._open
+        if transport is None or not (left := transport.get_write_buffer_size()):
             return
-        left = self.transport.get_write_buffer_size()
-        timeout_s = self._all.limits.write_timeout_s
-        if self._unread_bytes - left >= MIN_BYTES_A_SECOND * timeout_s:
-            self._unread_bytes = left
-            self._start_write_timer()
+        if self._unread_bytes - left >= MIN_BYTES_A_SECOND * self._all.limits.write_timeout_s:
+            self._watch_reader(transport)
             return
         logger.info("a client at %s is disconnected: %d bytes wait for it to read", self._holder, left)
-        self.transport.abort()
+        transport.abort()
 
     def _refuse(self, transport: asyncio.Transport) -> None:
         """Say that there are too many, and close when the client has heard it."""

@@ -161,6 +161,18 @@ async def test_a_client_that_does_not_read_is_disconnected_and_its_request_is_ov
     assert fleet.worker.cancels == ([1] if stream else [])
 
 
+async def test_a_connection_that_closes_does_not_wait_for_its_client_for_ever(new_fleet: Any) -> None:
+    """What is left to send is too little for its writer to wait; the answer is complete, and nobody takes it."""
+    fleet = await new_fleet(write_timeout_s=0.2)
+    await long_context(fleet)
+    body = BODY | {"max_tokens": 1000, "logprobs": 5}
+    request = post(body).replace(b"Host: x", b"Host: x\r\nConnection: close")
+    with slow_reader(fleet, request):
+        await fleet.until(lambda: fleet.worker.generates, 20)
+        await fleet.until(lambda: fleet.state.intake.num_in_flight == 0, 40)
+        await fleet.until(lambda: fleet.listener.connections.shares.held("127.0.0.1") == 0, 20)
+
+
 async def test_a_client_that_reads_slowly_but_reads_is_kept(new_fleet: Any) -> None:
     fleet = await new_fleet(write_timeout_s=0.1)
     await long_context(fleet)
