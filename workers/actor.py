@@ -123,7 +123,7 @@ class WorkerActor:
                 pin=module.pin,
             )
             try:
-                registry.register(request)
+                registry.register(request).result()
             except LoRAFleetError as error:
                 error.message = f"Adapter {module.name!r}: {error.message}"
                 raise

@@ -44,13 +44,16 @@ class FakeEngine:
         cls.done.append("plan")
         return cls(config)
 
-    def register_adapter(self, path: str, *, roots: object = None) -> Any:
+    def read_adapter(self, path: str, *, roots: object = None) -> Any:
         if "bad" in path:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
         return SimpleNamespace(
             digest=f"digest of {path}", lora_rank=8, path=Path(path), vocab_size=300, not_composable=""
         )
+
+    def add_adapter(self, spec: Any) -> None:
+        pass
 
     def describe(self) -> list[str]:
         return ["memory plan", "  weights"]
@@ -60,6 +63,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats()
+
+    def fail(self) -> None:
+        pass
 
     def bind_thread(self) -> None:
         pass
