@@ -23,7 +23,7 @@ import torch
 from lorafleet.workers.errors import AdapterUnavailableError, DrainingError, LoRAFleetError
 
 SLOW_S = 1.0  # a job that has run for so long does not count
-MAX_SLOW = 32  # jobs that do not count
+MAX_SLOW = 128  # jobs that do not count
 CLOSE_S = 2.0  # that `close` waits for running jobs
 _IDLE_S = 10.0  # after which a thread without work ends
 # Measured with benchmarks/stalls.py on two busy cores: 0 lets a load take half of a core from a step, 19 makes it wait

@@ -50,6 +50,7 @@ class OpenFiles:
         self._limit_s = limit_s
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
+        self._opening: set[str] = set()  # on a thread, whoever still wants it: one that hangs is not tried twice
         self._num_files = 0
         self._threads = BackgroundThreads(_NUM_THREADS, "lorafleet-open")
 
@@ -64,14 +65,17 @@ class OpenFiles:
             if held is not None:
                 held.holders += 1
                 return held.opened
-            num_files = len(specs[0].files) if specs and self._num_files < self._max_files else 0
+            may_open = self._num_files < self._max_files and digest not in self._opening
+            num_files = len(specs[0].files) if specs and may_open else 0
             held = self._held[digest] = _Held(1, num_files)
             self._num_files += num_files
+            if num_files:
+                self._opening.add(digest)
         if not num_files:
             held.opened.set_result(None)
             return held.opened
         self._threads.submit(
-            partial(_open_first, specs),
+            partial(self._open, digest, specs),
             limit_s=self._limit_s,
             what="Opening the adapter's files",
             done=partial(self._take, digest, held),
@@ -117,6 +121,13 @@ class OpenFiles:
     def num_files(self) -> int:
         with self._lock:
             return self._num_files
+
+    def _open(self, digest: str, specs: Sequence[AdapterSpec]) -> OpenAdapter | None:
+        try:
+            return _open_first(specs)
+        finally:
+            with self._lock:
+                self._opening.discard(digest)
 
     def _take(self, digest: str, held: _Held, opening: Future[OpenAdapter | None]) -> None:
         """They are open, or will not be. On a thread of the pool."""

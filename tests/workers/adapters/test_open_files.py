@@ -160,5 +160,10 @@ def test_files_that_never_open_count_as_gone_and_others_open_meanwhile(
     assert contents(hold(files, "fine", [make_spec(tmp_path / "fine")])) == [b"old"]
     assert [opened.result(TIMEOUT_S) for opened in hung] == [None] * 3
     assert files.num_files() == 1
+    assert files._threads.num_given_up == 3
+    for _ in range(5):
+        files.release("hung 1")
+        assert hold(files, "hung 1", [make_spec(tmp_path / "hung 1")]) is None
+    assert files._threads.num_given_up == 3, "what hangs is not opened again"
     hangs.set()
     files.close()
