@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,12 +229,14 @@ def test_many_adapters_that_leave_at_once_are_freed_a_few_a_step(
 
 
 def test_the_host_cache_keeps_adapters_of_requests_that_have_begun(
-    make_engine: Callable[..., Engine], root: Path
+    make_engine: Callable[..., Engine], root: Path, tmp_path: Path
 ) -> None:
-    """One that was preempted must be able to resume, though its files are destroyed meanwhile."""
+    """One that was preempted resumes, though somebody has written into its file and others need the room."""
+    shutil.copytree(root / "a", tmp_path / "begun")
     lora = LoRAConfig(max_loras=1, max_cpu_loras=2)
     engine = make_engine(lora=lora, max_num_seqs=1, kv_cache_memory_bytes=None)
-    begun, second, third = digests_of(engine, root, "a", "b", "c")
+    begun = engine.register_adapter(str(tmp_path / "begun")).digest
+    others = digests_of(engine, root, "b", "c", "one", "two")
     options = dataclasses.replace(GREEDY, max_tokens=12)
     results = {"alone": Result()}
     engine.submit(GenerateRequest("alone", (5, 6), options, begun))
@@ -248,13 +251,14 @@ def test_the_host_cache_keeps_adapters_of_requests_that_have_begun(
     (running,) = engine._scheduler._running
     engine._scheduler._running.preempt(running)
     engine._slots.drop(begun)  # another adapter needs it
-    for name, digest in (("second", second), ("third", third)):
-        results[name] = Result()
-        engine.submit(GenerateRequest(name, (5, 6), GREEDY, digest, priority=-1))
-    while results["third"].finish is None:
+    (tmp_path / "begun" / "adapter_model.safetensors").write_bytes(b"")
+    for digest in others:
+        results[digest] = Result()
+        engine.submit(GenerateRequest(digest, (5, 6), GREEDY, digest, priority=-1))
+    while any(results[digest].finish is None for digest in others):
         engine.wait_for_work(timeout_s=1.0)
         gather(engine.step(), results)
         assert results["begun"].finish is None
-    assert set(engine._store.resident()) == {begun, third}, "the idle one made room, though it was used later"
+        assert begun in engine._store.resident()
     run(engine, results)
-    assert results["begun"].token_ids == expected
+    assert results["begun"].error is None and results["begun"].token_ids == expected
