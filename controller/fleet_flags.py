@@ -125,6 +125,14 @@ def add_fleet_flags(parser: argparse.ArgumentParser, *, ray_address: str | None,
         "(default: %(default)g)",
     )
     batch.add_argument(
+        "--adapter-read-timeout-s",
+        type=float,
+        default=engine.adapter_read_timeout_s,
+        metavar="S",
+        help="after which a read of an adapter's files is given up, and its requests get 503; a large adapter has a "
+        "second more for 10 MiB (default: %(default)g)",
+    )
+    batch.add_argument(
         "--block-size", type=int, default=engine.block_size, help="tokens of a KV page (default: %(default)s)"
     )
     batch.add_argument(
@@ -270,6 +278,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_waiting=args.max_waiting,
         max_adapter_wait_s=args.max_adapter_wait_s,
+        adapter_read_timeout_s=args.adapter_read_timeout_s,
         block_size=args.block_size,
         enable_prefix_caching=args.enable_prefix_caching,
         enforce_eager=args.enforce_eager,

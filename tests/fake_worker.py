@@ -54,21 +54,29 @@ class FakeRegistry:
     def all(self) -> list[worker_pb2.Adapter]:
         return list(self.adapters.values())
 
-    def register(self, request: worker_pb2.RegisterAdapterRequest) -> worker_pb2.Adapter:
+    def register(self, request: worker_pb2.RegisterAdapterRequest) -> Future[worker_pb2.Adapter]:
+        future: Future[worker_pb2.Adapter] = Future()
+        if request.root == "hangs":
+            return future
         if request.root == "bad":
-            raise AdapterRefusedError("bad is bad.", reason="rank_too_large")
+            future.set_exception(AdapterRefusedError("bad is bad.", reason="rank_too_large"))
+            return future
         adapter = worker_pb2.Adapter(name=request.name, version=request.version, digest="d", root=request.root)
         self.adapters[request.name] = adapter
-        return adapter
+        future.set_result(adapter)
+        return future
 
     def prefetch(self, adapter: worker_pb2.Adapter) -> None:
         self.prefetched.append(adapter.name)
 
-    def unregister(self, name: str, version: int) -> Future[FreedBytes] | None:
-        if name not in self.adapters:
-            raise UnknownModelError("No such adapter.")
-        del self.adapters[name]
-        return self.freed
+    def unregister(self, name: str, version: int) -> Future[Future[FreedBytes] | None]:
+        future: Future[Future[FreedBytes] | None] = Future()
+        if name in self.adapters:
+            del self.adapters[name]
+            future.set_result(self.freed)
+        else:
+            future.set_exception(UnknownModelError("No such adapter."))
+        return future
 
 
 class FakeEngine:
@@ -89,7 +97,8 @@ class FakeEngine:
         self._cancels: list[str] = []
         self._woken = False
 
-    def submit(self, request: GenerateRequest) -> None:
+    def submit(self, request: GenerateRequest, *, waits_for_files: bool = True) -> None:
+        assert not waits_for_files, "the event loop has no time for a file system"
         if not request.prompt_token_ids:
             raise InvalidRequestError("The prompt is empty.", param="prompt")
         if request.adapter == "unknown":
@@ -134,6 +143,9 @@ class FakeEngine:
 
     def take_cores(self) -> None:
         """It computes nothing."""
+
+    def fail(self) -> None:
+        pass
 
     def bind_thread(self) -> None:
         pass

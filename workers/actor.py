@@ -138,7 +138,7 @@ class WorkerActor:
                 pin=module.pin,
             )
             try:
-                registry.note([registry.register(request)])
+                registry.note([registry.register(request).result()])
             except LoRAFleetError as error:
                 error.message = f"Adapter {module.name!r}: {error.message}"
                 raise

@@ -1,7 +1,7 @@
 """The adapters of one worker by (name, version), as the controller asked for them.
 
 Owns: what is known of each, and what the controller said that names stand for. Leaves to others: what an alias stands
-for (adapters/aliases.py), gRPC (service.py).
+for (adapters/aliases.py), tokenizers and templates (registered_texts.py), gRPC (service.py).
 """
 
 from __future__ import annotations
@@ -9,33 +9,43 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.adapter_names import AdapterNames
 from lorafleet.workers.adapters.aliases import Aliases
+from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
-from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError, ModelError
-from lorafleet.workers.text.adapter_texts import AdapterTexts
-from lorafleet.workers.text.files import files_digest
+from lorafleet.workers.errors import AdapterRefusedError, ModelError
+from lorafleet.workers.registered_texts import RegisteredTexts, TextFiles
 
 _Key = tuple[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What lay at an adapter's place."""
+
+    spec: AdapterSpec
+    text: TextFiles | None  # None: the base model's
+
+
 class AdapterRegistry:
-    """Thread-safe. `register`, `unregister` and `text_files` block while files are read."""
+    """Thread-safe; no call waits for a file system. An adapter waits for what was asked before under its own name and
+    version only."""
 
     def __init__(self, engine: Engine, of_start: Collection[str] = ()) -> None:
         """of_start: names that the worker loads whenever it starts."""
         self._engine = engine
         self._names = AdapterNames(of_start)
-        self._aliases: Aliases[_Key] = Aliases(engine)
+        # A version that is loaded in place of a pinned one has its pin from then on, and not one more.
+        self._aliases: Aliases[_Key] = Aliases(engine, owner=lambda key: key[0])
         self._lock = threading.Lock()
         self._adapters: dict[_Key, worker_pb2.Adapter] = {}
-        self._directories: dict[_Key, Path] = {}
-        self._text_lock = threading.Lock()  # another one, since building a tokenizer takes long
-        self._texts = AdapterTexts(Path(engine.config.model), max_texts=4)
+        self._texts = RegisteredTexts(Path(engine.config.model))
 
     def all(self) -> list[worker_pb2.Adapter]:
         with self._lock:
@@ -51,31 +61,54 @@ class AdapterRegistry:
         with self._lock:
             return self._names.all()
 
-    def register(self, request: worker_pb2.RegisterAdapterRequest) -> worker_pb2.Adapter:
-        """Read and verify an adapter; one that is known under this name and version is not read again.
+    def register(self, request: worker_pb2.RegisterAdapterRequest) -> Future[worker_pb2.Adapter]:
+        """Read and verify an adapter; one that is known by the same request is not read again.
 
-        Raises `AdapterRefusedError`, with reason `changed` for another digest than it must have, and
+        Fails with `AdapterRefusedError`, of reason `changed` for another digest than it must have,
+        `AdapterUnavailableError` (its files cannot be read in time), and
         `AdapterConflictError` when no more adapters can be pinned.
         """
         key = request.name, request.version
+        return self._aliases.in_turn(key, partial(self._read, request), partial(self._put, request), request.root)
+
+    def text_files(self, digest: str) -> Future[dict[str, bytes] | None]:
+        """Tokenizer and template of an adapter with this text_digest; see `RegisteredTexts.files`."""
+        return self._texts.files(digest)
+
+    def prefetch(self, adapter: worker_pb2.Adapter) -> None:
+        """Bring it into the host cache, if there is room, before the first request names it."""
+        self._engine.prefetch_adapter(adapter.digest)
+
+    def unregister(self, name: str, version: int) -> Future[Future[FreedBytes] | None]:
+        """Forget it, after what was asked before is done; what that frees, see `Aliases.remove`.
+
+        Fails with `UnknownModelError`.
+        """
+        key = name, version
+        return self._aliases.in_turn(key, lambda: None, lambda _: self._remove(key), "")
+
+    def close(self) -> None:
+        self._aliases.close()
+        self._texts.close()
+
+    def _read(self, request: worker_pb2.RegisterAdapterRequest) -> worker_pb2.Adapter | _Read:
         with self._lock:
-            known = self._adapters.get(key)
-        if known is not None:
-            _check_digest(request, known.digest)
+            known = self._adapters.get((request.name, request.version))
+        if known is not None and _is_known(known, request):
             return known
-        spec = self._aliases.add(key, request.root, list(request.allowed_roots) or None).result()
+        spec = self._engine.read_adapter(request.root, roots=list(request.allowed_roots) or None)
         try:
             _check_digest(request, spec.digest)
-            with self._text_lock:
-                text = self._texts.of(spec.path, spec.folder.roots)
-            if request.pin:
-                self._engine.pin_adapter(spec.digest)
+            text = self._texts.read(spec.path, spec.folder.roots)
         except ModelError as error:
-            self._aliases.remove(key)
             raise AdapterRefusedError(f"{spec.folder}: {error.message}", reason="bad_tokenizer") from error
-        except LoRAFleetError:
-            self._aliases.remove(key)
-            raise
+        return _Read(spec, text)
+
+    def _put(self, request: worker_pb2.RegisterAdapterRequest, read: worker_pb2.Adapter | _Read) -> worker_pb2.Adapter:
+        if isinstance(read, worker_pb2.Adapter):
+            return read
+        key, spec = (request.name, request.version), read.spec
+        self._aliases.put(key, spec, pin=request.pin)
         adapter = worker_pb2.Adapter(
             name=request.name,
             digest=spec.digest,
@@ -84,7 +117,7 @@ class AdapterRegistry:
             parent=request.parent,
             created=request.created,
             lora_rank=spec.lora_rank,
-            text_digest="" if text is None else text.digest,
+            text_digest="" if read.text is None else read.text.digest,
             vocab_size=spec.vocab_size,
             weight=request.weight if request.HasField("weight") else 1.0,
             pin=request.pin,
@@ -93,33 +126,29 @@ class AdapterRegistry:
             allowed_roots=request.allowed_roots,
         )
         with self._lock:
+            before = self._adapters.get(key)
             self._adapters[key] = adapter
-            self._directories[key] = spec.path
+            if read.text is not None:
+                self._texts.hold(read.text)
+            if before is not None:
+                self._texts.release(before.text_digest)
         return adapter
 
-    def text_files(self, digest: str) -> dict[str, bytes] | None:
-        """Tokenizer and template of an adapter with this text_digest; None: there is none, or its files changed."""
+    def _remove(self, key: _Key) -> Future[FreedBytes] | None:
         with self._lock:
-            directories = [
-                self._directories[key] for key, known in self._adapters.items() if known.text_digest == digest
-            ]
-        for directory in directories:
-            with self._text_lock:
-                files = self._texts.files(directory)
-            if files is not None and files_digest(files) == digest:
-                return files
-        return None
+            adapter = self._adapters.pop(key, None)
+            if adapter is not None:
+                self._texts.release(adapter.text_digest)
+        return self._aliases.drop(key)
 
-    def prefetch(self, adapter: worker_pb2.Adapter) -> None:
-        """Bring it into the host cache, if there is room, before the first request names it."""
-        self._engine.prefetch_adapter(adapter.digest)
 
-    def unregister(self, name: str, version: int) -> Future[FreedBytes] | None:
-        """Forget it; what that frees, see `Aliases.remove`. Raises `UnknownModelError`."""
-        with self._lock:
-            self._adapters.pop((name, version), None)
-            self._directories.pop((name, version), None)
-        return self._aliases.remove((name, version)).result()
+def _is_known(known: worker_pb2.Adapter, request: worker_pb2.RegisterAdapterRequest) -> bool:
+    """Whether an adapter is what is asked for. Without a digest another load under the same version is not: its answer
+    was lost, and nobody knows of it."""
+    if request.digest:
+        return known.digest == request.digest
+    fields = ("root", "parent", "created", "weight", "pin")
+    return all(getattr(known, field) == getattr(request, field) for field in fields)
 
 
 def _check_digest(request: worker_pb2.RegisterAdapterRequest, digest: str) -> None:

@@ -25,6 +25,7 @@ class EngineArgs:
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     max_adapter_wait_s: float = 0.0
+    adapter_read_timeout_s: float = 30.0
     block_size: int = 16
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
@@ -61,7 +62,9 @@ class EngineArgs:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            max_waiting=None,
             max_adapter_wait_s=self.max_adapter_wait_s,
+            adapter_read_timeout_s=self.adapter_read_timeout_s,
             block_size=self.block_size,
             enable_prefix_caching=self.enable_prefix_caching,
             enforce_eager=self.enforce_eager,

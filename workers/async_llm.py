@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from lorafleet.workers.args import EngineArgs
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.request import RequestEvent
 from lorafleet.workers.engine.thread import EngineThread
-from lorafleet.workers.errors import InternalError, LoRAFleetError, UnknownModelError
+from lorafleet.workers.errors import DrainingError, InternalError, LoRAFleetError, UnknownModelError
 from lorafleet.workers.lora_ids import LoRAIds
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
-from lorafleet.workers.text.adapter_texts import MAX_ADAPTER_TEXTS, AdapterTexts
-from lorafleet.workers.text.tokenizer import Tokenizer
+from lorafleet.workers.text.adapter_texts import AdapterTexts
 from lorafleet.workers.text_requests import Prompt, TextRequests
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class AsyncLLM:
@@ -29,13 +23,13 @@ class AsyncLLM:
 
     def __init__(self, engine: Engine, *, seed: int | None) -> None:
         self.engine = engine
-        self._texts = AdapterTexts(Path(engine.config.model), MAX_ADAPTER_TEXTS)
+        self._texts = AdapterTexts(Path(engine.config.model))
         self.tokenizer = self._texts.model.tokenizer
         self._loop = asyncio.get_running_loop()
-        self._lora_ids = LoRAIds(engine)
+        self._lora_ids = LoRAIds(engine, self._texts)
         self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)
         self._queues: dict[str, asyncio.Queue[RequestOutput | LoRAFleetError]] = {}
-        self._registrar = ThreadPoolExecutor(1, thread_name_prefix="lorafleet-register")
+        self._failure: LoRAFleetError | None = None  # why it does nothing any more
         self._thread = EngineThread(engine, self._publish, self._crashed)
         self._thread.start()
 
@@ -59,12 +53,15 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's output as it grows; the last one is finished.
 
-        Raises what `LLMEngine.add_request` raises, and the request's own error. Leaving the iteration early cancels
-        the request.
+        Raises what `LLMEngine.add_request` raises, and the request's own error; `InternalError` after the engine has
+        failed, `DrainingError` after `close`. Leaving the iteration early cancels the request.
         """
+        self._check_open()
         digest, tokenizer = None, self.tokenizer
         if lora_request is not None:
-            digest, tokenizer = await self._registered(self._adapter, lora_request)
+            known = await asyncio.wrap_future(self._lora_ids.find(lora_request))
+            digest, tokenizer = known.spec.digest, (known.text or self._texts.model).tokenizer
+            self._check_open()
         generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest, tokenizer)
         # Unbounded on purpose: an output is one shared, growing object, so a slow reader holds small references only.
         queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
@@ -72,7 +69,7 @@ class AsyncLLM:
         finished = False
         try:
             for generate in generates:
-                self.engine.submit(generate)
+                self.engine.submit(generate, waits_for_files=False)
             while not finished:
                 output = await queue.get()
                 if isinstance(output, LoRAFleetError):
@@ -91,17 +88,21 @@ class AsyncLLM:
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Verify an adapter and bring it into the host cache before a request names it; with load_inplace, anew.
 
-        Raises `AdapterConflictError`, `AdapterRefusedError`.
+        Others go on meanwhile, those of adapters that are loaded too. Raises `AdapterConflictError`,
+        `AdapterRefusedError`, `AdapterUnavailableError`, `ModelError`.
         """
-        return await self._registered(self._lora_ids.add, lora_request)
+        self._check_open()
+        await asyncio.wrap_future(self._lora_ids.add(lora_request))
+        return True
 
     async def remove_lora(self, lora_id: int) -> bool:
         """Forget an id; returns when its requests have ended and its adapter's slot and memory are free.
 
         False when the id stands for nothing.
         """
+        self._check_open()
         try:
-            freed = await self._registered(self._lora_ids.remove, lora_id)
+            freed = await asyncio.wrap_future(self._lora_ids.remove(lora_id))
         except UnknownModelError:
             return False
         if freed is not None:
@@ -120,21 +121,15 @@ class AsyncLLM:
         return self._lora_ids.known()
 
     async def close(self) -> None:
-        """Stop the engine; open requests end with an error."""
+        """Stop the engine; open requests, and whatever else is awaited, end with an error."""
         await asyncio.to_thread(self._thread.stop)
-        self._fail_all(InternalError("The engine was closed."))
-        await asyncio.to_thread(self.engine.close)
-        self._registrar.shutdown()
+        self._fail_all(DrainingError("The engine is closed. Create another one."))
         await asyncio.to_thread(self._lora_ids.close)
+        await asyncio.to_thread(self.engine.close)
 
-    def _adapter(self, lora_request: LoRARequest) -> tuple[str, Tokenizer]:
-        """Its digest, and its own tokenizer or the model's."""
-        spec = self._lora_ids.spec(lora_request)
-        return spec.digest, (self._texts.of(spec.path) or self._texts.model).tokenizer
-
-    async def _registered(self, function: Callable[[_T], _R], argument: _T) -> _R:
-        """On the one thread that may touch the ids, since reading an adapter takes long."""
-        return await self._loop.run_in_executor(self._registrar, function, argument)
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _publish(self, step: int, events: Sequence[RequestEvent]) -> None:
         self._loop.call_soon_threadsafe(self._apply, events)
@@ -152,5 +147,6 @@ class AsyncLLM:
         self._loop.call_soon_threadsafe(self._fail_all, failure)
 
     def _fail_all(self, error: LoRAFleetError) -> None:
+        self._failure = self._failure or error
         for queue in self._queues.values():
-            queue.put_nowait(error)
+            queue.put_nowait(self._failure)

@@ -86,9 +86,11 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
     tensor_parallel_size: int = 1
-    max_waiting: int = 4096  # requests queued in the engine beyond the running ones; more get 429
+    max_waiting: int | None = 4096  # requests queued in the engine beyond the running ones; more get 429; None: any
     # How long a client (a tenant's requests for one adapter) may get no token while others do; 0: as long as it takes.
     max_adapter_wait_s: float = 60.0
+    # After which a read of an adapter is given up, so that others go on; a large one has a second more for 10 MiB.
+    adapter_read_timeout_s: float = 30.0
     lora: LoRAConfig | None = None  # None: LoRA is off
     num_threads: int | None = None  # CPU threads of each rank; None: its share of the cores that this process may use
     workers_per_host: int = 1  # that share the host with this one, itself included; filled in by who places them
@@ -118,11 +120,16 @@ class EngineConfig:
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be in (0, 1].")
         _at_least("--tensor-parallel-size", self.tensor_parallel_size, 1)
-        _at_least("--max-waiting", self.max_waiting, 1)
+        if self.max_waiting is not None:
+            _at_least("--max-waiting", self.max_waiting, 1)
         if self.max_adapter_wait_s and not 1.0 <= self.max_adapter_wait_s <= 86400.0:  # true for NaN
             raise ConfigError(
                 f"--max-adapter-wait-s is {self.max_adapter_wait_s:g}; it must be between 1 and 86400, or 0 for no "
                 "bound."
+            )
+        if not 0.1 <= self.adapter_read_timeout_s <= 86400.0:  # true for NaN
+            raise ConfigError(
+                f"--adapter-read-timeout-s is {self.adapter_read_timeout_s:g}; it must be between 0.1 and 86400."
             )
         _at_least("workers_per_host", self.workers_per_host, 1)
         if self.num_threads is not None:

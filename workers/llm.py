@@ -11,9 +11,10 @@ from typing import Any, cast
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lorafleet.workers.args import EngineArgs
-from lorafleet.workers.errors import InvalidRequestError, quoted
+from lorafleet.workers.errors import InvalidRequestError, QueueFullError, quoted
 from lorafleet.workers.generation_defaults import read_generation_defaults
 from lorafleet.workers.llm_engine import LLMEngine
+from lorafleet.workers.lora_ids import KnownAdapter
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.text.tokenizer import Tokenizer
@@ -58,10 +59,11 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Generate for one prompt or many; outputs in the order of the prompts.
+        """Generate for one prompt or any number; outputs in the order of the prompts.
 
         A prompt is text, {"prompt": text}, {"prompt_token_ids": ids} or a list of ids. sampling_params and lora_request
-        are one for all or one per prompt. Raises `InvalidRequestError`, `ContextLengthError`, `AdapterRefusedError`,
+        are one for all or one per prompt. An adapter is what its files are now: where they have changed since the last
+        call, they are read again. Raises `InvalidRequestError`, `ContextLengthError`, `AdapterRefusedError`,
         `AdapterConflictError` before anything runs, and a request's own error after the others are done.
         """
         if isinstance(prompts, str | Mapping):
@@ -85,13 +87,14 @@ class LLM:
             raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
         conversations = cast(Sequence[Messages], [batch] if isinstance(batch[0], Mapping) else batch)
         loras = _one_each("lora_request", lora_request, (LoRARequest, type(None)), len(conversations))
+        found = _Found(self.llm_engine)
         inputs = [
-            self.llm_engine.text(lora).encode_chat(
+            self.llm_engine.text(known=found.of(lora)).encode_chat(
                 conversation, add_generation_prompt=add_generation_prompt, add_special_tokens=False
             )
             for conversation, lora in zip(conversations, loras, strict=True)
         ]
-        return self._run(inputs, sampling_params, loras, use_tqdm)
+        return self._run(inputs, sampling_params, loras, use_tqdm, found)
 
     def _run(
         self,
@@ -99,16 +102,28 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
         use_tqdm: bool,
+        found: _Found | None = None,
     ) -> list[RequestOutput]:
         default = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = _one_each("sampling_params", default, SamplingParams, len(inputs))
         loras = _one_each("lora_request", lora_request, (LoRARequest, type(None)), len(inputs))
-        engine = self.llm_engine
+        engine, found = self.llm_engine, found or _Found(self.llm_engine)
         ids = [str(next(self._ids)) for _ in inputs]
+        outputs: dict[str, RequestOutput] = {}
         try:
-            for request_id, prompt, own_params, lora in zip(ids, inputs, params, loras, strict=True):
-                engine.add_request(request_id, prompt, own_params, lora)
-            outputs = self._drive(len(ids), use_tqdm)
+            with _Bar(len(ids), use_tqdm, outputs) as bar:
+                for request_id, prompt, own_params, lora in zip(ids, inputs, params, loras, strict=True):
+                    known = found.of(lora)
+                    while True:
+                        try:
+                            engine.add_request(request_id, prompt, own_params, lora, known=known)
+                            break
+                        except QueueFullError:  # max_adapter_wait_s is set, and can be kept for so many
+                            if not engine.has_unfinished_requests():
+                                raise
+                            bar.take(engine.step())
+                while engine.has_unfinished_requests():
+                    bar.take(engine.step())
         except BaseException:
             # Ctrl-C, or a bad prompt after good ones: nothing stays behind in the engine.
             for request_id in ids:
@@ -122,9 +137,28 @@ class LLM:
                 raise error
         return [outputs[request_id] for request_id in ids]
 
-    def _drive(self, num_requests: int, show: bool) -> dict[str, RequestOutput]:
-        engine = self.llm_engine
-        outputs: dict[str, RequestOutput] = {}
+
+class _Found:
+    """What the lora_requests of one call stand for. Each is looked up once, so that all of the call get the same."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._engine = engine
+        self._known: dict[LoRARequest, KnownAdapter] = {}
+
+    def of(self, lora: LoRARequest | None) -> KnownAdapter | None:
+        """Raises what `LLMEngine.find_lora` raises."""
+        if lora is None:
+            return None
+        known = self._known.get(lora)
+        if known is None:
+            known = self._known[lora] = self._engine.find_lora(lora)
+        return known
+
+
+class _Bar:
+    """Gathers outputs, and shows how far they are."""
+
+    def __init__(self, num_requests: int, shows: bool, outputs: dict[str, RequestOutput]) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -132,19 +166,28 @@ class LLM:
             TimeElapsedColumn(),
             TextColumn("{task.fields[speed]}"),
         )
-        with Progress(*columns, disable=not show) as progress:
-            task = progress.add_task("prompts", total=num_requests, speed="")
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        outputs[output.request_id] = output
-                        progress.update(task, advance=1, speed=_speed(outputs, progress.tasks[0].elapsed))
-        return outputs
+        self._outputs = outputs
+        self._num_tokens = 0
+        self._progress = Progress(*columns, disable=not shows)
+        self._task = self._progress.add_task("prompts", total=num_requests, speed="")
 
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
 
-def _speed(outputs: Mapping[str, RequestOutput], elapsed_s: float | None) -> str:
-    tokens = sum(len(choice.token_ids) for output in outputs.values() for choice in output.outputs)
-    return f"{tokens / elapsed_s:.1f} output tok/s" if elapsed_s else ""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def take(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            if output.finished:
+                self._outputs[output.request_id] = output
+                self._num_tokens += sum(len(choice.token_ids) for choice in output.outputs)
+                elapsed_s = self._progress.tasks[0].elapsed
+                speed = f"{self._num_tokens / elapsed_s:.1f} output tok/s" if elapsed_s else ""
+                self._progress.update(self._task, advance=1, speed=speed)
 
 
 def _prompt(prompt: object) -> str | list[int]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from lorafleet.workers.args import EngineArgs
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import LoRAFleetError, UnknownModelError
-from lorafleet.workers.lora_ids import LoRAIds
+from lorafleet.workers.lora_ids import KnownAdapter, LoRAIds
 from lorafleet.workers.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
-from lorafleet.workers.text.adapter_texts import MAX_ADAPTER_TEXTS, AdapterTexts
+from lorafleet.workers.text.adapter_texts import AdapterTexts
 from lorafleet.workers.text.model_text import ModelText
 from lorafleet.workers.text_requests import Prompt, TextRequests
+
+_WAIT_S = 0.5  # that a step waits for an adapter to load
 
 
 class LLMEngine:
@@ -20,9 +22,9 @@ class LLMEngine:
 
     def __init__(self, engine: Engine, *, seed: int | None) -> None:
         self.engine = engine
-        self._texts = AdapterTexts(Path(engine.config.model), MAX_ADAPTER_TEXTS)
+        self._texts = AdapterTexts(Path(engine.config.model))
         self.tokenizer = self._texts.model.tokenizer
-        self._lora_ids = LoRAIds(engine)
+        self._lora_ids = LoRAIds(engine, self._texts)
         self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)
 
     @classmethod
@@ -34,13 +36,18 @@ class LLMEngine:
         engine.bind_thread()
         return cls(engine, seed=args.seed)
 
-    def text(self, lora_request: LoRARequest | None = None) -> ModelText:
+    def find_lora(self, lora_request: LoRARequest) -> KnownAdapter:
+        """What a request names now; reads it if need be. Raises what `LoRAIds.find` fails with."""
+        return self._lora_ids.find(lora_request).result()
+
+    def text(self, lora_request: LoRARequest | None = None, known: KnownAdapter | None = None) -> ModelText:
         """Tokenizer and template: the adapter's own, if it has them, else the model's.
 
-        Raises what `LoRAIds.spec` raises, and `ModelError` for a broken tokenizer.
+        known: what `find_lora` gave for it, so that it is not looked up again. Raises what that raises.
         """
-        own = None if lora_request is None else self._texts.of(self._lora_ids.spec(lora_request).path)
-        return own or self._texts.model
+        if known is None and lora_request is not None:
+            known = self.find_lora(lora_request)
+        return (None if known is None else known.text) or self._texts.model
 
     def add_request(
         self,
@@ -48,14 +55,19 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams,
         lora_request: LoRARequest | None = None,
+        *,
+        known: KnownAdapter | None = None,
     ) -> None:
-        """Queue a request; its outputs come from `step`.
+        """Queue a request, as many as you like; its outputs come from `step`.
 
-        prompt: text, or token ids. Raises what `TextRequests.open`, `text` and `Engine.submit` raise; nothing of the
-        request is left behind then.
+        prompt: text, or token ids. known: what `find_lora` gave for lora_request, so that it is not looked up again.
+        Raises what `TextRequests.open`, `find_lora` and `Engine.submit` raise; nothing of the request is left behind
+        then.
         """
-        digest = None if lora_request is None else self._lora_ids.spec(lora_request).digest
-        tokenizer = self.text(lora_request).tokenizer
+        if known is None and lora_request is not None:
+            known = self.find_lora(lora_request)
+        digest = None if known is None else known.spec.digest
+        tokenizer = self.text(known=known).tokenizer
         generates = self._requests.open(request_id, prompt, params, lora_request, digest, tokenizer)
         submitted = 0
         try:
@@ -76,9 +88,10 @@ class LLMEngine:
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Verify an adapter and bring it into the host cache before a request names it; with load_inplace, anew.
 
-        Raises `AdapterConflictError`, `AdapterRefusedError`.
+        Raises `AdapterConflictError`, `AdapterRefusedError`, `AdapterUnavailableError`, `ModelError`.
         """
-        return self._lora_ids.add(lora_request)
+        self._lora_ids.add(lora_request).result()
+        return True
 
     def remove_lora(self, lora_id: int) -> bool:
         """Forget an id; its adapter's slot and memory are free when its requests have ended, at once if none is open.
@@ -86,7 +99,7 @@ class LLMEngine:
         False when the id stands for nothing.
         """
         try:
-            self._lora_ids.remove(lora_id)
+            self._lora_ids.remove(lora_id).result()
         except UnknownModelError:
             return False
         if not self.has_unfinished_requests():
@@ -108,18 +121,27 @@ class LLMEngine:
         return len(self._requests) > 0
 
     def step(self) -> list[RequestOutput]:
-        """Run one engine step; the requests that got on, finished ones for the last time.
+        """Run one engine step; the requests that got on, finished ones for the last time. Empty: there are none.
 
-        Waits for an adapter to load when nothing else can run. A request that failed (its adapter could not be loaded,
-        its logits were not finite) comes back with `error` set; the others are unharmed.
+        Waits, for half a second at most, for an adapter to load when nothing else can run; without requests it returns
+        at once. A request that failed (its adapter could not be loaded, its logits were not finite) comes back with
+        `error` set; the others are unharmed. After a step that raises there are no requests and no more steps.
         """
         self.engine.bind_thread()
-        self.engine.wait_for_work()
-        outputs = self._requests.apply(self.engine.step())
+        if not self.engine.wait_for_work(timeout_s=_WAIT_S if self.has_unfinished_requests() else 0.0):
+            return []
+        try:
+            events = self.engine.step()
+        except Exception:
+            self._requests.clear()
+            raise
+        outputs = self._requests.apply(events)
         for engine_id in self._requests.take_cancels():
             self.engine.cancel(engine_id)
         return outputs
 
     def close(self) -> None:
+        """Stop the threads; requests that are open are forgotten."""
         self._lora_ids.close()
         self.engine.close()
+        self._requests.clear()

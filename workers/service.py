@@ -145,7 +145,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.RegisterAdapterRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.RegisterAdapterReply:
         try:
-            adapter = await asyncio.to_thread(self._registry.register, request)
+            adapter = await asyncio.wrap_future(self._registry.register(request))
         except LoRAFleetError as error:
             logger.info("adapter %s refused: %s", request.name, error.message)
             return worker_pb2.RegisterAdapterReply(failure=failure_of(error))
@@ -157,7 +157,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.UnregisterAdapterRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.UnregisterAdapterReply:
         try:
-            freeing = await asyncio.to_thread(self._registry.unregister, request.name, request.version)
+            freeing = await asyncio.wrap_future(self._registry.unregister(request.name, request.version))
         except UnknownModelError:
             return worker_pb2.UnregisterAdapterReply(found=False)
         logger.info("adapter %s version %d is unloaded", request.name, request.version)
@@ -185,7 +185,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def GetFiles(
         self, request: worker_pb2.GetFilesRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.FileChunk]:
-        files = await asyncio.to_thread(self._registry.text_files, request.digest)
+        try:
+            files = await asyncio.wrap_future(self._registry.text_files(request.digest))
+        except LoRAFleetError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+            return
         if files is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"No files with digest {request.digest} are known here.")
             return
@@ -245,7 +249,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     cache_salt=generate.cache_salt,
                     composition=tuple((part.digest, part.weight) for part in generate.composition),
                     output_token_ids=tuple(generate.output_token_ids),
-                )
+                ),
+                waits_for_files=False,
             )
         except LoRAFleetError as error:
             logger.info("request %s refused: %s", generate.request_id, error.message)

@@ -101,7 +101,7 @@ class TextRequests:
         request = _TextRequest(
             request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora, tokenizer
         )
-        generates = []
+        generates, shared_ids = [], tuple(ids)
         for index, engine_id in enumerate(request.engine_ids):
             options = params.options(
                 num_prompt_tokens=len(ids),
@@ -111,7 +111,7 @@ class TextRequests:
                 choice=index,
                 eos_token_ids=tokenizer.eos_token_ids,
             )
-            generates.append(GenerateRequest(engine_id, tuple(ids), options, digest))
+            generates.append(GenerateRequest(engine_id, shared_ids, options, digest))
         for generate in generates:
             wants_logprobs = params.logprobs is not None
             output = CompletionOutput(
@@ -136,6 +136,12 @@ class TextRequests:
         for engine_id in self.engine_ids(request_id):
             self._choices.pop(engine_id, None)
         self._requests.pop(request_id, None)
+
+    def clear(self) -> None:
+        """Forget all requests: the engine does nothing any more."""
+        self._requests.clear()
+        self._choices.clear()
+        self._to_cancel.clear()
 
     def engine_ids(self, request_id: str) -> list[str]:
         """The engine's ids of a request's choices; empty when it is not open."""

@@ -45,7 +45,7 @@ class FakeEngine:
         cls.done.append("plan")
         return cls(config)
 
-    def register_adapter(self, path: str, *, roots: object = None) -> Any:
+    def read_adapter(self, path: str, *, roots: object = None) -> Any:
         if "bad" in path:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
@@ -56,7 +56,7 @@ class FakeEngine:
     def prefetch_adapter(self, digest: str) -> None:
         pass
 
-    def unregister_adapter(self, digest: str) -> None:
+    def add_adapter(self, spec: Any) -> None:
         pass
 
     def describe(self) -> list[str]:
@@ -70,6 +70,9 @@ class FakeEngine:
 
     def take_cores(self) -> None:
         """It computes nothing."""
+
+    def fail(self) -> None:
+        pass
 
     def bind_thread(self) -> None:
         pass

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from lorafleet.workers.errors import (
     AdapterRefusedError,
     ConfigError,
     ContextLengthError,
+    DrainingError,
+    InternalError,
     InvalidRequestError,
     LoRAFleetError,
     ModelError,
@@ -367,6 +369,82 @@ async def test_removing_awaits_the_requests(root: Path) -> None:
         assert not await llm.remove_lora(1)
     finally:
         await llm.close()
+
+
+def test_any_number_of_prompts_and_choices_is_generated(root: Path) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    with LLM(model=str(root / "model"), dtype="float32", kv_cache_memory_bytes=4_000_000) as llm:
+        outputs = llm.generate([[5, 6 + number % 100] for number in range(5000)], params, use_tqdm=False)
+        assert len(outputs) == 5000 and all(output.finished for output in outputs)
+        alone = llm.generate([[5, 6 + number] for number in range(100)], params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs[-100:]] == [
+            output.outputs[0].token_ids for output in alone
+        ]
+        many = dataclasses.replace(params, n=16, temperature=1.0)
+        outputs = llm.generate([[5, 6]] * 300, many, use_tqdm=False)
+        assert [len(output.outputs) for output in outputs] == [16] * 300
+        with pytest.raises(InvalidRequestError, match="token id"):
+            llm.generate([[5, 6]] * 5000 + [[5, 999]], params, use_tqdm=False)
+        assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_a_bound_on_waiting_is_kept_to_by_feeding_as_many_as_it_takes(root: Path, tmp_path: Path) -> None:
+    bounded = {"max_loras": 1, "max_num_seqs": 1, "max_adapter_wait_s": 1.0, "kv_cache_memory_bytes": 4_000_000}
+    requests = []
+    for number in range(12):  # of as many contents
+        shutil.copytree(root / "sql", tmp_path / f"{number}")
+        config = json.loads((tmp_path / f"{number}" / "adapter_config.json").read_text())
+        config["lora_alpha"] = number + 1
+        (tmp_path / f"{number}" / "adapter_config.json").write_text(json.dumps(config))
+        requests.append(LoRARequest(f"{number}", number + 1, str(tmp_path / f"{number}")))
+    with LLM(model=str(root / "model"), enable_lora=True, dtype="float32", **bounded) as llm:  # type: ignore[arg-type]
+        outputs = llm.generate(["the fox"] * 12, GREEDY, lora_request=requests, use_tqdm=False)
+    assert all(output.finished and output.error is None for output in outputs)
+
+
+def test_an_idle_engine_steps_at_once_and_says_that_there_is_nothing(root: Path) -> None:
+    engine = LLMEngine.from_engine_args(args(root))
+    assert engine.step() == [] and not engine.has_unfinished_requests()
+    engine.add_request("a", [5, 6], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+    assert [[output.finished for output in engine.step()] for _ in range(2)] == [[False], [True]]
+    assert engine.step() == []
+    engine.close()
+
+
+def test_a_closed_engine_says_so(root: Path) -> None:
+    llm = LLM(model=str(root / "model"), enable_lora=True, dtype="float32", kv_cache_memory_bytes=4_000_000)
+    llm.llm_engine.add_request("open", "the fox", GREEDY)
+    llm.close()
+    llm.close()
+    request = lora(root, "sql", 1)
+    calls: list[Callable[[], object]] = [
+        lambda: llm.generate("the fox", GREEDY, use_tqdm=False),
+        lambda: llm.generate("the fox", GREEDY, lora_request=request, use_tqdm=False),
+        lambda: llm.chat([{"role": "user", "content": "hi"}], GREEDY, lora_request=request, use_tqdm=False),
+        lambda: llm.llm_engine.add_lora(request),
+        lambda: llm.llm_engine.remove_lora(1),
+    ]
+    for call in calls:
+        with pytest.raises(DrainingError, match="closed"):
+            call()
+    assert not llm.llm_engine.has_unfinished_requests() and llm.llm_engine.step() == []
+
+
+def test_after_a_step_that_failed_every_call_says_so_and_none_hangs(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(model=str(root / "model"), dtype="float32", kv_cache_memory_bytes=4_000_000) as llm:
+
+        def fail(plan: object) -> None:
+            raise RuntimeError("a kernel failed")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(llm.llm_engine.engine._runner, "launch", fail)
+            with pytest.raises(RuntimeError, match="a kernel failed"):
+                llm.generate(["the fox", "the dog"], GREEDY, use_tqdm=False)
+        assert not llm.llm_engine.has_unfinished_requests()
+        with pytest.raises(InternalError, match="A step of the engine failed"):
+            llm.generate("the fox", GREEDY, use_tqdm=False)
 
 
 def test_an_adapters_own_template_and_tokenizer_are_used_for_its_requests(llm: LLM, root: Path, tmp_path: Path) -> None:

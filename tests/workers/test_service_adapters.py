@@ -31,6 +31,23 @@ async def test_adapters_are_registered_listed_and_unregistered(worker: Worker) -
         assert not unknown.found
 
 
+async def test_registrations_that_hang_hold_up_nothing_else(worker: Worker) -> None:
+    call = {"metadata": bearer(TOKEN), "timeout": TIMEOUT_S}
+    async with worker.channel() as stub, worker.session() as client:
+        hung = [
+            stub.RegisterAdapter(worker_pb2.RegisterAdapterRequest(name=f"x{n}", root="hangs"), metadata=bearer(TOKEN))
+            for n in range(40)  # more than the event loop has threads
+        ]
+        reply = await stub.RegisterAdapter(worker_pb2.RegisterAdapterRequest(name="y", root="/y"), **call)
+        assert reply.adapter.name == "y"
+        listed = await stub.ListAdapters(worker_pb2.ListAdaptersRequest(), **call)
+        assert [adapter.name for adapter in listed.adapters] == ["y"]
+        await client.generate(1, [1])
+        assert (await client.ending(1)).finish == worker_pb2.FINISH_LENGTH
+        for waiting in hung:
+            waiting.cancel()
+
+
 async def test_an_unregistration_waits_until_all_is_free_and_goes_on_when_nobody_waits(worker: Worker) -> None:
     freed = worker.registry.freed
     assert freed is not None

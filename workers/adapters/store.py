@@ -4,12 +4,16 @@ Thread-safe. An adapter that was handed out stays until it is released; what nob
 needed, in the order that the eviction policy gives. A fetch for which there is no room waits for a release: the bounds
 are kept.
 
+A read that takes too long is given up: its fetches fail, its room is free, others go on. While it hangs its adapter is
+not read again, unless it is registered again.
+
 A prefetch is only a hint. It has a thread of its own and never makes a fetch wait: a fetch may take the room even of
 one that is being read, whose memory is then free when that read ends.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -18,20 +22,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from lorafleet.workers.adapters.background import background_threads
+from lorafleet.workers.adapters.background import CLOSE_S, BackgroundThreads
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter, load_adapter
 from lorafleet.workers.adapters.modules import BaseShapes
-from lorafleet.workers.adapters.open_files import OpenFiles
+from lorafleet.workers.adapters.open_files import OpenAdapter, OpenFiles
 from lorafleet.workers.engine.eviction import Eviction, LeastRecentlyUsed
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError, LoRAFleetError
+
+logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _NUM_READERS = 4
 _MAX_PREFETCHES = 64  # that wait for their thread; more are left out
+_LEAST_BYTES_A_S = 10 << 20  # a read may take a second more for each of these
 _CLOSED = "The adapter store is closed."
 
 
@@ -65,10 +73,22 @@ class _Entry:
     is_ahead: bool = False  # prefetched, and not fetched since
 
 
+@dataclass(slots=True, eq=False)
+class _Read:
+    """One look at an adapter's files, on a thread."""
+
+    digest: str
+    entry: _Entry | None = None  # None: a prefetch that has not begun, or for which there was no room
+    specs: tuple[AdapterSpec, ...] = ()
+    began: float = 0.0
+    has_ended: bool = False  # its thread is done with it
+
+
 class AdapterStore:
-    """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even behind
+    """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even after
     a preemption and when somebody has written into the file since. `load` and `num_bytes`: of an adapter of which not
-    all is kept. `clock` is for tests.
+    all is kept. `read_timeout_s`: after which a read is given up; a large adapter has longer. `has_read`: called on
+    some thread after each read, whatever came of it. `clock` is for tests.
     """
 
     def __init__(
@@ -82,6 +102,8 @@ class AdapterStore:
         is_in_use: Callable[[str], bool] = lambda _: False,
         load: Callable[..., HostAdapter] = load_adapter,
         num_bytes: Callable[[AdapterSpec], int] | None = None,
+        read_timeout_s: float = 30.0,
+        has_read: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base = base
@@ -92,19 +114,22 @@ class AdapterStore:
         self._is_in_use = is_in_use
         self._load = load
         self._size = num_bytes or (lambda spec: spec.num_bytes(dtype))
+        self._read_timeout_s = read_timeout_s
+        self._has_read = has_read
         self._clock = clock
         self._lock = threading.Lock()
         self._specs: dict[str, list[AdapterSpec]] = {}  # where each digest was seen, last first
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._queue: OrderedDict[str, _Entry] = OrderedDict()  # fetches that wait for room, oldest first
         self._failures: dict[str, _Failure] = {}
+        self._hung: dict[str, _Read] = {}  # given up, and their threads still hang
         self._bytes = 0
         self._closed = False
         self._hits = self._loads = self._num_failures = self._evictions = 0
         self._prefetches: set[str] = set()  # that wait for their thread
-        self._files = OpenFiles()
-        self._readers = background_threads(_NUM_READERS, "lorafleet-adapter")
-        self._prefetcher = background_threads(1, "lorafleet-prefetch")
+        self._files = OpenFiles(limit_s=read_timeout_s)
+        self._readers = BackgroundThreads(_NUM_READERS, "lorafleet-adapter")
+        self._prefetcher = BackgroundThreads(1, "lorafleet-prefetch")
 
     def register(self, spec: AdapterSpec) -> None:
         """Make an adapter fetchable. Registering a digest again adds another path to it, which is tried first, and
@@ -123,12 +148,14 @@ class AdapterStore:
             others = [known for known in self._specs.get(spec.digest, ()) if known.path != spec.path]
             self._specs[spec.digest] = [spec, *others]
             self._failures.pop(spec.digest, None)
+            self._hung.pop(spec.digest, None)
 
     def forget(self, digest: str) -> int:
         """Take an adapter that nobody holds out of the store; the bytes of host memory that this freed."""
         with self._lock:
             del self._specs[digest]
             self._failures.pop(digest, None)
+            self._hung.pop(digest, None)
             entry = self._entries.pop(digest, None)
             if entry is None:
                 return 0
@@ -138,11 +165,14 @@ class AdapterStore:
             self._admit()
             return entry.num_bytes
 
-    def hold_files(self, digest: str) -> None:
-        """Let a registered adapter be readable until `release_files`, though its files be replaced or deleted."""
+    def hold_files(self, digest: str) -> Future[OpenAdapter | None]:
+        """Let a registered adapter be readable until `release_files`, though its files be replaced or deleted.
+
+        From when the future is done.
+        """
         with self._lock:
             specs = tuple(self._specs.get(digest, ()))
-        self._files.hold(digest, specs)
+        return self._files.hold(digest, specs)
 
     def release_files(self, digest: str) -> None:
         self._files.release(digest)
@@ -202,7 +232,10 @@ class AdapterStore:
                     self._entries.move_to_end(digest)
             elif not self._closed and digest not in self._prefetches and len(self._prefetches) < _MAX_PREFETCHES:
                 self._prefetches.add(digest)
-                self._prefetcher.submit(self._prefetch, digest)
+                read = _Read(digest)
+                self._prefetcher.submit(
+                    partial(self._read_ahead, read), limit_s=self._limit_s(digest), done=partial(self._take, read)
+                )
 
     def release(self, digest: str) -> None:
         """Give back what one successful `fetch` handed out."""
@@ -214,6 +247,13 @@ class AdapterStore:
         """Loaded adapters, least recently used first."""
         with self._lock:
             return tuple(digest for digest, entry in self._entries.items() if entry.future.done())
+
+    @property
+    def num_reading(self) -> int:
+        """Adapters that are read now, or wait to be."""
+        with self._lock:
+            num_begun = sum(not entry.future.done() for entry in self._entries.values())
+            return num_begun + len(self._queue) + len(self._prefetches)
 
     def stats(self) -> StoreStats:
         with self._lock:
@@ -231,16 +271,17 @@ class AdapterStore:
                 evictions=self._evictions,
             )
 
-    def close(self) -> None:
-        """Let running reads end, stop the threads; fetches that wait for room, or come later, fail."""
+    def close(self, wait_s: float = CLOSE_S) -> None:
+        """Let running reads end, for so long at most, stop the threads; all other fetches fail."""
+        deadline = time.monotonic() + wait_s
         with self._lock:
             self._closed = True
             waiting = [entry.future for entry in self._queue.values()]
             self._queue.clear()
         for future in waiting:
             future.set_exception(InternalError(_CLOSED))
-        self._readers.shutdown(wait=True)
-        self._prefetcher.shutdown(wait=True, cancel_futures=True)
+        self._readers.close(wait_s, drops=False)
+        self._prefetcher.close(max(0.0, deadline - time.monotonic()))
         self._files.close()
 
     @property
@@ -278,7 +319,13 @@ class AdapterStore:
             del self._queue[digest]
             self._entries[digest] = entry
             self._bytes += entry.num_bytes
-            self._readers.submit(self._read, self._specs[digest], entry)
+            read = _Read(digest, entry, tuple(self._specs[digest]))
+            self._readers.submit(
+                partial(self._read, read),
+                limit_s=self._limit_s(digest),
+                what="Reading the adapter's files",
+                done=partial(self._take, read),
+            )
 
     def _make_room(self, num_bytes: int) -> bool:
         if self._fits(num_bytes):
@@ -317,39 +364,66 @@ class AdapterStore:
         self._bytes -= self._entries.pop(digest).num_bytes
         self._evictions += 1
 
-    def _prefetch(self, digest: str) -> None:
+    def _read_ahead(self, read: _Read) -> HostAdapter | None:
         """On the prefetching thread."""
+        digest = read.digest
         with self._lock:
             self._prefetches.discard(digest)
             # Whoever waits for room comes first; that includes a fetch of this very adapter.
             if self._closed or digest in self._entries or self._queue or self._recent_failure(digest) is not None:
-                return
+                return None
             specs = self._specs.get(digest)
             if specs is None:  # forgotten meanwhile
-                return
+                return None
             entry = _Entry(Future(), self._size(specs[0]), holders=0, is_ahead=True)
             if not self._make_room_ahead(entry.num_bytes):
-                return
+                return None
             self._entries[digest] = entry
             self._bytes += entry.num_bytes
-        self._read(specs, entry)
+            read.entry, read.specs = entry, tuple(specs)
+        return self._read(read)
+
+    def _read(self, read: _Read) -> HostAdapter:
+        """On a thread that may hang in it."""
+        read.began = self._clock()
+        try:
+            return self._load_first(read.specs)
+        finally:
+            with self._lock:
+                read.has_ended = True
+                if self._hung.get(read.digest) is read:
+                    del self._hung[read.digest]
+
+    def _limit_s(self, digest: str) -> float:
+        """The lock is held."""
+        specs = self._specs.get(digest)
+        return self._read_timeout_s + (0 if specs is None else self._size(specs[0]) / _LEAST_BYTES_A_S)
 
     def _recent_failure(self, digest: str) -> LoRAFleetError | None:
         """The error of a failed load that is not to be tried again yet."""
         failure = self._failures.get(digest)
-        return failure.error if failure is not None and self._clock() < failure.retry_at else None
+        if failure is None or (self._clock() >= failure.retry_at and digest not in self._hung):
+            return None
+        return failure.error
 
-    def _read(self, specs: Sequence[AdapterSpec], entry: _Entry) -> None:
-        digest = specs[0].digest
-        began = self._clock()
-        try:
-            adapter = self._load_first(specs)
-        except Exception as caught:
+    def _take(self, read: _Read, reading: Future[HostAdapter] | Future[HostAdapter | None]) -> None:
+        """Book what came of a read, and tell those who wait for it."""
+        digest, entry, caught = read.digest, read.entry, reading.exception()
+        if entry is None:  # a prefetch that came to nothing
+            with self._lock:
+                self._prefetches.discard(digest)
+            self._has_read()
+            return
+        if caught is not None:
             error = (
                 caught if isinstance(caught, LoRAFleetError) else InternalError(f"Reading an adapter failed: {caught}")
             )
             with self._lock:
-                if entry.holders:  # else it was only a hint: a fetch shall look again
+                is_hung = not read.has_ended and digest in self._specs
+                if is_hung:
+                    logger.warning("reading adapter %s from %s hangs", digest, read.specs[0].path)
+                    self._hung[digest] = read
+                if entry.holders or is_hung:  # else it was only a hint: a fetch shall look again
                     delay_s = (
                         min(2 * self._failures[digest].delay_s, _LAST_RETRY_S)
                         if digest in self._failures
@@ -363,14 +437,18 @@ class AdapterStore:
                 self._num_failures += 1
                 self._admit()
             entry.future.set_exception(error)
+            self._has_read()
             return
+        adapter = reading.result()
+        assert adapter is not None
         with self._lock:
             self._failures.pop(digest, None)
             self._loads += 1
-            entry.load_s = self._clock() - began
+            entry.load_s = self._clock() - read.began
             if self._entries.get(digest) is entry:
                 self._eviction.use(digest, num_bytes=entry.num_bytes, reload_s=entry.load_s)
         entry.future.set_result(adapter)
+        self._has_read()
 
     def _load_first(self, specs: Sequence[AdapterSpec]) -> HostAdapter:
         """From its open files, or else from the first path where it still is."""

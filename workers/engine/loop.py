@@ -5,7 +5,8 @@
 that the next step drains. No step ever waits for an adapter: loads run on threads of their own and report through the
 same inbox.
 
-Every accepted request ends in exactly one event with a `finish`.
+Every accepted request ends in exactly one event with a `finish`, unless a step raises: then the engine has failed, and
+whoever asks it for anything is told.
 
 On one GPU steps overlap: while one runs, the next is planned and launched, whose rows take their input tokens from
 where the running one will leave them. What a step brought is published when the next has been launched.
@@ -17,8 +18,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
+    DrainingError,
     InternalError,
     InvalidRequestError,
     LoRAFleetError,
@@ -59,6 +61,12 @@ from lorafleet.workers.tp.ranks import Gather, Ranks, alone
 
 logger = logging.getLogger(__name__)
 
+_MAX_PLANNED = 4096  # waiting requests that the scheduler knows; others wait before it, in the order they came
+# When nothing runs, loads or is read, and yet nobody who waits can begin: how long until a step looks again, and how
+# long until the one that has waited longest is ended.
+_LOOK_AGAIN_S = 0.1
+_STUCK_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
@@ -72,9 +80,10 @@ class _InFlight:
 
 @dataclass(frozen=True, slots=True)
 class _Pin:
-    """An adapter that is to stay in its slot."""
+    """Whether an adapter is to stay in its slot."""
 
     digest: str
+    stays: bool
 
 
 class Engine:
@@ -120,7 +129,13 @@ class Engine:
             is_in_host=lambda digest: self._store.is_resident(digest),
         )
         self._store = adapter_store(
-            spec, plan, ranks.group, eviction=make_eviction(eviction), is_in_use=self._scheduler.is_in_use
+            spec,
+            plan,
+            ranks.group,
+            eviction=make_eviction(eviction),
+            is_in_use=self._scheduler.is_in_use,
+            read_timeout_s=config.adapter_read_timeout_s,
+            has_read=self._look_again,
         )
         self._pace = PaceMeter()
         self._loader = SlotLoader(self._store, self._slots, self._runner, ranks.followers, self._pace, self._post)
@@ -130,15 +145,20 @@ class Engine:
             vocab_size_of=self.vocab_size_of,
             not_composable=lambda digest: self._adapters.spec(digest).not_composable,
         )
-        self._lock = threading.Lock()  # guards the six below
+        self._lock = threading.Lock()  # guards the eight below
         # A str is the id of a request to cancel.
         self._inbox: deque[GenerateRequest | str | Loaded | Fetched | Retire | _Pin] = deque()
         self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots, ranks.followers)
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
-        self._places = Shares(config.max_waiting + config.max_num_seqs)  # for requests, by tenant
+        # For requests, by tenant; None: any number.
+        self._places = None if config.max_waiting is None else Shares(config.max_waiting + config.max_num_seqs)
         self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
         self._closed = False
+        self._failure: LoRAFleetError | None = None  # a step has raised; there are no more
+        self._looks_again = False  # the last step found requests that wait, and nothing to do for any of them
+        self._stuck_since: float | None = None  # the first of such steps, one after the other
+        self._backlog: dict[str, GenerateRequest] = {}  # that the scheduler does not know yet, by id, in order
         self._is_warm = False
         self._cores: CoreClaim | None = None
         self._arrivals = 0
@@ -189,10 +209,19 @@ class Engine:
         Idempotent; the same content gives the same digest. roots: where it must lie, see `resolve_adapter`. Raises
         `AdapterRefusedError`.
         """
-        spec = self._adapters.read(path_or_id, roots)
-        with self._lock:
-            self._adapters.add(spec)
+        spec = self.read_adapter(path_or_id, roots=roots)
+        self.add_adapter(spec)
         return spec
+
+    def read_adapter(self, path_or_id: str, *, roots: Sequence[str] | None = None) -> AdapterSpec:
+        """The slow part of `register_adapter`: afterwards nothing is registered yet."""
+        return self._adapters.read(path_or_id, roots)
+
+    def add_adapter(self, spec: AdapterSpec) -> None:
+        """Let requests name what `read_adapter` has read. Raises `AdapterRefusedError`."""
+        with self._lock:
+            self._check_open()
+            self._adapters.add(spec)
 
     def unregister_adapter(self, digest: str) -> Future[FreedBytes]:
         """Accept no more requests for an adapter; free its slot and host memory when those accepted have ended.
@@ -201,6 +230,7 @@ class Engine:
         freed. Raises `UnknownModelError` for a digest that is not registered.
         """
         with self._lock:
+            self._check_open()
             retire = self._adapters.remove(digest)
             self._inbox.append(retire)
             self._wake.notify()
@@ -216,9 +246,16 @@ class Engine:
 
         Raises `AdapterConflictError` when every slot but one is taken so: other adapters need one to take turns in.
         """
+        self.repin_adapters({digest})
+
+    def repin_adapters(self, pin: Collection[str], unpin: Collection[str] = ()) -> None:
+        """`pin_adapter` some in place of others, which may be evicted from then on. Raises what that raises; all others
+        stay as they are then."""
         with self._lock:
-            self._adapters.pin(digest, [request.digests for request in self._unfinished.values()])
-            self._inbox.append(_Pin(digest))
+            self._check_open()
+            unfinished = [request.digests for request in self._unfinished.values() if request.digests]
+            changes = self._adapters.repin(pin, unpin, unfinished)
+            self._inbox += [_Pin(digest, stays) for digest, stays in changes]
             self._wake.notify()
 
     def vocab_size_of(self, adapter: str | None) -> int:
@@ -230,23 +267,28 @@ class Engine:
             return self.vocab_size
         return self._adapters.spec(adapter).vocab_size
 
-    def submit(self, request: GenerateRequest) -> None:
+    def submit(self, request: GenerateRequest, *, waits_for_files: bool = True) -> None:
         """Accept a request; its events come out of later steps.
+
+        waits_for_files: until those of its adapter are open, which then may be replaced; an event loop has no time for
+        that.
 
         Raises `InvalidRequestError`, `ContextLengthError`, `AdapterUnavailableError` (an unregistered digest),
         `AdapterRefusedError` (one that is not applied together with others), `AdapterConflictError` (pinned ones leave
-        too few slots) or `QueueFullError` (too many requests, or more clients than max_adapter_wait_s could be kept
-        for); the request is then not accepted and has no events.
+        too little room), `QueueFullError` (too many requests, or more clients than max_adapter_wait_s could be kept
+        for), `DrainingError` or `InternalError` (the engine is closed, or has failed); the request is then not accepted
+        and has no events.
         """
         self._checks.check(request)
         request = self._activated(request)
-        for digest in request.digests:
-            self._store.hold_files(digest)
+        opened = [self._store.hold_files(digest) for digest in request.digests]
         try:
             self._accept(request)
         except BaseException:
             self._release_files(request)
             raise
+        if waits_for_files:
+            wait(opened)
 
     def cancel(self, request_id: str) -> None:
         """End a request with CANCELLED at the next step; it then holds nothing. No effect on one that has ended."""
@@ -277,18 +319,26 @@ class Engine:
             return bool(self._unfinished)
 
     def close(self) -> None:
-        """Take no more requests and stop the loader threads. Call it when nobody steps any more."""
+        """Take no more requests and stop the threads; a read that hangs is left to itself. Nobody steps any more."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            self._wake.notify_all()
-            unseen = [message for message in self._inbox if isinstance(message, Retire)]
-        self._adapters.close(unseen)
+            self._abandon(_closed())
         self._store.close()
         self._loader.close()
         self._ranks.followers.close()  # before they are told to end: an end that is wanted is no loss
         self._runner.close()
         if self._cores is not None:
             self._cores.close()
+
+    def fail(self) -> None:
+        """There are no more steps: whatever is asked of the engine, and whatever is awaited, ends with an error."""
+        with self._lock:
+            self._failure = self._failure or InternalError(
+                "A step of the engine failed; the log says why. Create another one."
+            )
+            self._abandon(self._failure)
 
     # The stepping thread.
 
@@ -314,7 +364,11 @@ class Engine:
     def wait_for_work(self, timeout_s: float | None = None) -> bool:
         """Sleep until there is something to do: a message, or a request that can run. False on timeout or close."""
         with self._lock:
-            return self._wake.wait_for(lambda: self._closed or self._has_work(), timeout_s) and not self._closed
+            looks_again = self._looks_again and (timeout_s is None or timeout_s >= _LOOK_AGAIN_S)
+            has_work = self._wake.wait_for(
+                lambda: self._closed or self._has_work(), _LOOK_AGAIN_S if looks_again else timeout_s
+            )
+            return (has_work or looks_again) and not self._closed
 
     def wake(self) -> None:
         """Let a sleeping `wait_for_work` look again."""
@@ -324,10 +378,21 @@ class Engine:
     def step(self) -> list[RequestEvent]:
         """Drain the inbox, run one step, say what came of it. Without runnable requests it returns at once.
 
-        Where steps overlap it launches one and says what came of the one before.
+        Where steps overlap it launches one and says what came of the one before. After one that raised there are no
+        more: whatever is asked of the engine then raises `InternalError`.
         """
+        with self._lock:
+            self._check_open()
+        try:
+            return self._step()
+        except Exception:
+            self.fail()
+            raise
+
+    def _step(self) -> list[RequestEvent]:
         events: list[RequestEvent] = []
         self._drain(events)
+        self._fill_scheduler()
         self._loader.copy(puts_off=self._scheduler.num_running > 0)
         plan = self._scheduler.schedule()
         self._loader.clear_emptied()
@@ -346,12 +411,13 @@ class Engine:
             if not self._overlaps:
                 self._settle(events)
         self._give_up(events)
-        self._free_retired()
+        self._look_for_stuck(plan, events)
         with self._lock:
             ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
             for gone in ended:
                 self._entrance.leave(gone.tenant, gone.model_key, len(gone.digests))
-                self._places.give_back(gone.tenant)
+                self._give_back_place(gone)
+                self._adapters.leave(gone.digests)
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
             self._entrance.num_pinned = self._slots.num_staying
@@ -359,6 +425,7 @@ class Engine:
             self._entrance.hot = self._slots.occupants()
         for gone in ended:
             self._release_files(gone)
+        self._free_retired()
         self._stats = self._take_stats()
         return events
 
@@ -415,18 +482,19 @@ class Engine:
         self._scheduler.check_integrity()
         with self._lock:
             queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
+            queued.update(self._backlog)
             assert all(request_id in self._scheduler or request_id in queued for request_id in self._unfinished)
+            assert self._backlog.keys() <= self._unfinished.keys()
             self._adapters.check_integrity([message for message in self._inbox if isinstance(message, Retire)])
 
     def _accept(self, request: GenerateRequest) -> None:
         with self._lock:
-            if self._closed:
-                raise InternalError("The engine is closed.")
+            self._check_open()
             # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
             self._adapters.check(*request.digests)
             if request.request_id in self._unfinished:
                 raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
-            full = self._places.take(request.tenant)
+            full = None if self._places is None else self._places.take(request.tenant)
             if full is not None:
                 raise QueueFullError(
                     f"{full.num_taken} requests run or wait, the limit is {full.limit} (--max-waiting and "
@@ -436,11 +504,37 @@ class Engine:
             try:
                 self._entrance.enter(request.tenant, request.model_key, len(request.digests), is_hot=is_hot)
             except QueueFullError:
-                self._places.give_back(request.tenant)
+                self._give_back_place(request)
                 raise
+            self._adapters.use(request.digests)
             self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()
+
+    def _check_open(self) -> None:
+        """The lock is held. Raises `DrainingError`, or `InternalError`."""
+        if self._closed:
+            raise _closed()
+        if self._failure is not None:
+            raise self._failure
+
+    def _abandon(self, error: LoRAFleetError) -> None:
+        """Tell those who wait for the stepping thread that it does nothing any more. The lock is held."""
+        self._adapters.close([message for message in self._inbox if isinstance(message, Retire)], error)
+        self._inbox.clear()
+        self._unfinished.clear()
+        self._wake.notify_all()
+
+    def _look_again(self) -> None:
+        """Something that was read may have been waited for. On a reading thread."""
+        with self._lock:
+            self._looks_again = False
+            self._wake.notify_all()
+
+    def _give_back_place(self, request: GenerateRequest) -> None:
+        """The lock is held."""
+        if self._places is not None:
+            self._places.give_back(request.tenant)
 
     def _release_files(self, request: GenerateRequest) -> None:
         for digest in request.digests:
@@ -468,8 +562,9 @@ class Engine:
             or self._in_flight is not None
             or self._loader.is_copying
             or self._scheduler.num_running > 0
-            or (self._scheduler.num_waiting > 0 and self._loader.num_coming == 0)
+            or (self._scheduler.num_waiting > 0 and self._loader.num_coming == 0 and not self._looks_again)
             or self._scheduler.is_overdue
+            or self._adapters.can_free(self._is_coming)
         )
 
     def _drain(self, events: list[RequestEvent]) -> None:
@@ -478,8 +573,7 @@ class Engine:
             self._inbox.clear()
         for message in messages:
             if isinstance(message, GenerateRequest):
-                self._arrivals += 1
-                self._scheduler.add(Request.from_generate(message, self._arrivals))
+                self._backlog[message.request_id] = message
             elif isinstance(message, Loaded):
                 self._take_loaded(message, events)
             elif isinstance(message, Fetched):
@@ -487,9 +581,35 @@ class Engine:
             elif isinstance(message, Retire):
                 self._adapters.retire(message)
             elif isinstance(message, _Pin):
-                self._loader.pin(message.digest)
-            elif self._scheduler.remove(message):
+                self._loader.pin(message.digest, message.stays)
+            elif self._backlog.pop(message, None) is not None or self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
+
+    def _fill_scheduler(self) -> None:
+        while self._backlog and self._scheduler.num_waiting < _MAX_PLANNED:
+            request = self._backlog.pop(next(iter(self._backlog)))
+            self._arrivals += 1
+            self._scheduler.add(Request.from_generate(request, self._arrivals))
+
+    def _look_for_stuck(self, plan: StepPlan, events: list[RequestEvent]) -> None:
+        """End a request for which nobody does anything: what could never run should not have been accepted."""
+        is_idle = not (plan.scheduled or plan.loads or self._in_flight or self._loader.num_coming)
+        looks_again = is_idle and self._scheduler.num_waiting > 0
+        with self._lock:
+            self._looks_again = looks_again
+        if not looks_again or self._store.num_reading:
+            self._stuck_since = None
+            return
+        now = time.monotonic()
+        self._stuck_since = self._stuck_since or now
+        if now < self._stuck_since + _STUCK_S:
+            return
+        with self._lock:
+            request_id = next(known for known in self._unfinished if known in self._scheduler)
+        logger.error("request %s waits though nothing runs, loads or is read; it is ended", request_id)
+        self._scheduler.remove(request_id)
+        error = InternalError(f"For {_STUCK_S:g} s the request could not begin though nothing else ran. Try again.")
+        events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=error))
 
     def _take_loaded(self, loaded: Loaded, events: list[RequestEvent]) -> None:
         error = self._loader.take(loaded)
@@ -518,11 +638,13 @@ class Engine:
             self._scheduler.remove(request_id)
             events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=error))
 
+    def _is_coming(self, digest: str) -> bool:
+        """Whether an adapter is on its way into host memory or a slot."""
+        return self._slots.is_loading(digest) or self._loader.is_fetching(digest)
+
     def _free_retired(self) -> None:
         with self._lock:
-            freed = self._adapters.free_unused(
-                lambda digest: self._scheduler.uses(digest) or self._loader.is_fetching(digest)
-            )
+            freed = self._adapters.free_unused(self._is_coming)
         self._loader.clear_emptied()
         for retire, num_bytes in freed:
             retire.freed.set_result(num_bytes)
@@ -538,7 +660,7 @@ class Engine:
             queued = sum(isinstance(message, GenerateRequest) for message in self._inbox)
         return EngineStats(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting + queued,
+            num_waiting=self._scheduler.num_waiting + len(self._backlog) + queued,
             num_uncomputed_tokens=self._scheduler.num_uncomputed_tokens,
             page_size=self.plan.page_size,
             num_pages=self._pool.num_pages,
@@ -553,6 +675,10 @@ class Engine:
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_slot_loads=self._loader.num_loaded,
         )
+
+
+def _closed() -> DrainingError:
+    return DrainingError("The engine is closed. Create another one.")
 
 
 def _needs_history(entry: Scheduled) -> bool:

@@ -1,7 +1,7 @@
 """How adapters get from the disk into host memory, and from there into their slots, without a step waiting for one.
 
-Loader threads fetch them and list what is to be copied where, and have the other ranks do all of it; the stepping
-thread copies in pieces between steps. What an earlier load has left ready needs no loader thread.
+When the host tier has one, a loader thread lists what is to be copied where, and has the other ranks do all of it; the
+stepping thread copies in pieces between steps. What an earlier load has left ready needs no loader thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lorafleet.workers.adapters.background import background_threads
+from lorafleet.workers.adapters.background import BackgroundThreads
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
@@ -81,7 +81,7 @@ class SlotLoader:
         self._slots = slots
         self._runner = runner
         self._report = report
-        self._loaders = background_threads(_NUM_LOADERS, "lorafleet-slot")
+        self._loaders = BackgroundThreads(_NUM_LOADERS, "lorafleet-slot")
         self._copying: deque[tuple[Loaded, SlotWrite]] = deque()
         self._copy_s = _MIN_COPY_S  # for copying, before the next step
         self._fetching: Counter[str] = Counter()
@@ -133,15 +133,23 @@ class SlotLoader:
         self.num_loading += 1
         number = next(self._numbers)
         write = self._at_hand(load)
-        if write is None:
-            self._loaders.submit(self._load, load, number)
-        else:
-            self._copying.append((Loaded(load, number, write, 0.0, time.monotonic(), from_disk=False), write))
+        began = time.monotonic()
+        if write is not None:
+            self._copying.append((Loaded(load, number, write, 0.0, began, from_disk=False), write))
+            return
+        if not self._followers.are_none:  # they read it while this rank does
+            self._loaders.submit(partial(self._followers.prefetch, load.digest))
+        # No loader thread waits for a read: many may hang.
+        fetched = self._store.fetch(load.digest)
+        from_disk = not fetched.done()
+        fetched.add_done_callback(
+            lambda fetched: self._loaders.submit(partial(self._load, load, number, fetched, began, from_disk))
+        )
 
-    def pin(self, digest: str) -> None:
-        """Let an adapter stay in its slot; if it is in none, bring it into one that can be had now."""
-        self._slots.stay(digest, True)
-        if self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
+    def pin(self, digest: str, stays: bool) -> None:
+        """Let an adapter stay in its slot or not; if it is to and is in none, bring it into one that can be had now."""
+        self._slots.stay(digest, stays)
+        if stays and self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
             slot = self._slots.start_load(digest)
             if slot is not None:  # else it comes with its first request
                 self.clear_emptied()
@@ -182,8 +190,8 @@ class SlotLoader:
             self._runner.clear_slot(slot)
 
     def close(self) -> None:
-        """The store is closed already, so that no loader waits for it."""
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+        """The store is closed already, so that no load begins any more."""
+        self._loaders.close()
 
     def _at_hand(self, load: SlotLoad) -> SlotWrite | None:
         """An adapter of which nothing is left to do but the copying: asking another thread would take longer."""
@@ -197,18 +205,13 @@ class SlotLoader:
             return None
         return self._runner.prepare_adapter(load.slot, adapter)
 
-    def _load(self, load: SlotLoad, number: int) -> None:
+    def _load(self, load: SlotLoad, number: int, fetched: Future[HostAdapter], began: float, from_disk: bool) -> None:
         """On a loader thread: bring an adapter as near to its slot as can be without the stepping thread, and report.
 
         When it reports one, all other ranks have it in their slots.
         """
-        began = time.monotonic()
-        from_disk = False
         write: SlotWrite | LoRAFleetError
         try:
-            self._followers.prefetch(load.digest)  # they read it while this rank does
-            fetched = self._store.fetch(load.digest)
-            from_disk = not fetched.done()
             write = self._prepare(load, number, fetched.result())  # held until it is copied
         except LoRAFleetError as refused:
             write = refused

@@ -16,7 +16,7 @@ class EngineThread:
     """Steps an engine in a thread of its own while there is work.
 
     publish: called in that thread with (step number, events) after each step that has events; it must not block.
-    on_crash: called in that thread with what escaped a step; the engine is not stepped again.
+    on_crash: called in that thread with what escaped a step; the engine has failed then and is not stepped again.
     """
 
     def __init__(
@@ -56,4 +56,5 @@ class EngineThread:
                     self._publish(steps, events)
         except BaseException as error:
             logger.exception("the engine thread crashed")
+            self._engine.fail()
             self._on_crash(error)

@@ -29,11 +29,14 @@ def adapter_store(
     *,
     eviction: Eviction | None = None,
     is_in_use: Callable[[str], bool] = lambda _: False,
+    read_timeout_s: float = 30.0,
+    has_read: Callable[[], None] = lambda: None,
 ) -> AdapterStore:
     """A store as the plan bounds it, which keeps a rank's shards."""
     dtype = getattr(torch, plan.lora_dtype)
     options = {"max_bytes": plan.host_cache_bytes, "max_adapters": plan.max_cpu_loras, "dtype": dtype}
     options |= {"eviction": eviction, "is_in_use": is_in_use}
+    options |= {"read_timeout_s": read_timeout_s, "has_read": has_read}
     if group.size == 1:
         return AdapterStore(spec.base_shapes, **options)
     shards = linear_shards(spec, group.rank, group.size)

@@ -12,17 +12,14 @@ from lorafleet.workers.text.check_process import check_apart
 from lorafleet.workers.text.files import files_digest, over_model, read_adapter_files, read_text_files
 from lorafleet.workers.text.model_text import ModelText
 
-MAX_ADAPTER_TEXTS = 32  # that an offline engine keeps
 _MAX_CHECKED = 10_000  # digests, of 64 bytes
 
 
 class AdapterTexts:
-    """Those used last are kept, since a tokenizer takes tens of megabytes. `files` is thread-safe."""
+    """Reads and checks them; keeps those of the base model alone. Thread-safe."""
 
-    def __init__(self, model_dir: Path, max_texts: int = MAX_ADAPTER_TEXTS) -> None:
+    def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
-        self._max_texts = max_texts
-        self._texts: OrderedDict[str, ModelText] = OrderedDict()  # by digest, least recently used first
         self._lock = threading.Lock()
         self._checked: OrderedDict[str, None] = OrderedDict()  # digests of files that are good, oldest first
 
@@ -34,18 +31,6 @@ class AdapterTexts:
     def model(self) -> ModelText:
         """The base model's. Raises `ModelError`."""
         return ModelText.from_files(files_digest(self.model_files), self.model_files)
-
-    def of(self, adapter_dir: Path, roots: Sequence[Path] = ()) -> ModelText | None:
-        """An adapter's; None where it is the model's. Raises as `files`."""
-        files = self.files(adapter_dir, roots)
-        if files is None:
-            return None
-        digest = files_digest(files)
-        text = self._texts.pop(digest, None) or ModelText.from_files(digest, files)
-        self._texts[digest] = text
-        if len(self._texts) > self._max_texts:
-            self._texts.popitem(last=False)
-        return text
 
     def files(self, adapter_dir: Path, roots: Sequence[Path] = ()) -> dict[str, bytes] | None:
         """What the adapter's text is made of; None where that is what the model's is made of.

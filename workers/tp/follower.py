@@ -50,7 +50,7 @@ class Follower:
             group=group,
             enforce_eager=config.enforce_eager,
         )
-        self._store = adapter_store(spec, plan, group)
+        self._store = adapter_store(spec, plan, group, read_timeout_s=config.adapter_read_timeout_s)
         self._lock = threading.Lock()
         # By slot: the number of the load and what is in place, until rank 0 says that it counts. The next load for the
         # slot takes its place: then rank 0 has given the slot to another adapter without a step in between.

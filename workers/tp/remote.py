@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from lorafleet.proto import rank_pb2, rank_pb2_grpc
-from lorafleet.workers.adapters.background import background_threads
+from lorafleet.workers.adapters.background import BackgroundThreads
 from lorafleet.workers.errors import InternalError, LoRAFleetError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, error_of, failure_of
 from lorafleet.workers.tp.follower import Follower
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 8  # of a follower: as many loads as rank 0 has loader threads, and as many registrations
 _TIMEOUT_S = 600.0  # of a load from a slow file system; a rank that dies is noticed at once
+_LIMIT_S = 590.0  # after which a follower gives one up
 
 
 class RemoteFollowers:
@@ -111,7 +113,7 @@ class RankService(rank_pb2_grpc.RankServicer):
     def __init__(self, follower: Follower, hidden_size: int) -> None:
         self._follower = follower
         self._hidden_size = hidden_size
-        self._threads = background_threads(_NUM_THREADS, "lorafleet-rank")
+        self._threads = BackgroundThreads(_NUM_THREADS, "lorafleet-rank")
 
     async def Attend(self, request: rank_pb2.AttendRequest, context: grpc.aio.ServicerContext) -> rank_pb2.RankReply:
         await asyncio.Event().wait()
@@ -153,7 +155,7 @@ class RankService(rank_pb2_grpc.RankServicer):
 
     async def _reply(self, method: Callable[..., None], *arguments: object) -> rank_pb2.RankReply:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, method, *arguments)
+            await asyncio.wrap_future(self._threads.submit(partial(method, *arguments), limit_s=_LIMIT_S))
         except LoRAFleetError as error:
             return rank_pb2.RankReply(failure=failure_of(error))
         except Exception:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,12 @@ def make_store(disk: Disk, clock: Clock) -> Iterator[MakeStore]:
     stores: list[AdapterStore] = []
 
     def make(
-        *, names: str = "abcd", max_bytes: int = 1000, max_adapters: int | None = None, eviction: str = "lru"
+        *,
+        names: str = "abcd",
+        max_bytes: int = 1000,
+        max_adapters: int | None = None,
+        eviction: str = "lru",
+        **options: Any,
     ) -> AdapterStore:
         store = AdapterStore(
             BASE,
@@ -103,6 +109,7 @@ def make_store(disk: Disk, clock: Clock) -> Iterator[MakeStore]:
             eviction=make_eviction(eviction),
             load=disk.load,
             clock=clock,
+            **options,
         )
         stores.append(store)
         for name in names:
@@ -718,3 +725,76 @@ def test_what_is_in_use_goes_last_and_never_for_a_prefetch(make_store: MakeStore
     assert store.resident() == ("a", "c")
     use(store, "d")
     assert store.resident() == ("c", "d")
+
+
+def test_a_read_that_hangs_is_given_up_and_its_room_is_free(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=1, read_timeout_s=0.05)
+    began, _ = disk.hold("a")
+    hung, waiting = store.fetch("a"), store.fetch("b")
+    assert began.wait(TIMEOUT_S)
+    error = error_of(hung)
+    assert isinstance(error, AdapterUnavailableError) and "Reading the adapter's files has taken more" in error.message
+    assert waiting.result(TIMEOUT_S).digest == "b"
+    store.check_integrity()
+
+
+def test_what_hangs_is_not_read_again_before_it_ends_or_is_registered_again(
+    make_store: MakeStore, disk: Disk, clock: Clock
+) -> None:
+    store = make_store(read_timeout_s=0.05)
+    began, may_end = disk.hold("a")
+    assert isinstance(error_of(store.fetch("a")), AdapterUnavailableError)
+    assert began.wait(TIMEOUT_S)
+    clock.now_s += 1000.0
+    assert isinstance(error_of(store.fetch("a")), AdapterUnavailableError)
+    prefetched(store, "a")
+    assert disk.loads["a"] == 1
+    store.register(spec("a"))
+    assert isinstance(error_of(store.fetch("a")), AdapterUnavailableError)
+    assert disk.loads["a"] == 2, "its files may be others now"
+    may_end.set()
+    clock.now_s += 1000.0
+    while store.fetch("a").exception(TIMEOUT_S) is not None:  # until both reads have ended
+        clock.now_s += 1000.0
+    store.release("a")
+    store.check_integrity()
+
+
+def test_a_prefetch_that_hangs_is_given_up_and_remembered(make_store: MakeStore, disk: Disk) -> None:
+    store = make_store(max_adapters=2, read_timeout_s=0.05)
+    began, _ = disk.hold("a")
+    store.prefetch("a")
+    assert began.wait(TIMEOUT_S)
+    prefetched(store, "b")
+    assert isinstance(error_of(store.fetch("a")), AdapterUnavailableError)
+    assert disk.loads["a"] == 1
+    store.check_integrity()
+
+
+def test_more_reads_hang_than_there_are_threads_and_others_go_on(make_store: MakeStore, disk: Disk) -> None:
+    names = [f"hung{n}" for n in range(6)]
+    store = make_store(names="b", read_timeout_s=TIMEOUT_S)
+    for name in names:
+        store.register(spec(name))
+        disk.hold(name)
+    hung = [store.fetch(name) for name in names]
+    assert take(store, "b").digest == "b"
+    assert not any(future.done() for future in hung)
+    assert store.num_reading == 6
+
+
+def test_a_large_adapter_may_take_longer(make_store: MakeStore) -> None:
+    store = make_store(names="", max_bytes=1 << 30, read_timeout_s=30.0)
+    store.register(spec("small", 10))
+    store.register(spec("large", 500 << 20))
+    assert store._limit_s("small") == pytest.approx(30.0)
+    assert store._limit_s("large") == pytest.approx(80.0)
+
+
+def test_whoever_waits_for_reads_is_told_of_each_whatever_came_of_it(make_store: MakeStore, disk: Disk) -> None:
+    told = threading.Semaphore(0)
+    store = make_store(has_read=told.release)
+    disk.broken["b"] = AdapterUnavailableError("gone")
+    for name in "abc":
+        (store.prefetch if name == "c" else store.fetch)(name)
+        assert told.acquire(timeout=TIMEOUT_S)
