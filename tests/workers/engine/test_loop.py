@@ -234,7 +234,9 @@ def test_an_adapter_that_waits_for_a_slot_is_in_the_host_cache_before_it_gets_on
     engine = fleet.engine(max_loras=1)
     engines.append(engine)
     requests = {request.request_id: request for request in fleet.requests(engine)}
-    first, second = requests["all:1"], requests["mlp:1"]
+    second = requests["mlp:1"]
+    options = dataclasses.replace(requests["all:1"].sampling, max_tokens=200, ignore_eos=True)
+    first = dataclasses.replace(requests["all:1"], request_id="long", sampling=options)  # it outlasts the read
     assert first.adapter and second.adapter
     results = {request.request_id: Result() for request in (first, second)}
     engine.submit(first)
@@ -245,11 +247,12 @@ def test_an_adapter_that_waits_for_a_slot_is_in_the_host_cache_before_it_gets_on
     while second.adapter not in engine._store.resident():
         engine.wait_for_work(timeout_s=1.0)
         gather(engine.step(), results)
-        assert not results["all:1"].finish
+        assert not results["long"].finish
     assert engine.stats().device_adapters == (first.adapter,)
     while engine.has_unfinished():
         engine.wait_for_work(timeout_s=1.0)
         gather(engine.step(), results)
+    del results["long"]
     fleet.check(results)
     assert engine.stats().num_adapter_loads == 2, "the slot was filled from the host cache"
 
@@ -304,7 +307,7 @@ def test_base_batches_run_no_lora_op(fleet: Fleet, engines: list[Engine], monkey
         add(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(lora, "lora_add_", counted)
-    engine = fleet.engine()
+    engine = fleet.engine(enforce_eager=True)  # recorded steps are replayed without asking for an op
     engines.append(engine)
     requests = fleet.requests(engine)
     run_engine(engine, [request for request in requests if request.adapter is None])
