@@ -287,7 +287,7 @@ class Engine:
         except BaseException:
             self._release_files(request)
             raise
-        if waits_for_files:
+        if waits_for_files and opened:
             wait(opened)
 
     def cancel(self, request_id: str) -> None:
