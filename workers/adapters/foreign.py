@@ -76,8 +76,8 @@ def missing_weights(names: Sequence[str], path: Path) -> tuple[str, str]:
     shard = next((name for name in names if _SHARD.fullmatch(name)), None)
     if shard is not None:
         return (
-            f"has no {WEIGHTS} but shards ({cut(shard)}); sharded adapters are not supported. Write one file: load them "
-            "with PEFT and save_pretrained(), or join them with safetensors.",
+            f"has no {WEIGHTS} but shards ({cut(shard)}); sharded adapters are not supported. Write one file: load "
+            "them with PEFT and save_pretrained(), or join them with safetensors.",
             "sharded",
         )
     if pickle is not None:

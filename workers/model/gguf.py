@@ -82,8 +82,8 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
     kind = reader.get_field("general.type")
     if kind is not None and kind.contents() == "adapter":
         raise ModelError(
-            f"{path} is a GGUF adapter, not a model. GGUF adapters are not supported: give the base model as MODEL, and "
-            "the adapter as PEFT saves it with --lora-modules."
+            f"{path} is a GGUF adapter, not a model. GGUF adapters are not supported: give the base model as MODEL, "
+            "and the adapter as PEFT saves it with --lora-modules."
         )
     field = reader.get_field("general.architecture")
     architecture = None if field is None else field.contents()
