@@ -27,9 +27,9 @@ def describe(path: Path, names: Sequence[str]) -> tuple[str, str]:
     found = set(names)
     gguf = next((name for name in names if name.lower().endswith(".gguf")), None)
     if gguf is not None:
-        return f"holds a GGUF file ({cut(gguf)}); GGUF adapters are not served. {_WANTED}.", "gguf"
+        return f"holds a GGUF file ({cut(gguf)}); GGUF adapters are not supported. {_WANTED}.", "gguf"
     if "adapters.safetensors" in found or "adapters.npz" in found:
-        return f"holds an adapter of MLX; such are not served. {_MLX_ADVICE}", "mlx"
+        return f"holds an adapter of MLX; such are not supported. {_MLX_ADVICE}", "mlx"
     folders = _with(CONFIG, path, names)
     if folders:
         return (
@@ -43,7 +43,7 @@ def describe(path: Path, names: Sequence[str]) -> tuple[str, str]:
             "whole_model",
         )
     if {"lora.safetensors", "params.json"} <= found:
-        return f"holds a LoRA of mistral-finetune, which is not served. {_WANTED}.", "not_peft"
+        return f"holds a LoRA of mistral-finetune, which is not supported. {_WANTED}.", "not_peft"
     if any(name.startswith("pytorch_lora_weights.") for name in names):
         return f"holds a LoRA of diffusers or Kohya, for an image model. {_WANTED}.", "not_peft"
     if any(map(_TRAINING_STATE.fullmatch, names)):
@@ -64,7 +64,7 @@ _SAVE_ADVICE = "Save the adapter with PEFT's save_pretrained(), all shards gathe
 def foreign_config(fields: Mapping[str, Any]) -> str | None:
     """What an adapter_config.json without PEFT's type is of; None: nothing that is known."""
     if "lora_parameters" in fields or "fine_tune_type" in fields:
-        return f"is of an adapter of MLX; such are not served. {_MLX_ADVICE}"
+        return f"is of an adapter of MLX; such are not supported. {_MLX_ADVICE}"
     if "architectures" in fields and "model_type" in fields:
         return "is the config of a whole model, not of an adapter. Serve the model as MODEL."
     return None
@@ -76,8 +76,8 @@ def missing_weights(names: Sequence[str], path: Path) -> tuple[str, str]:
     shard = next((name for name in names if _SHARD.fullmatch(name)), None)
     if shard is not None:
         return (
-            f"has no {WEIGHTS} but shards ({cut(shard)}); sharded adapters are not served. Write one file: load them "
-            "with PEFT and save_pretrained(), or join them with safetensors.",
+            f"has no {WEIGHTS} but shards ({cut(shard)}); sharded adapters are not supported. Write one file: load "
+            "them with PEFT and save_pretrained(), or join them with safetensors.",
             "sharded",
         )
     if pickle is not None:
@@ -87,10 +87,10 @@ def missing_weights(names: Sequence[str], path: Path) -> tuple[str, str]:
             "pickle",
         )
     if "adapters.safetensors" in names or "adapters.npz" in names:
-        return f"holds an adapter of MLX; such are not served. {_MLX_ADVICE}", "mlx"
+        return f"holds an adapter of MLX; such are not supported. {_MLX_ADVICE}", "mlx"
     gguf = next((name for name in names if name.lower().endswith(".gguf")), None)
     if gguf is not None:
-        return f"holds a GGUF file ({cut(gguf)}); GGUF adapters are not served. {_WANTED}.", "gguf"
+        return f"holds a GGUF file ({cut(gguf)}); GGUF adapters are not supported. {_WANTED}.", "gguf"
     folders = _with(WEIGHTS, path, names)
     if folders:
         return f"has no {WEIGHTS}; it lies in {_listed(folders)}. Give that path.", "adapter_in_subfolder"
@@ -120,7 +120,7 @@ def describe_file(path: Path, shown: str) -> str:
     """What a file is that was given in place of a directory."""
     head = head_of(path)
     if head.startswith(b"GGUF"):
-        return f"is a GGUF file; GGUF adapters (GGUF LoRA) are not served. {_WANTED}."
+        return f"is a GGUF file; GGUF adapters (GGUF LoRA) are not supported. {_WANTED}."
     if head.startswith(LFS_POINTER):
         return f"{LFS_ADVICE}."
     if Path(shown).name in (CONFIG, WEIGHTS):
@@ -133,7 +133,7 @@ def describe_head(head: bytes) -> tuple[str, str] | None:
     if head.startswith(LFS_POINTER):
         return LFS_ADVICE, "git_lfs_pointer"
     if head.startswith(b"GGUF"):
-        return "is a GGUF file under another name; GGUF adapters are not served", "gguf"
+        return "is a GGUF file under another name; GGUF adapters are not supported", "gguf"
     if head[:2] == b"PK" or head[:1] == b"\x80":  # torch's zip, or a bare pickle
         return "is a pickle under another name, which is never read", "pickle"
     if head.lstrip()[:9].lower() in (b"<!doctype", b"<html") or head.lstrip()[:5].lower() == b"<html":

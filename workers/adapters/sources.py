@@ -57,10 +57,10 @@ def resolve_adapter(path_or_id: str, roots: Sequence[str] | None = None) -> Adap
     except hub.HubError as error:
         raise AdapterRefusedError(str(error), reason="not_found") from error
     except (OSError, RuntimeError, ValueError) as error:  # not allowed, too long, a NUL, or the home of nobody
-        what = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise AdapterRefusedError(f"{cut(path_or_id)} cannot be looked up: {what}.", reason="missing_directory") from (
-            error
-        )
+        problem = error.strerror if isinstance(error, OSError) else str(error)
+        raise AdapterRefusedError(
+            f"{cut(path_or_id)} cannot be looked up: {problem}.", reason="missing_directory"
+        ) from (error)
     raise AdapterRefusedError(
         f"{cut(path_or_id)} does not exist. Give an adapter's directory or a Hugging Face id (org/name, or "
         "org/name@revision).",

@@ -71,7 +71,7 @@ def cached_gguf(path: Path, progress: Progress | None = None) -> Path:
 def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) -> Path:
     """Write `path` as a Hugging Face directory in bfloat16 to `out_dir`, which appears whole or not at all.
 
-    Raises `ModelError` for an architecture or tensor that is not served.
+    Raises `ModelError` for an architecture or tensor that is not supported.
     """
     from gguf import GGUFReader
 
@@ -82,8 +82,8 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
     kind = reader.get_field("general.type")
     if kind is not None and kind.contents() == "adapter":
         raise ModelError(
-            f"{path} is a GGUF adapter, not a model. GGUF adapters are not served: give the base model as MODEL, and "
-            "the adapter as PEFT saves it with --lora-modules."
+            f"{path} is a GGUF adapter, not a model. GGUF adapters are not supported: give the base model as MODEL, "
+            "and the adapter as PEFT saves it with --lora-modules."
         )
     field = reader.get_field("general.architecture")
     architecture = None if field is None else field.contents()
@@ -143,7 +143,7 @@ def _set_rope_factors(config: Any, factors: np.ndarray) -> None:
     wavelengths = 2 * np.pi * parameters["rope_theta"] ** (np.arange(len(factors)) / len(factors))
     smooth = np.clip((parameters["original_max_position_embeddings"] / wavelengths - low) / (high - low), 0.0, 1.0)
     if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise ModelError(f"The GGUF file has a table {_ROPE_FACTORS} that is not Llama 3's; it is not served.")
+        raise ModelError(f"The GGUF file has a table {_ROPE_FACTORS} that is not Llama 3's; it is not supported.")
     config.rope_parameters = parameters
 
 

@@ -23,6 +23,8 @@ from lorafleet.workers.text.template_sandbox import LimitError
 CPU_S: Final = 30
 _WALL_S = 300.0
 _MEMORY_BYTES = 4 << 30
+# Long runs of one character, on which a pattern with nested repetitions takes for ever.
+_PROBES = [f"{character * 2000}!{character * 2000}\n" for character in "aZ1 .\n_-é漢"]
 _CODE = "from lorafleet.workers.text.check_process import main; main()"
 
 
@@ -65,10 +67,14 @@ def problem(digest: str, files: Mapping[str, bytes]) -> str | None:
     """What is wrong with a tokenizer and its template; None: nothing."""
     try:
         text = ModelText.from_files(digest, files)
+        for probe in _PROBES:
+            text.tokenizer.encode(probe)
         if text.template.exists:
             text.template.render([{"role": "user", "content": "Hello"}], **text.tokenizer.special_tokens)
-    except InvalidRequestError as error:  # it may well want another conversation, but none that costs so much
-        return f"chat_template: {error.message}" if isinstance(error.__cause__, LimitError) else None
+    except InvalidRequestError as error:  # the template may well want another conversation, but none that costs so much
+        if isinstance(error.__cause__, LimitError):
+            return f"chat_template: {error.message}"
+        return None if isinstance(error.__cause__, Exception) else f"tokenizer.json: {error.message}"
     except ModelError as error:
         return error.message
     except Exception as error:

@@ -136,6 +136,9 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise
             raise _not_unicode(text) from error
+        except BaseException as error:
+            _name_panic(error)
+            raise
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` for several texts, on several cores. Releases the GIL, which the library's `encode` does not."""
@@ -145,6 +148,9 @@ class Tokenizer:
             if not all(isinstance(text, str) for text in texts):
                 raise
             raise next(_not_unicode(text) for text in texts if _surrogate_at(text) is not None) from error
+        except BaseException as error:
+            _name_panic(error)
+            raise
         return [encoding.ids for encoding in encodings]
 
     @functools.cached_property
@@ -240,6 +246,15 @@ def _not_unicode(text: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"The text is not valid Unicode: an unpaired surrogate (U+{ord(text[position]):04X}) at character {position}."
     )
+
+
+def _name_panic(error: BaseException) -> None:
+    """The library's Rust panics with what is no Exception, where a pattern of tokenizer.json takes too many steps.
+
+    Raises InvalidRequestError for that.
+    """
+    if type(error).__name__ == "PanicException":
+        raise InvalidRequestError(f"The model's tokenizer cannot take this text: {cut(str(error))}.") from error
 
 
 def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -58,6 +58,14 @@ def test_a_library_that_breaks_or_takes_too_long_ends_its_process_only(
             check_apart("digest", files)
 
 
+def test_a_tokenizer_with_a_pattern_that_takes_for_ever_is_refused(files: dict[str, bytes]) -> None:
+    tokenizer = json.loads(files["tokenizer.json"])
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    hostile = files | {"tokenizer.json": json.dumps(tokenizer | {"pre_tokenizer": pattern}).encode()}
+    with pytest.raises(ModelError, match=r"tokenizer\.json: The model's tokenizer cannot take this text"):
+        check_apart("digest", hostile)
+
+
 def test_any_rubbish_is_a_model_error(files: dict[str, bytes]) -> None:
     tokenizer = json.loads(files["tokenizer.json"])
     for change in ({"model": {}}, {"decoder": {"type": "X"}}, {"added_tokens": [{"id": -1}]}, {"version": 3}):
