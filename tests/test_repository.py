@@ -82,6 +82,7 @@ def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
         "engine.eviction",
         "engine.pace",
         "engine.request",
+        "engine.shares",
         "errors",
         "generation_defaults",
         "model.source",
