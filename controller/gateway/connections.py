@@ -207,6 +207,8 @@ def _network(address: str) -> str:
     if ":" not in address:
         return address
     try:
-        return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
     except ValueError:
         return address
+    mapped = parsed.ipv4_mapped  # one of version 4 that came in at a socket for both
+    return str(mapped if mapped is not None else ipaddress.ip_network((parsed, 64), strict=False))

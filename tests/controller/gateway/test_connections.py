@@ -197,6 +197,7 @@ async def test_a_client_that_reads_slowly_but_reads_is_kept(new_fleet: Any) -> N
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
         ("fe80::1%eth0", "fe80::/64"),
         ("::1", "::/64"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
         ("not:an:address", "not:an:address"),
     ],
 )
