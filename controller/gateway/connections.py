@@ -12,6 +12,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import struct
 from typing import Any, Final, cast
 
 from aiohttp import web
@@ -26,6 +27,7 @@ KEEP_ALIVE_S: Final = 75.0  # longer than what proxies and clients keep connecti
 MIN_BYTES_A_SECOND: Final = 1024  # that a client must read while more waits for it
 _SYSTEM_BYTES: Final = 32 << 10  # of one connection, in the operating system; twice that with its own
 _BUFFER_BYTES: Final = 32 << 10  # of one connection, here, before its writer waits
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER, for no time
 _LINGER_S: Final = 1.0  # for a refusal to arrive
 _MAX_LINGERING: Final = 100
 
@@ -172,6 +174,9 @@ class Connection(web.RequestHandler):
             self._watch_reader(transport)
             return
         logger.info("a client at %s is disconnected: %d bytes wait for it to read", self._holder, left)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:  # reset it: else the system would go on offering the client what it has
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         transport.abort()
 
     def _refuse(self, transport: asyncio.Transport) -> None:
@@ -202,6 +207,8 @@ def _network(address: str) -> str:
     if ":" not in address:
         return address
     try:
-        return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
     except ValueError:
         return address
+    mapped = parsed.ipv4_mapped  # one of version 4 that came in at a socket for both
+    return str(mapped if mapped is not None else ipaddress.ip_network((parsed, 64), strict=False))

@@ -89,7 +89,8 @@ class GatewayState:
         if await self.intake.idle(self.config.drain_timeout_s):
             return
         self._stopped = True
-        logger.warning("ending %d requests after %g s", len(self._running), self.config.drain_timeout_s)
+        if self._running:
+            logger.warning("ending %d requests after %g s", len(self._running), self.config.drain_timeout_s)
         for generation in list(self._running):
             generation.fail(DrainingError("This gateway is shutting down and could not wait for the request's end."))
         await self.intake.idle(ABORT_GRACE_S)

@@ -326,3 +326,12 @@ def test_gateway_is_the_gateways_own_command_line(capsys: pytest.CaptureFixture[
         main(["gateway", "--help"])
     assert ended.value.code == 0
     assert "usage: lorafleet gateway" in capsys.readouterr().out
+
+
+def test_bounds_of_gateways_and_workers_are_flags_of_the_fleet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config("--max-body-bytes", "1MiB").limits.max_body_bytes == 1 << 20
+    assert config("--max-waiting", "7").engine.max_waiting == 7
+    assert "--max-body-bytes" in refusal(capsys, "--max-body-bytes", "0")
+    assert "--max-waiting" in refusal(capsys, "--max-waiting", "0")
+    assert "--header-timeout-s" in refusal(capsys, "--header-timeout-s", "nan")
+    assert "--admin-api-key" in refusal(capsys, "--admin-api-key", "")

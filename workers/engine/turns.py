@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Generic, TypeVar
 
+from lorafleet.workers.engine.shares import RESERVE
 from lorafleet.workers.errors import QueueFullError
 
 TURN_S = 1.0
@@ -224,6 +225,7 @@ class Entrance:
         self._requests: Counter[tuple[str, str | None]] = Counter()  # unfinished ones of each client
         self._clients: Counter[str] = Counter()  # of each adapter
         self._num_turns = 0  # that all these clients of adapters need
+        self._turns_of: Counter[str] = Counter()  # tenants → turns that its clients would need without the others'
         # Of all this, what is not in line since it is served. The owner sets them after each step.
         self.num_served_clients = 0
         self.num_served_turns = 0
@@ -252,9 +254,10 @@ class Entrance:
                 num_clients = self._clients[adapter]
                 num_more = bound.num_turns(num_clients + 1, num_adapters) - bound.num_turns(num_clients, num_adapters)
             if bound.max_wait_s:
-                self._check_room(0 if is_hot else num_more)
+                self._check_room(0 if is_hot else num_more, tenant)
             if adapter is not None:
                 self._clients[adapter] += 1
+                self._turns_of[tenant] += bound.num_turns(1, num_adapters)
             self._num_turns += num_more
         self._requests[tenant, adapter] += 1
 
@@ -273,10 +276,13 @@ class Entrance:
             self._clients[adapter] -= 1
             if num_clients == 1:
                 del self._clients[adapter]
+            self._turns_of[tenant] -= bound.num_turns(1, num_adapters)
+            if not self._turns_of[tenant]:
+                del self._turns_of[tenant]
 
-    def _check_room(self, num_more_turns: int) -> None:
+    def _check_room(self, num_more_turns: int, tenant: str) -> None:
         bound = self._bound
-        max_turns = bound.max_turns(self.num_pinned, self.turn_s)
+        max_turns = self._max_turns_for(tenant, bound.max_turns(self.num_pinned, self.turn_s))
         if num_more_turns and self.num_waiting_turns >= max_turns:
             raise QueueFullError(
                 f"{self.num_waiting_turns} adapters wait for {bound.places_left(self.num_pinned)} slots (one that many "
@@ -289,3 +295,11 @@ class Entrance:
                 f"seats; --max-adapter-wait-s {bound.max_wait_s:g} can be kept for {bound.max_clients}. Try again "
                 "later; a larger --max-adapter-wait-s or --max-num-seqs lets more wait."
             )
+
+    def _max_turns_for(self, tenant: str, max_turns: int) -> int:
+        """A tenant that has its share of all turns leaves an eighth to those that have not: many adapters, or weights
+        of one, are no reason to refuse another's first."""
+        reserve = max_turns // RESERVE if tenant else 0
+        num_tenants = len(self._turns_of) + (tenant not in self._turns_of)
+        has_share = self._turns_of[tenant] >= max(1, (max_turns - reserve) // num_tenants)
+        return max_turns - reserve if has_share else max_turns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import socket
@@ -154,10 +155,12 @@ async def test_a_client_that_does_not_read_is_disconnected_and_its_request_is_ov
     fleet = await new_fleet(write_timeout_s=0.2, max_queued_tokens=100_000)
     await long_context(fleet)
     num_tokens = 100_000 if stream else 5_000
-    with slow_reader(fleet, post(BODY | {"stream": stream, "max_tokens": num_tokens, "logprobs": 5})):
+    with slow_reader(fleet, post(BODY | {"stream": stream, "max_tokens": num_tokens, "logprobs": 5})) as client:
         await fleet.until(lambda: fleet.worker.generates, 20)
         await fleet.until(lambda: fleet.state.intake.num_in_flight == 0, 40)
         await fleet.until(lambda: fleet.listener.connections.shares.held("127.0.0.1") == 0, 20)
+        # At once, and not after what the system has for it.
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
     assert fleet.worker.cancels == ([1] if stream else [])
 
 
@@ -194,6 +197,7 @@ async def test_a_client_that_reads_slowly_but_reads_is_kept(new_fleet: Any) -> N
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
         ("fe80::1%eth0", "fe80::/64"),
         ("::1", "::/64"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
         ("not:an:address", "not:an:address"),
     ],
 )

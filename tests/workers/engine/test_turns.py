@@ -82,18 +82,18 @@ def test_adapters_beyond_what_the_bound_can_serve_are_refused_by_number_and_flag
     entrance = Entrance(BOUND)
     for number in range(14):
         entrance.num_served_turns = min(number, 2)
-        entrance.enter("t", f"a{number}")
+        entrance.enter("", f"a{number}")
     assert entrance.num_waiting_turns == 12
     with pytest.raises(
         QueueFullError, match=r"^12 adapters wait for 2 slots .*-wait-s 10 can be kept for 12\..*--max-loras"
     ):
-        entrance.enter("t", "new")
-    entrance.enter("t", "a0")  # runs
+        entrance.enter("", "new")
+    entrance.enter("", "a0")  # runs
     entrance.enter("other", "a9")  # is served in the same turn
-    entrance.enter("t", None)  # needs no slot
+    entrance.enter("", None)  # needs no slot
     with pytest.raises(QueueFullError):
         entrance.enter("third", "a9")
-    entrance.leave("t", "a13")
+    entrance.leave("", "a13")
     entrance.enter("third", "a9")
 
 
@@ -106,6 +106,25 @@ def test_clients_beyond_what_the_bound_can_serve_are_refused() -> None:
     entrance.enter("t3", None)
     entrance.num_served_clients = 1
     entrance.enter("new", None)
+
+
+def test_one_tenants_many_adapters_leave_room_for_anothers_first() -> None:
+    entrance = Entrance(WaitBound(max_wait_s=10.0, num_slots=8, num_seats=8))
+    for number in range(42):
+        entrance.enter("many", f"weight {number}")
+    with pytest.raises(QueueFullError, match="can be kept for 42"):
+        entrance.enter("many", "one more")
+    entrance.enter("many", "weight 0")  # waits anyhow
+    for number in range(6):
+        entrance.enter("few", f"adapter {number}")
+    with pytest.raises(QueueFullError):
+        entrance.enter("few", "one more")
+    for number in range(42):
+        entrance.leave("many", f"weight {number}")
+    for number in range(6):
+        entrance.leave("few", f"adapter {number}")
+    entrance.leave("many", "weight 0")
+    assert not entrance._turns_of
 
 
 def test_without_a_bound_nobody_is_refused_and_nothing_is_kept_of_those_that_left() -> None:

@@ -1,0 +1,21 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from lorafleet.controller.byte_size import byte_size
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), [("1.5GiB", 3 << 29), (" 500 MB ", 500_000_000), ("7", 7)])
+def test_a_size_has_a_number_and_perhaps_a_unit(text: str, num_bytes: int) -> None:
+    assert byte_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1.5.5", "1e9", "9" * 5000, "1 GiB GiB"])
+def test_what_is_no_size_is_refused_in_short(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        byte_size(text)
+    assert len(str(refused.value)) < 300
