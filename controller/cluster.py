@@ -55,10 +55,6 @@ class WorkerCluster:
         self._fleet = self.fleet_id()
         self._namespace = fleet_namespace(self._fleet)
 
-    def fleet_id(self) -> str:
-        """Of the controller's actor: the same after each of its restarts, and another fleet's is another."""
-        return str(ray.get_runtime_context().get_actor_id() or "")
-
     def is_restarted(self) -> bool:
         """Return whether Ray has started this controller before. Raises `WorkerLost` when Ray does not say."""
         with _answered("the controller"):
@@ -81,6 +77,10 @@ class WorkerCluster:
     def node_address(self) -> str:
         """Of the node that this runs on, as the others of the cluster reach it."""
         return str(ray.util.get_node_ip_address())
+
+    def fleet_id(self) -> str:
+        """Of the controller's actor: the same after each of its restarts, and another fleet's is another."""
+        return str(ray.get_runtime_context().get_actor_id() or "")
 
     def worker_names(self) -> list[str]:
         """Workers that exist, in whatever state."""

@@ -80,7 +80,7 @@ class FleetCluster:
         self._controller: Any = None
         self._made = ""  # the fleet that this command has made, and owns
         self._owner: Any = None
-        self._asked: dict[str, Any] = {}  # calls of the controller without an answer yet
+        self._asked: dict[str, Any] = {}  # calls of the controller without an answer yet, by method
 
     def find_controller(self) -> bool:
         """Use the controller that the cluster has, if it has one."""
@@ -237,8 +237,13 @@ class FleetCluster:
     def _settle(self) -> None:
         """Have no call on its way: Ray tells of each that its shutdown cuts short."""
         asked, self._asked = list(self._asked.values()), {}
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=_SETTLE_S, fetch_local=False)
+        if not asked:
+            return
+        _, unanswered = ray.wait(asked, num_returns=len(asked), timeout=_SETTLE_S, fetch_local=False)
+        for call in unanswered:
+            ray.cancel(call, recursive=False)
+        if unanswered:
+            ray.wait(unanswered, num_returns=len(unanswered), timeout=_SETTLE_S, fetch_local=False)
 
 
 _NAMESPACE = re.compile(rf"{NAMESPACE}-([0-9a-f]{{32}})")
