@@ -33,6 +33,7 @@ from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
 
+GATEWAYS_S = 30.0  # in which all of them have found a restarted controller
 HEAR_S = 10.0  # that a restarted controller waits for its workers' word before it publishes without it
 
 
@@ -71,6 +72,7 @@ class ControllerActor:
         self._desired = [f"{WORKER_PREFIX}{number}" for number in range(config.num_workers)]
         self._lives: dict[str, WorkerLife] = {}
         self._events = Events()
+        self._began_at = time.monotonic()
         self._failed: WorkerFailed | None = None
         self._gateways = GatewayPlacement(
             self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
@@ -173,7 +175,7 @@ class ControllerActor:
                 self._retirement,
                 self._updates.staging,
                 self._service.changed,
-                lambda: all(life.adapters is not None for life in self._lives.values()),
+                self._all_heard,
                 self._events.add,
             ),
             self._token,
@@ -227,6 +229,12 @@ class ControllerActor:
     def _workers_in_table(self) -> list[WorkerAdapters]:
         lives = self._lives.values()
         return [life.adapters for life in lives if life.client is not None and life.adapters is not None]
+
+    def _all_heard(self) -> bool:
+        """Every worker is there and has said what names stand for, and gateways have had the time to."""
+        return time.monotonic() - self._began_at > GATEWAYS_S and all(
+            life.adapters is not None for life in self._lives.values()
+        )
 
     def _heard_enough(self) -> None:
         """Workers that have not said yet what they know say it later."""

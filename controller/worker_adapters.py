@@ -80,6 +80,7 @@ class WorkerAdapters:
         """See what it has, and learn from it what names stand for. Raises `grpc.aio.AioRpcError`."""
         reply = await self._client.adapters()
         catalogue = self._fleet.catalogue
+        before = self._registered.keys()
         self._registered = {(adapter.name, adapter.version): adapter for adapter in reply.adapters}
         self._noted = {adapter.name: adapter.version for adapter in reply.names}
         self.has_looked = True
@@ -87,6 +88,8 @@ class WorkerAdapters:
         catalogue.see(version for _, version in self._registered)
         if catalogue.note(reply.names):
             self._fleet.changed()
+        if self._registered.keys() != before and self.settled.is_set():  # an answer was lost, and is here now
+            self._publish()
 
     def wake(self) -> None:
         """Something has changed: see to it now."""
@@ -124,11 +127,14 @@ class WorkerAdapters:
         actions = self._actions()
         if actions.note:
             await self.note(actions.note)
+            actions = self._actions()  # meanwhile things may have changed
         for adapter in actions.retire:
             self._fleet.retirement.add(adapter)
-        for key in actions.unregister:
+        while actions.unregister:
+            key = actions.unregister[0]
             await self.unregister(key, FORGET_S)
-        if actions.unregister:
+            if key in self._registered:
+                break  # the worker does not answer; it is tried again
             actions = self._actions()
         self._begin_loads(actions.register)
         if not self._loaders and not self.settled.is_set():
