@@ -166,6 +166,7 @@ class ControllerActor:
             self._updates,
             lambda: [life.status() for life in self._lives.values()],
             lambda: [life.client for life in self._lives.values() if life.client is not None],
+            self._learned,
         )
         surroundings = Surroundings(
             self._cluster,
@@ -175,6 +176,7 @@ class ControllerActor:
                 self._retirement,
                 self._updates.staging,
                 self._service.changed,
+                self._learned,
                 self._all_heard,
                 self._events.add,
             ),
@@ -229,6 +231,13 @@ class ControllerActor:
     def _workers_in_table(self) -> list[WorkerAdapters]:
         lives = self._lives.values()
         return [life.adapters for life in lives if life.client is not None and life.adapters is not None]
+
+    def _learned(self) -> None:
+        """A part of the fleet has told what names stand for."""
+        self._service.changed()
+        for life in self._lives.values():
+            if life.adapters is not None:
+                life.adapters.wake()
 
     def _all_heard(self) -> bool:
         """Every worker is there and has said what names stand for, and gateways have had the time to."""

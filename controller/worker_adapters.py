@@ -51,6 +51,7 @@ class FleetAdapters:
     retirement: Retirement
     staging: Collection[Key]  # versions that loads are just bringing
     changed: Callable[[], None]  # the table is another
+    learned: Callable[[], None]  # and names stand for something else: all workers are to follow
     all_heard: Callable[[], bool]  # whether every worker is there and has said what names stand for
     tell: Callable[[str, int], None]
 
@@ -87,7 +88,7 @@ class WorkerAdapters:
         self._look_at = self._clock() + LOOK_S
         catalogue.see(version for _, version in self._registered)
         if catalogue.note(reply.names):
-            self._fleet.changed()
+            self._fleet.learned()
         if self._registered.keys() != before and self.settled.is_set():  # an answer was lost, and is here now
             self._publish()
 
