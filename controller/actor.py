@@ -36,6 +36,7 @@ from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
 
+GATEWAYS_S = 30.0  # in which all of them have found a restarted controller
 HEAR_S = 10.0  # that a restarted controller waits for its workers' word before it publishes without it
 AGAIN_S = 2.0  # between attempts; from a failure to the end of the process, so that who follows the events hears of it
 FIRST_AGAIN_S = 60.0  # the first time: whoever has made the fleet is to end it
@@ -87,6 +88,7 @@ class ControllerActor:
         self._has_served = False
         self._last_failure = ""  # that was told
         self._lacks_room = False
+        self._began_at = time.monotonic()
         self._gateways = GatewayPlacement(
             self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
         )
@@ -195,6 +197,7 @@ class ControllerActor:
             self._updates,
             lambda: [life.status() for life in self._lives.values()],
             lambda: [life.client for life in self._lives.values() if life.client is not None],
+            self._learned,
         )
         surroundings = Surroundings(
             self._cluster,
@@ -204,7 +207,8 @@ class ControllerActor:
                 self._retirement,
                 self._updates.staging,
                 self._service.changed,
-                lambda: all(life.adapters is not None for life in self._lives.values()),
+                self._learned,
+                self._all_heard,
                 self._events.add,
             ),
             self._token,
@@ -283,6 +287,19 @@ class ControllerActor:
     def _workers_in_table(self) -> list[WorkerAdapters]:
         lives = self._lives.values()
         return [life.adapters for life in lives if life.client is not None and life.adapters is not None]
+
+    def _learned(self) -> None:
+        """A part of the fleet has told what names stand for."""
+        self._service.changed()
+        for life in self._lives.values():
+            if life.adapters is not None:
+                life.adapters.wake()
+
+    def _all_heard(self) -> bool:
+        """Every worker is there and has said what names stand for, and gateways have had the time to."""
+        return time.monotonic() - self._began_at > GATEWAYS_S and all(
+            life.adapters is not None for life in self._lives.values()
+        )
 
     def _heard_enough(self) -> None:
         """Workers that have not said yet what they know say it later."""

@@ -217,8 +217,9 @@ class AdapterUpdates:
             )
             raise
         finally:
-            for task in reading.values():  # those of workers that are lost
-                task.cancel()
+            for task in reading.values():
+                task.cancel()  # of a worker that is lost
+                _problem(task)  # asyncio complains of one that nobody has asked for
 
     async def _note(self, adapter: worker_pb2.Adapter) -> int:
         """Have the workers remember what a name stands for; how many do."""

@@ -39,10 +39,13 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         updates: AdapterUpdates,
         workers: Callable[[], Sequence[controller_pb2.WorkerStatus]],
         clients: Callable[[], Sequence[WorkerClient]] = tuple,
+        learned: Callable[[], None] = lambda: None,
     ) -> None:
-        """files: by digest, then by name. workers: how the wanted ones are. clients: of those in the table."""
+        """files: by digest, then by name. workers: how the wanted ones are. clients: of those in the table. learned:
+        called when a gateway has told what names stand for."""
         self._workers = workers
         self._clients = clients
+        self._learned = learned
         self._catalogue = catalogue
         self._updates = updates
         self._files = files
@@ -58,6 +61,7 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
     ) -> AsyncIterator[controller_pb2.RoutingTable]:
         if request.fleet and request.fleet == self._catalogue.fleet and self._catalogue.note(request.adapters):
             self.changed()
+            self._learned()
         while True:
             changed = self._changed
             if self._catalogue.is_complete:

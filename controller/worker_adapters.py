@@ -51,6 +51,7 @@ class FleetAdapters:
     retirement: Retirement
     staging: Collection[Key]  # versions that loads are just bringing
     changed: Callable[[], None]  # the table is another
+    learned: Callable[[], None]  # and names stand for something else: all workers are to follow
     all_heard: Callable[[], bool]  # whether every worker is there and has said what names stand for
     tell: Callable[[str, int], None]
 
@@ -80,13 +81,16 @@ class WorkerAdapters:
         """See what it has, and learn from it what names stand for. Raises `grpc.aio.AioRpcError`."""
         reply = await self._client.adapters()
         catalogue = self._fleet.catalogue
+        before = self._registered.keys()
         self._registered = {(adapter.name, adapter.version): adapter for adapter in reply.adapters}
         self._noted = {adapter.name: adapter.version for adapter in reply.names}
         self.has_looked = True
         self._look_at = self._clock() + LOOK_S
         catalogue.see(version for _, version in self._registered)
         if catalogue.note(reply.names):
-            self._fleet.changed()
+            self._fleet.learned()
+        if self._registered.keys() != before and self.settled.is_set():  # an answer was lost, and is here now
+            self._publish()
 
     def wake(self) -> None:
         """Something has changed: see to it now."""
@@ -124,11 +128,14 @@ class WorkerAdapters:
         actions = self._actions()
         if actions.note:
             await self.note(actions.note)
+            actions = self._actions()  # meanwhile things may have changed
         for adapter in actions.retire:
             self._fleet.retirement.add(adapter)
-        for key in actions.unregister:
+        while actions.unregister:
+            key = actions.unregister[0]
             await self.unregister(key, FORGET_S)
-        if actions.unregister:
+            if key in self._registered:
+                break  # the worker does not answer; it is tried again
             actions = self._actions()
         self._begin_loads(actions.register)
         if not self._loaders and not self.settled.is_set():

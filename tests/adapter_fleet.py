@@ -164,6 +164,7 @@ class Controller:
             self.retirement,
             self.updates.staging,
             self._changed,
+            self._learned,
             lambda: self.workers.keys() == self.clients.keys(),
             self._tell,
         )
@@ -232,6 +233,11 @@ class Controller:
 
     def _changed(self) -> None:
         self.published.append(self.names())
+
+    def _learned(self) -> None:
+        self._changed()
+        for worker in self.workers.values():
+            worker.wake()
 
     def _tell(self, line: str, level: int) -> None:
         self.told.append(line)

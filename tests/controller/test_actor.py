@@ -415,9 +415,9 @@ async def test_a_controller_that_starts_again_has_everything_back_from_the_worke
     fleet = Fleet(controller, cluster, free_port)
     async for table in fleet.tables():
         assert [adapter.name for adapter in table.adapters] == ["sql"], "no table before has been wrong"
-        if len(table.workers) == 2:
+        if len(table.workers) == 2 and not any(worker.lacking for worker in table.workers):
             break
-    assert {name for name, _ in blank.adapters} >= {"sql"}
+    assert "sql" in {name for name, _ in blank.adapters}, "though it was heard first, and had nothing to do then"
     await stop(controller)
 
 

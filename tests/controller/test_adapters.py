@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -108,6 +109,16 @@ async def test_what_one_worker_refuses_is_on_none(fleet: Fleet) -> None:
     del fleet.workers[1].disk["/adapters/a"]
     error = await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "is not there")
     assert isinstance(error, AdapterRefusedError) and error.reason == "missing_directory"
+
+
+async def test_what_several_workers_refuse_is_answered_once_and_leaves_no_complaint(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    for worker in fleet.workers:
+        worker.disk.clear()
+    await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "is not there")
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 async def test_what_one_worker_refuses_is_answered_while_another_one_still_reads(fleet: Fleet) -> None:

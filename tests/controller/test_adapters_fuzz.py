@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lorafleet.controller import adapters as adapters_module
 from lorafleet.controller import retirement as retirement_module
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.adapter_names import AdapterNames
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -49,6 +50,7 @@ class History(RuleBasedStateMachine):
         self.contents: dict[tuple[str, int], str] = {}  # of all versions that ever were
         self.clients = {name: self.start_worker() for name in WORKERS}
         self.controller = Controller(self.clients, self.clock, of_start=["start"])
+        self.gateway = AdapterNames(["start"])  # what its last table said
         self.allowed: dict[str, set[str | None]] = {"start": {"content a"}, "sql": {None}, "legal": {None}}
         self.do(self.controller.settle(1))
 
@@ -129,6 +131,15 @@ class History(RuleBasedStateMachine):
             self.clients[worker] = self.start_worker()
             self.controller = Controller(self.clients, self.clock, of_start=["start"], is_restart=True)
 
+    @rule()
+    def kill_all_but_the_gateway(self) -> None:
+        if self.is_remembered([self.gateway]):
+            self.do(self.controller.kill())
+            for worker in WORKERS:
+                self.clients[worker] = self.start_worker()
+            self.controller = Controller(self.clients, self.clock, of_start=["start"], is_restart=True)
+            self.controller.catalogue.note(self.gateway.all())
+
     @rule(worker=st.sampled_from(WORKERS), reachable=st.booleans())
     def part(self, worker: str, reachable: bool) -> None:
         self.clients[worker].reachable = reachable
@@ -163,14 +174,21 @@ class History(RuleBasedStateMachine):
     @invariant()
     def the_table_says_what_was_acknowledged(self) -> None:
         if self.controller.catalogue.is_complete:
+            self.gateway.note(self.controller.catalogue.names.all())
             served = self.controller.names()
             for name, allowed in self.allowed.items():
                 assert served.get(name) in allowed
 
     def is_remembered(self, holders: Any) -> bool:
         """Whether what is allowed is known to one of `holders`, for each name: the newest that anybody knows."""
-        everyone = [self.controller.catalogue.names, *(client.names for client in self.clients.values())]
-        left = [holder.names if isinstance(holder, FakeClient) else holder.catalogue.names for holder in holders]
+
+        def names(holder: Any) -> AdapterNames:
+            found = holder.catalogue.names if isinstance(holder, Controller) else getattr(holder, "names", holder)
+            assert isinstance(found, AdapterNames)
+            return found
+
+        everyone = [names(holder) for holder in [self.controller, self.gateway, *self.clients.values()]]
+        left = [names(holder) for holder in holders]
 
         def newest(of: Any, name: str) -> int:
             return max((adapter.version for names in of if (adapter := names.get(name)) is not None), default=0)
@@ -179,4 +197,4 @@ class History(RuleBasedStateMachine):
 
 
 TestHistory = History.TestCase
-TestHistory.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestHistory.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -145,6 +145,8 @@ async def test_a_controller_without_memory_learns_names_from_the_gateways_of_its
     of: str, names: list[str], fleet: Fleet
 ) -> None:
     fleet.put()
+    learned: list[bool] = []
+    fleet.service._learned = lambda: learned.append(True)
     request = controller_pb2.WatchRequest(
         gateway_id="g",
         fleet=of,
@@ -156,6 +158,7 @@ async def test_a_controller_without_memory_learns_names_from_the_gateways_of_its
     table = await fleet.stub.Watch(request, metadata=bearer(TOKEN), timeout=TIMEOUT_S).read()
     assert [adapter.name for adapter in table.adapters] == names
     assert [adapter.name for adapter in table.unloaded] == (["gone"] if names else [])
+    assert bool(learned) == bool(names), "workers are to follow"
 
 
 async def test_files_of_an_unknown_digest_are_not_found(fleet: Fleet) -> None:
