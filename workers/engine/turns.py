@@ -98,7 +98,7 @@ class SlotPace:
 
     def turn_s(self, num_places: int) -> float:
         """How long a slot is kept at least."""
-        return max(self._bound.turn_s, COST * self._empty_s, num_places * self._ready_s)
+        return max(self._bound.turn_s, COST * self._empty_s, 2 * num_places * self._ready_s)
 
 
 class Line(Generic[T]):
