@@ -222,8 +222,7 @@ def test_adapters_whose_reads_hang_take_neither_slots_nor_the_places_of_others()
     for number in range(6):
         world.add(f"hung{number}", 2, adapter=f"hung{number}", priority=-1)
     world.add("base", 2, max_tokens=300)
-    asked: set[str] = set()
-    world.step()
+    asked = set(world.step().prefetches)
     for _ in range(60):
         plan = world.step()
         asked.update(plan.prefetches)
