@@ -12,8 +12,8 @@ lose a slot with all that ran there are in line again, at its end, with at most 
 S * (B / q - 4) can be served in time.
 
 A seat changes hands between two steps. A slot's turn is longer where slots cannot change hands that often, or where it
-would cost too much: `COST` times as long as a slot stands empty while an adapter is copied into it, and `AGAIN` times as
-long as host memory takes to get S adapters ready. Both are measured (`SlotPace`).
+would cost too much: `COST` times as long as a slot stands empty while an adapter is copied into it, and `AGAIN` times
+as long as host memory takes to get S adapters ready. Both are measured (`SlotPace`).
 
 A composition needs the slots of all its adapters at once, k of them: up to k - 1 places before it may be left empty in
 a turn. So it counts as 2 * k - 1 in line, whatever slots it shares with others, and the promise is the same. What is
