@@ -1,7 +1,8 @@
 """What fairness and the bound on waiting do, and what deciding costs: traces played to the real scheduler.
 
 python -m benchmarks.simulate_scheduler prints a table; --out FILE.png draws each scenario's waits, with the bound and
-without. It needs no model and no GPU, and is over in a minute.
+without. It needs no model and no GPU, and is over in a minute. --slow prints what the bound costs where adapters take
+long to read; that takes ten.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from benchmarks import chart
 from benchmarks.simulation import Arrival, Machine, Outcome, Simulation, jain
 
 MAX_WAIT_S = 60.0
+MAX_SLOW_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,54 @@ SCENARIOS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Adapters that are wanted all the time, most of them more than host memory holds, and the base model."""
+
+    read_s: float
+    num_adapters: int
+    num_tenants: int  # of each adapter
+    num_base: int  # requests
+
+    def make(self) -> list[Arrival]:
+        tenants = range(self.num_tenants)
+        arrivals = [
+            Arrival(0.0, f"t{tenant}", f"adapter-{number}", 20, 100, repeats=True)
+            for number in range(self.num_adapters)
+            for tenant in tenants
+        ]
+        return arrivals + [
+            Arrival(0.0, f"b{number % 4}", None, 20, 100, repeats=True) for number in range(self.num_base)
+        ]
+
+
+SLOW = tuple(
+    Slow(read_s, num_adapters, num_tenants, num_base)
+    for read_s, num_adapters, num_tenants, num_base in product((0.01, 0.1, 1.0, 10.0), (10, 100, 500), (1, 8), (0, 128))
+)
+
+
+def run_slow(slow: Slow, max_wait_s: float, until_s: float) -> Outcome:
+    return Simulation(Machine(read_s=slow.read_s, load_s=min(slow.read_s, 0.02)), max_wait_s).run(slow.make(), until_s)
+
+
+def slow_line(slow: Slow) -> str:
+    """With the bound against without, for a minute and a half."""
+    plain, bounded = (run_slow(slow, max_wait_s, 90.0) for max_wait_s in (0.0, MAX_SLOW_WAIT_S))
+    rates = [outcome.num_tokens / outcome.seconds for outcome in (plain, bounded)]
+    return (
+        f"{slow.read_s:>7g}{slow.num_adapters:>9}{slow.num_tenants:>8}{slow.num_base:>6}{rates[0]:>9.0f}{rates[1]:>8.0f}"
+        f"{rates[1] / rates[0]:>7.2f}{max(plain.waits.values()):>9.1f}{max(bounded.first_waits.values()):>11.1f}"
+        f"{max(bounded.waits.values()):>9.1f}{bounded.num_refused:>9}{bounded.num_given_up:>9}{bounded.num_preemptions:>9}"
+    )
+
+
+SLOW_HEADER = (
+    f"{'read s':>7}{'adapters':>9}{'tenants':>8}{'base':>6}{'no bound':>9}{'tok/s':>8}{'ratio':>7}{'longest':>9}"
+    f"{'first wait':>11}{'longest':>9}{'refused':>9}{'given up':>9}{'preempt.':>9}"
+)
+
+
 def run(scenario: Scenario, max_wait_s: float) -> Outcome:
     return Simulation(Machine(), max_wait_s).run(scenario.make(), scenario.until_s)
 
@@ -144,7 +195,13 @@ def draw(outcomes: dict[str, dict[float, Outcome]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Play traces to the scheduler on a virtual clock.")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the waits")
+    parser.add_argument("--slow", action="store_true", help="what the bound costs where adapters take long to read")
     args = parser.parse_args()
+    if args.slow:
+        print(SLOW_HEADER)
+        for slow in SLOW:
+            print(slow_line(slow), flush=True)
+        return
     if args.out and (reason := chart.missing()) is not None:
         sys.exit(reason)
     outcomes: dict[str, dict[float, Outcome]] = {}

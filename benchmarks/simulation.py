@@ -280,8 +280,8 @@ class Simulation:
     def _skip_to_next_event(self) -> bool:
         """Nothing can run: on to the next load's end or arrival. False if there is none."""
         events = [queue[0][0] for queue in (self._loads, self._reads, self._arrivals) if queue]
-        if events:
-            self.now = max(self.now, min(events))
+        if events:  # or when somebody may have waited for too long
+            self.now = max(self.now, min(*events, self.now + 0.1))
         return bool(events)
 
 

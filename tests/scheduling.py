@@ -31,8 +31,11 @@ class World:
         max_bytes: int = 0,
         sizes: dict[str, int] | None = None,
         prefix_caching: bool = False,
+        host: set[str] | None = None,
     ) -> None:
-        """`sizes`: bytes of adapters with an embedding or a head of their own, of which there may be `max_bytes`."""
+        """`sizes`: bytes of adapters with an embedding or a head of their own, of which there may be `max_bytes`.
+        `host`: the adapters in host memory, which the test may change; None is all.
+        """
         self.now = 0.0
         self.step_s = step_s
         self.slots = AdapterSlots(slots, max_bytes=max_bytes, bytes_of=lambda digest: (sizes or {}).get(digest, 0))
@@ -46,6 +49,7 @@ class World:
             eos_token_ids=frozenset([EOS]),
             max_wait_s=max_wait_s,
             enable_prefix_caching=prefix_caching,
+            is_in_host=lambda digest: host is None or digest in host,
             clock=lambda: self.now,
         )
         self.auto_load = auto_load

@@ -10,7 +10,18 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2]))  # benchmarks are run from the repository, never installed
 
-from benchmarks.simulate_scheduler import SCENARIOS, Scenario, flood, held, line, overload, run, shares
+from benchmarks.simulate_scheduler import (
+    SCENARIOS,
+    Scenario,
+    Slow,
+    flood,
+    held,
+    line,
+    overload,
+    run,
+    run_slow,
+    shares,
+)
 from benchmarks.simulation import Arrival, Machine, Simulation, jain, largest_drift
 from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
 
@@ -152,6 +163,35 @@ def test_deciding_costs_little_while_thousands_wait_and_none_can_be_let_in() -> 
     costs = sorted(outcome.schedule_s[100:])
     assert len(costs) > 500
     assert costs[len(costs) // 2] < 0.001
+
+
+@pytest.mark.parametrize("num_base", [0, 128])
+@pytest.mark.parametrize(
+    ("read_s", "num_adapters", "num_tenants"),
+    [(0.01, 60, 8), (0.1, 200, 1), (1.0, 60, 2), (10.0, 12, 1), (10.0, 100, 8)],
+)
+def test_the_bound_costs_at_most_a_fifth_of_the_throughput_however_slow_the_disk(
+    read_s: float, num_adapters: int, num_tenants: int, num_base: int
+) -> None:
+    plain, bounded = (
+        run_slow(Slow(read_s, num_adapters, num_tenants, num_base), max_wait_s, 45.0) for max_wait_s in (0.0, 20.0)
+    )
+    assert bounded.num_tokens / bounded.seconds >= 0.8 * plain.num_tokens / plain.seconds
+    assert max(bounded.first_waits.values()) <= 20.0, "or the client was refused"
+    assert bounded.num_finished > 0
+
+
+def test_adapters_whose_reads_hang_cost_the_others_nothing() -> None:
+    names = [f"hung{number}" for number in range(40)]
+    trace = [Arrival(0.0, "t", f"a{number % 8}", 20, 100, repeats=True) for number in range(32)]
+    trace += [Arrival(0.0, "base", None, 20, 100, repeats=True) for _ in range(64)]
+    hung = [Arrival(1.0, f"t{number % 8}", name, 20, 100, retries=True) for number, name in enumerate(names)]
+    outcomes = [
+        Simulation(Machine(read_s=0.1, hung=frozenset(names)), 15.0).run(own, 40.0) for own in (trace, trace + hung)
+    ]
+    assert outcomes[1].num_tokens >= 0.98 * outcomes[0].num_tokens
+    assert outcomes[1].num_preemptions == outcomes[0].num_preemptions
+    assert outcomes[1].num_given_up >= 40 and max(outcomes[1].waits.values()) <= 15.0
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS[:1], ids=lambda scenario: scenario.name)

@@ -76,7 +76,7 @@ class Residency:
         return digest in self._come
 
     def are_at_hand(self, client: Client) -> bool:
-        """Whether all that a client's adapter lacks is in host memory, or was: several may have too little room."""
+        """Whether all that a client's adapter lacks is or was in host memory, which may lack room for several."""
         return all(digest in self._come or self._is_in_host(digest) for digest in self.missing(client))
 
     def could_run(self, adapter: str) -> bool:

@@ -283,8 +283,8 @@ class Scheduler:
     def _let_in(self, scheduled: dict[Request, int], budget: int, reserved: Reserved) -> None:
         """Start waiting requests in the order of service until budget, seats or pages run out.
 
-        One whose adapter is at hand but in no slot starts a load if a slot can be had; if none can, those that rank
-        behind it pass.
+        One whose adapter is in host memory but in no slot starts a load if a slot can be had; if none can, those that
+        rank behind it pass.
         """
         clients = self._clients
         hot = clients.hot()

@@ -11,6 +11,10 @@ An adapter's turn serves its share of the seats, so one that more tenants wait f
 lose a slot with all that ran there are in line again, at its end, with at most 2 * S turns: so of all that wait at most
 S * (B / q - 4) can be served in time.
 
+A seat changes hands between two steps. A slot's turn is longer where slots cannot change hands that often, or where it
+would cost too much: `COST` times as long as a slot stands empty while an adapter is copied into it, and `AGAIN` times
+as long as host memory takes to get S adapters ready. Both are measured (`SlotPace`).
+
 A composition needs the slots of all its adapters at once, k of them: up to k - 1 places before it may be left empty in
 a turn. So it counts as 2 * k - 1 in line, whatever slots it shares with others, and the promise is the same. What is
 weaker: when slots are lost that more than 2 * S turns' worth of compositions ran in (many weights of the same few
@@ -34,6 +38,7 @@ from lorafleet.workers.errors import QueueFullError
 
 TURN_S = 1.0
 COST = 5.0  # a turn is so many times as long as its slot stands empty at its beginning
+AGAIN = 2.0  # who gives way is read once more, so slots change hands half as often as adapters can be read
 _MAX_PASSED = 8  # turns
 
 T = TypeVar("T", bound=Hashable)
@@ -99,7 +104,7 @@ class SlotPace:
 
     def turn_s(self, num_places: int) -> float:
         """How long a slot is kept at least."""
-        return max(self._bound.turn_s, COST * self._empty_s, num_places * self._ready_s)
+        return max(self._bound.turn_s, COST * self._empty_s, AGAIN * num_places * self._ready_s)
 
 
 class Line(Generic[T]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from scheduling import World, pair, tokens
 
 
@@ -173,3 +174,97 @@ def test_all_adapters_of_a_composition_are_prefetched() -> None:
     world.step()
     world.add("2", 2, **pair("a", "b"))
     assert world.step().prefetches == ("a", "b")
+
+
+def test_an_adapter_gets_a_slot_when_it_is_in_host_memory_and_not_before() -> None:
+    world = World(slots=1, host=set())
+    world.add("1", 2, adapter="x")
+    plan = world.step()
+    assert (plan.loads, plan.prefetches) == ((), ("x",))
+    assert world.step().prefetches == (), "it is asked for once"
+    world.scheduler.come("x")
+    assert [load.digest for load in world.step().loads] == ["x"]
+
+
+def test_an_adapter_that_came_and_had_to_go_again_gets_its_slot_all_the_same() -> None:
+    """Host memory may have too little room for all adapters of a composition at once."""
+    host: set[str] = set()
+    world = World(slots=2, host=host)
+    world.add("both", 2, **pair("a", "b"))
+    assert world.step().prefetches == ("a", "b")
+    world.scheduler.come("a")
+    assert world.step().loads == ()
+    assert world.scheduler.is_in_use("a") and not world.scheduler.is_in_use("b"), "it is not the first to be evicted"
+    world.scheduler.come("b")
+    assert [load.digest for load in world.step().loads] == ["a", "b"]
+
+
+def test_what_has_come_is_forgotten_with_the_requests_that_wanted_it() -> None:
+    world = World(slots=1, host=set())
+    world.add("1", 2, adapter="x")
+    world.step()
+    world.scheduler.come("x")
+    world.scheduler.remove("1")
+    world.step()
+    assert not world.scheduler.is_in_use("x")
+    world.add("2", 2, adapter="x")
+    plan = world.step()
+    assert (plan.loads, plan.prefetches) == ((), ("x",))
+
+
+def test_adapters_whose_reads_hang_take_neither_slots_nor_the_places_of_others() -> None:
+    world = World(slots=2, max_num_seqs=8, host=set(), max_wait_s=30.0, budget=64, pages=400)
+    for number in range(2):
+        world.add(f"hot{number}", 2, max_tokens=300, adapter=f"hot{number}")
+        world.scheduler.come(f"hot{number}")
+    for _ in range(3):
+        world.step()
+    for number in range(6):
+        world.add(f"hung{number}", 2, adapter=f"hung{number}", priority=-1)
+    world.add("base", 2, max_tokens=300)
+    asked = set(world.step().prefetches)
+    for _ in range(60):
+        plan = world.step()
+        asked.update(plan.prefetches)
+        assert {"hot0", "hot1", "base"} <= tokens(plan).keys(), "nobody gives way"
+        assert not plan.loads
+    assert world.scheduler.num_preemptions == 0
+    assert asked == {f"hung{number}" for number in range(6)}, "those that take long do not keep others from being read"
+    world.scheduler.come("hung3")
+    while "hung3" not in world.order:
+        world.step()
+    assert world.scheduler.num_preemptions == 1
+
+
+@pytest.mark.parametrize("max_wait_s", [0.0, 10.0])
+def test_what_could_not_begin_in_time_is_named_once_it_is_too_late(max_wait_s: float) -> None:
+    world = World(slots=1, host=set(), max_wait_s=max_wait_s)
+    world.add("base", 2, max_tokens=100)
+    world.add("x1", 2, adapter="x")
+    world.step()
+    world.now = 5.0
+    world.add("x2", 2, adapter="x")
+    world.add("y", 2, adapter="y")
+    world.step()
+    assert world.scheduler.overdue() == [] and not world.scheduler.is_overdue
+    world.now = 10.0
+    world.step()
+    assert world.scheduler.is_overdue == bool(max_wait_s)
+    overdue = world.scheduler.overdue()
+    assert sorted(overdue) == (["x1", "x2"] if max_wait_s else []), "the place in line is the client's"
+    for name in overdue:
+        world.scheduler.remove(name)
+    world.step()
+    assert world.scheduler.overdue() == []
+
+
+def test_a_request_that_has_begun_is_never_given_up() -> None:
+    world = World(slots=1, max_num_seqs=1, max_wait_s=8.0)
+    begun = world.add("begun", 2, max_tokens=100, adapter="x")
+    world.add("other", 2, max_tokens=100, adapter="y")
+    while "other" not in world.order:
+        world.step()
+    assert begun.num_preemptions == 1
+    world.add("second", 2, adapter="x")
+    world.now += 100.0
+    assert world.scheduler.overdue() == ["second"]

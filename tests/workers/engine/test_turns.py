@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorafleet.workers.engine.turns import Entrance, Line, WaitBound
+from lorafleet.workers.engine.turns import COST, Entrance, Line, SlotPace, WaitBound
 from lorafleet.workers.errors import QueueFullError
 
 BOUND = WaitBound(max_wait_s=10.0, num_slots=2, num_seats=4)  # turns of a second; two adapters a turn
@@ -168,3 +168,40 @@ def test_a_composition_counts_for_what_may_be_left_empty_before_it() -> None:
     for _ in range(2):
         entrance.leave("t", "a+b", 2)
     assert entrance.num_waiting_turns == 10
+
+
+def test_a_slots_turn_is_as_long_as_slots_take_to_change_hands() -> None:
+    bound = WaitBound(60.0, 8, 64)
+    pace = SlotPace(bound)
+    assert pace.turn_s(8) == 1.0
+    for _ in range(40):
+        pace.book(empty_s=0.1, ready_s=0.0)
+    assert pace.turn_s(8) == 1.0, "a seat's turn is enough"
+    for _ in range(40):
+        pace.book(empty_s=2.0)
+    assert pace.turn_s(8) == pytest.approx(COST * 2.0, rel=0.01), "a fifth of it stands empty"
+    for _ in range(40):
+        pace.book(empty_s=0.0, ready_s=0.5)
+    assert pace.turn_s(8) == pytest.approx(8.0, rel=0.01), "two adapters a second come into eight slots"
+    assert bound.max_turns(turn_s=4.0) == 8 * 11
+    assert bound.max_turns(turn_s=40.0) == 16, "one in each slot and one that waits for it"
+
+
+def test_slow_loads_let_fewer_adapters_wait_and_those_in_slots_come_in() -> None:
+    entrance = Entrance(BOUND)
+    entrance.turn_s = 5.0
+    for number in range(4):
+        entrance.enter("t", f"a{number}")
+    with pytest.raises(QueueFullError, match="4 adapters wait"):
+        entrance.enter("t", "new")
+    entrance.enter("t", "hot", is_hot=True)
+    entrance.enter("t", None)
+
+
+def test_those_that_could_not_have_a_place_now_are_passed() -> None:
+    waiting = line(0.0, 0.0, 0.0, 0.0)
+    assert waiting.due(8.0) == [0, 1]
+    assert waiting.due(8.0, lambda item: item % 2 == 1) == [1, 3]
+    assert waiting.due(8.0, lambda item: False) == []
+    assert list(waiting.longest(0.0)) == [0, 1, 2, 3] and list(waiting.longest(-1.0)) == []
+    assert waiting.first_since == 0.0 and line().first_since == float("inf")
