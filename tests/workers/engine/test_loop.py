@@ -229,7 +229,8 @@ def test_an_adapter_that_changed_on_disk_fails_its_requests_by_name(
 
 
 def wait_for_prefetches(engine: Engine) -> None:
-    engine._store._prefetcher.submit(engine._store.check_integrity).result(60.0)
+    assert engine._store._prefetcher.wait(60.0)
+    engine._store.check_integrity()
 
 
 def test_an_adapter_that_waits_for_a_slot_is_in_the_host_cache_before_it_gets_one(
