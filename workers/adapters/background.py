@@ -43,6 +43,7 @@ class _Job:
     began: float = 0.0
     is_slow: bool = False  # it does not count
     is_over: bool = False  # its future has an outcome, or is about to get one
+    is_given_up: bool = False
 
 
 class BackgroundThreads:
@@ -108,7 +109,7 @@ class BackgroundThreads:
     def num_given_up(self) -> int:
         """Jobs that still run though nobody waits for them any more."""
         with self._lock:
-            return sum(job.is_over for job in self._running)
+            return sum(job.is_given_up for job in self._running)
 
     def look(self) -> None:
         """Find the jobs that are slow and those to be given up."""
@@ -118,9 +119,9 @@ class BackgroundThreads:
             for job in self._running:
                 seconds = now - job.began
                 if seconds >= job.limit_s and not job.is_over:
-                    job.is_over = True
+                    job.is_over = job.is_given_up = True
                     ended.append((job, _given_up(job)))
-                if not job.is_slow and (job.is_over or seconds >= SLOW_S) and self._num_slow < self._max_slow:
+                if not job.is_slow and (job.is_given_up or seconds >= SLOW_S) and self._num_slow < self._max_slow:
                     job.is_slow = True
                     self._num_slow += 1
             for _ in range(len(self._queue)):
@@ -128,8 +129,14 @@ class BackgroundThreads:
             if self._are_all_lost():
                 ended += [(job, _all_lost(len(self._running))) for job in self._queue]
                 self._queue.clear()
+                self._has_ended.notify_all()
         for job, error in ended:
             job.future.set_exception(error)
+
+    def wait(self, wait_s: float) -> bool:
+        """Until nothing is to be done any more but what was given up; whether that is so."""
+        with self._lock:
+            return self._has_ended.wait_for(self._is_done, wait_s)
 
     def close(self, wait_s: float = CLOSE_S, *, drops: bool = True) -> None:
         """Wait for what runs, for so long at most, and give up the rest. drops: what has not begun, at once."""
@@ -141,13 +148,17 @@ class BackgroundThreads:
                 self._queue.clear()
             self._has_work.notify_all()
             self._has_begun.notify_all()
-            self._has_ended.wait_for(lambda: not self._queue and all(job.is_over for job in self._running), wait_s)
+            self._has_ended.wait_for(self._is_done, wait_s)
             lost += [*self._queue, *(job for job in self._running if not job.is_over)]
             self._queue.clear()
             for job in lost:
-                job.is_over = True
+                job.is_over = job.is_given_up = True
         for job in lost:
             job.future.set_exception(_closed())
+
+    def _is_done(self) -> bool:
+        """The lock is held."""
+        return not self._queue and all(job.is_given_up for job in self._running)
 
     def _staff(self) -> None:
         """Have a thread for the last job in line, if there may be one more. The lock is held."""
@@ -163,7 +174,7 @@ class BackgroundThreads:
     def _are_all_lost(self) -> bool:
         """Whether no thread will ever take a job, as far as anybody knows. The lock is held."""
         is_full = self._num_up - self._num_slow >= self._num_threads
-        return is_full and len(self._running) == self._num_up and all(job.is_over for job in self._running)
+        return is_full and len(self._running) == self._num_up and all(job.is_given_up for job in self._running)
 
     def _run(self) -> None:
         """A thread's life."""
@@ -172,14 +183,15 @@ class BackgroundThreads:
             try:
                 result = job.work()
             except BaseException as error:
-                if self._end(job):
+                if self._is_wanted(job):
                     job.future.set_exception(error)
             else:
-                if self._end(job):
+                if self._is_wanted(job):
                     job.future.set_result(result)
                 elif job.drop is not None:
                     job.drop(result)
                 del result  # it may be large, and the next job far away
+            self._end(job)
             del job
 
     def _next(self) -> _Job | None:
@@ -206,14 +218,17 @@ class BackgroundThreads:
         self._num_idle -= 1
         return bool(self._queue) or (was_told and not self._is_closed)
 
-    def _end(self, job: _Job) -> bool:
-        """Whether its outcome is wanted still."""
+    def _is_wanted(self, job: _Job) -> bool:
+        """Whether a job that has ended is to have its outcome, and was not given up."""
+        with self._lock:
+            is_wanted, job.is_over = not job.is_over, True
+            return is_wanted
+
+    def _end(self, job: _Job) -> None:
         with self._lock:
             self._running.remove(job)
             self._num_slow -= job.is_slow
-            is_wanted, job.is_over = not job.is_over, True
             self._has_ended.notify_all()
-            return is_wanted
 
     def _watch(self) -> None:
         """Look several times while a job becomes slow, for as long as jobs run."""

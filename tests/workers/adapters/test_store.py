@@ -141,7 +141,8 @@ def prefetched(store: AdapterStore, names: str = "") -> None:
     for name in names:
         store.prefetch(name)
         store.check_integrity()
-    store._prefetcher.submit(store.check_integrity).result(TIMEOUT_S)
+    assert store._prefetcher.wait(TIMEOUT_S)
+    store.check_integrity()
 
 
 def error_of(future: Future[HostAdapter]) -> BaseException | None:
