@@ -302,7 +302,7 @@ def test_base_batches_run_no_lora_op(fleet: Fleet, engines: list[Engine], monkey
         add(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(lora, "lora_add_", counted)
-    engine = fleet.engine(enforce_eager=True)  # recorded steps are replayed without asking for an op
+    engine = fleet.engine(enforce_eager=True)  # else a step of a known shape makes no call from Python
     engines.append(engine)
     requests = fleet.requests(engine)
     run_engine(engine, [request for request in requests if request.adapter is None])
