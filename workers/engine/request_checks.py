@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest
-from lorafleet.workers.errors import AdapterRefusedError, ContextLengthError, InvalidRequestError
+from lorafleet.workers.errors import AdapterRefusedError, ContextLengthError, InvalidRequestError, quoted
 
 
 class RequestChecks:
@@ -50,10 +50,10 @@ class RequestChecks:
             ("stop_token_ids", sampling.stop_token_ids),
             ("output_token_ids", request.output_token_ids),
         ):
-            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-                bad = min(ids) if min(ids) < 0 else max(ids)
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= vocab_size:
                 raise InvalidRequestError(
-                    f"{what} has the token id {bad}; ids go from 0 to {vocab_size - 1}.",
+                    f"{what} has the token id {quoted(low if low < 0 else high)}; ids go from 0 to {vocab_size - 1}.",
                     param="prompt" if ids is prompt else what,
                 )
 

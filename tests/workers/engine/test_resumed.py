@@ -99,5 +99,5 @@ def test_the_engine_that_made_the_tokens_may_go_on_with_them(engines: list[Engin
 def test_outputs_that_cannot_be_are_refused(engines: list[Engine]) -> None:
     with pytest.raises(InvalidRequestError, match="24 output tokens are there already"):
         GenerateRequest("all", PROMPT, OPTIONS["greedy"], output_token_ids=(5,) * NUM_OUTPUT)
-    with pytest.raises(InvalidRequestError, match=r"output_token_ids has the token id .*; ids go from 0 to 130"):
+    with pytest.raises(InvalidRequestError, match="output_token_ids has the token id 131; ids go from 0 to 130"):
         engines[0].submit(GenerateRequest("strange", PROMPT, OPTIONS["greedy"], output_token_ids=(131,)))
