@@ -16,6 +16,7 @@ import pytest
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers.actor import FleetSettings, WorkerActor, WorkerFailed, WorkerReady, leave_ray_niceness
+from lorafleet.workers.adapters.folder import AdapterFolder
 from lorafleet.workers.config import EngineConfig, LoRAConfig, LoRAModule
 from lorafleet.workers.engine import loop as loop_module
 from lorafleet.workers.engine.stats import EngineStats
@@ -50,7 +51,12 @@ class FakeEngine:
             raise AdapterRefusedError(f"{path} has no adapter_config.json.", reason="not_peft")
         self.done.append(path)
         return SimpleNamespace(
-            digest=f"digest of {path}", lora_rank=8, path=Path(path), vocab_size=300, not_composable=""
+            digest=f"digest of {path}",
+            lora_rank=8,
+            path=Path(path),
+            folder=AdapterFolder.at(Path(path)),
+            vocab_size=300,
+            not_composable="",
         )
 
     def prefetch_adapter(self, digest: str) -> None:
