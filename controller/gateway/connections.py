@@ -2,8 +2,8 @@
 
 Owns: what of these aiohttp leaves open. Leaves to others: bodies (intake.py), what a request is (aiohttp, app.py).
 
-The operating system takes part of what is sent to a client that does not read. It is told to take little, so that such
-a client is noticed.
+The operating system takes part of what is for a client that does not read. It is told to take little beyond what it can
+send, so that such a client is noticed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, QueueF
 
 KEEP_ALIVE_S: Final = 75.0  # longer than what proxies and clients keep connections for, so that they end them
 MIN_BYTES_A_SECOND: Final = 1024  # that a client must read while more waits for it
-_SYSTEM_BYTES: Final = 32 << 10  # of one connection, in the operating system; twice that with its own
-_BUFFER_BYTES: Final = 32 << 10  # of one connection, here, before its writer waits
+_SYSTEM_BYTES: Final = 4 << 10  # of one connection, not sent, in the operating system
+_BUFFER_BYTES: Final = 16 << 10  # of one connection, here, before its client counts as one that does not read
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER, for no time
 _LINGER_S: Final = 1.0  # for a refusal to arrive
 _MAX_LINGERING: Final = 100
@@ -80,8 +80,8 @@ class Connection(web.RequestHandler):
             self._refuse(transport)
             return
         sock = transport.get_extra_info("socket")
-        if sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SYSTEM_BYTES)
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _SYSTEM_BYTES)
         transport.set_write_buffer_limits(high=_BUFFER_BYTES)
         super().connection_made(transport)
         self._await_head()
