@@ -45,7 +45,9 @@ async def under_watch(silent_s: float = SILENT_S) -> None:
 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    # Nothing of ours is held open by it, so that whoever reads our output sees our end.
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True)
 
 
 if __name__ == "__main__":
