@@ -77,6 +77,7 @@ def test_workers_import_kernels_and_proto_and_never_the_controller(module: str) 
 def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
     light = [
         "actor",
+        "adapter_names",
         "address",
         "config",
         "engine.eviction",
