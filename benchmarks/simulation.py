@@ -168,7 +168,7 @@ class Simulation:
         self._host[digest] = None
         while len(self._host) > self._machine.num_host:
             spare = [other for other in self._host if other != digest]
-            del self._host[min(spare, key=self.scheduler.is_in_use)]
+            del self._host[min(spare, key=self.scheduler.need_of)]
         self.scheduler.come(digest)
 
     def _give_up(self) -> None:
@@ -204,7 +204,7 @@ class Simulation:
             composition=tuple((digest or "", 1.0) for digest in (arrival.adapter, *arrival.others) if arrival.others),
         )
         key = (arrival.tenant, generate.model_key)
-        turns = self._entrance.num_waiting_turns, self._bound.max_turns(turn_s=self._entrance.turn_s)
+        turns = self._entrance.num_waiting_turns, self._entrance.max_turns_for(arrival.tenant)
         is_new = arrival.adapter is not None and all(adapter != key[1] for _, adapter in self._num_open)
         is_new = is_new and not self._entrance.hot.issuperset(generate.digests)
         try:

@@ -134,7 +134,8 @@ def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _pack(weight_OI: torch.Tensor, unit: int) -> torch.Tensor:
     num_out, num_in = weight_OI.shape
-    padded = F.pad(weight_OI, (0, 0, 0, -num_out % _GROUP))
+    num_more = -num_out % _GROUP
+    padded = F.pad(weight_OI, (0, 0, 0, num_more)) if num_more else weight_OI  # a pad by nothing copies too
     return padded.view(-1, _GROUP, num_in // unit, unit).transpose(1, 2).contiguous()
 
 

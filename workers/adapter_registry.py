@@ -119,7 +119,7 @@ class AdapterRegistry:
             lora_rank=spec.lora_rank,
             text_digest="" if read.text is None else read.text.digest,
             vocab_size=spec.vocab_size,
-            weight=request.weight if request.HasField("weight") else 1.0,
+            weight=_weight_of(request),
             pin=request.pin,
             not_composable=spec.not_composable,
             place=spec.folder.place,
@@ -147,8 +147,14 @@ def _is_known(known: worker_pb2.Adapter, request: worker_pb2.RegisterAdapterRequ
     was lost, and nobody knows of it."""
     if request.digest:
         return known.digest == request.digest
-    fields = ("root", "parent", "created", "weight", "pin")
-    return all(getattr(known, field) == getattr(request, field) for field in fields)
+    fields = ("root", "parent", "created", "pin")
+    return known.weight == _weight_of(request) and all(
+        getattr(known, field) == getattr(request, field) for field in fields
+    )
+
+
+def _weight_of(request: worker_pb2.RegisterAdapterRequest) -> float:
+    return request.weight if request.HasField("weight") else 1.0
 
 
 def _check_digest(request: worker_pb2.RegisterAdapterRequest, digest: str) -> None:

@@ -34,6 +34,8 @@ async def answer(
     head: dict[str, Any],
     deltas: Sequence[ChoiceDelta],
     choice_of: Callable[[ChoiceDelta], dict[str, Any]],
+    *,
+    usage: dict[str, Any],
     num_logprobs: int | None,
 ) -> web.Response:
     """The response. choice_of: a whole choice in JSON's types. num_logprobs: candidates at each position."""
@@ -43,6 +45,6 @@ async def answer(
     body = await request.app[STATE].parse(
         request[TENANT],
         num_bytes,
-        lambda: msgspec.json.encode(head | {"choices": [choice_of(delta) for delta in deltas]}),
+        lambda: msgspec.json.encode(head | {"choices": [choice_of(delta) for delta in deltas], "usage": usage}),
     )
     return web.Response(body=body, content_type="application/json")

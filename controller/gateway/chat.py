@@ -54,7 +54,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
                 max_tokens=table.max_model_len,
             ),
         )
-        head: dict[str, Any] = {
+        head = {
             "id": f"chatcmpl-{request[REQUEST_ID]}",
             "object": "chat.completion.chunk" if fields.stream else "chat.completion",
             "created": int(time.time()),
@@ -76,9 +76,13 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
                 frames = ChatFrames(head, generation.num_choices, text.tokenizer, num_logprobs, has_usage=has_usage)
                 return await stream_answer(request, generation, frames, has_usage=has_usage)
             deltas = await generation.gather()
-        head["usage"] = usage_of(generation)
         return await answer(
-            request, head, deltas, lambda delta: _choice(delta, text.tokenizer, num_logprobs), num_logprobs
+            request,
+            head,
+            deltas,
+            lambda delta: _choice(delta, text.tokenizer, num_logprobs),
+            usage=usage_of(generation),
+            num_logprobs=num_logprobs,
         )
 
 

@@ -61,7 +61,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         echoes: list[str] = []
         if fields.echo:
             echoes = await state.in_thread(tenant, len(body), lambda: echoes_of(text.tokenizer, asked, params.n))
-        head: dict[str, Any] = {
+        head = {
             "id": f"cmpl-{request[REQUEST_ID]}",
             "object": "text_completion",
             "created": int(time.time()),
@@ -85,13 +85,13 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
                 )
                 return await stream_answer(request, generation, frames, has_usage=has_usage)
             deltas = await generation.gather()
-        head["usage"] = usage_of(generation)
         return await answer(
             request,
             head,
             deltas,
             lambda delta: _choice(delta, text.tokenizer, params, echoes[delta.index] if echoes else ""),
-            params.logprobs,
+            usage=usage_of(generation),
+            num_logprobs=params.logprobs,
         )
 
 

@@ -85,10 +85,10 @@ class _Read:
 
 
 class AdapterStore:
-    """`is_in_use`: which adapters go last, since requests that have begun with them must be able to go on, even after
-    a preemption and when somebody has written into the file since. `load` and `num_bytes`: of an adapter of which not
-    all is kept. `read_timeout_s`: after which a read is given up; a large adapter has longer. `has_read`: called on
-    some thread after each read, whatever came of it. `clock` is for tests.
+    """`need_of`: 2 for adapters of requests that have begun, which must be able to resume, even when somebody has
+    written into the file since: they go only where nothing else makes room. 1 for others that go late. `load` and
+    `num_bytes`: of an adapter of which not all is kept. `read_timeout_s`: after which a read is given up; a large
+    adapter has longer. `has_read`: called on some thread after each read, whatever came of it. `clock` is for tests.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class AdapterStore:
         max_adapters: int | None,
         dtype: torch.dtype,
         eviction: Eviction | None = None,
-        is_in_use: Callable[[str], bool] = lambda _: False,
+        need_of: Callable[[str], int] = lambda _: 0,
         load: Callable[..., HostAdapter] = load_adapter,
         num_bytes: Callable[[AdapterSpec], int] | None = None,
         read_timeout_s: float = 30.0,
@@ -111,7 +111,7 @@ class AdapterStore:
         self._max_adapters = max_adapters
         self._dtype = dtype
         self._eviction = eviction or LeastRecentlyUsed()
-        self._is_in_use = is_in_use
+        self._need_of = need_of
         self._load = load
         self._size = num_bytes or (lambda spec: spec.num_bytes(dtype))
         self._read_timeout_s = read_timeout_s
@@ -331,8 +331,9 @@ class AdapterStore:
         if self._fits(num_bytes):
             return True
         spare = self._eviction.order(digest for digest, entry in self._entries.items() if not entry.holders)
-        for digest in sorted(spare, key=self._is_in_use):  # stable
-            if self._fits(num_bytes):
+        others_go = any(entry.holders for entry in self._entries.values())  # soon: whoever holds one gives it back
+        for digest in sorted(spare, key=self._need_of):  # stable
+            if self._fits(num_bytes) or (others_go and self._need_of(digest) > 1):
                 break
             self._evict(digest)
         return self._fits(num_bytes)
@@ -342,7 +343,7 @@ class AdapterStore:
         spare = self._eviction.order(
             digest
             for digest, entry in self._entries.items()
-            if not entry.holders and not entry.is_ahead and not self._is_in_use(digest)
+            if not entry.holders and not entry.is_ahead and not self._need_of(digest)
         )
         if not self._fits(num_bytes, but=spare):
             return False

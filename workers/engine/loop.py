@@ -133,7 +133,7 @@ class Engine:
             plan,
             ranks.group,
             eviction=make_eviction(eviction),
-            is_in_use=self._scheduler.is_in_use,
+            need_of=self._scheduler.need_of,
             read_timeout_s=config.adapter_read_timeout_s,
             has_read=self._look_again,
         )

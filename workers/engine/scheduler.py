@@ -146,13 +146,13 @@ class Scheduler:
         self._running.remove(request, is_spoiled=is_spoiled)
         return True
 
-    def is_in_use(self, digest: str) -> bool:
-        """Whether an adapter is in a slot or has come for one, or a request for it has begun. For any thread."""
-        return (
-            self._running.have_begun(digest)
-            or self._residency.has_come(digest)
-            or self._slots.slot_of(digest) is not None
-        )
+    def need_of(self, digest: str) -> int:
+        """How much an adapter is needed in host memory: 2 if a request for it has begun, 1 if it is in a slot or has
+        come for one, else 0. For any thread.
+        """
+        if self._running.have_begun(digest):
+            return 2
+        return int(self._residency.has_come(digest) or self._slots.slot_of(digest) is not None)
 
     def come(self, digest: str) -> None:
         """An adapter that a plan's prefetches named is in host memory."""

@@ -287,7 +287,7 @@ class Entrance:
 
     def _check_room(self, num_more_turns: int, tenant: str) -> None:
         bound = self._bound
-        max_turns = self._max_turns_for(tenant, bound.max_turns(self.num_pinned, self.turn_s))
+        max_turns = self.max_turns_for(tenant)
         if num_more_turns and self.num_waiting_turns >= max_turns:
             raise QueueFullError(
                 f"{self.num_waiting_turns} adapters wait for {bound.places_left(self.num_pinned)} slots (one that many "
@@ -301,9 +301,13 @@ class Entrance:
                 "later; a larger --max-adapter-wait-s or --max-num-seqs lets more wait."
             )
 
-    def _max_turns_for(self, tenant: str, max_turns: int) -> int:
-        """A tenant that has its share of all turns leaves an eighth to those that have not: many adapters, or weights
-        of one, are no reason to refuse another's first."""
+    def max_turns_for(self, tenant: str) -> int:
+        """How many turns adapters may wait for when this tenant asks for one more.
+
+        A tenant that has its share of all turns leaves an eighth to those that have not: many adapters, or weights of
+        one, are no reason to refuse another's first.
+        """
+        max_turns = self._bound.max_turns(self.num_pinned, self.turn_s)
         reserve = max_turns // RESERVE if tenant else 0
         num_tenants = len(self._turns_of) + (tenant not in self._turns_of)
         has_share = self._turns_of[tenant] >= max(1, (max_turns - reserve) // num_tenants)

@@ -28,14 +28,14 @@ def adapter_store(
     group: TensorParallelGroup,
     *,
     eviction: Eviction | None = None,
-    is_in_use: Callable[[str], bool] = lambda _: False,
+    need_of: Callable[[str], int] = lambda _: 0,
     read_timeout_s: float = 30.0,
     has_read: Callable[[], None] = lambda: None,
 ) -> AdapterStore:
     """A store as the plan bounds it, which keeps a rank's shards."""
     dtype = getattr(torch, plan.lora_dtype)
     options = {"max_bytes": plan.host_cache_bytes, "max_adapters": plan.max_cpu_loras, "dtype": dtype}
-    options |= {"eviction": eviction, "is_in_use": is_in_use}
+    options |= {"eviction": eviction, "need_of": need_of}
     options |= {"read_timeout_s": read_timeout_s, "has_read": has_read}
     if group.size == 1:
         return AdapterStore(spec.base_shapes, **options)

@@ -717,13 +717,29 @@ def test_content_that_was_seen_in_two_places_is_read_where_it_still_is(make_stor
 def test_what_is_in_use_goes_last_and_never_for_a_prefetch(make_store: MakeStore) -> None:
     store = make_store(max_adapters=2)
     needed = {"a"}
-    store._is_in_use = needed.__contains__
+    store._need_of = needed.__contains__
     for name in "abc":
         use(store, name)
     assert store.resident() == ("a", "c")
     needed.add("c")
     prefetched(store, "d")
     assert store.resident() == ("a", "c")
+    use(store, "d")
+    assert store.resident() == ("c", "d")
+
+
+def test_what_has_begun_goes_only_where_nobody_gives_another_back(make_store: MakeStore) -> None:
+    store = make_store(max_adapters=2)
+    store._need_of = lambda digest: {"a": 2, "b": 1}.get(digest, 0)
+    use(store, "a")
+    store.fetch("b").result(TIMEOUT_S)
+    waiting = store.fetch("c")
+    assert store.resident() == ("a", "b") and not waiting.done()
+    store.release("b")
+    waiting.result(TIMEOUT_S)
+    assert store.resident() == ("a", "c")
+    store.release("c")
+    store._need_of = lambda digest: 2
     use(store, "d")
     assert store.resident() == ("c", "d")
 
