@@ -93,7 +93,6 @@ class ControllerActor:
             self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
         )
         self._gateways_started = False
-        self._is_restart = False  # there are workers of an earlier run
         self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
         # Nothing here waits for Ray: it would not start a controller again whose constructor has failed.
         self._run = asyncio.get_running_loop().create_task(self._serve())
@@ -216,14 +215,13 @@ class ControllerActor:
             self._events.add,
             self._create,
             self._started,
-            lambda failure: not self._is_restart and self._cannot_start(failure),
+            self._cannot_start,
         )
         num_ranks = self._config.engine.tensor_parallel_size
         self._lives = {name: WorkerLife(name, num_ranks, surroundings) for name in self._desired}
         observed = await asyncio.to_thread(self._cluster.worker_names)
         actions = reconcile(self._desired, observed)
-        self._is_restart = bool(observed)
-        if self._is_restart:
+        if observed:  # by an earlier run of this controller
             self._retirement.worker_lost()
             self._catalogue.await_word(set(self._desired) & set(observed))
             asyncio.get_running_loop().call_later(HEAR_S, self._heard_enough)

@@ -118,8 +118,8 @@ class AdapterUpdates:
             current = self._catalogue.adapter(name)
             if current is not None and not load_inplace:
                 raise AdapterConflictError(
-                    f"The LoRA adapter {quoted(name)} has already been loaded, from {quoted(current.root)}. Set "
-                    "'load_inplace' to true to replace it, or unload it first.",
+                    f"The LoRA adapter {quoted(name)} has already been loaded. Set 'load_inplace' to true to replace "
+                    "it, or unload it first.",
                     param="lora_name",
                 )
             wanted = worker_pb2.Adapter(

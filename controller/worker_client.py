@@ -76,6 +76,7 @@ class WorkerClient:
             pin=adapter.pin,
             allowed_roots=adapter.allowed_roots,
             digest=adapter.digest,
+            text_digest=adapter.text_digest,
         )
         reply = await self._call(self._stub.RegisterAdapter, request, REGISTER_S)
         if reply.HasField("failure"):

@@ -339,7 +339,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., lora_rank: _Optional[int] = ..., text_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., weight: _Optional[float] = ..., pin: bool = ..., not_composable: _Optional[str] = ..., place: _Optional[str] = ..., allowed_roots: _Optional[_Iterable[str]] = ..., unloaded: bool = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "version", "root", "parent", "created", "allowed_roots", "weight", "pin", "digest")
+    __slots__ = ("name", "version", "root", "parent", "created", "allowed_roots", "weight", "pin", "digest", "text_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
@@ -349,6 +349,7 @@ class RegisterAdapterRequest(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     root: str
@@ -358,7 +359,8 @@ class RegisterAdapterRequest(_message.Message):
     weight: float
     pin: bool
     digest: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., allowed_roots: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., pin: bool = ..., digest: _Optional[str] = ...) -> None: ...
+    text_digest: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., created: _Optional[int] = ..., allowed_roots: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., pin: bool = ..., digest: _Optional[str] = ..., text_digest: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterReply(_message.Message):
     __slots__ = ("adapter", "failure")

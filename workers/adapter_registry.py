@@ -98,8 +98,8 @@ class AdapterRegistry:
             return known
         spec = self._engine.read_adapter(request.root, roots=list(request.allowed_roots) or None)
         try:
-            _check_digest(request, spec.digest)
             text = self._texts.read(spec.path, spec.folder.roots)
+            _check_digests(request, spec.digest, "" if text is None else text.digest)
         except ModelError as error:
             raise AdapterRefusedError(f"{spec.folder}: {error.message}", reason="bad_tokenizer") from error
         return _Read(spec, text)
@@ -146,7 +146,7 @@ def _is_known(known: worker_pb2.Adapter, request: worker_pb2.RegisterAdapterRequ
     """Whether an adapter is what is asked for. Without a digest another load under the same version is not: its answer
     was lost, and nobody knows of it."""
     if request.digest:
-        return known.digest == request.digest
+        return (known.digest, known.text_digest) == (request.digest, request.text_digest)
     fields = ("root", "parent", "created", "pin")
     return known.weight == _weight_of(request) and all(
         getattr(known, field) == getattr(request, field) for field in fields
@@ -157,8 +157,8 @@ def _weight_of(request: worker_pb2.RegisterAdapterRequest) -> float:
     return request.weight if request.HasField("weight") else 1.0
 
 
-def _check_digest(request: worker_pb2.RegisterAdapterRequest, digest: str) -> None:
-    if request.digest and request.digest != digest:
+def _check_digests(request: worker_pb2.RegisterAdapterRequest, digest: str, text_digest: str) -> None:
+    if request.digest and (request.digest, request.text_digest) != (digest, text_digest):
         raise AdapterRefusedError(
             f"The files of {request.name!r} have changed since it was loaded. Load it in place to serve what they are "
             "now.",

@@ -43,7 +43,7 @@ class Limits:
     max_body_bytes: int = _size(8 << 20, "of one request's body")
     max_buffered_bytes: int = _size(512 << 20, "of the bodies of all requests together; more get 429")
     max_in_flight: int = _bound(8192, "choices (prompts times n) of all requests together; more get 429")
-    max_queued_tokens: int = _bound(256, "tokens of one choice that a client may be late with reading")
+    max_queued_tokens: int = _bound(2048, "tokens of one choice that a client may be late with reading")
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):

@@ -447,6 +447,7 @@ async def test_a_restarted_controller_takes_a_worker_whose_start_up_is_gone_with
     start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
 ) -> None:
     cluster.names = [NAME]
+    cluster.restarted_by_ray = True
     cluster.answers.put_nowait(WorkerFailed("adapter_refused", "Adapter 'sql': it is gone."))
     cluster.answers.put_nowait((await start("worker-b")).ready)
     config = ServeConfig(EngineConfig(str(model_dir)), ("base",))

@@ -91,7 +91,7 @@ def test_requests_on_a_replaced_version_outlive_their_worker(fleet: Fleet) -> No
     """The other worker has no request for it, and keeps it all the same."""
     all_is_as_it_was(fleet)
     assert fleet.load("changing", "one")[0] == 200
-    body = {"model": "changing", "prompt": [PROMPT] * 8, "max_tokens": 240, "temperature": 0, "ignore_eos": True}
+    body = {"model": "changing", "prompt": [PROMPT] * 8, "max_tokens": 900, "temperature": 0, "ignore_eos": True}
     undisturbed = texts(fleet.post("/v1/completions", body))
     answers: list[tuple[int, str]] = []
     running = threading.Thread(target=lambda: answers.append(fleet.post("/v1/completions", body | {"n": 16})))

@@ -49,7 +49,7 @@ def spoil_shape(adapter: Path) -> None:
 BAD_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing directory": (spoil_missing, "does not exist"),
     "not PEFT": (spoil_not_peft, "adapter_config.json"),
-    "pickle": (spoil_pickle, "adapter_model.bin is a pickle"),
+    "pickle": (spoil_pickle, "adapter_model.bin, a pickle"),
     "non-finite weights": (spoil_non_finite, "NaN"),
     "unsupported feature": (spoil_feature, "modules_to_save"),
     "shapes of another base": (spoil_shape, "another base model"),

@@ -167,3 +167,25 @@ def test_text_that_was_registered_is_given_after_its_directory_is_gone(registry:
     assert files is not None and files["chat_template.jinja"] == b"OWN {{ messages }}"
     registry.unregister("x", 1).result(TIMEOUT_S)
     assert registry.text_files(adapter.text_digest).result(TIMEOUT_S) is None
+
+
+def test_files_that_changed_are_not_taken_for_what_was_loaded_be_they_weights_or_a_template(
+    registry: AdapterRegistry, engine: Engine, root: Path
+) -> None:
+    """As a worker is asked that has lost its memory."""
+    shutil.copytree(root / "a", root / "own")
+    (root / "own" / "chat_template.jinja").write_text("first")
+    first = register(registry, "x", 1, root / "own")
+    told = {"digest": first.digest, "text_digest": first.text_digest}
+    assert register(registry, "x", 1, root / "own", **told) == first
+    unregister(registry, engine, "x", 1)
+    assert register(registry, "x", 1, root / "own", **told).text_digest == first.text_digest
+    unregister(registry, engine, "x", 1)
+    (root / "own" / "chat_template.jinja").write_text("second")
+    with pytest.raises(AdapterRefusedError, match="have changed") as caught:
+        register(registry, "x", 1, root / "own", **told)
+    assert caught.value.reason == "changed"
+    (root / "own" / "chat_template.jinja").write_text("first")
+    shutil.copy(root / "b" / "adapter_model.safetensors", root / "own")
+    with pytest.raises(AdapterRefusedError, match="have changed"):
+        register(registry, "x", 1, root / "own", **told)

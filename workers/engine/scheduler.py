@@ -158,10 +158,6 @@ class Scheduler:
         """An adapter that a plan's prefetches named is in host memory."""
         self._residency.come(digest, self._clock())
 
-    def uses(self, digest: str) -> bool:
-        """Whether any request, waiting or running, names this adapter."""
-        return any(digest in request.digests for request in self._requests.values())
-
     def waiting_for(self, digest: str) -> list[str]:
         """Ids of the requests that wait and name this adapter."""
         return [request.request_id for request in self._clients.waiting_for(digest)]

@@ -164,7 +164,7 @@ def test_a_load_that_fails_is_told_to_every_composition_that_has_the_adapter() -
     assert [load.digest for load in world.step().loads] == ["a", "b"]
     assert world.scheduler.waiting_for("b") == ["ab", "bc"]
     assert world.scheduler.waiting_for("a") == ["ab", "a"]
-    assert world.scheduler.uses("c") and not world.scheduler.uses("d")
+    assert world.scheduler.waiting_for("c") == ["bc"] and not world.scheduler.waiting_for("d")
 
 
 def test_all_adapters_of_a_composition_are_prefetched() -> None:
