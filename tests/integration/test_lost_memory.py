@@ -79,7 +79,7 @@ def heal(fleet: Fleet, killed_at: float) -> None:
         states = workers(fleet)
         return bool(states) and all(worker["state"] == "ready" for worker in states)
 
-    wait_until(lambda: time.monotonic() > killed_at + 3.0 and is_whole(), "both workers are back", 120)
+    wait_until(lambda: time.monotonic() > killed_at + 3.0 and is_whole(), "both workers are back", 240)
 
 
 def all_is_as_it_was(fleet: Fleet) -> None:
