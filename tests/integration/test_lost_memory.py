@@ -68,6 +68,11 @@ def workers(fleet: Fleet) -> list[dict[str, object]]:
     return list(json.loads(body)["workers"]) if status == 200 else []
 
 
+def num_lacking(fleet: Fleet) -> list[int]:
+    """How many adapters each worker lacks, least first."""
+    return sorted(len(worker["lacking"]) for worker in workers(fleet))  # type: ignore[arg-type]
+
+
 def texts(answer: tuple[int, str]) -> list[str]:
     status, body = answer
     assert status == 200, body
@@ -126,13 +131,15 @@ def test_an_adapter_whose_files_are_gone_is_served_where_it_is_and_then_named(fl
     there.rename(away)
     kill(fleet, num_workers=1)
     heal(fleet, time.monotonic())
-    assert sorted(len(worker["lacking"]) for worker in workers(fleet)) == [0, 1]  # type: ignore[arg-type]
+    wait_until(lambda: num_lacking(fleet) == [0, 1], "the new worker has tried to load it", 120)
+    wait_until(lambda: fleet.complete("loaded")[0] == 200, "the gateway knows which one lacks it")
     for _ in range(10):
         assert fleet.answers_as("loaded", "one"), "all requests go to the worker that has it"
     kill(fleet, num_workers=2)
     heal(fleet, time.monotonic())
-    status, body = fleet.complete("loaded")
-    assert (status, json.loads(body)["error"]["code"]) == (503, "adapter_unavailable")
+    wait_until(lambda: num_lacking(fleet) == [1, 1], "both have tried to load it", 120)
+    wait_until(lambda: fleet.complete("loaded")[0] == 503, "the gateway knows that both lack it")
+    assert json.loads(fleet.complete("loaded")[1])["error"]["code"] == "adapter_unavailable"
     cards = {card["id"]: card for card in json.loads(fleet.server.get("/v1/models")[1])["data"]}
     assert cards["loaded"]["unavailable"] and "unavailable" not in cards["replaced"]
     assert fleet.answers_as("replaced", "two") and fleet.answers_as("tiny", "tiny")
