@@ -84,7 +84,10 @@ def heal(fleet: Fleet, killed_at: float) -> None:
         states = workers(fleet)
         return bool(states) and all(worker["state"] == "ready" for worker in states)
 
-    wait_until(lambda: time.monotonic() > killed_at + 3.0 and is_whole(), "both workers are back", 240)
+    try:
+        wait_until(lambda: time.monotonic() > killed_at + 3.0 and is_whole(), "both workers are back", 240)
+    except AssertionError as late:
+        raise AssertionError(f"{late}\n{workers(fleet)}\n{fleet.server.output[-5000:]}") from None
 
 
 def all_is_as_it_was(fleet: Fleet) -> None:
