@@ -32,7 +32,6 @@ _RANK_PREFIX = "lorafleet-rank-"
 _PLACE_TIMEOUT_S = 10.0
 _LEADS_TIMEOUT_S = 60.0
 _NODES_TIMEOUT_S = 10.0
-_ASK_AGAIN_S = 20.0  # whether a worker that starts is ready
 DRAIN_GRACE_S = 5.0  # for what has ended its requests to end itself
 
 
@@ -153,12 +152,9 @@ class WorkerCluster:
         """Wait for a worker's start. Raises `WorkerLost` when it died; one that does not answer in time is ended."""
         try:
             async with asyncio.timeout(timeout_s):
-                while True:  # an answer may be lost with a process that is killed again while it starts
-                    actor = await asyncio.to_thread(ray.get_actor, name, self._namespace)
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(_ASK_AGAIN_S):
-                            answer: WorkerReady | WorkerFailed = await actor.ready.remote()
-                            return answer
+                actor = await asyncio.to_thread(ray.get_actor, name, self._namespace)
+                answer: WorkerReady | WorkerFailed = await actor.ready.remote()
+                return answer
         except TimeoutError as error:
             await asyncio.to_thread(self.restart_worker, name)
             raise WorkerLost(f"{name} did not start within {timeout_s:g} s") from error

@@ -40,5 +40,6 @@ class Events:
             number = 0
         if number == self.last:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._added.wait(), _WAIT_S)
+                async with asyncio.timeout(_WAIT_S):
+                    await self._added.wait()
         return [(known, line) for known, line in self._lines if known > number]

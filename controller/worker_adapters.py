@@ -115,7 +115,8 @@ class WorkerAdapters:
                 waits = [problem.retry_at for problem in self._problems.values()]
                 wait_s = max(0.0, min([self._look_at, *waits]) - self._clock())
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), wait_s if wait_s > 0 else FIRST_RETRY_S)
+                    async with asyncio.timeout(wait_s if wait_s > 0 else FIRST_RETRY_S):
+                        await self._woken.wait()
         finally:
             for task in self._loaders:
                 task.cancel()

@@ -212,7 +212,8 @@ class WorkerLife:
                 await asyncio.sleep(POLL_S)
             else:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(adapters.settled.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await adapters.settled.wait()
 
     def _heard(self) -> None:
         """What it knows of adapters is known, or is lost with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import pytest
 from adapter_fleet import Clock, Controller, FakeClient
@@ -152,3 +153,20 @@ async def test_a_call_that_failed_is_looked_after(fleet: Fleet, monkeypatch: pyt
     fleet.clients["w1"] = FakeClient(reachable=False)
     await fleet.step_after(worker_adapters.LOOK_S)
     assert ("stray", 8) in client.known, "the silent one may know of it"
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_following_ends_when_it_is_cancelled_as_something_wakes_it(num_turns: int) -> None:
+    """A lost worker fails a load, which wakes it, and is taken from the table, which cancels it, at the same time."""
+    controller = Controller({}, Clock())
+    adapters = WorkerAdapters("w0", cast(Any, FakeClient()), controller.fleet, clock=controller.clock)
+    following = asyncio.create_task(adapters.follow())
+    await asyncio.wait_for(adapters.settled.wait(), 5)
+    for _ in range(10):
+        await asyncio.sleep(0)  # until it waits to be woken
+    adapters.wake()
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    following.cancel()
+    _, pending = await asyncio.wait([following], timeout=5)
+    assert not pending

@@ -85,7 +85,7 @@ def heal(fleet: Fleet, killed_at: float) -> None:
         return bool(states) and all(worker["state"] == "ready" for worker in states)
 
     try:
-        wait_until(lambda: time.monotonic() > killed_at + 3.0 and is_whole(), "both workers are back", 240)
+        wait_until(lambda: time.monotonic() > killed_at + 3.0 and is_whole(), "both workers are back", 120)
     except AssertionError as late:
         raise AssertionError(f"{late}\n{workers(fleet)}\n{fleet.server.output[-5000:]}") from None
 
@@ -129,7 +129,7 @@ def test_requests_on_a_replaced_version_outlive_their_worker(fleet: Fleet) -> No
     assert fleet.unload("changing")[0] == 200
 
 
-def test_an_adapter_whose_files_are_gone_is_served_where_it_is_and_then_tried_again(fleet: Fleet) -> None:
+def test_an_adapter_whose_files_are_gone_is_served_where_it_is_named_and_tried_again(fleet: Fleet) -> None:
     there, away = fleet.root / "adapters" / "one", fleet.root / "away"
     there.rename(away)
     kill(fleet, num_workers=1)
@@ -138,6 +138,14 @@ def test_an_adapter_whose_files_are_gone_is_served_where_it_is_and_then_tried_ag
     wait_until(lambda: fleet.complete("loaded")[0] == 200, "the gateway knows which one lacks it")
     for _ in range(10):
         assert fleet.answers_as("loaded", "one"), "all requests go to the worker that has it"
+    kill(fleet, num_workers=2)
+    heal(fleet, time.monotonic())
+    wait_until(lambda: num_lacking(fleet) == [1, 1], "both have tried to load it", 120)
+    wait_until(lambda: fleet.complete("loaded")[0] == 503, "the gateway knows that both lack it")
+    assert json.loads(fleet.complete("loaded")[1])["error"]["code"] == "adapter_unavailable"
+    cards = {card["id"]: card for card in json.loads(fleet.server.get("/v1/models")[1])["data"]}
+    assert cards["loaded"]["unavailable"] and "unavailable" not in cards["replaced"]
+    assert fleet.answers_as("replaced", "two") and fleet.answers_as("tiny", "tiny")
     Path(away).rename(there)
-    wait_until(lambda: num_lacking(fleet) == [0, 0], "it is tried again", 90)
+    wait_until(lambda: fleet.complete("loaded")[0] == 200, "it is tried again", 90)
     assert fleet.answers_as("loaded", "one")
