@@ -44,11 +44,11 @@ lint: install
 # Type checkers cannot follow the editable install's import hook, so they read a copy of the tree under its import name.
 types: build/source/.copied
 	cd build/source && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
-		--python-executable ../../$(BIN)/python -p lorafleet.controller -p lorafleet.kernels -p lorafleet.workers
+		--python-executable ../../$(BIN)/python -p lorafleet
 
-build/source/.copied: $(INSTALLED) $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
+build/source/.copied: $(INSTALLED) __init__.py $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
 	rm -rf build/source && mkdir -p build/source/lorafleet
-	cp -r controller kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
+	cp -r __init__.py controller kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
 	rm -rf build/source/lorafleet/kernels/cpu/prebuilt
 	@touch $@
 

@@ -27,9 +27,9 @@ from benchmarks.churn_run import BASE, MAX_COMPOSED, Ask, Churn, ChurnResult, Ch
 from benchmarks.random_adapters import write_adapters
 from benchmarks.tiny_model import write_tiny_model
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason
+from lorafleet.workers.scheduling.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
+from lorafleet.workers.scheduling.request import FinishReason
 
 STALL = 5.0  # a step that takes so many times the median one
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafleet.workers.adapters.aliases import Aliases
+from lorafleet.workers.engine.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
 from lorafleet.workers.errors import LoRAFleetError, QueueFullError
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
 
 NEAR_TIE = 1e-3  # of two logits: closer ones may come out either way, since kernels differ by batch size
 BASE = ""  # the base model's name

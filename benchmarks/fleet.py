@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from lorafleet.controller.gateway.demand import Demand
-from lorafleet.controller.gateway.prefix_memory import BLOCK, PrefixMemory
-from lorafleet.controller.gateway.router import Wanted
-from lorafleet.controller.gateway.worker_view import Tier, WorkerView
-from lorafleet.workers.engine.pace import Pace
+from lorafleet.controller.gateway.routing.demand import Demand
+from lorafleet.controller.gateway.routing.prefix_memory import BLOCK, PrefixMemory
+from lorafleet.controller.gateway.routing.router import Wanted
+from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
+from lorafleet.workers.scheduling.pace import Pace
 
 HEARTBEAT_S = 0.5
 NUM_GATEWAYS = 4

@@ -50,8 +50,8 @@ from benchmarks.gpu_report import (
 )
 from benchmarks.machine import facts
 from lorafleet.kernels.dispatch import forced
-from lorafleet.workers.engine.batch import StepPlan
-from lorafleet.workers.memory_plan import format_bytes
+from lorafleet.workers.model.memory_plan import format_bytes
+from lorafleet.workers.scheduling.batch import StepPlan
 
 _BUDGET_S = 510.0  # no row begins later
 _MODELS = ("llama-2-7b", "llama-3-8b")

@@ -17,13 +17,13 @@ from transformers import LlamaConfig
 
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.engine.batch import Scheduled, StepPlan, in_row_order
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.memory_plan import plan_memory
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory
 from lorafleet.workers.model.loader import CheckpointReader
+from lorafleet.workers.model.memory_plan import plan_memory
 from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.scheduling.batch import Scheduled, StepPlan, in_row_order
+from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
 
 DTYPE = torch.bfloat16
 _STD = 0.02  # of weights, A and B

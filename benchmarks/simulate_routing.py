@@ -20,8 +20,8 @@ from pathlib import Path
 
 from benchmarks import chart
 from benchmarks.fleet import Arrival, Fleet, Outcome, Policy, WorkerModel
-from lorafleet.controller.gateway.router import Wanted, choose_worker
-from lorafleet.controller.gateway.worker_view import Tier, WorkerView
+from lorafleet.controller.gateway.routing.router import Wanted, choose_worker
+from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
 
 REQUESTS_A_WORKER = 4.8  # a second: three fifths of what one can do
 SHARED_TOKENS = 512

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from lorafleet.workers.engine.adapter_slots import AdapterSlots
-from lorafleet.workers.engine.batch import StepPlan
-from lorafleet.workers.engine.block_pool import BlockPool
-from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.engine.scheduler import Scheduler
-from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import QueueFullError
+from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
+from lorafleet.workers.scheduling.batch import StepPlan
+from lorafleet.workers.scheduling.block_pool import BlockPool
+from lorafleet.workers.scheduling.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
+from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.scheduler import Scheduler
+from lorafleet.workers.scheduling.turns import Entrance, WaitBound
 
 Key = tuple[str, str | None]  # (tenant, adapter or composition)
 

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.random_adapters import write_adapters
-from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.workers.engine.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, RequestEvent, SamplingOptions
 from lorafleet.workers.engine.thread import EngineThread
+from lorafleet.workers.scheduling.request import GenerateRequest, RequestEvent, SamplingOptions
 
 EVERY_S = 1.0
 

@@ -33,7 +33,7 @@ class ServeConfig:
     allow_runtime_lora_updates: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter
     lora_roots: tuple[
         str, ...
-    ] = ()  # below which adapters that are loaded so must lie; see workers/adapters/sources.py
+    ] = ()  # below which adapters that are loaded so must lie; see workers/sources/adapters.py
     num_workers: int = 1
     gateway_processes: int = 1  # on one port
     hung_step_s: float = 60.0  # age of a step at which its worker is replaced

@@ -1,6 +1,6 @@
 """A process's signs of life over a pipe, for whoever is to end it when they stop: a process that hangs cannot.
 
-Owns: both ends. Leaves to others: what becomes of a silent process (gateway_processes.py, watchdog.py).
+Owns: both ends. Leaves to others: what becomes of a silent process (fleet/gateway_processes.py, fleet/watchdog.py).
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 
-from lorafleet.controller.adapters import AdapterUpdates
-from lorafleet.controller.catalogue import Catalogue
-from lorafleet.controller.retirement import Retirement
-from lorafleet.controller.worker_adapters import FleetAdapters, WorkerAdapters
+from lorafleet.controller.fleet.adapters import AdapterUpdates
+from lorafleet.controller.fleet.catalogue import Catalogue
+from lorafleet.controller.fleet.retirement import Retirement
+from lorafleet.controller.fleet.worker_adapters import FleetAdapters, WorkerAdapters
 from lorafleet.proto import worker_pb2
-from lorafleet.workers.actor import WorkerReady
-from lorafleet.workers.adapter_names import AdapterNames
 from lorafleet.workers.errors import AdapterRefusedError
+from lorafleet.workers.server.actor import WorkerReady
+from lorafleet.workers.server.adapter_names import AdapterNames
 
 ROOTS = ("/adapters",)
 RESUME_S = 60.0

@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 EXPECTED = [
-    "controller/cli.py",
+    "__init__.py",
+    "controller/commands/cli.py",
     "controller/gateway/__main__.py",
     "kernels/lora.py",
     "kernels/py.typed",
@@ -25,12 +26,14 @@ EXPECTED = [
 IMPORTS = """
 import sys
 sys.path.insert(0, {root!r})
-import lorafleet.workers
-assert "torch" not in sys.modules, "importing lorafleet.workers imports torch"
-import lorafleet.controller.cli
+import lorafleet
+assert "torch" not in sys.modules and "ray" not in sys.modules, "importing lorafleet imports torch or Ray"
+import lorafleet.controller.commands.cli
 assert "torch" not in sys.modules and "ray" not in sys.modules, "the CLI starts slowly"
-from lorafleet.workers import LLM, SamplingParams
-assert LLM.__module__ == "lorafleet.workers.llm"
+from lorafleet import LLM, SamplingParams
+from lorafleet.workers import LLM as same
+assert same is LLM
+assert LLM.__module__ == "lorafleet.workers.offline.llm"
 assert LLM.__init__.__code__.co_filename.startswith({root!r}), "imported from elsewhere"
 """
 # The wheel carries one library a level, and the one asked for computes, without a warning and as the reference does.

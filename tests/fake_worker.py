@@ -17,15 +17,15 @@ import grpc.aio
 import pytest
 
 from lorafleet.proto import worker_pb2, worker_pb2_grpc
-from lorafleet.workers.adapter_registry import AdapterRegistry
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.pace import Pace
 from lorafleet.workers.engine.registered import FreedBytes
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
-from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, QueueFullError, UnknownModelError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
-from lorafleet.workers.service import WorkerService
+from lorafleet.workers.scheduling.pace import Pace
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
+from lorafleet.workers.scheduling.stats import EngineStats
+from lorafleet.workers.server.adapter_registry import AdapterRegistry
+from lorafleet.workers.server.service import WorkerService
 
 TOKEN = "fleet-token"
 WORKER_ID, GENERATION = "worker-a", 7

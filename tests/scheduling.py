@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorafleet.workers.engine.adapter_slots import AdapterSlots
-from lorafleet.workers.engine.batch import StepPlan
-from lorafleet.workers.engine.block_pool import BlockPool
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.engine.scheduler import Scheduler
+from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
+from lorafleet.workers.scheduling.batch import StepPlan
+from lorafleet.workers.scheduling.block_pool import BlockPool
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.scheduler import Scheduler
 
 EOS = 1
 PAGE = 4

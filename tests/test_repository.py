@@ -1,8 +1,7 @@
-"""The repository keeps its own rules: imports point one way, what is written twice agrees, nothing is left undone."""
+"""The repository keeps its own rules: what is written twice agrees, nothing is left undone. Imports: test_layout.py."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import re
 import shlex
@@ -17,102 +16,13 @@ from typing import Any
 
 import pytest
 
-from lorafleet.controller.cli import make_parser
-from lorafleet.workers.args import EngineArgs
+from lorafleet.controller.commands.cli import make_parser
 from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.workers.offline.args import EngineArgs
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("controller", "kernels", "proto", "workers")
 PROTOC = "1.76.0"
-
-
-def modules(*folders: str) -> list[str]:
-    """The hand-written Python files below some folders, as paths in the repository."""
-    files = (file for folder in folders for file in (ROOT / folder).rglob("*.py"))
-    return sorted(str(file.relative_to(ROOT)) for file in files if "_pb2" not in file.name)
-
-
-def imports(module: str) -> Iterator[str]:
-    """Full names of what a file imports, anywhere in it. `from a import b` is a.b: b may be a module."""
-    for node in ast.walk(ast.parse((ROOT / module).read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def outside(module: str, allowed: tuple[str, ...]) -> list[str]:
-    """What a file imports that is neither of the standard library nor allowed, nor below what is allowed."""
-    return [
-        name
-        for name in imports(module)
-        if name.split(".")[0] not in sys.stdlib_module_names
-        and not any(name == one or name.startswith(f"{one}.") for one in allowed)
-    ]
-
-
-@pytest.mark.parametrize("module", modules("kernels"))
-def test_kernels_import_torch_triton_and_each_other(module: str) -> None:
-    assert outside(module, ("torch", "triton", "lorafleet.kernels")) == []
-
-
-# Of the engine's modules, those that have their decisions carried out.
-CARRY_OUT = [f"workers/engine/{name}.py" for name in ("loop", "registered", "slot_loader")]
-
-
-@pytest.mark.parametrize("module", [module for module in modules("workers/engine") if module not in CARRY_OUT])
-def test_the_engine_decides_with_nothing_but_the_standard_library(module: str) -> None:
-    assert outside(module, ("lorafleet.workers.engine", "lorafleet.workers.errors")) == []
-
-
-@pytest.mark.parametrize("module", modules("workers"))
-def test_workers_import_kernels_and_proto_and_never_the_controller(module: str) -> None:
-    own = [name for name in imports(module) if name.startswith("lorafleet.")]
-    allowed = ("lorafleet.workers", "lorafleet.kernels", "lorafleet.proto")
-    assert [name for name in own if not name.startswith(allowed)] == []
-
-
-@pytest.mark.parametrize("module", modules("controller"))
-def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
-    light = [
-        "actor",
-        "adapter_names",
-        "address",
-        "config",
-        "engine.eviction",
-        "engine.pace",
-        "engine.request",
-        "engine.shares",
-        "errors",
-        "generation_defaults",
-        "model.source",
-        "params",
-        "rpc",
-    ]
-    own = [
-        name for name in outside(module, ("lorafleet.controller", "lorafleet.proto")) if name.startswith("lorafleet")
-    ]
-    allowed = tuple(f"lorafleet.workers.{name}" for name in [*light, "text"])
-    assert [name for name in own if not any(name == one or name.startswith(f"{one}.") for one in allowed)] == []
-    heavy = {"torch", "transformers", "triton", "safetensors", "numpy"}
-    assert heavy.isdisjoint(name.split(".")[0] for name in imports(module))
-
-
-@pytest.mark.parametrize("module", modules("controller/gateway"))
-def test_the_gateway_imports_neither_ray_nor_torch(module: str) -> None:
-    assert {"ray", "torch", "transformers"}.isdisjoint(name.split(".")[0] for name in imports(module))
-
-
-@pytest.mark.parametrize("module", modules("workers/text"))
-def test_text_imports_neither_torch_nor_ray(module: str) -> None:
-    assert {"ray", "torch", "transformers"}.isdisjoint(name.split(".")[0] for name in imports(module))
-
-
-def test_the_gateway_and_what_it_imports_load_neither_ray_nor_torch() -> None:
-    code = "import sys, lorafleet.controller.gateway.server; print({'ray', 'torch', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("folder", ["proto", "kernels"])

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
 from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
 
 TOLERANCE = 1e-4  # of log-probabilities, in float32
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

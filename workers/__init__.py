@@ -9,23 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorafleet.workers.args import EngineArgs as EngineArgs
-    from lorafleet.workers.async_llm import AsyncLLM as AsyncLLM
-    from lorafleet.workers.llm import LLM as LLM
-    from lorafleet.workers.llm_engine import LLMEngine as LLMEngine
-    from lorafleet.workers.outputs import CompletionOutput as CompletionOutput
-    from lorafleet.workers.outputs import RequestOutput as RequestOutput
+    from lorafleet.workers.offline.args import EngineArgs as EngineArgs
+    from lorafleet.workers.offline.async_llm import AsyncLLM as AsyncLLM
+    from lorafleet.workers.offline.llm import LLM as LLM
+    from lorafleet.workers.offline.llm_engine import LLMEngine as LLMEngine
+    from lorafleet.workers.offline.outputs import CompletionOutput as CompletionOutput
+    from lorafleet.workers.offline.outputs import RequestOutput as RequestOutput
     from lorafleet.workers.params import LoRARequest as LoRARequest
     from lorafleet.workers.params import SamplingParams as SamplingParams
 
 _HOME = {
-    "AsyncLLM": "lorafleet.workers.async_llm",
-    "CompletionOutput": "lorafleet.workers.outputs",
-    "EngineArgs": "lorafleet.workers.args",
-    "LLM": "lorafleet.workers.llm",
-    "LLMEngine": "lorafleet.workers.llm_engine",
+    "AsyncLLM": "lorafleet.workers.offline.async_llm",
+    "CompletionOutput": "lorafleet.workers.offline.outputs",
+    "EngineArgs": "lorafleet.workers.offline.args",
+    "LLM": "lorafleet.workers.offline.llm",
+    "LLMEngine": "lorafleet.workers.offline.llm_engine",
     "LoRARequest": "lorafleet.workers.params",
-    "RequestOutput": "lorafleet.workers.outputs",
+    "RequestOutput": "lorafleet.workers.offline.outputs",
     "SamplingParams": "lorafleet.workers.params",
 }
 

@@ -1,7 +1,7 @@
 """What a worker is told: built and validated once (by the CLI or `LLM`), frozen, passed whole.
 
 Owns: the fields, their defaults and their checks that need nothing but themselves. Leaves to others: checks against
-the model (model/architecture.py) and against memory (memory_plan.py).
+the model (model/architecture.py) and against memory (model/memory_plan.py).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorafleet.workers.cores import num_usable_cores, share
-from lorafleet.workers.engine.eviction import EVICTIONS
-from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.scheduling.eviction import EVICTIONS
+from lorafleet.workers.scheduling.request import MAX_WEIGHT, MIN_WEIGHT
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")

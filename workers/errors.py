@@ -4,7 +4,7 @@ Raise these for a caller's mistake or an outside failure, with a message that na
 next step. A bug of ours is an ``assert`` and ends as `InternalError`.
 
 Owns: the exception types and their gRPC, HTTP and OpenAI faces. Leaves to others: rendering (gateway/errors.py),
-gRPC (service.py). Imports nothing but the standard library.
+gRPC (server/service.py). Imports nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafleet.workers.engine.request import MAX_LOGPROBS, SamplingOptions
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
+from lorafleet.workers.scheduling.request import MAX_LOGPROBS, SamplingOptions
 
 MAX_INT = 2**31 - 1
 MAX_N = 16

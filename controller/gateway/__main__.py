@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if num := num_weak([*config.api_keys, *config.tenants, *config.admin_api_keys]):
         logging.warning("%d API keys have fewer than %d characters and may be guessed", num, WEAK_KEY_CHARS)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is told once, by us
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours (text_threads.py)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours (streams/text_threads.py)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(config, exit_with_parent=args.exit_with_parent))

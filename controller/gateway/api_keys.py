@@ -1,6 +1,7 @@
 """API keys as an operator gives them: on a command line or in the environment.
 
-Owns: these forms, what a key may be. Leaves to others: whose a key is (tenants.py), the check of a request's (auth.py).
+Owns: these forms, what a key may be. Leaves to others: whose a key is (tenants.py), the check of a request's
+(api/auth.py).
 """
 
 from __future__ import annotations

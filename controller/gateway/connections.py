@@ -1,6 +1,7 @@
 """Connections of clients: how many there are, how long a request's head may take, who reads nothing.
 
-Owns: what of these aiohttp leaves open. Leaves to others: bodies (intake.py), what a request is (aiohttp, app.py).
+Owns: what of these aiohttp leaves open. Leaves to others: bodies (api/intake.py), what a request is (aiohttp,
+api/app.py).
 
 The operating system takes part of what is for a client that does not read. It is told to take little beyond what it can
 send, so that such a client is noticed.
@@ -18,10 +19,10 @@ from typing import Any, Final, cast
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from lorafleet.controller.gateway.errors import error_json, error_response
+from lorafleet.controller.gateway.api.errors import error_json, error_response
 from lorafleet.controller.gateway.limits import Limits
-from lorafleet.workers.engine.shares import Shares
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, QueueFullError
+from lorafleet.workers.scheduling.shares import Shares
 
 KEEP_ALIVE_S: Final = 75.0  # longer than what proxies and clients keep connections for, so that they end them
 MIN_BYTES_A_SECOND: Final = 1024  # that a client must read while more waits for it
@@ -61,7 +62,7 @@ class Connection(web.RequestHandler):
             loop=loop,
             keepalive_timeout=KEEP_ALIVE_S,
             lingering_time=2.0,  # how long the rest of a refused body is read and dropped, so that its answer arrives
-            auto_decompress=False,  # a small body must not become a large one (intake.py refuses encodings)
+            auto_decompress=False,  # a small body must not become a large one (api/intake.py refuses encodings)
             **options,
         )
         self._all = connections

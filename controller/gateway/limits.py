@@ -1,7 +1,7 @@
 """Bounds on what clients may make a gateway hold, as an operator gives them: defaults, flags, checks.
 
-Owns: that each is declared once. Leaves to others: keeping to them (connections.py, intake.py, inbox.py). `lorafleet
-serve`, `up` and `gateway` all have these flags, so this imports nothing that takes long.
+Owns: that each is declared once. Leaves to others: keeping to them (connections.py, api/intake.py, streams/inbox.py).
+`lorafleet serve`, `up` and `gateway` all have these flags, so this imports nothing that takes long.
 """
 
 from __future__ import annotations

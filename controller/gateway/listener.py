@@ -1,7 +1,7 @@
 """The HTTP application behind a port.
 
-Owns: its start and end, that there are enough file descriptors for its connections. Leaves to others: paths (app.py),
-connections (connections.py), when it starts and ends (server.py).
+Owns: its start and end, that there are enough file descriptors for its connections. Leaves to others: paths
+(api/app.py), connections (connections.py), when it starts and ends (server.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Final
 
 from aiohttp import web
 
-from lorafleet.controller.gateway.app import make_app
+from lorafleet.controller.gateway.api.app import make_app
+from lorafleet.controller.gateway.api.state import ABORT_GRACE_S, GatewayState
 from lorafleet.controller.gateway.connections import Connections
-from lorafleet.controller.gateway.state import ABORT_GRACE_S, GatewayState
 
 _OWN_FILES: Final = 128  # descriptors for everything but clients
 

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from lorafleet.controller.gateway.api.state import GatewayState
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.listener import Listener
-from lorafleet.controller.gateway.state import GatewayState
 from lorafleet.controller.heartbeat import BEAT_S, beat
 
 _READY_POLL_S = 0.05

@@ -1,7 +1,7 @@
 """Tenants: who sends a request, by its API key, and what share of the workers is theirs.
 
-Owns: the file that names them, and what a key stands for. Leaves to others: the check of a request's key (auth.py),
-sharing (workers/engine/fairness.py).
+Owns: the file that names them, and what a key stands for. Leaves to others: the check of a request's key (api/auth.py),
+sharing (workers/scheduling/fairness.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from lorafleet.controller.gateway.api_keys import check_keys
-from lorafleet.workers.engine.request import MAX_PRIORITY, MAX_TENANT_CHARS, MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import ConfigError, InvalidRequestError
+from lorafleet.workers.scheduling.request import MAX_PRIORITY, MAX_TENANT_CHARS, MAX_WEIGHT, MIN_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)

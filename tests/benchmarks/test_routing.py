@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # benchmarks are run from the r
 
 from benchmarks.fleet import Arrival, Fleet, WorkerModel
 from benchmarks.simulate_routing import POLICIES, QUICK, SCENARIOS, Scenario, run
-from lorafleet.controller.gateway.worker_view import Tier
+from lorafleet.controller.gateway.routing.worker_view import Tier
 
 
 def test_a_request_alone_takes_its_load_its_prompt_and_a_step() -> None:

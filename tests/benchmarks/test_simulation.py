@@ -23,7 +23,7 @@ from benchmarks.simulate_scheduler import (
     shares,
 )
 from benchmarks.simulation import Arrival, Machine, Simulation, jain, largest_drift
-from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
+from lorafleet.workers.scheduling.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 

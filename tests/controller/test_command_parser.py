@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorafleet.controller.cli import main
+from lorafleet.controller.commands.cli import main
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

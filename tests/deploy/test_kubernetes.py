@@ -41,12 +41,12 @@ from manifests import (
 )
 from network_policies import may_talk
 
-from lorafleet.controller.cli import make_parser
-from lorafleet.controller.fleet_flags import serve_config, with_flags_file
+from lorafleet.controller.commands.cli import make_parser
+from lorafleet.controller.commands.flags import serve_config, with_flags_file
 from lorafleet.controller.gateway.__main__ import parse
-from lorafleet.controller.gateway.app import make_app
+from lorafleet.controller.gateway.api.app import make_app
+from lorafleet.controller.gateway.api.state import GatewayState
 from lorafleet.controller.gateway.config import GatewayConfig
-from lorafleet.controller.gateway.state import GatewayState
 
 ROOT = Path(__file__).parents[2]
 README = (KUBERNETES / "README.md").read_text()

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from promql import QueryError, read
 
-from lorafleet.controller.cli import make_parser
-from lorafleet.controller.gateway.fleet_metrics import FleetCollector
-from lorafleet.controller.gateway.metrics import Metrics
-from lorafleet.controller.gateway.metrics_page import Snapshot
-from lorafleet.controller.gateway.routing_table import RoutingTable
-from lorafleet.controller.gateway.vllm_metrics import VllmCollector
-from lorafleet.controller.gateway.worker_view import Tier, WorkerView
+from lorafleet.controller.commands.cli import make_parser
+from lorafleet.controller.gateway.metrics.instruments import Metrics
+from lorafleet.controller.gateway.metrics.page import Snapshot
+from lorafleet.controller.gateway.metrics.vllm import VllmCollector
+from lorafleet.controller.gateway.metrics.workers import FleetCollector
+from lorafleet.controller.gateway.routing.routing_table import RoutingTable
+from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
 from lorafleet.proto import controller_pb2
 from lorafleet.workers.errors import ERRORS
 

@@ -18,8 +18,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from lorafleet.controller.cli import make_parser
-from lorafleet.controller.fleet_flags import serve_config, with_flags_file
+from lorafleet.controller.commands.cli import make_parser
+from lorafleet.controller.commands.flags import serve_config, with_flags_file
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = REPOSITORY / "deploy" / "ray"

@@ -14,9 +14,9 @@ import torch
 from tiny import run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.engine.batch import Scheduled, StepPlan, in_row_order
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.batch import Scheduled, StepPlan, in_row_order
+from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 PROMPTS = SQL_PROMPTS[:2] + PIRATE_PROMPTS[:2] + JSON_PROMPTS[:2] + PLAIN_PROMPTS[:2]
 NUM_TOKENS = 20

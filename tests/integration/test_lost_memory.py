@@ -16,7 +16,7 @@ import tiny
 from adapter_server import NUM_OUTPUT, PROMPT, Fleet
 from serving import start, wait_until
 
-from lorafleet.controller.retirement import GRACE_S
+from lorafleet.controller.fleet.retirement import GRACE_S
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """A PEFT LoRA directory, verified, and turned into what a slot can hold.
 
 Strict: what an adapter asks for is applied in full or refused with a reason. Leaves to others: the config's fields
-(config.py), the weights file (weights_file.py), finding the directory (sources.py), keeping loaded adapters (store.py),
-slots (model/lora.py).
+(config.py), the weights file (weights_file.py), finding the directory (sources/adapters.py), keeping loaded adapters
+(store.py), slots (model/lora.py).
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from lorafleet.workers.adapters.background import CLOSE_S, BackgroundThreads
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter, load_adapter
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.adapters.open_files import OpenAdapter, OpenFiles
-from lorafleet.workers.engine.eviction import Eviction, LeastRecentlyUsed
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError, LoRAFleetError
+from lorafleet.workers.scheduling.eviction import Eviction, LeastRecentlyUsed
 
 logger = logging.getLogger(__name__)
 

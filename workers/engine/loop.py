@@ -29,20 +29,8 @@ from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.cores import CoreClaim, claim_cores
-from lorafleet.workers.engine.activation import find_start
-from lorafleet.workers.engine.adapter_slots import AdapterSlots
-from lorafleet.workers.engine.batch import Scheduled, StepPlan
-from lorafleet.workers.engine.block_pool import BlockPool
-from lorafleet.workers.engine.eviction import make_eviction
-from lorafleet.workers.engine.pace import PaceMeter
 from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, Retire
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, RequestEvent
-from lorafleet.workers.engine.request_checks import RequestChecks
-from lorafleet.workers.engine.scheduler import Scheduler
-from lorafleet.workers.engine.shares import Shares
 from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
-from lorafleet.workers.engine.stats import EngineStats
-from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
     DrainingError,
     InternalError,
@@ -51,13 +39,25 @@ from lorafleet.workers.errors import (
     NonFiniteLogitsError,
     QueueFullError,
 )
-from lorafleet.workers.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
+from lorafleet.workers.model.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.sampling import PendingSamples
-from lorafleet.workers.tp.ranks import Gather, Ranks, alone
+from lorafleet.workers.ranks.ranks import Gather, Ranks, alone
+from lorafleet.workers.scheduling.activation import find_start
+from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
+from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
+from lorafleet.workers.scheduling.block_pool import BlockPool
+from lorafleet.workers.scheduling.eviction import make_eviction
+from lorafleet.workers.scheduling.pace import PaceMeter
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, Request, RequestEvent
+from lorafleet.workers.scheduling.request_checks import RequestChecks
+from lorafleet.workers.scheduling.scheduler import Scheduler
+from lorafleet.workers.scheduling.shares import Shares
+from lorafleet.workers.scheduling.stats import EngineStats
+from lorafleet.workers.scheduling.turns import Entrance, WaitBound
 
 logger = logging.getLogger(__name__)
 

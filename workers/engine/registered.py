@@ -3,7 +3,7 @@
 An adapter is registered, perhaps pinned, then retired, and freed when the last request for it has ended. Pinned ones
 keep their slot and what they have of the pool beside the slots; a request that would never have room beside them is
 refused, and so is a pin that would leave an accepted one none. Leaves to others: an adapter's way into a slot
-(slot_loader.py), where it is (adapter_slots.py, adapters/store.py).
+(slot_loader.py), where it is (scheduling/adapter_slots.py, adapters/store.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from pathlib import Path
 
 from lorafleet.workers.adapters.base_name import is_same_base
 from lorafleet.workers.adapters.format import AdapterSpec, read_spec
-from lorafleet.workers.adapters.sources import resolve_adapter
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.config import EngineConfig
-from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -30,10 +28,12 @@ from lorafleet.workers.errors import (
     UnknownModelError,
     quoted,
 )
-from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.loader import CheckpointReader
-from lorafleet.workers.tp.followers import Followers
+from lorafleet.workers.model.memory_plan import MemoryPlan
+from lorafleet.workers.ranks.followers import Followers
+from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
+from lorafleet.workers.sources.adapters import resolve_adapter
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ import torch
 from lorafleet.workers.adapters.background import BackgroundThreads
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.adapters.store import AdapterStore
-from lorafleet.workers.engine.adapter_slots import AdapterSlots
-from lorafleet.workers.engine.batch import SlotLoad
-from lorafleet.workers.engine.pace import PaceMeter
 from lorafleet.workers.errors import InternalError, LoRAFleetError
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.slot_write import SlotWrite
-from lorafleet.workers.tp.followers import Followers
+from lorafleet.workers.ranks.followers import Followers
+from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
+from lorafleet.workers.scheduling.batch import SlotLoad
+from lorafleet.workers.scheduling.pace import PaceMeter
 
 logger = logging.getLogger(__name__)
 

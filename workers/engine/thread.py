@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import RequestEvent
+from lorafleet.workers.scheduling.request import RequestEvent
 
 logger = logging.getLogger(__name__)
 

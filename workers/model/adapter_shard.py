@@ -15,10 +15,10 @@ import torch
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter, LinearChange, load_adapter
 from lorafleet.workers.adapters.modules import FUSED, NO_LAYER, BaseShapes
 from lorafleet.workers.adapters.store import AdapterStore
-from lorafleet.workers.engine.eviction import Eviction
-from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
+from lorafleet.workers.model.memory_plan import MemoryPlan
 from lorafleet.workers.model.shards import LinearShard, linear_shards
+from lorafleet.workers.scheduling.eviction import Eviction
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 

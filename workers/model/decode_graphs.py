@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-from lorafleet.workers.engine.batch import Scheduled
 from lorafleet.workers.model.step_input import StepBuffers, StepInput, StepShape
+from lorafleet.workers.scheduling.batch import Scheduled
 
 _MAX_SIZE = 256  # larger batches spend little of their time in launches
 

@@ -9,8 +9,8 @@ import torch
 
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.errors import ConfigError
-from lorafleet.workers.memory_plan import DeviceMemory
 from lorafleet.workers.model.architecture import ModelSpec
+from lorafleet.workers.model.memory_plan import DeviceMemory
 
 
 def pick_device(config: EngineConfig) -> torch.device:

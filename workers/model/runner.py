@@ -14,9 +14,6 @@ import torch
 from lorafleet.kernels import native
 from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.workers.adapters.format import HostAdapter
-from lorafleet.workers.engine.batch import Scheduled, StepPlan
-from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.decode_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes
 from lorafleet.workers.model.decoder import Decoder
@@ -24,11 +21,14 @@ from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
+from lorafleet.workers.model.memory_plan import MemoryPlan
 from lorafleet.workers.model.sampling import PendingSamples, Sampled, Sampler
 from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
 from lorafleet.workers.model.step_input import StepBuffers, StepInput, StepShape
 from lorafleet.workers.model.transfer import send
+from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
+from lorafleet.workers.scheduling.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.tp.group import TensorParallelGroup
 from lorafleet.workers.tp.plans import Change, PlanChannel, Words
 

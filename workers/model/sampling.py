@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.sampling import sample_tokens
-from lorafleet.workers.engine.request import Request, SamplingOptions, TokenLogprobs
 from lorafleet.workers.model.transfer import Fetched, send
+from lorafleet.workers.scheduling.request import Request, SamplingOptions, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

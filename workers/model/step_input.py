@@ -13,8 +13,8 @@ import torch
 from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.kernels.lora import LoraSegments
 from lorafleet.kernels.lora_tiles import LoraTiles, TileLists, block_rows_for, divide
-from lorafleet.workers.engine.batch import Scheduled
 from lorafleet.workers.model.transfer import send
+from lorafleet.workers.scheduling.batch import Scheduled
 
 # T tokens of the step, S sequences in it, P pages of the longest sequence
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafleet.workers.errors import InvalidRequestError
-from lorafleet.workers.generation_defaults import parse_generation_defaults
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.chat_template import ChatTemplate
+from lorafleet.workers.text.generation_defaults import parse_generation_defaults
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ import openai
 import pytest
 import tokenizers
 
+from lorafleet.controller.gateway.api.state import GatewayState
 from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
 from lorafleet.controller.gateway.limits import Limits
 from lorafleet.controller.gateway.listener import Listener
-from lorafleet.controller.gateway.state import GatewayState
 from lorafleet.proto import controller_pb2, controller_pb2_grpc, worker_pb2, worker_pb2_grpc
 from lorafleet.workers.text.tokenizer import Tokenizer
 

@@ -22,10 +22,10 @@ from safetensors.torch import save
 from lorafleet.workers.adapters.config import CONFIG_FILE
 from lorafleet.workers.adapters.format import AdapterSpec, read_spec
 from lorafleet.workers.adapters.modules import BaseShapes
-from lorafleet.workers.adapters.sources import resolve_adapter
 from lorafleet.workers.adapters.vocabulary import NEW_EMBEDDINGS_FILE
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.errors import AdapterRefusedError, ModelError
+from lorafleet.workers.sources.adapters import resolve_adapter
 from lorafleet.workers.text.files import read_adapter_files
 
 BASE = BaseShapes(num_layers=2, linears={"q_proj": (8, 8), "v_proj": (8, 4)}, hidden_size=8, vocab_size=16)

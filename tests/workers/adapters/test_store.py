@@ -22,8 +22,8 @@ from lorafleet.workers.adapters.config import AdapterConfig
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.adapters.store import AdapterStore
-from lorafleet.workers.engine.eviction import make_eviction
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError, InternalError
+from lorafleet.workers.scheduling.eviction import make_eviction
 
 TIMEOUT_S = 20.0
 BASE = BaseShapes(num_layers=1, linears={})

@@ -14,12 +14,12 @@ import tiny
 import torch
 from tiny import Result, gather
 
-from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.workers.engine.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import AdapterConflictError, AdapterUnavailableError, UnknownModelError
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = (5, 6, 7)

@@ -16,7 +16,7 @@ from benchmarks.churn_run import MAX_COMPOSED, Churn, ChurnSettings, Reference
 from benchmarks.random_adapters import write_adapters
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason
+from lorafleet.workers.scheduling.request import FinishReason
 
 NAMES = [f"n{i}" for i in range(12)]
 

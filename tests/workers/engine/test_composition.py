@@ -18,13 +18,13 @@ from tiny import Result, gather, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
     AdapterUnavailableError,
     InvalidRequestError,
 )
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
 # Different ranks, targets and scalings. PEFT multiplies a sum whose first adapter has rsLoRA by the root of its rank: a

@@ -18,7 +18,6 @@ from tiny import Result, gather, run_engine
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import (
     AdapterRefusedError,
     AdapterUnavailableError,
@@ -28,6 +27,7 @@ from lorafleet.workers.errors import (
     NonFiniteLogitsError,
     QueueFullError,
 )
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 NUM_OUTPUT = 10
 GREEDY = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, ignore_eos=True)

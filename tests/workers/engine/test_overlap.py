@@ -17,8 +17,8 @@ from tiny import Result, gather, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import NonFiniteLogitsError
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=9, temperature=0.0, ignore_eos=True)
 PROMPTS = [tuple(range(5, 5 + length)) for length in (1, 16, 31, 50)]

@@ -13,8 +13,8 @@ from tiny import Result, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import InvalidRequestError
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 PROMPT = tuple(range(7, 40))
 NUM_OUTPUT = 24

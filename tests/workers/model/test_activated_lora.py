@@ -17,8 +17,8 @@ from tiny import Result, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
 PAGE = 16

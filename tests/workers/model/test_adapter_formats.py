@@ -16,7 +16,7 @@ from tiny import run_engine
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 PROMPT = list(range(7, 40))
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)

@@ -19,8 +19,8 @@ from tiny import run_engine
 from lorafleet.kernels.dispatch import forced
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
 from lorafleet.workers.model.decode_graphs import batch_sizes
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 PROMPT = list(range(7, 18))
 GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, num_logprobs=3, ignore_eos=True)

@@ -12,9 +12,9 @@ from tiny import run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 PROMPT_LENGTH = 50
 NUM_OUTPUT = 12

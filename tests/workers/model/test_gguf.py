@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model.architecture import read_spec
 from lorafleet.workers.model.gguf import cached_gguf, convert_gguf
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 NAMES = {
     "embed_tokens": "token_embd",

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model.architecture import read_spec
 from lorafleet.workers.model.gguf import convert_gguf
 from lorafleet.workers.model.loader import EMBEDDING_WEIGHT, HEAD_WEIGHT, CheckpointReader
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 Tensors = dict[str, torch.Tensor]
 PROMPT = [5, 17, 40, 88, 120, 9]

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from lorafleet.kernels.linear import quantize_int8
 from lorafleet.workers import LLM, EngineArgs
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.errors import ConfigError
-from lorafleet.workers.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model import architecture
 from lorafleet.workers.model.decoder import Decoder
+from lorafleet.workers.model.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
+from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
 
 NUM_PROMPT, NUM_OUTPUT = 50, 12
 # Of log-probabilities, between activations in bfloat16 (ours) and float32 (the reference's): mean and largest.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.model.sampling import Sampled, Sampler, uniforms
+from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
 
 VOCAB = 50
 

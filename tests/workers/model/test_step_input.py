@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorafleet.workers.engine.adapter_slots import AdapterSlots
-from lorafleet.workers.engine.block_pool import BlockPool
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
-from lorafleet.workers.engine.scheduler import Scheduler
 from lorafleet.workers.model.step_input import StepBuffers, StepInput
+from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
+from lorafleet.workers.scheduling.block_pool import BlockPool
+from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.scheduler import Scheduler
 
 PAGE = 4
 

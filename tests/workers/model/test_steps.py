@@ -18,8 +18,8 @@ from lorafleet.kernels.activation import silu_mul
 from lorafleet.kernels.linear import prepare
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
 from lorafleet.workers.model import decoder, layers
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 NUM_LAYERS = 3
 NUM_ADAPTERS = 3

@@ -24,9 +24,9 @@ from lorafleet.workers.adapters.vocabulary import NEW_EMBEDDINGS_FILE
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError
 from lorafleet.workers.model import decoder
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 V = 131
 PROMPT = [*range(7, 30), 5, 9]

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
-from lorafleet.workers.tp.start import Leader, follow
+from lorafleet.workers.ranks.start import Leader, follow
+from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 TOKEN = "a token"
 PROMPTS = [list(range(3, 20)), [7], list(range(40, 100)), [5, 9, 11]]

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from lorafleet.workers.adapters.format import load_adapter, read_spec
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.engine.batch import Scheduled, StepPlan
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.errors import ConfigError
-from lorafleet.workers.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model import architecture
+from lorafleet.workers.model.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
+from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 PROMPT = tuple(range(5, 42))

@@ -14,8 +14,8 @@ import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorafleet.workers.config import EngineConfig
-from lorafleet.workers.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model import architecture
+from lorafleet.workers.model.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.tp.group import TensorParallelGroup
 

@@ -1,0 +1,76 @@
+"""What a command does while its fleet serves: prints what happens to it, and has its workers restarted.
+
+Owns: asking the controller for both without ever waiting for it, and telling when it does not answer. Leaves to others:
+signals (serve.py, up.py), what happens (the controller's fleet/events.py), restarting (fleet/actor.py), the cluster
+(cluster_watch.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+_LOOK_S = 0.5
+_MAX_STEP_S = 1.0
+SILENT_S = 5.0  # an answer comes each second
+
+
+class Controller(Protocol):
+    """What is asked of ray_cluster.py's `FleetCluster`."""
+
+    def poll(self, method: str, *args: object, timeout_s: float) -> Any: ...
+
+
+class FleetWatch:
+    """Call `look` again and again."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        last_event: int,
+        say: Callable[[str], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._controller = controller
+        self._last_event = last_event
+        self._say = say
+        self._now = now
+        self._restarting = False
+        self._looked_at = self._answered_at = now()
+        self._is_away = False  # it has been told that the controller does not answer
+
+    def look(self, *, wants_restart: bool) -> bool:
+        """Print what is new. wants_restart: whether a restart of the workers is to begin; whether it has, now."""
+        now = self._now()
+        if now - self._looked_at < _LOOK_S:
+            return False
+        # While this command was stopped, the controller was not silent.
+        self._answered_at += max(0.0, now - self._looked_at - _MAX_STEP_S)
+        self._looked_at = now
+        begins = wants_restart and not self._restarting
+        if begins:
+            self._restarting = True
+            self._say("restarting the workers, one after the other ...")
+        try:
+            events = self._controller.poll("events", self._last_event, timeout_s=0.0)
+            if self._restarting and (answer := self._controller.poll("restart_workers", timeout_s=0.0)) is not None:
+                self._restarting = False
+                self._say(answer.text)
+        except RuntimeError:  # whether it is gone for good is the cluster's to say
+            events = None
+        if events is not None:
+            self._answered_at = now
+            if self._is_away:
+                self._is_away = False
+                self._say("the controller answers again")
+            for number, line in events:
+                self._last_event = number
+                self._say(line)
+        elif now - self._answered_at > SILENT_S and not self._is_away:
+            self._is_away = True
+            self._say(
+                f"the controller has not answered for {now - self._answered_at:.0f} s; gateways and workers go on "
+                "without it until Ray has started it again"
+            )
+        return begins

@@ -1,0 +1,342 @@
+"""The controller as a Ray actor: keeps the wanted workers running, follows their health, publishes the routing table.
+
+Named and detached; when Ray restarts it, it rebuilds everything from its constructor's arguments and from the workers,
+which go on serving meanwhile. One that fails ends, and Ray starts it again; one that hangs is ended by its watchdog.
+While the fleet has never served, its failures are for whoever waits in `ready`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafleet.controller.config import GatewayNodes, ServeConfig
+from lorafleet.controller.fleet.adapters import AdapterUpdates
+from lorafleet.controller.fleet.catalogue import Catalogue
+from lorafleet.controller.fleet.cluster import WORKER_PREFIX, WorkerCluster, WorkerLost
+from lorafleet.controller.fleet.events import Events
+from lorafleet.controller.fleet.gateway_placement import GatewayPlacement
+from lorafleet.controller.fleet.owner import owner_has_ended
+from lorafleet.controller.fleet.reconcile import reconcile
+from lorafleet.controller.fleet.retirement import Retirement
+from lorafleet.controller.fleet.service import ControllerService, read_tokenizer_files
+from lorafleet.controller.fleet.watchdog import under_watch
+from lorafleet.controller.fleet.worker_adapters import FleetAdapters, WorkerAdapters
+from lorafleet.controller.fleet.worker_life import Surroundings, WorkerLife
+from lorafleet.proto.controller_pb2_grpc import add_ControllerServicer_to_server
+from lorafleet.workers.errors import ERRORS, ConfigError, InternalError, LoRAFleetError, NoRoomError, status_of
+from lorafleet.workers.rpc import create_server
+from lorafleet.workers.server.actor import FleetSettings, WorkerFailed, WorkerReady
+from lorafleet.workers.text.files import files_digest
+
+logger = logging.getLogger(__name__)
+
+GATEWAYS_S = 30.0  # in which all of them have found a restarted controller
+HEAR_S = 10.0  # that a restarted controller waits for its workers' word before it publishes without it
+AGAIN_S = 2.0  # between attempts; from a failure to the end of the process, so that who follows the events hears of it
+FIRST_AGAIN_S = 60.0  # the first time: whoever has made the fleet is to end it
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command came to."""
+
+    succeeded: bool
+    text: str  # for people
+
+
+@dataclass(frozen=True, slots=True)
+class FleetReady:
+    """All wanted workers serve, and all wanted gateways listen."""
+
+    workers: tuple[WorkerReady, ...]
+    last_event: int  # of those up to now
+    controller: str  # host:port
+    gateway_nodes: tuple[str, ...] = ()  # addresses of nodes whose gateways belong to the fleet
+
+
+class ControllerActor:
+    """One fleet. All arguments are plain data, since Ray keeps them for restarts."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        host: str,
+        port: int,
+        token: str,
+        gateways_on: GatewayNodes = "none",
+        owner: str = "",
+    ) -> None:
+        """host: to listen on; empty: the node's address. owner: the mark of the command that it ends with, if any."""
+        logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._config = config
+        self._port = port
+        self._token = token
+        self._cluster = WorkerCluster()
+        self._host = host or self._cluster.node_address()
+        self._gateways_on = gateways_on
+        self._owner = owner
+        self._desired = [f"{WORKER_PREFIX}{number}" for number in range(config.num_workers)]
+        self._lives: dict[str, WorkerLife] = {}
+        self._events = Events()
+        self._failed: WorkerFailed | None = None  # why it cannot serve now, while it never has
+        self._has_served = False
+        self._last_failure = ""  # that was told
+        self._lacks_room = False
+        self._began_at = time.monotonic()
+        self._gateways = GatewayPlacement(
+            self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
+        )
+        self._gateways_started = False
+        self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
+        # Nothing here waits for Ray: it would not start a controller again whose constructor has failed.
+        self._run = asyncio.get_running_loop().create_task(self._serve())
+        self._run.add_done_callback(self._stopped)
+        self._watched = asyncio.get_running_loop().create_task(under_watch())
+
+    async def ready(self) -> FleetReady | WorkerFailed:
+        """Wait until the whole fleet serves or cannot."""
+        await self._settled.wait()
+        if self._failed is not None:
+            return self._failed
+        workers = tuple(life.ready for life in self._lives.values() if life.ready is not None)
+        return FleetReady(workers, self._events.last, f"{self._host}:{self._port}", tuple(self._gateways.addresses))
+
+    async def was_told(self, config: ServeConfig, token: str, gateways_on: GatewayNodes) -> bool:
+        """Whether it has been started with these."""
+        told = config == self._config and gateways_on == self._gateways_on and not self._owner
+        return told and hmac.compare_digest(token, self._token)
+
+    async def events(self, after: int) -> list[tuple[int, str]]:
+        """What has happened since the event of that number; waits for a while if nothing has."""
+        return await self._events.after(after)
+
+    async def restart_workers(self) -> Outcome:
+        """Replace the process of each worker, one after the other, so that requests always find one that serves.
+
+        What a drained node had comes back.
+        """
+        self._gateways.undrain()
+        for life in self._lives.values():
+            try:
+                await life.restart(self._config.drain_timeout_s)
+            except (TimeoutError, WorkerLost):
+                return Outcome(False, f"{life.name} did not come back; the others were left alone")
+        return Outcome(True, f"all {len(self._lives)} workers were restarted")
+
+    async def drain_node(self, node_id: str, timeout_s: float) -> Outcome:
+        """Let the workers with a rank on a node, and its gateways, finish their requests and take no others."""
+        lives = list(self._lives.values())
+        nodes = await asyncio.gather(*(asyncio.to_thread(self._cluster.nodes_of, life.name) for life in lives))
+        concerned = [life for life, on in zip(lives, nodes, strict=True) if node_id in on]
+        _, *drained = await asyncio.gather(
+            self._gateways.drain(node_id, timeout_s), *(life.drain(timeout_s) for life in concerned)
+        )
+        if not concerned:
+            return Outcome(True, "no worker is on this node")
+        names = ", ".join(life.name for life in concerned)
+        if all(drained):
+            return Outcome(True, f"drained: {names}")
+        return Outcome(False, f"not all of {names} drained within {timeout_s:g} s; others go on with their requests")
+
+    async def _serve(self) -> None:
+        """For as long as the owner lives, if there is one."""
+        if not self._owner:
+            await self._start()
+            return
+        serving = asyncio.ensure_future(self._start())
+        ended = asyncio.ensure_future(
+            owner_has_ended(self._cluster, self._owner, self._config.drain_timeout_s, self._events.add)
+        )
+        try:
+            await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            ended.cancel()  # nothing happens to the one that is done
+        await (serving if serving.done() else ended)
+        await asyncio.gather(serving, return_exceptions=True)  # else it would make again what is ended
+        await asyncio.to_thread(self._cluster.end_fleet)
+
+    async def _start(self) -> None:
+        if await asyncio.to_thread(self._cluster.is_restarted):
+            self._has_served = True  # as far as anybody who waits in `ready` is concerned
+            self._events.number_from(int(time.time() * 1000))
+            self._events.add("the controller was started again; it looks for its workers", logging.WARNING)
+        files = await self._files()
+        digest = files_digest(files)
+        self._catalogue = Catalogue(
+            names=self._config.served_model_names,
+            root=self._config.engine.model,
+            tokenizer_digest=digest,
+            created=int(time.time()),
+            now_ms=lambda: time.time_ns() // 1_000_000,
+            fleet=self._cluster.fleet_id(),
+            of_start=[adapter.name for adapter in self._config.adapters],
+        )
+        self._retirement = Retirement(
+            self._workers_in_table, self._catalogue.digests, resume_s=self._config.worker_wait_s
+        )
+        self._updates = AdapterUpdates(
+            self._catalogue,
+            self._retirement,
+            self._workers_in_table,
+            lambda: self._service.changed(),
+            allowed=self._config.allow_runtime_lora_updates,
+            roots=self._config.lora_roots,
+            tell=self._events.add,
+        )
+        self._service = ControllerService(
+            self._catalogue,
+            {digest: files},
+            self._updates,
+            lambda: [life.status() for life in self._lives.values()],
+            lambda: [life.client for life in self._lives.values() if life.client is not None],
+            self._learned,
+        )
+        surroundings = Surroundings(
+            self._cluster,
+            self._catalogue,
+            FleetAdapters(
+                self._catalogue,
+                self._retirement,
+                self._updates.staging,
+                self._service.changed,
+                self._learned,
+                self._all_heard,
+                self._events.add,
+            ),
+            self._token,
+            self._service.changed,
+            self._events.add,
+            self._create,
+            self._started,
+            self._cannot_start,
+        )
+        num_ranks = self._config.engine.tensor_parallel_size
+        self._lives = {name: WorkerLife(name, num_ranks, surroundings) for name in self._desired}
+        observed = await asyncio.to_thread(self._cluster.worker_names)
+        actions = reconcile(self._desired, observed)
+        if observed:  # by an earlier run of this controller
+            self._retirement.worker_lost()
+            self._catalogue.await_word(set(self._desired) & set(observed))
+            asyncio.get_running_loop().call_later(HEAR_S, self._heard_enough)
+        self._server = create_server(self._token)
+        add_ControllerServicer_to_server(self._service, self._server)
+        await self._listen()
+        for name in actions.remove:
+            await asyncio.to_thread(self._cluster.remove_worker, name)
+        await asyncio.gather(*(self._create(name) for name in actions.create))
+        while self._lacks_room and not self._has_served:  # gateways would only hold their port
+            await asyncio.sleep(AGAIN_S)
+            self._lacks_room = False
+            await asyncio.gather(*(self._create(name) for name in self._desired))
+        await asyncio.gather(
+            self._retirement.run(),
+            self._gateways.follow(self._gateways_are_there),
+            *(life.follow() for life in self._lives.values()),
+        )
+
+    async def _files(self) -> dict[str, bytes]:
+        """The base model's tokenizer, when it can be read."""
+        while True:
+            try:
+                return await asyncio.to_thread(read_tokenizer_files, Path(self._config.engine.model))
+            except LoRAFleetError as error:
+                self._tell_failure(WorkerFailed(status_of(error).code, error.message))
+            await asyncio.sleep(AGAIN_S)
+
+    async def _listen(self) -> None:
+        address = f"{self._host}:{self._port}"
+        while True:
+            try:
+                self._server.add_insecure_port(address)
+                break
+            except RuntimeError:  # a restarted one may find somebody else there for a while
+                message = (
+                    f"The controller cannot listen on {address}, on the cluster's head node: the port is taken, or the "
+                    "address is another machine's."
+                )
+                self._tell_failure(WorkerFailed(ERRORS[ConfigError].code, message))
+            await asyncio.sleep(AGAIN_S)
+        await self._server.start()
+
+    async def _create(self, name: str, is_bare: bool = False) -> None:
+        config = self._config
+        try:
+            await asyncio.to_thread(
+                self._cluster.create_worker,
+                name,
+                config.engine,
+                config.num_workers,
+                () if is_bare else config.adapters,
+                FleetSettings(self._host, self._token, config.log_level, config.hung_step_s, config.worker_ports),
+            )
+        except NoRoomError as error:
+            self._lacks_room = True
+            self._tell_failure(WorkerFailed(status_of(error).code, error.message))
+        except WorkerLost as lost:  # tried again when it is missed
+            logger.warning("%s", lost)
+
+    def _workers_in_table(self) -> list[WorkerAdapters]:
+        lives = self._lives.values()
+        return [life.adapters for life in lives if life.client is not None and life.adapters is not None]
+
+    def _learned(self) -> None:
+        """A part of the fleet has told what names stand for."""
+        self._service.changed()
+        for life in self._lives.values():
+            if life.adapters is not None:
+                life.adapters.wake()
+
+    def _all_heard(self) -> bool:
+        """Every worker is there and has said what names stand for, and gateways have had the time to."""
+        return time.monotonic() - self._began_at > GATEWAYS_S and all(
+            life.adapters is not None for life in self._lives.values()
+        )
+
+    def _heard_enough(self) -> None:
+        """Workers that have not said yet what they know say it later."""
+        if self._catalogue.heard(*self._desired):
+            self._service.changed()
+
+    def _started(self) -> None:
+        if self._gateways_started and all(life.has_served for life in self._lives.values()):
+            self._failed, self._has_served = None, True
+            self._settled.set()
+
+    def _gateways_are_there(self, failure: str) -> None:
+        """failure: why some are not, or nothing."""
+        if failure and self._cannot_start(WorkerFailed(ERRORS[ConfigError].code, failure)):
+            return
+        self._gateways_started = True
+        self._started()
+
+    def _tell_failure(self, failure: WorkerFailed) -> None:
+        """Once, though it is met again and again."""
+        if failure.message != self._last_failure:
+            self._last_failure = failure.message
+            self._events.add(failure.message, logging.ERROR)
+        self._cannot_start(failure)
+
+    def _cannot_start(self, failure: WorkerFailed) -> bool:
+        """The fleet cannot start; whether that is for whoever has made it, since it has never served."""
+        if self._has_served:
+            return False
+        self._failed = failure
+        self._settled.set()
+        return True
+
+    def _stopped(self, run: asyncio.Task[None]) -> None:
+        """Nobody looks after the fleet now, so this process ends, and Ray starts it again."""
+        if run.cancelled():
+            return
+        error = run.exception()
+        logger.critical("the controller ends", exc_info=error)
+        self._events.add(f"the controller failed and is started again: {error!r}", logging.CRITICAL)
+        is_new = self._cannot_start(WorkerFailed(ERRORS[InternalError].code, f"The controller failed: {error!r}"))
+        asyncio.get_running_loop().call_later(FIRST_AGAIN_S if is_new else AGAIN_S, os._exit, 1)

@@ -1,0 +1,131 @@
+"""The gateway processes of a node: started together on one port, replaced when one dies or hangs, ended together.
+
+Owns: their command lines, their lives. Leaves to others: when the fleet is ready and when it ends (commands/serve.py).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.gateway.api_keys import as_environment
+from lorafleet.controller.heartbeat import Pulse
+from lorafleet.workers.errors import ConfigError
+
+REPLACE_S = 1.0  # between the starts of one that keeps ending
+SILENT_S = 10.0  # without a sign of life: the kernel gives a hung one its share of the new connections
+START_S = 60.0  # before its first
+
+
+class GatewayProcess:
+    """One of them. Has a session of its own, so that Ctrl-C in a terminal reaches it through us only."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        self._pulse = Pulse(self._process.stdout.fileno(), time.monotonic())
+        self.started_at = time.monotonic()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    @property
+    def is_listening(self) -> bool:
+        """It has said that it does. One of several does so only when it can serve."""
+        self._pulse.look(time.monotonic())
+        return self._pulse.has_said(b"listening")
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since its last sign of life, by which one that starts is not judged yet."""
+        silent_s = self._pulse.look(time.monotonic())
+        return silent_s if self._pulse.has_beaten or silent_s > START_S else 0.0
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def end(self) -> None:
+        """At once, a stopped one too."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class GatewayProcesses:
+    """A context, with whose end they are gone."""
+
+    def __init__(self, config: ServeConfig, controller: str, token_file: Path) -> None:
+        """controller: host:port."""
+        self._command = [sys.executable, "-m", "lorafleet.controller.gateway"]
+        self._command += ["--controller", controller, "--token-file", str(token_file), "--exit-with-parent"]
+        self._command += ["--host", config.host, "--port", str(config.port)]
+        self._command += ["--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level]
+        self._command += ["--worker-wait-s", str(config.worker_wait_s), "--slow-step-s", str(config.hung_step_s / 3)]
+        if config.gateway_processes > 1:
+            self._command += ["--reuse-port"]
+        if config.tenants_file is not None:
+            self._command += ["--tenants", config.tenants_file]
+        if config.seed is not None:
+            self._command += ["--seed", str(config.seed)]
+        self._command += config.limits.as_flags()
+        self._environment = as_environment(config.api_keys, config.admin_api_keys)
+        self._number = config.gateway_processes
+        self._processes: list[GatewayProcess] = []
+
+    def __enter__(self) -> GatewayProcesses:
+        self._processes = [self._start() for _ in range(self._number)]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.end()
+
+    def check(self) -> None:
+        """Raises `ConfigError` when one has ended: while the fleet starts, that has a reason that would come again."""
+        for process in self._processes:
+            if process.exit_code is not None:
+                raise ConfigError(f"The gateway ended by itself with exit code {process.exit_code}; see its log above.")
+
+    @property
+    def are_listening(self) -> bool:
+        return all(process.is_listening for process in self._processes)
+
+    def replace_lost(self) -> list[str]:
+        """Start those again that have ended or hang; what has become of each, for people."""
+        lost = []
+        for number, process in enumerate(self._processes):
+            if process.exit_code is None:
+                if (silent_s := process.silent_s) <= SILENT_S:
+                    continue
+                lost.append(f"a gateway has given no sign of life for {silent_s:.0f} s and is ended")
+            elif time.monotonic() - process.started_at < REPLACE_S:
+                continue
+            else:
+                lost.append(f"a gateway ended with exit code {process.exit_code}")
+            process.end()
+            self._processes[number] = self._start()
+        return lost
+
+    def terminate(self) -> None:
+        """Let them drain; the second time, end their requests at once, each with an answer."""
+        for process in self._processes:
+            process.terminate()
+
+    @property
+    def have_ended(self) -> bool:
+        return all(process.exit_code is not None for process in self._processes)
+
+    def _start(self) -> GatewayProcess:
+        return GatewayProcess(self._command, self._environment)

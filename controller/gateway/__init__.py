@@ -1,0 +1,4 @@
+"""The HTTP gateway: a process that turns OpenAI requests into streams with workers.
+
+Here: settings, tenants, listening. Imports neither Ray nor torch. Start reading in server.py, then api/app.py.
+"""

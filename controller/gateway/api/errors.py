@@ -1,0 +1,118 @@
+"""Errors as HTTP answers: OpenAI's JSON, the request's id, when to come back.
+
+Owns: the middleware that turns every exception into such an answer, counting them. Leaves to others: which error has
+which status (workers/errors.py), errors in mid-stream (sse.py, which sends the same JSON).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import uuid
+from typing import Final
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from lorafleet.controller.gateway.api.state import STATE
+from lorafleet.workers.errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    InternalError,
+    InvalidRequestError,
+    LoRAFleetError,
+    MethodNotAllowedError,
+    NotFoundError,
+    cut,
+    status_of,
+)
+
+MAX_MESSAGE_CHARS: Final = 2000
+
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+logger = logging.getLogger(__name__)
+
+
+def error_json(error: LoRAFleetError) -> bytes:
+    """``{"error": {...}}`` as OpenAI writes it; `reason` only where an adapter was refused."""
+    status = status_of(error)
+    message = error.message[:MAX_MESSAGE_CHARS].encode(errors="replace").decode()
+    body = {"message": message, "type": status.openai_type, "param": error.param, "code": status.code}
+    reason = getattr(error, "reason", None)
+    if reason is not None:
+        body["reason"] = reason
+    return msgspec.json.encode({"error": body})
+
+
+def error_response(error: LoRAFleetError) -> web.Response:
+    """The answer for a request that failed before its first byte."""
+    status = status_of(error)
+    response = web.Response(status=status.http, body=error_json(error), content_type="application/json")
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    elif status.http >= 500 or status.http == 409:
+        response.headers["x-should-retry"] = "false"  # OpenAI's clients would; it would only fail again
+    if isinstance(error, AuthenticationError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def internal_error(request_id: str) -> InternalError:
+    """What a client learns of a bug: nothing but where to look."""
+    return InternalError(f"Internal error. The server's log has the details under request id {request_id}.")
+
+
+def named_error(error: Exception, request: web.Request) -> LoRAFleetError:
+    """The named error for anything a handler raised. Counts it; logs what is a bug of ours."""
+    named = _named(error, request)
+    request.app[STATE].metrics.errors.labels(status_of(named).code).inc()
+    return named
+
+
+def _named(error: Exception, request: web.Request) -> LoRAFleetError:
+    if isinstance(error, LoRAFleetError):
+        if isinstance(error, InternalError):
+            logger.error("request %s: %s", request[REQUEST_ID], error.message)
+            return internal_error(request[REQUEST_ID])
+        return error
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return BodyTooLargeError("The body is larger than this server takes.")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return MethodNotAllowedError(f"{_path(request)} takes {allowed}, not {cut(request.method)}.")
+    if isinstance(error, web.HTTPNotFound):
+        return NotFoundError(f"There is no {cut(request.method)} {_path(request)}.")
+    if isinstance(error, web.HTTPException) and error.status < 500:
+        return InvalidRequestError(error.reason)
+    logger.error("request %s failed", request[REQUEST_ID], exc_info=error)
+    return internal_error(request[REQUEST_ID])
+
+
+def _path(request: web.Request) -> str:
+    """As it was sent: decoded, it may be no Unicode."""
+    return cut(request.rel_url.raw_path)
+
+
+@web.middleware
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Outermost but one: gives each request its id and each failure its answer."""
+    given = request.headers.get("x-request-id", "")
+    request[REQUEST_ID] = given if _REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
+    response: web.StreamResponse
+    try:
+        response = await handler(request)
+    except ConnectionError:  # the client is gone; nothing of this answer is sent
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=499)
+    except Exception as error:
+        response = error_response(named_error(error, request))
+        if not request.content.at_eof():
+            response.force_close()  # the rest of the body would be read as the next request
+    if not response.prepared:
+        response.headers["x-request-id"] = request[REQUEST_ID]
+    return response

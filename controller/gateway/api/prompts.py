@@ -1,0 +1,94 @@
+"""The prompts of a completion, in their four forms.
+
+Owns: reading them, that what cannot be used is refused before it is decoded, echo. Leaves to others: room for an answer
+(workers/params.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from lorafleet.controller.gateway.api.schema import decode_field
+from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
+from lorafleet.workers.text.tokenizer import Tokenizer
+
+MAX_PROMPTS: Final = 128
+MAX_ECHO_CHARS: Final = 1 << 24  # of all choices together
+
+Prompt = str | list[int]
+_LISTS = re.compile(rb"\[\s*\[")
+
+
+def read_prompts(raw: bytes, max_model_len: int) -> list[Prompt]:
+    """Texts, or lists of token ids. Raises InvalidRequestError for none, too many, an empty one, or several kinds
+    together, ContextLengthError for more ids than the context has."""
+    items: Any
+    if _LISTS.match(raw):
+        items = decode_field(raw, list[msgspec.Raw], "prompt")
+        _check_num_prompts(items)
+        return [_ids(bytes(item), f"prompt[{number}]", max_model_len) for number, item in enumerate(items)]
+    if raw[:1] == b"[" and b'"' not in raw and b"[" not in raw[1:]:
+        return [_ids(raw, "prompt", max_model_len)]
+    items = decode_field(raw, str | list[str | int | list[int]], "prompt")
+    texts = [items] if isinstance(items, str) else items
+    _check_num_prompts(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequestError(
+            "prompt mixes kinds; give a string, strings, token ids, or lists of token ids.", param="prompt"
+        )
+    if not all(texts):
+        raise empty_prompt("prompt")
+    return list(texts)
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool, max_model_len: int
+) -> list[list[int]]:
+    """Each as token ids. Raises ContextLengthError for a text that has certainly more than the context."""
+    return [
+        tokenizer.encode(prompt, add_special_tokens, max_tokens=max_model_len) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+
+
+def echoes_of(tokenizer: Tokenizer, prompts: Sequence[Prompt], n: int) -> list[str]:
+    """What each choice's text begins with where prompts are echoed. Raises InvalidRequestError for too much of it."""
+    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
+    num_chars = n * sum(map(len, texts))
+    if num_chars > MAX_ECHO_CHARS:
+        raise InvalidRequestError(
+            f"echo would repeat {num_chars} characters in all choices together; the limit is {MAX_ECHO_CHARS}. Ask "
+            "without it.",
+            param="echo",
+        )
+    return [text for text in texts for _ in range(n)]
+
+
+def _ids(raw: bytes, name: str, max_model_len: int) -> list[int]:
+    num_ids = raw.count(b",") + 1
+    if num_ids > max_model_len:
+        raise ContextLengthError(
+            f"{name} has {num_ids} token ids; the context of {max_model_len} tokens leaves no room for an answer. "
+            "Shorten it.",
+            param="prompt",
+        )
+    ids: list[int] = decode_field(raw, list[int], name)
+    if not ids:
+        raise empty_prompt("prompt")
+    return ids
+
+
+def _check_num_prompts(items: Sequence[object]) -> None:
+    if not items:
+        raise empty_prompt("prompt")
+    if len(items) > MAX_PROMPTS:
+        raise InvalidRequestError(f"prompt has {len(items)} prompts, the limit is {MAX_PROMPTS}.", param="prompt")
+
+
+def empty_prompt(field: str) -> InvalidRequestError:
+    """What to raise for a field that gives no token."""
+    return InvalidRequestError(f"{field} is empty; there must be at least one token.", param=field)

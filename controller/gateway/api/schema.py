@@ -1,0 +1,287 @@
+"""What requests may say: one struct for each endpoint, and what is accepted or refused by name beyond them.
+
+Owns: fields and types; JSON is read here and nowhere else. Leaves to others: ranges (workers/params.py), what fields
+mean together (sampling.py, completions.py, chat.py).
+
+A field that is not here would change the answer if it were honoured, so it is refused by name, unless its value asks
+for nothing (null, or the default). msgspec decodes strictly: true is no number, 1.0 is no integer, and JSON has no NaN.
+How much a body holds is counted before it is decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from lorafleet.workers.errors import InvalidRequestError, cut, quoted
+from lorafleet.workers.scheduling.request import MAX_SALT_CHARS
+from lorafleet.workers.text.json_shape import check_shape
+
+MAX_FIELD_BYTES: Final = 1 << 17  # of any field but those whose size is the request's
+SIZEABLE: Final = frozenset({"prompt", "messages", "tokens"})
+_MAX_DEFAULT_BYTES = 256  # no value of `DEFAULTS` is as long
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """What completions and chat share; names and meaning are those of `SamplingParams`. None: not given."""
+
+    n: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """include_usage: a last chunk with the usage and no choices."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # false is what happens
+    continuous_usage_stats: bool | None = None
+
+
+class ComposedAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One of several adapters of a request."""
+
+    name: str
+    weight: float = 1.0
+
+
+class GenerateFields(SamplingFields, kw_only=True):
+    """What completions and chat share besides sampling.
+
+    priority: lower is served earlier; it adds to the tenant's. cache_salt: only requests of the same tenant with the
+    same one share what was computed for their prompts. adapters: applied together; `model` then is the base model.
+    """
+
+    model: str
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    adapters: list[ComposedAdapter] | None = None
+
+
+class CompletionRequest(GenerateFields, kw_only=True):
+    """POST /v1/completions. prompt: a text, texts, token ids, or lists of token ids (prompts.py)."""
+
+    prompt: msgspec.Raw
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class ChatRequest(GenerateFields, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class LoadAdapterBody(msgspec.Struct, kw_only=True):
+    """POST /v1/load_lora_adapter. lora_path: a directory on the workers or a hub id."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False  # replace the adapter that has this name
+    weight: float | None = None  # its share of service among a tenant's adapters; 1 unless given
+    pin: bool = False  # keep it in a device slot
+
+
+class UnloadAdapterBody(msgspec.Struct, kw_only=True):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
+ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Fields that do not bear on the answer, whatever they say."""
+
+DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "early_stopping": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_reasoning": (True,),
+    "is_3d_lora_weight": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "lora_int_id": (),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields that OpenAI or vLLM know and this server does not honour: the values, besides null, that ask for nothing."""
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+_WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
+
+
+def decode(body: bytes, kind: type[_T]) -> _T:
+    """A request's body. Raises InvalidRequestError that names the field."""
+    _check_shape(body, kind)
+    fields = _decode(body, dict[str, msgspec.Raw])
+    known = kind.__struct_fields__
+    for name, raw in fields.items():
+        num_bytes = memoryview(raw).nbytes
+        if name in known:
+            if num_bytes > MAX_FIELD_BYTES and name not in SIZEABLE:
+                raise InvalidRequestError(f"{name} has {num_bytes} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
+        elif name not in ASKS_NOTHING and (num_bytes > _MAX_DEFAULT_BYTES or not _asks_nothing(name, bytes(raw))):
+            does = "is not supported by this server" if name in DEFAULTS else "is not a known field"
+            raise InvalidRequestError(f"{quoted(name)} {does}. Leave it out.", param=cut(name))
+    request: _T = _decode(body, kind)
+    return request
+
+
+def decode_field(raw: bytes, kind: Any, name: str) -> Any:
+    """The value of one field, or of a part of it. Raises InvalidRequestError that names the field."""
+    return _decode(raw, kind, name)
+
+
+def _check_shape(body: bytes, kind: type[msgspec.Struct]) -> None:
+    try:
+        check_shape(body, "The body")
+    except InvalidRequestError as error:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            parts = msgspec.json.decode(body, type=_parts_of(kind))  # makes nothing of what is in them
+            for name in kind.__struct_fields__:
+                check_shape(bytes(getattr(parts, name)), name, param=name)
+        raise error
+
+
+@functools.cache
+def _parts_of(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """`kind` with all of its fields as they stand in the body."""
+    return msgspec.defstruct(
+        f"{kind.__name__}Parts", [(name, msgspec.Raw, msgspec.Raw(b"")) for name in kind.__struct_fields__]
+    )
+
+
+def _asks_nothing(name: str, raw: bytes) -> bool:
+    value = _decode(raw, object)
+    return value is None or any(
+        value == default and isinstance(value, bool) == isinstance(default, bool) for default in DEFAULTS.get(name, ())
+    )
+
+
+def _decode(body: bytes, kind: Any, name: str | None = None) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), name) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.") from None
+
+
+def _explain(problem: str, root: str | None) -> InvalidRequestError:
+    """msgspec's message in ours. Of the body it holds nothing but types, places and unknown names."""
+    where = _WHERE.search(problem)
+    detail = problem[: where.start()] if where else problem
+    detail = cut(detail.replace(" | null", "")).rstrip(".")
+    name = where.group(1) if where else None
+    place = where.group(2) if where else ""
+    if root is not None:
+        return InvalidRequestError(f"{root}{place}: {detail[0].lower()}{detail[1:]}.", param=root.partition("[")[0])
+    if name is not None:
+        return InvalidRequestError(f"{name}{place}: {detail[0].lower()}{detail[1:]}.", param=name)
+    missing = re.match(r"Object missing required field `(\w+)`", detail)
+    if missing:
+        return InvalidRequestError(f"{missing.group(1)!r} is missing. Give it.", param=missing.group(1))
+    return InvalidRequestError(f"The body does not fit: {detail[0].lower()}{detail[1:]}.")
+
+
+def check_stream_options(fields: GenerateFields) -> bool:
+    """Whether a chunk with the usage is asked for. Raises InvalidRequestError for options that do not fit."""
+    options = fields.stream_options
+    if options is None:
+        return False
+    if not fields.stream:
+        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+    for name in ("include_obfuscation", "continuous_usage_stats"):
+        if getattr(options, name):
+            raise InvalidRequestError(f"stream_options.{name} is not supported. Leave it out.", param="stream_options")
+    return bool(options.include_usage)
+
+
+def cache_salt_of(fields: GenerateFields) -> str:
+    """Empty if none is given. Raises InvalidRequestError for one that is too long, or given and empty (vLLM's rule)."""
+    salt = fields.cache_salt
+    if salt is None:
+        return ""
+    if not 0 < len(salt) <= MAX_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters; give 1 to {MAX_SALT_CHARS}, or leave it out.", param="cache_salt"
+        )
+    return salt

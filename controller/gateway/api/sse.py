@@ -1,0 +1,144 @@
+"""Server-sent events: one answer as a stream of chunks.
+
+Owns: the headers, the frames, failures in mid-stream. Leaves to others: what a chunk says
+(completions.py, chat.py), where deltas come from (streams/generation.py).
+
+A stream that ends well ends with ``data: [DONE]``. One that fails ends with ``data: {"error": ...}`` and nothing after
+it: OpenAI's clients raise on that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import msgspec
+from aiohttp import web
+
+from lorafleet.controller.gateway.api.answer import usage_of
+from lorafleet.controller.gateway.api.errors import REQUEST_ID, error_json, named_error
+from lorafleet.controller.gateway.streams.generation import ChoiceDelta, Generation
+
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+_SLICE_BYTES = 1 << 16  # of one answer, written before others have their turn on the event loop
+_LARGE_BYTES = 1 << 15  # a write of so much may have to wait by itself
+
+_json = msgspec.json.Encoder().encode
+
+
+class Frames(Protocol):
+    """An endpoint's chunks, framed."""
+
+    def opening(self) -> Iterable[bytes]:
+        """What comes before the first tokens, in pieces."""
+
+    def delta(self, delta: ChoiceDelta) -> bytes:
+        """One choice's gain."""
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """The chunk that holds the usage and no choices."""
+
+
+class ChunkTemplate:
+    """Chunks of one answer, built ahead as far as they are the same, so that a token costs one small JSON string.
+
+    head: fields of every chunk. before, after: what encloses the text within a choice.
+    """
+
+    def __init__(self, head: dict[str, Any], num_choices: int, before: bytes, after: bytes, *, has_usage: bool) -> None:
+        self._head = head
+        opening = b"data: " + _json(head)[:-1] + b',"choices":['
+        self._choices = [opening + b'{"index":%d,' % index for index in range(num_choices)]
+        self._texts = [choice + before for choice in self._choices]
+        self._after = after
+        self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
+        self._plain = after + b',"logprobs":null,"finish_reason":null' + self._tail
+
+    def text(self, index: int, text: str) -> bytes:
+        """A chunk of text and nothing else: the common one."""
+        return self._texts[index] + _json(text) + self._plain
+
+    def full(self, delta: ChoiceDelta, logprobs: object) -> bytes:
+        """A chunk with log-probabilities, or a finish reason, or both."""
+        parts = [
+            self._texts[delta.index],
+            _json(delta.text),
+            self._after,
+            b',"logprobs":',
+            _json(logprobs),
+            b',"finish_reason":',
+            _json(delta.finish_reason),
+        ]
+        if delta.finish_reason is not None:
+            parts += (b',"stop_reason":', _json(delta.stop_reason))
+        return b"".join([*parts, self._tail])
+
+    def choice(self, index: int, fields: dict[str, Any]) -> bytes:
+        """A chunk of one choice with any fields."""
+        return self._choices[index] + _json(fields)[1:-1] + self._tail
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """The chunk after all choices."""
+        return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
+
+
+class EventStream:
+    """The answer's body. A client that does not read it is disconnected (gateway/connections.py)."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._response = web.StreamResponse(headers=_HEADERS | {"x-request-id": request[REQUEST_ID]})
+
+    async def open(self) -> None:
+        """Send the headers (with the first write)."""
+        await self._response.prepare(self._request)
+
+    async def write(self, data: bytes) -> None:
+        """Waits for a client that has not read what came before. Raises ConnectionResetError when it is gone."""
+        if self._request.transport is None:
+            raise ConnectionResetError("the client is gone")
+        await self._response.write(data)
+
+    async def close(self) -> web.StreamResponse:
+        """End the body."""
+        await self._response.write_eof()
+        return self._response
+
+
+async def stream_answer(
+    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool
+) -> web.StreamResponse:
+    """Send a generation as it comes. An error before its first token is raised, and so gets its own HTTP status."""
+    deltas = await generation.next()
+    stream = EventStream(request)
+    await stream.open()
+    pieces = frames.opening()
+    data = b""
+    try:
+        while deltas:
+            for piece in itertools.chain(pieces, map(frames.delta, deltas)):
+                data += piece
+                if len(data) > _SLICE_BYTES:
+                    await stream.write(data)
+                    data = b""
+                    await asyncio.sleep(0)
+            if data:
+                await stream.write(data)
+                data = b""
+            pieces = ()
+            deltas = await generation.next()
+        if has_usage:
+            data = frames.usage(usage_of(generation))
+        data += b"data: [DONE]\n\n"
+    except ConnectionError:
+        raise
+    except Exception as error:
+        data = b"data: " + error_json(named_error(error, request)) + b"\n\n"
+    await stream.write(data)
+    return await stream.close()

@@ -1,0 +1,224 @@
+"""One gateway's parts and what its handlers ask of them together.
+
+Owns: starting and closing the parts in order, what "ready" means, draining. Leaves to others: each part's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Final, TypeVar
+
+from aiohttp import web
+
+from lorafleet.controller.gateway.api.intake import Intake
+from lorafleet.controller.gateway.api.prompts import empty_prompt
+from lorafleet.controller.gateway.api.sampling import wire_sampling
+from lorafleet.controller.gateway.config import GatewayConfig
+from lorafleet.controller.gateway.metrics.instruments import Metrics
+from lorafleet.controller.gateway.metrics.page import MetricsPage, Snapshot
+from lorafleet.controller.gateway.metrics.vllm import VllmCollector
+from lorafleet.controller.gateway.metrics.workers import FleetCollector
+from lorafleet.controller.gateway.routing.routing_table import ModelEntry, RoutingTable
+from lorafleet.controller.gateway.streams.controller_client import RoutesClient
+from lorafleet.controller.gateway.streams.generation import Generation
+from lorafleet.controller.gateway.streams.pool import WorkerPool
+from lorafleet.controller.gateway.streams.text_threads import TextThreads
+from lorafleet.controller.gateway.tenants import Tenant
+from lorafleet.workers.errors import DeadlineError, DrainingError, WorkerUnavailableError
+from lorafleet.workers.params import SamplingParams
+from lorafleet.workers.text.model_text import ModelText
+
+INLINE_BYTES: Final = 1 << 15  # of JSON, which are decoded or encoded in less than a millisecond
+ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
+
+_T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
+
+
+class GatewayState:
+    """Made on the event loop; `start` it, `close` it."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.intake = Intake(config.limits)
+        self.metrics = Metrics()
+        gateway_id = uuid.uuid4().hex
+        self._text_threads = TextThreads(config.num_tokenizer_threads)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer loader")
+        self._pool = WorkerPool(gateway_id=gateway_id, token=config.token, times=config.times)
+        self.routes = RoutesClient(
+            config.controller,
+            token=config.token,
+            gateway_id=gateway_id,
+            executor=self._loader,
+            on_table=lambda table: self._pool.apply(table.workers),
+        )
+        self._random = random.SystemRandom() if config.seed is None else random.Random(config.seed)
+        self._running: dict[Generation, ModelEntry] = {}
+        self._stopped = False  # the drain's time is over
+        self.metrics.in_flight.set_function(lambda: self.intake.num_in_flight)
+        self.metrics_page = MetricsPage(self.metrics, self._snapshot)
+        self.metrics.registry.register(FleetCollector(lambda: self.metrics_page.snapshot.views))
+        if config.vllm_metrics:
+            self.metrics.registry.register(VllmCollector(self.metrics, lambda: self.metrics_page.snapshot))
+
+    def start(self) -> None:
+        """Begin to watch the controller; sessions follow from what it says."""
+        self.routes.start()
+
+    async def close(self) -> None:
+        """End every connection to the fleet."""
+        await self.metrics_page.close()
+        await self.routes.close()
+        await self._pool.close()
+        self._text_threads.close()
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    async def drain(self) -> None:
+        """Refuse new requests; let the running ones finish, for as long as the configuration allows."""
+        self.intake.draining = True
+        logger.info("draining: %d requests in flight", self.intake.num_in_flight)
+        if await self.intake.idle(self.config.drain_timeout_s):
+            return
+        self._stopped = True
+        if self._running:
+            logger.warning("ending %d requests after %g s", len(self._running), self.config.drain_timeout_s)
+        for generation in list(self._running):
+            generation.fail(DrainingError("This gateway is shutting down and could not wait for the request's end."))
+        await self.intake.idle(ABORT_GRACE_S)
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """Why no request can be answered now; None if one can."""
+        if self.intake.draining:
+            return "draining"
+        if self.routes.table is None:
+            return "no routing table from the controller yet"
+        if self.routes.text is None:
+            return "no tokenizer from the controller yet"
+        if not self._pool.has_ready_worker:
+            return "no worker is ready"
+        return None
+
+    @property
+    def table(self) -> RoutingTable:
+        """The routing table. Raises WorkerUnavailableError before the first."""
+        if self.routes.table is None:
+            raise WorkerUnavailableError("The gateway has not heard from its controller yet. Try again in a moment.")
+        return self.routes.table
+
+    @property
+    def text(self) -> ModelText:
+        """The base model's tokenizer and template. Raises WorkerUnavailableError before the first."""
+        if self.routes.text is None:
+            raise WorkerUnavailableError("The model's tokenizer is still being loaded. Try again in a moment.")
+        return self.routes.text
+
+    async def text_of(self, model: ModelEntry) -> ModelText:
+        """A model's tokenizer and template: an adapter's own, if it has one. Raises WorkerUnavailableError."""
+        text = self.text
+        if not model.text_digest or model.text_digest == text.digest:
+            return text
+        return await self.routes.adapter_texts.get(model.text_digest)
+
+    async def in_thread(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
+        """Run what may take long (a tokenizer, a template) off the event loop. num_bytes: of what it works on."""
+        return await self._text_threads.run(tenant.name, num_bytes, function)
+
+    async def parse(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
+        """Run what takes long only if it works on much: on the event loop for a few bytes, else off it."""
+        if num_bytes <= INLINE_BYTES:
+            return function()
+        return await self.in_thread(tenant, num_bytes, function)
+
+    def draw_seed(self) -> int:
+        """For a request that gave none."""
+        return self._random.getrandbits(64)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            [view.frozen() for view in self._pool.views()],
+            self.routes.table,
+            [entry.name for model in self._running.values() for entry in model.adapters],
+        )
+
+    @asynccontextmanager
+    async def generate(
+        self,
+        *,
+        request_id: str,
+        tenant: Tenant,
+        priority: int | None,
+        cache_salt: str,
+        table: RoutingTable,
+        text: ModelText,
+        model: ModelEntry,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        prompt_field: str,
+    ) -> AsyncIterator[Generation]:
+        """Submit all choices of all prompts; what still runs at the block's end is cancelled.
+
+        priority: as the request asks for it; it adds to the tenant's.
+        Raises what is wrong with the request before any of it is submitted.
+        """
+        samplings = []
+        for prompt in prompts:
+            if not prompt:
+                raise empty_prompt(prompt_field)
+            text.tokenizer.check_ids(prompt, model.vocab_size, prompt_field)
+            samplings.append(
+                wire_sampling(
+                    params,
+                    num_prompt_tokens=len(prompt),
+                    max_model_len=table.max_model_len,
+                    vocab_size=model.vocab_size,
+                    eos_token_ids=text.tokenizer.eos_token_ids,
+                    seed=self.draw_seed(),
+                    prompt_field=prompt_field,
+                )
+            )
+        if self._stopped:
+            raise DrainingError("This gateway is shutting down.")
+        generation = Generation(
+            request_id=request_id,
+            tenant=tenant,
+            priority=tenant.priority_of(priority),
+            cache_salt=cache_salt,
+            tokenizer=text.tokenizer,
+            params=params,
+            max_queued_tokens=self.config.limits.max_queued_tokens,
+            worker_wait_s=self.config.worker_wait_s,
+            line=self._pool.line,
+            num_seats=lambda: self._pool.num_seats,
+            metrics=self.metrics.model(model.name),
+        )
+        limit_s = self.config.limits.request_timeout_s
+        timer = asyncio.get_running_loop().call_later(
+            limit_s,
+            lambda: generation.fail(DeadlineError(f"The request did not end within {limit_s:g} s, the limit.")),
+        )
+        self._running[generation] = model
+        try:
+            digests = [entry.digest for entry in model.adapters]
+            owner = "\0".join([tenant.name, cache_salt, *map(str, model.parts)])
+            with generation:
+                for prompt, sampling in zip(prompts, samplings, strict=True):
+                    choose = functools.partial(self._pool.choose, digests, prompt, owner)
+                    generation.add_prompt(choose, model, prompt, sampling, params.n)
+                generation.start()
+                yield generation
+        finally:
+            timer.cancel()
+            del self._running[generation]
+
+
+STATE: Final = web.AppKey("state", GatewayState)

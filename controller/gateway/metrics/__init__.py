@@ -1,0 +1,4 @@
+"""What Prometheus reads from a gateway.
+
+Imports `routing`. Start reading in instruments.py.
+"""

@@ -1,0 +1,147 @@
+"""The routing table as the gateway holds it: plain, immutable, indexed by name.
+
+Owns: its shape, reading it from the wire, resolving a model's name. Leaves to others: receiving it
+(streams/controller_client.py), choosing a worker (router.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorafleet.controller.gateway.routing.near_names import NearNames
+from lorafleet.proto import controller_pb2, worker_pb2
+from lorafleet.workers.errors import UnknownModelError, quoted
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One name that `model` may have."""
+
+    name: str
+    digest: str  # of the adapter; empty for the base model
+    version: int
+    root: str
+    parent: str | None  # None for the base model
+    created: int  # unix seconds
+    text_digest: str = ""  # of its own tokenizer and template; empty: the base model's
+    vocab_size: int = 0  # token ids that its requests may hold
+    weight: float = 1.0  # share of service among a tenant's adapters
+    not_composable: str = ""  # why it is not applied with a weight or with others
+    composition: tuple[tuple[ModelEntry, float], ...] = ()  # of a composition: its adapters and their weights
+
+    @property
+    def parts(self) -> tuple[tuple[str, float], ...]:
+        """(digest, weight) of all that is applied, in the order of digests."""
+        if self.composition:
+            return tuple(sorted((entry.digest, weight) for entry, weight in self.composition))
+        return ((self.digest, 1.0),) if self.digest else ()
+
+    @property
+    def adapters(self) -> tuple[ModelEntry, ...]:
+        """All that must be in slots."""
+        return tuple(entry for entry, _ in self.composition) or ((self,) if self.digest else ())
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One worker's identity and address. Why it lacks an adapter is a code; empty while it is being loaded."""
+
+    worker_id: str
+    generation: int
+    address: str
+    max_num_seqs: int
+    max_loras: int  # 0: LoRA is off
+    draining: bool
+    num_ranks: int = 1
+    lacking: Mapping[str, str] = field(default_factory=dict)  # digests of adapters that it has not → why
+
+    @property
+    def identity(self) -> tuple[str, int, str]:
+        return self.worker_id, self.generation, self.address
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingTable:
+    """One version of the controller's table. models: in the order of /v1/models, the base model's names first."""
+
+    incarnation: str
+    version: int
+    tokenizer_digest: str
+    max_model_len: int
+    vocab_size: int
+    models: Mapping[str, ModelEntry]
+    workers: tuple[Endpoint, ...]
+    _near: NearNames = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_near", NearNames(self.models))
+
+    @classmethod
+    def from_wire(cls, table: controller_pb2.RoutingTable) -> RoutingTable:
+        """Of adapters with one name the highest version counts; a base model's name is never an adapter's."""
+        base = table.base
+        models = {
+            name: ModelEntry(name, "", 0, base.root, None, base.created, vocab_size=base.vocab_size)
+            for name in base.names
+        }
+        num_base = len(models)
+        for adapter in sorted(table.adapters, key=lambda entry: entry.version):
+            if not adapter.digest or adapter.name in base.names:
+                continue  # the first would be answered by the base model, the second would hide it
+            models[adapter.name] = ModelEntry(
+                adapter.name,
+                adapter.digest,
+                adapter.version,
+                adapter.root,
+                adapter.parent,
+                adapter.created,
+                adapter.text_digest,
+                adapter.vocab_size or base.vocab_size,
+                adapter.weight if adapter.HasField("weight") else 1.0,
+                adapter.not_composable,
+            )
+        adapters = sorted(list(models.values())[num_base:], key=lambda entry: entry.name)
+        return cls(
+            incarnation=table.incarnation,
+            version=table.version,
+            tokenizer_digest=base.tokenizer_digest,
+            max_model_len=base.max_model_len,
+            vocab_size=base.vocab_size,
+            models={entry.name: entry for entry in [*list(models.values())[:num_base], *adapters]},
+            workers=tuple(
+                Endpoint(
+                    worker.worker_id,
+                    worker.generation,
+                    worker.address,
+                    max(worker.max_num_seqs, 1),
+                    worker.max_loras,
+                    worker.state == worker_pb2.WORKER_DRAINING,
+                    max(worker.num_ranks, 1),
+                    {lacking.digest: lacking.reason for lacking in worker.lacking},
+                )
+                for worker in table.workers
+            ),
+        )
+
+    @property
+    def base_name(self) -> str:
+        """The base model's canonical name."""
+        return next(iter(self.models), "")
+
+    def unavailable(self, digest: str) -> str | None:
+        """Why no worker has an adapter, a code; None where one has it or is loading it, or none is there."""
+        reasons = [worker.lacking.get(digest) for worker in self.workers]
+        return reasons[0] if all(reasons) and reasons else None
+
+    def resolve(self, name: str) -> ModelEntry:
+        """The model called `name`. Raises UnknownModelError with near matches."""
+        entry = self.models.get(name)
+        if entry is not None:
+            return entry
+        near = self._near.of(name)
+        hint = f" Did you mean {' or '.join(map(quoted, near))}?" if near else ""
+        raise UnknownModelError(
+            f"There is no model {quoted(name)}.{hint} GET /v1/models lists the base model and its adapters.",
+            param="model",
+        )

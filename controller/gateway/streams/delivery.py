@@ -1,0 +1,60 @@
+"""One engine step's columns to the queues of the choices they belong to. The hottest loop of the gateway.
+
+Owns: reading the columns. Leaves to others: the stream they came on (session.py), what tokens mean (generation.py).
+"""
+
+from __future__ import annotations
+
+from lorafleet.controller.gateway.streams.inbox import ChoiceQueue
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.errors import DrainingError, LoRAFleetError, WorkerLostError, error_from_code
+from lorafleet.workers.scheduling.request import FinishReason, TokenLogprobs
+
+_FINISH = {worker_pb2.FINISH_STOP: FinishReason.STOP, worker_pb2.FINISH_LENGTH: FinishReason.LENGTH}
+
+
+class SessionLost(Exception):
+    """The session cannot go on; the text says why, and clients may see it."""
+
+
+def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> None:
+    """Put each row into its queue; take streams that have ended out of `streams`.
+
+    Rows of streams that are not there (cancelled meanwhile) are dropped. Raises SessionLost for columns that do not
+    belong together: nothing that follows could be trusted.
+    """
+    if not len(step.stream) == len(step.token_id) == len(step.finish):
+        raise SessionLost("a step with columns of different lengths")
+    for cached in step.cached:
+        queue = streams.get(cached.stream)
+        if queue is not None:
+            queue.num_cached_tokens = cached.num_tokens
+    logprobs = {entry.row: _token_logprobs(entry) for entry in step.logprobs} if step.logprobs else {}
+    rows = zip(step.stream, step.token_id, step.finish, strict=True)
+    for row, (stream, token_id, finish) in enumerate(rows):
+        queue = streams.get(stream)
+        if queue is None:
+            continue
+        if finish:
+            del streams[stream]
+        queue.put(
+            token_id,
+            _FINISH.get(finish, FinishReason.LENGTH) if finish else None,
+            logprobs.get(row) if logprobs else None,
+        )
+    for ended in step.ended:
+        queue = streams.pop(ended.stream, None)
+        if queue is not None:
+            error = _error_of(ended)
+            # A worker that drains refuses what was sent before its gateways knew; another one takes that.
+            (queue.lose if isinstance(error, DrainingError) else queue.inbox.fail)(error)
+
+
+def _token_logprobs(entry: worker_pb2.Logprobs) -> TokenLogprobs:
+    return TokenLogprobs(entry.logprob, entry.rank, tuple(entry.top_ids), tuple(entry.top_logprobs))
+
+
+def _error_of(ended: worker_pb2.Ended) -> LoRAFleetError:
+    if ended.error_code:
+        return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
+    return WorkerLostError("The worker gave the request up. Send it again.")

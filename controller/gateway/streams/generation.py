@@ -1,0 +1,258 @@
+"""The life of one API request behind its parsing: its choices on their workers, and their tokens as text.
+
+Owns: turning arrived tokens into deltas, finish reasons, cancelling whatever is not needed any more. Leaves to others:
+parsing and tokenising (api/completions.py, api/chat.py), framing (api/sse.py), giving choices to workers (placing.py).
+
+A choice whose worker is lost goes on with another one, where its tokens so far count as its own output, so that the
+client sees no seam. However a request ends (finished, stop
+string, error, client gone, shutdown), leaving the ``with`` block cancels on the workers what still runs there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from lorafleet.controller.gateway.metrics.instruments import ModelMetrics
+from lorafleet.controller.gateway.routing.routing_table import ModelEntry
+from lorafleet.controller.gateway.streams.inbox import ChoiceQueue, Inbox
+from lorafleet.controller.gateway.streams.placing import Placing, Prompt, Ticket
+from lorafleet.controller.gateway.streams.session import WorkerSession
+from lorafleet.controller.gateway.streams.waiting_line import WaitingLine
+from lorafleet.controller.gateway.tenants import Tenant
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.params import SamplingParams
+from lorafleet.workers.scheduling.request import FinishReason, TokenLogprobs
+from lorafleet.workers.text.output import OutputText
+from lorafleet.workers.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What one choice has gained. logprobs: empty, or one for each token. A delta with a finish_reason is the last."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None  # the stop string or the caller's stop token
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    ticket: Ticket
+    text: OutputText | None = None  # from its first token on
+    last_at: float | None = None  # when its last tokens came
+
+
+class Generation:
+    """One request's choices. Add them, `start`, then call `next` until it returns nothing. One task uses it."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        tenant: Tenant,
+        priority: int,
+        cache_salt: str,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        max_queued_tokens: int,
+        worker_wait_s: float,
+        line: WaitingLine,
+        num_seats: Callable[[], int],
+        metrics: ModelMetrics,
+    ) -> None:
+        """worker_wait_s: how long a choice may wait for a worker that takes it, or goes on with it. num_seats: of all
+        workers that take requests."""
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+        self._request_id = request_id
+        self._tenant = tenant
+        self._priority = priority
+        self._cache_salt = cache_salt
+        self._tokenizer = tokenizer
+        self._params = params
+        self._metrics = metrics
+        self._started_at = time.monotonic()
+        self._has_token = False
+        self._inbox = Inbox(max_queued_tokens, self._cancel_all, self._lost)
+        self._placing = Placing(
+            request_id=request_id,
+            line=line,
+            num_seats=num_seats,
+            worker_wait_s=worker_wait_s,
+            fail=self._inbox.fail,
+            on_resumed=metrics.resumed,
+        )
+        self._choices: list[_Choice] = []
+        self._queues_by_prompt: list[list[ChoiceQueue]] = []
+        self._num_open = 0
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were computed for no choice."""
+        return sum(min(queue.num_cached_tokens for queue in queues) for queues in self._queues_by_prompt)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._cancel_all()
+        if isinstance(error, ConnectionError | asyncio.CancelledError):  # the client went away
+            self._metrics.ended("abort")
+        elif error is not None or self._num_open:
+            self._metrics.ended("error")
+        else:
+            seconds = time.monotonic() - self._started_at
+            self._metrics.finished(seconds, self.num_prompt_tokens, self.num_cached_tokens)
+
+    def fail(self, error: LoRAFleetError) -> None:
+        """End the request from outside: `next` raises `error` after what has already arrived."""
+        self._inbox.fail(error)
+
+    def add_prompt(
+        self,
+        choose: Callable[[], WorkerSession],
+        model: ModelEntry,
+        prompt_token_ids: Sequence[int],
+        sampling: worker_pb2.Sampling,
+        num_choices: int,
+    ) -> None:
+        """Add so many choices, which differ in their number alone.
+
+        choose: gives a worker's session, or raises WorkerUnavailableError, or why none will ever take it.
+        """
+        message = worker_pb2.Generate(
+            request_id=self._request_id,
+            adapter_digest=model.digest,
+            sampling=sampling,
+            tenant=self._tenant.name,
+            tenant_weight=self._tenant.weight,
+            adapter_weight=model.weight,
+            priority=self._priority,
+            cache_salt=self._cache_salt,
+            composition=[
+                worker_pb2.ComposedAdapter(digest=entry.digest, weight=weight) for entry, weight in model.composition
+            ],
+        )
+        prompt = Prompt(choose, prompt_token_ids, message)
+        self.num_prompt_tokens += len(prompt_token_ids)
+        queues = []
+        for number in range(num_choices):
+            queue = self._inbox.open_queue(len(self._choices))
+            ticket = Ticket(queue, prompt, number)
+            self._placing.add(ticket)
+            self._choices.append(_Choice(ticket))
+            queues.append(queue)
+        self._num_open += num_choices
+        self._queues_by_prompt.append(queues)
+
+    def start(self) -> None:
+        """Give the choices to workers, as these can take them. Raises what none will ever take one for."""
+        self._placing.start()
+
+    async def next(self) -> list[ChoiceDelta]:
+        """What has come since the last call, one delta for each choice that gained something; empty at the end.
+
+        Waits for it. Raises the error that ended the request.
+        """
+        deltas: list[ChoiceDelta] = []
+        while self._num_open and not deltas:
+            for queue in await self._inbox.take():
+                delta = self._advance(self._choices[queue.index])
+                if delta.text or delta.logprobs or delta.finish_reason is not None:
+                    deltas.append(delta)
+        return deltas
+
+    async def gather(self) -> list[ChoiceDelta]:
+        """All of every choice, once all have ended."""
+        texts: list[list[str]] = [[] for _ in self._choices]
+        token_ids: list[list[int]] = [[] for _ in self._choices]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in self._choices]
+        last: dict[int, ChoiceDelta] = {}
+        while deltas := await self.next():
+            for delta in deltas:
+                texts[delta.index].append(delta.text)
+                token_ids[delta.index].extend(delta.token_ids)
+                logprobs[delta.index].extend(delta.logprobs)
+                last[delta.index] = delta
+        return [
+            ChoiceDelta(
+                index,
+                "".join(texts[index]),
+                token_ids[index],
+                logprobs[index],
+                last[index].finish_reason,
+                last[index].stop_reason,
+            )
+            for index in range(len(self._choices))
+        ]
+
+    def _advance(self, choice: _Choice) -> ChoiceDelta:
+        ticket = choice.ticket
+        token_ids, logprobs, finish = ticket.queue.take()
+        ticket.give_up_at = None
+        at = time.monotonic()
+        if choice.last_at is not None:
+            self._metrics.gap(at - choice.last_at)
+        elif not self._has_token:
+            self._has_token = True
+            self._metrics.first_token(at - self._started_at)
+        choice.last_at = at
+        params = self._params
+        if choice.text is None:
+            choice.text = self._new_text(ticket.prompt.token_ids)
+        by_token = finish is FinishReason.STOP
+        delta = choice.text.push(
+            token_ids, finish is not None, hide_last=by_token and not params.include_stop_str_in_output
+        )
+        reason: Literal["stop", "length"] | None = None
+        stop_reason: str | int | None = delta.stop_reason
+        if stop_reason is not None or by_token:
+            reason = "stop"
+            if stop_reason is None and token_ids[-1] in params.stop_ids:
+                stop_reason = token_ids[-1]
+        elif finish is not None:
+            reason = "length"
+        num_used = delta.num_tokens_used
+        self.num_output_tokens += num_used
+        self._metrics.tokens(num_used)
+        if reason is not None:
+            self._num_open -= 1
+            self._metrics.ended(reason)
+            self._placing.end(ticket)
+        if num_used != len(token_ids):
+            token_ids, logprobs = token_ids[:num_used], logprobs[:num_used]
+        return ChoiceDelta(ticket.queue.index, delta.text, token_ids, logprobs, reason, stop_reason)
+
+    def _new_text(self, prompt_token_ids: Sequence[int]) -> OutputText:
+        params = self._params
+        return OutputText(
+            self._tokenizer,
+            prompt_token_ids[-16:],
+            stop=params.stops,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+
+    def _cancel_all(self) -> None:
+        self._placing.stop()
+        for choice in self._choices:
+            self._placing.end(choice.ticket)
+
+    def _lost(self, queue: ChoiceQueue, error: LoRAFleetError) -> None:
+        self._placing.lose(self._choices[queue.index].ticket, error)

@@ -1,0 +1,208 @@
+"""One request's choices on their way to workers: a few at a time, again when a worker is lost, waiting while there is
+none.
+
+Owns: when a choice is submitted. Leaves to others: to which worker (pool.py), what comes back (generation.py).
+
+However many choices a request has, no more than workers can soon begin are with them, and others' requests get between:
+after some of them it waits until they have been sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lorafleet.controller.gateway.streams.inbox import ChoiceQueue
+from lorafleet.controller.gateway.streams.session import WorkerSession
+from lorafleet.controller.gateway.streams.waiting_line import WaitingLine
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.errors import (
+    AdapterUnavailableError,
+    InternalError,
+    LoRAFleetError,
+    WorkerLostError,
+    WorkerUnavailableError,
+)
+
+MAX_LOST: Final = 3  # workers that one choice may outlive
+_MIN_WINDOW: Final = 32  # choices of one request that workers may have
+_SEATS_AHEAD: Final = 2  # times the seats of all workers, if that is more
+_BATCH_CHOICES: Final = 32  # that are submitted without a pause
+_BATCH_TOKENS: Final = 16_384  # of their prompts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What some choices have in common."""
+
+    choose: Callable[[], WorkerSession]  # raises WorkerUnavailableError, or why none will ever take it
+    token_ids: Sequence[int]
+    message: worker_pb2.Generate  # to a worker, without token ids and the choice's number
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One choice, as far as workers are concerned."""
+
+    queue: ChoiceQueue
+    prompt: Prompt
+    number: int  # of the choice among the prompt's
+    session: WorkerSession | None = None  # which has it
+    stream: int = 0  # there
+    num_lost: int = 0  # workers that it was on
+    error: LoRAFleetError | None = None  # why it is on none, if it was on one
+    give_up_at: float | None = None  # from when on it has waited too long; None while it gets on
+    is_over: bool = False
+
+
+class Placing:
+    """Of one request: `add` its choices, then `start`."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        line: WaitingLine,
+        num_seats: Callable[[], int],
+        worker_wait_s: float,
+        fail: Callable[[LoRAFleetError], None],
+        on_resumed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """num_seats: of all workers that take requests. worker_wait_s: how long a choice may wait for one. fail: ends
+        the request. on_resumed: called when a worker goes on with a choice of one that was lost."""
+        self._request_id = request_id
+        self._line = line
+        self._num_seats = num_seats
+        self._worker_wait_s = worker_wait_s
+        self._fail = fail
+        self._on_resumed = on_resumed
+        self._clock = clock
+        self._left: deque[Ticket] = deque()  # to be submitted
+        self._window = _MIN_WINDOW
+        self._num_placed = 0  # with workers
+        self._has_room = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, ticket: Ticket) -> None:
+        """One more choice."""
+        self._left.append(ticket)
+
+    def start(self) -> None:
+        """Submit the first choices; the others follow by themselves. Raises what none will ever take a choice for."""
+        self._window = max(_MIN_WINDOW, _SEATS_AHEAD * self._num_seats())
+        with contextlib.suppress(WorkerUnavailableError):  # then it waits
+            self._submit_some()
+        self._go_on()
+
+    def lose(self, ticket: Ticket, error: LoRAFleetError) -> None:
+        """The worker that had a choice is gone, or has given it up for another one."""
+        ticket.session = None
+        ticket.error = error
+        self._num_placed -= 1
+        ticket.num_lost += isinstance(error, WorkerLostError)
+        if ticket.num_lost > MAX_LOST:  # it may be what they die of
+            self._fail(error)
+            return
+        self._left.appendleft(ticket)
+        self._has_room.set()
+        self._go_on()
+
+    def end(self, ticket: Ticket) -> None:
+        """Nobody wants more of a choice."""
+        ticket.is_over = True
+        if ticket.session is not None:
+            ticket.session.cancel(ticket.stream)
+            ticket.session = None
+            self._num_placed -= 1
+            self._has_room.set()
+
+    def stop(self) -> None:
+        """Submit nothing more."""
+        self._left.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _go_on(self) -> None:
+        if self._left and self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"placing {self._request_id}")
+
+    async def _run(self) -> None:
+        try:
+            await self._submit_all()
+        except LoRAFleetError as refused:
+            self._fail(refused)
+        except Exception as error:  # a bug of ours must not leave the client waiting
+            logger.exception("request %s cannot be placed", self._request_id)
+            self._fail(InternalError(f"{type(error).__name__} while the request was given to a worker."))
+        finally:
+            self._task = None
+
+    async def _submit_all(self) -> None:
+        while self._left:
+            if self._num_placed >= self._window:
+                self._has_room.clear()
+                await self._has_room.wait()
+                continue
+            try:
+                session = self._submit_some()
+            except (WorkerUnavailableError, AdapterUnavailableError) as unavailable:
+                await self._wait(self._left[0], unavailable)
+            else:
+                if session is not None:
+                    await session.drained()
+
+    async def _wait(self, ticket: Ticket, unavailable: LoRAFleetError) -> None:
+        now = self._clock()
+        if ticket.give_up_at is None:
+            ticket.give_up_at = now + self._worker_wait_s
+        try:
+            if ticket.give_up_at <= now:
+                raise TimeoutError
+            await self._line.wait(ticket.give_up_at - now)
+        except TimeoutError:
+            raise (ticket.error or unavailable) from None
+
+    def _submit_some(self) -> WorkerSession | None:
+        """Submit what may be now without a pause; a session that has got something, if there is more left."""
+        session: WorkerSession | None = None
+        prompt: Prompt | None = None
+        num_tokens = 0
+        for _ in range(min(_BATCH_CHOICES, len(self._left), max(0, self._window - self._num_placed))):
+            ticket = self._left[0]
+            if not ticket.is_over:
+                if session is None or ticket.prompt is not prompt:
+                    prompt = ticket.prompt
+                    session = prompt.choose()
+                self._submit(ticket, session)
+                num_tokens += len(ticket.prompt.token_ids) + len(ticket.queue.received)
+            self._left.popleft()
+            if num_tokens >= _BATCH_TOKENS:
+                break
+        return session
+
+    def _submit(self, ticket: Ticket, session: WorkerSession) -> None:
+        message = worker_pb2.Generate()
+        message.CopyFrom(ticket.prompt.message)
+        message.prompt_token_ids.extend(ticket.prompt.token_ids)
+        message.sampling.choice = ticket.number
+        message.output_token_ids.extend(ticket.queue.received)
+        ticket.stream = session.submit(ticket.queue, message)
+        ticket.session = session
+        self._num_placed += 1
+        if ticket.num_lost:
+            self._on_resumed()
+            logger.info(
+                "request %s: worker %s goes on after %d tokens",
+                self._request_id,
+                session.endpoint.worker_id,
+                len(ticket.queue.received),
+            )

@@ -1,0 +1,308 @@
+"""The gateway's end of one worker's Session stream: requests and cancels go down, tokens and heartbeats come up.
+
+Owns: connecting, the handshake, liveness, stream numbers. Leaves to others: which worker gets a request
+(routing/router.py, pool.py), sorting a step's rows (delivery.py), what tokens mean (generation.py).
+
+The session has no deadline, since it lives as long as both ends do. What stands in for one: the worker must answer
+the Hello within `welcome_s`, and silence of `dead_s` ends the session. However a session ends, every choice that was
+on it is told so with `WorkerLostError`, and a new session is tried, for as long as the routing table names the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc.aio
+
+from lorafleet.controller.gateway.config import SessionTimes
+from lorafleet.controller.gateway.routing.prefix_memory import PrefixMemory
+from lorafleet.controller.gateway.routing.residents import Residents
+from lorafleet.controller.gateway.routing.routing_table import Endpoint
+from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
+from lorafleet.controller.gateway.streams.delivery import SessionLost, deliver
+from lorafleet.controller.gateway.streams.inbox import ChoiceQueue
+from lorafleet.controller.gateway.streams.wire import Backoff, describe, open_channel, worker_stub
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.errors import WorkerLostError, WorkerUnavailableError
+from lorafleet.workers.rpc import bearer
+from lorafleet.workers.scheduling.pace import Pace
+
+MAX_UNSENT = 4096  # requests that wait for the stream to take them
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerSession:
+    """One worker, connected to or being connected to. `start` it, `close` it."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        gateway_id: str,
+        token: str,
+        times: SessionTimes,
+        on_open: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """on_open: called when the worker may take requests and could not before."""
+        self.endpoint = endpoint
+        self.retired = False  # no longer in the table: takes nothing new
+        self._gateway_id = gateway_id
+        self._metadata = bearer(token)
+        self._times = times
+        self._on_open = on_open
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+        self._live = False
+        self._streams: dict[int, ChoiceQueue] = {}
+        self._last_stream = 0
+        self._outbox: deque[worker_pb2.GatewayMessage] = deque()
+        self._outbox_filled = asyncio.Event()
+        self._outbox_empty = asyncio.Event()
+        self._outbox_empty.set()
+        self._was_full = False  # somebody was refused since
+        self._heard_at = 0.0
+        self._heartbeat: worker_pb2.Heartbeat | None = None  # None until the first of this session
+        self._pace = Pace()
+        self._residents = Residents()
+        self._prefixes = PrefixMemory()
+        self._num_unreported = self._num_unreported_tokens = 0
+
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        self._task = asyncio.create_task(self._run(), name=f"session {self.endpoint.address}")
+
+    async def close(self) -> None:
+        """End the session; what runs on it fails."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    @property
+    def num_gateways(self) -> int:
+        """That send the worker requests, this one included, as far as is known."""
+        return 1 if self._heartbeat is None else max(1, self._heartbeat.num_gateways)
+
+    @property
+    def num_streams(self) -> int:
+        """Choices that have not ended."""
+        return len(self._streams)
+
+    def view(self) -> WorkerView:
+        """What the router needs to know, now."""
+        endpoint, heartbeat = self.endpoint, self._heartbeat
+        if heartbeat is None:
+            return WorkerView(
+                endpoint.worker_id,
+                False,
+                True,
+                endpoint.max_num_seqs,
+                endpoint.max_loras,
+                endpoint.generation,
+                endpoint.num_ranks,
+            )
+        load = heartbeat.load
+        silent = self._clock() - self._heard_at > self._times.suspect_s
+        slow = heartbeat.last_step_age_ms > self._times.slow_step_s * 1000
+        ready = self._live and heartbeat.state == worker_pb2.WORKER_READY and not endpoint.draining and not self.retired
+        return WorkerView(
+            endpoint.worker_id,
+            ready,
+            silent or slow,
+            endpoint.max_num_seqs,
+            endpoint.max_loras,
+            endpoint.generation,
+            endpoint.num_ranks,
+            load.num_running,
+            load.num_waiting,
+            load.num_uncomputed_tokens,
+            load.num_pages,
+            load.num_free_pages,
+            load.page_size,
+            self._pace,
+            self._residents.tiers,
+            self._residents.num_on_device,
+            load.host_cache_usage,
+            self._residents.expected,
+            # Other gateways have sent about as much meanwhile, which only the worker's next heartbeat tells.
+            self._num_unreported * self.num_gateways,
+            self._num_unreported_tokens * self.num_gateways,
+        )
+
+    def num_cached_tokens(self, prefix_names: Sequence[bytes]) -> int:
+        """Of a prompt, the tokens that the worker has probably computed before."""
+        return self._prefixes.num_found(prefix_names)
+
+    def expect(self, adapters: Sequence[str], num_tokens: int, prefix_names: Sequence[bytes]) -> None:
+        """Take into account a prompt that is about to be submitted. num_tokens: of it, those to be computed."""
+        self._residents.expect(adapters)
+        self._num_unreported_tokens += num_tokens
+        if self._heartbeat is not None:
+            load = self._heartbeat.load
+            self._prefixes.note(prefix_names, load.num_pages * load.page_size)
+
+    def submit(self, queue: ChoiceQueue, generate: worker_pb2.Generate) -> int:
+        """Send a request whose tokens go to `queue`; fills in and returns its stream number, for `cancel`.
+
+        Raises WorkerUnavailableError when the session is not there or does not take any more.
+        """
+        if not self._live or len(self._outbox) >= MAX_UNSENT:
+            self._was_full = self._live
+            raise WorkerUnavailableError(f"Worker {self.endpoint.worker_id} does not take requests now. Try again.")
+        self._last_stream += 1  # 2^32 of them take weeks at any rate that one worker holds
+        generate.stream = self._last_stream
+        self._streams[self._last_stream] = queue
+        self._num_unreported += 1
+        self._send(worker_pb2.GatewayMessage(generate=generate))
+        return self._last_stream
+
+    async def drained(self) -> None:
+        """Wait until all that was submitted has been sent, or is lost."""
+        await self._outbox_empty.wait()
+
+    def cancel(self, stream: int) -> None:
+        """Stop a request, which hears nothing any more. Does nothing for one that has ended."""
+        if self._streams.pop(stream, None) is not None and self._live:
+            self._send(worker_pb2.GatewayMessage(cancel=worker_pb2.Cancel(stream=stream)))
+
+    def _send(self, message: worker_pb2.GatewayMessage) -> None:
+        self._outbox.append(message)
+        self._outbox_filled.set()
+        self._outbox_empty.clear()
+
+    async def _run(self) -> None:
+        backoff = Backoff(self._times.first_backoff_s, self._times.last_backoff_s)
+        logged = ""  # what is the same again need not be said again
+        while True:
+            shown = "its connection broke"  # to clients, which need no addresses
+            reason = ""
+            try:
+                await self._session(backoff)
+            except SessionLost as error:
+                shown = reason = str(error)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the latter: a call that has ended
+                reason = describe(error)
+            except Exception as error:  # a bug of ours must not end the session for good
+                logger.exception("session with worker %s failed", self.endpoint.worker_id)
+                reason = type(error).__name__
+            finally:
+                was_live = self._live
+                self._lose(shown)
+            if was_live or reason != logged:
+                logger.warning("worker %s at %s: %s", self.endpoint.worker_id, self.endpoint.address, reason)
+            logged = reason
+            await asyncio.sleep(backoff.next_s())
+
+    def _lose(self, reason: str) -> None:
+        """Everything that was on the session ends."""
+        self._live = False
+        self._heartbeat = None
+        self._residents.clear()
+        self._prefixes.clear()
+        self._outbox.clear()
+        self._outbox_filled.clear()
+        self._outbox_empty.set()
+        self._was_full = False
+        self._num_unreported = self._num_unreported_tokens = 0
+        streams, self._streams = self._streams, {}
+        message = (
+            f"Worker {self.endpoint.worker_id} was lost before the request ended ({reason}). Send the request again."
+        )
+        for queue in streams.values():
+            queue.lose(WorkerLostError(message))
+
+    async def _session(self, backoff: Backoff) -> None:
+        """One connection, from Hello to its end, which always is an exception."""
+        channel = open_channel(self.endpoint.address)
+        try:
+            call = worker_stub(channel).Session(metadata=self._metadata)
+            try:
+                async with asyncio.timeout(self._times.welcome_s):
+                    await self._greet(call)
+            except TimeoutError:
+                raise SessionLost(f"no welcome within {self._times.welcome_s:g} s") from None
+            backoff.reset()
+            self._heard_at = self._clock()
+            self._live = True
+            logger.info("worker %s: session at %s", self.endpoint.worker_id, self.endpoint.address)
+            tasks = [
+                asyncio.create_task(part, name=f"session {self.endpoint.address} {name}")
+                for name, part in (
+                    ("receive", self._receive(call)),
+                    ("send", self._send_all(call)),
+                    ("watch", self._watch()),
+                )
+            ]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                call.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await channel.close()
+
+    async def _greet(self, call: Any) -> None:
+        endpoint = self.endpoint
+        hello = worker_pb2.Hello(
+            worker_id=endpoint.worker_id, generation=endpoint.generation, gateway_id=self._gateway_id
+        )
+        await call.write(worker_pb2.GatewayMessage(hello=hello))
+        answer = await call.read()
+        if answer is grpc.aio.EOF or answer.WhichOneof("message") != "welcome":
+            raise SessionLost("the worker's first message is not a welcome")
+        if (answer.welcome.worker_id, answer.welcome.generation) != (endpoint.worker_id, endpoint.generation):
+            raise SessionLost(f"another worker answers at {endpoint.address}: {answer.welcome.worker_id!r}")
+
+    async def _send_all(self, call: Any) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            while self._outbox:
+                await call.write(self._outbox.popleft())
+            self._outbox_empty.set()
+            if self._was_full:
+                self._was_full = False
+                self._on_open()
+
+    async def _watch(self) -> None:
+        """Raise when the worker has been silent for too long."""
+        while True:
+            left_s = self._heard_at + self._times.dead_s - self._clock()
+            if left_s <= 0:
+                raise SessionLost(f"silent for {self._times.dead_s:g} s")
+            await asyncio.sleep(left_s)
+
+    async def _receive(self, call: Any) -> None:
+        while True:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                raise SessionLost("the worker ended the session")
+            self._heard_at = self._clock()
+            kind = message.WhichOneof("message")
+            if kind == "step":
+                deliver(message.step, self._streams)
+            elif kind == "heartbeat":
+                before, self._heartbeat = self._heartbeat, message.heartbeat
+                beat = self._heartbeat
+                if before is None or before.state != beat.state:
+                    self._on_open()
+                self._residents.update((place.digest, Tier(place.tier)) for place in beat.adapters)
+                self._pace = Pace(
+                    beat.pace.step_s,
+                    beat.pace.prompt_token_s,
+                    beat.pace.seat_s,
+                    beat.pace.host_load_s,
+                    beat.pace.disk_load_s,
+                )
+                self._num_unreported = self._num_unreported_tokens = 0

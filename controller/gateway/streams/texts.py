@@ -1,0 +1,69 @@
+"""Tokenizers and templates by digest: the base model's, and those of adapters that bring their own.
+
+Owns: fetching and building each once, keeping those used last. Leaves to others: what a table names
+(controller_client.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from typing import Final
+
+import grpc.aio
+
+from lorafleet.controller.gateway.streams.wire import describe
+from lorafleet.workers.errors import LoRAFleetError, WorkerUnavailableError
+from lorafleet.workers.text.model_text import ModelText
+
+MAX_TEXTS: Final = 32  # beside the base model's
+MAX_BYTES: Final = 1 << 30  # of memory that these take, about
+_BYTES_PER_FILE_BYTE = 6  # of memory: SmolLM2's tokenizer takes 18 MB for 3.5
+
+logger = logging.getLogger(__name__)
+
+
+class Texts:
+    """Of the event loop that calls it."""
+
+    def __init__(self, fetch: Callable[[str], Awaitable[Mapping[str, bytes]]], executor: Executor) -> None:
+        """fetch: the files of a digest. executor: where tokenizers are built."""
+        self._fetch = fetch
+        self._executor = executor
+        self._texts: OrderedDict[str, ModelText] = OrderedDict()  # least recently used first
+        self._bytes: dict[str, int] = {}
+        self._loading: dict[str, asyncio.Task[ModelText]] = {}
+
+    async def get(self, digest: str) -> ModelText:
+        """Raises `WorkerUnavailableError` when its files cannot be had now."""
+        text = self._texts.get(digest)
+        if text is not None:
+            self._texts.move_to_end(digest)
+            return text
+        task = self._loading.get(digest)
+        if task is None:
+            task = self._loading[digest] = asyncio.create_task(self._load(digest), name=f"tokenizer {digest[:16]}")
+            task.add_done_callback(lambda _: self._loading.pop(digest, None))
+        try:
+            return await asyncio.shield(task)  # others wait for it too
+        except (grpc.aio.AioRpcError, LoRAFleetError) as error:
+            logger.warning("tokenizer %s cannot be loaded: %s", digest[:16], describe(error))
+            raise WorkerUnavailableError("The adapter's tokenizer cannot be loaded now. Try again.") from error
+
+    async def close(self) -> None:
+        for task in self._loading.values():
+            task.cancel()
+        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+
+    async def _load(self, digest: str) -> ModelText:
+        files = await self._fetch(digest)
+        text = await asyncio.get_running_loop().run_in_executor(self._executor, ModelText.from_files, digest, files)
+        self._texts[digest] = text
+        self._bytes[digest] = _BYTES_PER_FILE_BYTE * sum(map(len, files.values()))
+        while len(self._texts) > 1 and (len(self._texts) > MAX_TEXTS or sum(self._bytes.values()) > MAX_BYTES):
+            gone, _ = self._texts.popitem(last=False)
+            del self._bytes[gone]
+        return text

@@ -1,0 +1,33 @@
+"""Where a worker has adapters, told and expected."""
+
+from __future__ import annotations
+
+from lorafleet.controller.gateway.routing.residents import Residents
+from lorafleet.controller.gateway.routing.worker_view import Tier
+
+
+def test_heartbeats_tell_what_has_changed() -> None:
+    residents = Residents()
+    residents.update([("a", Tier.DISK), ("b", Tier.DEVICE), ("c", Tier.HOST)])
+    assert residents.tiers == {"a": Tier.DISK, "b": Tier.DEVICE, "c": Tier.HOST}
+    assert residents.num_on_device == 1
+    residents.update([("a", Tier.DEVICE), ("b", Tier.HOST), ("c", Tier.ABSENT), ("d", Tier.DEVICE)])
+    assert residents.tiers == {"a": Tier.DEVICE, "b": Tier.HOST, "d": Tier.DEVICE}
+    assert residents.num_on_device == 2
+    residents.clear()
+    assert residents.tiers == {}
+    assert residents.num_on_device == 0
+
+
+def test_what_a_request_brings_in_is_expected_until_two_heartbeats_have_come() -> None:
+    residents = Residents()
+    residents.update([("a", Tier.DISK)])
+    residents.expect(["a", "b"])
+    residents.expect(["c"])
+    for _ in range(2):
+        assert residents.expected == {"a", "b", "c"}
+        residents.update([])
+    assert residents.expected == set()
+    residents.expect(["a"])
+    residents.clear()
+    assert residents.expected == set()

@@ -1,0 +1,136 @@
+"""Who gives way: when pages run out, and for those whose time is running out."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from scheduling import World, pair, tokens
+
+from lorafleet.workers.scheduling.turns import TURN_S
+
+
+def test_the_youngest_is_preempted_and_recomputes_with_its_output() -> None:
+    world = World(pages=4, max_num_seqs=2)
+    old, young = world.add("old", 7, max_tokens=8), world.add("young", 7, max_tokens=5)
+    world.step()  # 7 prompt tokens each: 2 pages each
+    world.step()  # 8 tokens each
+    plan = world.step()  # old needs a third page
+    assert tokens(plan) == {"old": 1}
+    assert world.scheduler.num_preemptions == 1
+    assert young.num_computed_tokens == 0 and young.num_output_tokens == 2
+    assert old.num_output_tokens == 3
+    world.run()
+    assert set(world.finished) == {"old", "young"}
+    assert (old.num_output_tokens, young.num_output_tokens) == (8, 5)
+
+
+def test_pages_are_given_up_by_whom_has_had_most() -> None:
+    world = World(pages=6, max_num_seqs=3, budget=32)
+    world.add("a", 7, max_tokens=9, tenant="a")
+    world.add("b1", 3, max_tokens=9, tenant="b")
+    b2 = world.add("b2", 3, max_tokens=9, tenant="b")
+    world.add("waits", 3, tenant="c", priority=9)
+    while not world.scheduler.num_preemptions:
+        world.step()
+    assert b2.num_preemptions == 1, "b has had most, and b2 is its youngest"
+
+
+def hold_all_slots(world: World, num_slots: int) -> None:
+    for number in range(num_slots):
+        world.add(f"holds{number}", 2, max_tokens=100, adapter=f"hot{number}")
+    for _ in range(3):
+        world.step()
+
+
+def test_an_adapter_whose_time_runs_out_gets_the_slot_of_the_one_that_has_had_most() -> None:
+    world = World(slots=2, max_wait_s=20.0, pages=200)
+    world.add("more", 9, max_tokens=100, adapter="hot1")
+    hold_all_slots(world, 2)
+    began = world.now
+    world.add("cold", 2, max_tokens=2, adapter="cold")
+    while "cold" not in world.order:
+        world.step()
+    assert 17.0 <= world.now - began <= 20.0, "not before it must be, and in time"
+    requests = world.scheduler._requests
+    assert [requests[name].num_preemptions for name in ("more", "holds1", "holds0")] == [1, 1, 0]
+    world.run()
+    assert len(world.finished) == 4
+
+
+def test_an_adapter_that_has_just_got_its_slot_keeps_it_for_a_turn() -> None:
+    world = World(slots=1, max_wait_s=8.0, pages=200, step_s=0.125)
+    for number in range(5):
+        world.add(f"r{number}", 2, max_tokens=100, adapter=f"a{number}")
+    began: dict[str, float] = {}
+    for _ in range(200):
+        before = world.now
+        for entry in world.step().scheduled:
+            began.setdefault(entry.request.request_id, before)
+    times = sorted(began.values())
+    assert len(times) == 5 and times[-1] <= 8.0
+    assert all(later - earlier >= TURN_S for earlier, later in pairwise(times))
+
+
+def test_nobody_gives_way_before_it_has_got_a_token() -> None:
+    world = World(slots=1, max_wait_s=4.0, budget=4, pages=200, step_s=1.0)
+    long = world.add("long", 40, max_tokens=5, adapter="hot")  # its prompt takes ten steps
+    world.add("cold", 2, max_tokens=2, adapter="cold")
+    while not long.num_preemptions:
+        assert world.now <= 14.0
+        world.step()
+    assert long.num_output_tokens == 1
+    world.run()
+    assert world.scheduler.num_preemptions <= 7, "a new token for each"
+
+
+def test_a_tenant_without_a_seat_gets_one_in_time() -> None:
+    world = World(slots=0, max_num_seqs=2, max_wait_s=20.0, pages=200)
+    for number in range(2):
+        world.add(f"holds{number}", 2, max_tokens=100, tenant="holds")
+    world.step()
+    began = world.now
+    world.add("comes", 2, max_tokens=2, tenant="comes", priority=7)
+    while "comes" not in world.order:
+        world.step()
+    assert 17.0 <= world.now - began <= 20.0, "even if it ranks last"
+    assert world.scheduler.num_preemptions == 1
+
+
+def test_a_large_request_gets_pages_in_time() -> None:
+    world = World(slots=0, max_num_seqs=8, max_wait_s=20.0, pages=40, budget=64)
+    for number in range(7):
+        world.add(f"holds{number}", 2, max_tokens=100, tenant="holds")
+    world.step()
+    began = world.now
+    large = world.add("large", 80, max_tokens=2, tenant="large")
+    for number in range(7, 20):
+        world.add(f"holds{number}", 2, max_tokens=100, tenant="holds")
+    while not large.num_output_tokens:
+        world.step()
+    assert world.now - began <= 20.0
+
+
+def test_without_a_bound_running_requests_keep_their_slots() -> None:
+    world = World(slots=2, pages=200)
+    hold_all_slots(world, 2)
+    world.add("cold", 2, max_tokens=2, adapter="cold")
+    world.run()
+    assert world.scheduler.num_preemptions == 0
+    assert len(world.finished) == 3
+
+
+def test_a_composition_whose_time_is_running_out_has_all_its_slots_in_one_step() -> None:
+    world = World(pages=64, slots=2, max_num_seqs=8, budget=64, step_s=0.25, max_wait_s=8.0)
+    for adapter in "xy":
+        for number in range(2):
+            world.add(f"{adapter}{number}", 2, max_tokens=100, adapter=adapter, priority=-1)
+    world.step()
+    world.step()
+    began = world.now
+    both = world.add("both", 2, max_tokens=2, **pair("a", "b"))
+    counts = []
+    while not both.num_output_tokens:
+        world.step()
+        counts.append(world.scheduler.num_preemptions)
+        assert world.now - began <= 8.0
+    assert set(counts) == {0, 4}, "nobody gives way for a part of what it lacks"

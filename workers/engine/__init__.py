@@ -1,0 +1,4 @@
+"""The loop in which deciding meets executing.
+
+Imports `scheduling`, `model`, `adapters`, `sources` and `ranks`. Start reading in loop.py.
+"""

@@ -1,0 +1,168 @@
+"""What callers call an engine's adapters: names, ids. Several may stand for the same content.
+
+Owns: which adapter an alias stands for, that an adapter is unregistered with its last alias, and whose pins there are.
+Leaves to others: the adapters themselves (engine/loop.py), threads (adapters/named_work.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from lorafleet.workers.adapters.format import AdapterSpec
+from lorafleet.workers.adapters.named_work import NamedWork
+from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError, UnknownModelError
+from lorafleet.workers.sources import hub
+
+if TYPE_CHECKING:
+    from lorafleet.workers.engine.loop import Engine
+    from lorafleet.workers.engine.registered import FreedBytes
+
+logger = logging.getLogger(__name__)
+
+_DOWNLOAD_S = 590.0  # that finding, reading and verifying one may take that may have to be downloaded
+_READ_TIMEOUTS = 10  # of another one, times --adapter-read-timeout-s: it is looked up, read whole and hashed
+
+_Alias = TypeVar("_Alias", bound=Hashable)
+_Read = TypeVar("_Read")
+_Result = TypeVar("_Result")
+
+
+class Aliases(Generic[_Alias]):
+    """Thread-safe. An alias waits for what was asked before of it, never for another one."""
+
+    def __init__(self, engine: Engine, owner: Callable[[_Alias], Hashable] = lambda alias: alias) -> None:
+        """owner: of an alias; of the pinned aliases of one owner only the last has a pin, and hands it back."""
+        self._engine = engine
+        self._owner = owner
+        self._work: NamedWork[_Alias] = NamedWork()
+        self._lock = threading.Lock()  # also held while the engine is told, so that it knows what is known here
+        self._specs: dict[_Alias, AdapterSpec] = {}
+        self._pinned: dict[_Alias, None] = {}  # that are to be pinned, in order
+        self._pins: set[str] = set()  # digests
+
+    def get(self, alias: _Alias) -> AdapterSpec | None:
+        with self._lock:
+            return self._specs.get(alias)
+
+    def all(self) -> dict[_Alias, AdapterSpec]:
+        with self._lock:
+            return dict(self._specs)
+
+    def add(self, alias: _Alias, path_or_id: str, roots: Sequence[str] | None = None) -> Future[AdapterSpec]:
+        """Register what lies at `path_or_id` now and let `alias` stand for it, in place of what it stood for before.
+
+        Fails with what `Engine.register_adapter` raises; the alias then stands for what it did.
+        """
+
+        def change(spec: AdapterSpec) -> AdapterSpec:
+            self.put(alias, spec)
+            return spec
+
+        return self.in_turn(alias, lambda: self._engine.read_adapter(path_or_id, roots=roots), change, path_or_id)
+
+    def in_turn(
+        self, alias: _Alias, read: Callable[[], _Read], change: Callable[[_Read], _Result], path_or_id: str
+    ) -> Future[_Result]:
+        """Do something that reads the files at `path_or_id` for an alias, then make a change. See `NamedWork`."""
+
+        def named() -> _Read:
+            try:
+                return read()
+            except LoRAFleetError:
+                raise
+            except Exception as error:
+                logger.exception("reading an adapter failed")
+                raise AdapterRefusedError(
+                    f"The adapter's files cannot be read: {type(error).__name__}: {str(error)[:200]}",
+                    reason="unreadable",
+                ) from error
+
+        may_download = hub.is_hub_id(path_or_id)
+        limit_s = _DOWNLOAD_S if may_download else _READ_TIMEOUTS * self._engine.config.adapter_read_timeout_s
+        return self._work.submit(alias, named, change, limit_s=limit_s)
+
+    def put(self, alias: _Alias, spec: AdapterSpec, *, pin: bool = False) -> None:
+        """Let an alias stand for what `Engine.read_adapter` has read, in place of what it stood for before.
+
+        pin: keep it in a slot, until the alias is removed; one that was pinned stays so. Raises
+        `AdapterRefusedError`, `AdapterConflictError`; the alias then stands for what it did.
+        """
+        with self._lock:
+            before = self._specs.get(alias)
+            pinned = self._pinned
+            self._engine.add_adapter(spec)
+            self._specs[alias] = spec
+            try:
+                if pin and alias not in pinned:
+                    self._pinned = pinned | {alias: None}
+                self._repin()
+            except LoRAFleetError:
+                self._pinned = pinned
+                if before is None:
+                    del self._specs[alias]
+                else:
+                    self._specs[alias] = before
+                self._unregister(spec.digest)
+                raise
+            if before is not None:
+                self._unregister(before.digest)
+
+    def pin(self, alias: _Alias) -> bool:
+        """Keep what an alias stands for in a slot, until the alias is removed. False: it stands for nothing.
+
+        Raises `AdapterConflictError`.
+        """
+        with self._lock:
+            if alias not in self._specs:
+                return False
+            pinned = self._pinned
+            self._pinned = pinned | {alias: None}
+            try:
+                self._repin()
+            except LoRAFleetError:
+                self._pinned = pinned
+                raise
+            return True
+
+    def remove(self, alias: _Alias) -> Future[Future[FreedBytes] | None]:
+        """Take an alias away. Gives the future of what that frees once no request uses the adapter.
+
+        Gives None where another alias stands for the same adapter. Fails with `UnknownModelError`.
+        """
+        return self.in_turn(alias, lambda: None, lambda _: self.drop(alias), "")
+
+    def close(self) -> None:
+        self._work.close()
+
+    def drop(self, alias: _Alias) -> Future[FreedBytes] | None:
+        """`remove` it now. Raises `UnknownModelError`."""
+        with self._lock:
+            spec = self._specs.pop(alias, None)
+            if spec is None:
+                raise UnknownModelError(f"No adapter {alias!r} is loaded here.", param="model")
+            self._pinned.pop(alias, None)
+            try:
+                self._repin()
+            except LoRAFleetError as error:
+                logger.warning("an adapter of %r cannot be pinned again: %s", self._owner(alias), error.message)
+                self._pinned = {other: None for other in self._pinned if self._specs[other].digest in self._pins}
+                self._repin()
+            return self._unregister(spec.digest)
+
+    def _repin(self) -> None:
+        """Have the engine pin what is to be pinned now, and nothing else. The lock is held."""
+        last = {self._owner(alias): self._specs[alias].digest for alias in self._pinned}
+        pins = set(last.values())
+        if pins != self._pins:
+            self._engine.repin_adapters(pins - self._pins, self._pins - pins)
+            self._pins = pins
+
+    def _unregister(self, digest: str) -> Future[FreedBytes] | None:
+        """If it was the last alias. The lock is held."""
+        if any(spec.digest == digest for spec in self._specs.values()):
+            return None
+        return self._engine.unregister_adapter(digest)

@@ -1,0 +1,4 @@
+"""The library without a server: `LLM`, `LLMEngine` and `AsyncLLM`, with the signatures of vLLM's.
+
+Imports `engine` and `text`. Start reading in llm.py.
+"""

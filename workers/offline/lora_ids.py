@@ -1,0 +1,128 @@
+"""Which adapter a caller's `lora_int_id` stands for: one id, one adapter, until it is removed or loaded in place.
+
+What lies at an id's path counts: when the files have changed, the id stands for the new content from its next request
+on. Where nothing is there any more, what was read before goes on to serve.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+from lorafleet.workers.adapters.format import AdapterSpec
+from lorafleet.workers.engine.aliases import Aliases
+from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.registered import FreedBytes
+from lorafleet.workers.errors import AdapterConflictError
+from lorafleet.workers.params import LoRARequest
+from lorafleet.workers.sources.directory_stamp import DirectoryStamp
+from lorafleet.workers.text.adapter_texts import AdapterTexts
+from lorafleet.workers.text.files import files_digest
+from lorafleet.workers.text.model_text import ModelText
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownAdapter:
+    """What an id stands for, as it was read."""
+
+    request: LoRARequest
+    stamp: DirectoryStamp | None  # of when it was read; None: no directory of that name
+    spec: AdapterSpec
+    text: ModelText | None  # its own tokenizer and template; None: the model's
+
+
+class LoRAIds:
+    """Registers adapters with the engine when they are named. Thread-safe; an id waits only for what was asked of it
+    before."""
+
+    def __init__(self, engine: Engine, texts: AdapterTexts) -> None:
+        self._engine = engine
+        self._texts = texts
+        self._aliases: Aliases[int] = Aliases(engine)
+        self._known: dict[int, KnownAdapter] = {}
+
+    def known(self) -> set[int]:
+        return set(self._known)
+
+    def find(self, request: LoRARequest) -> Future[KnownAdapter]:
+        """What the id stands for; reads the adapter at the first call, and when its files have changed.
+
+        Fails with `AdapterConflictError` when the id stands for another adapter and load_inplace is not set,
+        `AdapterRefusedError`, `AdapterUnavailableError`, `ModelError` (a broken tokenizer).
+        """
+        return self._in_turn(request, is_anew=False)
+
+    def add(self, request: LoRARequest) -> Future[KnownAdapter]:
+        """The same, and bring it into the host cache; with load_inplace, it is read anew in any case."""
+        return self._in_turn(request, is_anew=request.load_inplace, prefetches=True)
+
+    def pin(self, lora_int_id: int) -> bool:
+        """Keep what the id stands for in a slot until it is removed. False: it stands for nothing.
+
+        Raises `AdapterConflictError` when all slots but one are taken so.
+        """
+        return self._aliases.pin(lora_int_id)
+
+    def remove(self, lora_int_id: int) -> Future[Future[FreedBytes] | None]:
+        """Give an id back; see `Aliases.remove`. Fails with `UnknownModelError`."""
+
+        def change(_: None) -> Future[FreedBytes] | None:
+            self._known.pop(lora_int_id, None)
+            return self._aliases.drop(lora_int_id)
+
+        return self._aliases.in_turn(lora_int_id, lambda: None, change, "")
+
+    def close(self) -> None:
+        self._aliases.close()
+
+    def _in_turn(self, request: LoRARequest, *, is_anew: bool, prefetches: bool = False) -> Future[KnownAdapter]:
+        return self._aliases.in_turn(
+            request.lora_int_id,
+            partial(self._read, request, is_anew),
+            partial(self._put, prefetches),
+            request.lora_path,
+        )
+
+    def _read(self, request: LoRARequest, is_anew: bool) -> KnownAdapter:
+        known = self._known.get(request.lora_int_id)
+        if known is not None and not _is_the_same(known.request, request):
+            if not request.load_inplace:
+                raise AdapterConflictError(
+                    f"lora_int_id {request.lora_int_id} stands for {known.request.lora_name!r} "
+                    f"({known.request.lora_path}), not for {request.lora_name!r} ({request.lora_path}). Give each "
+                    "adapter an id of its own, or set load_inplace."
+                )
+            known = None
+        stamp = DirectoryStamp.of(request.lora_path)
+        if known is not None and not is_anew and _is_still(known.stamp, stamp):
+            return known
+        spec = self._engine.read_adapter(request.lora_path)
+        return KnownAdapter(request, stamp, spec, self._text(spec))
+
+    def _text(self, spec: AdapterSpec) -> ModelText | None:
+        files = self._texts.files(spec.path)
+        if files is None:
+            return None
+        digest = files_digest(files)
+        texts = (known.text for known in list(self._known.values()))
+        alike = next((text for text in texts if text is not None and text.digest == digest), None)
+        return alike or ModelText.from_files(digest, files)
+
+    def _put(self, prefetches: bool, known: KnownAdapter) -> KnownAdapter:
+        lora_int_id = known.request.lora_int_id
+        if self._known.get(lora_int_id) is not known:
+            self._aliases.put(lora_int_id, known.spec)
+            self._known[lora_int_id] = known
+        if prefetches:
+            self._engine.prefetch_adapter(known.spec.digest)
+        return known
+
+
+def _is_the_same(known: LoRARequest, request: LoRARequest) -> bool:
+    return (known.lora_name, known.lora_path) == (request.lora_name, request.lora_path)
+
+
+def _is_still(before: DirectoryStamp | None, now: DirectoryStamp | None) -> bool:
+    """Whether what was read is there still, or nothing is."""
+    return now is None or not now.files or (now == before and before is not None and before.is_proof)

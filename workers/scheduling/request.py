@@ -1,0 +1,276 @@
+"""What enters the engine and what leaves it: requests, sampling options, events.
+
+Everything here is numbers: the engine knows no text. Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
+from lorafleet.workers.scheduling.prefix import parting_name, root_name
+
+MAX_LOGPROBS = 20
+MAX_TENANT_CHARS = 256
+MAX_SALT_CHARS = 1024
+MAX_NAME_CHARS = 256  # of an adapter, as callers give it
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+MAX_COMPOSED = 8  # adapters of one request
+MAX_COMPOSED_WEIGHT = 100.0
+MAX_PRIORITY = 2**31 - 1
+
+_RANGES = (
+    ("max_tokens", 1, 2**31),
+    ("min_tokens", 0, 2**31),
+    ("temperature", 0.0, 100.0),
+    ("top_p", 0.0, 1.0),
+    ("top_k", 0, 2**31),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.0, 100.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How to pick one choice's tokens, every default resolved by the front end (gateway or `LLM`).
+
+    Raises `InvalidRequestError` for a value out of range: front ends check first and say it better, but the worker's
+    gRPC face must not depend on their doing so.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # (0, 1]; 1 keeps all
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0  # [0, 1]; 0 keeps all
+    repetition_penalty: float = 1.0  # > 0; over prompt and output
+    presence_penalty: float = 0.0  # [-2, 2]; over output
+    frequency_penalty: float = 0.0  # [-2, 2]; over output
+    seed: int = 0  # with `choice` and the output position, all that a random number depends on
+    choice: int = 0  # index among the `n` choices of one API request
+    num_logprobs: int | None = None  # None: no log-probabilities; k: the sampled token's and the k best
+    stop_token_ids: frozenset[int] = frozenset()  # the caller's
+    ignore_eos: bool = False
+    min_tokens: int = 0  # until then neither EOS nor a stop token can be sampled
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:  # false for NaN too
+                raise InvalidRequestError(f"{name} is {value}; it must be between {low:g} and {high:g}.", param=name)
+        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
+            raise InvalidRequestError("top_p and repetition_penalty must be greater than 0.", param="top_p")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise InvalidRequestError(
+                f"logprobs is {self.num_logprobs}; it must be between 0 and {MAX_LOGPROBS}.", param="logprobs"
+            )
+
+    @property
+    def needs_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One choice to generate. Raises `InvalidRequestError` for a field that is out of range.
+
+    A composition stands in place of an adapter: the sum of several, each times its weight. It is kept sorted; of one
+    adapter with the weight 1 it becomes `adapter`.
+    """
+
+    request_id: str  # unique within the engine; the front end's
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingOptions
+    adapter: str | None = None  # digest of a registered adapter; None is the base model
+    tenant: str = ""  # whose request it is; the gateway knows by the API key
+    tenant_weight: float = 1.0  # share of service relative to other tenants
+    adapter_weight: float = 1.0  # share relative to the tenant's other adapters
+    priority: int = 0  # lower is served earlier, whatever the shares
+    cache_salt: str = ""  # only requests of the tenant with the same one share what was computed
+    adapter_start: int = 0  # of the prompt, the first token that the adapter is applied to; the engine fills it in
+    composition: tuple[tuple[str, float], ...] = ()  # (digest, weight), no digest twice
+    # What it got from a worker that was lost. It goes on behind them as that one would have: they count as output for
+    # max_tokens, penalties and random numbers.
+    output_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.output_token_ids) >= self.sampling.max_tokens:
+            raise InvalidRequestError(
+                f"{len(self.output_token_ids)} output tokens are there already; max_tokens is "
+                f"{self.sampling.max_tokens}.",
+                param="output_token_ids",
+            )
+        if len(self.tenant) > MAX_TENANT_CHARS:
+            raise InvalidRequestError(
+                f"The tenant's name has {len(self.tenant)} characters, the limit is {MAX_TENANT_CHARS}.", param="tenant"
+            )
+        if len(self.cache_salt) > MAX_SALT_CHARS:
+            raise InvalidRequestError(
+                f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_SALT_CHARS}.", param="cache_salt"
+            )
+        for name in ("tenant_weight", "adapter_weight"):
+            weight = getattr(self, name)
+            if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
+                raise InvalidRequestError(
+                    f"{name} is {weight}; it must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", param=name
+                )
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority is {self.priority}; it must be between {-MAX_PRIORITY} and {MAX_PRIORITY}.", param="priority"
+            )
+        if self.composition:
+            self._check_composition()
+            # 0.0 for -0.0, so that equal ones have one name.
+            composition = tuple(sorted((digest, float(weight) + 0.0) for digest, weight in self.composition))
+            if len(composition) == 1 and composition[0][1] == 1.0:
+                object.__setattr__(self, "adapter", composition[0][0])
+                composition = ()
+            object.__setattr__(self, "composition", composition)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The adapters that it needs, all at once."""
+        if self.composition:
+            return tuple(digest for digest, _ in self.composition)
+        return () if self.adapter is None else (self.adapter,)
+
+    @property
+    def model_key(self) -> str | None:
+        """What it waits for, is charged to and shares pages by: an adapter's digest or a composition's name."""
+        return "+".join(f"{digest}:{weight!r}" for digest, weight in self.composition) or self.adapter
+
+    def _check_composition(self) -> None:
+        digests = {digest for digest, _ in self.composition}
+        if self.adapter is not None or len(digests) < len(self.composition):
+            raise InvalidRequestError("An adapter may be named once, alone or among several.", param="adapters")
+        if len(digests) > MAX_COMPOSED:
+            raise InvalidRequestError(
+                f"{len(digests)} adapters are named; at most {MAX_COMPOSED} may be.", param="adapters"
+            )
+        for _, weight in self.composition:
+            if not abs(weight) <= MAX_COMPOSED_WEIGHT:  # false for NaN too
+                raise InvalidRequestError(
+                    f"An adapter's weight is {weight}; it must be between {-MAX_COMPOSED_WEIGHT:g} and "
+                    f"{MAX_COMPOSED_WEIGHT:g}.",
+                    param="adapters",
+                )
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # the last token is EOS or one of stop_token_ids
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position, of the raw model distribution (before penalties and temperature)."""
+
+    logprob: float  # of the sampled token
+    rank: int  # of the sampled token, 1 is the most likely
+    top_ids: tuple[int, ...]  # the best, best first
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """What one engine step says about one request. An event with a `finish` is the request's last."""
+
+    request_id: str
+    token_id: int | None = None  # None: the request ended without a new token
+    logprobs: TokenLogprobs | None = None
+    finish: FinishReason | None = None
+    error: LoRAFleetError | None = None  # with finish ERROR
+    num_cached_tokens: int = 0  # with a request's first token: of its prompt, those that needed no computing
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The engine's own state of one choice. Owned by the scheduler and its parts; nobody else changes it.
+
+    Invariant: 0 <= num_computed_tokens <= len(token_ids), and `pages` hold the keys and values of exactly the
+    computed tokens. After a preemption num_computed_tokens is 0; when the request starts again, what its pages still
+    hold is found, and the rest is recomputed with the outputs so far.
+
+    Of a step that is under way the tokens are computed, and what it samples is in `token_ids` as a 0 that counts as
+    pending until it is known.
+    """
+
+    request_id: str
+    sampling: SamplingOptions
+    adapter: str | None  # digest, or a composition's name; None is the base model
+    token_ids: list[int]  # prompt, then output
+    num_prompt_tokens: int
+    arrival: int  # order of arrival within the engine; older is smaller
+    tenant: str = ""
+    tenant_weight: float = 1.0
+    adapter_weight: float = 1.0
+    priority: int = 0
+    digests: tuple[str, ...] = ()  # of the adapters whose slots it uses when it runs: all of them or none
+    weights: tuple[float, ...] = ()  # of each
+    adapter_start: int = 0  # the tokens before it are computed with the base model
+    prefix_root: bytes = b""  # prefix.py; other requests with it may have the same pages
+    prefix_parting: bytes = b""  # from the page of adapter_start on, only those with this one, too
+    prefix_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0  # the last ones of token_ids
+    pages: list[int] = field(default_factory=list)
+    num_named_pages: int = 0  # of `pages`, those that the pool knows by their names or need not know
+    num_cached_tokens: int | None = None  # of the prompt, those that were found at its first start
+    num_preemptions: int = 0
+    is_charged: bool = False  # the prompt is in the counters of service; recomputing it is not charged again
+    is_urgent: bool = False  # it began to run because its client had waited for too long
+    started_at: float = 0.0  # when it last began to run
+    num_tokens_at_start: int = 0  # tokens that were known then
+
+    @classmethod
+    def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:
+        adapter, start = request.model_key, request.adapter_start
+        parts = adapter is not None and start > 0
+        return cls(
+            request.request_id,
+            request.sampling,
+            adapter,
+            [*request.prompt_token_ids, *request.output_token_ids],
+            len(request.prompt_token_ids),
+            arrival,
+            request.tenant,
+            request.tenant_weight,
+            request.adapter_weight,
+            request.priority,
+            request.digests,
+            tuple(weight for _, weight in request.composition) or (1.0,) * len(request.digests),
+            start,
+            root_name(request.tenant, request.cache_salt, None if parts else adapter),
+            parting_name(adapter, start) if adapter is not None and parts else b"",
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) - self.num_pending_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its last token is sampled, if not known yet."""
+        return self.num_output_tokens >= self.sampling.max_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether it has got a token since it last began to run."""
+        return len(self.token_ids) > self.num_tokens_at_start

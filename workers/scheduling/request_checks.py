@@ -1,0 +1,72 @@
+"""What a request must keep to so that it can be computed at all, told to its sender before it is accepted.
+
+Owns: the rules. Leaves to others: what a GenerateRequest rules out by itself (request.py), whether there is room for
+one more (engine/loop.py, turns.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lorafleet.workers.errors import AdapterRefusedError, ContextLengthError, InvalidRequestError, quoted
+from lorafleet.workers.scheduling.request import MAX_COMPOSED, GenerateRequest
+
+
+class RequestChecks:
+    """Of one engine. Any thread."""
+
+    def __init__(
+        self,
+        *,
+        max_model_len: int,
+        max_loras: int,
+        vocab_size_of: Callable[[str | None], int],
+        not_composable: Callable[[str], str],
+    ) -> None:
+        """vocab_size_of: by adapter, None is the base model. not_composable: what of an adapter has no weighted sum.
+
+        Both raise `AdapterUnavailableError` for an adapter that is not registered.
+        """
+        self._max_model_len = max_model_len
+        self._max_composed = min(MAX_COMPOSED, max_loras)
+        self._vocab_size_of = vocab_size_of
+        self._not_composable = not_composable
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises `InvalidRequestError`, `ContextLengthError`, `AdapterRefusedError`, `AdapterUnavailableError`."""
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        if not prompt:
+            raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+        if len(prompt) + sampling.max_tokens > self._max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: over the context of "
+                f"{self._max_model_len} tokens.",
+                param="max_tokens",
+            )
+        self._check_composition(request)
+        vocab_size = self._vocab_size_of(request.adapter)
+        for what, ids in (
+            ("The prompt", prompt),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("output_token_ids", request.output_token_ids),
+        ):
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= vocab_size:
+                raise InvalidRequestError(
+                    f"{what} has the token id {quoted(low if low < 0 else high)}; ids go from 0 to {vocab_size - 1}.",
+                    param="prompt" if ids is prompt else what,
+                )
+
+    def _check_composition(self, request: GenerateRequest) -> None:
+        """Adapters that are applied together have LoRA on linears alone: of what else there is no weighted sum."""
+        if len(request.composition) > self._max_composed:
+            raise InvalidRequestError(
+                f"{len(request.composition)} adapters are named; at most {self._max_composed} may be.", param="adapters"
+            )
+        for digest, _ in request.composition:
+            if has := self._not_composable(digest):
+                raise AdapterRefusedError(
+                    f"Adapter {digest} has {has}; with a weight or with others only LoRA on linears is applied.",
+                    reason="not_composable",
+                    param="adapters",
+                )

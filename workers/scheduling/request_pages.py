@@ -1,0 +1,109 @@
+"""The KV pages of requests: how many each needs, which it finds computed already, and what its own are called.
+
+Owns: a request's `pages`, `num_named_pages`, `prefix_names`, and its `num_computed_tokens` where pages come and go.
+Leaves to others: which pages are free (block_pool.py), what names are made of (prefix.py), who gets pages
+(scheduler.py).
+
+What the first pages of a request hold may have been computed for another one, or for itself before it was preempted;
+then it starts behind that. At least one token is left to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lorafleet.workers.scheduling.block_pool import BlockPool
+from lorafleet.workers.scheduling.prefix import extend_names
+from lorafleet.workers.scheduling.request import Request
+
+
+class RequestPages:
+    """Hands the pages of a pool, `page_size` tokens each, to requests and takes them back."""
+
+    def __init__(self, pool: BlockPool, *, page_size: int, enable_prefix_caching: bool) -> None:
+        self._pool = pool
+        self._page_size = page_size
+        self._enable_prefix_caching = enable_prefix_caching
+
+    def can_ever_hold(self, num_tokens: int) -> bool:
+        """Whether a request with so many tokens fits when it is alone."""
+        return self._num_for(num_tokens) <= self._pool.num_pages
+
+    def num_found_tokens(self, request: Request) -> int:
+        """Of a waiting request's tokens the first ones, which need no computing if it starts now."""
+        return len(self._find(request)) * self._page_size
+
+    def place(self, request: Request) -> bool:
+        """Give a waiting request pages for all that is known, so that no prompt is preempted half way, or nothing."""
+        found = self._find(request)
+        pages = self._pool.allocate(self._num_for(request.num_tokens) - len(found), found)
+        if pages is None:
+            return False
+        request.pages = pages
+        request.num_named_pages = len(found)
+        request.num_computed_tokens = len(found) * self._page_size
+        return True
+
+    def could_place(self, request: Request, without: Iterable[Request]) -> bool:
+        """Whether a waiting request could have its pages if these running ones gave up theirs."""
+        found = self._find(request)
+        num_free = self._pool.num_free_without((other.pages for other in without), set(found))
+        return num_free >= self._num_for(request.num_tokens) - len(found)
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Give the request pages for its first `num_tokens` tokens, or nothing."""
+        pages = self._pool.allocate(max(0, self._num_for(num_tokens) - len(request.pages)))
+        if pages is None:
+            return False
+        request.pages.extend(pages)
+        return True
+
+    def name(self, request: Request, num_tokens: int) -> None:
+        """Let others find the pages that the first `num_tokens` tokens of a request fill."""
+        num_pages = num_tokens // self._page_size
+        if num_pages <= request.num_named_pages or not self._enable_prefix_caching:
+            return
+        self._extend_names(request, num_pages)
+        for number in range(request.num_named_pages, num_pages):
+            self._pool.name(request.pages[number], request.prefix_names[number])
+        request.num_named_pages = num_pages
+
+    def free(self, request: Request, *, is_spoiled: bool = False) -> None:
+        """Take a request's pages back. is_spoiled: they hold what nobody should find."""
+        if is_spoiled:
+            self._pool.spoil(request.pages)
+        self._pool.free(request.pages)
+        request.num_computed_tokens = request.num_named_pages = 0
+
+    def _find(self, request: Request) -> list[int]:
+        """Pages that hold a waiting request's tokens already, all but the last token at most: that one is computed."""
+        if not self._enable_prefix_caching:
+            return []
+        num_pages = (request.num_tokens - 1) // self._page_size
+        if num_pages > len(request.prefix_names):
+            self._extend_names(request, num_pages)
+        return self._pool.find(request.prefix_names[:num_pages])
+
+    def _extend_names(self, request: Request, num_pages: int) -> None:
+        extend_names(
+            request.prefix_names,
+            request.prefix_root,
+            request.token_ids,
+            self._page_size,
+            num_pages,
+            parting=request.prefix_parting,
+            start=request.adapter_start,
+        )
+
+    def _num_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
+    def check_integrity(self, running: Sequence[Request], waiting: Sequence[Request]) -> None:
+        """Those that run hold all pages that are held, enough of them, and by their own names if any. For tests."""
+        self._pool.check_integrity(request.pages for request in running)
+        for request in running:
+            assert request.num_computed_tokens <= len(request.pages) * self._page_size
+            for number, page in enumerate(request.pages):
+                name = self._pool.name_of(page)
+                assert name is None or (number < request.num_named_pages and name == request.prefix_names[number])
+        assert all(not request.pages and not request.num_computed_tokens for request in waiting)

@@ -1,0 +1,80 @@
+"""What a worker says about itself, in the wire's shape: to gateways with each heartbeat, to the controller when asked.
+
+Owns: the shape. Leaves to others: the numbers (engine/stats.py), when (service.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.scheduling.stats import EngineStats
+
+Places = Mapping[str, worker_pb2.AdapterTier]  # by digest
+
+
+def places_of(stats: EngineStats) -> Places:
+    """Where each adapter is that requests may name."""
+    places = dict.fromkeys(stats.registered_adapters, worker_pb2.ADAPTER_DISK)
+    for digests, tier in (
+        (stats.host_adapters, worker_pb2.ADAPTER_HOST),
+        (stats.loading_adapters, worker_pb2.ADAPTER_HOST),
+        (stats.device_adapters, worker_pb2.ADAPTER_DEVICE),
+    ):
+        places.update((digest, tier) for digest in digests if digest in places)
+    return places
+
+
+def heartbeat(
+    stats: EngineStats, state: worker_pb2.WorkerState, places: Places, told: Places, num_gateways: int
+) -> worker_pb2.Heartbeat:
+    """told: what this session has been told of places so far."""
+    changed = [(digest, tier) for digest, tier in places.items() if told.get(digest) != tier]
+    changed += [(digest, worker_pb2.ADAPTER_ABSENT) for digest in told if digest not in places]
+    return worker_pb2.Heartbeat(
+        state=state,
+        last_step_age_ms=int(1e3 * stats.last_step_age_s),
+        load=_load(stats),
+        adapters=[worker_pb2.AdapterPlace(digest=digest, tier=tier) for digest, tier in changed],
+        pace=worker_pb2.Pace(**dataclasses.asdict(stats.pace)),
+        num_gateways=num_gateways,
+    )
+
+
+def report(
+    stats: EngineStats, state: worker_pb2.WorkerState, worker_id: str, generation: int
+) -> worker_pb2.WorkerReport:
+    """All of it at once."""
+    return worker_pb2.WorkerReport(
+        worker_id=worker_id,
+        generation=generation,
+        state=state,
+        load=_load(stats),
+        device_adapters=stats.device_adapters,
+        host_adapters=stats.host_adapters,
+        num_registered_adapters=len(stats.registered_adapters),
+        last_step_age_ms=int(1e3 * stats.last_step_age_s),
+        counters=worker_pb2.EngineCounters(
+            num_steps=stats.num_steps,
+            num_prompt_tokens=stats.num_prompt_tokens,
+            num_output_tokens=stats.num_output_tokens,
+            num_preemptions=stats.num_preemptions,
+            num_adapter_loads=stats.num_adapter_loads,
+            num_slot_loads=stats.num_slot_loads,
+            num_prefix_query_tokens=stats.num_prefix_query_tokens,
+            num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
+        ),
+    )
+
+
+def _load(stats: EngineStats) -> worker_pb2.Load:
+    return worker_pb2.Load(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        num_pages=stats.num_pages,
+        num_free_pages=stats.num_free_pages,
+        page_size=stats.page_size,
+        num_uncomputed_tokens=stats.num_uncomputed_tokens,
+        host_cache_usage=stats.host_cache_usage,
+    )
