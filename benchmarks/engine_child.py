@@ -15,7 +15,7 @@ from benchmarks.first_token import FirstToken
 from benchmarks.workloads import Workload, make_requests
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.model.architecture import read_model_spec
 
 
 class EngineChild:
@@ -50,7 +50,7 @@ class EngineChild:
 
     def speed(self) -> dict[str, float]:
         """The machine's speed, and what it means for this model: the time to read the weights once, tokens a second."""
-        spec = read_spec(Path(self._config.model))
+        spec = read_model_spec(Path(self._config.model))
         matrix = spec.vocab_size * spec.hidden_size  # embeddings, and the head that a step reads
         body = spec.num_parameters - matrix * (1 if spec.tie_embeddings else 2)
         read_bytes_per_s = machine.read_bytes_per_s()

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.model.architecture import ModelSpec, read_spec
+from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 from lorafleet.workers.model.device import measure_memory
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.memory_plan import plan_memory
@@ -74,7 +74,7 @@ def spec_of(name: str) -> ModelSpec:
     config.architectures = ["LlamaForCausalLM"]
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        return read_spec(Path(folder))
+        return read_model_spec(Path(folder))
 
 
 class RandomWeights(CheckpointReader):

@@ -23,7 +23,7 @@ from lorafleet.kernels import native, paged_kv
 from lorafleet.kernels.attention import paged_attention
 from lorafleet.kernels.linear import linear, prepare
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
-from lorafleet.workers.model.architecture import ModelSpec, read_spec
+from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NUM_COPIES = 12
@@ -152,7 +152,7 @@ def main() -> None:
     native.set_threads(args.num_threads)
     from benchmarks.compare import demo_model
 
-    spec = read_spec(args.model or demo_model())
+    spec = read_model_spec(args.model or demo_model())
     with torch.inference_mode():
         linears(spec)
         attention(spec)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lorafleet.workers.model.architecture import ModelSpec, read_spec
+from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 
 
 def write_adapter(spec: ModelSpec, directory: Path, *, lora_rank: int, seed: int, strength: float = 0.01) -> None:
@@ -45,7 +45,7 @@ def write_adapters(
     model_dir: Path, out_dir: Path, *, count: int, lora_rank: int = 8, strength: float = 0.01
 ) -> dict[str, Path]:
     """`count` different adapters in out_dir; directories by name."""
-    spec = read_spec(model_dir)
+    spec = read_model_spec(model_dir)
     adapters = {f"random-{i:03d}": out_dir / f"random-{i:03d}" for i in range(count)}
     for seed, directory in enumerate(adapters.values()):
         write_adapter(spec, directory, lora_rank=lora_rank, seed=seed, strength=strength)

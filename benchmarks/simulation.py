@@ -21,7 +21,7 @@ from lorafleet.workers.scheduling.block_pool import BlockPool
 from lorafleet.workers.scheduling.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
 from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
 from lorafleet.workers.scheduling.scheduler import Scheduler
-from lorafleet.workers.scheduling.turns import Entrance, WaitBound
+from lorafleet.workers.scheduling.turns import AdmissionControl, WaitBound
 
 Key = tuple[str, str | None]  # (tenant, adapter or composition)
 
@@ -103,7 +103,7 @@ class Simulation:
             clock=lambda: self.now,
         )
         self._bound = WaitBound(max_wait_s, machine.num_slots, machine.num_seats)
-        self._entrance = Entrance(self._bound)
+        self._admission = AdmissionControl(self._bound)
         self._numbers = count()
         self._arrivals: list[tuple[float, int, Arrival]] = []
         self._loads: list[tuple[float, str]] = []
@@ -204,12 +204,12 @@ class Simulation:
             composition=tuple((digest or "", 1.0) for digest in (arrival.adapter, *arrival.others) if arrival.others),
         )
         key = (arrival.tenant, generate.model_key)
-        turns = self._entrance.num_waiting_turns, self._entrance.max_turns_for(arrival.tenant)
+        turns = self._admission.num_waiting_turns, self._admission.max_turns_for(arrival.tenant)
         is_new = arrival.adapter is not None and all(adapter != key[1] for _, adapter in self._num_open)
-        is_new = is_new and not self._entrance.hot.issuperset(generate.digests)
+        is_new = is_new and not self._admission.hot.issuperset(generate.digests)
         try:
-            is_hot = self._entrance.hot.issuperset(generate.digests)
-            self._entrance.enter(*key, len(generate.digests), is_hot=is_hot)
+            is_hot = self._admission.hot.issuperset(generate.digests)
+            self._admission.enter(*key, len(generate.digests), is_hot=is_hot)
         except QueueFullError as error:
             self.outcome.num_refused += 1
             self.outcome.refusals.append((*turns, True))
@@ -248,10 +248,10 @@ class Simulation:
             if finish is not None:
                 self._finish(key, self._arrival_of.pop(request.request_id))
         outcome.history.append((self.now, dict(outcome.service)))
-        self._entrance.num_served_clients = self.scheduler.num_served_clients
-        self._entrance.num_served_turns = self.scheduler.num_served_turns
-        self._entrance.turn_s = self.scheduler.slot_turn_s
-        self._entrance.hot = self._slots.occupants()
+        self._admission.num_served_flows = self.scheduler.num_served_flows
+        self._admission.num_served_turns = self.scheduler.num_served_turns
+        self._admission.turn_s = self.scheduler.slot_turn_s
+        self._admission.hot = self._slots.occupants()
 
     def _finish(self, key: Key, arrival: Arrival) -> None:
         self.outcome.num_finished += 1
@@ -260,7 +260,7 @@ class Simulation:
             self._push_again(arrival, 0.0)
 
     def _leave(self, key: Key, arrival: Arrival) -> None:
-        self._entrance.leave(*key, 1 + len(arrival.others))
+        self._admission.leave(*key, 1 + len(arrival.others))
         self._num_open[key] -= 1
         if not self._num_open[key]:
             del self._num_open[key], self._unserved_since[key]

@@ -141,7 +141,7 @@ class HostAdapter:
 BaseRows = Callable[[str, slice], torch.Tensor]
 
 
-def read_spec(
+def read_adapter_spec(
     path: Path | AdapterFolder,
     base: BaseShapes,
     *,
@@ -156,7 +156,7 @@ def read_spec(
     """
     folder = path if isinstance(path, AdapterFolder) else AdapterFolder.at(path)
     try:
-        return _read_spec(folder, base, max_lora_rank, max_extra_vocab, base_rows)
+        return _read_adapter_spec(folder, base, max_lora_rank, max_extra_vocab, base_rows)
     except AdapterRefusedError:
         raise
     except (OSError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError, RuntimeError) as error:
@@ -169,7 +169,7 @@ def read_spec(
         ) from error
 
 
-def _read_spec(
+def _read_adapter_spec(
     folder: AdapterFolder,
     base: BaseShapes,
     max_lora_rank: int,

@@ -40,7 +40,7 @@ from lorafleet.workers.errors import (
     QueueFullError,
 )
 from lorafleet.workers.model.adapter_shard import adapter_store
-from lorafleet.workers.model.architecture import ModelSpec, read_spec
+from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
 from lorafleet.workers.model.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
@@ -57,7 +57,7 @@ from lorafleet.workers.scheduling.request_checks import RequestChecks
 from lorafleet.workers.scheduling.scheduler import Scheduler
 from lorafleet.workers.scheduling.shares import Shares
 from lorafleet.workers.scheduling.stats import EngineStats
-from lorafleet.workers.scheduling.turns import Entrance, WaitBound
+from lorafleet.workers.scheduling.turns import AdmissionControl, WaitBound
 
 logger = logging.getLogger(__name__)
 
@@ -83,46 +83,46 @@ class _Pin:
     """Whether an adapter is to stay in its slot."""
 
     digest: str
-    stays: bool
+    is_pinned: bool
 
 
 class Engine:
     """One model, its adapters, its requests. Create with `from_config`, then `load`."""
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan, device: torch.device, ranks: Ranks
+        self, config: EngineConfig, spec: ModelSpec, memory: MemoryPlan, device: torch.device, ranks: Ranks
     ) -> None:
         lora = config.lora
         self.config = config
         self.spec = spec
-        self.plan = plan
-        self.max_model_len = plan.max_model_len
+        self.memory = memory
+        self.max_model_len = memory.max_model_len
         self.vocab_size = spec.vocab_size
         self._max_lora_rank = lora.max_lora_rank if lora else 0
         self._ranks = ranks
         self._runner = ModelRunner(
             spec,
-            plan,
+            memory,
             max_lora_rank=self._max_lora_rank,
             device=device,
             group=ranks.group,
             plans=ranks.plans,
             enforce_eager=config.enforce_eager,
         )
-        self._pool = BlockPool(plan.num_pages)
+        self._pool = BlockPool(memory.num_pages)
         eviction = lora.eviction if lora else "lru"
         self._slots = AdapterSlots(
-            plan.max_loras,
-            max_bytes=plan.full_weight_bytes,
+            memory.max_loras,
+            max_bytes=memory.full_weight_bytes,
             bytes_of=self._full_weight_bytes,
             eviction=make_eviction(eviction),
         )
         self._scheduler = Scheduler(
             self._pool,
             self._slots,
-            page_size=plan.page_size,
+            page_size=memory.page_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_num_batched_tokens=memory.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,
             max_wait_s=config.max_adapter_wait_s,
             enable_prefix_caching=config.enable_prefix_caching,
@@ -130,7 +130,7 @@ class Engine:
         )
         self._store = adapter_store(
             spec,
-            plan,
+            memory,
             ranks.group,
             eviction=make_eviction(eviction),
             need_of=self._scheduler.need_of,
@@ -140,20 +140,20 @@ class Engine:
         self._pace = PaceMeter()
         self._loader = SlotLoader(self._store, self._slots, self._runner, ranks.followers, self._pace, self._post)
         self._checks = RequestChecks(
-            max_model_len=plan.max_model_len,
-            max_loras=plan.max_loras,
+            max_model_len=memory.max_model_len,
+            max_loras=memory.max_loras,
             vocab_size_of=self.vocab_size_of,
             not_composable=lambda digest: self._adapters.spec(digest).not_composable,
         )
         self._lock = threading.Lock()  # guards the eight below
         # A str is the id of a request to cancel.
         self._inbox: deque[GenerateRequest | str | Loaded | Fetched | Retire | _Pin] = deque()
-        self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots, ranks.followers)
+        self._adapters = RegisteredAdapters(config, spec, memory, self._store, self._slots, ranks.followers)
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
         # For requests, by tenant; None: any number.
         self._places = None if config.max_waiting is None else Shares(config.max_waiting + config.max_num_seqs)
-        self._entrance = Entrance(WaitBound(config.max_adapter_wait_s, plan.max_loras, config.max_num_seqs))
+        self._admission = AdmissionControl(WaitBound(config.max_adapter_wait_s, memory.max_loras, config.max_num_seqs))
         self._closed = False
         self._failure: LoRAFleetError | None = None  # a step has raised; there are no more
         self._looks_again = False  # the last step found requests that wait, and nothing to do for any of them
@@ -178,12 +178,12 @@ class Engine:
         gather: brings up the other ranks, with a tensor_parallel_size above 1. Raises `ConfigError`, `ModelError` or
         `MemoryPlanError`; nothing is allocated then.
         """
-        spec = read_spec(Path(config.model))
+        spec = read_model_spec(Path(config.model))
         device = pick_device(config)
         dtype = pick_dtype(config, spec, device)
         lora_dtype = config.lora.lora_dtype if config.lora and config.lora.lora_dtype != "auto" else dtype
-        plan = plan_memory(spec, config, measure_memory(device), dtype=dtype, lora_dtype=lora_dtype)
-        return cls(config, spec, plan, device, gather(plan, device))
+        memory = plan_memory(spec, config, measure_memory(device), dtype=dtype, lora_dtype=lora_dtype)
+        return cls(config, spec, memory, device, gather(memory, device))
 
     def load(self) -> None:
         """Read the base model's weights. Raises `ModelError`."""
@@ -198,8 +198,8 @@ class Engine:
 
     def describe(self) -> list[str]:
         """The memory plan and what computes, line by line, for people."""
-        on_cpu = [f"  {'CPU kernels':<32}{native.describe()}"] if self.plan.device == "cpu" else []
-        return [*self.plan.lines(), *on_cpu]
+        on_cpu = [f"  {'CPU kernels':<32}{native.describe()}"] if self.memory.device == "cpu" else []
+        return [*self.memory.lines(), *on_cpu]
 
     # Any thread.
 
@@ -255,7 +255,7 @@ class Engine:
             self._check_open()
             unfinished = [request.digests for request in self._unfinished.values() if request.digests]
             changes = self._adapters.repin(pin, unpin, unfinished)
-            self._inbox += [_Pin(digest, stays) for digest, stays in changes]
+            self._inbox += [_Pin(digest, is_pinned) for digest, is_pinned in changes]
             self._wake.notify()
 
     def vocab_size_of(self, adapter: str | None) -> int:
@@ -357,7 +357,7 @@ class Engine:
 
         Before `bind_thread`, and only where ranks share a host's cores.
         """
-        if self.plan.device == "cpu" and self.config.ranks_per_host > 1 and self._cores is None:
+        if self.memory.device == "cpu" and self.config.ranks_per_host > 1 and self._cores is None:
             self._cores = claim_cores(self.config.threads)
             self._cores.pin_thread()
 
@@ -415,14 +415,14 @@ class Engine:
         with self._lock:
             ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
             for gone in ended:
-                self._entrance.leave(gone.tenant, gone.model_key, len(gone.digests))
+                self._admission.leave(gone.tenant, gone.model_key, len(gone.digests))
                 self._give_back_place(gone)
                 self._adapters.leave(gone.digests)
-            self._entrance.num_served_clients = self._scheduler.num_served_clients
-            self._entrance.num_served_turns = self._scheduler.num_served_turns
-            self._entrance.num_pinned = self._slots.num_staying
-            self._entrance.turn_s = self._scheduler.slot_turn_s
-            self._entrance.hot = self._slots.occupants()
+            self._admission.num_served_flows = self._scheduler.num_served_flows
+            self._admission.num_served_turns = self._scheduler.num_served_turns
+            self._admission.num_pinned = self._slots.num_pinned
+            self._admission.turn_s = self._scheduler.slot_turn_s
+            self._admission.hot = self._slots.occupants()
         for gone in ended:
             self._release_files(gone)
         self._free_retired()
@@ -500,9 +500,9 @@ class Engine:
                     f"{full.num_taken} requests run or wait, the limit is {full.limit} (--max-waiting and "
                     f"--max-num-seqs); {full.num_held} are yours, your share is {full.share}. Try again later."
                 )
-            is_hot = self._entrance.hot.issuperset(request.digests)
+            is_hot = self._admission.hot.issuperset(request.digests)
             try:
-                self._entrance.enter(request.tenant, request.model_key, len(request.digests), is_hot=is_hot)
+                self._admission.enter(request.tenant, request.model_key, len(request.digests), is_hot=is_hot)
             except QueueFullError:
                 self._give_back_place(request)
                 raise
@@ -553,7 +553,7 @@ class Engine:
     def _full_weight_bytes(self, digest: str) -> int:
         """What a registered adapter takes of the pool beside the slots."""
         spec = self._store.spec(digest)
-        return 0 if spec is None else self.plan.full_weight_bytes_of(self.spec, spec.vocabulary)
+        return 0 if spec is None else self.memory.full_weight_bytes_of(self.spec, spec.vocabulary)
 
     def _has_work(self) -> bool:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
@@ -581,7 +581,7 @@ class Engine:
             elif isinstance(message, Retire):
                 self._adapters.retire(message)
             elif isinstance(message, _Pin):
-                self._loader.pin(message.digest, message.stays)
+                self._loader.pin(message.digest, message.is_pinned)
             elif self._backlog.pop(message, None) is not None or self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
@@ -662,7 +662,7 @@ class Engine:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + len(self._backlog) + queued,
             num_uncomputed_tokens=self._scheduler.num_uncomputed_tokens,
-            page_size=self.plan.page_size,
+            page_size=self.memory.page_size,
             num_pages=self._pool.num_pages,
             num_free_pages=self._pool.num_free,
             device_adapters=self._slots.resident(),

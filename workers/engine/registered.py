@@ -17,7 +17,7 @@ from itertools import filterfalse, islice
 from pathlib import Path
 
 from lorafleet.workers.adapters.base_name import is_same_base
-from lorafleet.workers.adapters.format import AdapterSpec, read_spec
+from lorafleet.workers.adapters.format import AdapterSpec, read_adapter_spec
 from lorafleet.workers.adapters.store import AdapterStore
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.errors import (
@@ -94,7 +94,7 @@ class RegisteredAdapters:
                 reason="lora_disabled",
             )
         folder = resolve_adapter(path_or_id, roots)
-        spec = read_spec(
+        spec = read_adapter_spec(
             folder,
             self._spec.base_shapes,
             max_lora_rank=lora.max_lora_rank,
@@ -196,7 +196,7 @@ class RegisteredAdapters:
 
     def retire(self, retire: Retire) -> None:
         """The stepping thread's, with or without the lock: all that was asked before it is done."""
-        self._slots.stay(retire.digest, False)
+        self._slots.pin(retire.digest, False)
         self._retiring.setdefault(retire.digest, []).append(retire)
         if retire.digest not in self._users:
             self._unused[retire.digest] = None

@@ -146,10 +146,10 @@ class SlotLoader:
             lambda fetched: self._loaders.submit(partial(self._load, load, number, fetched, began, from_disk))
         )
 
-    def pin(self, digest: str, stays: bool) -> None:
+    def pin(self, digest: str, is_pinned: bool) -> None:
         """Let an adapter stay in its slot or not; if it is to and is in none, bring it into one that can be had now."""
-        self._slots.stay(digest, stays)
-        if stays and self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
+        self._slots.pin(digest, is_pinned)
+        if is_pinned and self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
             slot = self._slots.start_load(digest)
             if slot is not None:  # else it comes with its first request
                 self.clear_emptied()

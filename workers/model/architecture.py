@@ -1,7 +1,7 @@
 """What the decoder needs to know of a checkpoint, read from its config.json. Supported: the Llama family.
 
 Owns: which architectures are served and what of their configs changes the mathematics. An option that this decoder does
-not compute is refused by name. Imports transformers only inside `read_spec`.
+not compute is refused by name. Imports transformers only inside `read_model_spec`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ModelSpec:
         return 2 * self.num_layers * max(1, self.num_kv_heads // ranks) * self.head_dim
 
 
-def read_spec(model_dir: Path) -> ModelSpec:
+def read_model_spec(model_dir: Path) -> ModelSpec:
     """Read config.json and generation_config.json. Raises `ModelError` for what is missing or not supported."""
     config_path = model_dir / "config.json"
     if not config_path.is_file():

@@ -52,7 +52,7 @@ class CheckpointReader:
         return part
 
     def ties_head(self, wanted: bool) -> bool:
-        """Whether the head is the embedding. wanted: the config asks for that, see `read_spec`.
+        """Whether the head is the embedding. wanted: the config asks for that, see `read_model_spec`.
 
         A file that has both, and not alike, keeps them apart, whatever the config says, as transformers 5 does.
         """

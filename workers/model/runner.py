@@ -42,7 +42,7 @@ class ModelRunner:
     def __init__(
         self,
         spec: ModelSpec,
-        plan: MemoryPlan,
+        memory: MemoryPlan,
         *,
         max_lora_rank: int,
         device: torch.device,
@@ -56,31 +56,31 @@ class ModelRunner:
         self._plans = plans
         self._has_one_rank = group.size == 1
         self._changes: list[tuple[Change, int]] = []  # since the last step, for the other ranks
-        dtype = getattr(torch, plan.dtype)
-        self._plan = plan
+        dtype = getattr(torch, memory.dtype)
+        self._memory = memory
         self._device = device
-        format = WeightFormat(dtype, device, int8=plan.quantization == "int8")
+        format = WeightFormat(dtype, device, int8=memory.quantization == "int8")
         self._decoder = Decoder(
             spec,
-            max_model_len=plan.max_model_len,
-            max_num_tokens=plan.max_num_batched_tokens,
+            max_model_len=memory.max_model_len,
+            max_num_tokens=memory.max_num_batched_tokens,
             format=format,
             group=group,
             enforce_eager=enforce_eager,
         )
         self._buffers = StepBuffers(
-            page_size=plan.page_size,
-            max_num_tokens=plan.max_num_batched_tokens,
-            max_num_seqs=plan.max_num_seqs,
-            max_model_len=plan.max_model_len,
-            max_composed=max(1, min(MAX_COMPOSED, plan.max_loras)),
+            page_size=memory.page_size,
+            max_num_tokens=memory.max_num_batched_tokens,
+            max_num_seqs=memory.max_num_seqs,
+            max_model_len=memory.max_model_len,
+            max_composed=max(1, min(MAX_COMPOSED, memory.max_loras)),
             device=device,
         )
         self._cache = KVCache(
             num_layers=spec.num_layers,
-            num_pages=plan.num_pages + 1,  # the last one for rows that are nobody's
+            num_pages=memory.num_pages + 1,  # the last one for rows that are nobody's
             num_kv_heads=max(1, spec.num_kv_heads // group.size),
-            page_size=plan.page_size,
+            page_size=memory.page_size,
             head_dim=spec.head_dim,
             dtype=dtype,
             device=device,
@@ -91,8 +91,8 @@ class ModelRunner:
         self._sampled: dict[Request, int] = {}  # whose they are
         self._graphs: DecodeGraphs | None = None
         self._side_stream = SideStream(device) if device.type == "cuda" else None
-        if plan.max_loras:
-            shape = SlotShape(plan.max_loras, max_lora_rank, getattr(torch, plan.lora_dtype), device)
+        if memory.max_loras:
+            shape = SlotShape(memory.max_loras, max_lora_rank, getattr(torch, memory.lora_dtype), device)
             self._decoder.add_slots(shape)
 
     def load(self, model_dir: Path) -> None:
@@ -120,31 +120,31 @@ class ModelRunner:
         """
         if self._device.type == "cuda" and uses_triton(self._device) and self._has_one_rank and not self._enforce_eager:
             self.capture(CudaCapture())
-        plan = self._plan
+        memory = self._memory
         num_tokens = min(
-            64, max(1, plan.max_model_len - 1), plan.max_num_batched_tokens, plan.num_pages * plan.page_size
+            64, max(1, memory.max_model_len - 1), memory.max_num_batched_tokens, memory.num_pages * memory.page_size
         )
         for length in (num_tokens, 1):
             generate = GenerateRequest("warm-up", (0,) * length, SamplingOptions(max_tokens=1))
             request = Request.from_generate(generate, arrival=0)
-            request.pages = list(range(-(-length // plan.page_size)))
+            request.pages = list(range(-(-length // memory.page_size)))
             self.run(StepPlan((Scheduled(request, length, slots=()),), loads=()))
 
     @torch.inference_mode()
     def capture(self, capture: Capture) -> None:
         """Record decode steps as graphs. The weights are loaded; no request has begun, and nothing else runs."""
-        plan = self._plan
-        sizes = batch_sizes(min(plan.max_num_seqs, plan.max_num_batched_tokens))
+        memory = self._memory
+        sizes = batch_sizes(min(memory.max_num_seqs, memory.max_num_batched_tokens))
         decoder = self._decoder
         logits_SV = torch.empty(
-            sizes[-1], decoder.spec.vocab_size, dtype=getattr(torch, plan.dtype), device=self._device
+            sizes[-1], decoder.spec.vocab_size, dtype=getattr(torch, memory.dtype), device=self._device
         )
 
         def forward(step: StepInput, logits_SV: torch.Tensor) -> None:
             decoder.forward(step, self._cache, logits_SV)
 
-        has_lora = plan.max_loras > 0
-        graphs = DecodeGraphs(forward, self._buffers, sizes, logits_SV, plan.num_pages, has_lora=has_lora)
+        has_lora = memory.max_loras > 0
+        graphs = DecodeGraphs(forward, self._buffers, sizes, logits_SV, memory.num_pages, has_lora=has_lora)
         graphs.capture(capture)
         self._graphs = graphs
 

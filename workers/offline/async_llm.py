@@ -15,7 +15,7 @@ from lorafleet.workers.offline.outputs import RequestOutput
 from lorafleet.workers.offline.text_requests import Prompt, TextRequests
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.scheduling.request import RequestEvent
-from lorafleet.workers.text.adapter_texts import AdapterTexts
+from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 
 
 class AsyncLLM:
@@ -23,7 +23,7 @@ class AsyncLLM:
 
     def __init__(self, engine: Engine, *, seed: int | None) -> None:
         self.engine = engine
-        self._texts = AdapterTexts(Path(engine.config.model))
+        self._texts = AdapterTokenizers(Path(engine.config.model))
         self.tokenizer = self._texts.model.tokenizer
         self._loop = asyncio.get_running_loop()
         self._lora_ids = LoRAIds(engine, self._texts)

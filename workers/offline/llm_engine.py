@@ -11,7 +11,7 @@ from lorafleet.workers.offline.lora_ids import KnownAdapter, LoRAIds
 from lorafleet.workers.offline.outputs import RequestOutput
 from lorafleet.workers.offline.text_requests import Prompt, TextRequests
 from lorafleet.workers.params import LoRARequest, SamplingParams
-from lorafleet.workers.text.adapter_texts import AdapterTexts
+from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 from lorafleet.workers.text.model_text import ModelText
 
 _WAIT_S = 0.5  # that a step waits for an adapter to load
@@ -22,7 +22,7 @@ class LLMEngine:
 
     def __init__(self, engine: Engine, *, seed: int | None) -> None:
         self.engine = engine
-        self._texts = AdapterTexts(Path(engine.config.model))
+        self._texts = AdapterTokenizers(Path(engine.config.model))
         self.tokenizer = self._texts.model.tokenizer
         self._lora_ids = LoRAIds(engine, self._texts)
         self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)

@@ -17,7 +17,7 @@ from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterConflictError
 from lorafleet.workers.params import LoRARequest
 from lorafleet.workers.sources.directory_stamp import DirectoryStamp
-from lorafleet.workers.text.adapter_texts import AdapterTexts
+from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 from lorafleet.workers.text.files import files_digest
 from lorafleet.workers.text.model_text import ModelText
 
@@ -36,7 +36,7 @@ class LoRAIds:
     """Registers adapters with the engine when they are named. Thread-safe; an id waits only for what was asked of it
     before."""
 
-    def __init__(self, engine: Engine, texts: AdapterTexts) -> None:
+    def __init__(self, engine: Engine, texts: AdapterTokenizers) -> None:
         self._engine = engine
         self._texts = texts
         self._aliases: Aliases[int] = Aliases(engine)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lorafleet.workers.adapters.format import read_spec
+from lorafleet.workers.adapters.format import read_adapter_spec
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.cores import claim_cores
 from lorafleet.workers.errors import AdapterRefusedError
@@ -31,12 +31,12 @@ class Follower:
         self,
         config: EngineConfig,
         spec: ModelSpec,
-        plan: MemoryPlan,
+        memory: MemoryPlan,
         device: torch.device,
         group: TensorParallelGroup,
         plans: PlanChannel,
     ) -> None:
-        """plan: rank 0's."""
+        """memory: rank 0's plan."""
         self._config = config
         self._spec = spec
         self._plans = plans
@@ -44,13 +44,13 @@ class Follower:
         max_lora_rank = config.lora.max_lora_rank if config.lora else 0
         self._runner = ModelRunner(
             spec,
-            plan,
+            memory,
             max_lora_rank=max_lora_rank,
             device=device,
             group=group,
             enforce_eager=config.enforce_eager,
         )
-        self._store = adapter_store(spec, plan, group, read_timeout_s=config.adapter_read_timeout_s)
+        self._store = adapter_store(spec, memory, group, read_timeout_s=config.adapter_read_timeout_s)
         self._lock = threading.Lock()
         # By slot: the number of the load and what is in place, until rank 0 says that it counts. The next load for the
         # slot takes its place: then rank 0 has given the slot to another adapter without a step in between.
@@ -65,7 +65,7 @@ class Follower:
         assert self._config.lora is not None
         if self._store.spec(digest) is not None:
             return
-        spec = read_spec(
+        spec = read_adapter_spec(
             path,
             self._spec.base_shapes,
             max_lora_rank=self._config.lora.max_lora_rank,

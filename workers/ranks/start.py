@@ -17,7 +17,7 @@ import torch
 
 from lorafleet.proto.rank_pb2_grpc import add_RankServicer_to_server
 from lorafleet.workers.config import EngineConfig
-from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.model.device import pick_device
 from lorafleet.workers.model.memory_plan import MemoryPlan
 from lorafleet.workers.ranks.follower import Follower
@@ -37,7 +37,7 @@ class Leader:
     def __init__(self, config: EngineConfig, listener: socket.socket, token: str, on_lost: Callable[[], None]) -> None:
         """on_lost: called on some thread when a rank has died or its node cannot be reached."""
         self._size = config.tensor_parallel_size
-        self._hidden_size = read_spec(Path(config.model)).hidden_size
+        self._hidden_size = read_model_spec(Path(config.model)).hidden_size
         self._token = token
         self._listener = listener
         self._on_lost = on_lost
@@ -65,7 +65,7 @@ async def follow(config: EngineConfig, rank: int, leader: str, host: str, token:
     plan = MemoryPlan(**json.loads(await asyncio.to_thread(rendezvous.get, _PLAN)))
     device = pick_device(config)
     group, plans = await asyncio.to_thread(rendezvous.connect, device)
-    spec = read_spec(Path(config.model))
+    spec = read_model_spec(Path(config.model))
     follower = Follower(config, spec, plan, device, group, PlanChannel(plans))
     server = create_server(token)
     add_RankServicer_to_server(RankService(follower, spec.hidden_size), server)

@@ -38,8 +38,8 @@ class AdapterSlots:
         self._ready: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._occupants: frozenset[str] | None = None  # None: to be found out again
         self._reload_s: dict[str, float] = {}  # of ready ones, what their load took
-        self._pins: dict[str, int] = {}  # digest → running requests; only of ready ones, only > 0
-        self._stay: set[str] = set()  # never evicted, once they are in a slot
+        self._uses: dict[str, int] = {}  # digest → running requests; only of ready ones, only > 0
+        self._pinned: set[str] = set()  # never evicted, once they are in a slot
         self.num_changes = 0  # so far: of what is in the slots, and of who may be evicted
 
     def slot_of(self, digest: str) -> int | None:
@@ -64,16 +64,18 @@ class AdapterSlots:
         return self._occupants
 
     def is_pinned(self, digest: str) -> bool:
-        return digest in self._pins
+        return digest in self._uses
 
     def obstacles(self, digest: str) -> tuple[str, ...]:
         """Pinned adapters that `digest` could be loaded in place of, if their requests gave way."""
-        return tuple(blocker for blocker in self.blockers(digest) if blocker in self._pins)
+        return tuple(blocker for blocker in self.blockers(digest) if blocker in self._uses)
 
     def blockers(self, digest: str) -> list[str]:
         """Ready adapters, pinned or not, that `digest` could be loaded in place of."""
         lacks_bytes = self.lacks_bytes(digest)
-        return [ready for ready in self._ready if ready not in self._stay and (not lacks_bytes or ready in self._bytes)]
+        return [
+            ready for ready in self._ready if ready not in self._pinned and (not lacks_bytes or ready in self._bytes)
+        ]
 
     def lacks_bytes(self, digest: str) -> bool:
         """Whether it is the pool that has too little room for `digest`, for which several may have to go."""
@@ -124,7 +126,7 @@ class AdapterSlots:
 
     def drop(self, digest: str) -> int | None:
         """Empty the slot of an adapter that no request uses; the bytes of the pool that it had. None: it is in none."""
-        assert digest not in self._pins and digest not in self._loading
+        assert digest not in self._uses and digest not in self._loading
         slot = self._ready.pop(digest, None)
         if slot is None:
             return None
@@ -138,26 +140,26 @@ class AdapterSlots:
         emptied, self._emptied = self._emptied, []
         return emptied
 
-    def stay(self, digest: str, stays: bool) -> None:
+    def pin(self, digest: str, is_pinned: bool) -> None:
         """Whether an adapter, from now on, leaves its slot only by `drop`."""
-        (self._stay.add if stays else self._stay.discard)(digest)
+        (self._pinned.add if is_pinned else self._pinned.discard)(digest)
         self.num_changes += 1
 
     @property
-    def num_staying(self) -> int:
+    def num_pinned(self) -> int:
         """Slots that no other adapter can have."""
-        return len(self._stay)
+        return len(self._pinned)
 
-    def pin(self, digest: str) -> None:
+    def acquire(self, digest: str) -> None:
         """One more running request uses a ready adapter."""
         self._ready.move_to_end(digest)
         self._eviction.use(digest, num_bytes=1, reload_s=self._reload_s[digest])
-        self._pins[digest] = self._pins.get(digest, 0) + 1
+        self._uses[digest] = self._uses.get(digest, 0) + 1
 
-    def unpin(self, digest: str) -> None:
-        self._pins[digest] -= 1
-        if not self._pins[digest]:
-            del self._pins[digest]
+    def release(self, digest: str) -> None:
+        self._uses[digest] -= 1
+        if not self._uses[digest]:
+            del self._uses[digest]
             self.num_changes += 1
 
     def _victims(self, digest: str, keep: Container[str]) -> list[str] | None:
@@ -181,7 +183,7 @@ class AdapterSlots:
 
     def _idle(self, keep: Container[str]) -> list[str]:
         """Who may be evicted."""
-        return [ready for ready in self._ready if not (ready in self._pins or ready in self._stay or ready in keep)]
+        return [ready for ready in self._ready if not (ready in self._uses or ready in self._pinned or ready in keep)]
 
     def _lacking_bytes(self, digest: str) -> int:
         """Of the pool, for an adapter that is in no slot; 0 or less: there is room."""
@@ -197,12 +199,12 @@ class AdapterSlots:
         self._reload_s.pop(digest, None)
 
     def check_integrity(self) -> None:
-        """Every slot is in exactly one state, and pins belong to ready adapters. For tests."""
+        """Every slot is in exactly one state, and uses belong to ready adapters. For tests."""
         slots = self._empty + list(self._loading.values()) + list(self._ready.values())
         assert sorted(slots) == list(range(self.num_slots)), slots
         assert not self._loading.keys() & self._ready.keys()
-        assert self._pins.keys() <= self._ready.keys() == self._reload_s.keys()
-        assert all(count > 0 for count in self._pins.values())
+        assert self._uses.keys() <= self._ready.keys() == self._reload_s.keys()
+        assert all(count > 0 for count in self._uses.values())
         assert self.occupants() == self._loading.keys() | self._ready.keys()
         assert self._bytes.keys() <= self._loading.keys() | self._ready.keys()
         assert sum(self._bytes.values()) <= self._max_bytes

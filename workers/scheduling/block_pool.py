@@ -1,7 +1,7 @@
 """The pages of the KV cache as numbers: who may write where, and what is in them. The memory is model/kv_cache.py's.
 
-A page is held by any number of requests, or free. One that is full may have a name (prefix.py); a page that is freed
-keeps its name and content until it is handed out as an empty one, so a free page may be found and held again.
+A page is held by any number of requests, or free. One that is full may have a hash (prefix.py); a page that is freed
+keeps its hash and content until it is handed out as an empty one, so a free page may be found and held again.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from collections.abc import Iterable, Sequence, Set
 
 
 class BlockPool:
-    """A fixed number of pages. Named pages are never written again while they have their names."""
+    """A fixed number of pages. Hashed pages are never written again while they have their hashes."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._num_holders = [0] * num_pages
-        self._names: list[bytes | None] = [None] * num_pages
+        self._hashes: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
-        # In the order in which they are handed out. Pages without a name come first, the one freed last before the
-        # others, while its memory is still in the caches; then named ones, least recently used first.
+        # In the order in which they are handed out. Pages without a hash come first, the one freed last before the
+        # others, while its memory is still in the caches; then hashed ones, least recently used first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds, named ones included."""
+        """Pages that nobody holds, hashed ones included."""
         return len(self._free)
 
-    def find(self, names: Sequence[bytes]) -> list[int]:
-        """The pages of the longest beginning of `names` that is here."""
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """The pages of the longest beginning of `hashes` that is here."""
         pages = []
-        for name in names:
-            page = self._page_of.get(name)
+        for page_hash in hashes:
+            page = self._page_of.get(page_hash)
             if page is None:
                 break
             pages.append(page)
@@ -59,15 +59,15 @@ class BlockPool:
             self._num_holders[page] -= 1
             if not self._num_holders[page]:
                 self._free[page] = None
-                if self._names[page] is None:
+                if self._hashes[page] is None:
                     self._free.move_to_end(page, last=False)
         pages.clear()
 
-    def name(self, page: int, name: bytes) -> None:
-        """Say what is in a full page that somebody holds. If another page has the name, this one stays without."""
-        assert self._num_holders[page] and self._names[page] in (None, name)
-        if self._page_of.setdefault(name, page) == page:
-            self._names[page] = name
+    def set_hash(self, page: int, page_hash: bytes) -> None:
+        """Say what is in a full page that somebody holds. If another page has the hash, this one stays without."""
+        assert self._num_holders[page] and self._hashes[page] in (None, page_hash)
+        if self._page_of.setdefault(page_hash, page) == page:
+            self._hashes[page] = page_hash
 
     def spoil(self, pages: Iterable[int]) -> None:
         """Let nobody find these pages any more."""
@@ -81,21 +81,23 @@ class BlockPool:
         return freed + len(self._free) - sum(page in self._free for page in but)
 
     def _forget(self, page: int) -> None:
-        name = self._names[page]
-        if name is not None:
-            del self._page_of[name]
-            self._names[page] = None
+        page_hash = self._hashes[page]
+        if page_hash is not None:
+            del self._page_of[page_hash]
+            self._hashes[page] = None
 
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
-        """Pages are free or held, by exactly so many; names are of one page each, handed out last. For tests."""
+        """Pages are free or held, by exactly so many; hashes are of one page each, handed out last. For tests."""
         held = Counter(page for pages in holders for page in pages)
         assert [held[page] for page in range(self.num_pages)] == self._num_holders
         assert self._free.keys() == {page for page in range(self.num_pages) if not held[page]}
-        named = {page: name for page, name in enumerate(self._names) if name is not None}
-        assert self._page_of == {name: page for page, name in named.items()} and len(self._page_of) == len(named)
-        has_name = [page in named for page in self._free]
-        assert has_name == sorted(has_name)
+        hashed = {page: page_hash for page, page_hash in enumerate(self._hashes) if page_hash is not None}
+        assert self._page_of == {page_hash: page for page, page_hash in hashed.items()} and len(self._page_of) == len(
+            hashed
+        )
+        has_hash = [page in hashed for page in self._free]
+        assert has_hash == sorted(has_hash)
 
-    def name_of(self, page: int) -> bytes | None:
+    def hash_of(self, page: int) -> bytes | None:
         """For tests."""
-        return self._names[page]
+        return self._hashes[page]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
-from lorafleet.workers.scheduling.flows import Client, Clients, Rank
+from lorafleet.workers.scheduling.flows import Flow, Flows, Rank
 from lorafleet.workers.scheduling.residency import Residency
 
 
@@ -21,21 +21,21 @@ class Claims:
     claims all that have some.
     """
 
-    def __init__(self, slots: AdapterSlots, clients: Clients, residency: Residency, *, turn_s: float) -> None:
+    def __init__(self, slots: AdapterSlots, flows: Flows, residency: Residency, *, turn_s: float) -> None:
         self._slots = slots
-        self._clients = clients
+        self._flows = flows
         self._residency = residency
         self._turn_s = turn_s
 
     def find(self, hot: Mapping[str, tuple[str, ...]], taken: Set[str], now: float) -> set[str]:
-        """The adapters that are claimed now. hot: of `Clients`. taken: those that take nobody new anyhow."""
+        """The adapters that are claimed now. hot: of `Flows`. taken: those that take nobody new anyhow."""
         before = now - self._turn_s
         ranks = self._claimable(hot, taken, before)
         claimed: set[str] = set()
-        for client in self._residency.next_at_hand() if ranks else ():
-            if not ranks or client.adapter is None or self._clients.slot_line.since(client.adapter) > before:
+        for flow in self._residency.next_at_hand() if ranks else ():
+            if not ranks or flow.adapter is None or self._flows.slot_line.since(flow.adapter) > before:
                 continue
-            for digest in self._claimed_by(client, ranks, hot):
+            for digest in self._claimed_by(flow, ranks, hot):
                 del ranks[digest]
                 claimed.add(digest)
         return claimed
@@ -44,23 +44,23 @@ class Claims:
         """Adapters that have held their slots for a turn and that requests wait for, with the best one's rank."""
         ranks: dict[str, Rank] = {}
         for adapter, digests in hot.items():
-            client = self._clients.first(adapter)
-            if client is None or not taken.isdisjoint(digests):
+            flow = self._flows.first(adapter)
+            if flow is None or not taken.isdisjoint(digests):
                 continue
             for digest in digests:
                 if self._slots.slot_of(digest) is not None and self._residency.was_held_at(digest, before):
-                    rank = self._clients.rank(client)
+                    rank = self._flows.rank(flow)
                     ranks[digest] = min(rank, ranks.get(digest, rank))
         return ranks
 
-    def _claimed_by(self, client: Client, ranks: Mapping[str, Rank], hot: Mapping[str, tuple[str, ...]]) -> list[str]:
-        own_rank = self._clients.rank(client)
-        missing = self._residency.missing(client)
+    def _claimed_by(self, flow: Flow, ranks: Mapping[str, Rank], hot: Mapping[str, tuple[str, ...]]) -> list[str]:
+        own_rank = self._flows.rank(flow)
+        missing = self._residency.missing(flow)
         behind = [other for other in self._slots.blockers(missing[0]) if other in ranks and ranks[other] > own_rank]
-        if len(client.digests) > 1:
-            behind = [other for other in behind if other not in client.digests]
+        if len(flow.digests) > 1:
+            behind = [other for other in behind if other not in flow.digests]
             behind.sort(key=lambda other: (not self._slots.is_pinned(other), ranks[other]))
-            wanted = set(client.digests).union(*hot.values())
+            wanted = set(flow.digests).union(*hot.values())
             return behind[-max(1, self._slots.num_lacking(len(missing), wanted)) :]
         if self._slots.lacks_bytes(missing[0]):
             return behind

@@ -1,9 +1,9 @@
 """Who has had how much: virtual token counters, between tenants and, within a tenant, between its adapters.
 
-After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), the virtual token counter (VTC): a client's
-counter grows by the service that it gets, divided by its weight, and the client with the least counter is served next.
-A client that begins to wait again is lifted to the least counter of those that wait, so that idleness earns no credit.
-With it, the service of two clients that both wait all the time differs by a bounded amount, however long that time is.
+After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), the virtual token counter (VTC): a flow's
+counter grows by the service that it gets, divided by its weight, and the flow with the least counter is served next.
+A flow that begins to wait again is lifted to the least counter of those that wait, so that idleness earns no credit.
+With it, the service of two flows that both wait all the time differs by a bounded amount, however long that time is.
 
 Here: what counts as service and the counters. Who is charged, and when, is flows.py's and its callers'.
 """
@@ -17,15 +17,15 @@ from lorafleet.workers.scheduling.ranking import Ranking
 
 PROMPT_TOKEN = 1.0  # service of computing a token of a prompt, once
 OUTPUT_TOKEN = 2.0
-MAX_IDLE = 1024  # clients of one kind whose counters are kept while they have no requests
+MAX_IDLE = 1024  # flows of one kind whose counters are kept while they have no requests
 
 K = TypeVar("K", bound=Hashable)
 
 
 class Counters(Generic[K]):
-    """One counter for each client that waits or runs.
+    """One counter for each flow that waits or runs.
 
-    An idle client's is kept only while it is above the level that it would be lifted to on its return, so that the
+    An idle flow's is kept only while it is above the level that it would be lifted to on its return, so that the
     memory is bounded by what is in use (and by `max_idle` where the level stands still).
     """
 
@@ -37,9 +37,9 @@ class Counters(Generic[K]):
         self._idle: Ranking[K] = Ranking(self._values.__getitem__)
         self._level = 0.0
 
-    def __getitem__(self, client: K) -> float:
-        """The weighted service of a client that waits or runs, above where it was lifted to."""
-        return self._values[client]
+    def __getitem__(self, flow: K) -> float:
+        """The weighted service of a flow that waits or runs, above where it was lifted to."""
+        return self._values[flow]
 
     @property
     def has_waiting(self) -> bool:
@@ -49,35 +49,35 @@ class Counters(Generic[K]):
     def has_running(self) -> bool:
         return len(self._running) > 0
 
-    def update(self, client: K, *, waits: bool, runs: bool) -> None:
-        """Say what a client does from now on: it waits if it has a request that waits, and runs if one runs."""
+    def update(self, flow: K, *, waits: bool, runs: bool) -> None:
+        """Say what a flow does from now on: it waits if it has a request that waits, and runs if one runs."""
         level = self._lift()
-        if client not in self._waiting and (waits or client not in self._running):
-            self._values[client] = max(self._values.get(client, level), level)
+        if flow not in self._waiting and (waits or flow not in self._running):
+            self._values[flow] = max(self._values.get(flow, level), level)
         if waits:
-            self._waiting.push(client)
+            self._waiting.push(flow)
         else:
-            self._waiting.discard(client)
+            self._waiting.discard(flow)
         if runs:
-            self._running.add(client)
+            self._running.add(flow)
         else:
-            self._running.discard(client)
+            self._running.discard(flow)
         if waits or runs:
-            self._idle.discard(client)
+            self._idle.discard(flow)
         else:
-            self._idle.push(client)
+            self._idle.push(flow)
         while (least := self._idle.first()) is not None and (
             self._values[least] <= self._level or len(self._idle) > self._max_idle
         ):
             self._idle.discard(least)
             del self._values[least]
 
-    def charge(self, client: K, service: float) -> None:
-        """Book service, already divided by the weight, to a client that waits or runs."""
-        self._values[client] += service
+    def charge(self, flow: K, service: float) -> None:
+        """Book service, already divided by the weight, to a flow that waits or runs."""
+        self._values[flow] += service
 
     def _lift(self) -> float:
-        """Where a client begins: the least counter of those that wait; if nobody does, of those that run.
+        """Where a flow begins: the least counter of those that wait; if nobody does, of those that run.
 
         It never falls, and outlives those that it came from.
         """
@@ -89,7 +89,7 @@ class Counters(Generic[K]):
         return self._level
 
     def check_integrity(self) -> None:
-        """Clients wait, run or are idle, and nobody else is remembered. For tests."""
+        """Flows wait, run or are idle, and nobody else is remembered. For tests."""
         assert self._values.keys() == {*self._waiting, *self._running, *self._idle}
         assert not set(self._idle) & {*self._waiting, *self._running}
         assert len(self._idle) <= self._max_idle

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
-from lorafleet.workers.scheduling.flows import Client, Clients
+from lorafleet.workers.scheduling.flows import Flow, Flows
 from lorafleet.workers.scheduling.request import Request
 from lorafleet.workers.scheduling.request_pages import RequestPages
 from lorafleet.workers.scheduling.residency import Residency
@@ -33,7 +33,7 @@ class Preemption:
     def __init__(
         self,
         slots: AdapterSlots,
-        clients: Clients,
+        flows: Flows,
         pages: RequestPages,
         residency: Residency,
         running: Running,
@@ -42,7 +42,7 @@ class Preemption:
     ) -> None:
         """turn_s: how long a seat is kept at least."""
         self._slots = slots
-        self._clients = clients
+        self._flows = flows
         self._pages = pages
         self._residency = residency
         self._running = running
@@ -50,41 +50,41 @@ class Preemption:
 
     def free_pages(self) -> Request:
         """Preempt the request that ranks last, for its pages."""
-        victim = max((request for request in self._running if request.has_progressed), key=self._clients.rank_of)
+        victim = max((request for request in self._running if request.has_progressed), key=self._flows.rank_of)
         self._running.preempt(victim)
         return victim
 
     def give_turns(self, now: float) -> Reserved:
         """Give places to those whose time is running out. Who has run for less than a turn is left alone."""
-        adapters = self._clients.slot_line.due(now, self._residency.could_run)
+        adapters = self._flows.slot_line.due(now, self._residency.could_run)
         due = self._due(adapters, now)
-        reserved = Reserved(adapters, {digest for client in due for digest in client.digests})
-        for client in due:
-            if self._residency.are_ready(client.digests):
-                reserved.is_blocked |= not self._start(client, now)
+        reserved = Reserved(adapters, {digest for flow in due for digest in flow.digests})
+        for flow in due:
+            if self._residency.are_ready(flow.digests):
+                reserved.is_blocked |= not self._start(flow, now)
             else:
-                self._load(client, reserved, now)
+                self._load(flow, reserved, now)
         return reserved
 
-    def _due(self, adapters: list[str], now: float) -> list[Client]:
-        """Of the clients of adapters that must have a slot the first ones, those that must have a seat, the others."""
-        served = [self._clients.served_by_turn(adapter) for adapter in adapters]
+    def _due(self, adapters: list[str], now: float) -> list[Flow]:
+        """Of the flows of adapters that must have a slot the first ones, those that must have a seat, the others."""
+        served = [self._flows.served_by_turn(adapter) for adapter in adapters]
         due = dict.fromkeys(first for first, *_ in served)  # a set in order
-        for client in self._clients.seat_line.due(now):
-            if self._residency.are_ready(client.digests):
-                due[client] = None
-        due |= dict.fromkeys(client for _, *others in served for client in others)
+        for flow in self._flows.seat_line.due(now):
+            if self._residency.are_ready(flow.digests):
+                due[flow] = None
+        due |= dict.fromkeys(flow for _, *others in served for flow in others)
         return list(due)
 
-    def _start(self, client: Client, now: float) -> bool:
-        """Start a client's next request before all others, in place of running ones if need be.
+    def _start(self, flow: Flow, now: float) -> bool:
+        """Start a flow's next request before all others, in place of running ones if need be.
 
         Nobody gives way if it would not suffice.
         """
-        request = client.waiting[0]
+        request = flow.waiting[0]
         before = now - self._turn_s
         others = [other for other in self._running if other.has_progressed and other.started_at <= before]
-        others.sort(key=self._clients.rank_of)
+        others.sort(key=self._flows.rank_of)
         if not self._pages.could_place(request, without=others):
             return False
         while not self._running.num_free_seats or not self._running.start(request, now, is_urgent=True):
@@ -93,15 +93,15 @@ class Preemption:
             self._running.preempt(others.pop())
         return True
 
-    def _load(self, client: Client, reserved: Reserved, now: float) -> None:
-        """Load what a client's adapter lacks, in place of adapters whose requests give way if need be.
+    def _load(self, flow: Flow, reserved: Reserved, now: float) -> None:
+        """Load what a flow's adapter lacks, in place of adapters whose requests give way if need be.
 
         If that would not suffice, as many as it lacks take nobody new, those first that have their slots the longest.
         """
-        missing = self._residency.missing(client)
+        missing = self._residency.missing(flow)
         if not missing or reserved.is_gathering:
             return
-        while not self._residency.start_load(client, reserved.keep, now):
+        while not self._residency.start_load(flow, reserved.keep, now):
             others = [other for other in self._slots.obstacles(missing[0]) if other not in reserved.keep]
             num_lacking = max(1, self._slots.num_lacking(len(missing), reserved.keep))
             if self._free_slots(others, num_lacking, now):
@@ -119,7 +119,7 @@ class Preemption:
 
         An adapter with a request that has got no token yet is left alone. False, and nothing is taken: there are fewer.
         """
-        before = now - self._clients.slot_line.turn_s
+        before = now - self._flows.slot_line.turn_s
         held = {digest for digest in adapters if self._residency.held_since(digest) <= before}
         running: dict[str, list[Request]] = {}
         for request in self._running:
@@ -127,7 +127,7 @@ class Preemption:
                 if digest in held:
                     running.setdefault(digest, []).append(request)
         ranks = {
-            digest: min(map(self._clients.rank_of, requests))
+            digest: min(map(self._flows.rank_of, requests))
             for digest, requests in running.items()
             if all(request.has_progressed for request in requests)
         }

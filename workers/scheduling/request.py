@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
-from lorafleet.workers.scheduling.prefix import parting_name, root_name
+from lorafleet.workers.scheduling.prefix import parting_hash, root_hash
 
 MAX_LOGPROBS = 20
 MAX_TENANT_CHARS = 256
@@ -215,15 +215,15 @@ class Request:
     adapter_start: int = 0  # the tokens before it are computed with the base model
     prefix_root: bytes = b""  # prefix.py; other requests with it may have the same pages
     prefix_parting: bytes = b""  # from the page of adapter_start on, only those with this one, too
-    prefix_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
+    prefix_hashes: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # the last ones of token_ids
     pages: list[int] = field(default_factory=list)
-    num_named_pages: int = 0  # of `pages`, those that the pool knows by their names or need not know
+    num_hashed_pages: int = 0  # of `pages`, those that the pool knows by their names or need not know
     num_cached_tokens: int | None = None  # of the prompt, those that were found at its first start
     num_preemptions: int = 0
     is_charged: bool = False  # the prompt is in the counters of service; recomputing it is not charged again
-    is_urgent: bool = False  # it began to run because its client had waited for too long
+    is_urgent: bool = False  # it began to run because its flow had waited for too long
     started_at: float = 0.0  # when it last began to run
     num_tokens_at_start: int = 0  # tokens that were known then
 
@@ -245,8 +245,8 @@ class Request:
             request.digests,
             tuple(weight for _, weight in request.composition) or (1.0,) * len(request.digests),
             start,
-            root_name(request.tenant, request.cache_salt, None if parts else adapter),
-            parting_name(adapter, start) if adapter is not None and parts else b"",
+            root_hash(request.tenant, request.cache_salt, None if parts else adapter),
+            parting_hash(adapter, start) if adapter is not None and parts else b"",
         )
 
     @property

@@ -1,7 +1,7 @@
 """The KV pages of requests: how many each needs, which it finds computed already, and what its own are called.
 
-Owns: a request's `pages`, `num_named_pages`, `prefix_names`, and its `num_computed_tokens` where pages come and go.
-Leaves to others: which pages are free (block_pool.py), what names are made of (prefix.py), who gets pages
+Owns: a request's `pages`, `num_hashed_pages`, `prefix_hashes`, and its `num_computed_tokens` where pages come and go.
+Leaves to others: which pages are free (block_pool.py), what hashes are made of (prefix.py), who gets pages
 (scheduler.py).
 
 What the first pages of a request hold may have been computed for another one, or for itself before it was preempted;
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lorafleet.workers.scheduling.block_pool import BlockPool
-from lorafleet.workers.scheduling.prefix import extend_names
+from lorafleet.workers.scheduling.prefix import extend_hashes
 from lorafleet.workers.scheduling.request import Request
 
 
@@ -40,7 +40,7 @@ class RequestPages:
         if pages is None:
             return False
         request.pages = pages
-        request.num_named_pages = len(found)
+        request.num_hashed_pages = len(found)
         request.num_computed_tokens = len(found) * self._page_size
         return True
 
@@ -58,35 +58,35 @@ class RequestPages:
         request.pages.extend(pages)
         return True
 
-    def name(self, request: Request, num_tokens: int) -> None:
+    def hash_full(self, request: Request, num_tokens: int) -> None:
         """Let others find the pages that the first `num_tokens` tokens of a request fill."""
         num_pages = num_tokens // self._page_size
-        if num_pages <= request.num_named_pages or not self._enable_prefix_caching:
+        if num_pages <= request.num_hashed_pages or not self._enable_prefix_caching:
             return
-        self._extend_names(request, num_pages)
-        for number in range(request.num_named_pages, num_pages):
-            self._pool.name(request.pages[number], request.prefix_names[number])
-        request.num_named_pages = num_pages
+        self._extend_hashes(request, num_pages)
+        for number in range(request.num_hashed_pages, num_pages):
+            self._pool.set_hash(request.pages[number], request.prefix_hashes[number])
+        request.num_hashed_pages = num_pages
 
     def free(self, request: Request, *, is_spoiled: bool = False) -> None:
         """Take a request's pages back. is_spoiled: they hold what nobody should find."""
         if is_spoiled:
             self._pool.spoil(request.pages)
         self._pool.free(request.pages)
-        request.num_computed_tokens = request.num_named_pages = 0
+        request.num_computed_tokens = request.num_hashed_pages = 0
 
     def _find(self, request: Request) -> list[int]:
         """Pages that hold a waiting request's tokens already, all but the last token at most: that one is computed."""
         if not self._enable_prefix_caching:
             return []
         num_pages = (request.num_tokens - 1) // self._page_size
-        if num_pages > len(request.prefix_names):
-            self._extend_names(request, num_pages)
-        return self._pool.find(request.prefix_names[:num_pages])
+        if num_pages > len(request.prefix_hashes):
+            self._extend_hashes(request, num_pages)
+        return self._pool.find(request.prefix_hashes[:num_pages])
 
-    def _extend_names(self, request: Request, num_pages: int) -> None:
-        extend_names(
-            request.prefix_names,
+    def _extend_hashes(self, request: Request, num_pages: int) -> None:
+        extend_hashes(
+            request.prefix_hashes,
             request.prefix_root,
             request.token_ids,
             self._page_size,
@@ -99,11 +99,13 @@ class RequestPages:
         return -(-num_tokens // self._page_size)
 
     def check_integrity(self, running: Sequence[Request], waiting: Sequence[Request]) -> None:
-        """Those that run hold all pages that are held, enough of them, and by their own names if any. For tests."""
+        """Those that run hold all pages that are held, enough of them, and by their own hashes if any. For tests."""
         self._pool.check_integrity(request.pages for request in running)
         for request in running:
             assert request.num_computed_tokens <= len(request.pages) * self._page_size
             for number, page in enumerate(request.pages):
-                name = self._pool.name_of(page)
-                assert name is None or (number < request.num_named_pages and name == request.prefix_names[number])
+                page_hash = self._pool.hash_of(page)
+                assert page_hash is None or (
+                    number < request.num_hashed_pages and page_hash == request.prefix_hashes[number]
+                )
         assert all(not request.pages and not request.num_computed_tokens for request in waiting)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.batch import SlotLoad
-from lorafleet.workers.scheduling.flows import Client, Clients
+from lorafleet.workers.scheduling.flows import Flow, Flows
 from lorafleet.workers.scheduling.request import Request
 from lorafleet.workers.scheduling.request_pages import RequestPages
 from lorafleet.workers.scheduling.turns import SlotPace
@@ -35,14 +35,14 @@ class Residency:
     def __init__(
         self,
         slots: AdapterSlots,
-        clients: Clients,
+        flows: Flows,
         pages: RequestPages,
         pace: SlotPace,
         is_in_host: Callable[[str], bool],
     ) -> None:
         """is_in_host: whether an adapter is in host memory now."""
         self._slots = slots
-        self._clients = clients
+        self._flows = flows
         self._pages = pages
         self._pace = pace
         self._is_in_host = is_in_host
@@ -56,14 +56,14 @@ class Residency:
         self.num_come = 0  # so far
         self._num_overdue = 0  # of those that were announced
 
-    def update_clients(self, now: float) -> float:
-        """Tell the clients what has come of loads and pins since the last step; how long a slot is kept at least."""
+    def update_flows(self, now: float) -> float:
+        """Tell the flows what has come of loads and uses since the last step; how long a slot is kept at least."""
         for digest in [digest for digest in self._loading_since if not self._slots.is_loading(digest)]:
             since = self._loading_since.pop(digest)
             if self._slots.slot_of(digest) is not None:
                 self._pace.book(empty_s=now - since)
-        self._clients.set_hot(self._slots.occupants())
-        return self._clients.set_pinned(self._slots.num_staying, self._pace)
+        self._flows.set_hot(self._slots.occupants())
+        return self._flows.set_pinned(self._slots.num_pinned, self._pace)
 
     def come(self, digest: str, now: float) -> None:
         """An announced adapter is in host memory."""
@@ -75,19 +75,19 @@ class Residency:
         """Whether an adapter waits in host memory for a slot. For any thread."""
         return digest in self._come
 
-    def are_at_hand(self, client: Client) -> bool:
-        """Whether all that a client's adapter lacks is or was in host memory, which may lack room for several."""
-        return all(digest in self._come or self._is_in_host(digest) for digest in self.missing(client))
+    def are_at_hand(self, flow: Flow) -> bool:
+        """Whether all that a flow's adapter lacks is or was in host memory, which may lack room for several."""
+        return all(digest in self._come or self._is_in_host(digest) for digest in self.missing(flow))
 
     def could_run(self, adapter: str) -> bool:
-        """Whether all adapters that clients of `adapter` need are in slots, on the way there, or at hand."""
-        client = self._clients.first(adapter)
-        return client is not None and self.are_at_hand(client)
+        """Whether all adapters that flows of `adapter` need are in slots, on the way there, or at hand."""
+        flow = self._flows.first(adapter)
+        return flow is not None and self.are_at_hand(flow)
 
-    def next_at_hand(self) -> list[Client]:
-        """Of the clients of cold adapters that are likely to be served next, those whose adapters are at hand."""
-        firsts = map(self._clients.first, self._clients.next_cold(self._slots.num_slots + self._num_overdue))
-        return [client for client in firsts if client is not None and self.are_at_hand(client)]
+    def next_at_hand(self) -> list[Flow]:
+        """Of the flows of cold adapters that are likely to be served next, those whose adapters are at hand."""
+        firsts = map(self._flows.first, self._flows.next_cold(self._slots.num_slots + self._num_overdue))
+        return [flow for flow in firsts if flow is not None and self.are_at_hand(flow)]
 
     def slots_of(self, digests: tuple[str, ...]) -> tuple[int, ...]:
         """The slots of adapters that are ready."""
@@ -98,9 +98,9 @@ class Residency:
     def are_ready(self, digests: tuple[str, ...]) -> bool:
         return all(self._slots.slot_of(digest) is not None for digest in digests)
 
-    def missing(self, client: Client) -> list[str]:
-        """Of the adapters that a client needs, the cold ones."""
-        return [digest for digest in client.digests if self._is_cold(digest)]
+    def missing(self, flow: Flow) -> list[str]:
+        """Of the adapters that a flow needs, the cold ones."""
+        return [digest for digest in flow.digests if self._is_cold(digest)]
 
     def held_since(self, digest: str) -> float:
         """When an adapter that is loading or pinned got its slot."""
@@ -110,13 +110,13 @@ class Residency:
         """Whether a ready adapter has had its slot since `then`, or is idle."""
         return self._held_since.get(digest, then) <= then
 
-    def start_load(self, client: Client, keep: set[str], now: float) -> bool:
-        """Bring all that a client's adapter lacks into slots, if they can be had. From here on it counts as served.
+    def start_load(self, flow: Flow, keep: set[str], now: float) -> bool:
+        """Bring all that a flow's adapter lacks into slots, if they can be had. From here on it counts as served.
 
         keep: adapters that are not evicted for it.
         """
-        missing = self.missing(client)
-        slots = self._slots.start_loads(missing, keep.union(client.digests))
+        missing = self.missing(flow)
+        slots = self._slots.start_loads(missing, keep.union(flow.digests))
         if slots is None:
             return False
         self._started += [SlotLoad(digest, slot) for digest, slot in zip(missing, slots, strict=True)]
@@ -125,9 +125,9 @@ class Residency:
         self._loading_since.update(dict.fromkeys(missing, now))
         for digest in missing:
             self._pace.book(ready_s=self._come.pop(digest, 0.0))
-        request = client.waiting[0]
-        self._clients.charge_prompt(request, self._pages.num_found_tokens(request))
-        self._clients.set_hot(self._slots.occupants())
+        request = flow.waiting[0]
+        self._flows.charge_prompt(request, self._pages.num_found_tokens(request))
+        self._flows.set_hot(self._slots.occupants())
         return True
 
     def take_started(self) -> tuple[SlotLoad, ...]:
@@ -141,8 +141,8 @@ class Residency:
         adapters: that must have slots; then the cold ones that are likely to be served next. At most one a slot, not
         counting those that are long overdue; each is named once for as long as it is in line.
         """
-        cold = self._clients.next_cold(self._slots.num_slots + self._num_overdue)
-        digests = [digest for adapter in [*adapters, *cold] for digest in self._clients.digests_of(adapter)]
+        cold = self._flows.next_cold(self._slots.num_slots + self._num_overdue)
+        digests = [digest for adapter in [*adapters, *cold] for digest in self._flows.digests_of(adapter)]
         next_up = dict.fromkeys(digest for digest in digests if self._is_cold(digest))  # a set in order
         names: dict[str, float] = {}
         num_left = self._slots.num_slots
@@ -161,28 +161,28 @@ class Residency:
             del self._come[digest]
         return fresh
 
-    def pin(self, request: Request, now: float) -> None:
+    def acquire(self, request: Request, now: float) -> None:
         """A request runs, and its adapters stay in their slots."""
         for digest in request.digests:
-            self._slots.pin(digest)
+            self._slots.acquire(digest)
             self._held_since.setdefault(digest, now)
 
-    def unpin(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
         for digest in request.digests:
-            self._slots.unpin(digest)
+            self._slots.release(digest)
             if not self._slots.is_pinned(digest):
                 del self._held_since[digest]
 
     def _is_wanted(self, digest: str) -> bool:
-        return self._is_cold(digest) and self._clients.wants(digest)
+        return self._is_cold(digest) and self._flows.wants(digest)
 
     def _is_cold(self, digest: str) -> bool:
         return self._slots.slot_of(digest) is None and not self._slots.is_loading(digest)
 
     def check_integrity(self, running: Sequence[Request]) -> None:
-        """Those that run have their adapters' pins, and nobody else has one. Between steps. For tests."""
+        """Those that run have their adapters' uses, and nobody else has one. Between steps. For tests."""
         self._slots.check_integrity()
-        pins = Counter(digest for request in running for digest in request.digests)
-        assert pins == self._slots._pins
-        assert pins.keys() <= self._held_since.keys()
+        uses = Counter(digest for request in running for digest in request.digests)
+        assert uses == self._slots._uses
+        assert uses.keys() <= self._held_since.keys()
         assert not self._started

@@ -1,4 +1,4 @@
-"""The requests that run: who has a seat, and what each start and end does to pages, slots and clients.
+"""The requests that run: who has a seat, and what each start and end does to pages, slots and flows.
 
 Owns: the seats. Leaves to others: who gets one (scheduler.py) and who gives it up (preemption.py).
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from lorafleet.workers.scheduling.flows import Clients
+from lorafleet.workers.scheduling.flows import Flows
 from lorafleet.workers.scheduling.request import Request
 from lorafleet.workers.scheduling.request_pages import RequestPages
 from lorafleet.workers.scheduling.residency import Residency
@@ -21,8 +21,8 @@ from lorafleet.workers.scheduling.residency import Residency
 class Running:
     """`max_num_seqs` seats. Iterates by start."""
 
-    def __init__(self, clients: Clients, pages: RequestPages, residency: Residency, *, max_num_seqs: int) -> None:
-        self._clients = clients
+    def __init__(self, flows: Flows, pages: RequestPages, residency: Residency, *, max_num_seqs: int) -> None:
+        self._flows = flows
         self._pages = pages
         self._residency = residency
         self._max_num_seqs = max_num_seqs
@@ -51,15 +51,15 @@ class Running:
         assert self.num_free_seats > 0
         if not self._pages.place(request):
             return False
-        self._clients.start(request)
-        self._clients.charge_prompt(request, request.num_computed_tokens)
+        self._flows.start(request)
+        self._flows.charge_prompt(request, request.num_computed_tokens)
         self.num_prefix_query_tokens += request.num_tokens
         self.num_prefix_hit_tokens += request.num_computed_tokens
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
         if not request.num_preemptions:
             self._begun.update(request.digests)
-        self._residency.pin(request, now)
+        self._residency.acquire(request, now)
         request.is_urgent = is_urgent
         request.started_at = now
         request.num_tokens_at_start = request.num_tokens
@@ -72,14 +72,14 @@ class Running:
         self._leave(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self._clients.put_back(request)
+        self._flows.put_back(request)
 
     def remove(self, request: Request, *, is_spoiled: bool) -> None:
         """A request that runs or waits has ended. is_spoiled: its pages hold what nobody should find."""
         runs = request in self._requests
         if runs:
             self._leave(request, is_spoiled=is_spoiled)
-        self._clients.drop(request, runs=runs)
+        self._flows.drop(request, runs=runs)
         if runs or request.num_preemptions:
             for digest in request.digests:
                 self._begun[digest] -= 1
@@ -89,10 +89,10 @@ class Running:
     def _leave(self, request: Request, *, is_spoiled: bool = False) -> None:
         self._requests.remove(request)
         self._pages.free(request, is_spoiled=is_spoiled)
-        self._residency.unpin(request)
+        self._residency.release(request)
 
     def check_integrity(self, waiting: list[Request]) -> None:
-        """Seats, pages and pins are those of the requests that run. For tests."""
+        """Seats, pages and uses are those of the requests that run. For tests."""
         assert self.num_free_seats >= 0
         assert all(request.is_charged for request in self._requests)
         begun = [request for request in waiting if request.num_preemptions] + self._requests

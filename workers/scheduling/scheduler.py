@@ -28,7 +28,7 @@ from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.batch import Scheduled, StepPlan, in_row_order
 from lorafleet.workers.scheduling.block_pool import BlockPool
 from lorafleet.workers.scheduling.claims import Claims
-from lorafleet.workers.scheduling.flows import Clients
+from lorafleet.workers.scheduling.flows import Flows
 from lorafleet.workers.scheduling.preemption import Preemption, Reserved
 from lorafleet.workers.scheduling.request import FinishReason, Request
 from lorafleet.workers.scheduling.request_pages import RequestPages
@@ -59,7 +59,7 @@ class Scheduler:
         is_in_host: Callable[[str], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """max_wait_s: how long a client may get no token; 0 is no bound. is_in_host: whether an adapter can be copied
+        """max_wait_s: how long a flow may get no token; 0 is no bound. is_in_host: whether an adapter can be copied
         into a slot now; of those that cannot, those that plans name in `prefetches` are to be reported by `come`.
         clock: seconds that never go back.
         """
@@ -69,12 +69,12 @@ class Scheduler:
         self._now = clock()
         bound = WaitBound(max_wait_s, slots.num_slots, max_num_seqs)
         self._slots = slots
-        self._clients = clients = Clients(bound)
+        self._flows = flows = Flows(bound)
         self._pages = pages = RequestPages(pool, page_size=page_size, enable_prefix_caching=enable_prefix_caching)
-        self._residency = residency = Residency(slots, clients, pages, SlotPace(bound), is_in_host)
-        self._running = running = Running(clients, pages, residency, max_num_seqs=max_num_seqs)
-        self._claims = Claims(slots, clients, residency, turn_s=bound.turn_s)
-        self._preemption = Preemption(slots, clients, pages, residency, running, turn_s=bound.turn_s)
+        self._residency = residency = Residency(slots, flows, pages, SlotPace(bound), is_in_host)
+        self._running = running = Running(flows, pages, residency, max_num_seqs=max_num_seqs)
+        self._claims = Claims(slots, flows, residency, turn_s=bound.turn_s)
+        self._preemption = Preemption(slots, flows, pages, residency, running, turn_s=bound.turn_s)
         self._requests: dict[str, Request] = {}
         self._bound = bound
         self.slot_turn_s = bound.turn_s  # how long a slot is kept at least
@@ -91,22 +91,22 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._clients.num_waiting
+        return self._flows.num_waiting
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Of prompts, and of what preempted requests had computed, what is left to steps after the planned one."""
-        return self._clients.num_waiting_tokens + self._num_put_off
+        return self._flows.num_waiting_tokens + self._num_put_off
 
     @property
-    def num_served_clients(self) -> int:
-        """Clients (a tenant's requests for one adapter) with running requests."""
-        return self._clients.num_served_clients
+    def num_served_flows(self) -> int:
+        """Flows (a tenant's requests for one adapter) with running requests."""
+        return self._flows.num_served_flows
 
     @property
     def num_served_turns(self) -> int:
-        """What `Entrance` needs to know of adapters whose clients are served."""
-        return self._clients.num_served_turns
+        """What `AdmissionControl` needs to know of adapters whose flows are served."""
+        return self._flows.num_served_turns
 
     @property
     def num_preemptions(self) -> int:
@@ -133,7 +133,7 @@ class Scheduler:
         assert request.request_id not in self._requests
         assert self._pages.can_ever_hold(request.num_prompt_tokens + request.sampling.max_tokens)
         self._requests[request.request_id] = request
-        self._clients.add(request, self._clock())
+        self._flows.add(request, self._clock())
 
     def remove(self, request_id: str, *, is_spoiled: bool = False) -> bool:
         """Forget a request wherever it is, and free everything it holds. False: it is not here (any more).
@@ -160,16 +160,16 @@ class Scheduler:
 
     def waiting_for(self, digest: str) -> list[str]:
         """Ids of the requests that wait and name this adapter."""
-        return [request.request_id for request in self._clients.waiting_for(digest)]
+        return [request.request_id for request in self._flows.waiting_for(digest)]
 
     @property
     def is_overdue(self) -> bool:
         """Whether `overdue` may name some now."""
         max_wait_s, now = self._bound.max_wait_s, self._clock()
-        return max_wait_s > 0 and now >= max(self._overdue_at, self._clients.seat_line.first_since + self._give_up_s)
+        return max_wait_s > 0 and now >= max(self._overdue_at, self._flows.seat_line.first_since + self._give_up_s)
 
     def overdue(self) -> list[str]:
-        """Ids of the requests that could not be served in time: their clients have got nothing for `max_wait_s`, but
+        """Ids of the requests that could not be served in time: their flows have got nothing for `max_wait_s`, but
         for the last moment.
 
         One that has begun is never among them: it goes on.
@@ -178,12 +178,12 @@ class Scheduler:
             return []
         now = self._clock()
         self._overdue_at = now + self._look_again_s
-        return [request.request_id for request in self._clients.overdue(now - self._give_up_s)]
+        return [request.request_id for request in self._flows.overdue(now - self._give_up_s)]
 
     def schedule(self) -> StepPlan:
         """Choose the next step: those that run go on, then waiting ones are let in."""
         self._now = self._clock()
-        self.slot_turn_s = self._residency.update_clients(self._now)
+        self.slot_turn_s = self._residency.update_flows(self._now)
         reserved = self._preemption.give_turns(self._now)
         scheduled: dict[Request, int] = {}
         budget, preempted = self._go_on(scheduled)
@@ -191,7 +191,7 @@ class Scheduler:
         if reserved.keep or not scheduled or self._has_news():
             if not preempted and not reserved.is_blocked:
                 self._let_in(scheduled, budget, reserved)
-            due = self._clients.slot_line.due(self._now)
+            due = self._flows.slot_line.due(self._now)
             prefetches = self._residency.announce(due, self._now, self.slot_turn_s)
         slots_of = self._residency.slots_of
         entries = [Scheduled(request, num, slots_of(request.digests)) for request, num in scheduled.items()]
@@ -205,7 +205,7 @@ class Scheduler:
         if samples:
             request.token_ids.append(0)
             request.num_pending_tokens += 1
-            self._clients.charge_output(request, self._now)
+            self._flows.charge_output(request, self._now)
 
     def settle(self, request: Request, token_id: int) -> FinishReason | None:
         """Put the token in the place of the first that is pending; the reason if that ended the request."""
@@ -229,7 +229,7 @@ class Scheduler:
         return None if token_id is None else self.settle(entry.request, token_id)
 
     def _name_known(self, request: Request) -> None:
-        self._pages.name(request, min(request.num_computed_tokens, request.num_known_tokens))
+        self._pages.hash_full(request, min(request.num_computed_tokens, request.num_known_tokens))
 
     def _go_on(self, scheduled: dict[Request, int]) -> tuple[int, bool]:
         """Schedule running requests, single tokens before prompts; the budget that is left, and whether pages ran out.
@@ -274,7 +274,7 @@ class Scheduler:
         return self._changes() != self._last_look or self._now >= self._last_look_at + self._look_again_s
 
     def _changes(self) -> tuple[int, int, int]:
-        return self._clients.num_changes, self._slots.num_changes, self._residency.num_come
+        return self._flows.num_changes, self._slots.num_changes, self._residency.num_come
 
     def _let_in(self, scheduled: dict[Request, int], budget: int, reserved: Reserved) -> None:
         """Start waiting requests in the order of service until budget, seats or pages run out.
@@ -282,18 +282,18 @@ class Scheduler:
         One whose adapter is in host memory but in no slot starts a load if a slot can be had; if none can, those that
         rank behind it pass.
         """
-        clients = self._clients
-        hot = clients.hot()
+        flows = self._flows
+        hot = flows.hot()
         claimed = reserved.claimed | self._claims.find(hot, reserved.claimed, self._now)
         unclaimed = {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
         ready = [adapter for adapter, digests in unclaimed.items() if self._residency.are_ready(digests)]
         keep = reserved.keep.union(*unclaimed.values())
         has_slot = not reserved.is_gathering
         while True:
-            warm = [client for adapter in (None, *ready) if (client := clients.first(adapter)) is not None]
-            best = min(warm, key=clients.rank, default=None)
+            warm = [flow for adapter in (None, *ready) if (flow := flows.first(adapter)) is not None]
+            best = min(warm, key=flows.rank, default=None)
             while has_slot and (cold := next(iter(self._residency.next_at_hand()), None)) is not None:
-                if best is not None and clients.rank(best) < clients.rank(cold):
+                if best is not None and flows.rank(best) < flows.rank(cold):
                     break
                 has_slot = self._residency.start_load(cold, keep, self._now)
                 if has_slot:
@@ -316,12 +316,12 @@ class Scheduler:
 
     def _load_beside(self, keep: set[str]) -> None:
         """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""
-        for client in self._residency.next_at_hand():
-            if any(map(self._slots.lacks_bytes, client.digests)) or not self._residency.missing(client):
+        for flow in self._residency.next_at_hand():
+            if any(map(self._slots.lacks_bytes, flow.digests)) or not self._residency.missing(flow):
                 continue
-            if not self._residency.start_load(client, keep, self._now):
+            if not self._residency.start_load(flow, keep, self._now):
                 return
-            keep.update(client.digests)
+            keep.update(flow.digests)
 
     def _schedule_prompt(self, request: Request, budget: int, scheduled: dict[Request, int]) -> int:
         """Schedule as many of a request's tokens as the budget allows; returns how many.
@@ -331,12 +331,12 @@ class Scheduler:
         """
         num_tokens = scheduled[request] = min(request.num_uncomputed_tokens, budget)
         self._num_put_off += request.num_uncomputed_tokens - num_tokens
-        self._pages.name(request, request.num_computed_tokens + num_tokens)
+        self._pages.hash_full(request, request.num_computed_tokens + num_tokens)
         return num_tokens
 
     def check_integrity(self) -> None:
         """Every request waits or runs, holds what it should, and nothing else is held. For tests."""
-        waiting = self._clients.check_integrity(list(self._running))
+        waiting = self._flows.check_integrity(list(self._running))
         ids = [request.request_id for request in [*self._running, *waiting]]
         assert sorted(ids) == sorted(self._requests)
         self._running.check_integrity(waiting)

@@ -50,7 +50,7 @@ class WaitBound:
 
     max_wait_s: float  # 0: no promise
     num_slots: int  # for adapters
-    num_seats: int  # for clients: a tenant's requests for one adapter, or for the base model
+    num_seats: int  # for flows: a tenant's requests for one adapter, or for the base model
 
     @property
     def turn_s(self) -> float:
@@ -62,13 +62,13 @@ class WaitBound:
         return self.places_left(0)
 
     @property
-    def num_clients_a_turn(self) -> int:
-        """How many clients an adapter's turn serves."""
+    def num_flows_a_turn(self) -> int:
+        """How many flows an adapter's turn serves."""
         return self.num_seats // max(1, self.num_adapter_places)
 
-    def num_turns(self, num_clients: int, num_adapters: int = 1) -> int:
-        """How many turns an adapter needs for so many clients, or a composition of `num_adapters`."""
-        return -(-num_clients // self.num_clients_a_turn) * (2 * num_adapters - 1)
+    def num_turns(self, num_flows: int, num_adapters: int = 1) -> int:
+        """How many turns an adapter needs for so many flows, or a composition of `num_adapters`."""
+        return -(-num_flows // self.num_flows_a_turn) * (2 * num_adapters - 1)
 
     def max_turns(self, num_pinned: int = 0, turn_s: float = 0.0) -> int:
         """How many turns adapters may wait for, when some slots change hands no more: two each at least.
@@ -82,8 +82,8 @@ class WaitBound:
         return min(max(1, self.num_slots - num_pinned), self.num_seats)
 
     @property
-    def max_clients(self) -> int:
-        """How many clients may wait for a seat."""
+    def max_flows(self) -> int:
+        """How many flows may wait for a seat."""
         return self.num_seats * int(self.max_wait_s / self.turn_s - 4)
 
 
@@ -222,17 +222,17 @@ class Line(Generic[T]):
         assert self.num_turns == sum(self._turns.values())
 
 
-class Entrance:
-    """Where requests come in: counts clients with unfinished ones, refuses those that could not be served in time."""
+class AdmissionControl:
+    """Where requests come in: counts flows with unfinished ones, refuses those that could not be served in time."""
 
     def __init__(self, bound: WaitBound) -> None:
         self._bound = bound
-        self._requests: Counter[tuple[str, str | None]] = Counter()  # unfinished ones of each client
-        self._clients: Counter[str] = Counter()  # of each adapter
-        self._num_turns = 0  # that all these clients of adapters need
-        self._turns_of: Counter[str] = Counter()  # tenants → turns that its clients would need without the others'
+        self._requests: Counter[tuple[str, str | None]] = Counter()  # unfinished ones of each flow
+        self._flows: Counter[str] = Counter()  # of each adapter
+        self._num_turns = 0  # that all these flows of adapters need
+        self._turns_of: Counter[str] = Counter()  # tenants → turns that its flows would need without the others'
         # Of all this, what is not in line since it is served. The owner sets them after each step.
-        self.num_served_clients = 0
+        self.num_served_flows = 0
         self.num_served_turns = 0
         self.num_pinned = 0  # adapters whose slots change hands no more
         self.turn_s = bound.turn_s  # of a slot
@@ -243,8 +243,8 @@ class Entrance:
         return max(0, self._num_turns - self.num_served_turns)
 
     @property
-    def num_waiting_clients(self) -> int:
-        return max(0, len(self._requests) - self.num_served_clients)
+    def num_waiting_flows(self) -> int:
+        return max(0, len(self._requests) - self.num_served_flows)
 
     def enter(self, tenant: str, adapter: str | None, num_adapters: int = 1, *, is_hot: bool = False) -> None:
         """Count one more request for an adapter, a composition of `num_adapters`, or the base model.
@@ -256,12 +256,12 @@ class Entrance:
         if (tenant, adapter) not in self._requests:
             num_more = 0
             if adapter is not None:
-                num_clients = self._clients[adapter]
-                num_more = bound.num_turns(num_clients + 1, num_adapters) - bound.num_turns(num_clients, num_adapters)
+                num_flows = self._flows[adapter]
+                num_more = bound.num_turns(num_flows + 1, num_adapters) - bound.num_turns(num_flows, num_adapters)
             if bound.max_wait_s:
                 self._check_room(0 if is_hot else num_more, tenant)
             if adapter is not None:
-                self._clients[adapter] += 1
+                self._flows[adapter] += 1
                 self._turns_of[tenant] += bound.num_turns(1, num_adapters)
             self._num_turns += num_more
         self._requests[tenant, adapter] += 1
@@ -274,13 +274,11 @@ class Entrance:
             return
         del self._requests[tenant, adapter]
         if adapter is not None:
-            num_clients = self._clients[adapter]
-            self._num_turns -= bound.num_turns(num_clients, num_adapters) - bound.num_turns(
-                num_clients - 1, num_adapters
-            )
-            self._clients[adapter] -= 1
-            if num_clients == 1:
-                del self._clients[adapter]
+            num_flows = self._flows[adapter]
+            self._num_turns -= bound.num_turns(num_flows, num_adapters) - bound.num_turns(num_flows - 1, num_adapters)
+            self._flows[adapter] -= 1
+            if num_flows == 1:
+                del self._flows[adapter]
             self._turns_of[tenant] -= bound.num_turns(1, num_adapters)
             if not self._turns_of[tenant]:
                 del self._turns_of[tenant]
@@ -294,10 +292,10 @@ class Entrance:
                 f"tenants want counts several times); --max-adapter-wait-s {bound.max_wait_s:g} can be kept for "
                 f"{max_turns}. Try again later; a larger --max-adapter-wait-s or --max-loras lets more wait."
             )
-        if self.num_waiting_clients >= bound.max_clients:
+        if self.num_waiting_flows >= bound.max_flows:
             raise QueueFullError(
-                f"{self.num_waiting_clients} clients (a tenant's requests for one model) wait for {bound.num_seats} "
-                f"seats; --max-adapter-wait-s {bound.max_wait_s:g} can be kept for {bound.max_clients}. Try again "
+                f"{self.num_waiting_flows} flows (a tenant's requests for one model) wait for {bound.num_seats} "
+                f"seats; --max-adapter-wait-s {bound.max_wait_s:g} can be kept for {bound.max_flows}. Try again "
                 "later; a larger --max-adapter-wait-s or --max-num-seqs lets more wait."
             )
 

@@ -179,7 +179,7 @@ class WorkerActor:
             max_model_len=engine.max_model_len,
             vocab_size=engine.vocab_size,
             max_num_seqs=self._config.max_num_seqs,
-            max_loras=engine.plan.max_loras,
+            max_loras=engine.memory.max_loras,
             num_ranks=self._config.tensor_parallel_size,
         )
 

@@ -1,7 +1,7 @@
 """The adapters of one worker by (name, version), as the controller asked for them.
 
 Owns: what is known of each, and what the controller said that names stand for. Leaves to others: what an alias stands
-for (adapters/aliases.py), tokenizers and templates (registered_texts.py), gRPC (service.py).
+for (adapters/aliases.py), tokenizers and templates (registered_tokenizers.py), gRPC (service.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterRefusedError, ModelError
 from lorafleet.workers.server.adapter_names import AdapterNames
-from lorafleet.workers.server.registered_texts import RegisteredTexts, TextFiles
+from lorafleet.workers.server.registered_tokenizers import RegisteredTokenizers, TokenizerFiles
 
 _Key = tuple[str, int]
 
@@ -30,7 +30,7 @@ class _Read:
     """What lay at an adapter's place."""
 
     spec: AdapterSpec
-    text: TextFiles | None  # None: the base model's
+    text: TokenizerFiles | None  # None: the base model's
 
 
 class AdapterRegistry:
@@ -45,7 +45,7 @@ class AdapterRegistry:
         self._aliases: Aliases[_Key] = Aliases(engine, owner=lambda key: key[0])
         self._lock = threading.Lock()
         self._adapters: dict[_Key, worker_pb2.Adapter] = {}
-        self._texts = RegisteredTexts(Path(engine.config.model))
+        self._texts = RegisteredTokenizers(Path(engine.config.model))
 
     def all(self) -> list[worker_pb2.Adapter]:
         with self._lock:
@@ -72,7 +72,7 @@ class AdapterRegistry:
         return self._aliases.in_turn(key, partial(self._read, request), partial(self._put, request), request.root)
 
     def text_files(self, digest: str) -> Future[dict[str, bytes] | None]:
-        """Tokenizer and template of an adapter with this text_digest; see `RegisteredTexts.files`."""
+        """Tokenizer and template of an adapter with this text_digest; see `RegisteredTokenizers.files`."""
         return self._texts.files(digest)
 
     def prefetch(self, adapter: worker_pb2.Adapter) -> None:

@@ -127,7 +127,7 @@ class GatewayState:
         text = self.text
         if not model.text_digest or model.text_digest == text.digest:
             return text
-        return await self.routes.adapter_texts.get(model.text_digest)
+        return await self.routes.adapter_tokenizers.get(model.text_digest)
 
     async def in_thread(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
         """Run what may take long (a tokenizer, a template) off the event loop. num_bytes: of what it works on."""

@@ -2,7 +2,7 @@
 
 The worker finds them among its KV pages (workers/scheduling/prefix.py) unless it had to give those away meanwhile,
 which the gateway does not hear of; so as many tokens are remembered as the worker has room for, those longest unused go
-first. A name stands for all tokens up to the end of a block and for whom they were computed.
+first. A hash stands for all tokens up to the end of a block and for whom they were computed.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from collections.abc import Sequence
 BLOCK = 64  # tokens
 
 
-def prefix_names(owner: str, token_ids: Sequence[int]) -> list[bytes]:
-    """A name for each whole number of blocks that a prompt begins with, shortest first.
+def prefix_hashes(owner: str, token_ids: Sequence[int]) -> list[bytes]:
+    """A hash for each whole number of blocks that a prompt begins with, shortest first.
 
     owner: whose results it may share: the tenant, its cache salt and the adapters.
     """
     digest = hashlib.blake2b(owner.encode(), digest_size=8)
-    names = []
+    hashes = []
     for end in range(BLOCK, len(token_ids) + 1, BLOCK):
         digest.update(array("I", token_ids[end - BLOCK : end]))
-        names.append(digest.digest())
-    return names
+        hashes.append(digest.digest())
+    return hashes
 
 
 class PrefixMemory:
     """Of one worker."""
 
     def __init__(self) -> None:
-        self._names: OrderedDict[bytes, None] = OrderedDict()  # the longest unused first
+        self._hashes: OrderedDict[bytes, None] = OrderedDict()  # the longest unused first
 
-    def note(self, names: Sequence[bytes], max_tokens: int) -> None:
+    def note(self, hashes: Sequence[bytes], max_tokens: int) -> None:
         """A prompt was sent to the worker. max_tokens: that the worker has room for."""
-        for name in reversed(names):  # of one prompt the longest prefix goes first
-            self._names[name] = None
-            self._names.move_to_end(name)
-        while len(self._names) * BLOCK > max_tokens:
-            self._names.popitem(last=False)
+        for page_hash in reversed(hashes):  # of one prompt the longest prefix goes first
+            self._hashes[page_hash] = None
+            self._hashes.move_to_end(page_hash)
+        while len(self._hashes) * BLOCK > max_tokens:
+            self._hashes.popitem(last=False)
 
-    def num_found(self, names: Sequence[bytes]) -> int:
+    def num_found(self, hashes: Sequence[bytes]) -> int:
         """With how many tokens of a prompt the worker need not begin anew."""
         num_blocks = 0
-        for name in names:
-            if name not in self._names:
+        for page_hash in hashes:
+            if page_hash not in self._hashes:
                 break
             num_blocks += 1
         return num_blocks * BLOCK
 
     def clear(self) -> None:
         """The worker has lost all it had."""
-        self._names.clear()
+        self._hashes.clear()

@@ -20,7 +20,7 @@ import grpc.aio
 
 from lorafleet.controller.gateway.routing.routing_table import RoutingTable
 from lorafleet.controller.gateway.streams.controller_pulse import while_it_lives
-from lorafleet.controller.gateway.streams.texts import Texts
+from lorafleet.controller.gateway.streams.tokenizers import Tokenizers
 from lorafleet.controller.gateway.streams.wire import Backoff, controller_stub, describe, open_channel
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import DeadlineError, LoRAFleetError, ModelError, WorkerUnavailableError
@@ -49,11 +49,11 @@ class RoutesClient:
     ) -> None:
         """executor: where tokenizers are built. on_table: called with each new table.
 
-        text: the base model's. adapter_texts: of adapters that bring their own.
+        text: the base model's. adapter_tokenizers: of adapters that bring their own.
         """
         self.table: RoutingTable | None = None
         self.text: ModelText | None = None
-        self.adapter_texts = Texts(self._fetch, executor)
+        self.adapter_tokenizers = Tokenizers(self._fetch, executor)
         self._address = address
         self._metadata = bearer(token)
         self._gateway_id = gateway_id
@@ -77,7 +77,7 @@ class RoutesClient:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.adapter_texts.close()
+        await self.adapter_tokenizers.close()
         if self._channel is not None:
             await self._channel.close()
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from lorafleet.controller.gateway.config import SessionTimes
 from lorafleet.controller.gateway.routing.demand import Demand
-from lorafleet.controller.gateway.routing.prefix_memory import prefix_names
+from lorafleet.controller.gateway.routing.prefix_memory import prefix_hashes
 from lorafleet.controller.gateway.routing.router import Wanted, choose_worker
 from lorafleet.controller.gateway.routing.routing_table import Endpoint
 from lorafleet.controller.gateway.routing.worker_view import WorkerView
@@ -88,7 +88,7 @@ class WorkerPool:
     def choose(self, adapters: Sequence[str], prompt: Sequence[int], owner: str) -> WorkerSession:
         """The session for a request, which is then to be submitted there.
 
-        adapters: digests; none for the base model. owner: see `prefix_names`. Raises WorkerUnavailableError when no
+        adapters: digests; none for the base model. owner: see `prefix_hashes`. Raises WorkerUnavailableError when no
         worker can take it now, AdapterUnavailableError when all have tried in vain to load an adapter again,
         InvalidRequestError when none could even if all were ready.
         """
@@ -101,14 +101,14 @@ class WorkerPool:
                 sessions, views = [sessions[number] for number in having], [views[number] for number in having]
         if not any(view.ready and view.max_loras >= len(adapters) for view in views):
             raise self._refusal(views, len(adapters))
-        names = prefix_names(owner, prompt)
-        cached = {session.endpoint.worker_id: session.num_cached_tokens(names) for session in sessions}
+        hashes = prefix_hashes(owner, prompt)
+        cached = {session.endpoint.worker_id: session.num_cached_tokens(hashes) for session in sessions}
         num_recent = self._demand.book(tuple(adapters)) * max(session.num_gateways for session in sessions)
         wanted = Wanted(tuple(adapters), len(prompt), num_recent, cached)
         chosen = choose_worker(views, wanted, lot=self._gateway_id)
         assert chosen is not None
         session = sessions[views.index(chosen)]
-        session.expect(adapters, len(prompt) - cached[chosen.worker_id], names)
+        session.expect(adapters, len(prompt) - cached[chosen.worker_id], hashes)
         return session
 
     @staticmethod

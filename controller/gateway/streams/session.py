@@ -20,8 +20,8 @@ from typing import Any
 import grpc.aio
 
 from lorafleet.controller.gateway.config import SessionTimes
+from lorafleet.controller.gateway.routing.adapter_tiers import AdapterTiers
 from lorafleet.controller.gateway.routing.prefix_memory import PrefixMemory
-from lorafleet.controller.gateway.routing.residents import Residents
 from lorafleet.controller.gateway.routing.routing_table import Endpoint
 from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
 from lorafleet.controller.gateway.streams.delivery import SessionLost, deliver
@@ -70,7 +70,7 @@ class WorkerSession:
         self._heard_at = 0.0
         self._heartbeat: worker_pb2.Heartbeat | None = None  # None until the first of this session
         self._pace = Pace()
-        self._residents = Residents()
+        self._tiers = AdapterTiers()
         self._prefixes = PrefixMemory()
         self._num_unreported = self._num_unreported_tokens = 0
 
@@ -127,26 +127,26 @@ class WorkerSession:
             load.num_free_pages,
             load.page_size,
             self._pace,
-            self._residents.tiers,
-            self._residents.num_on_device,
+            self._tiers.tiers,
+            self._tiers.num_on_device,
             load.host_cache_usage,
-            self._residents.expected,
+            self._tiers.expected,
             # Other gateways have sent about as much meanwhile, which only the worker's next heartbeat tells.
             self._num_unreported * self.num_gateways,
             self._num_unreported_tokens * self.num_gateways,
         )
 
-    def num_cached_tokens(self, prefix_names: Sequence[bytes]) -> int:
+    def num_cached_tokens(self, prefix_hashes: Sequence[bytes]) -> int:
         """Of a prompt, the tokens that the worker has probably computed before."""
-        return self._prefixes.num_found(prefix_names)
+        return self._prefixes.num_found(prefix_hashes)
 
-    def expect(self, adapters: Sequence[str], num_tokens: int, prefix_names: Sequence[bytes]) -> None:
+    def expect(self, adapters: Sequence[str], num_tokens: int, prefix_hashes: Sequence[bytes]) -> None:
         """Take into account a prompt that is about to be submitted. num_tokens: of it, those to be computed."""
-        self._residents.expect(adapters)
+        self._tiers.expect(adapters)
         self._num_unreported_tokens += num_tokens
         if self._heartbeat is not None:
             load = self._heartbeat.load
-            self._prefixes.note(prefix_names, load.num_pages * load.page_size)
+            self._prefixes.note(prefix_hashes, load.num_pages * load.page_size)
 
     def submit(self, queue: ChoiceQueue, generate: worker_pb2.Generate) -> int:
         """Send a request whose tokens go to `queue`; fills in and returns its stream number, for `cancel`.
@@ -204,7 +204,7 @@ class WorkerSession:
         """Everything that was on the session ends."""
         self._live = False
         self._heartbeat = None
-        self._residents.clear()
+        self._tiers.clear()
         self._prefixes.clear()
         self._outbox.clear()
         self._outbox_filled.clear()
@@ -297,7 +297,7 @@ class WorkerSession:
                 beat = self._heartbeat
                 if before is None or before.state != beat.state:
                     self._on_open()
-                self._residents.update((place.digest, Tier(place.tier)) for place in beat.adapters)
+                self._tiers.update((place.digest, Tier(place.tier)) for place in beat.adapters)
                 self._pace = Pace(
                     beat.pace.step_s,
                     beat.pace.prompt_token_s,

@@ -20,7 +20,7 @@ from lorafleet.workers.adapters import format as adapter_format
 from lorafleet.workers.adapters import tensor_file
 from lorafleet.workers.adapters.config import CONFIG_FILE
 from lorafleet.workers.adapters.digest import AdapterHash, FileStamp
-from lorafleet.workers.adapters.format import AdapterSpec, load_adapter, read_spec
+from lorafleet.workers.adapters.format import AdapterSpec, load_adapter, read_adapter_spec
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
@@ -55,7 +55,7 @@ def write(path: Path, config: dict[str, Any] | None = None, weights: Tensors | N
 
 
 def read(path: Path, max_lora_rank: int = 16) -> AdapterSpec:
-    return read_spec(path, BASE, max_lora_rank=max_lora_rank)
+    return read_adapter_spec(path, BASE, max_lora_rank=max_lora_rank)
 
 
 def assert_refused(path: Path, reason: str, *named: str, max_lora_rank: int = 16) -> None:
@@ -233,9 +233,12 @@ def test_invocation_tokens_are_part_of_the_digest_and_none_are_as_good_as_no_fie
 
 def test_invocation_tokens_that_no_prompt_can_hold_are_refused(tmp_path: Path) -> None:
     write(tmp_path, {"alora_invocation_tokens": [3, 11]})
-    assert read_spec(tmp_path, replace(BASE, vocab_size=12), max_lora_rank=RANK).config.invocation_tokens == (3, 11)
+    assert read_adapter_spec(tmp_path, replace(BASE, vocab_size=12), max_lora_rank=RANK).config.invocation_tokens == (
+        3,
+        11,
+    )
     with pytest.raises(AdapterRefusedError, match=r"the id 11; the base model's ids go from 0 to 10\.") as caught:
-        read_spec(tmp_path, replace(BASE, vocab_size=11), max_lora_rank=RANK)
+        read_adapter_spec(tmp_path, replace(BASE, vocab_size=11), max_lora_rank=RANK)
     assert caught.value.reason == "bad_config"
 
 
@@ -245,7 +248,7 @@ FUSED_A, FUSED_B = (name.format(layer=0, linear="self_attn.qkv_proj") for name i
 
 def test_a_fused_module_is_its_parts_with_one_a(tmp_path: Path) -> None:
     weights = {FUSED_A: torch.randn(RANK, 8), FUSED_B: torch.randn(16, RANK)}
-    spec = read_spec(write(tmp_path, weights=weights), FUSED_BASE, max_lora_rank=RANK)
+    spec = read_adapter_spec(write(tmp_path, weights=weights), FUSED_BASE, max_lora_rank=RANK)
     loaded = load_adapter(spec, FUSED_BASE, torch.float32)
     assert loaded.num_bytes == 4 * (RANK * 8 + 16 * RANK), "A is kept once"
     assert list(loaded.weights) == [(0, "q_proj"), (0, "k_proj"), (0, "v_proj")]
@@ -257,7 +260,7 @@ def test_a_module_and_a_part_of_it_are_refused(tmp_path: Path) -> None:
     weights = {FUSED_A: torch.randn(RANK, 8), FUSED_B: torch.randn(16, RANK)}
     write(tmp_path, weights=weights | {Q0_A: torch.randn(RANK, 8), Q0_B: torch.randn(8, RANK)})
     with pytest.raises(AdapterRefusedError, match="qkv_proj and on q_proj of layer 0") as caught:
-        read_spec(tmp_path, FUSED_BASE, max_lora_rank=RANK)
+        read_adapter_spec(tmp_path, FUSED_BASE, max_lora_rank=RANK)
     assert caught.value.reason == "overlapping_targets"
 
 
@@ -579,7 +582,7 @@ def test_a_file_of_mixed_dtypes_is_loaded_wherever_its_tensors_lie(tmp_path: Pat
     (tmp_path / WEIGHTS_FILE).write_bytes(
         struct.pack("<Q", len(encoded)) + encoded + a.view(torch.int16).numpy().tobytes() + b.numpy().tobytes()
     )
-    spec = read_spec(tmp_path, base, max_lora_rank=1)
+    spec = read_adapter_spec(tmp_path, base, max_lora_rank=1)
     assert spec.num_elements == 6
     loaded_a, loaded_b, *_ = load_adapter(spec, base, torch.float32).weights[0, "q_proj"]
     assert loaded_a.tolist() == a.tolist()

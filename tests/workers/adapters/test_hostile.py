@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lorafleet.workers.adapters.config import CONFIG_FILE
-from lorafleet.workers.adapters.format import AdapterSpec, read_spec
+from lorafleet.workers.adapters.format import AdapterSpec, read_adapter_spec
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.adapters.vocabulary import NEW_EMBEDDINGS_FILE
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
@@ -54,7 +54,7 @@ def attempt(path: Path, root: Path) -> AdapterSpec | AdapterRefusedError:
     def register() -> None:
         try:
             folder = resolve_adapter(str(path.relative_to(root)), [str(root)])
-            outcome.append(read_spec(folder, BASE, max_lora_rank=16, max_extra_vocab=8))
+            outcome.append(read_adapter_spec(folder, BASE, max_lora_rank=16, max_extra_vocab=8))
         except BaseException as error:
             outcome.append(error)
 

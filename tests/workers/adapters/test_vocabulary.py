@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorafleet.workers.adapters.config import CONFIG_FILE
-from lorafleet.workers.adapters.format import AdapterSpec, load_adapter, read_spec
+from lorafleet.workers.adapters.format import AdapterSpec, load_adapter, read_adapter_spec
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.adapters.vocabulary import NEW_EMBEDDINGS_FILE
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
@@ -58,7 +58,7 @@ NEW = NEW_EMBEDDINGS_FILE
 
 
 def read(path: Path, base: BaseShapes = UNTIED, max_extra_vocab: int = 4) -> AdapterSpec:
-    return read_spec(path, base, max_lora_rank=8, max_extra_vocab=max_extra_vocab)
+    return read_adapter_spec(path, base, max_lora_rank=8, max_extra_vocab=max_extra_vocab)
 
 
 def assert_refused(path: Path, reason: str, *named: str, base: BaseShapes = UNTIED) -> None:
@@ -387,7 +387,7 @@ def test_what_a_resized_vocabulary_adds_is_all_that_is_kept_of_a_table_that_was_
     def base_rows(name: str, rows: slice) -> torch.Tensor:
         return stored[f"base_model.model.{name}"][:V][rows]
 
-    spec = read_spec(tmp_path, UNTIED, max_lora_rank=8, max_extra_vocab=3, base_rows=base_rows)
+    spec = read_adapter_spec(tmp_path, UNTIED, max_lora_rank=8, max_extra_vocab=3, base_rows=base_rows)
     assert spec.vocab_size == V + 3
     assert spec_of_whole.num_elements - spec.num_elements == 2 * V * H
     tables = load_adapter(spec, UNTIED, torch.float32).tables

@@ -86,7 +86,7 @@ def test_unregistering_waits_for_the_requests_then_frees_slot_and_host_memory(en
     assert not freed.done()
     run(engine, results)
     assert results["running"].token_ids == results["queued"].token_ids == expected
-    assert freed.result(0) == FreedBytes(engine.plan.slot_bytes, spec.num_bytes(torch.float32))
+    assert freed.result(0) == FreedBytes(engine.memory.slot_bytes, spec.num_bytes(torch.float32))
     assert engine.stats().device_adapters == engine.stats().host_adapters == ()
     assert engine.stats().host_cache_bytes == 0
 

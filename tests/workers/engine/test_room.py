@@ -133,7 +133,7 @@ def test_an_unpinned_adapter_makes_room_again(make_engine: Callable[..., Engine]
         engine.submit(GenerateRequest(f"{number}", (5, 6), GREEDY, digest))
         run(engine, results)
     assert digests[1] in engine.stats().device_adapters
-    assert engine._slots.num_staying == 1
+    assert engine._slots.num_pinned == 1
 
 
 def test_what_can_never_begin_is_ended_and_the_engine_sleeps_until_then(
@@ -145,7 +145,7 @@ def test_what_can_never_begin_is_ended_and_the_engine_sleeps_until_then(
     (digest,) = digests_of(engine, root, "a")
     engine._slots.start_load("a stranger")  # behind the back of all that looks after room
     engine._slots.finish_load("a stranger")
-    engine._slots.stay("a stranger", True)
+    engine._slots.pin("a stranger", True)
     results = {"stuck": Result(), "base": Result()}
     engine.submit(GenerateRequest("stuck", (5, 6), GREEDY, digest))
     engine.submit(GenerateRequest("base", (5, 6), GREEDY))
@@ -153,7 +153,7 @@ def test_what_can_never_begin_is_ended_and_the_engine_sleeps_until_then(
     assert results["base"].finish is FinishReason.LENGTH
     assert isinstance(results["stuck"].error, InternalError)
     assert num_steps < 100, "looking again and again is a whole core's work"
-    engine._slots.stay("a stranger", False)
+    engine._slots.pin("a stranger", False)
     engine._slots.drop("a stranger")
 
 

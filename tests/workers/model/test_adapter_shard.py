@@ -8,10 +8,9 @@ import pytest
 import tiny
 import torch
 
-from lorafleet.workers.adapters.format import load_adapter
-from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
+from lorafleet.workers.adapters.format import load_adapter, read_adapter_spec
 from lorafleet.workers.model.adapter_shard import cut, shard_bytes
-from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.model.shards import linear_shards
 
 
@@ -24,7 +23,7 @@ def test_shards_are_the_ranks_parts_and_as_large_as_was_said(
     adapted = tiny.make_adapter(model, tmp_path / "adapter", rank=3)
     if is_fused:
         tiny.fuse(adapted, tmp_path / "adapter", "qkv_proj", ["q_proj", "k_proj", "v_proj"])
-    spec = read_spec(tmp_path / "model")
+    spec = read_model_spec(tmp_path / "model")
     adapter = read_adapter_spec(tmp_path / "adapter", spec.base_shapes, max_lora_rank=16)
     whole = load_adapter(adapter, spec.base_shapes, torch.float32)
     for rank in range(size):

@@ -13,7 +13,7 @@ from tiny import run_engine
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import ModelError
-from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 PROMPT_LENGTH = 50
@@ -66,7 +66,7 @@ def test_a_config_that_is_not_served_is_refused_by_name(
 ) -> None:
     tiny.save_config("llama2", tmp_path, change)
     with pytest.raises(ModelError, match=message):
-        read_spec(tmp_path)
+        read_model_spec(tmp_path)
 
 
 def test_a_checkpoint_without_a_tensor_names_it(tmp_path: Path) -> None:

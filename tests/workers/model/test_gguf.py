@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import ModelError
-from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.model.gguf import cached_gguf, convert_gguf
 from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
@@ -143,7 +143,7 @@ def test_a_float32_file_becomes_the_model_it_was_made_from(
     assert converted.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(converted[key], value, rtol=0, atol=0, msg=key)
-    spec = read_spec(out)
+    spec = read_model_spec(out)
     config: Any = model.config
     assert (spec.architecture, spec.dtype) == (type(model).__name__, "bfloat16")
     assert (spec.num_layers, spec.vocab_size) == (config.num_hidden_layers, config.vocab_size)
@@ -233,7 +233,7 @@ def test_llama3s_table_of_rope_factors_becomes_its_rope_parameters(
         writer.add_tensor("rope_freqs.weight", llama3_factors(factor, 12, 500000.0))
 
     write_gguf(tmp_path / "m.gguf", models["llama2"], "llama", change=change)
-    parameters = read_spec(convert_gguf(tmp_path / "m.gguf", tmp_path / "out")).hf_config.rope_parameters
+    parameters = read_model_spec(convert_gguf(tmp_path / "m.gguf", tmp_path / "out")).hf_config.rope_parameters
     assert parameters == {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -250,7 +250,7 @@ def test_a_table_of_ones_is_no_rope_scaling(models: dict[str, PreTrainedModel], 
 
     write_gguf(tmp_path / "m.gguf", models["llama2"], "llama", change=change)
     out = convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
-    assert read_spec(out).hf_config.rope_parameters["rope_type"] == "default"
+    assert read_model_spec(out).hf_config.rope_parameters["rope_type"] == "default"
     assert "rope_freqs.weight" not in load_file(out / "model.safetensors")
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import ModelError
-from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.model.gguf import convert_gguf
 from lorafleet.workers.model.loader import EMBEDDING_WEIGHT, HEAD_WEIGHT, CheckpointReader
 from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
@@ -79,7 +79,7 @@ def test_a_config_that_ties_the_head_gives_way_to_a_file_with_another_one_as_in_
     rewrite(tmp_path, change, shards=shards)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
-    assert read_spec(tmp_path).tie_embeddings is tied
+    assert read_model_spec(tmp_path).tie_embeddings is tied
     engine = Engine.from_config(EngineConfig(model=str(tmp_path), dtype="float32"))
     try:
         engine.load()
@@ -93,12 +93,12 @@ def test_a_config_that_ties_the_head_gives_way_to_a_file_with_another_one_as_in_
 def test_a_config_that_does_not_tie_is_followed(tmp_path: Path) -> None:
     tiny.make_model("llama2", tmp_path)
     rewrite(tmp_path, same_head)
-    assert read_spec(tmp_path).tie_embeddings is False
+    assert read_model_spec(tmp_path).tie_embeddings is False
 
 
 def test_a_config_alone_says_itself_whether_it_ties(tmp_path: Path) -> None:
     tiny.save_config("smollm2", tmp_path, {})
-    assert read_spec(tmp_path).tie_embeddings is True
+    assert read_model_spec(tmp_path).tie_embeddings is True
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
 def test_an_adapter_given_as_the_model_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(ModelError, match=r"is an adapter, not a model.*\(org/base, says its config\).*--lora-modules"):
-        read_spec(tmp_path)
+        read_model_spec(tmp_path)
 
 
 def test_a_gguf_adapter_given_as_the_model_is_said_to_be_one(tmp_path: Path) -> None:

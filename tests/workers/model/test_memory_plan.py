@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.errors import MemoryPlanError
-from lorafleet.workers.model.architecture import ModelSpec, read_spec
+from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 from lorafleet.workers.model.memory_plan import DeviceMemory, MemoryPlan, format_bytes, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
 
@@ -231,7 +231,7 @@ def test_weights_take_the_bytes_that_are_planned_for_them(quantization: str | No
         )
     )
     model.save_pretrained(tmp_path)
-    spec = read_spec(tmp_path)
+    spec = read_model_spec(tmp_path)
     config = EngineConfig(model=str(tmp_path), quantization=quantization)
     made = plan_memory(spec, config, BIG, dtype="bfloat16", lora_dtype="bfloat16")
     runner = ModelRunner(spec, made, max_lora_rank=0, device=torch.device("cpu"))

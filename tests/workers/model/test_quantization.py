@@ -140,7 +140,7 @@ def test_the_models_linears_are_scaled_integers_and_adapters_lie_on_top(name: st
 
 
 def make_runner(model_dir: Path, quantization: str | None) -> ModelRunner:
-    spec = architecture.read_spec(model_dir)
+    spec = architecture.read_model_spec(model_dir)
     config = EngineConfig(model=str(model_dir), quantization=quantization, max_num_seqs=MAX_SEQS)
     memory = DeviceMemory(8 << 30, 8 << 30, 8 << 30, is_cpu=True)
     plan = plan_memory(spec, config, memory, dtype="bfloat16", lora_dtype="bfloat16")

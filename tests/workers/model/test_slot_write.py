@@ -10,10 +10,9 @@ import pytest
 import tiny
 import torch
 
-from lorafleet.workers.adapters.format import HostAdapter, LinearChange, load_adapter
-from lorafleet.workers.adapters.format import read_spec as read_adapter_spec
+from lorafleet.workers.adapters.format import HostAdapter, LinearChange, load_adapter, read_adapter_spec
 from lorafleet.workers.model import slot_write
-from lorafleet.workers.model.architecture import read_spec
+from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.model.slot_write import PreparedForms, SlotRows, SlotWrite
 
 
@@ -63,7 +62,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_that_differ_in_their_values_alone_share_a_list(directory: Path, dtype: torch.dtype) -> None:
-    spec = read_spec(directory / "model")
+    spec = read_model_spec(directory / "model")
 
     def load(name: str) -> HostAdapter:
         adapter = read_adapter_spec(directory / name, spec.base_shapes, max_lora_rank=8)
@@ -97,7 +96,7 @@ def test_adapters_that_differ_in_their_values_alone_share_a_list(directory: Path
 
 
 def test_only_the_forms_used_last_are_known(directory: Path) -> None:
-    spec = read_spec(directory / "model")
+    spec = read_model_spec(directory / "model")
     adapter = read_adapter_spec(directory / "first", spec.base_shapes, max_lora_rank=8)
     loaded = load_adapter(adapter, spec.base_shapes, torch.float32)
     assert loaded.form is not None

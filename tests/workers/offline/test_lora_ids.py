@@ -12,7 +12,7 @@ import tiny
 
 from lorafleet.workers import LLM, LoRARequest, SamplingParams
 from lorafleet.workers.errors import AdapterConflictError, AdapterRefusedError
-from lorafleet.workers.text import adapter_texts
+from lorafleet.workers.text import adapter_tokenizers
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 NAMES = ("one", "two")
@@ -124,7 +124,7 @@ def test_unchanged_files_are_not_read_again(
     assert answer(llm, request) == expected["one"]
     engine = llm.llm_engine.engine
     monkeypatch.setattr(engine, "read_adapter", lambda *_: pytest.fail("read again"))
-    monkeypatch.setattr(adapter_texts, "read_text_files", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(adapter_tokenizers, "read_text_files", lambda _: pytest.fail("read again"))
     assert answer(llm, request) == expected["one"]
     outputs = llm.generate(["the fox"] * 20, GREEDY, lora_request=request, use_tqdm=False)
     assert all(output.outputs[0].token_ids == expected["one"] for output in outputs)

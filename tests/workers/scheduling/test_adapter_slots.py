@@ -40,10 +40,10 @@ def test_for_bytes_only_adapters_that_have_some_are_evicted_and_no_more_than_nee
 
 def test_nothing_is_evicted_where_it_would_not_be_enough() -> None:
     slots = filled(5, "half", "third")
-    slots.pin("half")
+    slots.acquire("half")
     assert slots.start_load("all") is None
     assert slots.resident() == ("third", "half") and slots.take_emptied() == []
-    slots.unpin("half")
+    slots.release("half")
     assert slots.start_load("all") is not None
 
 
@@ -65,8 +65,8 @@ def test_a_plain_adapter_asks_for_a_slot_alone() -> None:
 
 def test_who_is_in_the_way_is_whoever_holds_what_is_lacking() -> None:
     slots = filled(5, "half", "plain", "third")
-    slots.pin("plain")
-    slots.pin("half")
+    slots.acquire("plain")
+    slots.acquire("half")
     assert slots.lacks_bytes("all") and not slots.lacks_bytes("other plain")
     assert slots.blockers("all") == ["third", "half"] and slots.obstacles("all") == ("half",)
     assert slots.blockers("other plain") == ["third", "plain", "half"]
@@ -76,12 +76,12 @@ def test_who_is_in_the_way_is_whoever_holds_what_is_lacking() -> None:
 def test_what_is_to_be_kept_or_to_stay_is_not_evicted() -> None:
     slots = filled(2, "a", "b")
     assert slots.start_load("c", keep={"a", "b"}) is None
-    slots.stay("a", True)
+    slots.pin("a", True)
     assert slots.blockers("c") == ["b"]
     assert slots.start_load("c") is not None
     slots.finish_load("c")
     assert slots.resident() == ("a", "c")
-    slots.stay("a", False)
+    slots.pin("a", False)
     slots.start_load("d")
     assert slots.resident() == ("c",)
 
@@ -101,17 +101,17 @@ def test_by_cost_what_was_used_often_stays() -> None:
         slots.start_load(digest)
         slots.finish_load(digest, 0.01)
     for _ in range(3):
-        slots.pin("often")
-        slots.unpin("often")
-    slots.pin("once")
-    slots.unpin("once")
+        slots.acquire("often")
+        slots.release("often")
+    slots.acquire("once")
+    slots.release("once")
     assert slots.start_load("new") is not None
     assert slots.resident() == ("often",)
 
 
 def test_several_are_loaded_all_or_none() -> None:
     slots = filled(3, "a", "b")
-    slots.pin("a")
+    slots.acquire("a")
     assert slots.num_lacking(3) == 1 and slots.start_loads(["x", "y", "z"]) is None
     assert slots.num_lacking(2, keep={"b"}) == 1 and slots.start_loads(["x", "y"], keep={"b"}) is None
     assert slots.resident() == ("b", "a") and slots.take_emptied() == []

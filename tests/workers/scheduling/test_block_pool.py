@@ -1,4 +1,4 @@
-"""Pages: held by many, found by name, handed out in the right order, never lost."""
+"""Pages: held by many, found by page_hash, handed out in the right order, never lost."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pytest
 from lorafleet.workers.scheduling.block_pool import BlockPool
 
 
-def name(text: str) -> bytes:
+def page_hash(text: str) -> bytes:
     return text.encode()
 
 
 def filled(pool: BlockPool, text: str) -> list[int]:
-    """Pages named a0, a1, ... for "a2"."""
+    """Pages hashed a0, a1, ... for "a2"."""
     pages = pool.allocate(int(text[1:]))
     assert pages is not None
     for number, page in enumerate(pages):
-        pool.name(page, name(f"{text[0]}{number}"))
+        pool.set_hash(page, page_hash(f"{text[0]}{number}"))
     return pages
 
 
-def names(text: str, num: int) -> list[bytes]:
-    return [name(f"{text}{number}") for number in range(num)]
+def hashes(text: str, num: int) -> list[bytes]:
+    return [page_hash(f"{text}{number}") for number in range(num)]
 
 
 def test_all_or_nothing_is_allocated() -> None:
@@ -40,22 +40,22 @@ def test_a_page_is_found_while_it_is_held_and_after_it_was_freed() -> None:
     pool = BlockPool(4)
     first = filled(pool, "a2")
     kept = list(first)
-    assert pool.find(names("a", 3)) == kept
-    second = pool.allocate(1, pool.find(names("a", 2)))
+    assert pool.find(hashes("a", 3)) == kept
+    second = pool.allocate(1, pool.find(hashes("a", 2)))
     assert second is not None and second[:2] == kept and pool.num_free == 1
     pool.check_integrity([first, second])
     pool.free(first)
     assert pool.num_free == 1, "the other one holds them still"
     pool.free(second)
-    assert pool.num_free == 4 and pool.find(names("a", 2)) == kept
+    assert pool.num_free == 4 and pool.find(hashes("a", 2)) == kept
     pool.check_integrity([])
 
 
 def test_only_the_longest_beginning_is_found() -> None:
     pool = BlockPool(4)
     pages = filled(pool, "a3")
-    assert pool.find([name("a0"), name("x"), name("a2")]) == pages[:1]
-    assert pool.find([name("x"), name("a0")]) == []
+    assert pool.find([page_hash("a0"), page_hash("x"), page_hash("a2")]) == pages[:1]
+    assert pool.find([page_hash("x"), page_hash("a0")]) == []
     assert pool.find([]) == []
 
 
@@ -69,7 +69,7 @@ def test_empty_pages_are_handed_out_first_then_the_least_recently_used_and_tails
     never_used = [5, 6]
     taken = [page for _ in range(7) for page in pool.allocate(1) or ()]
     assert taken == [order[0], *never_used, *order[1:]]
-    assert pool.find(names("a", 1)) == pool.find(names("b", 1)) == []
+    assert pool.find(hashes("a", 1)) == pool.find(hashes("b", 1)) == []
 
 
 def test_what_is_found_again_counts_as_used() -> None:
@@ -77,18 +77,18 @@ def test_what_is_found_again_counts_as_used() -> None:
     a, b = filled(pool, "a2"), filled(pool, "b2")
     pool.free(a)
     pool.free(b)
-    again = pool.allocate(0, pool.find(names("a", 2)))
+    again = pool.allocate(0, pool.find(hashes("a", 2)))
     assert again is not None
     pool.free(again)
     assert pool.allocate(2) is not None
-    assert pool.find(names("b", 1)) == [] and len(pool.find(names("a", 2))) == 2
+    assert pool.find(hashes("b", 1)) == [] and len(pool.find(hashes("a", 2))) == 2
 
 
 def test_pages_to_be_shared_do_not_count_as_room_for_others() -> None:
     pool = BlockPool(3)
     pages = filled(pool, "a2")
     pool.free(pages)
-    found = pool.find(names("a", 2))
+    found = pool.find(hashes("a", 2))
     assert pool.allocate(2, found) is None and pool.num_free == 3
     pages = pool.allocate(1, found) or []
     assert len(set(pages)) == 3 and pool.num_free == 0
@@ -99,19 +99,19 @@ def test_of_two_pages_with_the_same_content_one_is_found() -> None:
     pool = BlockPool(2)
     one, other = pool.allocate(1), pool.allocate(1)
     assert one and other
-    pool.name(one[0], name("a"))
-    pool.name(other[0], name("a"))
-    assert pool.find([name("a")]) == one
+    pool.set_hash(one[0], page_hash("a"))
+    pool.set_hash(other[0], page_hash("a"))
+    assert pool.find([page_hash("a")]) == one
     pool.free(one)
     pool.allocate(1)
-    assert pool.find([name("a")]) == []
+    assert pool.find([page_hash("a")]) == []
 
 
 def test_spoiled_pages_are_not_found() -> None:
     pool = BlockPool(2)
     pages = filled(pool, "a2")
     pool.spoil(pages)
-    assert pool.find(names("a", 2)) == []
+    assert pool.find(hashes("a", 2)) == []
     pool.check_integrity([pages])
 
 
@@ -142,11 +142,11 @@ def test_whatever_is_done_nothing_is_lost(seed: int) -> None:
         else:
             text = rng.choice("abc")
             wanted = rng.randrange(1, 6)
-            found = pool.find(names(text, wanted))
+            found = pool.find(hashes(text, wanted))
             taken = pool.allocate(wanted - len(found), found)
             if taken is not None:
                 holders.append(taken)
                 for number in range(len(found), wanted):
-                    pool.name(taken[number], name(f"{text}{number}"))
+                    pool.set_hash(taken[number], page_hash(f"{text}{number}"))
         pool.check_integrity(holders)
         assert pool.num_free == 12 - len({page for pages in holders for page in pages})

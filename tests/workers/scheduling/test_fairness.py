@@ -1,4 +1,4 @@
-"""Virtual token counters: what they promise two clients that always wait, and what idleness earns (nothing)."""
+"""Virtual token counters: what they promise two flows that always wait, and what idleness earns (nothing)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from lorafleet.workers.scheduling.fairness import MAX_IDLE, Counters, Fairness
 
 
-def serve(counters: Counters[str], clients: list[str], service: float = 1.0) -> str:
-    """Give the client with the least counter one unit of service."""
-    client = min(clients, key=lambda name: (counters[name], name))
-    counters.charge(client, service)
-    return client
+def serve(counters: Counters[str], flows: list[str], service: float = 1.0) -> str:
+    """Give the flow with the least counter one unit of service."""
+    flow = min(flows, key=lambda name: (counters[name], name))
+    counters.charge(flow, service)
+    return flow
 
 
-def test_clients_that_always_wait_get_the_same() -> None:
+def test_flows_that_always_wait_get_the_same() -> None:
     counters: Counters[str] = Counters()
     for name in "abc":
         counters.update(name, waits=True, runs=False)
@@ -63,24 +63,24 @@ def test_the_level_outlives_everybody() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_idle_clients_are_forgotten_without_a_difference(seed: int) -> None:
+def test_idle_flows_are_forgotten_without_a_difference(seed: int) -> None:
     rng = random.Random(seed)
     forgetful: Counters[int] = Counters()
     elephant: Counters[int] = Counters()
     elephant._idle.first = lambda: None  # type: ignore[method-assign]  # never forgets
     states: dict[int, tuple[bool, bool]] = {}
     for _ in range(3000):
-        client = rng.randrange(40)
+        flow = rng.randrange(40)
         active = [name for name, state in states.items() if any(state)]
         if active and rng.random() < 0.5:
-            client = rng.choice(active)
+            flow = rng.choice(active)
             service = rng.random() * 10
-            forgetful.charge(client, service)
-            elephant.charge(client, service)
+            forgetful.charge(flow, service)
+            elephant.charge(flow, service)
         else:
-            waits, runs = states[client] = (rng.random() < 0.3, rng.random() < 0.3)
-            forgetful.update(client, waits=waits, runs=runs)
-            elephant.update(client, waits=waits, runs=runs)
+            waits, runs = states[flow] = (rng.random() < 0.3, rng.random() < 0.3)
+            forgetful.update(flow, waits=waits, runs=runs)
+            elephant.update(flow, waits=waits, runs=runs)
         forgetful.check_integrity()
         for name, state in states.items():
             if any(state):
@@ -91,11 +91,11 @@ def test_idle_clients_are_forgotten_without_a_difference(seed: int) -> None:
 def test_memory_is_bounded_while_the_level_stands_still() -> None:
     counters: Counters[int] = Counters()
     counters.update(-1, waits=True, runs=False)  # is never served, so the level is 0
-    for client in range(5 * MAX_IDLE):
-        counters.update(client, waits=True, runs=False)
-        counters.update(client, waits=False, runs=True)
-        counters.charge(client, 1.0 + client)
-        counters.update(client, waits=False, runs=False)
+    for flow in range(5 * MAX_IDLE):
+        counters.update(flow, waits=True, runs=False)
+        counters.update(flow, waits=False, runs=True)
+        counters.charge(flow, 1.0 + flow)
+        counters.update(flow, waits=False, runs=False)
     assert len(counters._values) == MAX_IDLE + 1
     counters.check_integrity()
     counters.update(5 * MAX_IDLE - 1, waits=True, runs=False)

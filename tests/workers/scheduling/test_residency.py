@@ -141,7 +141,7 @@ def test_what_a_composition_finds_in_a_slot_stays_while_the_rest_is_loaded() -> 
     assert tokens(world.step()) == {"both": 2}
 
 
-def test_a_request_for_the_same_adapters_with_other_weights_needs_no_load_and_is_another_client() -> None:
+def test_a_request_for_the_same_adapters_with_other_weights_needs_no_load_and_is_another_flow() -> None:
     world = World(slots=2, budget=64)
     world.add("1", 2, max_tokens=9, **pair("a", "b"))
     world.step()
@@ -150,7 +150,7 @@ def test_a_request_for_the_same_adapters_with_other_weights_needs_no_load_and_is
     world.add("4", 2, max_tokens=9, adapter="b")
     plan = world.step()
     assert (plan.loads, len(plan.scheduled)) == ((), 4)
-    assert world.scheduler.num_served_clients == 3
+    assert world.scheduler.num_served_flows == 3
     assert [entry.request.request_id for entry in world.step().scheduled] == ["3", "1", "2", "4"], (
         "by slots and weights"
     )
@@ -251,7 +251,7 @@ def test_what_could_not_begin_in_time_is_named_once_it_is_too_late(max_wait_s: f
     world.step()
     assert world.scheduler.is_overdue == bool(max_wait_s)
     overdue = world.scheduler.overdue()
-    assert sorted(overdue) == (["x1", "x2"] if max_wait_s else []), "the place in line is the client's"
+    assert sorted(overdue) == (["x1", "x2"] if max_wait_s else []), "the place in line is the flow's"
     for name in overdue:
         world.scheduler.remove(name)
     world.step()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import EOS, World, tokens
 
-from lorafleet.workers.scheduling.flows import Clients
+from lorafleet.workers.scheduling.flows import Flows
 from lorafleet.workers.scheduling.request import FinishReason
 
 
@@ -109,7 +109,7 @@ def test_recomputation_is_not_charged_again() -> None:
     world.add("old", 7, max_tokens=8, tenant="old")
     young = world.add("young", 7, max_tokens=5, tenant="young", priority=1)
     world.step()
-    service = world.scheduler._clients._fairness.service
+    service = world.scheduler._flows._fairness.service
     assert service("young", None) == (9.0, 9.0)
     while not young.num_preemptions:
         world.step()
@@ -207,14 +207,14 @@ def test_those_that_wait_are_looked_at_again_only_when_something_has_changed(mon
     """With thousands of adapters the look costs more than all else, and in most steps nobody can be let in."""
     world = World(slots=1, max_num_seqs=2, step_s=0.001)
     looks = 0
-    hot = Clients.hot
+    hot = Flows.hot
 
-    def counted(clients: Clients) -> dict[str, tuple[str, ...]]:
+    def counted(flows: Flows) -> dict[str, tuple[str, ...]]:
         nonlocal looks
         looks += 1
-        return hot(clients)
+        return hot(flows)
 
-    monkeypatch.setattr(Clients, "hot", counted)
+    monkeypatch.setattr(Flows, "hot", counted)
     world.add("runs", prompt=2, max_tokens=40, adapter="x")
     world.add("waits", prompt=2, max_tokens=40, adapter="y")
     for _ in range(3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorafleet.workers.errors import QueueFullError
-from lorafleet.workers.scheduling.turns import COST, Entrance, Line, SlotPace, WaitBound
+from lorafleet.workers.scheduling.turns import COST, AdmissionControl, Line, SlotPace, WaitBound
 
 BOUND = WaitBound(max_wait_s=10.0, num_slots=2, num_seats=4)  # turns of a second; two adapters a turn
 
@@ -70,7 +70,7 @@ def test_a_turn_is_a_second_or_an_eighth_of_the_bound(max_wait_s: float, turn_s:
 
 
 def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
-    assert (BOUND.max_turns(), BOUND.max_clients, BOUND.num_clients_a_turn) == (2 * 6, 4 * 6, 2)
+    assert (BOUND.max_turns(), BOUND.max_flows, BOUND.num_flows_a_turn) == (2 * 6, 4 * 6, 2)
     assert WaitBound(60.0, 8, 64).max_turns() == 448
     assert WaitBound(60.0, 8, 64).max_turns(num_pinned=3) == 280
     assert WaitBound(1.0, 8, 64).max_turns() == 32
@@ -79,62 +79,62 @@ def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
 
 
 def test_adapters_beyond_what_the_bound_can_serve_are_refused_by_number_and_flag() -> None:
-    entrance = Entrance(BOUND)
+    admission = AdmissionControl(BOUND)
     for number in range(14):
-        entrance.num_served_turns = min(number, 2)
-        entrance.enter("", f"a{number}")
-    assert entrance.num_waiting_turns == 12
+        admission.num_served_turns = min(number, 2)
+        admission.enter("", f"a{number}")
+    assert admission.num_waiting_turns == 12
     with pytest.raises(
         QueueFullError, match=r"^12 adapters wait for 2 slots .*-wait-s 10 can be kept for 12\..*--max-loras"
     ):
-        entrance.enter("", "new")
-    entrance.enter("", "a0")  # runs
-    entrance.enter("other", "a9")  # is served in the same turn
-    entrance.enter("", None)  # needs no slot
+        admission.enter("", "new")
+    admission.enter("", "a0")  # runs
+    admission.enter("other", "a9")  # is served in the same turn
+    admission.enter("", None)  # needs no slot
     with pytest.raises(QueueFullError):
-        entrance.enter("third", "a9")
-    entrance.leave("", "a13")
-    entrance.enter("third", "a9")
+        admission.enter("third", "a9")
+    admission.leave("", "a13")
+    admission.enter("third", "a9")
 
 
-def test_clients_beyond_what_the_bound_can_serve_are_refused() -> None:
-    entrance = Entrance(BOUND)
+def test_flows_beyond_what_the_bound_can_serve_are_refused() -> None:
+    admission = AdmissionControl(BOUND)
     for number in range(24):
-        entrance.enter(f"t{number}", None)
-    with pytest.raises(QueueFullError, match=r"24 clients .* 4 seats.*--max-num-seqs"):
-        entrance.enter("new", None)
-    entrance.enter("t3", None)
-    entrance.num_served_clients = 1
-    entrance.enter("new", None)
+        admission.enter(f"t{number}", None)
+    with pytest.raises(QueueFullError, match=r"24 flows .* 4 seats.*--max-num-seqs"):
+        admission.enter("new", None)
+    admission.enter("t3", None)
+    admission.num_served_flows = 1
+    admission.enter("new", None)
 
 
 def test_one_tenants_many_adapters_leave_room_for_anothers_first() -> None:
-    entrance = Entrance(WaitBound(max_wait_s=10.0, num_slots=8, num_seats=8))
+    admission = AdmissionControl(WaitBound(max_wait_s=10.0, num_slots=8, num_seats=8))
     for number in range(42):
-        entrance.enter("many", f"weight {number}")
+        admission.enter("many", f"weight {number}")
     with pytest.raises(QueueFullError, match="can be kept for 42"):
-        entrance.enter("many", "one more")
-    entrance.enter("many", "weight 0")  # waits anyhow
+        admission.enter("many", "one more")
+    admission.enter("many", "weight 0")  # waits anyhow
     for number in range(6):
-        entrance.enter("few", f"adapter {number}")
+        admission.enter("few", f"adapter {number}")
     with pytest.raises(QueueFullError):
-        entrance.enter("few", "one more")
+        admission.enter("few", "one more")
     for number in range(42):
-        entrance.leave("many", f"weight {number}")
+        admission.leave("many", f"weight {number}")
     for number in range(6):
-        entrance.leave("few", f"adapter {number}")
-    entrance.leave("many", "weight 0")
-    assert not entrance._turns_of
+        admission.leave("few", f"adapter {number}")
+    admission.leave("many", "weight 0")
+    assert not admission._turns_of
 
 
 def test_without_a_bound_nobody_is_refused_and_nothing_is_kept_of_those_that_left() -> None:
-    entrance = Entrance(WaitBound(0.0, 1, 1))
+    admission = AdmissionControl(WaitBound(0.0, 1, 1))
     for number in range(1000):
-        entrance.enter("t", f"a{number}")
-    assert entrance.num_waiting_turns == entrance.num_waiting_clients == 1000
+        admission.enter("t", f"a{number}")
+    assert admission.num_waiting_turns == admission.num_waiting_flows == 1000
     for number in range(1000):
-        entrance.leave("t", f"a{number}")
-    assert not entrance._clients and not entrance._requests and not entrance.num_waiting_turns
+        admission.leave("t", f"a{number}")
+    assert not admission._flows and not admission._requests and not admission.num_waiting_turns
 
 
 def test_an_item_that_needs_several_places_at_once_has_them_in_one_turn() -> None:
@@ -155,19 +155,19 @@ def test_an_item_that_needs_several_places_at_once_has_them_in_one_turn() -> Non
 
 
 def test_a_composition_counts_for_what_may_be_left_empty_before_it() -> None:
-    assert [BOUND.num_turns(clients, 3) for clients in range(4)] == [0, 5, 5, 10]
-    entrance = Entrance(BOUND)
-    entrance.enter("t", "a+b", 2)
-    entrance.enter("t", "a+b", 2)
-    entrance.enter("u", "a", 1)
-    assert entrance.num_waiting_turns == 4
+    assert [BOUND.num_turns(flows, 3) for flows in range(4)] == [0, 5, 5, 10]
+    admission = AdmissionControl(BOUND)
+    admission.enter("t", "a+b", 2)
+    admission.enter("t", "a+b", 2)
+    admission.enter("u", "a", 1)
+    assert admission.num_waiting_turns == 4
     for number in range(3):
-        entrance.enter("t", f"c{number}+d", 2)
+        admission.enter("t", f"c{number}+d", 2)
     with pytest.raises(QueueFullError):
-        entrance.enter("t", "e+f", 2)
+        admission.enter("t", "e+f", 2)
     for _ in range(2):
-        entrance.leave("t", "a+b", 2)
-    assert entrance.num_waiting_turns == 10
+        admission.leave("t", "a+b", 2)
+    assert admission.num_waiting_turns == 10
 
 
 def test_a_slots_turn_is_as_long_as_slots_take_to_change_hands() -> None:
@@ -188,14 +188,14 @@ def test_a_slots_turn_is_as_long_as_slots_take_to_change_hands() -> None:
 
 
 def test_slow_loads_let_fewer_adapters_wait_and_those_in_slots_come_in() -> None:
-    entrance = Entrance(BOUND)
-    entrance.turn_s = 5.0
+    admission = AdmissionControl(BOUND)
+    admission.turn_s = 5.0
     for number in range(4):
-        entrance.enter("t", f"a{number}")
+        admission.enter("t", f"a{number}")
     with pytest.raises(QueueFullError, match="4 adapters wait"):
-        entrance.enter("t", "new")
-    entrance.enter("t", "hot", is_hot=True)
-    entrance.enter("t", None)
+        admission.enter("t", "new")
+    admission.enter("t", "hot", is_hot=True)
+    admission.enter("t", None)
 
 
 def test_those_that_could_not_have_a_place_now_are_passed() -> None:

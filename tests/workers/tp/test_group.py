@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForCausalLM
 
-from lorafleet.workers.adapters.format import load_adapter, read_spec
+from lorafleet.workers.adapters.format import load_adapter, read_adapter_spec
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.model import architecture
@@ -29,7 +29,7 @@ PROMPT = tuple(range(5, 42))
 
 def logits(model_dir: Path, adapter_dirs: list[Path], group: TensorParallelGroup) -> torch.Tensor:
     """[1 + adapters, V]: the base model's and the adapters' logits behind the prompt, computed in one batch."""
-    spec = architecture.read_spec(model_dir)
+    spec = architecture.read_model_spec(model_dir)
     lora = LoRAConfig(max_loras=1 + len(adapter_dirs))
     config = EngineConfig(model=str(model_dir), tensor_parallel_size=group.size, lora=lora)
     memory = DeviceMemory(8 << 30, 8 << 30, 8 << 30, is_cpu=True)
@@ -38,7 +38,7 @@ def logits(model_dir: Path, adapter_dirs: list[Path], group: TensorParallelGroup
     runner.load(model_dir)
     added: list[tuple[int, ...]] = [()]
     for number, adapter_dir in enumerate(adapter_dirs):
-        adapter = read_spec(adapter_dir, spec.base_shapes, max_lora_rank=16, max_extra_vocab=256)
+        adapter = read_adapter_spec(adapter_dir, spec.base_shapes, max_lora_rank=16, max_extra_vocab=256)
         write = runner.prepare_adapter(1 + number, load_adapter(adapter, spec.base_shapes, torch.float32))
         while not write.advance(max_bytes=1000):
             pass
@@ -128,7 +128,7 @@ def _entry(rank: int, path: list[str], *arguments: object) -> None:
 
 def test_a_size_that_does_not_divide_the_heads_is_refused_by_name(tmp_path: Path) -> None:
     tiny.make_model("smollm2", tmp_path / "model")
-    spec = architecture.read_spec(tmp_path / "model")
+    spec = architecture.read_model_spec(tmp_path / "model")
     memory = DeviceMemory(8 << 30, 8 << 30, 8 << 30, is_cpu=True)
     config = EngineConfig(model="", tensor_parallel_size=3)
     with pytest.raises(ConfigError, match=r"--tensor-parallel-size is 3.*4 attention heads"):

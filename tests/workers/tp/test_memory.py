@@ -59,7 +59,7 @@ def _anonymous_bytes() -> int:
 
 def load_peak(model_dir: Path, group: TensorParallelGroup) -> int:
     """Bytes of weights and of whatever reading them takes."""
-    spec = architecture.read_spec(model_dir)
+    spec = architecture.read_model_spec(model_dir)
     config = EngineConfig(model=str(model_dir), tensor_parallel_size=group.size, kv_cache_memory_bytes=2 << 20)
     memory = DeviceMemory(8 << 30, 8 << 30, 8 << 30, is_cpu=True)
     plan = plan_memory(spec, config, memory, dtype="float32", lora_dtype="float32")

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from lorafleet.controller.gateway.routing.prefix_memory import BLOCK, PrefixMemory, prefix_names
+from lorafleet.controller.gateway.routing.prefix_memory import BLOCK, PrefixMemory, prefix_hashes
 
 PROMPT = list(range(4 * BLOCK + 7))
 
 
 def test_names_are_those_of_whole_blocks_and_of_all_before_them() -> None:
-    names = prefix_names("anyone", PROMPT)
-    assert len(names) == len(set(names)) == 4
-    assert prefix_names("anyone", PROMPT[: 2 * BLOCK]) == names[:2]
-    changed = prefix_names("anyone", [9, *PROMPT[1:]])
-    assert not set(changed) & set(names)
-    assert prefix_names("anyone", PROMPT[: BLOCK - 1]) == []
+    hashes = prefix_hashes("anyone", PROMPT)
+    assert len(hashes) == len(set(hashes)) == 4
+    assert prefix_hashes("anyone", PROMPT[: 2 * BLOCK]) == hashes[:2]
+    changed = prefix_hashes("anyone", [9, *PROMPT[1:]])
+    assert not set(changed) & set(hashes)
+    assert prefix_hashes("anyone", PROMPT[: BLOCK - 1]) == []
 
 
 def test_nobody_finds_what_another_owner_has() -> None:
-    assert not set(prefix_names("one", PROMPT)) & set(prefix_names("another", PROMPT))
+    assert not set(prefix_hashes("one", PROMPT)) & set(prefix_hashes("another", PROMPT))
 
 
 def test_what_begins_like_a_prompt_that_was_sent_is_found() -> None:
     memory = PrefixMemory()
-    names = prefix_names("anyone", PROMPT)
-    assert memory.num_found(names) == 0
-    memory.note(names, max_tokens=100 * BLOCK)
-    assert memory.num_found(names) == 4 * BLOCK
-    other = prefix_names("anyone", [*PROMPT[: 3 * BLOCK], *[5] * BLOCK])
+    hashes = prefix_hashes("anyone", PROMPT)
+    assert memory.num_found(hashes) == 0
+    memory.note(hashes, max_tokens=100 * BLOCK)
+    assert memory.num_found(hashes) == 4 * BLOCK
+    other = prefix_hashes("anyone", [*PROMPT[: 3 * BLOCK], *[5] * BLOCK])
     assert memory.num_found(other) == 3 * BLOCK
     memory.clear()
-    assert memory.num_found(names) == 0
+    assert memory.num_found(hashes) == 0
 
 
 def test_the_longest_unused_goes_first_and_of_one_prompt_its_end() -> None:
     memory = PrefixMemory()
-    old, new = prefix_names("old", PROMPT), prefix_names("new", PROMPT)
+    old, new = prefix_hashes("old", PROMPT), prefix_hashes("new", PROMPT)
     memory.note(old, max_tokens=6 * BLOCK)
     memory.note(new, max_tokens=6 * BLOCK)
     assert memory.num_found(new) == 4 * BLOCK
     assert memory.num_found(old) == 2 * BLOCK
     memory.note(old[:2], max_tokens=6 * BLOCK)
-    memory.note(prefix_names("third", PROMPT[: 2 * BLOCK]), max_tokens=6 * BLOCK)
+    memory.note(prefix_hashes("third", PROMPT[: 2 * BLOCK]), max_tokens=6 * BLOCK)
     assert memory.num_found(old) == 2 * BLOCK
     assert memory.num_found(new) == 2 * BLOCK

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from lorafleet.controller.gateway.routing.worker_view import Tier
 
 
-class Residents:
+class AdapterTiers:
     """By digest; those that are absent are left out."""
 
     def __init__(self) -> None:

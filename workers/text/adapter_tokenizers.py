@@ -15,7 +15,7 @@ from lorafleet.workers.text.model_text import ModelText
 _MAX_CHECKED = 10_000  # digests, of 64 bytes
 
 
-class AdapterTexts:
+class AdapterTokenizers:
     """Reads and checks them; keeps those of the base model alone. Thread-safe."""
 
     def __init__(self, model_dir: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lorafleet.workers.errors import ModelError
-from lorafleet.workers.text import adapter_texts
-from lorafleet.workers.text.adapter_texts import AdapterTexts
+from lorafleet.workers.text import adapter_tokenizers
+from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 
 Write = Callable[[Path], object]
 
@@ -75,7 +75,7 @@ def test_a_hostile_tokenizer_or_template_is_refused_by_name(
     (own / "chat_template.jinja").unlink()
     write(own)
     with pytest.raises(ModelError) as caught:
-        AdapterTexts(byte_level_dir).files(own)
+        AdapterTokenizers(byte_level_dir).files(own)
     assert message in caught.value.message
     assert len(caught.value.message) < 1000 and str(own) not in caught.value.message
 
@@ -84,8 +84,8 @@ def test_files_are_tried_once_and_those_that_are_the_models_not_at_all(
     byte_level_dir: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(adapter_texts, "check_apart", lambda digest, files: tried.append(digest))
-    texts = AdapterTexts(byte_level_dir)
+    monkeypatch.setattr(adapter_tokenizers, "check_apart", lambda digest, files: tried.append(digest))
+    texts = AdapterTokenizers(byte_level_dir)
     assert texts.files(byte_level_dir) is None
     assert texts.files(own) == texts.files(own)
     (own / "chat_template.jinja").write_text("another")
@@ -95,7 +95,7 @@ def test_files_are_tried_once_and_those_that_are_the_models_not_at_all(
 
 
 def test_what_was_refused_is_tried_again(byte_level_dir: Path, own: Path) -> None:
-    texts = AdapterTexts(byte_level_dir)
+    texts = AdapterTokenizers(byte_level_dir)
     (own / "chat_template.jinja").write_text("{% if %}")
     for _ in range(2):
         with pytest.raises(ModelError, match="does not compile"):
@@ -110,5 +110,5 @@ def test_links_out_of_the_roots_are_refused(byte_level_dir: Path, tmp_path: Path
     (tmp_path / "secret").write_text("secret")
     (root / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match=r"chat_template\.jinja is a link that leads out"):
-        AdapterTexts(byte_level_dir).files(root, [root])
-    assert AdapterTexts(byte_level_dir).files(root) is not None
+        AdapterTokenizers(byte_level_dir).files(root, [root])
+    assert AdapterTokenizers(byte_level_dir).files(root) is not None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lorafleet.controller.gateway.routing.residents import Residents
+from lorafleet.controller.gateway.routing.adapter_tiers import AdapterTiers
 from lorafleet.controller.gateway.routing.worker_view import Tier
 
 
 def test_heartbeats_tell_what_has_changed() -> None:
-    residents = Residents()
+    residents = AdapterTiers()
     residents.update([("a", Tier.DISK), ("b", Tier.DEVICE), ("c", Tier.HOST)])
     assert residents.tiers == {"a": Tier.DISK, "b": Tier.DEVICE, "c": Tier.HOST}
     assert residents.num_on_device == 1
@@ -20,7 +20,7 @@ def test_heartbeats_tell_what_has_changed() -> None:
 
 
 def test_what_a_request_brings_in_is_expected_until_two_heartbeats_have_come() -> None:
-    residents = Residents()
+    residents = AdapterTiers()
     residents.update([("a", Tier.DISK)])
     residents.expect(["a", "b"])
     residents.expect(["c"])

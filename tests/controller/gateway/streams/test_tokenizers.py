@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorafleet.controller.gateway.streams import texts as texts_module
-from lorafleet.controller.gateway.streams.texts import Texts
+from lorafleet.controller.gateway.streams.tokenizers import Tokenizers
 from lorafleet.workers.errors import WorkerUnavailableError
 
 HI = [{"role": "user", "content": "hello"}]
@@ -57,7 +57,7 @@ async def test_each_is_fetched_once_and_those_used_last_are_kept(
         return {} if digest == "broken" else tokenizer_files
 
     with ThreadPoolExecutor(1) as executor:
-        texts = Texts(fetch, executor)
+        texts = Tokenizers(fetch, executor)
         got = await asyncio.gather(*(texts.get("a") for _ in range(5)))
         assert len({id(text) for text in got}) == 1
         for digest in ("b", "a", "c", "a", "b"):
@@ -79,7 +79,7 @@ async def test_those_that_are_kept_take_so_many_bytes_at_most(
 
     size = texts_module._BYTES_PER_FILE_BYTE * sum(map(len, tokenizer_files.values()))
     with ThreadPoolExecutor(1) as executor:
-        texts = Texts(fetch, executor)
+        texts = Tokenizers(fetch, executor)
         for num_kept in (2, 0):  # one is kept whatever it takes: it is in use
             monkeypatch.setattr(texts_module, "MAX_BYTES", num_kept * size)
             for digest in ("a", "b", "a", "b"):

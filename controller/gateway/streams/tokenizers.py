@@ -26,7 +26,7 @@ _BYTES_PER_FILE_BYTE = 6  # of memory: SmolLM2's tokenizer takes 18 MB for 3.5
 logger = logging.getLogger(__name__)
 
 
-class Texts:
+class Tokenizers:
     """Of the event loop that calls it."""
 
     def __init__(self, fetch: Callable[[str], Awaitable[Mapping[str, bytes]]], executor: Executor) -> None:

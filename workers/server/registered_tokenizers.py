@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorafleet.workers.adapters.named_work import NamedWork
 from lorafleet.workers.errors import LoRAFleetError
-from lorafleet.workers.text.adapter_texts import AdapterTexts
+from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 from lorafleet.workers.text.files import files_digest
 
 _MAX_BYTES = 1 << 30
@@ -23,7 +23,7 @@ _READ_S = 30.0  # that reading them again may take
 
 
 @dataclass(frozen=True, slots=True)
-class TextFiles:
+class TokenizerFiles:
     """What an adapter's tokenizer and template are made of."""
 
     digest: str
@@ -41,23 +41,23 @@ class _Held:
     holders: int = 0
 
 
-class RegisteredTexts:
+class RegisteredTokenizers:
     """By digest. Thread-safe."""
 
     def __init__(self, model_dir: Path, max_bytes: int = _MAX_BYTES) -> None:
-        self._texts = AdapterTexts(model_dir)
+        self._texts = AdapterTokenizers(model_dir)
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._bytes = 0
         self._work: NamedWork[str] = NamedWork()
 
-    def read(self, directory: Path, roots: Sequence[Path] = ()) -> TextFiles | None:
-        """An adapter's; None where it has the model's. Slow. Raises as `AdapterTexts.files`."""
+    def read(self, directory: Path, roots: Sequence[Path] = ()) -> TokenizerFiles | None:
+        """An adapter's; None where it has the model's. Slow. Raises as `AdapterTokenizers.files`."""
         files = self._texts.files(directory, roots)
-        return None if files is None else TextFiles(files_digest(files), directory, files, roots)
+        return None if files is None else TokenizerFiles(files_digest(files), directory, files, roots)
 
-    def hold(self, text: TextFiles) -> None:
+    def hold(self, text: TokenizerFiles) -> None:
         """Keep it for one more adapter."""
         with self._lock:
             held = self._held.get(text.digest)

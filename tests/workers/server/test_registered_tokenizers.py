@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from lorafleet.workers.errors import ModelError
-from lorafleet.workers.server.registered_texts import RegisteredTexts, TextFiles
+from lorafleet.workers.server.registered_tokenizers import RegisteredTokenizers, TokenizerFiles
 
 TIMEOUT_S = 20.0
 
@@ -30,18 +30,18 @@ def adapter(model: Path, name: str, template: str) -> Path:
     return directory
 
 
-def read(texts: RegisteredTexts, directory: Path) -> TextFiles:
+def read(texts: RegisteredTokenizers, directory: Path) -> TokenizerFiles:
     text = texts.read(directory)
     assert text is not None
     return text
 
 
-def files(texts: RegisteredTexts, digest: str) -> dict[str, bytes] | None:
+def files(texts: RegisteredTokenizers, digest: str) -> dict[str, bytes] | None:
     return texts.files(digest).result(TIMEOUT_S)
 
 
 def test_what_was_registered_is_given_after_its_files_are_gone(model: Path) -> None:
-    texts = RegisteredTexts(model)
+    texts = RegisteredTokenizers(model)
     text = read(texts, adapter(model, "a", "A {{ messages }}"))
     texts.hold(text)
     shutil.rmtree(text.directory)
@@ -52,7 +52,7 @@ def test_what_was_registered_is_given_after_its_files_are_gone(model: Path) -> N
 
 
 def test_it_is_kept_until_the_last_adapter_that_has_it_goes(model: Path) -> None:
-    texts = RegisteredTexts(model)
+    texts = RegisteredTokenizers(model)
     text = read(texts, adapter(model, "a", "A"))
     for _ in range(2):
         texts.hold(text)
@@ -65,7 +65,7 @@ def test_it_is_kept_until_the_last_adapter_that_has_it_goes(model: Path) -> None
 
 
 def test_one_with_the_models_own_is_not_kept(model: Path) -> None:
-    texts = RegisteredTexts(model)
+    texts = RegisteredTokenizers(model)
     plain = model.parent / "plain"
     plain.mkdir()
     assert texts.read(plain) is None
@@ -76,7 +76,7 @@ def test_one_with_the_models_own_is_not_kept(model: Path) -> None:
 
 
 def test_what_is_the_models_is_in_memory_once(model: Path) -> None:
-    texts = RegisteredTexts(model, max_bytes=10)
+    texts = RegisteredTokenizers(model, max_bytes=10)
     for name in ("a", "b"):
         texts.hold(read(texts, adapter(model, name, name)))
     assert texts._bytes == 2, "their templates alone count"
@@ -84,7 +84,7 @@ def test_what_is_the_models_is_in_memory_once(model: Path) -> None:
 
 
 def test_beyond_the_bound_it_is_read_again_and_counts_if_it_is_the_same(model: Path) -> None:
-    texts = RegisteredTexts(model, max_bytes=3)
+    texts = RegisteredTokenizers(model, max_bytes=3)
     text = read(texts, adapter(model, "a", "long template"))
     texts.hold(text)
     given = files(texts, text.digest)
@@ -97,7 +97,7 @@ def test_beyond_the_bound_it_is_read_again_and_counts_if_it_is_the_same(model: P
 
 
 def test_a_broken_tokenizer_is_refused(model: Path) -> None:
-    texts = RegisteredTexts(model)
+    texts = RegisteredTokenizers(model)
     broken = model.parent / "broken"
     broken.mkdir()
     (broken / "tokenizer.json").write_text("{}")
