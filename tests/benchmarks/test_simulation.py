@@ -60,7 +60,7 @@ def test_the_service_of_two_adapters_of_one_tenant_differs_by_a_bounded_amount()
 
 
 def _service(simulation: Simulation, adapter: str) -> float:
-    return simulation.scheduler._clients._fairness.service("t", adapter)[1]
+    return simulation.scheduler._flows._fairness.service("t", adapter)[1]
 
 
 def test_tenants_get_shares_by_their_weights() -> None:
