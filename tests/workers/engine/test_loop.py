@@ -380,7 +380,7 @@ def test_more_clients_than_the_bound_can_serve_are_refused_while_others_go_on(
     engine.submit(requests[4])
     while engine.has_unfinished():
         engine.step()
-    assert not engine._admission.num_waiting_clients and not engine._admission._requests
+    assert not engine._admission.num_waiting_flows and not engine._admission._requests
 
 
 def test_tenants_and_priorities_reach_the_order_of_service(fleet: Fleet, engines: list[Engine]) -> None:
