@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from demo_model import demo_model_dir
 from safetensors.torch import save_file
 
 from lorafleet.workers import LLM, LoRARequest, SamplingParams
+from lorafleet.workers.sources.demo import demo_model_dir
 
 RANK, HIDDEN, NUM_KEYS, NUM_LAYERS = 8, 576, 192, 30  # of SmolLM2-135M
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from demo_model import demo_model_dir
-
 from lorafleet.workers import LLM, LoRARequest, SamplingParams
+from lorafleet.workers.sources.demo import demo_model_dir
 
 SQL = Path(__file__).parent / "adapters" / "sql"
 QUESTION = "Table: cars(id, brand, price)\nQuestion: What is the highest price?"

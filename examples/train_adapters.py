@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_model import demo_model_dir
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorafleet.workers.sources.demo import demo_model_dir
 
 OUT_DIR = Path(__file__).parent / "adapters"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import demo_model
 import manifest_checks
 import manifest_schemas
 import pytest
@@ -47,6 +46,7 @@ from lorafleet.controller.gateway.__main__ import parse
 from lorafleet.controller.gateway.api.app import make_app
 from lorafleet.controller.gateway.api.state import GatewayState
 from lorafleet.controller.gateway.config import GatewayConfig
+from lorafleet.workers.sources.demo import GGUF_SHA256, MODEL_NAME, demo_model_dir
 
 ROOT = Path(__file__).parents[2]
 README = (KUBERNETES / "README.md").read_text()
@@ -662,10 +662,10 @@ def test_pods_are_the_user_of_the_image_and_mount_what_it_names(manifests: list[
 
 def test_the_demo_model_is_where_the_script_puts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORAFLEET_CACHE", str(tmp_path))
-    folder = tmp_path / "models" / f"{demo_model.MODEL_NAME}-{demo_model.GGUF_SHA256[:12]}"
+    folder = tmp_path / "models" / f"{MODEL_NAME}-{GGUF_SHA256[:12]}"
     folder.mkdir(parents=True)  # as if it were there already, so that nothing is fetched
     demo = read(rendered("cpu-demo"))
-    assert fleet_args(demo).model == f"/cache/{demo_model.demo_model_dir().relative_to(tmp_path)}"
+    assert fleet_args(demo).model == f"/cache/{demo_model_dir().relative_to(tmp_path)}"
     scripts = [each["command"] for pod in pods(demo) for each in pod.spec.get("initContainers", ())]
     assert scripts == [["python", f"{IN_IMAGE}/examples/demo_model.py"]] * 2, "of the head and of the workers"
 
