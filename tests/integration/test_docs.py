@@ -5,7 +5,6 @@ tests/documents.py has the marks. Each server that the pages start is started on
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -52,38 +51,41 @@ def filled(text: str, places: dict[str, str]) -> str:
     return text
 
 
-def programs(page: str, word: str) -> Iterator[tuple[Block, str, str | None]]:
-    """Each block of a page with such a mark as a whole program, and what it is to print, if the page says so.
-
-    A Python block goes on where those of the page before it ended.
-    """
-    before = ""
-    known = blocks(page)
-    for block, following in itertools.pairwise([*known, None]):
-        assert block is not None
+def programs(page: str, word: str) -> list[list[Block]]:
+    """A page's blocks with such a mark. Those that run together are one list: commands, or Python up to them."""
+    found: list[list[Block]] = []
+    for block in blocks(page):
         if block.mark != word:
             continue
-        prints = following.text if following is not None and following.mark == "prints" else None
-        if block.language == "bash":
-            yield block, block.text, prints
+        if found and block.language == found[-1][-1].language == "python":
+            found[-1].append(block)
         else:
-            yield block, f"{before}\nprint({BETWEEN!r}, flush=True)\n{block.text}", prints
-            before += block.text
+            found.append([block])
+    return found
 
 
-def run(block: Block, program: str, prints: str | None) -> str:
+def run(program: list[Block], places: dict[str, str]) -> list[str]:
     """What is wrong with how a program runs; nothing if it runs as its page says."""
-    if block.language == "bash":
-        command = ["bash", "-e", "-c", program.replace("curl ", "curl -sS --fail-with-body ")]
+    texts = [filled(block.text, places) for block in program]
+    if program[0].language == "bash":
+        command = ["bash", "-e", "-c", texts[0].replace("curl ", "curl -sS --fail-with-body ")]
     else:
-        command = [sys.executable, "-c", program]
+        command = [sys.executable, "-c", f"print({BETWEEN!r}, flush=True)\n".join(texts)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-    printed = done.stdout.rpartition(f"{BETWEEN}\n")[2]
     if done.returncode:
-        return f"{block} ends with {done.returncode}:\n{printed}\n{done.stderr}"
-    if prints is not None and printed.strip() != prints.strip():
-        return f"{block} prints\n{printed}\nand not\n{prints}"
-    return ""
+        return [f"{program[0]} ends with {done.returncode}:\n{done.stdout}\n{done.stderr}"]
+    return [
+        f"{block} prints\n{printed}\nand not\n{wanted}"
+        for block, printed in zip(program, done.stdout.split(f"{BETWEEN}\n"), strict=True)
+        if (wanted := what_it_prints(block)) is not None and printed.strip() != wanted.strip()
+    ]
+
+
+def what_it_prints(block: Block) -> str | None:
+    """What its page says that a block prints; None if it does not say."""
+    known = blocks(block.page)
+    following = known[known.index(block) + 1 :][:1]
+    return following[0].text if following and following[0].mark == "prints" else None
 
 
 @contextmanager
@@ -112,15 +114,10 @@ def started(name: str, places: dict[str, str]) -> Iterator[Server]:
 
 def ask(server: Server, word: str, places: dict[str, str]) -> list[str]:
     """What is wrong with the pages' blocks for that server."""
-    own = places | {"http://127.0.0.1:8000": server.url}
+    own = places | {"http://127.0.0.1:8000": server.url, "status\n": f"status --url {server.url}\n"}
     asked = [program for page in PAGES for program in programs(page, word)]
-    assert asked, f"a server that no page asks anything: {word}"
-    problems = []
-    for block, program, prints in asked:
-        program = program.replace("lorafleet status\n", f"lorafleet status --url {server.url}\n")
-        if problem := run(block, filled(program, own), prints):
-            problems.append(problem)
-    return problems
+    assert asked, "a server that no page asks anything"
+    return [problem for program in asked for problem in run(program, own)]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "demo"])
@@ -158,5 +155,4 @@ def answers(server: Server) -> dict[str, str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.mark == "alone" for block in blocks(page))])
 def test_what_needs_no_server_runs_by_itself(page: str, places: dict[str, str]) -> None:
-    problems = [run(block, filled(program, places), prints) for block, program, prints in programs(page, "alone")]
-    assert [problem for problem in problems if problem] == []
+    assert [problem for program in programs(page, "alone") for problem in run(program, places)] == []
