@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PORT ?= 8000
 
-.PHONY: demo test install lint types docs reference package image-check manifests-check manifests proto clean
+.PHONY: demo test install lint types package image-check manifests-check manifests proto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -56,6 +56,7 @@ build/source/.copied: $(INSTALLED) $(shell find controller kernels proto workers
 	@touch $@
 
 # Strict: a link that leads nowhere is an error. Nothing is fetched, and the pages load nothing from elsewhere.
+.PHONY: docs reference
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 
