@@ -14,6 +14,8 @@ help:
 	@echo 'make test     run the test suite'
 	@echo 'make install  make $(VENV) with everything pinned, and $(BIN)/lorafleet'
 	@echo 'make lint     ruff, then types'
+	@echo 'make docs     build the documentation into build/docs'
+	@echo 'make reference    write the tables of docs/reference/ that follow from the code'
 	@echo 'make package  build the wheel, with the kernels prebuilt, and try it outside the tree'
 	@echo 'make image-check  run the steps of deploy/docker/Dockerfile, without Docker'
 	@echo 'make manifests-check  have checkov look at the Kubernetes manifests'
@@ -31,7 +33,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	@model=$$($(BIN)/python examples/demo_model.py) && exec $(BIN)/lorafleet serve "$$model" \
 		--served-model-name smollm2 --host 127.0.0.1 --port $(PORT) --enable-lora \
-		--lora-modules sql=examples/adapters/sql pirate=examples/adapters/pirate json=examples/adapters/json
+		--lora-modules sql=examples/adapters/sql pirate=examples/adapters/pirate json=examples/adapters/json \
+		--allow-runtime-lora-updates --lora-root examples/adapters
 
 test: install
 	$(BIN)/python -m pytest
@@ -51,6 +54,19 @@ build/source/.copied: $(INSTALLED) __init__.py $(shell find controller kernels p
 	cp -r __init__.py controller kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
 	rm -rf build/source/lorafleet/kernels/cpu/prebuilt
 	@touch $@
+
+# Strict: a link that leads nowhere is an error. Nothing is fetched, and the pages load nothing from elsewhere.
+.PHONY: docs reference
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# A test says when they are no longer what the code says.
+reference: install
+	$(BIN)/python tests/reference_pages.py
 
 package: build/wheel/.built
 	cd build/wheel && ../../$(BIN)/python -P ../../tests/check_wheel.py .

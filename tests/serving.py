@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 ADAPTERS = ("sql", "pirate", "json")
@@ -58,11 +59,19 @@ class Endpoint:
     def complete(self, model: str, prompts: list[str]) -> list[str]:
         """Twelve greedy tokens behind each prompt, all in one request."""
         body = {"model": model, "prompt": prompts, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        return [choice["text"] for choice in self._choices("/v1/completions", body)]
+
+    def chat(self, model: str, prompt: str) -> str:
+        """The greedy answer to one message."""
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 128}
+        return str(self._choices("/v1/chat/completions", body)[0]["message"]["content"])
+
+    def _choices(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
         request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as response:
-            return [choice["text"] for choice in json.load(response)["choices"]]
+            return list(json.load(response)["choices"])
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import PAGES
 
 from lorafleet.controller.commands.cli import make_parser
 from lorafleet.workers.config import EngineConfig, LoRAConfig
@@ -98,7 +99,7 @@ def commands(text: str) -> Iterator[str]:
             yield rest.split("`")[0]
 
 
-@pytest.mark.parametrize("document", ["README.md", "Makefile"])
+@pytest.mark.parametrize("document", [*PAGES, "Makefile"])
 def test_every_flag_that_a_document_gives_serve_exists(document: str) -> None:
     flags = serve_flags()
     for command in commands((ROOT / document).read_text()):
