@@ -17,11 +17,11 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from lorafleet.controller.gateway.fleet_metrics import FleetCollector
-from lorafleet.controller.gateway.metrics import Metrics
-from lorafleet.controller.gateway.metrics_page import Snapshot
-from lorafleet.controller.gateway.schema import DEFAULTS
-from lorafleet.controller.gateway.vllm_metrics import VllmCollector
+from lorafleet.controller.gateway.api.schema import DEFAULTS
+from lorafleet.controller.gateway.metrics.instruments import Metrics
+from lorafleet.controller.gateway.metrics.page import Snapshot
+from lorafleet.controller.gateway.metrics.vllm import VllmCollector
+from lorafleet.controller.gateway.metrics.workers import FleetCollector
 from lorafleet.workers.errors import ERRORS
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"

@@ -13,9 +13,9 @@ from aiohttp import web
 from documents import ROOT
 from reference_pages import PAGES, TABLES, filled
 
-from lorafleet.controller.gateway import schema
-from lorafleet.controller.gateway.app import make_app
-from lorafleet.controller.gateway.auth import OPEN_PATHS
+from lorafleet.controller.gateway.api import schema
+from lorafleet.controller.gateway.api.app import make_app
+from lorafleet.controller.gateway.api.auth import OPEN_PATHS
 from lorafleet.controller.gateway.config import GatewayConfig
 
 HTTP = (PAGES / "http.md").read_text()
