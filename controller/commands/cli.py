@@ -1,4 +1,4 @@
-"""The command line: `lorafleet serve`, `up`, `down`, `restart`, `drain`, `status` and `gateway`.
+"""The command line: `lorafleet serve`, `demo`, `up`, `down`, `restart`, `drain`, `status` and `gateway`.
 
 Owns: which command does what. Imports neither Ray nor torch until there is something to run, so that `--help` and a
 mistyped flag answer at once. Leaves to others: the flags of a fleet (flags.py).
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(gateway(argv[1:]))
     parser = make_parser()
     try:
+        if argv[:1] == ["demo"]:
+            argv = _demo(parser, argv[1:])
         args = parser.parse_args(with_flags_file(argv))
         if args.command in ("serve", "up"):
             config = serve_config(args)
@@ -89,6 +91,9 @@ def make_parser() -> CommandParser:
         "file: `lorafleet serve @FILE`, several on a line, # for comments.",
     )
     add_fleet_flags(serve, ray_address=None, ray_help="a running Ray cluster to use (default: a Ray of its own)")
+    commands.add_parser(
+        "demo", help="serve a small model with three adapters; takes the flags of `serve`", add_help=False
+    )
     _add_up(commands)
     for name, purpose, description in (
         ("down", "end the fleet on a Ray cluster", "gateways finish their requests first."),
@@ -162,6 +167,14 @@ def _add_up(commands: argparse._SubParsersAction[CommandParser]) -> None:
         help="wait for nodes that have room, stay, and print what happens to the fleet; SIGTERM ends the command, not "
         "the fleet, SIGUSR1 restarts the workers; exit code 1 when the Ray cluster is lost",
     )
+
+
+def _demo(parser: CommandParser, flags: Sequence[str]) -> list[str]:
+    """Return the demo's `serve` command. The model is fetched only for flags that can be served."""
+    from lorafleet.controller.commands.demo import demo_model, serve_arguments
+
+    parser.parse_args(with_flags_file(serve_arguments("the demo model", flags)))
+    return serve_arguments(demo_model(), flags)
 
 
 def _check_gateway_flags(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
 def run_follower(path: list[str], config: EngineConfig, rank: int, leader: str) -> None:
     sys.path[:] = path
     asyncio.run(follow(config, rank, leader, "127.0.0.1", TOKEN))
+    os._exit(0)  # as `FollowerActor` does: torch's threads may end badly with the interpreter
 
 
 @contextmanager
