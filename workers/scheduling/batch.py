@@ -1,4 +1,4 @@
-"""What the next step is to run: which requests with how many tokens, in which order of rows, and what to load beside.
+"""A step as a value: which requests run with how many tokens, in which order of rows, and what is loaded beside.
 
 Values only. Leaves to others: choosing them (scheduler.py), carrying them out (engine/loop.py, model/runner.py).
 """
@@ -21,18 +21,18 @@ class Scheduled:
 
     @property
     def samples(self) -> bool:
-        """Whether this step reaches the end of what is known, so that a next token is to be sampled."""
+        """Return whether this step computes the last known token, so that the next one is sampled."""
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
 
     @property
     def num_base_tokens(self) -> int:
-        """Of its tokens the first ones, which come before the place where the adapter begins."""
+        """Return how many of its first tokens come before the place where the adapter is activated."""
         return min(self.num_tokens, max(0, self.request.adapter_start - self.request.num_computed_tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class SlotLoad:
-    """An adapter to be copied into a slot; then `finish_load` or `fail_load` of the slots is due."""
+    """An adapter to be copied into a slot."""
 
     digest: str
     slot: int
@@ -40,15 +40,25 @@ class SlotLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step computes, grouped by slots (base model first), so that an adapter's rows are one segment.
+    """One step, from `Scheduler.schedule` to whoever carries it out: engine/loop.py.
 
-    Where an activated adapter begins amid a request's rows, those before it part the others from the group. Such
-    requests come first in their group: there is one segment for each of them, and none more for all others.
+    Carry it out in this order. The plan already counts as decided, so every part must be carried out, or reported as
+    failed, before the next `schedule`:
+
+    1. `loads`: begin each copy. It needs no waiting: no request of this plan uses these slots. Each ends, in any later
+       step, with one `finish_load` or `fail_load` of the slots.
+    2. `prefetches`: begin to read these adapters into the host cache. Nothing is to be reported.
+    3. `scheduled`: launch all entries as one batch, whose rows are in this order, then call `advance` for each. A plan
+       without entries is not launched.
+    4. When the batch's results are there, call `settle` for each entry that `samples`, unless the request has ended
+       since. The next plan may be asked for before that, but only one.
     """
 
+    # Grouped by slots, the base model's entries first, so that an adapter's rows are one segment for the kernels. An
+    # activated adapter may begin amid a request's rows: such requests come first in their group, each a segment.
     scheduled: tuple[Scheduled, ...]
-    loads: tuple[SlotLoad, ...]
-    prefetches: tuple[str, ...] = ()  # adapters to bring into the host cache, since slots are to come free for them
+    loads: tuple[SlotLoad, ...]  # the slots are empty or have been emptied: nothing reads them now
+    prefetches: tuple[str, ...] = ()  # digests of adapters for which slots are about to come free
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +66,7 @@ class StepPlan:
 
 
 def in_row_order(entries: Iterable[Scheduled]) -> tuple[Scheduled, ...]:
-    """The order that `StepPlan` promises; between equals the given one."""
+    """Return the entries in the order that `StepPlan` promises, equal ones as given."""
     return tuple(sorted(entries, key=_row_order))
 
 

@@ -1,7 +1,11 @@
-"""Which adapters take nobody new, so that their slots come free for others that have been passed for a turn.
+"""Claims: adapters accept no new requests so that their slots come free for adapters that have waited a turn.
 
-Pure: it changes nothing, and times are the caller's. What comes free is loaded by scheduler.py. Where nobody may wait
-for that to happen, running requests give way (preemption.py).
+Example: two slots hold A and B, and C is cold. C's first request has waited for a turn (`turn_s`) while requests for A
+and B kept coming. A's next request ranks before C's, B's next one after it. So B is claimed: its running requests
+finish, its waiting ones stay, and when the last has finished C is loaded in its place. A is left alone.
+
+Pure: it changes nothing, and times are the caller's. scheduler.py loads what comes free. Where the wait limit leaves no
+time for that, running requests are preempted (preemption.py).
 """
 
 from __future__ import annotations
@@ -14,11 +18,11 @@ from lorafleet.workers.scheduling.residency import Residency
 
 
 class Claims:
-    """One adapter is claimed for each cold one that it would pass.
+    """Claims one adapter for each cold one that would otherwise be passed again.
 
-    That one must have waited for a turn, and the claimed one has held its slot for a turn and ranks behind it: those
-    that rank last are claimed first, for a composition idle ones before them. One that waits for memory beside its slot
-    claims all that have some.
+    The cold one must have waited for a turn. The claimed one must have held its slot for a turn and rank after it; the
+    lowest rank is claimed first, and idle adapters before all others where a composition waits. An adapter that waits
+    for memory beside its slot claims every adapter that holds some.
     """
 
     def __init__(self, slots: AdapterSlots, flows: Flows, residency: Residency, *, turn_s: float) -> None:
@@ -28,7 +32,7 @@ class Claims:
         self._turn_s = turn_s
 
     def find(self, hot: Mapping[str, tuple[str, ...]], taken: Set[str], now: float) -> set[str]:
-        """The adapters that are claimed now. hot: of `Flows`. taken: those that take nobody new anyhow."""
+        """Return the adapters claimed now. hot: see `Flows`. taken: adapters that accept no new requests anyway."""
         before = now - self._turn_s
         ranks = self._claimable(hot, taken, before)
         claimed: set[str] = set()
@@ -41,7 +45,7 @@ class Claims:
         return claimed
 
     def _claimable(self, hot: Mapping[str, tuple[str, ...]], taken: Set[str], before: float) -> dict[str, Rank]:
-        """Adapters that have held their slots for a turn and that requests wait for, with the best one's rank."""
+        """Return the adapters that have held a slot for a turn and have waiting requests, with the best one's rank."""
         ranks: dict[str, Rank] = {}
         for adapter, digests in hot.items():
             flow = self._flows.first(adapter)

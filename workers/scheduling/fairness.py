@@ -1,11 +1,15 @@
-"""Who has had how much: virtual token counters, between tenants and, within a tenant, between its adapters.
+"""Virtual token counters: how much service each tenant has had and, within a tenant, each of its adapters.
 
-After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), the virtual token counter (VTC): a flow's
-counter grows by the service that it gets, divided by its weight, and the flow with the least counter is served next.
-A flow that begins to wait again is lifted to the least counter of those that wait, so that idleness earns no credit.
-With it, the service of two flows that both wait all the time differs by a bounded amount, however long that time is.
+After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024); a flow is what the paper calls a client. A
+flow's counter grows by its service (a prompt token counts 1, an output token 2) divided by its weight, and the flow
+with the least counter is served next. A flow that begins to wait again is lifted to the least counter of those that
+wait, so that idleness earns no credit.
 
-Here: what counts as service and the counters. Who is charged, and when, is flows.py's and its callers'.
+Example: A has had 300, B 100, and both wait. B is served until it passes 300; then they alternate. C comes back after
+an hour with a counter of 20: it is lifted to 300 and alternates with them, instead of being served alone for 280.
+
+For two flows that always wait, the difference in service is bounded, however long they do. This file has the counters
+and what counts as service; flows.py says who is charged, and when.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from lorafleet.workers.scheduling.ranking import Ranking
 
 PROMPT_TOKEN = 1.0  # service of computing a token of a prompt, once
 OUTPUT_TOKEN = 2.0
-MAX_IDLE = 1024  # flows of one kind whose counters are kept while they have no requests
+MAX_IDLE = 1024  # flows without requests whose counters are kept
 
 K = TypeVar("K", bound=Hashable)
 
@@ -25,8 +29,8 @@ K = TypeVar("K", bound=Hashable)
 class Counters(Generic[K]):
     """One counter for each flow that waits or runs.
 
-    An idle flow's is kept only while it is above the level that it would be lifted to on its return, so that the
-    memory is bounded by what is in use (and by `max_idle` where the level stands still).
+    An idle flow's counter is kept only while it is above the level to which it would be lifted on its return, so memory
+    is bounded by what is in use (and by `max_idle` while the level stands still).
     """
 
     def __init__(self, max_idle: int = MAX_IDLE) -> None:
@@ -38,7 +42,7 @@ class Counters(Generic[K]):
         self._level = 0.0
 
     def __getitem__(self, flow: K) -> float:
-        """The weighted service of a flow that waits or runs, above where it was lifted to."""
+        """Return the counter of a flow that waits or runs."""
         return self._values[flow]
 
     @property
@@ -77,7 +81,7 @@ class Counters(Generic[K]):
         self._values[flow] += service
 
     def _lift(self) -> float:
-        """Where a flow begins: the least counter of those that wait; if nobody does, of those that run.
+        """Return where a flow begins: the least counter of those that wait or, if none does, of those that run.
 
         It never falls, and outlives those that it came from.
         """
@@ -89,7 +93,7 @@ class Counters(Generic[K]):
         return self._level
 
     def check_integrity(self) -> None:
-        """Flows wait, run or are idle, and nobody else is remembered. For tests."""
+        """Check that only flows that wait, run or are idle are remembered. For tests."""
         assert self._values.keys() == {*self._waiting, *self._running, *self._idle}
         assert not set(self._idle) & {*self._waiting, *self._running}
         assert len(self._idle) <= self._max_idle
@@ -122,11 +126,11 @@ class Fairness:
         self._adapters[tenant].charge(adapter, service / adapter_weight)
 
     def service(self, tenant: str, adapter: str | None) -> tuple[float, float]:
-        """What the order of service compares: the tenant's counter, then its adapter's."""
+        """Return what the order of service compares: the tenant's counter, then its adapter's."""
         return self._tenants[tenant], self._adapters[tenant][adapter]
 
     def check_integrity(self) -> None:
-        """For tests."""
+        """Check both kinds of counters. For tests."""
         self._tenants.check_integrity()
         for adapters in self._adapters.values():
             adapters.check_integrity()
