@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+SERVES := $(VENV)/.serves
 INSTALLED := $(VENV)/.installed
 PORT ?= 8000
 
@@ -24,17 +26,26 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+# What serving needs and the SDK. On a machine without a GPU the build of torch for CPUs, a tenth as large, from torch's
+# own index if that can be reached.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+IS_REACHABLE := import urllib.request; urllib.request.urlopen("$(TORCH_INDEX)/torch/", timeout=5)
+
+$(SERVES): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LoRAFleet needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo 'Installing what serving needs, torch first of all: minutes, most of them downloads.'
+	@index=''; if ! command -v nvidia-smi > /dev/null && $(PYTHON) -c '$(IS_REACHABLE)' 2> /dev/null; then \
+		index='--extra-index-url $(TORCH_INDEX)'; fi; set -x; $(PIP) $$index --editable '.[demo]'
 	@touch $@
 
-demo: install
-	@model=$$($(BIN)/python examples/demo_model.py) && exec $(BIN)/lorafleet serve "$$model" \
-		--served-model-name smollm2 --host 127.0.0.1 --port $(PORT) --enable-lora \
-		--lora-modules sql=examples/adapters/sql pirate=examples/adapters/pirate json=examples/adapters/json \
-		--allow-runtime-lora-updates --lora-root examples/adapters
+$(INSTALLED): $(SERVES)
+	@echo 'Installing what tests, linters and benchmarks need.'
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(SERVES)
+	@exec $(BIN)/lorafleet demo --host 127.0.0.1 --port $(PORT)
 
 test: install
 	$(BIN)/python -m pytest
@@ -49,9 +60,9 @@ types: build/source/.copied
 	cd build/source && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		--python-executable ../../$(BIN)/python -p lorafleet
 
-build/source/.copied: $(INSTALLED) __init__.py $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
+build/source/.copied: $(INSTALLED) __init__.py $(shell find controller examples kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
 	rm -rf build/source && mkdir -p build/source/lorafleet
-	cp -r __init__.py controller kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
+	cp -r __init__.py controller examples kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
 	rm -rf build/source/lorafleet/kernels/cpu/prebuilt
 	@touch $@
 
@@ -61,7 +72,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 
 $(VENV)/.docs: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[docs]'
+	$(PIP) --quiet --editable '.[docs]'
 	@touch $@
 
 # A test says when they are no longer what the code says.

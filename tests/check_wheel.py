@@ -13,7 +13,9 @@ from pathlib import Path
 EXPECTED = [
     "__init__.py",
     "controller/commands/cli.py",
+    "controller/commands/demo.py",
     "controller/gateway/__main__.py",
+    "examples/adapters/sql/adapter_model.safetensors",
     "kernels/lora.py",
     "kernels/py.typed",
     "proto/controller.proto",

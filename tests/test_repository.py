@@ -38,7 +38,9 @@ def test_tests_are_no_packages() -> None:
 def test_pyproject_lists_every_folder_with_python_files() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {file.parent.relative_to(ROOT) for folder in PACKAGES for file in (ROOT / folder).rglob("*.py")}
-    assert sorted(listed) == sorted(["lorafleet"] + [".".join(["lorafleet", *folder.parts]) for folder in folders])
+    assert sorted(listed) == sorted(
+        ["lorafleet", "lorafleet.examples"] + [".".join(["lorafleet", *folder.parts]) for folder in folders]
+    )
 
 
 def protoc_version() -> str | None:
@@ -99,17 +101,12 @@ def commands(text: str) -> Iterator[str]:
             yield rest.split("`")[0]
 
 
-@pytest.mark.parametrize("document", [*PAGES, "Makefile"])
+@pytest.mark.parametrize("document", PAGES)
 def test_every_flag_that_a_document_gives_serve_exists(document: str) -> None:
     flags = serve_flags()
     for command in commands((ROOT / document).read_text()):
         named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", command)
         assert [flag for flag in named if flag not in flags] == [], shlex.quote(command)
-
-
-def test_the_makefiles_demo_is_among_the_commands_that_are_checked() -> None:
-    (demo,) = commands((ROOT / "Makefile").read_text())
-    assert "--enable-lora" in demo
 
 
 def test_nothing_outside_the_tests_is_marked_as_still_to_do() -> None:
