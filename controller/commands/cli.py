@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from lorafleet.controller.command_parser import CommandParser
+from lorafleet.controller.arguments.parser import CommandParser
 from lorafleet.controller.commands.flags import (
     add_fleet_flags,
     drain_timeout,

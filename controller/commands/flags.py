@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafleet.controller.byte_size import byte_size
+from lorafleet.controller.arguments.byte_size import byte_size
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.gateway.api_keys import add_key_flags, given_keys
 from lorafleet.controller.gateway.limits import Limits

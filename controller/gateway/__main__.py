@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafleet.controller.command_parser import CommandParser
+from lorafleet.controller.arguments.parser import CommandParser
 from lorafleet.controller.gateway.api_keys import WEAK_KEY_CHARS, add_key_flags, given_keys, num_weak
 from lorafleet.controller.gateway.config import GatewayConfig, SessionTimes
 from lorafleet.controller.gateway.limits import Limits, flag_of

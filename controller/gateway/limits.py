@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from lorafleet.controller.byte_size import byte_size
+from lorafleet.controller.arguments.byte_size import byte_size
 from lorafleet.workers.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from lorafleet.controller.byte_size import byte_size
+from lorafleet.controller.arguments.byte_size import byte_size
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("1.5GiB", 3 << 29), (" 500 MB ", 500_000_000), ("7", 7)])
