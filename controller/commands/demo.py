@@ -31,7 +31,7 @@ def demo_model() -> str:
 
     In a process of its own, so that this one stays small. Raises `ConfigError`.
     """
-    command = [sys.executable, "-m", "lorafleet.workers.sources.demo", "--compile"]
+    command = [sys.executable, "-m", "lorafleet.workers.sources.demo", "compile"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise ConfigError("The demo model is not here and could not be had; see above.")

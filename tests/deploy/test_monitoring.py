@@ -13,7 +13,7 @@ import pytest
 import yaml
 from promql import QueryError, read
 
-from lorafleet.controller.commands.cli import make_parser
+from lorafleet.controller.commands.command_table import make_parser
 from lorafleet.controller.gateway.metrics.instruments import Metrics
 from lorafleet.controller.gateway.metrics.page import Snapshot
 from lorafleet.controller.gateway.metrics.vllm import VllmCollector

