@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PORT ?= 8000
 
-.PHONY: demo test install lint types package image-check manifests-check manifests proto clean
+.PHONY: demo test install lint types package image-check manifests-check manifests proto docs-cli clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make manifests-check  have checkov look at the Kubernetes manifests'
 	@echo 'make manifests    render the base of the Kustomize overlay anew'
 	@echo 'make proto    regenerate the gRPC stubs'
+	@echo 'make docs-cli regenerate the reference of the command line'
 
 install: $(INSTALLED)
 
@@ -86,6 +87,10 @@ proto: install
 	$(BIN)/python -m grpc_tools.protoc -I lorafleet/proto=proto --python_out=build/proto --grpc_python_out=build/proto \
 		--pyi_out=build/proto proto/worker.proto proto/controller.proto proto/rank.proto
 	mv build/proto/lorafleet/proto/* proto/
+
+# What the options say of themselves; a test says when the page is no longer that.
+docs-cli: install
+	mkdir -p build && $(BIN)/python -m lorafleet.controller.reference > build/cli.md && mv build/cli.md docs/reference/cli.md
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,7 +43,9 @@ def make_engine(model: Path, args: argparse.Namespace, *, max_loras: int, max_nu
         num_threads=args.num_threads,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes if max_num_seqs > 1 else None,
         max_model_len=256,
-        lora=LoRAConfig(max_loras=max_loras, max_cpu_loras=max(args.max_cpu_loras, max_loras), eviction=args.eviction),
+        lora=LoRAConfig(
+            max_loras=max_loras, max_cpu_loras=max(args.max_cpu_loras, max_loras), lora_eviction=args.eviction
+        ),
     )
     engine = Engine.from_config(config)
     engine.load()

@@ -128,7 +128,7 @@ class BenchModel:
                 max_loras=limits.max_loras,
                 max_lora_rank=limits.max_lora_rank,
                 max_cpu_loras=limits.max_loras,
-                full_weight_bytes=0,
+                lora_full_weight_bytes=0,
             )
         page_size, itemsize = 16, DTYPE.itemsize
         self._kv_token_bytes = spec.kv_elements_per_token(1) * itemsize

@@ -6,6 +6,8 @@ import argparse
 import re
 from typing import Final
 
+from lorafleet.controller.command_parser import quoted
+
 _UNITS: Final = {
     "": 1,
     "k": 10**3,
@@ -24,5 +26,13 @@ def byte_size(text: str) -> int:
     """'2GiB', '500MB', '1048576' → bytes. For argparse."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not a size; write it like 2GiB, 500MB or 1048576")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a size; write it like 2GiB, 500MB or 1048576")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def size_text(size: int) -> str:
+    """Return a size as `byte_size` reads it, in the largest unit that it is a multiple of."""
+    for unit in ("ti", "gi", "mi", "ki"):
+        if size and not size % _UNITS[unit]:
+            return f"{size // _UNITS[unit]}{unit.capitalize()}B"
+    return str(size)

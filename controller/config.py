@@ -1,68 +1,113 @@
-"""What `lorafleet serve` was told: built and validated once by the CLI, frozen, passed whole."""
+"""What the commands on fleets were told: built and validated once by the CLI, frozen, passed whole.
+
+Owns: the options of a fleet and of a Ray cluster, their defaults and checks. Leaves to others: those of gateways
+(gateway/options.py), of engines and LoRA (workers/config.py).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
-from lorafleet.controller.gateway.api_keys import check_keys
-from lorafleet.controller.gateway.limits import Limits
-from lorafleet.workers.config import EngineConfig, LoRAModule
-from lorafleet.workers.errors import ConfigError
+from lorafleet.controller.gateway.api_keys import API_KEY_VARIABLE, keys_of_variable
+from lorafleet.controller.gateway.options import HTTP, GatewayOptions
+from lorafleet.controller.lora_module import lora_module
+from lorafleet.controller.port_range import port_range
+from lorafleet.workers.config import LORA, EngineConfig, LoRAModule
+from lorafleet.workers.errors import ConfigError, quoted
+from lorafleet.workers.options import DAY_S, check_options, option, option_of
 
+FLEET, CLUSTER = "fleet", "cluster"
+VLLM_UPDATES_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 GatewayNodes = Literal["none", "head", "all"]
-GATEWAY_NODES: Final[tuple[GatewayNodes, ...]] = ("none", "head", "all")
 
 
 @dataclass(frozen=True, slots=True)
-class ServeConfig:
+class ServeConfig(GatewayOptions):
     """A whole fleet on one command line."""
 
     engine: EngineConfig
-    served_model_names: tuple[str, ...]  # of the base model; the first is canonical
-    adapters: tuple[LoRAModule, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    admin_api_keys: tuple[str, ...] = field(default=(), repr=False)  # that may load and unload adapters
-    tenants_file: str | None = None  # read and checked; the gateway reads it again
-    seed: int | None = None
-    drain_timeout_s: float = 30.0
-    allow_runtime_lora_updates: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter
-    lora_roots: tuple[
-        str, ...
-    ] = ()  # below which adapters that are loaded so must lie; see workers/adapters/sources.py
-    num_workers: int = 1
-    gateway_processes: int = 1  # on one port
-    hung_step_s: float = 60.0  # age of a step at which its worker is replaced
-    worker_wait_s: float = 60.0  # of a request that no worker can take
-    worker_ports: tuple[int, int] | None = None  # of the workers' gRPC servers, the last one included; None: any
-    ray_address: str | None = None  # None: a Ray of our own on this machine
-    log_level: str = "warning"
-    limits: Limits = field(default_factory=Limits)  # of each gateway process
+    served_model_names: tuple[str, ...] = option(  # the first is canonical
+        group=HTTP,
+        flag="--served-model-name",
+        metavar="NAME",
+        help="names of the base model",
+        default_text="MODEL as given",
+    )
+    adapters: tuple[LoRAModule, ...] = option(
+        (),
+        group=LORA,
+        flag="--lora-modules",
+        metavar="NAME=PATH",
+        parse=lora_module,
+        help="adapters to serve; PATH is a directory, a hub id or a hub cache folder. Or JSON: "
+        '{"name": ..., "path": ..., "base_model_name": ..., "weight": 1.0, "pin": false}: weight is its share of its '
+        "tenant's service, pin keeps it in a device slot",
+        default_text="none",
+    )
+    allow_runtime_lora_updates: bool = option(
+        False,
+        group=LORA,
+        help="serve POST /v1/load_lora_adapter and /v1/unload_lora_adapter; "
+        f"${VLLM_UPDATES_VARIABLE}=1 turns it on too",
+    )
+    lora_roots: tuple[str, ...] = option(  # workers/adapters/sources.py keeps to them
+        (),
+        group=LORA,
+        flag="--lora-root",
+        metavar="ROOT",
+        help="where adapters that are loaded at run time may come from: directories, hf:// for any Hugging Face id, "
+        "hf://ORG for one organisation's",
+        default_text="nowhere",
+    )
+    num_workers: int = option(
+        1,
+        group=FLEET,
+        minimum=1,
+        maximum=4096,
+        help="workers, each with the whole model (in its ranks) and its own adapter cache; a request goes to the one "
+        "with the lowest expected time to first token",
+    )
+    gateway_processes: int = option(
+        1,
+        group=FLEET,
+        minimum=1,
+        maximum=1024,
+        help="processes that share the port and the work of HTTP, tokenizing and streaming",
+    )
+    hung_step_s: float = option(
+        60.0,
+        group=FLEET,
+        minimum=1.0,
+        maximum=DAY_S,
+        help="age of an engine step at which its worker is replaced, and its requests are resumed by another worker; "
+        "at a third of it the worker gets no new requests",
+    )
+    worker_ports: tuple[int, int] | None = option(  # the last one included
+        None,
+        group=FLEET,
+        metavar="LOW-HIGH",
+        parse=port_range,
+        help="ports that gateways and controller reach workers on, for firewalls",
+        default_text="any",
+    )
+    ray_address: str | None = option(
+        None,
+        group=FLEET,
+        metavar="ADDRESS",
+        help="a running Ray cluster to use",
+        default_text="a Ray of its own on this machine",
+    )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise ConfigError(f"--port is {self.port}; it must be between 1 and 65535.")
-        if not 0 <= self.drain_timeout_s < 86400:
-            raise ConfigError(f"--drain-timeout-s is {self.drain_timeout_s}; it must be between 0 and 86400.")
-        if not 1 <= self.hung_step_s < 86400:
-            raise ConfigError(f"--hung-step-s is {self.hung_step_s}; it must be between 1 and 86400.")
-        if not 0 <= self.worker_wait_s < 86400:
-            raise ConfigError(f"--worker-wait-s is {self.worker_wait_s}; it must be between 0 and 86400.")
+        GatewayOptions.__post_init__(self)
         if self.worker_ports is not None and not 1 <= self.worker_ports[0] <= self.worker_ports[1] <= 65535:
             low, high = self.worker_ports
             raise ConfigError(f"--worker-ports is {low}-{high}; give the first and the last port, between 1 and 65535.")
-        if self.num_workers < 1:
-            raise ConfigError(f"--num-workers is {self.num_workers}; it must be at least 1.")
-        if self.gateway_processes < 1:
-            raise ConfigError(f"--gateway-processes is {self.gateway_processes}; it must be at least 1.")
         if not all(self.served_model_names):
             raise ConfigError("--served-model-name has an empty name.")
-        check_keys("--api-key", self.api_keys)
-        check_keys("--admin-api-key", self.admin_api_keys)
         if self.adapters and self.engine.lora is None:
             raise ConfigError("--lora-modules is given without --enable-lora. Add --enable-lora.")
         if self.allow_runtime_lora_updates and self.engine.lora is None:
@@ -76,8 +121,81 @@ class ServeConfig:
             raise ConfigError("--lora-root is given without --allow-runtime-lora-updates, where it has no effect.")
         for root in self.lora_roots:
             if not root.startswith("hf://") and not Path(root).is_absolute():
-                raise ConfigError(f"--lora-root is {root!r}; give an absolute directory, hf:// or hf://ORG.")
+                raise ConfigError(f"--lora-root is {quoted(root)}; give an absolute directory, hf:// or hf://ORG.")
         counts = Counter([*self.served_model_names, *(adapter.name for adapter in self.adapters)])
         twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
-            raise ConfigError(f"The model name {twice[0]!r} is given twice; every model and adapter needs its own.")
+            raise ConfigError(
+                f"The model name {quoted(twice[0])} is given twice; every model and adapter needs its own."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """A command on a running Ray cluster."""
+
+    ray_address: str = option(
+        "auto",
+        group=CLUSTER,
+        metavar="ADDRESS",
+        help="address of the Ray cluster",
+        default_text="the one of this machine",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions(ClusterOptions):
+    """How `lorafleet up` places a fleet on a cluster, and whether it stays."""
+
+    gateways: GatewayNodes = option(
+        "head",
+        group=CLUSTER,
+        help="nodes that --gateway-processes run on, those that join later too; for other machines than the node "
+        "itself give --host 0.0.0.0",
+    )
+    controller_port: int = option(
+        50050, group=CLUSTER, minimum=1, maximum=65535, help="port of the controller, on the head node"
+    )
+    token_file: Path = option(
+        Path("~/.lorafleet/token"),
+        group=CLUSTER,
+        metavar="FILE",
+        help="holds the token that gateways show the controller and the workers; made if it is not there",
+    )
+    follow: bool = option(
+        False,
+        group=CLUSTER,
+        help="wait for nodes that have room, stay, and print what happens to the fleet; SIGTERM ends the command, not "
+        "the fleet, SIGUSR1 restarts the workers; exit code 1 when the Ray cluster is lost",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopOptions(ClusterOptions):
+    """How long requests on a cluster may run on."""
+
+    drain_timeout_s: float = option_of(
+        GatewayOptions, "drain_timeout_s", group=CLUSTER, help="time that running requests get"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusOptions:
+    """Which gateway is asked, and how its answer is shown."""
+
+    url: str = option("http://127.0.0.1:8000", metavar="URL", help="address of a gateway, with or without /v1")
+    api_key: str | None = option(
+        None,
+        metavar="KEY",
+        is_secret=True,
+        fallback=lambda: next(iter(keys_of_variable(API_KEY_VARIABLE)), None),
+        help="key that the gateway knows",
+        default_text=f"${API_KEY_VARIABLE}",
+    )
+    json: bool = option(False, help="print what the gateway says, for programs")
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import TracebackType
 
 from lorafleet.controller.config import ServeConfig
+from lorafleet.controller.flags import command_line
 from lorafleet.controller.gateway.api_keys import as_environment
+from lorafleet.controller.gateway.options import GatewayOptions
 from lorafleet.controller.heartbeat import Pulse
 from lorafleet.workers.errors import ConfigError
 
@@ -68,16 +70,9 @@ class GatewayProcesses:
         """controller: host:port."""
         self._command = [sys.executable, "-m", "lorafleet.controller.gateway"]
         self._command += ["--controller", controller, "--token-file", str(token_file), "--exit-with-parent"]
-        self._command += ["--host", config.host, "--port", str(config.port)]
-        self._command += ["--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level]
-        self._command += ["--worker-wait-s", str(config.worker_wait_s), "--slow-step-s", str(config.hung_step_s / 3)]
+        self._command += ["--slow-step-s", str(config.hung_step_s / 3), *command_line(config, GatewayOptions)]
         if config.gateway_processes > 1:
             self._command += ["--reuse-port"]
-        if config.tenants_file is not None:
-            self._command += ["--tenants", config.tenants_file]
-        if config.seed is not None:
-            self._command += ["--seed", str(config.seed)]
-        self._command += config.limits.as_flags()
         self._environment = as_environment(config.api_keys, config.admin_api_keys)
         self._number = config.gateway_processes
         self._processes: list[GatewayProcess] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafleet.controller.cluster_watch import FLEET_ENDED, ClusterWatch
-from lorafleet.controller.config import GatewayNodes, ServeConfig
+from lorafleet.controller.config import GatewayNodes, ServeConfig, UpOptions
 from lorafleet.controller.fleet_start import wait_for_fleet
 from lorafleet.controller.fleet_watch import FleetWatch
 from lorafleet.controller.say import say
@@ -33,35 +33,35 @@ _ANSWER_S = 60.0
 _ROOM_S = 5.0  # between attempts of a fleet that has no room yet
 
 
-def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_on: GatewayNodes, follow: bool) -> None:
+def up(config: ServeConfig, options: UpOptions) -> None:
     """Start the fleet and leave it running. Idempotent: one that runs with the same flags is waited for.
 
-    token_file: made if it is not there. follow: wait for nodes that have room; stay until the fleet or a signal ends.
     Raises `ConfigError`; what this call has started is ended then, unless the fleet has served.
     """
+    token_file = options.token_file.expanduser()
     token = _token(token_file)
     signals = Signals()
     # What the fleet is, not how this command reaches it. Ray keeps an actor's arguments, and without gateways the
     # controller has no use for the clients' keys.
     wanted = dataclasses.replace(config, ray_address=None)
-    if gateways_on == "none":
+    if options.gateways == "none":
         wanted = dataclasses.replace(wanted, api_keys=(), admin_api_keys=())
-    with contextlib.suppress(Stopped), _joined(config.ray_address or "auto", signals) as cluster:
+    with contextlib.suppress(Stopped), _joined(options.ray_address, signals) as cluster:
         say("starting controller, workers and gateways ...")
         said = ""
         while True:
             try:
-                fleet = _start(cluster, signals, wanted, controller_port, token, gateways_on)
+                fleet = _start(cluster, signals, wanted, options.controller_port, token, options.gateways)
                 break
             except NoRoomError as error:
-                if not follow:
+                if not options.follow:
                     raise
                 if error.message != said:
                     said = error.message
                     say(f"waiting for nodes: {said}")
                 _pause(_ROOM_S, signals)
         _announce(config, fleet, token_file)
-        if follow:
+        if options.follow:
             _follow(cluster, fleet.last_event, signals)
 
 

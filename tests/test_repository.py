@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from argparse import ArgumentParser, _SubParsersAction
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lorafleet.controller.cli import make_parser
-from lorafleet.workers.args import EngineArgs
-from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.controller.command_table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("controller", "kernels", "proto", "workers")
@@ -79,6 +75,7 @@ def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
         "actor",
         "adapter_names",
         "address",
+        "args",
         "config",
         "engine.eviction",
         "engine.pace",
@@ -87,6 +84,7 @@ def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
         "errors",
         "generation_defaults",
         "model.source",
+        "options",
         "params",
         "rpc",
     ]
@@ -149,34 +147,49 @@ def test_the_committed_stubs_are_what_protoc_makes(tmp_path: Path) -> None:
     assert [name for name in fresh if fresh[name] != committed[name]] == [], "run `make proto`"
 
 
-def serve_parser() -> ArgumentParser:
-    (commands,) = (action for action in make_parser()._actions if isinstance(action, _SubParsersAction))
-    parser = commands.choices["serve"]
-    assert isinstance(parser, ArgumentParser)
-    return parser
+def flags_of(*names: str) -> set[str]:
+    """The flags of some commands; of all, if none is named."""
+    found = {"--help", "--version"}
+    for command in COMMANDS:
+        if not names or command.name in names:
+            parser = ArgumentParser(add_help=False)
+            command.add_flags(parser)
+            found |= parser._option_string_actions.keys()
+    return found
 
 
-def serve_flags() -> dict[str, Any]:
-    """The default of each flag of `lorafleet serve`."""
-    return {flag: action.default for action in serve_parser()._actions for flag in action.option_strings}
+def flags_in(text: str) -> list[str]:
+    """What a text calls flags, but for those of `ray start`."""
+    named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", text)
+    return [flag for flag in named if not ("ray start" in text and flag in ("--head", "--address"))]
 
 
-def test_engine_args_have_the_flags_of_serve_and_their_defaults() -> None:
-    flags = serve_flags()
-    assert EngineArgs(model="m").max_adapter_wait_s == 0.0, "offline there is no bound"
-    for field in dataclasses.fields(EngineArgs):
-        if field.name not in ("model", "max_adapter_wait_s"):
-            flag = "--" + field.name.replace("_", "-")
-            assert (flag, field.default) == (flag, flags.get(flag, "no such flag"))
+def texts(module: str) -> Iterator[str]:
+    """The texts of a file that somebody may read while the program runs: all but docstrings."""
+    tree = ast.parse((ROOT / module).read_text())
+    bodies = (node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+    docs = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
 
 
-@pytest.mark.parametrize("kind", [EngineConfig, LoRAConfig])
-def test_the_configs_and_serve_agree_on_defaults(kind: type[Any]) -> None:
-    flags = serve_flags()
-    for field in dataclasses.fields(kind):
-        flag = "--" + field.name.replace("_", "-")
-        if flags.get(flag) is not None:
-            assert (flag, flags[flag]) == (flag, field.default)
+@pytest.mark.parametrize("module", modules("controller", "workers"))
+def test_every_flag_that_a_message_names_is_a_flag_of_a_command(module: str) -> None:
+    known = flags_of()
+    assert [flag for text in texts(module) for flag in flags_in(text) if flag not in known] == []
+
+
+@pytest.mark.parametrize("name", ["__main__", "api_keys", "config", "limits", "options", "tenants"])
+def test_what_a_gateway_is_told_of_its_flags_names_flags_that_it_has(name: str) -> None:
+    known = flags_of("gateway")
+    texts_of = list(texts(f"controller/gateway/{name}.py"))
+    assert [flag for text in texts_of for flag in flags_in(text) if flag not in known] == []
+
+
+def test_alerts_name_flags_that_there_are() -> None:
+    known = flags_of()
+    assert [flag for flag in flags_in((ROOT / "deploy/monitoring/rules.yaml").read_text()) if flag not in known] == []
 
 
 def commands(text: str) -> Iterator[str]:
@@ -190,7 +203,7 @@ def commands(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("document", ["README.md", "Makefile"])
 def test_every_flag_that_a_document_gives_serve_exists(document: str) -> None:
-    flags = serve_flags()
+    flags = flags_of("serve")
     for command in commands((ROOT / document).read_text()):
         named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", command)
         assert [flag for flag in named if flag not in flags] == [], shlex.quote(command)

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
 
-from lorafleet.workers.config import EngineConfig, LoRAConfig
+from lorafleet.workers.config import LORA, MODEL, EngineConfig, EngineOptions, LoRAConfig
 from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.options import option, option_of, options_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineArgs:
-    """Names, meaning and defaults of `lorafleet serve`'s flags; a test compares them.
+@dataclass(frozen=True)
+class LoRASwitch:
+    """Whether there is LoRA at all. Without it LoRA's options have no effect, so they are refused."""
 
-    model: a directory, a Hugging Face id or a GGUF file. One default is another: max_adapter_wait_s is 0, no bound,
+    enable_lora: bool = option(False, group=LORA, help="serve adapters")
+
+
+@dataclass(frozen=True)
+class EngineArgs(LoRAConfig, LoRASwitch, EngineOptions):
+    """The options of an engine and of LoRA side by side, as `lorafleet serve` takes them.
+
+    model: a directory, a Hugging Face id or a GGUF file. One default is another: max_adapter_wait_s is 0, no limit,
     since what runs offline queues everything at once and wants it done soonest.
     """
 
-    model: str
-    dtype: str = "auto"
-    quantization: str | None = None
-    device: str = "auto"
-    seed: int | None = None  # makes the draws of requests without a seed of their own repeatable
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int | None = None
-    max_adapter_wait_s: float = 0.0
-    adapter_read_timeout_s: float = 30.0
-    block_size: int = 16
-    enable_prefix_caching: bool = True
-    enforce_eager: bool = False
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    num_threads: int | None = None
-    enable_lora: bool = False
-    max_loras: int | None = None
-    max_lora_rank: int | None = None
-    max_cpu_loras: int | None = None
-    lora_host_cache_bytes: int | None = None
-    lora_dtype: str | None = None
-    lora_eviction: str | None = None
-    lora_extra_vocab_size: int | None = None
-    lora_full_weight_bytes: int | None = None
+    max_adapter_wait_s: float = option_of(EngineOptions, "max_adapter_wait_s", default=0.0)
+    seed: int | None = option(
+        None,
+        group=MODEL,
+        minimum=-(2**63),
+        maximum=2**64 - 1,
+        help="makes the draws of requests without a seed repeatable",
+        default_text="a random one",
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        for entry in options_of(LoRAConfig):
+            if getattr(self, entry.name) is None:  # the default, for callers that pass on what they were not given
+                object.__setattr__(self, entry.name, entry.default)
+        EngineOptions.__post_init__(self)
 
     def to_config(self) -> EngineConfig:
         """Check everything and resolve the model to a directory (downloading or converting it if need be).
@@ -54,40 +54,15 @@ class EngineArgs:
             raise ConfigError(
                 f"tensor_parallel_size is {self.tensor_parallel_size}; the offline engine is one rank in this process."
             )
-        return EngineConfig(
-            model=str(resolve_model(self.model)),
-            dtype=self.dtype,
-            quantization=self.quantization,
-            device=self.device,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_waiting=None,
-            max_adapter_wait_s=self.max_adapter_wait_s,
-            adapter_read_timeout_s=self.adapter_read_timeout_s,
-            block_size=self.block_size,
-            enable_prefix_caching=self.enable_prefix_caching,
-            enforce_eager=self.enforce_eager,
-            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            num_threads=self.num_threads,
-            lora=self._lora(),
-        )
+        given = {entry.name: getattr(self, entry.name) for entry in fields(EngineOptions)}
+        given |= {"model": str(resolve_model(self.model)), "max_waiting": None, "lora": self._lora()}
+        return EngineConfig(**given)
 
     def _lora(self) -> LoRAConfig | None:
-        given = {
-            "max_loras": self.max_loras,
-            "max_lora_rank": self.max_lora_rank,
-            "max_cpu_loras": self.max_cpu_loras,
-            "host_cache_bytes": self.lora_host_cache_bytes,
-            "lora_dtype": self.lora_dtype,
-            "eviction": self.lora_eviction,
-            "extra_vocab_size": self.lora_extra_vocab_size,
-            "full_weight_bytes": self.lora_full_weight_bytes,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        if not self.enable_lora:
-            if given:
-                raise ConfigError(f"{', '.join(given)} given without enable_lora=True, where it would have no effect.")
-            return None
-        return LoRAConfig(**given)  # type: ignore[arg-type]
+        options = {entry.name: (getattr(self, entry.name), entry.default) for entry in options_of(LoRAConfig)}
+        given = {name: value for name, (value, default) in options.items() if value != default}
+        if self.enable_lora:
+            return LoRAConfig(**given)
+        if given:
+            raise ConfigError(f"{', '.join(given)} given without enable_lora=True, where it would have no effect.")
+        return None

@@ -1,7 +1,7 @@
 """What a worker is told: built and validated once (by the CLI or `LLM`), frozen, passed whole.
 
-Owns: the fields, their defaults and their checks that need nothing but themselves. Leaves to others: checks against
-the model (model/architecture.py) and against memory (memory_plan.py).
+Owns: the options, their defaults and their checks that need nothing but themselves. Leaves to others: checks against
+the model (model/architecture.py) and against memory (memory_plan.py), how an option is declared (options.py).
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from lorafleet.workers.cores import num_usable_cores, share
 from lorafleet.workers.engine.eviction import EVICTIONS
 from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
 from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.options import DAY_S, MAX_BYTES, check_options, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("int8",)
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+
+# Titles that commands list options under.
+MODEL, BATCHING, LORA = "model", "batching and memory", "LoRA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,105 +40,188 @@ class LoRAModule:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots, since `EngineArgs` has two bases
 class LoRAConfig:
     """Bounds of adapter serving, named as in vLLM."""
 
-    max_loras: int = 8  # adapters in one batch = device slots; the base model uses none
-    max_lora_rank: int = 16
-    max_cpu_loras: int | None = None  # adapters in the host cache; None: bounded by bytes alone
-    host_cache_bytes: int | None = None  # None: the memory plan's default
-    lora_dtype: str = "auto"  # auto: the model's
-    eviction: str = "lru"  # which adapter makes room: lru, or cost (GreedyDual-Size-Frequency)
-    extra_vocab_size: int = 256  # token ids that an adapter may add to the model's
-    full_weight_bytes: int | None = (
-        None  # of embeddings and heads of adapters in slots; None: the memory plan's default
+    max_loras: int = option(
+        8,
+        group=LORA,
+        minimum=1,
+        maximum=100_000,
+        help="adapters in one batch, each in a device slot; more adapters take turns",
+    )
+    max_lora_rank: int = option(16, group=LORA, minimum=1, maximum=512, help="largest adapter rank that a slot holds")
+    max_cpu_loras: int | None = option(
+        None,
+        group=LORA,
+        minimum=1,
+        maximum=10_000_000,
+        help="adapters in the host adapter cache, at least --max-loras",
+        default_text="bounded by bytes",
+    )
+    lora_host_cache_bytes: int | None = option(
+        None,
+        group=LORA,
+        minimum=1,
+        maximum=MAX_BYTES,
+        help="size of the host adapter cache",
+        default_text="at most 1GiB and an eighth of the free memory",
+    )
+    lora_dtype: str = option("auto", group=LORA, choices=DTYPES, help="dtype of adapter weights; auto: the model's")
+    lora_eviction: str = option(
+        "lru",
+        group=LORA,
+        choices=EVICTIONS,
+        help="adapter that makes room for another: the least recently used (lru), or the cheapest to reload by size, "
+        "reload time, recency and frequency (cost)",
+    )
+    lora_extra_vocab_size: int = option(
+        256, group=LORA, minimum=0, maximum=1_000_000, help="token ids that an adapter may add to the model's"
+    )
+    lora_full_weight_bytes: int | None = option(
+        None,
+        group=LORA,
+        minimum=0,
+        maximum=MAX_BYTES,
+        help="memory for embeddings and heads of the adapters in slots, LoRA on them included",
+        default_text="four vocabulary matrices, at most a sixteenth of the memory that may be used",
     )
 
     def __post_init__(self) -> None:
-        _at_least("--max-loras", self.max_loras, 1)
-        _at_least("--max-lora-rank", self.max_lora_rank, 1)
-        if self.max_lora_rank > 512:
-            raise ConfigError(f"--max-lora-rank is {self.max_lora_rank}, the limit is 512.")
+        check_options(self)
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigError(
                 f"--max-cpu-loras is {self.max_cpu_loras}, less than --max-loras {self.max_loras}: the host cache "
                 "backs the device slots. Raise --max-cpu-loras or lower --max-loras."
             )
-        if self.host_cache_bytes is not None:
-            _at_least("--lora-host-cache-bytes", self.host_cache_bytes, 1)
-        _at_least("--lora-extra-vocab-size", self.extra_vocab_size, 0)
-        if self.full_weight_bytes is not None:
-            _at_least("--lora-full-weight-bytes", self.full_weight_bytes, 0)
-        _one_of("--lora-dtype", self.lora_dtype, DTYPES)
-        _one_of("--lora-eviction", self.eviction, EVICTIONS)
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """One engine: the model, its limits, its device. `None` means: derived from the model or the memory plan."""
+class EngineOptions:
+    """What a caller chooses for any engine, LoRA aside. `None` means: derived from the model or the memory plan."""
 
-    model: str  # a local directory with safetensors and tokenizer.json (model/source.py resolves ids and GGUF files)
-    dtype: str = "auto"  # auto: the checkpoint's; float16 becomes bfloat16 on a CPU, int8 weights go with bfloat16
-    quantization: str | None = None  # int8: the decoder's linears as 8-bit integers with a scale per output
-    device: str = "auto"
-    max_model_len: int | None = None  # tokens of prompt and output together
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int | None = None  # tokens computed in one step; None: 512 on a CPU, 2048 on CUDA
-    block_size: int = 16  # tokens of one KV page
-    enable_prefix_caching: bool = True  # requests find what others of their tenant and adapter have computed
-    enforce_eager: bool = False  # steps are launched op by op, never replayed
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
-    tensor_parallel_size: int = 1
-    max_waiting: int | None = 4096  # requests queued in the engine beyond the running ones; more get 429; None: any
-    # How long a client (a tenant's requests for one adapter) may get no token while others do; 0: as long as it takes.
-    max_adapter_wait_s: float = 60.0
-    # After which a read of an adapter is given up, so that others go on; a large one has a second more for 10 MiB.
-    adapter_read_timeout_s: float = 30.0
-    lora: LoRAConfig | None = None  # None: LoRA is off
-    num_threads: int | None = None  # CPU threads of each rank; None: its share of the cores that this process may use
-    workers_per_host: int = 1  # that share the host with this one, itself included; filled in by who places them
+    # model/source.py resolves it to a directory with safetensors and tokenizer.json.
+    model: str = option(
+        is_positional=True,
+        is_required=True,
+        group=MODEL,
+        metavar="MODEL",
+        help="a directory, a Hugging Face id (org/name), or a .gguf file",
+    )
+    dtype: str = option(
+        "auto",
+        group=MODEL,
+        choices=DTYPES,
+        help="dtype of weights and activations; auto: the checkpoint's; on a CPU float16 becomes bfloat16",
+    )
+    quantization: str | None = option(
+        None,
+        group=MODEL,
+        choices=QUANTIZATIONS,
+        help="keep the decoder's linear layers as 8-bit integers, rounded at start-up with a scale per output; "
+        "embeddings, head, activations and adapters stay in bfloat16",
+        default_text="none",
+    )
+    device: str = option("auto", group=MODEL, choices=DEVICES, help="auto: CUDA if there is a device, else the CPU")
+    max_model_len: int | None = option(
+        None,
+        group=MODEL,
+        minimum=1,
+        maximum=10_000_000,
+        help="tokens of prompt and answer together",
+        default_text="the model's",
+    )
+    tensor_parallel_size: int = option(
+        1, group=MODEL, minimum=1, maximum=1024, help="ranks of a worker, which share the model"
+    )
+    num_threads: int | None = option(
+        None,
+        group=MODEL,
+        minimum=1,
+        maximum=4096,
+        help="CPU threads of each rank",
+        default_text="its share of the cores that affinity and CPU quota allow",
+    )
+    max_num_seqs: int = option(64, group=BATCHING, minimum=1, maximum=100_000, help="sequences in one step")
+    max_num_batched_tokens: int | None = option(
+        None,
+        group=BATCHING,
+        minimum=1,
+        maximum=10_000_000,
+        help="tokens computed in one step, at least --max-num-seqs",
+        default_text="512 on a CPU, 2048 on CUDA",
+    )
+    max_adapter_wait_s: float = option(
+        60.0,
+        group=BATCHING,
+        minimum=1.0,
+        maximum=DAY_S,
+        off=0.0,
+        help="maximum time a tenant's requests for one model may go without a token while others get some. Near it, "
+        "running requests are preempted; requests that cannot be served in time get 429. 0: no limit",
+    )
+    adapter_read_timeout_s: float = option(
+        30.0,
+        group=BATCHING,
+        minimum=0.1,
+        maximum=DAY_S,
+        help="maximum time to read an adapter's files, plus a second for every 10 MiB of a large one; after it, "
+        "requests for the adapter get 503",
+    )
+    block_size: int = option(16, group=BATCHING, choices=BLOCK_SIZES, help="tokens in one page of the KV cache")
+    enable_prefix_caching: bool = option(
+        True, group=BATCHING, help="compute a shared prompt prefix once per tenant and adapter, and reuse it"
+    )
+    enforce_eager: bool = option(
+        False,
+        group=BATCHING,
+        help="launch steps op by op: no CUDA graphs, and on a CPU no recorded steps; slower, for finding faults",
+    )
+    gpu_memory_utilization: float = option(
+        0.9,
+        group=BATCHING,
+        metavar="FRACTION",
+        above=0.0,
+        maximum=1.0,
+        help="fraction of the device's memory that may be used; on a CPU, of the machine's or the container's",
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        group=BATCHING,
+        minimum=1,
+        maximum=MAX_BYTES,
+        help="KV cache size, e.g. 2GiB",
+        default_text="what is left on a GPU; on a CPU half of what is left, at most 4GiB",
+    )
 
     def __post_init__(self) -> None:
-        _one_of("--dtype", self.dtype, DTYPES)
-        _one_of("--device", self.device, DEVICES)
-        if self.quantization is not None:
-            _one_of("--quantization", self.quantization, QUANTIZATIONS)
-            if self.dtype not in ("auto", "bfloat16"):
-                raise ConfigError(
-                    f"--quantization {self.quantization} computes in bfloat16, but --dtype is {self.dtype}. Leave "
-                    "--dtype out, or leave out --quantization."
-                )
-        if self.max_model_len is not None:
-            _at_least("--max-model-len", self.max_model_len, 1)
-        _at_least("--max-num-seqs", self.max_num_seqs, 1)
+        check_options(self)
+        if self.quantization is not None and self.dtype not in ("auto", "bfloat16"):
+            raise ConfigError(
+                f"--quantization {self.quantization} computes in bfloat16, but --dtype is {self.dtype}. Leave "
+                "--dtype out, or leave out --quantization."
+            )
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
                 f"{self.max_num_seqs}: every running sequence needs a token a step. Raise one or lower the other."
             )
-        if self.block_size not in (8, 16, 32, 64, 128):
-            raise ConfigError(f"--block-size is {self.block_size}; it must be one of 8, 16, 32, 64, 128.")
-        if self.kv_cache_memory_bytes is not None:
-            _at_least("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1)
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be in (0, 1].")
-        _at_least("--tensor-parallel-size", self.tensor_parallel_size, 1)
-        if self.max_waiting is not None:
-            _at_least("--max-waiting", self.max_waiting, 1)
-        if self.max_adapter_wait_s and not 1.0 <= self.max_adapter_wait_s <= 86400.0:  # true for NaN
-            raise ConfigError(
-                f"--max-adapter-wait-s is {self.max_adapter_wait_s:g}; it must be between 1 and 86400, or 0 for no "
-                "bound."
-            )
-        if not 0.1 <= self.adapter_read_timeout_s <= 86400.0:  # true for NaN
-            raise ConfigError(
-                f"--adapter-read-timeout-s is {self.adapter_read_timeout_s:g}; it must be between 0.1 and 86400."
-            )
-        _at_least("workers_per_host", self.workers_per_host, 1)
-        if self.num_threads is not None:
-            _at_least("--num-threads", self.num_threads, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig(EngineOptions):
+    """One engine: the model, its limits, its device."""
+
+    max_waiting: int | None = option(  # None: any number
+        4096,
+        group=BATCHING,
+        minimum=1,
+        maximum=10_000_000,
+        help="requests (one for each choice) that a worker queues beyond those in its batch; more get 429",
+    )
+    lora: LoRAConfig | None = None  # None: LoRA is off
+    workers_per_host: int = 1  # that share the host with this one, itself included; filled in by who places them
 
     def batched_tokens(self, *, on_cpu: bool) -> int:
         """`max_num_batched_tokens` with its default: small on a CPU, where a long step makes all others wait."""
@@ -147,13 +235,3 @@ class EngineConfig:
     @property
     def threads(self) -> int:
         return self.num_threads or share(num_usable_cores(), self.ranks_per_host)
-
-
-def _at_least(flag: str, value: int, bound: int) -> None:
-    if value < bound:
-        raise ConfigError(f"{flag} is {value}; it must be at least {bound}.")
-
-
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}.")

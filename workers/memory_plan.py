@@ -144,7 +144,7 @@ def plan_memory(
         slot_bytes = features * config.lora.max_lora_rank * DTYPE_BYTES[lora_dtype]
         slot_bytes += num_outputs * 2 * DTYPE_BYTES["float32"]  # scale and shift
         slot_bytes += spec.num_norm_elements * DTYPE_BYTES[dtype]
-        host_cache = config.lora.host_cache_bytes or (
+        host_cache = config.lora.lora_host_cache_bytes or (
             config.lora.max_cpu_loras * slot_bytes
             if config.lora.max_cpu_loras is not None
             else max(min(_HOST_CACHE_BYTES, memory.host_available_bytes // 8), max_loras * slot_bytes)
@@ -155,7 +155,7 @@ def plan_memory(
                 f"{format_bytes(slot_bytes)} that it backs. Give at least {max_loras * slot_bytes} bytes, or lower "
                 "--max-loras or --max-lora-rank."
             )
-    full_weights = (config.lora.full_weight_bytes or 0) if config.lora is not None else 0
+    full_weights = (config.lora.lora_full_weight_bytes or 0) if config.lora is not None else 0
     fixed = weights + activations + slot_bytes * max_loras + full_weights + (host_cache if memory.is_cpu else 0)
     if fixed > budget:
         tables = f", embeddings and heads of adapters ({format_bytes(full_weights)})" if full_weights else ""
@@ -177,7 +177,7 @@ def plan_memory(
     pages_of_one = -(-max_model_len // config.block_size)
     needed = pages_of_one * page_bytes
     kv_bytes = config.kv_cache_memory_bytes
-    if config.lora is not None and config.lora.full_weight_bytes is None:
+    if config.lora is not None and config.lora.lora_full_weight_bytes is None:
         left = max(0, budget - fixed - max(needed, kv_bytes or 0))
         full_weights = min(_NUM_TABLES * table * DTYPE_BYTES[dtype], budget // _TABLE_SHARE, left // 4)
         fixed += full_weights

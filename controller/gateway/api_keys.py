@@ -5,11 +5,10 @@ Owns: these forms, what a key may be. Leaves to others: whose a key is (tenants.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, Protocol
+from typing import Final
 
 from lorafleet.workers.errors import ConfigError
 
@@ -19,40 +18,8 @@ MAX_KEY_CHARS: Final = 1024
 WEAK_KEY_CHARS: Final = 16  # with fewer a key is said to be weak
 
 
-class _TakesFlags(Protocol):  # a parser, or a group of one
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action: ...
-
-
-def add_key_flags(parser: _TakesFlags) -> None:
-    """--api-key and --admin-api-key."""
-    parser.add_argument(
-        "--api-key",
-        nargs="+",
-        action="extend",
-        metavar="KEY",
-        help="clients must send one of these as a bearer token, each a tenant of its own (default: "
-        f"${API_KEY_VARIABLE}: one, several with commas between them, or a JSON array; else none is asked for)",
-    )
-    parser.add_argument(
-        "--admin-api-key",
-        nargs="+",
-        action="extend",
-        metavar="KEY",
-        help=f"who may load and unload adapters over HTTP (default: ${ADMIN_KEY_VARIABLE} in the same forms; else the "
-        "first key of --api-key, or of --tenants; without any keys everybody)",
-    )
-
-
-def given_keys(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The clients' keys and the administrators'. Raises `ConfigError`."""
-    return (
-        tuple(args.api_key or keys_of_variable(API_KEY_VARIABLE)),
-        tuple(args.admin_api_key or keys_of_variable(ADMIN_KEY_VARIABLE)),
-    )
-
-
 def keys_of_variable(name: str) -> list[str]:
-    """None if it is not set or empty. Raises `ConfigError`, whose text has no key."""
+    """Return no keys if it is not set or empty. Raises `ConfigError`, whose text has no key."""
     text = os.environ.get(name, "")
     if not text:
         return []

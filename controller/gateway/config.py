@@ -1,16 +1,19 @@
 """What a gateway process is told: built and validated once by ``__main__.py``, frozen, passed whole.
 
-Owns: the fields, their defaults and checks. Leaves to others: flags (__main__.py).
+Owns: what only the process has, and its checks. Leaves to others: the options that the fleet's commands share
+(options.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lorafleet.controller.gateway.api_keys import check_keys
-from lorafleet.controller.gateway.limits import Limits
+from lorafleet.controller.gateway.options import HTTP, GatewayOptions, LogLevel
 from lorafleet.controller.gateway.tenants import Tenant, tenants_of
-from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.errors import ConfigError, quoted
+from lorafleet.workers.options import DAY_S, check_options, nested, option, option_of
+
+FLEET = "fleet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,54 +22,53 @@ class SessionTimes:
 
     welcome_s: float = 5.0  # from the start of a connection to the worker's Welcome
     suspect_s: float = 1.5  # of silence: no new requests while others can take them
-    dead_s: float = 5.0  # of silence: its requests fail and the session starts anew
-    slow_step_s: float = 20.0  # an engine step older than this makes the worker suspect
+    dead_s: float = 5.0  # of silence: its requests fail and the session starts again
+    slow_step_s: float = option(
+        20.0,
+        group=FLEET,
+        above=0.0,
+        maximum=DAY_S,
+        help="age of an engine step at which its worker gets no new requests while others can take them",
+    )
     first_backoff_s: float = 0.1
     last_backoff_s: float = 2.0
 
+    def __post_init__(self) -> None:
+        check_options(self)
 
-@dataclass(frozen=True, slots=True)
-class GatewayConfig:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig(GatewayOptions):
     """One gateway process."""
 
-    controller: str  # host:port
+    controller: str = option(group=FLEET, is_required=True, metavar="HOST:PORT", help="the controller's gRPC address")
     token: str = field(repr=False)  # the fleet's bearer token, for gRPC
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
-    api_keys: tuple[str, ...] = field(default=(), repr=False)  # each is a tenant of its own
-    tenants: dict[str, Tenant] = field(
-        default_factory=dict, repr=False
-    )  # by API key; without any key none is asked for
-    admin_api_keys: tuple[str, ...] = field(default=(), repr=False)  # that may load and unload adapters
-    seed: int | None = None  # of the seeds drawn for requests without one; None: the operating system's
-    drain_timeout_s: float = 30.0
-    worker_wait_s: float = 60.0  # for a worker that takes a request, or goes on with it
-    num_tokenizer_threads: int = 2
-    vllm_metrics: bool = True
-    reuse_port: bool = False  # several gateway processes on one port
-    times: SessionTimes = field(default_factory=SessionTimes)
-    limits: Limits = field(default_factory=Limits)
+    tenants: dict[str, Tenant] = field(default_factory=dict, repr=False)  # by API key, as `tenants_file` has them
+    port: int = option_of(GatewayOptions, "port", minimum=0, help="port to listen on; 0: any free one")
+    log_level: LogLevel = option_of(GatewayOptions, "log_level", default="info")
+    num_tokenizer_threads: int = option(
+        2,
+        group=HTTP,
+        minimum=1,
+        maximum=1024,
+        help="threads for JSON, chat templates and tokenizers; one is kept for short requests",
+    )
+    vllm_metrics_compat: bool = option(True, group=HTTP, help="also export metrics under vLLM's names")
+    reuse_port: bool = option(
+        False, group=HTTP, help="let several gateway processes listen on one port, each once it can serve"
+    )
+    times: SessionTimes = nested(SessionTimes)
 
     def __post_init__(self) -> None:
+        GatewayOptions.__post_init__(self)
         check_address("--controller", self.controller)
         if not self.token:
             raise ConfigError("The token of --token-file is empty.")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port is {self.port}; it must be between 0 and 65535.")
-        check_keys("--api-key", self.api_keys)
-        check_keys("--admin-api-key", self.admin_api_keys)
         tenants_of(self.api_keys, self.tenants, self.admin_api_keys)
-        if self.num_tokenizer_threads < 1:
-            raise ConfigError(f"--num-tokenizer-threads is {self.num_tokenizer_threads}; it must be at least 1.")
-        if not 0 < self.times.slow_step_s < float("inf"):
-            raise ConfigError(f"--slow-step-s is {self.times.slow_step_s}; it must be a positive number of seconds.")
-        for flag, seconds in (("--drain-timeout-s", self.drain_timeout_s), ("--worker-wait-s", self.worker_wait_s)):
-            if not 0 <= seconds < float("inf"):
-                raise ConfigError(f"{flag} is {seconds}; it must be 0 or more seconds.")
 
 
 def check_address(flag: str, address: str) -> None:
     """Raises ConfigError unless `address` is host:port."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
-        raise ConfigError(f"{flag} is {address!r}; it must be HOST:PORT.")
+        raise ConfigError(f"{flag} is {quoted(address)}; it must be HOST:PORT.")

@@ -67,7 +67,7 @@ class GatewayState:
         self.metrics.in_flight.set_function(lambda: self.intake.num_in_flight)
         self.metrics_page = MetricsPage(self.metrics, self._snapshot)
         self.metrics.registry.register(FleetCollector(lambda: self.metrics_page.snapshot.views))
-        if config.vllm_metrics:
+        if config.vllm_metrics_compat:
             self.metrics.registry.register(VllmCollector(self.metrics, lambda: self.metrics_page.snapshot))
 
     def start(self) -> None:

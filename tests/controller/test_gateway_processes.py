@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.controller import gateway_processes as module
-from lorafleet.controller.cli import make_parser
+from lorafleet.controller.command_table import make_parser
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet_flags import serve_config
 from lorafleet.controller.gateway.__main__ import parse

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,12 +40,14 @@ from manifests import (
 )
 from network_policies import may_talk
 
-from lorafleet.controller.cli import make_parser
+from lorafleet.controller.command_table import make_parser
+from lorafleet.controller.config import ServeConfig, UpOptions
 from lorafleet.controller.fleet_flags import serve_config, with_flags_file
 from lorafleet.controller.gateway.__main__ import parse
 from lorafleet.controller.gateway.app import make_app
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.state import GatewayState
+from lorafleet.workers.options import options_of
 
 ROOT = Path(__file__).parents[2]
 README = (KUBERNETES / "README.md").read_text()
@@ -502,21 +503,16 @@ def test_a_release_may_have_any_other_name() -> None:
 
 def test_adapters_with_more_than_a_path_are_given_as_json() -> None:
     args = fleet_args(read(rendered("production")))
-    by_name = {module.name: module for module in args.lora_modules}
+    by_name = {module.name: module for module in args.adapters}
     assert (by_name["support"].weight, by_name["support"].pin, by_name["sql"].weight) == (2.0, True, 1.0)
 
 
 def test_words_with_spaces_and_quotes_reach_the_fleet_as_they_are() -> None:
     made = read(render("gpu", ["fleet.servedModelNames={it's mine,b c}"]))
-    assert fleet_args(made).served_model_name == ["it's mine", "b c"]
+    assert fleet_args(made).served_model_names == ["it's mine", "b c"]
 
 
 # The code has what the manifests ask for.
-
-
-def subparsers() -> dict[str, ArgumentParser]:
-    (commands,) = (action for action in make_parser()._actions if isinstance(action, _SubParsersAction))
-    return dict(commands.choices)
 
 
 def with_flags(manifests: Sequence[Manifest], words: Sequence[str], folder: Path) -> list[str]:
@@ -571,8 +567,8 @@ def test_the_fleet_is_told_what_the_values_say(cluster_set: list[Manifest], tmp_
 
 
 def test_ports_are_those_of_the_code(cluster_set: list[Manifest], tmp_path: Path) -> None:
-    defaults = subparsers()["up"]
-    assert defaults.get_default("controller_port") == 50050 and defaults.get_default("port") == 8000
+    defaults = {entry.name: entry.default for owner in (UpOptions, ServeConfig) for entry in options_of(owner)}
+    assert (defaults["controller_port"], defaults["port"]) == (50050, 8000)
     controller = {port["name"]: port["containerPort"] for port in container(cluster_set, "head")["ports"]}["controller"]
     (fleet,) = (words for _, each, words in commands(cluster_set) if each["name"] == "fleet")
     (gateway,) = (words for _, each, words in commands(cluster_set) if each["name"] == "gateway")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from promql import QueryError, read
 
-from lorafleet.controller.cli import make_parser
+from lorafleet.controller.command_table import make_parser
 from lorafleet.controller.gateway.fleet_metrics import FleetCollector
 from lorafleet.controller.gateway.metrics import Metrics
 from lorafleet.controller.gateway.metrics_page import Snapshot

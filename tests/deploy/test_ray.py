@@ -18,7 +18,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from lorafleet.controller.cli import make_parser
+from lorafleet.controller.command_table import make_parser
+from lorafleet.controller.config import UpOptions
+from lorafleet.controller.flags import made
 from lorafleet.controller.fleet_flags import serve_config, with_flags_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,7 +106,7 @@ def test_the_cluster_asks_for_a_token_and_its_ports_are_fixed_and_apart() -> Non
     low, high = int(ports.pop("min-worker-port")), int(ports.pop("max-worker-port"))
     fixed = [int(port) for port in ports.values()]
     args = make_parser().parse_args(with_flags_file(["up", f"@{RAY / 'fleet.flags'}"]))
-    fixed += [args.port, args.controller_port]
+    fixed += [serve_config(args).port, made(UpOptions, args).controller_port]
     ranges = [range(low, high + 1), range(args.worker_ports[0], args.worker_ports[1] + 1)]
     assert len(set(fixed)) == len(fixed)
     assert not any(port in taken for port in fixed for taken in ranges)

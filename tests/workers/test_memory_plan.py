@@ -201,7 +201,7 @@ def test_a_bound_on_adapters_sizes_the_host_cache_and_bytes_overrule_it(memory: 
     slot_bytes = plan(memory, LoRAConfig()).slot_bytes
     counted = plan(memory, LoRAConfig(max_cpu_loras=20))
     assert (counted.host_cache_bytes, counted.max_cpu_loras) == (20 * slot_bytes, 20)
-    assert plan(memory, LoRAConfig(max_cpu_loras=20, host_cache_bytes=GIB)).host_cache_bytes == GIB
+    assert plan(memory, LoRAConfig(max_cpu_loras=20, lora_host_cache_bytes=GIB)).host_cache_bytes == GIB
     assert plan(memory, LoRAConfig(max_loras=300)).host_cache_bytes == 300 * slot_bytes
 
 
@@ -260,15 +260,15 @@ def test_int8_takes_a_byte_for_each_integer_and_four_for_each_scale_and_is_named
 
 
 def test_a_host_cache_that_cannot_back_the_slots_is_refused_with_the_least_that_works() -> None:
-    message = refusal(BIG, LoRAConfig(host_cache_bytes=1))
+    message = refusal(BIG, LoRAConfig(lora_host_cache_bytes=1))
     assert "--lora-host-cache-bytes is 1 B" in message
     least = advised(message, r"at least (\d+) bytes")
-    plan(BIG, LoRAConfig(host_cache_bytes=least))
-    refusal(BIG, LoRAConfig(host_cache_bytes=least - 1))
+    plan(BIG, LoRAConfig(lora_host_cache_bytes=least))
+    refusal(BIG, LoRAConfig(lora_host_cache_bytes=least - 1))
 
 
 def test_a_host_cache_larger_than_the_hosts_memory_is_refused_beside_a_gpu() -> None:
-    message = refusal(GPU, LoRAConfig(host_cache_bytes=61 * GIB))
+    message = refusal(GPU, LoRAConfig(lora_host_cache_bytes=61 * GIB))
     assert "61 GiB" in message
     assert "60 GiB" in message
     assert "--lora-host-cache-bytes" in message
@@ -280,10 +280,10 @@ def test_adapters_own_embeddings_get_four_tables_by_default_and_never_make_a_pla
     small = plan(SMALL, LoRAConfig(), max_model_len=2048)
     assert small.full_weight_bytes == small.budget_bytes // 16
     assert plan(BIG).full_weight_bytes == 0
-    assert plan(BIG, LoRAConfig(full_weight_bytes=GIB)).full_weight_bytes == GIB
-    assert plan(BIG, LoRAConfig(full_weight_bytes=0)).full_weight_bytes == 0
-    full = plan(BIG, LoRAConfig(full_weight_bytes=0)).budget_bytes
-    message = refusal(BIG, LoRAConfig(full_weight_bytes=full))
+    assert plan(BIG, LoRAConfig(lora_full_weight_bytes=GIB)).full_weight_bytes == GIB
+    assert plan(BIG, LoRAConfig(lora_full_weight_bytes=0)).full_weight_bytes == 0
+    full = plan(BIG, LoRAConfig(lora_full_weight_bytes=0)).budget_bytes
+    message = refusal(BIG, LoRAConfig(lora_full_weight_bytes=full))
     assert "embeddings and heads of adapters (57.6 GiB)" in message and "--lora-full-weight-bytes" in message
     tight = DeviceMemory(4 * GIB, made_without(BIG) + ONE_SEQUENCE, 60 * GIB, is_cpu=False)
     assert plan(tight, LoRAConfig(), gpu_memory_utilization=1.0).full_weight_bytes == 0
@@ -291,7 +291,7 @@ def test_adapters_own_embeddings_get_four_tables_by_default_and_never_make_a_pla
 
 def made_without(memory: DeviceMemory) -> int:
     """What is fixed beside keys and values, on a GPU."""
-    made = plan(memory, LoRAConfig(full_weight_bytes=0), max_num_batched_tokens=2048)
+    made = plan(memory, LoRAConfig(lora_full_weight_bytes=0), max_num_batched_tokens=2048)
     return made.weight_bytes + made.activation_bytes + made.slot_bytes * made.max_loras
 
 

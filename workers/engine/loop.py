@@ -110,7 +110,7 @@ class Engine:
             enforce_eager=config.enforce_eager,
         )
         self._pool = BlockPool(plan.num_pages)
-        eviction = lora.eviction if lora else "lru"
+        eviction = lora.lora_eviction if lora else "lru"
         self._slots = AdapterSlots(
             plan.max_loras,
             max_bytes=plan.full_weight_bytes,

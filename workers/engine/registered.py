@@ -98,7 +98,7 @@ class RegisteredAdapters:
             folder,
             self._spec.base_shapes,
             max_lora_rank=lora.max_lora_rank,
-            max_extra_vocab=lora.extra_vocab_size,
+            max_extra_vocab=lora.lora_extra_vocab_size,
             base_rows=lambda name, rows: CheckpointReader(Path(self._config.model)).rows(name, rows),
         )
         if not is_same_base(self._config.model, spec.config.base_model_name):

@@ -69,7 +69,7 @@ class Follower:
             path,
             self._spec.base_shapes,
             max_lora_rank=self._config.lora.max_lora_rank,
-            max_extra_vocab=self._config.lora.extra_vocab_size,
+            max_extra_vocab=self._config.lora.lora_extra_vocab_size,
             base_rows=lambda name, rows: CheckpointReader(Path(self._config.model)).rows(name, rows),
         )
         if spec.digest != digest:

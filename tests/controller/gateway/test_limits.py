@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 from collections.abc import AsyncIterator
@@ -205,13 +204,3 @@ async def test_a_client_that_does_not_read_loses_its_request_and_holds_up_nobody
 def test_a_limit_that_cannot_be_is_refused_by_its_flag(fields: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         Limits(**fields)
-
-
-def test_limits_survive_a_command_line() -> None:
-    limits = Limits(max_body_bytes=5 << 20, header_timeout_s=2.5, max_in_flight=7)
-    parser = argparse.ArgumentParser()
-    Limits.add_flags(parser)
-    assert Limits.of_flags(parser.parse_args(limits.as_flags())) == limits
-    assert Limits.of_flags(parser.parse_args([])) == Limits()
-    assert Limits.of_flags(parser.parse_args(["--max-body-bytes", "1MiB"])).max_body_bytes == 1 << 20
-    assert all(flag in parser.format_help() for flag in limits.as_flags()[::2])

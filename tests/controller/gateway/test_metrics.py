@@ -161,7 +161,7 @@ async def test_an_abandoned_request_is_an_abort_and_499(fleet: Any) -> None:
 
 
 async def test_vllms_names_can_be_switched_off(new_fleet: Any) -> None:
-    fleet = await new_fleet(vllm_metrics=False)
+    fleet = await new_fleet(vllm_metrics_compat=False)
     assert not [name for name in await _samples(fleet) if name.startswith("vllm")]
 
 

@@ -42,7 +42,7 @@ def make_engine(root: Path) -> Iterator[Callable[..., Engine]]:
 
     def make(num_tables: float = 1.5, max_loras: int = 4, **changes: object) -> Engine:
         """num_tables: how many embeddings have room."""
-        lora = LoRAConfig(max_loras=max_loras, full_weight_bytes=int(num_tables * 131 * 48 * 4))
+        lora = LoRAConfig(max_loras=max_loras, lora_full_weight_bytes=int(num_tables * 131 * 48 * 4))
         config = EngineConfig(model=str(root / "model"), dtype="float32", num_threads=1, max_adapter_wait_s=0.0)
         config = dataclasses.replace(config, lora=lora, kv_cache_memory_bytes=4_000_000)
         engine = Engine.from_config(dataclasses.replace(config, **changes))  # type: ignore[arg-type]

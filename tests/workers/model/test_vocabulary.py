@@ -103,7 +103,7 @@ def load(name: str, directory: Path) -> PreTrainedModel:
 
 
 def serve(directory: Path, adapters: dict[str, Path], **options: Any) -> Engine:
-    lora = LoRAConfig(max_loras=max(1, len(adapters)), full_weight_bytes=64 << 20)
+    lora = LoRAConfig(max_loras=max(1, len(adapters)), lora_full_weight_bytes=64 << 20)
     fields: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 32, "max_num_batched_tokens": 96, "lora": lora}
     engine = Engine.from_config(EngineConfig(model=str(directory), **fields | options))
     engine.load()
@@ -181,7 +181,7 @@ def batch(
 def test_the_pool_holds_what_it_may_and_adapters_take_turns_in_it(fleet: Fleet) -> None:
     directory, base, references = fleet
     matrix = V * 48 * 4
-    lora = LoRAConfig(max_loras=3, full_weight_bytes=3 * matrix)  # of the own tables only one adapter's at a time
+    lora = LoRAConfig(max_loras=3, lora_full_weight_bytes=3 * matrix)  # of the own tables only one adapter's at a time
     engine = serve(directory / "model", {}, lora=lora, max_num_batched_tokens=32)
     try:
         requests = batch(engine, directory, SOME)
@@ -217,7 +217,9 @@ def test_a_step_without_own_tables_or_norms_is_what_it_was_though_such_adapters_
         expected = run_engine(alone, batch(alone, directory, plain))
     finally:
         alone.close()
-    engine = serve(directory / "model", {}, dtype="bfloat16", lora=LoRAConfig(max_loras=5, full_weight_bytes=8 << 20))
+    engine = serve(
+        directory / "model", {}, dtype="bfloat16", lora=LoRAConfig(max_loras=5, lora_full_weight_bytes=8 << 20)
+    )
     try:
         run_engine(engine, batch(engine, directory, SOME))
         steps = []
@@ -237,7 +239,7 @@ def test_replayed_steps_with_own_norms_and_tables_give_the_same_bits(
     directory, _, _ = fleet
 
     def run() -> list[dict[str, tiny.Result]]:
-        lora = LoRAConfig(max_loras=5, full_weight_bytes=8 << 20)
+        lora = LoRAConfig(max_loras=5, lora_full_weight_bytes=8 << 20)
         engine = serve(directory / "model", {}, dtype="bfloat16", device="cpu", lora=lora)
         try:
             mixed, plain = batch(engine, directory, SOME), batch(engine, directory, ["plain", "trained tokens"])
@@ -260,7 +262,7 @@ def test_own_tables_and_norms_work_in_16_bits_and_over_integers(
     quantization: str | None, tolerance: float, fleet: Fleet
 ) -> None:
     directory, base, references = fleet
-    lora = LoRAConfig(max_loras=5, full_weight_bytes=8 << 20)
+    lora = LoRAConfig(max_loras=5, lora_full_weight_bytes=8 << 20)
     engine = serve(directory / "model", {}, dtype="bfloat16", quantization=quantization, lora=lora)
     try:
         requests = batch(engine, directory, SOME)
@@ -391,7 +393,7 @@ def held(adapter: HostAdapter) -> list[torch.Tensor]:
 
 def test_an_adapter_larger_than_the_pool_is_refused_with_the_flag(fleet: Fleet) -> None:
     directory, _, _ = fleet
-    engine = serve(directory / "model", {}, lora=LoRAConfig(full_weight_bytes=V * 48 * 4))
+    engine = serve(directory / "model", {}, lora=LoRAConfig(lora_full_weight_bytes=V * 48 * 4))
     try:
         with pytest.raises(AdapterRefusedError, match="--lora-full-weight-bytes") as caught:
             engine.register_adapter(str(directory / "own embedding and head"))
@@ -403,7 +405,7 @@ def test_an_adapter_larger_than_the_pool_is_refused_with_the_flag(fleet: Fleet) 
 
 def test_more_added_ids_than_are_allowed_are_refused_with_the_flag(fleet: Fleet) -> None:
     directory, _, _ = fleet
-    engine = serve(directory / "model", {}, lora=LoRAConfig(extra_vocab_size=3, full_weight_bytes=8 << 20))
+    engine = serve(directory / "model", {}, lora=LoRAConfig(lora_extra_vocab_size=3, lora_full_weight_bytes=8 << 20))
     try:
         with pytest.raises(AdapterRefusedError, match="--lora-extra-vocab-size 4") as caught:
             engine.register_adapter(str(directory / "added tokens, LoRA on both"))

@@ -102,7 +102,7 @@ def register(engine: Engine, root: Path) -> dict[str, str]:
 
 
 def config_of(root: Path, size: int = 1) -> EngineConfig:
-    lora = LoRAConfig(max_loras=3, full_weight_bytes=1 << 24)
+    lora = LoRAConfig(max_loras=3, lora_full_weight_bytes=1 << 24)
     return EngineConfig(
         model=str(root / "model"), dtype="float32", lora=lora, max_num_seqs=4, num_threads=1, tensor_parallel_size=size
     )

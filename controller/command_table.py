@@ -1,0 +1,69 @@
+"""The commands of `lorafleet`, each with the options that it takes. The parser and their reference follow from it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from lorafleet.controller.command_parser import CommandParser
+from lorafleet.controller.config import ClusterOptions, ServeConfig, StatusOptions, StopOptions, UpOptions
+from lorafleet.controller.flags import Command
+from lorafleet.controller.gateway.command import GATEWAY
+from lorafleet.workers.args import LoRASwitch
+from lorafleet.workers.config import EngineConfig, LoRAConfig
+
+_FLEET = (EngineConfig, LoRASwitch, LoRAConfig, ServeConfig)
+
+COMMANDS = (
+    Command(
+        "serve",
+        "serve a model over an OpenAI-compatible API",
+        _FLEET,
+        "Serve a model and its adapters over an OpenAI-compatible HTTP API, on a Ray of its own on this machine or on "
+        "a running Ray cluster. Flags that vLLM has mean what they mean there. Flags may also stand in a file: "
+        "`lorafleet serve @FILE`, several on a line, # for comments.",
+    ),
+    Command(
+        "up",
+        "start a fleet on a running Ray cluster and leave it running",
+        (*_FLEET, UpOptions),
+        "Start a fleet on a running Ray cluster and leave it running: the controller on the head node, the workers "
+        "where they fit, gateways where --gateways says. The same command again waits for the fleet that runs. Flags "
+        "may also stand in a file: `lorafleet up @FILE`, several on a line, # for comments.",
+    ),
+    Command(
+        "down",
+        "end the fleet on a Ray cluster",
+        (StopOptions,),
+        "End the fleet on a Ray cluster: gateways finish their requests first.",
+    ),
+    Command(
+        "restart",
+        "restart the workers of a fleet on a Ray cluster",
+        (ClusterOptions,),
+        "Restart the workers of a fleet on a Ray cluster: one after the other, each when its requests have ended; no "
+        "request is lost.",
+    ),
+    Command(
+        "drain",
+        "make a node of a Ray cluster ready to be taken away",
+        (StopOptions,),
+        "Make a node of a Ray cluster ready to be taken away: workers with a rank on this node, and its gateways, take "
+        "no more requests and finish theirs. `lorafleet restart` has them back.",
+    ),
+    GATEWAY,
+    Command(
+        "status",
+        "show the workers of a running fleet",
+        (StatusOptions,),
+        "Show the workers of a running fleet: state, ranks, generation, load, KV use and adapters by tier.",
+    ),
+)
+
+
+def make_parser() -> CommandParser:
+    parser = CommandParser(prog="lorafleet", description="Serve one base model and any number of LoRA adapters.")
+    parser.add_argument("--version", action="version", version=f"lorafleet {version('lorafleet')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_flags(commands.add_parser(command.name, help=command.purpose, description=command.description))
+    return parser

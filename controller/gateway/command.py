@@ -1,0 +1,31 @@
+"""`lorafleet gateway` as a command: its options, apart from the process, which takes longer to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafleet.controller.flags import Command
+from lorafleet.controller.gateway.config import FLEET, GatewayConfig
+from lorafleet.workers.options import option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessOptions:
+    """What the process is told beside its configuration."""
+
+    token_file: Path = option(group=FLEET, is_required=True, metavar="FILE", help="holds the fleet's token")
+    exit_with_parent: bool = option(
+        False,
+        group=FLEET,
+        help="stdin and stdout are pipes held by the parent: drain when the one closes, write a line a second to the "
+        "other",
+    )
+
+
+GATEWAY = Command(
+    "gateway",
+    "run one more gateway of a fleet, on any machine",
+    (GatewayConfig, ProcessOptions),
+    "LoRAFleet's HTTP gateway: an OpenAI-compatible API in front of the workers.",
+)

@@ -1,0 +1,76 @@
+"""What an operator chooses for a gateway, whichever command starts it: `lorafleet serve`, `up` or `gateway`.
+
+Owns: the options that these commands share, their defaults and checks. A new one is declared here and used where it
+matters; it reaches gateway processes by itself (gateway_processes.py). Imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal
+
+from lorafleet.controller.gateway.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, check_keys, keys_of_variable
+from lorafleet.controller.gateway.limits import Limits
+from lorafleet.workers.args import EngineArgs
+from lorafleet.workers.options import DAY_S, check_options, nested, option, option_of
+
+HTTP: Final = "HTTP"
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayOptions:
+    """Of each gateway process of a fleet."""
+
+    host: str = option("127.0.0.1", group=HTTP, metavar="HOST", help="address to listen on")
+    port: int = option(8000, group=HTTP, minimum=1, maximum=65535, help="port to listen on")
+    api_keys: tuple[str, ...] = option(
+        (),
+        group=HTTP,
+        flag="--api-key",
+        metavar="KEY",
+        is_secret=True,
+        fallback=partial(keys_of_variable, API_KEY_VARIABLE),
+        help="keys that clients must send as a bearer token, each a tenant of its own",
+        default_text=f"${API_KEY_VARIABLE}: one, several with commas between them, or a JSON array; else none is "
+        "asked for",
+    )
+    admin_api_keys: tuple[str, ...] = option(
+        (),
+        group=HTTP,
+        flag="--admin-api-key",
+        metavar="KEY",
+        is_secret=True,
+        fallback=partial(keys_of_variable, ADMIN_KEY_VARIABLE),
+        help="keys that may load and unload adapters over HTTP",
+        default_text=f"${ADMIN_KEY_VARIABLE} in the same forms; else the first key of --api-key, or of --tenants; "
+        "without any keys everybody",
+    )
+    tenants_file: str | None = option(
+        None,
+        group=HTTP,
+        flag="--tenants",
+        metavar="FILE",
+        help='tenants that share the workers by weight: JSON, [{"name": "acme", "api_keys": ["..."], "weight": 2.0, '
+        '"priority": 0}]; weight (default 1) is a share of service, tenants of lower priority (default 0) come first',
+        default_text="each API key is a tenant",
+    )
+    drain_timeout_s: float = option(
+        30.0, group=HTTP, minimum=0.0, maximum=DAY_S, help="time that running requests get at shutdown"
+    )
+    worker_wait_s: float = option(
+        60.0,
+        group=HTTP,
+        minimum=0.0,
+        maximum=DAY_S,
+        help="maximum time a request waits while no worker can take or resume it; then it gets 503",
+    )
+    seed: int | None = option_of(EngineArgs, "seed", group=HTTP)
+    log_level: LogLevel = option("warning", group=HTTP, help="least severe messages that are logged")
+    limits: Limits = nested(Limits)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_keys("--api-key", self.api_keys)
+        check_keys("--admin-api-key", self.admin_api_keys)
