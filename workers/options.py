@@ -163,7 +163,8 @@ def check_options(config: object) -> None:
 
     Nested configurations check their own.
     """
-    for declared in options_of(type(config)):
+    owner: type = type(config)
+    for declared in options_of(owner):
         if not declared.path and not declared.takes(value := getattr(config, declared.name)):
             raise ConfigError(f"{declared.flag} is {_shown(value)}; it must be {declared.expected}.")
 
