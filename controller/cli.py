@@ -60,15 +60,17 @@ def _told(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def _serve(config: ServeConfig) -> None:
+    config = resolved(config, is_own_ray=config.ray_address is None)
     from lorafleet.controller.launch import serve
 
-    serve(resolved(config))
+    serve(config)
 
 
 def _up(config: ServeConfig, cluster: UpOptions) -> None:
+    config = resolved(config, is_own_ray=False)
     from lorafleet.controller.up import up
 
-    up(resolved(config), cluster)
+    up(config, cluster)
 
 
 def _down(options: StopOptions) -> None:

@@ -61,9 +61,13 @@ def with_flags_file(argv: Sequence[str]) -> list[str]:
         raise ConfigError(f"The flags of {path} cannot be read: {error}.") from error
 
 
-def resolved(config: ServeConfig) -> ServeConfig:
-    """With the model and local adapters as absolute paths. Raises `ModelError`."""
+def resolved(config: ServeConfig, *, is_own_ray: bool) -> ServeConfig:
+    """Return it with the model and local adapters as absolute paths, once their small files have been looked at.
+
+    is_own_ray: the workers run on this machine. Raises `ModelError`, `MemoryPlanError` or `AdapterRefusedError`.
+    """
     from lorafleet.workers.model.source import resolve_model
+    from lorafleet.workers.preflight import check_files
 
     model = str(resolve_model(config.engine.model))
     # Workers on other nodes, or in Ray's own directories, know nothing of this one.
@@ -74,4 +78,5 @@ def resolved(config: ServeConfig) -> ServeConfig:
         for adapter in config.adapters
     )
     engine = dataclasses.replace(config.engine, model=model)
+    check_files(engine, adapters, are_here=is_own_ray)
     return dataclasses.replace(config, engine=engine, adapters=adapters)

@@ -86,6 +86,7 @@ def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
         "model.source",
         "options",
         "params",
+        "preflight",
         "rpc",
     ]
     own = [

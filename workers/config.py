@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lorafleet.workers.cores import num_usable_cores, share
 from lorafleet.workers.engine.eviction import EVICTIONS
 from lorafleet.workers.engine.request import MAX_WEIGHT, MIN_WEIGHT
-from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.errors import ConfigError, MemoryPlanError
 from lorafleet.workers.options import DAY_S, MAX_BYTES, check_options, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -206,6 +206,14 @@ class EngineOptions:
             raise ConfigError(
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
                 f"{self.max_num_seqs}: every running sequence needs a token a step. Raise one or lower the other."
+            )
+
+    def check_context(self, max_position: int, architecture: str) -> None:
+        """Raises `MemoryPlanError` where more tokens are asked for than the model has positions."""
+        if self.max_model_len is not None and self.max_model_len > max_position:
+            raise MemoryPlanError(
+                f"--max-model-len is {self.max_model_len}; {architecture} was made for {max_position} positions. Give "
+                f"at most {max_position}."
             )
 
 

@@ -236,14 +236,8 @@ def _shorter(num_tokens: int) -> str:
 
 
 def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
-    if config.max_model_len is None:
-        return spec.max_position
-    if config.max_model_len > spec.max_position:
-        raise MemoryPlanError(
-            f"--max-model-len is {config.max_model_len}; {spec.architecture} was made for {spec.max_position} "
-            f"positions. Give at most {spec.max_position}."
-        )
-    return config.max_model_len
+    config.check_context(spec.max_position, spec.architecture)
+    return config.max_model_len or spec.max_position
 
 
 def format_bytes(size: int) -> str:

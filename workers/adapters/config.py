@@ -18,7 +18,7 @@ from lorafleet.workers.found_file import json_object
 _T = TypeVar("_T", int, float)
 
 CONFIG_FILE = "adapter_config.json"
-_MAX_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
 _MAX_NAMES = 1024  # of `modules_to_save` and the like
 _MAX_RANK = 1 << 20
 _MAX_TOKEN_ID = (1 << 31) - 1
@@ -119,7 +119,7 @@ def read_config(folder: AdapterFolder, modules: Sequence[str]) -> AdapterConfig:
 
     Raises `AdapterRefusedError`: no adapter, no LoRA, or something that is not applied.
     """
-    data = folder.read(CONFIG_FILE, _MAX_BYTES)
+    data = folder.read(CONFIG_FILE, MAX_CONFIG_BYTES)
     if data is None:
         what, reason = describe(folder.path, folder.names())
         raise AdapterRefusedError(f"{folder.shown} {what}", reason=reason)

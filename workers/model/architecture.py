@@ -1,7 +1,7 @@
 """What the decoder needs to know of a checkpoint, read from its config.json. Supported: the Llama family.
 
 Owns: which architectures are served and what of their configs changes the mathematics. An option that this decoder does
-not compute is refused by name. Imports transformers only inside `read_spec`.
+not compute is refused by name. Imports transformers and torch only inside `read_spec`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 from lorafleet.workers.adapters.modules import BaseShapes
 from lorafleet.workers.errors import ModelError, cut
 from lorafleet.workers.found_file import FoundFileError, json_object, read_found
-from lorafleet.workers.model.loader import CheckpointReader
 
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -113,13 +112,7 @@ class ModelSpec:
 def read_spec(model_dir: Path) -> ModelSpec:
     """Read config.json and generation_config.json. Raises `ModelError` for what is missing or not supported."""
     config_path = model_dir / "config.json"
-    if not config_path.is_file():
-        raise ModelError(f"{model_dir} {_not_a_model(model_dir)}")
-    raw = _read_json(config_path)
-    architectures = raw.get("architectures") or ["(none named)"]
-    architecture = architectures[0]
-    if architecture not in ARCHITECTURES:
-        raise ModelError(f"{config_path} names the architecture {architecture}; served are {', '.join(ARCHITECTURES)}.")
+    architecture, raw = read_architecture(model_dir)
     from transformers import AutoConfig
 
     try:
@@ -167,8 +160,23 @@ def read_spec(model_dir: Path) -> ModelSpec:
     )
 
 
+def read_architecture(model_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Return what a model is, and its config.json, at once. Raises `ModelError` for what is no model that is served."""
+    config_path = model_dir / "config.json"
+    if not config_path.is_file():
+        raise ModelError(f"{model_dir} {_not_a_model(model_dir)}")
+    raw = _read_json(config_path)
+    architectures = raw.get("architectures") or ["(none named)"]
+    architecture = architectures[0]
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"{config_path} names the architecture {architecture}; served are {', '.join(ARCHITECTURES)}.")
+    return architecture, raw
+
+
 def _ties_head(model_dir: Path, wanted: bool) -> bool:
     """Whether the head is the embedding: the weights decide, where they are there already."""
+    from lorafleet.workers.model.loader import CheckpointReader
+
     try:
         return wanted and CheckpointReader(model_dir).ties_head(wanted)
     except ModelError:
