@@ -38,7 +38,7 @@ class Sides:
     def lorafleet(self) -> Server:
         """`lorafleet serve`, ready when a worker can answer (/health is the gateway's alone)."""
         command = [str(Path(sys.executable).parent / "lorafleet"), "serve", str(self.model)]
-        command += ["--kv-cache-memory-bytes", str(KV_BYTES), *self._flags(), *self._lora_flags()]
+        command += ["--kv-cache-memory-bytes", str(KV_BYTES), *self._flags(), *self._lora_flags(), "--no-access-log"]
         return Server(command, self.scratch / "lorafleet.log", "/ready")
 
     def vllm(self, *, lora: bool, bind: str) -> Server:

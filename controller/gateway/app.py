@@ -12,13 +12,14 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from lorafleet.controller.gateway import adapters, chat, completions, fleet, health, models, tokenization
+from lorafleet.controller.gateway.access_log import AccessLog
 from lorafleet.controller.gateway.auth import ApiKeys, auth_middleware
 from lorafleet.controller.gateway.errors import error_middleware
 from lorafleet.controller.gateway.state import STATE, GatewayState
 from lorafleet.controller.gateway.tenants import tenants_of
 
 
-def make_app(state: GatewayState) -> web.Application:
+def make_app(state: GatewayState, access_log: AccessLog | None = None) -> web.Application:
     """The application; it starts and closes `state`."""
     config = state.config
     keys = ApiKeys(
@@ -26,7 +27,12 @@ def make_app(state: GatewayState) -> web.Application:
         is_open=not (config.api_keys or config.tenants),
     )
     app = web.Application(
-        middlewares=[_count_requests, error_middleware, auth_middleware(keys)],
+        middlewares=[
+            *([access_log.middleware] if access_log else []),
+            _count_requests,
+            error_middleware,
+            auth_middleware(keys),
+        ],
     )
     app[STATE] = state
     app.cleanup_ctx.append(_life)
@@ -59,7 +65,7 @@ async def _life(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def _count_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Outermost: every answer by route and status; 499 for a client that did not wait."""
+    """Every answer by route and status; 499 for a client that did not wait."""
     resource = request.match_info.route.resource
     route = resource.canonical.rstrip("/") if resource is not None else "unmatched"
     status = "500"

@@ -14,6 +14,7 @@ from typing import Final
 
 from aiohttp import web
 
+from lorafleet.controller.gateway.access_log import AccessLog
 from lorafleet.controller.gateway.app import make_app
 from lorafleet.controller.gateway.connections import Connections
 from lorafleet.controller.gateway.state import ABORT_GRACE_S, GatewayState
@@ -26,11 +27,13 @@ logger = logging.getLogger(__name__)
 class Listener:
     """`set_up` it, let it `listen`, `close` it; `set_up` starts `state` and `close` closes it."""
 
-    def __init__(self, state: GatewayState) -> None:
+    def __init__(self, state: GatewayState, access_log: AccessLog | None = None) -> None:
         self._limits = state.config.limits
         # handler_cancellation: a client that goes away cancels its handler, which cancels the request on its worker
         # even before there was anything to write.
-        self._runner = web.AppRunner(make_app(state), handler_cancellation=True, shutdown_timeout=ABORT_GRACE_S)
+        self._runner = web.AppRunner(
+            make_app(state, access_log), handler_cancellation=True, shutdown_timeout=ABORT_GRACE_S
+        )
         self._server: asyncio.Server | None = None
         self.connections: Connections | None = None  # from `listen` on
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from lorafleet.controller.gateway.access_log import AccessLog
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.listener import Listener
 from lorafleet.controller.gateway.state import GatewayState
@@ -35,7 +36,8 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     state = GatewayState(config)
-    listener = Listener(state)
+    access_log = AccessLog(sys.stderr.fileno()) if config.access_log else None
+    listener = Listener(state, access_log)
     beating = loop.create_task(_beat()) if exit_with_parent else None
     await listener.set_up()
     try:
@@ -51,6 +53,8 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
         await _first(state.drain(), stop.wait())
     finally:
         await listener.close()
+        if access_log is not None:
+            access_log.close()
         if beating is not None:
             beating.cancel()
     logger.info("stopped")
