@@ -92,10 +92,16 @@ def _drain(options: StopOptions) -> None:
 
 
 def _status(options: StatusOptions) -> None:
-    from lorafleet.controller.status import fetch_fleet, table
+    from lorafleet.controller.status import fetch_fleet, table, watch
 
-    fleet = fetch_fleet(options.url, options.api_key)
-    print(json.dumps(fleet, indent=2) if options.json else table(fleet))
+    def show() -> str:
+        fleet = fetch_fleet(options.url, options.api_key)
+        return json.dumps(fleet, indent=2) if options.json else table(fleet)
+
+    if options.watch:
+        watch(show, sys.stdout)
+    else:
+        print(show())
 
 
 def _check_gateway_flags(args: argparse.Namespace) -> None:

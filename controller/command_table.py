@@ -53,9 +53,10 @@ COMMANDS = (
     GATEWAY,
     Command(
         "status",
-        "show the workers of a running fleet",
+        "show the workers and models of a running fleet",
         (StatusOptions,),
-        "Show the workers of a running fleet: state, ranks, generation, load, KV use and adapters by tier.",
+        "Show the workers of a running fleet: state, ranks, generation, load, KV use and adapters by tier. And its "
+        "models: the fastest tier in which a worker has the adapter, unfinished requests, output tokens.",
     ),
 )
 

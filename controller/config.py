@@ -196,6 +196,7 @@ class StatusOptions:
         default_text=f"${API_KEY_VARIABLE}",
     )
     json: bool = option(False, help="print what the gateway says, for programs")
+    watch: bool = option(False, help="show it again every two seconds, until Ctrl-C")
 
     def __post_init__(self) -> None:
         check_options(self)

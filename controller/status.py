@@ -1,6 +1,6 @@
-"""`lorafleet status`: the workers of a running fleet, as a table or as the gateway's JSON.
+"""`lorafleet status`: the workers and models of a running fleet, as tables or as the gateway's JSON.
 
-Owns: asking a gateway and the table. Leaves to others: what a gateway says (gateway/fleet.py).
+Owns: asking a gateway, the tables. Leaves to others: what a gateway says (gateway/fleet.py).
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 import datetime
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from lorafleet.workers.errors import LoRAFleetError, WorkerUnavailableError
 
 _TIMEOUT_S = 10.0
+_CLEAR = "\x1b[H\x1b[2J"  # ANSI: to the top left, erase all
+WATCH_S = 2.0
+_MODEL_COLUMNS = ("MODEL", "TIER", "REQUESTS", "TOKENS/S", "TOKENS")
 _COLUMNS = ("WORKER", "STATE", "RANKS", "GENERATION", "STARTS", "RUNNING", "WAITING", "KV", "DEVICE", "HOST", "DISK")
 
 
@@ -46,15 +51,45 @@ def _fleet_url(url: str) -> str:
 
 
 def table(fleet: dict[str, Any]) -> str:
-    """For people. KV: share of the KV pages in use. DEVICE, HOST, DISK: adapters, each where it is nearest."""
-    rows = [_COLUMNS, *(_row(worker) for worker in fleet["workers"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    """For people. KV: share of the KV pages in use. DEVICE, HOST, DISK: adapters, each in its fastest tier."""
+    lines = _aligned([_COLUMNS, *(_row(worker) for worker in fleet["workers"])])
     for worker in fleet["workers"]:
         lines += [f"{worker['name']} lacks {lacking['name']} ({lacking['reason']})" for lacking in worker["lacking"]]
         if worker["num_lacking"] > len(worker["lacking"]):
             lines.append(f"{worker['name']} lacks {worker['num_lacking'] - len(worker['lacking'])} more")
-    return "\n".join([*lines, f"{fleet['num_adapters']} adapters, routing table version {fleet['table_version']}"])
+    lines += ["", *_aligned([_MODEL_COLUMNS, *(_model_row(model) for model in fleet["models"])])]
+    num_named = sum(len(model["names"]) for model in fleet["models"] if model["tier"] is not None)
+    shown = f" (the busiest {num_named} are shown)" if num_named < fleet["num_adapters"] else ""
+    return "\n".join(
+        [*lines, f"{fleet['num_adapters']} adapters{shown}, routing table version {fleet['table_version']}"]
+    )
+
+
+def watch(show: Callable[[], str], out: TextIO, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Show again and again, in place on a terminal, until Ctrl-C."""
+    try:
+        while True:
+            text = show()
+            print(f"{_CLEAR if out.isatty() else ''}{text}", file=out, flush=True)
+            sleep(WATCH_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
+    tier = model["tier"] or "-"
+    return (
+        ", ".join(model["names"]),
+        f"{tier} x{model['workers']}" if (model["workers"] or 0) > 1 else tier,
+        str(model["requests"]),
+        f"{model['output_tokens_per_s']:.1f}",
+        str(model["output_tokens"]),
+    )
 
 
 def _row(worker: dict[str, Any]) -> tuple[str, ...]:

@@ -263,7 +263,7 @@ class ReportRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("worker_id", "generation", "state", "load", "device_adapters", "host_adapters", "counters", "num_registered_adapters", "last_step_age_ms")
+    __slots__ = ("worker_id", "generation", "state", "load", "device_adapters", "host_adapters", "counters", "num_registered_adapters", "last_step_age_ms", "uses")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +273,7 @@ class WorkerReport(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     NUM_REGISTERED_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     generation: int
     state: WorkerState
@@ -282,7 +283,20 @@ class WorkerReport(_message.Message):
     counters: EngineCounters
     num_registered_adapters: int
     last_step_age_ms: int
-    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., device_adapters: _Optional[_Iterable[str]] = ..., host_adapters: _Optional[_Iterable[str]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., num_registered_adapters: _Optional[int] = ..., last_step_age_ms: _Optional[int] = ...) -> None: ...
+    uses: _containers.RepeatedCompositeFieldContainer[ModelUse]
+    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., device_adapters: _Optional[_Iterable[str]] = ..., host_adapters: _Optional[_Iterable[str]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., num_registered_adapters: _Optional[int] = ..., last_step_age_ms: _Optional[int] = ..., uses: _Optional[_Iterable[_Union[ModelUse, _Mapping]]] = ...) -> None: ...
+
+class ModelUse(_message.Message):
+    __slots__ = ("digest", "num_requests", "num_output_tokens", "output_tokens_per_s")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    num_requests: int
+    num_output_tokens: int
+    output_tokens_per_s: float
+    def __init__(self, digest: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., output_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
     __slots__ = ("num_steps", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "num_adapter_loads", "num_slot_loads", "num_prefix_query_tokens", "num_prefix_hit_tokens")

@@ -6,11 +6,14 @@ Owns: the shape. Leaves to others: the numbers (engine/stats.py), when (service.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Mapping
+from typing import Final
 
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.stats import EngineStats
 
+MAX_USES: Final = 1000
 Places = Mapping[str, worker_pb2.AdapterTier]  # by digest
 
 
@@ -43,9 +46,9 @@ def heartbeat(
 
 
 def report(
-    stats: EngineStats, state: worker_pb2.WorkerState, worker_id: str, generation: int
+    stats: EngineStats, state: worker_pb2.WorkerState, worker_id: str, generation: int, rates: Mapping[str, float]
 ) -> worker_pb2.WorkerReport:
-    """All of it at once."""
+    """All of it at once. rates: output tokens a second by digest, "" for the base model."""
     return worker_pb2.WorkerReport(
         worker_id=worker_id,
         generation=generation,
@@ -65,6 +68,23 @@ def report(
             num_prefix_query_tokens=stats.num_prefix_query_tokens,
             num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
         ),
+        uses=_uses(stats, rates),
+    )
+
+
+def _uses(stats: EngineStats, rates: Mapping[str, float]) -> list[worker_pb2.ModelUse]:
+    """Return the busiest: those with requests first, then those with the most tokens."""
+    uses = [
+        worker_pb2.ModelUse(
+            digest=digest,
+            num_requests=stats.requests_of.get(digest, 0),
+            num_output_tokens=stats.output_tokens_of.get(digest, 0),
+            output_tokens_per_s=rates.get(digest, 0.0),
+        )
+        for digest in {**stats.requests_of, **stats.output_tokens_of}
+    ]
+    return heapq.nlargest(
+        MAX_USES, uses, key=lambda use: (use.num_requests, use.output_tokens_per_s, use.num_output_tokens)
     )
 
 

@@ -32,6 +32,7 @@ from lorafleet.workers.errors import (
     status_of,
 )
 from lorafleet.workers.load_report import Places, heartbeat, places_of, report
+from lorafleet.workers.output_rates import OutputRates
 from lorafleet.workers.rpc import failure_of
 from lorafleet.workers.text.files import chunks
 
@@ -69,6 +70,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._registry = registry
         self._worker_id = worker_id
         self._generation = generation
+        self._output_rates = OutputRates()
         self._on_crash = on_crash
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(engine, self._publish, self._crashed)
@@ -135,7 +137,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def GetReport(
         self, request: worker_pb2.ReportRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerReport:
-        return report(self._engine.stats(), self._state(), self._worker_id, self._generation)
+        stats = self._engine.stats()
+        rates = self._output_rates.look(stats.output_tokens_of)
+        return report(stats, self._state(), self._worker_id, self._generation, rates)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DrainReply:
         self.drain()

@@ -1,19 +1,24 @@
-"""GET /fleet: the workers as the controller knows them, what `lorafleet status` prints.
+"""GET /fleet: workers and models as the controller knows them, what `lorafleet status` prints.
 
 Owns: the JSON's shape. Leaves to others: the numbers (the controller's worker_life.py), the table of it (status.py).
 """
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final
 
 from aiohttp import web
 
+from lorafleet.controller.gateway.routing_table import RoutingTable
 from lorafleet.controller.gateway.state import STATE
-from lorafleet.proto import controller_pb2
+from lorafleet.proto import controller_pb2, worker_pb2
 
 STATUS_S: Final = 5.0
 MAX_LACKING: Final = 100  # adapters that are named for each worker
+MAX_MODELS: Final = 100  # that are named, busiest first
 
 
 async def show_fleet(request: web.Request) -> web.Response:
@@ -26,8 +31,43 @@ async def show_fleet(request: web.Request) -> web.Response:
             "table_version": status.version,
             "num_adapters": status.num_adapters,
             "workers": [_worker(worker) for worker in status.workers],
+            "models": _models(state.table, [worker.report for worker in status.workers if worker.HasField("report")]),
         }
     )
+
+
+def _models(table: RoutingTable, reports: Sequence[worker_pb2.WorkerReport]) -> list[dict[str, Any]]:
+    """One object for each set of weights, which may have several names; the base model's is always there.
+
+    tier: the fastest in which a worker has it; workers: how many have it there; null for the base model.
+    """
+    names: dict[str, list[str]] = {}
+    for entry in table.models.values():
+        names.setdefault(entry.digest, []).append(entry.name)
+    device = Counter(digest for report in reports for digest in report.device_adapters)
+    host = Counter(digest for report in reports for digest in report.host_adapters)
+    requests: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    rates: dict[str, float] = {}
+    for use in (use for report in reports for use in report.uses):
+        requests[use.digest] += use.num_requests
+        tokens[use.digest] += use.num_output_tokens
+        rates[use.digest] = rates.get(use.digest, 0.0) + use.output_tokens_per_s
+
+    def rank(digest: str) -> tuple[Any, ...]:
+        return not digest, requests[digest], rates.get(digest, 0.0), device[digest], host[digest], tokens[digest]
+
+    return [
+        {
+            "names": names[digest],
+            "tier": None if not digest else "device" if device[digest] else "host" if host[digest] else "disk",
+            "workers": None if not digest else device[digest] or host[digest],
+            "requests": requests[digest],
+            "output_tokens": tokens[digest],
+            "output_tokens_per_s": round(rates.get(digest, 0.0), 1),
+        }
+        for digest in heapq.nlargest(MAX_MODELS, names, key=rank)
+    ]
 
 
 def _worker(status: controller_pb2.WorkerStatus) -> dict[str, Any]:

@@ -165,6 +165,7 @@ class Engine:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self._output_tokens_of: dict[str, int] = {}  # written by the stepping thread alone
         self._overlaps = self._runner.is_asynchronous
         self._in_flight: _InFlight | None = None
         self._step_began: float | None = None  # of the step that is to end next
@@ -301,12 +302,14 @@ class Engine:
         began = self._step_began
         store = self._store.stats()
         with self._lock:
-            registered = self._adapters.all()
+            registered, requests_of = self._adapters.all(), self._adapters.num_requests()
         # What grows with the number of adapters is looked at here: a step takes a snapshot and must stay cheap.
         return replace(
             self._stats,
             host_adapters=self._store.resident(),
             registered_adapters=registered,
+            requests_of=requests_of,
+            output_tokens_of=self._output_tokens_of.copy(),
             host_cache_bytes=store.bytes,
             host_cache_usage=store.usage,
             num_adapter_loads=store.loads,
@@ -467,6 +470,8 @@ class Engine:
             if finish is not None:
                 self._pace.book_seat(time.monotonic() - request.started_at)
             self._num_output_tokens += 1
+            for digest in request.digests or ("",):
+                self._output_tokens_of[digest] = self._output_tokens_of.get(digest, 0) + 1
             event = RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish)
             if is_first and request.num_cached_tokens:
                 event = replace(event, num_cached_tokens=request.num_cached_tokens)
@@ -647,6 +652,7 @@ class Engine:
             freed = self._adapters.free_unused(self._is_coming)
         self._loader.clear_emptied()
         for retire, num_bytes in freed:
+            self._output_tokens_of.pop(retire.digest, None)
             retire.freed.set_result(num_bytes)
 
     def _post(self, report: Loaded | Fetched) -> None:

@@ -170,18 +170,22 @@ class RegisteredAdapters:
                 "or raise --lora-full-weight-bytes."
             )
 
-    def use(self, digests: Iterable[str]) -> None:
-        """One more request that names these has been accepted."""
-        self._users.update(digests)
+    def use(self, digests: Sequence[str]) -> None:
+        """One more request that names these has been accepted; none: it is the base model's."""
+        self._users.update(digests or [""])
 
-    def leave(self, digests: Iterable[str]) -> None:
+    def leave(self, digests: Sequence[str]) -> None:
         """A request that named these has ended."""
-        for digest in digests:
+        for digest in digests or [""]:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
                 if digest in self._retiring:
                     self._unused[digest] = None
+
+    def num_requests(self) -> dict[str, int]:
+        """Return the number of unfinished requests of each, and of the base model under ""."""
+        return dict(self._users)
 
     def all(self) -> tuple[str, ...]:
         """The digests."""

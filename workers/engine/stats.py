@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorafleet.workers.engine.pace import Pace
@@ -27,6 +28,8 @@ class EngineStats:
     num_prompt_tokens: int = 0  # computed, recomputation after a preemption included
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    requests_of: Mapping[str, int] = field(default_factory=dict)  # digest, or "" for the base model → unfinished ones
+    output_tokens_of: Mapping[str, int] = field(default_factory=dict)  # the same → since it is registered
     num_prefix_query_tokens: int = 0  # known when requests started, for the first time or again
     num_prefix_hit_tokens: int = 0  # of these, those that were found and not computed
     num_adapter_loads: int = 0  # disk to host

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from typing import Any
 
 import pytest
 
-from lorafleet.controller.status import fetch_fleet, table
+from lorafleet.controller.status import WATCH_S, fetch_fleet, table, watch
 from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import LoRAFleetError
 
@@ -52,6 +53,7 @@ async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
     assert (second["state"], second["load"], second["generation"]) == ("starting", None, None)
     assert (first["num_lacking"], second["num_lacking"], len(second["lacking"])) == (0, 101, 100)
     assert second["lacking"][:2] == [{"name": "a0", "reason": "changed"}, {"name": "a1", "reason": "loading"}]
+    assert answer["models"][0]["names"] == ["tiny", "tiny-alias"]
     lines = table(answer).splitlines()
     assert lines[0].split() == [
         *("WORKER", "STATE", "RANKS", "GENERATION", "STARTS", "RUNNING", "WAITING", "KV", "DEVICE", "HOST", "DISK")
@@ -60,7 +62,70 @@ async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
     assert lines[1].split()[5:] == ["1", "3/64", "2", "25%", "2/8", "1", "4"]
     assert lines[2].split() == ["two", "starting", "2", "-", "0", *"------"]
     assert lines[3] == "two lacks a0 (changed)"
-    assert lines[-2:] == ["two lacks 1 more", "7 adapters, routing table version 5"]
+    assert "two lacks 1 more" in lines and lines[-1].endswith("routing table version 5")
+
+
+async def test_models_are_named_with_their_fastest_tier_and_what_they_do(fleet: Any) -> None:
+    digests = {entry.name: entry.digest for entry in fleet.state.table.models.values()}
+    pirate, tiny = digests["org/pirate"], digests["tiny"]
+    uses = [
+        worker_pb2.ModelUse(digest=pirate, num_requests=2, num_output_tokens=100, output_tokens_per_s=12.25),
+        worker_pb2.ModelUse(digest=tiny, num_requests=1, num_output_tokens=7, output_tokens_per_s=0.5),
+        worker_pb2.ModelUse(digest="unloaded", num_output_tokens=9),
+    ]
+    reports = [
+        worker_pb2.WorkerReport(uses=uses, host_adapters=[pirate]),
+        worker_pb2.WorkerReport(uses=uses[:1], device_adapters=[pirate], host_adapters=[pirate]),
+    ]
+    fleet.controller.status = controller_pb2.FleetStatus(
+        workers=[controller_pb2.WorkerStatus(name="w", state="ready", report=report) for report in reports],
+        num_adapters=len(digests) + 5,
+    )
+    _, text = await fleet.get("/fleet")
+    answer = json.loads(text) if isinstance(text, str) else text
+    base, busiest, *idle = answer["models"]
+    assert base["names"][0] == "tiny" and (base["tier"], base["workers"], base["requests"]) == (None, None, 1)
+    assert "org/pirate" in busiest["names"]
+    assert {**busiest, "names": []} == {
+        "names": [],
+        "tier": "device",
+        "workers": 1,
+        "requests": 4,
+        "output_tokens": 200,
+        "output_tokens_per_s": 24.5,
+    }
+    assert all((model["tier"], model["requests"]) == ("disk", 0) for model in idle)
+    lines = table(answer).splitlines()
+    rows = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert rows[0] == ["MODEL", "TIER", "REQUESTS", "TOKENS/S", "TOKENS"]
+    assert rows[1][-4:] == ["-", "1", "0.5", "7"]
+    assert rows[2][-4:] == ["device", "4", "24.5", "200"]
+    assert f"{len(digests) + 5} adapters (the busiest " in lines[-1]
+
+
+def test_it_is_shown_again_until_somebody_has_seen_enough() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    shown = iter(["one", "two", "three"])
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise KeyboardInterrupt
+
+    is_terminal = True
+    out = Terminal()
+    watch(lambda: next(shown), out, sleep)
+    assert out.getvalue() == "".join(f"\x1b[H\x1b[2J{text}\n" for text in ("one", "two", "three"))
+    assert slept == [WATCH_S] * 3
+    is_terminal, shown = False, iter(["one", "two", "three"])
+    slept.clear()
+    out = Terminal()
+    watch(lambda: next(shown), out, sleep)
+    assert out.getvalue() == "one\ntwo\nthree\n"
 
 
 async def test_it_needs_the_controller(fleet: Any) -> None:

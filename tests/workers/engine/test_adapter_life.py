@@ -257,3 +257,21 @@ def test_two_thousand_lives_leave_nothing_behind(engine: Engine, root: Path) -> 
     assert engine._store.stats().num_registered == 0
     assert abs(objects_after - objects_before) < 100
     assert bytes_after - bytes_before < 8 << 20
+
+
+def test_requests_and_output_tokens_are_counted_for_each_adapter_until_it_goes(engine: Engine, root: Path) -> None:
+    first, second = (engine.register_adapter(str(root / name)).digest for name in "ab")
+    results: dict[str, Result] = {"base": Result(), "both": Result()}
+    start(engine, "one", first, results)
+    engine.submit(GenerateRequest("base", PROMPT, GREEDY, None))
+    engine.submit(GenerateRequest("both", PROMPT, GREEDY, composition=((first, 0.5), (second, 0.5))))
+    assert engine.stats().requests_of == {first: 2, second: 1, "": 1}
+    run(engine, results)
+    stats = engine.stats()
+    assert stats.requests_of == {}
+    assert stats.output_tokens_of == {first: 16, second: 8, "": 8}
+    assert stats.num_output_tokens == 24, "a composition's tokens count for each of its adapters"
+    freed = engine.unregister_adapter(first)
+    while not freed.done():
+        engine.step()
+    assert engine.stats().output_tokens_of == {second: 8, "": 8}
