@@ -231,6 +231,18 @@ class EngineConfig(EngineOptions):
     lora: LoRAConfig | None = None  # None: LoRA is off
     workers_per_host: int = 1  # that share the host with this one, itself included; filled in by who places them
 
+    def compute_dtype(self, checkpoint: str, *, on_cpu: bool) -> str:
+        """Return `dtype` with auto resolved to the checkpoint's; on a CPU bfloat16 stands in for float16."""
+        if self.dtype != "auto":
+            return self.dtype
+        if self.quantization or (checkpoint == "float16" and on_cpu):
+            return "bfloat16"
+        return checkpoint if checkpoint in DTYPES[1:] else "bfloat16"
+
+    def adapter_dtype(self, dtype: str) -> str:
+        """Return the dtype of adapter weights. dtype: the model's."""
+        return dtype if self.lora is None or self.lora.lora_dtype == "auto" else self.lora.lora_dtype
+
     def batched_tokens(self, *, on_cpu: bool) -> int:
         """`max_num_batched_tokens` with its default: small on a CPU, where a long step makes all others wait."""
         return self.max_num_batched_tokens or max(512 if on_cpu else 2048, self.max_num_seqs)

@@ -1,13 +1,14 @@
 """What the small files of a model and of adapters tell at once, before Ray or torch is loaded.
 
-Owns: refusing in milliseconds what a worker would refuse after its start. Leaves to others: what takes the weights
-(adapters/format.py) or the machine's memory (memory_plan.py).
+Owns: refusing in milliseconds what a worker would refuse after its start. Never more than that: what is not certain yet
+is left to the worker, such as the weights (adapters/format.py) and what memory is free (model/device.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from lorafleet.workers import hub
 from lorafleet.workers.adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, read_config
@@ -17,7 +18,21 @@ from lorafleet.workers.adapters.sources import resolve_adapter
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError
 from lorafleet.workers.found_file import json_object
-from lorafleet.workers.model.architecture import read_architecture
+from lorafleet.workers.host_memory import host_memory
+from lorafleet.workers.memory_plan import DeviceMemory, plan_memory
+from lorafleet.workers.model.architecture import ModelSpec, read_architecture
+from lorafleet.workers.model.shards import linear_shards
+
+_SIZES: Final = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_MAY_HAVE_CUDA: Final = Path("/dev/nvidiactl")
 
 
 def check_files(config: EngineConfig, modules: Sequence[LoRAModule], *, are_here: bool) -> None:
@@ -29,6 +44,10 @@ def check_files(config: EngineConfig, modules: Sequence[LoRAModule], *, are_here
     architecture, raw = read_architecture(Path(config.model))
     if isinstance(max_position := raw.get("max_position_embeddings"), int):
         config.check_context(max_position, architecture)
+    if (spec := _sizes(architecture, raw)) is not None:
+        linear_shards(spec, size=config.tensor_parallel_size)
+        if are_here and (config.device == "cpu" or not _MAY_HAVE_CUDA.exists()):
+            _check_plan(config, spec)
     for module in modules:
         is_there = Path(module.path).expanduser().exists()
         if config.lora is None or not (is_there or (are_here and not hub.is_hub_id(module.path))):
@@ -38,6 +57,44 @@ def check_files(config: EngineConfig, modules: Sequence[LoRAModule], *, are_here
         except LoRAFleetError as error:
             error.message = f"Adapter {module.name!r}: {error.message}"
             raise
+
+
+def _check_plan(config: EngineConfig, spec: ModelSpec) -> None:
+    """Refuse what would not fit if all of the memory were free."""
+    total, _ = host_memory()
+    dtype = config.compute_dtype(spec.dtype, on_cpu=True)
+    memory = DeviceMemory(total, total, total, is_cpu=True)
+    plan_memory(spec, config, memory, dtype=dtype, lora_dtype=config.adapter_dtype(dtype))
+
+
+def _sizes(architecture: str, raw: Mapping[str, Any]) -> ModelSpec | None:
+    """Return a spec for arithmetic with sizes; None where config.json leaves some to defaults that others know."""
+    sizes: list[Any] = [raw.get(name) for name in _SIZES]
+    sizes.append(raw.get("head_dim") or 1)
+    if not all(type(size) is int and size > 0 for size in sizes) or sizes[1] < sizes[4]:
+        return None
+    layers, hidden, inner, vocab, heads, kv_heads, max_position, _ = sizes
+    return ModelSpec(
+        architecture=architecture,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=raw.get("head_dim") or hidden // heads,
+        vocab_size=vocab,
+        max_position=max_position,
+        norm_eps=0.0,
+        tie_embeddings=raw.get("tie_word_embeddings") is not False,  # if it is not said: the smaller one
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        windows=(),
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+        eos_token_ids=frozenset(),
+        hf_config=None,
+    )
 
 
 def _check_adapter(folder: AdapterFolder, max_lora_rank: int) -> None:

@@ -22,7 +22,7 @@ from lorafleet.workers.errors import cut
 
 MAX_LINES: Final = 10_000  # that wait to be written
 _END_S = 1.0
-_UNLOGGED: Final = OPEN_PATHS | {"/metrics"}  # what machines ask for all the time
+_UNLOGGED: Final = OPEN_PATHS | {"/metrics", "/fleet", "/v1/fleet"}  # what machines ask for all the time
 
 
 class AccessLog:

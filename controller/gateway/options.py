@@ -69,7 +69,7 @@ class GatewayOptions:
     seed: int | None = option_of(EngineArgs, "seed", group=HTTP)
     log_level: LogLevel = option("warning", group=HTTP, help="least severe messages that are logged")
     access_log: bool = option(
-        True, group=HTTP, help="log a line for each request that was answered, health checks and metrics aside"
+        True, group=HTTP, help="log a line for each request that was answered, health checks, metrics and status aside"
     )
     limits: Limits = nested(Limits)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from lorafleet.workers import preflight
 from lorafleet.workers.config import EngineConfig, LoRAConfig, LoRAModule
-from lorafleet.workers.errors import AdapterRefusedError, MemoryPlanError, ModelError
+from lorafleet.workers.errors import AdapterRefusedError, ConfigError, MemoryPlanError, ModelError
 from lorafleet.workers.preflight import check_files
 
 MODEL = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 1024}
@@ -42,6 +43,60 @@ def check(model: Path, *modules: LoRAModule, are_here: bool = True, **options: A
 
 def test_what_can_be_served_passes(model: Path, tmp_path: Path) -> None:
     check(model, adapter(tmp_path / "adapter", r=16), LoRAModule("hub", "org/name"), max_model_len=1024)
+
+
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def sized(tmp_path: Path) -> Path:
+    return write(tmp_path / "sized", "config.json", MODEL | SIZES)
+
+
+def test_a_cache_that_holds_not_one_sequence_is_refused(sized: Path) -> None:
+    check(sized, device="cpu", kv_cache_memory_bytes=1 << 20)
+    with pytest.raises(MemoryPlanError, match="--kv-cache-memory-bytes is 1000 B"):
+        check(sized, device="cpu", kv_cache_memory_bytes=1000)
+    check(sized, device="cpu", kv_cache_memory_bytes=1000, are_here=False)
+
+
+def test_what_no_memory_of_this_machine_holds_is_refused(sized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "host_memory", lambda: (64 << 20, 1 << 20))
+    check(sized, device="cpu", max_num_seqs=4, max_num_batched_tokens=64)  # what is free now says nothing
+    with pytest.raises(MemoryPlanError, match="--max-num-batched-tokens"):
+        check(sized, device="cpu", max_num_batched_tokens=100_000)
+
+
+def test_a_device_that_may_be_there_is_left_to_the_worker(
+    sized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_MAY_HAVE_CUDA", tmp_path)
+    check(sized, kv_cache_memory_bytes=1000)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused(sized: Path) -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel-size is 3, which does not divide"):
+        check(sized, tensor_parallel_size=3)
+
+
+@pytest.mark.parametrize("missing", SIZES.keys() - {"dtype"})
+def test_sizes_that_config_json_leaves_out_are_left_to_the_worker(tmp_path: Path, missing: str) -> None:
+    fields = {name: value for name, value in (MODEL | SIZES).items() if name != missing}
+    check(write(tmp_path / "model", "config.json", fields), device="cpu", kv_cache_memory_bytes=1000)
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": "64"}, {"hidden_size": 2}, {"vocab_size": True}, {"head_dim": -1}])
+def test_sizes_that_cannot_be_are_left_to_the_worker(tmp_path: Path, changes: dict[str, Any]) -> None:
+    fields = MODEL | SIZES | changes
+    check(write(tmp_path / "model", "config.json", fields), device="cpu", kv_cache_memory_bytes=1000)
 
 
 def test_a_context_longer_than_the_models_is_refused(model: Path) -> None:

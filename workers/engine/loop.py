@@ -54,7 +54,7 @@ from lorafleet.workers.errors import (
 from lorafleet.workers.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
-from lorafleet.workers.model.device import measure_memory, pick_device, pick_dtype
+from lorafleet.workers.model.device import measure_memory, pick_device
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.sampling import PendingSamples
 from lorafleet.workers.tp.ranks import Gather, Ranks, alone
@@ -181,9 +181,8 @@ class Engine:
         """
         spec = read_spec(Path(config.model))
         device = pick_device(config)
-        dtype = pick_dtype(config, spec, device)
-        lora_dtype = config.lora.lora_dtype if config.lora and config.lora.lora_dtype != "auto" else dtype
-        plan = plan_memory(spec, config, measure_memory(device), dtype=dtype, lora_dtype=lora_dtype)
+        dtype = config.compute_dtype(spec.dtype, on_cpu=device.type == "cpu")
+        plan = plan_memory(spec, config, measure_memory(device), dtype=dtype, lora_dtype=config.adapter_dtype(dtype))
         return cls(config, spec, plan, device, gather(plan, device))
 
     def load(self) -> None:
