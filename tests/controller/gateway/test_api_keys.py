@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import pytest
@@ -11,10 +10,8 @@ from lorafleet.controller.gateway.api_keys import (
     ADMIN_KEY_VARIABLE,
     API_KEY_VARIABLE,
     MAX_KEY_CHARS,
-    add_key_flags,
     as_environment,
     check_keys,
-    given_keys,
     keys_of_variable,
     num_weak,
 )
@@ -55,16 +52,6 @@ def test_keys_reach_another_process_as_they_are(monkeypatch: pytest.MonkeyPatch)
     assert environment["PATH"] == os.environ["PATH"]
     monkeypatch.setenv(API_KEY_VARIABLE, environment[API_KEY_VARIABLE])
     assert tuple(keys_of_variable(API_KEY_VARIABLE)) == keys
-
-
-def test_a_flag_comes_before_the_variable_and_a_comma_belongs_to_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = argparse.ArgumentParser()
-    add_key_flags(parser)
-    monkeypatch.setenv(API_KEY_VARIABLE, "a,b")
-    monkeypatch.delenv(ADMIN_KEY_VARIABLE, raising=False)
-    assert given_keys(parser.parse_args([])) == (("a", "b"), ())
-    flags = ["--api-key", "x,9f2", "y", "--api-key", "z", "--admin-api-key", "root"]
-    assert given_keys(parser.parse_args(flags)) == (("x,9f2", "y", "z"), ("root",))
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", " a", "a\n", "ключ", "a\x7f", "k" * (MAX_KEY_CHARS + 1)])
