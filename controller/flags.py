@@ -37,7 +37,7 @@ class Command:
                 found[option.flag] = option
         groups: dict[str, list[Declared]] = {}
         for option in found.values():
-            groups.setdefault("" if option.option.is_positional else option.option.group, []).append(option)
+            groups.setdefault("" if option.says.is_positional else option.says.group, []).append(option)
         return groups
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
@@ -58,8 +58,8 @@ def values_of(owner: type, args: argparse.Namespace) -> dict[str, Any]:
         if option.path:
             continue
         value = getattr(args, option.name)
-        if value is None and option.option.fallback is not None:
-            value = option.option.fallback()
+        if value is None and option.says.fallback is not None:
+            value = option.says.fallback()
         if value is not None:
             values[option.name] = tuple(value) if option.takes_several else value
     return values
@@ -77,7 +77,7 @@ def command_line(config: Any, owner: type) -> list[str]:
         value = config
         for name in (*option.path, option.name):
             value = getattr(value, name)
-        if option.option.is_secret or value is None or value == ():
+        if option.says.is_secret or value is None or value == ():
             continue
         if option.kind is not bool:
             # With =, since a value may begin with -.
@@ -90,8 +90,8 @@ def command_line(config: Any, owner: type) -> list[str]:
 
 def default_text(option: Declared) -> str:
     """Return an option's default as people read it; empty where there is none."""
-    if option.option.default_text or option.option.is_required:
-        return option.option.default_text
+    if option.says.default_text or option.says.is_required:
+        return option.says.default_text
     if option.kind is bool:
         return "on" if option.default else "off"
     if option.is_size:
@@ -106,15 +106,15 @@ def bounds_text(option: Declared) -> str:
 
 def metavar(option: Declared) -> str | None:
     """Return what stands for the value; None where the choices do, or where there is no value."""
-    if option.option.metavar or option.option.choices or option.kind is bool:
-        return option.option.metavar or None
+    if option.says.metavar or option.says.choices or option.kind is bool:
+        return option.says.metavar or None
     if option.is_size:
         return "SIZE"
     return "N" if option.kind is int else "SECONDS"
 
 
 def _add_flag(group: Any, option: Declared) -> None:
-    it, default = option.option, default_text(option)
+    it, default = option.says, default_text(option)
     said = "; ".join(text for text in (bounds_text(option), default and f"default: {default}") if text)
     # No default: what is None was not given.
     about: dict[str, Any] = {"help": (f"{it.help} ({said})" if said else it.help).replace("%", "%%"), "default": None}
@@ -132,7 +132,7 @@ def _add_flag(group: Any, option: Declared) -> None:
 
 def _reader(option: Declared) -> Callable[[str], Any]:
     """Return what makes a value of a text. It raises `argparse.ArgumentTypeError` with what the value must be."""
-    convert = option.option.parse or (byte_size if option.is_size else str if option.takes_several else option.kind)
+    convert = option.says.parse or (byte_size if option.is_size else str if option.takes_several else option.kind)
 
     def read(text: str) -> Any:
         try:

@@ -28,7 +28,7 @@ def _section(command: Command) -> str:
     """Return what a command has; where it has all options of another one, only what it has beside them."""
     base = next((other for other in COMMANDS if set(other.owners) < set(command.owners)), None)
     known = [option for options in base.groups.values() for option in options] if base else []
-    positional = "".join(f" {option.flag}" for option in command.groups.get("", ()) if option.option.is_positional)
+    positional = "".join(f" {option.flag}" for option in command.groups.get("", ()) if option.says.is_positional)
     lines = [f"## lorafleet {command.name}{positional}", "", _escaped(command.description), ""]
     if base:
         lines += [f"It has the options of [lorafleet {base.name}](#lorafleet-{base.name}-model), and these:", ""]
@@ -40,13 +40,13 @@ def _section(command: Command) -> str:
 
 
 def _row(option: Declared) -> str:
-    default = "required" if option.option.is_required else default_text(option)
-    values = ", ".join(f"`{choice}`" for choice in option.option.choices) or bounds_text(option)
-    return f"| `{_usage(option)}` | {_escaped(default)} | {_escaped(values)} | {_escaped(option.option.help)} |"
+    default = "required" if option.says.is_required else default_text(option)
+    values = ", ".join(f"`{choice}`" for choice in option.says.choices) or bounds_text(option)
+    return f"| `{_usage(option)}` | {_escaped(default)} | {_escaped(values)} | {_escaped(option.says.help)} |"
 
 
 def _usage(option: Declared) -> str:
-    if option.option.is_positional:
+    if option.says.is_positional:
         return option.flag
     if option.kind is bool:
         return f"{option.flag}`, `--no-{option.flag.removeprefix('--')}" if option.default else option.flag

@@ -15,7 +15,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
 
@@ -63,7 +63,7 @@ def option_of(owner: type, name: str, **changes: Any) -> Any:
     """Return a field as another class declares it. changes: a `default` of its own, or fields of `Option`."""
     (found,) = (entry for entry in dataclasses.fields(owner) if entry.name == name)
     default = changes.pop("default", found.default)
-    declared = dataclasses.replace(found.metadata[_OPTION], **changes)
+    declared = replace(found.metadata[_OPTION], **changes)
     return dataclasses.field(default=default, metadata={_OPTION: declared}, repr=found.repr)
 
 
@@ -81,12 +81,12 @@ class Declared:
     takes_none: bool
     takes_several: bool  # a tuple of any length
     default: Any  # None also where there is none
-    option: Option
+    says: Option
     path: tuple[str, ...] = ()  # of the nested fields that it lies in
 
     @property
     def flag(self) -> str:
-        return self.option.metavar if self.option.is_positional else self.option.flag or flag_of(self.name)
+        return self.says.metavar if self.says.is_positional else self.says.flag or flag_of(self.name)
 
     @property
     def is_size(self) -> bool:
@@ -94,7 +94,7 @@ class Declared:
 
     def bounds(self, write: Callable[[float], str] | None = None) -> str:
         """Return 'from 1 to 512', or '' where there are none. write: a number as text."""
-        it, write = self.option, write or _plain
+        it, write = self.says, write or _plain
         if it.maximum is None:
             return ""
         least = f"above {write(it.above)}, at most" if it.above is not None else f"from {write(it.minimum or 0)} to"
@@ -103,8 +103,8 @@ class Declared:
     @property
     def expected(self) -> str:
         """What a value must be, for the end of a sentence."""
-        if self.option.choices:
-            return f"one of {', '.join(map(str, self.option.choices))}"
+        if self.says.choices:
+            return f"one of {', '.join(map(str, self.says.choices))}"
         kind = "a number of bytes" if self.is_size else _KINDS.get(self.kind, (object, "another value"))[1]
         return f"{kind} {self.bounds()}".rstrip()
 
@@ -114,7 +114,7 @@ class Declared:
             return self.takes_none
         if self.kind in _KINDS and not _is_a(value, _KINDS[self.kind][0]):
             return False
-        it = self.option
+        it = self.says
         if it.choices:
             return value in it.choices
         if self.kind not in (int, float) or (it.off is not None and value == it.off):
@@ -131,26 +131,27 @@ def options_of(owner: type) -> tuple[Declared, ...]:
     found: list[Declared] = []
     for entry in dataclasses.fields(owner):
         if inner := entry.metadata.get(_NESTED):
-            found += (
-                dataclasses.replace(declared, path=(entry.name, *declared.path)) for declared in options_of(inner)
-            )
-        elif declared := entry.metadata.get(_OPTION):
-            parts = typing.get_args(hints[entry.name])
-            is_union = typing.get_origin(hints[entry.name]) in (typing.Union, types.UnionType)
-            kinds = [part for part in parts if part is not type(None)] if is_union else [hints[entry.name]]
-            if typing.get_origin(kinds[0]) is typing.Literal:
-                declared, kinds = dataclasses.replace(declared, choices=typing.get_args(kinds[0])), [str]
-            found.append(
-                Declared(
-                    name=entry.name,
-                    kind=typing.get_origin(kinds[0]) or kinds[0],
-                    takes_none=is_union and type(None) in parts,
-                    takes_several=typing.get_origin(kinds[0]) is tuple and typing.get_args(kinds[0])[-1] is Ellipsis,
-                    default=None if entry.default is dataclasses.MISSING else entry.default,
-                    option=declared,
-                )
-            )
+            found += (replace(declared, path=(entry.name, *declared.path)) for declared in options_of(inner))
+        elif says := entry.metadata.get(_OPTION):
+            found.append(_declared(entry, hints[entry.name], says))
     return tuple(found)
+
+
+def _declared(entry: dataclasses.Field[Any], hint: Any, says: Option) -> Declared:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts = typing.get_args(hint) if is_union else (hint,)
+    (kind,) = (part for part in parts if part is not type(None))
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        kind, origin, says = str, None, replace(says, choices=inner)
+    return Declared(
+        name=entry.name,
+        kind=origin or kind,
+        takes_none=type(None) in parts,
+        takes_several=origin is tuple and inner[-1] is Ellipsis,
+        default=None if entry.default is dataclasses.MISSING else entry.default,
+        says=says,
+    )
 
 
 def nested_in(owner: type) -> dict[str, type]:

@@ -90,7 +90,7 @@ def test_a_command_line_gives_what_the_configuration_has_but_for_secrets() -> No
 
 def changed(declared: Declared) -> Any:
     """A value that is not the default."""
-    it = declared.option
+    it = declared.says
     if declared.kind is bool:
         return not declared.default
     if it.choices:
@@ -117,7 +117,7 @@ def test_each_option_of_gateways_survives_their_command_line(declared: Declared)
     parser = argparse.ArgumentParser()
     Command("c", "p", (GatewayOptions,), "d").add_flags(parser)
     words = command_line(config, GatewayOptions)
-    if declared.option.is_secret:
+    if declared.says.is_secret:
         assert words == command_line(GatewayOptions(), GatewayOptions), "secrets travel in the environment"
     else:
         assert made(GatewayOptions, parser.parse_args(words)) == config
@@ -127,7 +127,7 @@ def test_each_option_of_gateways_survives_their_command_line(declared: Declared)
 def test_every_option_says_what_it_is_and_every_number_has_bounds(command: Command) -> None:
     for title, options in command.groups.items():
         for declared in options:
-            it = declared.option
+            it = declared.says
             assert it.help and not it.help.endswith("."), declared.flag
             assert bool(title) or it.is_positional or command.name == "status", declared.flag
             if declared.kind in (int, float) and not it.choices:

@@ -23,7 +23,7 @@ def test_every_option_of_engines_and_of_lora_is_a_keyword_under_its_own_name() -
     keywords = {declared.name: declared for declared in options_of(EngineArgs)}
     for owner in (EngineOptions, LoRAConfig):
         for declared in options_of(owner):
-            assert keywords[declared.name].option == declared.option
+            assert keywords[declared.name].says == declared.says
             if declared.name != "max_adapter_wait_s":
                 assert keywords[declared.name].default == declared.default
 
