@@ -135,7 +135,7 @@ def test_a_job_over_its_limit_is_given_up_and_what_it_returns_is_dropped(clock: 
     assert not hung.done() and pool.num_given_up == 0
     clock.now_s += 0.1
     pool.look()
-    with pytest.raises(AdapterUnavailableError, match=r"^Reading it has taken more than 5 s and is given up"):
+    with pytest.raises(AdapterUnavailableError, match=r"^Reading it took more than 5 s and was given up"):
         hung.result(0)
     assert done == [hung] and pool.num_given_up == 1
     assert pool.submit(lambda: "next").result(TIMEOUT_S) == "next"

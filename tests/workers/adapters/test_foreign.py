@@ -87,7 +87,7 @@ def test_what_is_not_known_is_not_guessed() -> None:
 def test_a_file_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
     for name, content, named in (
         ("a.gguf", b"GGUF", "GGUF adapters"),
-        ("adapter_model.safetensors", b"", "in which it lies"),
+        ("adapter_model.safetensors", b"", "directory that contains it"),
         ("x", LFS_POINTER, "git lfs pull"),
         ("y", b"", "is a file"),
     ):

@@ -750,7 +750,7 @@ def test_a_read_that_hangs_is_given_up_and_its_room_is_free(make_store: MakeStor
     hung, waiting = store.fetch("a"), store.fetch("b")
     assert began.wait(TIMEOUT_S)
     error = error_of(hung)
-    assert isinstance(error, AdapterUnavailableError) and "Reading the adapter's files has taken more" in error.message
+    assert isinstance(error, AdapterUnavailableError) and "Reading the adapter's files took more" in error.message
     assert waiting.result(TIMEOUT_S).digest == "b"
     store.check_integrity()
 
