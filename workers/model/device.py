@@ -1,4 +1,4 @@
-"""What this machine has: the device to compute on, its memory, and the dtype to compute in."""
+"""This machine's resources: the device to compute on, its memory, and the dtype to compute in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorafleet.workers.model.memory_plan import DeviceMemory
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """`--device`, with auto resolved. Raises `ConfigError` when CUDA is asked for and absent."""
+    """Resolve `--device`. Raises `ConfigError` if CUDA is requested but absent."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch sees no CUDA device here. Use --device cpu.")
     if config.device == "auto":
@@ -23,7 +23,7 @@ def pick_device(config: EngineConfig) -> torch.device:
 
 
 def pick_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str:
-    """`--dtype`, with auto resolved to the checkpoint's; on a CPU bfloat16 stands in for float16."""
+    """Resolve `--dtype`; auto is the checkpoint's dtype, but bfloat16 instead of float16 on a CPU."""
     if config.dtype != "auto":
         return config.dtype
     if config.quantization:
@@ -34,7 +34,7 @@ def pick_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> s
 
 
 def measure_memory(device: torch.device) -> DeviceMemory:
-    """Total and free memory, within the container's limit where there is one."""
+    """Return total and free memory, within the container's limit if there is one."""
     total, available = _host_memory()
     if device.type == "cpu":
         return DeviceMemory(total, available, available, is_cpu=True)
@@ -57,7 +57,7 @@ def _host_memory() -> tuple[int, int]:
 
 
 def _cgroup_bytes(name: str) -> int | None:
-    """A number of the cgroup (v2) that this process sees as its root; None where there is no limit."""
+    """Return a number of the cgroup (v2) that this process sees as its root; None if there is no limit."""
     try:
         text = (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:

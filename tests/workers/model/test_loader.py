@@ -104,9 +104,9 @@ def test_a_config_alone_says_itself_whether_it_ties(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": "../../etc/x"}}, "files beside it"),
-        ({"weight_map": {"a": 3}}, "files beside it"),
-        ({"weight_map": []}, "files beside it"),
+        ({"weight_map": {"a": "../../etc/x"}}, "files in the same directory"),
+        ({"weight_map": {"a": 3}}, "files in the same directory"),
+        ({"weight_map": []}, "files in the same directory"),
         ({}, "weight_map"),
         ([], "list"),
     ],
@@ -125,7 +125,9 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
 
 def test_an_adapter_given_as_the_model_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(ModelError, match=r"is an adapter, not a model.*\(org/base, says its config\).*--lora-modules"):
+    with pytest.raises(
+        ModelError, match=r"is an adapter, not a model.*\(org/base, according to its config\).*--lora-modules"
+    ):
         read_model_spec(tmp_path)
 
 

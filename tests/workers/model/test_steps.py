@@ -209,4 +209,4 @@ def test_the_engine_says_which_kernels_run(model: Path, monkeypatch: pytest.Monk
         changed.setattr(native, "_description", "")
         changed.setattr(native, "_library", None)
         changed.setenv("LORAFLEET_NATIVE_KERNELS", "0")
-        assert engine.describe()[-1].endswith("slow references, as LORAFLEET_NATIVE_KERNELS=0 asks for")
+        assert engine.describe()[-1].endswith("slow references, as set by LORAFLEET_NATIVE_KERNELS=0")
