@@ -208,7 +208,7 @@ def test_a_pinned_adapter_is_in_a_slot_before_it_is_asked_for_and_stays_there(en
     for spec in specs[1:] * 3:
         answer(engine, spec.digest)
         assert pinned in engine.stats().device_adapters
-    with pytest.raises(AdapterConflictError, match="1 adapters are pinned; of 2 slots 1 may be taken so"):
+    with pytest.raises(AdapterConflictError, match="1 of 2 slots hold pinned adapters; the limit is 1"):
         engine.pin_adapter(specs[1].digest)
     freed = engine.unregister_adapter(pinned)
     engine.step()

@@ -295,14 +295,14 @@ def test_pinned_adapters_and_compositions_never_lack_a_slot_for_good(world: Worl
     digests = register(engine, world)
     engine.pin_adapter(digests["mlp"])
     engine.submit(request("r", "two", PROMPTS[1], digests))
-    with pytest.raises(AdapterConflictError, match="unfinished request needs more slots"):
+    with pytest.raises(AdapterConflictError, match="leave an unfinished request too few adapter slots"):
         engine.pin_adapter(digests["patterns"])
     results = {"r": Result(), "three": Result()}
     while engine.has_unfinished():
         engine.wait_for_work(1.0)
         gather(engine.step(), results)
     engine.pin_adapter(digests["patterns"])
-    with pytest.raises(AdapterConflictError, match="of 3 2 are taken by pinned adapters"):
+    with pytest.raises(AdapterConflictError, match="needs 2 adapter slots, but pinned adapters hold 2 of 3"):
         engine.submit(request("r", "two", PROMPTS[1], digests))
     engine.submit(request("three", "three", PROMPTS[1], digests))  # of which two are pinned
     while engine.has_unfinished():

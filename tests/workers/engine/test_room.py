@@ -80,7 +80,9 @@ def test_a_request_whose_embedding_has_no_room_beside_pinned_ones_is_refused(
     engine = make_engine()
     one, two, plain = digests_of(engine, root, "one", "two", "a")
     engine.pin_adapter(one)
-    with pytest.raises(AdapterConflictError, match=r"never has room.*pinned.*--lora-full-weight-bytes"):
+    with pytest.raises(
+        AdapterConflictError, match=r"bytes of the pool.*pinned adapters hold.*--lora-full-weight-bytes"
+    ):
         engine.submit(GenerateRequest("r", (5, 6), GREEDY, two))
     results = {name: Result() for name in ("pinned", "plain", "base")}
     for name, digest in (("pinned", one), ("plain", plain), ("base", None)):
@@ -101,7 +103,7 @@ def test_a_pin_that_would_leave_an_accepted_request_no_room_is_refused(
     one, two = digests_of(engine, root, "one", "two")
     engine.submit(GenerateRequest("r", (5, 6), GREEDY, two))
     retired = engine.unregister_adapter(two)  # which does not make it go away
-    with pytest.raises(AdapterConflictError, match="unfinished request's embedding or head needs more room"):
+    with pytest.raises(AdapterConflictError, match="unfinished request's embedding or head too little memory"):
         engine.pin_adapter(one)
     results = {"r": Result()}
     run(engine, results)
