@@ -162,7 +162,7 @@ async def test_workers_of_one_host_take_the_next_free_port_of_those_they_are_giv
         assert port < ports[0] < ports[1] <= port + 9
         fleet = FleetSettings("127.0.0.1", TOKEN, ports=(port, port))
         failed = WorkerFailed(
-            "bad_config", f"No port of --worker-ports {port}-{port} is free on 127.0.0.1. Give more of them."
+            "bad_config", f"No port of --worker-ports {port}-{port} is free on 127.0.0.1. Give a wider range."
         )
         assert await start(actors, fleet=fleet) == failed
 

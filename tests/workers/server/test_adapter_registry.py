@@ -136,7 +136,7 @@ def test_a_pinned_adapter_is_replaced_in_place_where_no_more_could_be_pinned(
 ) -> None:
     register(registry, "x", 1, root / "a", pin=True)
     second = register(registry, "x", 2, root / "b", pin=True)
-    with pytest.raises(AdapterConflictError, match="1 adapters are pinned; of 2 slots 1 may be taken so"):
+    with pytest.raises(AdapterConflictError, match="1 of 2 slots hold pinned adapters; the limit is 1"):
         register(registry, "y", 1, root / "c", pin=True)
     assert {adapter.name for adapter in registry.all()} == {"x"}
     unregister(registry, engine, "x", 1)
