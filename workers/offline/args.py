@@ -1,4 +1,4 @@
-"""The keyword arguments of the offline engines, as vLLM's users know them, and their way to an `EngineConfig`."""
+"""Keyword arguments of the offline engines, named as in vLLM, and their conversion to an `EngineConfig`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lorafleet.workers.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineArgs:
-    """Names, meaning and defaults of `lorafleet serve`'s flags; a test compares them.
+    """Names, meaning and defaults are those of `lorafleet serve`'s flags; a test compares them.
 
-    model: a directory, a Hugging Face id or a GGUF file. One default is another: max_adapter_wait_s is 0, no bound,
-    since what runs offline queues everything at once and wants it done soonest.
+    model: a directory, a Hugging Face id or a GGUF file. One default differs: max_adapter_wait_s is 0 (no limit),
+    because offline users submit everything at once and want it finished soonest.
     """
 
     model: str
     dtype: str = "auto"
     quantization: str | None = None
     device: str = "auto"
-    seed: int | None = None  # makes the draws of requests without a seed of their own repeatable
+    seed: int | None = None  # makes requests without a seed repeatable
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
@@ -44,7 +44,7 @@ class EngineArgs:
     lora_full_weight_bytes: int | None = None
 
     def to_config(self) -> EngineConfig:
-        """Check everything and resolve the model to a directory (downloading or converting it if need be).
+        """Check everything and resolve the model to a directory (download or convert it if needed).
 
         Raises `ConfigError` or `ModelError`.
         """
@@ -88,6 +88,6 @@ class EngineArgs:
         given = {name: value for name, value in given.items() if value is not None}
         if not self.enable_lora:
             if given:
-                raise ConfigError(f"{', '.join(given)} given without enable_lora=True, where it would have no effect.")
+                raise ConfigError(f"{', '.join(given)} given without enable_lora=True would have no effect.")
             return None
         return LoRAConfig(**given)  # type: ignore[arg-type]
