@@ -1,7 +1,7 @@
-"""What a worker is told: built and validated once (by the CLI or `LLM`), frozen, passed whole.
+"""The configuration of an engine: built and validated once (by the CLI or `LLM`), frozen, passed whole.
 
-Owns: the fields, their defaults and their checks that need nothing but themselves. Leaves to others: checks against
-the model (model/architecture.py) and against memory (model/memory_plan.py).
+Owns: the fields, their defaults, and the checks that need nothing else. Leaves to others: checks against the model
+(model/architecture.py) and against memory (model/memory_plan.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUANTIZATIONS = ("int8",)
 
 @dataclass(frozen=True, slots=True)
 class LoRAModule:
-    """One adapter that is served from the start: `--lora-modules name=path`."""
+    """An adapter served from the start: `--lora-modules name=path`."""
 
     name: str
     path: str
@@ -37,24 +37,22 @@ class LoRAModule:
 
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
-    """Bounds of adapter serving, named as in vLLM."""
+    """Limits of adapter serving, named as in vLLM."""
 
     max_loras: int = 8  # adapters in one batch = device slots; the base model uses none
     max_lora_rank: int = 16
     max_cpu_loras: int | None = None  # adapters in the host cache; None: bounded by bytes alone
     host_cache_bytes: int | None = None  # None: the memory plan's default
     lora_dtype: str = "auto"  # auto: the model's
-    eviction: str = "lru"  # which adapter makes room: lru, or cost (GreedyDual-Size-Frequency)
-    extra_vocab_size: int = 256  # token ids that an adapter may add to the model's
-    full_weight_bytes: int | None = (
-        None  # of embeddings and heads of adapters in slots; None: the memory plan's default
-    )
+    eviction: str = "lru"  # the eviction policy: lru, or cost (GreedyDual-Size-Frequency)
+    extra_vocab_size: int = 256  # token ids an adapter may add to the model's
+    full_weight_bytes: int | None = None  # pool for adapters' embeddings and heads; None: the memory plan's default
 
     def __post_init__(self) -> None:
         _at_least("--max-loras", self.max_loras, 1)
         _at_least("--max-lora-rank", self.max_lora_rank, 1)
         if self.max_lora_rank > 512:
-            raise ConfigError(f"--max-lora-rank is {self.max_lora_rank}, the limit is 512.")
+            raise ConfigError(f"--max-lora-rank is {self.max_lora_rank}; the limit is 512.")
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigError(
                 f"--max-cpu-loras is {self.max_cpu_loras}, less than --max-loras {self.max_loras}: the host cache "
@@ -71,7 +69,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine: the model, its limits, its device. `None` means: derived from the model or the memory plan."""
+    """One engine: its model, limits and device. `None` means: derived from the model or the memory plan."""
 
     model: str  # a local directory with safetensors and tokenizer.json (model/source.py resolves ids and GGUF files)
     dtype: str = "auto"  # auto: the checkpoint's; float16 becomes bfloat16 on a CPU, int8 weights go with bfloat16
@@ -79,21 +77,22 @@ class EngineConfig:
     device: str = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int = 64
-    max_num_batched_tokens: int | None = None  # tokens computed in one step; None: 512 on a CPU, 2048 on CUDA
-    block_size: int = 16  # tokens of one KV page
-    enable_prefix_caching: bool = True  # requests find what others of their tenant and adapter have computed
-    enforce_eager: bool = False  # steps are launched op by op, never replayed
+    max_num_batched_tokens: int | None = None  # tokens computed per step; None: 512 on a CPU, 2048 on CUDA
+    block_size: int = 16  # tokens per KV page
+    enable_prefix_caching: bool = True  # reuse the prefixes that a tenant's earlier requests computed
+    enforce_eager: bool = False  # launch steps op by op; never replay captured graphs
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
     tensor_parallel_size: int = 1
-    max_waiting: int | None = 4096  # requests queued in the engine beyond the running ones; more get 429; None: any
-    # How long a client (a tenant's requests for one adapter) may get no token while others do; 0: as long as it takes.
+    max_waiting: int | None = 4096  # requests queued besides the running ones; more get 429; None: no limit
+    # Maximum time a flow (a tenant's requests for one adapter) may go without a token while others get some; 0: no
+    # limit.
     max_adapter_wait_s: float = 60.0
-    # After which a read of an adapter is given up, so that others go on; a large one has a second more for 10 MiB.
+    # A read of an adapter that takes longer is abandoned, so that others continue; large files get 1 s more per 10 MiB.
     adapter_read_timeout_s: float = 30.0
     lora: LoRAConfig | None = None  # None: LoRA is off
-    num_threads: int | None = None  # CPU threads of each rank; None: its share of the cores that this process may use
-    workers_per_host: int = 1  # that share the host with this one, itself included; filled in by who places them
+    num_threads: int | None = None  # CPU threads of each rank; None: its share of the cores this process may use
+    workers_per_host: int = 1  # workers on this host, this one included; filled in by the launcher
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, DTYPES)
@@ -125,7 +124,7 @@ class EngineConfig:
         if self.max_adapter_wait_s and not 1.0 <= self.max_adapter_wait_s <= 86400.0:  # true for NaN
             raise ConfigError(
                 f"--max-adapter-wait-s is {self.max_adapter_wait_s:g}; it must be between 1 and 86400, or 0 for no "
-                "bound."
+                "limit."
             )
         if not 0.1 <= self.adapter_read_timeout_s <= 86400.0:  # true for NaN
             raise ConfigError(
@@ -136,12 +135,12 @@ class EngineConfig:
             _at_least("--num-threads", self.num_threads, 1)
 
     def batched_tokens(self, *, on_cpu: bool) -> int:
-        """`max_num_batched_tokens` with its default: small on a CPU, where a long step makes all others wait."""
+        """`max_num_batched_tokens` or its default, which is small on a CPU: there a long step delays every request."""
         return self.max_num_batched_tokens or max(512 if on_cpu else 2048, self.max_num_seqs)
 
     @property
     def ranks_per_host(self) -> int:
-        """That share its cores, this one included."""
+        """Ranks that share this host's cores, this one included."""
         return self.tensor_parallel_size * self.workers_per_host
 
     @property
