@@ -1,6 +1,6 @@
-"""Threads for work that may hang: others run beside what is slow, and what takes too long is given up.
+"""Threads for work that may hang: other jobs run beside a slow one, and a job over its limit is abandoned.
 
-Time passes when a test says so, and is looked at when it says so; the pool's own watching changes nothing then.
+Time passes, and jobs are checked, only when a test says so; the pool's own watching changes nothing then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Clock:
 
 
 class Jobs:
-    """Jobs that end when they are told to."""
+    """Jobs that end on command."""
 
     def __init__(self) -> None:
         self.begun: dict[str, threading.Event] = {}
@@ -121,7 +121,7 @@ def test_slow_jobs_are_bounded(clock: Clock, jobs: Jobs) -> None:
     jobs.may_end["b"].set()
     jobs.may_end["late"].set()
     while not late.done():
-        pool.look()  # which of the others counts now is found by looking
+        pool.look()  # finds the jobs that count now
     pool.close(0.0)
 
 

@@ -1,4 +1,4 @@
-"""What is no PEFT adapter in safetensors is named as what it is, with what to do."""
+"""Input that is not a PEFT adapter in safetensors is named, with advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns name the modules that PEFT's name, and one that would take for ever is given up."""
+"""Patterns match the modules that PEFT's match, and one that would never end is stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where embedding and head of a checkpoint are one, and what a checkpoint is refused for."""
+"""Tied embedding and head of a checkpoint, and refusals of checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = [5, 17, 40, 88, 120, 9]
 
 
 def rewrite(directory: Path, change: Callable[[Tensors], None], *, shards: bool = False) -> None:
-    """Change a saved model's tensors; `shards`: embedding and head lie in different files."""
+    """Change a saved model's tensors; `shards`: put embedding and head in different files."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)

@@ -1,4 +1,4 @@
-"""What lies beside an adapter is its text, the model's, or refused: nothing of it is trusted before it was tried."""
+"""An adapter's tokenizer and template are its own, the model's, or refused; nothing is trusted before it was tried."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def changed(name: str, **fields: object) -> Write:
 
 @pytest.fixture
 def own(byte_level_dir: Path, tmp_path: Path) -> Path:
-    """An adapter with the model's tokenizer, and a template of its own."""
+    """An adapter with the model's tokenizer and its own template."""
     folder = tmp_path / "own"
     shutil.copytree(byte_level_dir, folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")

@@ -297,7 +297,7 @@ def test_a_template_that_does_not_compile_is_a_model_error(source: str) -> None:
         ChatTemplate(source)
 
 
-# What bounds a template.
+# Limits of a template.
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ BIG = "{% set x = 'x' * 9000000 %}{% set l = [x, x, x, x] %}{% set m = [l] * 900
     ],
 )
 def test_a_template_that_would_fill_memory_is_stopped_before(expression: str) -> None:
-    """At the bounds as they are: what these would build has a gigabyte or more, or takes minutes."""
+    """These would build a gigabyte or more, or take minutes, within the actual limits."""
     template = ChatTemplate(f"{BIG}{{{{ {expression} }}}}")
     tracemalloc.start()
     try:
