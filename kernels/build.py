@@ -91,8 +91,7 @@ def supported_levels() -> list[Level]:
 
 
 def _request_amx() -> bool:
-    """Ask Linux to let this process use AMX's tiles, which enlarge each thread's saved state. Needed once per
-    process."""
+    """Ask Linux to let this process use AMX's tiles, which enlarge each thread's saved state. Once is enough."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h, the state's number
     status: int = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
     return status == 0

@@ -126,8 +126,7 @@ def dense(weight: LinearWeight, rows: slice) -> torch.Tensor:
 
 
 def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (int8 [O, I], float32 scale [O]) with weight ≈ scale · integers: symmetric, round to nearest, per
-    output."""
+    """Return (int8 [O, I], float32 scale [O]) with weight ≈ scale · integers: symmetric, per output, to nearest."""
     scale_O = weight_OI.abs().amax(dim=1).float().clamp_min_(torch.finfo(torch.float32).tiny) / 127
     return (weight_OI / scale_O[:, None]).round_().to(torch.int8), scale_O
 

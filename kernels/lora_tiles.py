@@ -46,8 +46,7 @@ class TileLists:
     block_rows: int
 
     def packed(self, num_tiles: int | None = None, num_pieces: int | None = None) -> torch.Tensor:
-        """Pack everything into one int32 tensor, padded to these numbers of tiles and pieces. Padding tiles are
-        empty."""
+        """Pack everything into one int32 tensor, padded with empty tiles to these numbers of tiles and pieces."""
         num_tiles = len(self.starts) if num_tiles is None else num_tiles
         num_pieces = len(self.tiles) if num_pieces is None else num_pieces
         more_tiles, more_pieces = num_tiles - len(self.starts), num_pieces - len(self.tiles)

@@ -248,8 +248,7 @@ def _pick() -> Level:
 
 
 def _find(level: Level) -> Path:
-    """Return the level's library: from the package, the cache, or compiled now. Of several processes compiling, one
-    wins."""
+    """Return the level's library: from the package, the cache, or compiled now. Concurrent compilations are safe."""
     name = file_name(level)
     cached = cache_root() / "kernels" / name
     for path in (PREBUILT / name, cached):
@@ -260,8 +259,7 @@ def _find(level: Level) -> Path:
 
 
 def _is_library(path: Path) -> bool:
-    """Return false for a missing or incomplete file (the machine went down while writing); it is then compiled
-    again."""
+    """Return false for a missing file, or one cut short by a crash; it is then compiled again."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"\x7fELF"

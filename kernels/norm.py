@@ -20,8 +20,7 @@ def rms_norm(
     out_TH: torch.Tensor | None = None,
     which_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the norm of each row, in `out_TH` if given. which_T: int32; None: the first weight, or the only one,
-    [H]."""
+    """Return each row's norm, in `out_TH` if given. which_T: int32; None: the first weight, or the only one, [H]."""
     native = library()
     is_on_gpu = uses_triton(x_TH.device)
     if native is None and not is_on_gpu:

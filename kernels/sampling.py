@@ -1,11 +1,13 @@
 """One token per row: greedy, or drawn using temperature, min_p, top_k, top_p and the row's random number.
 
 With temperature 0 it is the best token, the lowest id among equals. Otherwise, with d = (max(x) - x) / temperature in
-float32 and weights w = exp(-d): 1. min_p drops every d > -log(min_p): tokens less likely than min_p times the best. 2.
-top_k keeps the first top_k in order of d, the lowest ids among equals. 3. top_p keeps, of the rest in the same order,
-the first token and all whose predecessors' weights sum to less than top_p of the total (nucleus sampling, Holtzman et
-al. 2020). 4. Of the remaining tokens in order of ids, the first is chosen whose cumulative weight exceeds the random
-number times the total: the inverse of the cumulative distribution.
+float32 and weights w = exp(-d):
+1. min_p drops every d > -log(min_p): tokens less likely than min_p times the best.
+2. top_k keeps the first top_k in order of d, the lowest ids among equals.
+3. top_p keeps, of the rest in the same order, the first token and all whose predecessors' weights sum to less than
+   top_p of the total (nucleus sampling, Holtzman et al. 2020).
+4. Of the remaining tokens in order of ids, the first is chosen whose cumulative weight exceeds the random number times
+   the total: the inverse of the cumulative distribution.
 
 Sums are float64. S rows that sample, V vocabulary, P rows that draw.
 """

@@ -71,7 +71,7 @@ class LoRAConfig:
 class EngineConfig:
     """One engine: its model, limits and device. `None` means: derived from the model or the memory plan."""
 
-    model: str  # a local directory with safetensors and tokenizer.json (model/source.py resolves ids and GGUF files)
+    model: str  # a local directory with safetensors and tokenizer.json (sources/models.py resolves ids and GGUF files)
     dtype: str = "auto"  # auto: the checkpoint's; float16 becomes bfloat16 on a CPU, int8 weights go with bfloat16
     quantization: str | None = None  # int8: the decoder's linears as 8-bit integers with a scale per output
     device: str = "auto"
@@ -79,14 +79,13 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # tokens computed per step; None: 512 on a CPU, 2048 on CUDA
     block_size: int = 16  # tokens per KV page
-    enable_prefix_caching: bool = True  # reuse the prefixes that a tenant's earlier requests computed
+    enable_prefix_caching: bool = True  # reuse prefixes computed for the same tenant and adapter
     enforce_eager: bool = False  # launch steps op by op; never replay captured graphs
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory; on a CPU, of the machine's (or the container's)
     tensor_parallel_size: int = 1
     max_waiting: int | None = 4096  # requests queued besides the running ones; more get 429; None: no limit
-    # Maximum time a flow (a tenant's requests for one adapter) may go without a token while others get some; 0: no
-    # limit.
+    # Maximum time a flow (a tenant's requests for one adapter) goes without a token while others get some; 0: no limit.
     max_adapter_wait_s: float = 60.0
     # A read of an adapter that takes longer is abandoned, so that others continue; large files get 1 s more per 10 MiB.
     adapter_read_timeout_s: float = 30.0

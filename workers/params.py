@@ -90,10 +90,8 @@ class SamplingParams:
         """Return the engine's options for one choice of a request with a known prompt.
 
         `seed` is used if the request has none. `eos_token_ids` are the tokenizer's; they end the output like the
-        model's own
-        (an adapter's tokenizer may have others). Raises `ContextLengthError` if prompt and max_tokens exceed
-        max_model_len,
-        `InvalidRequestError` for a token id outside the vocabulary.
+        model's own (an adapter's tokenizer may have others). Raises `ContextLengthError` if prompt and max_tokens
+        exceed max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
         """
         room = max_model_len - num_prompt_tokens
         if room < 1:

@@ -34,8 +34,7 @@ class Tiles {
 };
 
 // The division of `count` > 0 rows into tiles of equal size. They extend past the last row if there is room; otherwise
-// the last tile begins at `first_within` and shares rows with the one before, which are computed twice with the same
-// result.
+// the last tile begins at `first_within` and repeats rows of the one before, with the same result.
 struct RowTiles {
   explicit RowTiles(int64_t count)
       : all(count), number((count + kTileSide - 1) / kTileSide), rows((count + number - 1) / number) {}

@@ -1,10 +1,13 @@
-// Attention over paged keys and values: one path for decode, chunked and ragged prefill. // // A work item is
-// (sequence, KV head, block of query rows) with all query heads of the group, so that a key is loaded once // for all
-// of them. Keys come in blocks; softmax is online (Milakov & Gimelshein 2018, Dao et al. 2022), so no T×T matrix //
-// exists. // // bfloat16 is multiplied in pairs with float32 sums; a block's weights are rounded to bfloat16 for the
-// product with the // values, as in FlashAttention. float32 and float16 compute in float32 throughout. A `Unit` is the
-// content of one lane in // a product: a pair of bfloat16, or one float. Pages hold units in multiplication order
-// (paged_kv.h), so both products read // them in place; only sizes that do not fill a register are copied first.
+// Attention over paged keys and values: one path for decode, chunked and ragged prefill.
+//
+// A work item is (sequence, KV head, block of query rows) with all query heads of the group, so that a key is loaded
+// once for all of them. Keys come in blocks; softmax is online (Milakov & Gimelshein 2018, Dao et al. 2022), so no T×T
+// matrix exists.
+//
+// bfloat16 is multiplied in pairs with float32 sums; a block's weights are rounded to bfloat16 for the product with
+// the values, as in FlashAttention. float32 and float16 compute in float32 throughout. A `Unit` is the content of one
+// lane in a product: a pair of bfloat16, or one float. Pages hold units in multiplication order (paged_kv.h), so both
+// products read them in place; only sizes that do not fill a register are copied first.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -1,8 +1,7 @@
 // Element types and vectors shared by the CPU kernels.
 //
 // Every kernel computes in float32 whatever types it loads and stores. Vectors are GCC's generic ones: the compiler
-// lowers them to AVX-512, AVX2 or SSE, so that one source serves every machine. No -ffast-math: NaN must propagate
-// correctly.
+// lowers them to AVX-512, AVX2 or SSE, so that one source serves every machine. No -ffast-math: NaN must stay NaN.
 #pragma once
 
 #include <cstdint>

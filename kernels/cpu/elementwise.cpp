@@ -1,5 +1,5 @@
-// Norms, SiLU·mul, and RoPE with the write into the paged KV cache, row by row. Most work in place, so each row is
-// computed once.
+// Norms, SiLU·mul, and RoPE with the write into the paged KV cache, row by row. Most work in place, so that each row
+// is computed once.
 #include <cmath>
 #include <vector>
 

@@ -1,9 +1,10 @@
-// Linear layers: y = x·Wᵀ + bias, with W in x's type or, for bfloat16, in 8-bit integers with a scale per output. // //
+// Linear layers: y = x·Wᵀ + bias, with W in x's type or, for bfloat16, in 8-bit integers with a scale per output.
+//
 // Packed W is [groups of 16 outputs][units of inputs][16][unit]; a unit is a pair of bfloat16 or integers, or one
-// float. A // vector holds one unit of inputs for several outputs and is multiplied with the same unit of x, broadcast.
-// So a tile's // sums are adjacent outputs: nothing is added across lanes, and both x and W are read in order. With few
-// rows the cost is // reading W once; with many, the tile's registers keep the multipliers busy. AMX's tiles use the
-// same order.
+// float. A vector holds one unit of inputs for several outputs and is multiplied with the same unit of x, broadcast.
+// So a tile's sums are adjacent outputs: nothing is added across lanes, and both x and W are read in order. With few
+// rows the cost is reading W once; with many, the tile's registers keep the multipliers busy. AMX's tiles use this
+// order too.
 #include <algorithm>
 #include <vector>
 
@@ -99,8 +100,8 @@ struct Linear {
     });
   }
 
-  // Computes all rows with the `count` <= kTileGroups groups of outputs from `group` on; `next` points to the following
-  // groups' weights.
+  // Computes all rows with the `count` <= kTileGroups groups of outputs from `group` on. `next`: the weights of the groups
+  // that follow.
   template <typename W>
   void groups(const W* w, int64_t group, int64_t count, const void* next) const {
     const char* ahead = static_cast<const char*>(next);

@@ -1,10 +1,12 @@
 // Segmented LoRA: y[rows of g, slice n] += weight·scaling·(x·Aᵀ)·B, each slot at its own rank. Slices with a scale and
-// a // shift of the outputs (DoRA, an adapter's bias) get them in the same pass. // // Two phases: shrink computes h
-// for every pair (segment, slice), expand adds to y. Shrink is split into units of equal // cost. Expand is split into
-// columns only: the thread that claims columns processes all segments for them, so that rows in // several segments
-// (composition) are summed in segment order, whatever the number of threads. // // An adapter may be anywhere in memory
-// and serves few rows, so most of the time is spent loading it. Both phases prefetch // the next data while they load
-// the current.
+// a shift of the outputs (DoRA, an adapter's bias) get them in the same pass.
+//
+// Two phases: shrink computes h for every pair (segment, slice), expand adds to y. Shrink is split into units of equal
+// cost. Expand is split into columns only: the thread that claims columns processes all segments for them, so that
+// rows in several segments (composition) are summed in segment order, whatever the number of threads.
+//
+// An adapter may be anywhere in memory and serves few rows, so most of the time is spent loading it. Both phases
+// prefetch the next data while they load the current.
 #include <algorithm>
 #include <vector>
 

@@ -1,8 +1,10 @@
-// Sampling: one token per row, greedy or drawn using temperature, min_p, top_k, top_p and the row's random number. Rows
-// // run in parallel. // // Nothing is sorted. A row is read once for its best token and, unless it is greedy or has a
-// small top_k, again for its // weights exp(-distance), where distance = (best - x) / temperature. A cheap bound first
-// excludes tokens that top_k and // top_p can never keep. Among the others, listed in vocabulary order, radix selection
-// on the digits of the distance finds // the last one to keep.
+// Sampling: one token per row, greedy or drawn using temperature, min_p, top_k, top_p and the row's random number.
+// Rows run in parallel.
+//
+// Nothing is sorted. A row is read once for its best token and, unless it is greedy or has a small top_k, again for
+// its weights exp(-distance), where distance = (best - x) / temperature. A cheap bound first excludes tokens that
+// top_k and top_p can never keep. Among the others, listed in vocabulary order, radix selection on the digits of the
+// distance finds the last one to keep.
 #include <cmath>
 #include <limits>
 #include <numeric>

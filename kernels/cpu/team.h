@@ -1,12 +1,15 @@
-// A team of threads that share the kernels' calls in small blocks, which each thread claims when it has time. // // The
-// system may take a thread's core away at any moment, for milliseconds, if another process needs it. So no thread //
-// waits for one that is not running: // - Every thread goes through all calls of a job by itself and claims blocks of
-// each. The threads that run do the work; the //   thread that began the job has no exclusive part, and a late thread
-// skips finished blocks. // - A block is computed into its thread's own memory and then copied to its place ("commit",
-// a microsecond). A block that //   is claimed but not committed is computed again by idle threads, and committed once.
-// // - Blocks that change their input in place, or are too cheap, are computed once ("once"): they are short. // -
-// Threads spin for some microseconds and then sleep, so that the core is free for the thread they wait for. // // A
-// block claimed twice gives the same result twice, so results do not depend on which thread computed it.
+// A team of threads that share the kernels' calls in small blocks, which each thread claims when it has time.
+//
+// The system may take a thread's core away at any moment, for milliseconds, if another process needs it. So no thread
+// waits for one that is not running:
+// - Every thread goes through all calls of a job by itself and claims blocks of each. The threads that run do the
+//   work; the thread that began the job has no exclusive part, and a late thread skips finished blocks.
+// - A block is computed into its thread's own memory and then copied to its place ("commit", a microsecond). A block
+//   that is claimed but not committed is computed again by idle threads, and committed once.
+// - Blocks that change their input in place, or are too cheap, are computed once ("once"): they are short.
+// - Threads spin for some microseconds and then sleep, so that the core is free for the thread they wait for.
+//
+// A block claimed twice gives the same result twice, so results do not depend on which thread computed it.
 #pragma once
 
 #include <algorithm>
@@ -175,8 +178,7 @@ class Worker {
   // Waits as long as a running thread needs to finish its claim.
   static bool is_done_soon(const Team::Phase& phase, int64_t count);
 
-  // Computes another thread's claim again, and commits it unless that has happened meanwhile. Returns false if there is
-  // none.
+  // Computes another thread's claim again, and commits it unless that has happened meanwhile. Returns false without one.
   template <typename Compute, typename Commit>
   bool take_over(Team::Phase& phase, int64_t count, Compute& compute, Commit& commit) {
     for (int64_t i = 1; i < team_->size_; ++i) {

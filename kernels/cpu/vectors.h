@@ -1,8 +1,7 @@
 // Vectors shared by the CPU kernels: one register of the instruction set that this file is compiled for.
 //
-// GCC's generic vectors, so that one source serves AVX-512, AVX2, SSE and NEON. Intrinsics are used only for
-// instructions without a generic form (bfloat16 dot products) or if GCC makes six of one (conversions between lane
-// widths).
+// GCC's generic vectors, so that one source serves AVX-512, AVX2, SSE and NEON. Intrinsics serve only for instructions
+// without a generic form (bfloat16 dot products) or where GCC makes six of one (conversions between lane widths).
 #pragma once
 
 #include <algorithm>

@@ -98,8 +98,7 @@ def _count(logits, vocab_size, largest, temperature, last_key, CHUNK: tl.constex
 
 @triton.jit
 def _weigh(logits, vocab_size, largest, temperature, last_key, edge, edge_weight, CHUNK: tl.constexpr):
-    """Sum the weights of the kept tokens with a key up to `last_key`; `edge_weight`: of the kept ones equal to
-    `edge`."""
+    """Sum the weights of the kept tokens with a key up to `last_key`; `edge_weight`: of those equal to `edge`."""
     weights = tl.zeros((CHUNK,), tl.float64)
     for begin in range(0, vocab_size, CHUNK):
         ids = begin + tl.arange(0, CHUNK)

@@ -26,8 +26,8 @@ SLOW_S = 1.0  # a job that has run this long stops counting
 MAX_SLOW = 128  # jobs that do not count at one time
 CLOSE_S = 2.0  # how long `close` waits for running jobs
 _IDLE_S = 10.0  # an idle thread ends after this long
-# Measured with benchmarks/stalls.py on two busy cores: at 0 a load takes half a core from a step; at 19 a load waits
-# for seconds.
+# Measured with benchmarks/stalls.py on two busy cores: at 0 a load takes half a core from a step, at 19 it
+# waits for seconds.
 _NICE = 10
 
 _T = TypeVar("_T")

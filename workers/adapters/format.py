@@ -88,8 +88,7 @@ class AdapterSpec:
         return self.beyond_lora or ("invocation tokens" if self.config.invocation_tokens else "")
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Return its bytes in host memory: matrices in `dtype`; vectors and DoRA's norms of the same length in
-        float32."""
+        """Return its host memory: matrices in `dtype`; vectors, and DoRA's norms of their length, in float32."""
         return self.num_elements * dtype.itemsize + self.num_vector_elements * 12 + self.num_norm_elements * 4
 
 

@@ -185,8 +185,7 @@ class AdapterStore:
         """Return the adapter, held until `release`; a reader thread loads it if needed, once for all callers.
 
         The future fails with `AdapterUnavailableError` and the like. Nothing is held then, and for a while (1 s,
-        doubling
-        to 30 s) the same error is returned without another read.
+        doubling to 30 s) the same error is returned without another read.
         """
         with self._lock:
             if self._closed:

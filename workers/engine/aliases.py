@@ -35,8 +35,8 @@ class Aliases(Generic[_Alias]):
     """Thread-safe. Calls for one alias run in order; different aliases never wait for each other."""
 
     def __init__(self, engine: Engine, owner: Callable[[_Alias], Hashable] = lambda alias: alias) -> None:
-        """owner: of an alias. Of an owner's pinned aliases only the last one's adapter is pinned; removing it restores
-        the pin of the one before."""
+        """owner: of an alias. Of an owner's pinned aliases only the last one's adapter is pinned, until that is
+        removed."""
         self._engine = engine
         self._owner = owner
         self._work: NamedWork[_Alias] = NamedWork()

@@ -40,8 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FreedBytes:
-    """Memory freed by unregistering an adapter. device: its slot plus its share of the pool for embeddings and
-    heads."""
+    """Memory freed by unregistering an adapter. device: its slot, and its share of the pool for own tables."""
 
     device: int
     host: int
@@ -83,7 +82,7 @@ class RegisteredAdapters:
         self._unused: dict[str, None] = {}  # retiring ones without requests; an ordered set
 
     def read(self, path_or_id: str, roots: Sequence[str] | None) -> AdapterSpec:
-        """Find, read and verify an adapter to be added. Needs no lock, since it is slow.
+        """Find, read and verify an adapter to be added. Call it without the lock: it is slow.
 
         roots: where it must be, see `resolve_adapter`. Raises `AdapterRefusedError`.
         """
@@ -153,8 +152,10 @@ class RegisteredAdapters:
         return changes
 
     def check(self, *digests: str, pinned: set[str] | None = None) -> None:
-        """Check that a request may use these adapters together with the pinned ones. Raises `AdapterUnavailableError`
-        or `AdapterConflictError`."""
+        """Check that a request may use these adapters besides the pinned ones.
+
+        Raises `AdapterUnavailableError` or `AdapterConflictError`.
+        """
         for digest in digests:
             if digest not in self._registered:
                 raise unregistered(digest)
@@ -196,8 +197,7 @@ class RegisteredAdapters:
         return spec
 
     def retire(self, retire: Retire) -> None:
-        """Begin to retire an adapter, on the stepping thread, with or without the lock. Earlier requests are
-        handled."""
+        """Begin to retire an adapter, on the stepping thread, with or without the lock; all earlier calls are done."""
         self._slots.pin(retire.digest, False)
         self._retiring.setdefault(retire.digest, []).append(retire)
         if retire.digest not in self._users:

@@ -101,7 +101,7 @@ class SlotLoader:
         return bool(self._copying)
 
     def fetch(self, digest: str) -> None:
-        """Load an adapter that will soon get a slot into host memory. Holds nothing there."""
+        """Load an adapter into host memory, without holding it there, since it will soon get a slot."""
         self._fetching[digest] += 1
         if not self._followers.are_none:  # they read it at the same time
             self._loaders.submit(partial(self._followers.prefetch, digest))

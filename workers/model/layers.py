@@ -157,8 +157,7 @@ class VocabParallelEmbedding:
         return IdRange(self._start, self._stop, self._vocab_size, size - self._vocab_size, self._group.rank == 0)
 
     def embed(self, token_ids_T: torch.Tensor, own: Sequence[tuple[slice, EmbeddingPart]] = ()) -> torch.Tensor:
-        """Return embeddings [T, H]. `own`: rows whose adapters have their own embedding; other rows use base ids
-        only."""
+        """Return embeddings [T, H]. `own`: rows whose adapters have their own; other rows use base ids only."""
         if self._group.size == 1 and not own:
             return gather_rows(self.weight, token_ids_T)
         local_T = token_ids_T - self._start

@@ -119,8 +119,7 @@ class LoraLinear:
         out.add_numbers(self._numbers_L3N, ranks, scalings, affine)
 
     def partial_squares(self, adapter: HostAdapter, base: BaseLinear) -> torch.Tensor:
-        """Return the squares of a single linear with DoRA, [O]; its norms are the square roots of their sum over the
-        ranks."""
+        """Return the squares of a lone linear with DoRA, [O]; its norms are the roots of their sum over the ranks."""
         (part,) = self._parts
         return self._squares(adapter.weights[self._layer, part.name], part, base, slice(0, part.size))
 

@@ -211,8 +211,7 @@ def _suppress_stops(logits_SV: torch.Tensor, requests: Sequence[Request], eos_to
 
 
 def _logprobs(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """Return each row's log-probability and rank of its token, [P]; ids and log-probabilities of the best, [P,
-    count]."""
+    """Return each row's log-probability and rank, [P], and ids and log-probabilities of the best, [P, count]."""
     chosen_P1 = raw_PV.gather(1, token_ids_P[:, None])
     ranks_P = (raw_PV > chosen_P1).sum(dim=1).add_(1)
     top = raw_PV.topk(count, dim=1)

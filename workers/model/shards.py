@@ -29,8 +29,7 @@ class LinearShard:
 
 
 def linear_shards(spec: ModelSpec, rank: int = 0, size: int = 1) -> dict[str, LinearShard]:
-    """Return the shards by checkpoint name, of equal size on all ranks. Raises `ConfigError` if `size` does not divide
-    them."""
+    """Return equal shards by checkpoint name. Raises `ConfigError` if `size` does not divide them."""
     q_heads, kv_heads = _head_ranges(spec, rank, size)
     if spec.intermediate_size % size:
         raise ConfigError(

@@ -30,8 +30,7 @@ class SlotRows:
         self._numbers = bytearray()
 
     def add(self, place_L: torch.Tensor, source: torch.Tensor, *, is_own: bool = False) -> None:
-        """Add a copy. After its slot dimension `place_L` has the shape of `source`, the adapter's or the model's
-        memory.
+        """Add a copy. `source`, the adapter's or the model's, has the shape of `place_L` without its slot dimension.
 
         is_own: `source` belongs to neither, so keep it alive.
         """
@@ -95,8 +94,7 @@ class PreparedForms:
 
 
 class SlotWrite:
-    """A write of one adapter into one slot that no request uses. Call `advance` until it returns true, then
-    `commit`."""
+    """A write of one adapter into one slot that no request uses: `advance` until it returns true, then `commit`."""
 
     def __init__(self, slot: int, adapter: HostAdapter, prepared: PreparedCopies, commit: Callable[[], None]) -> None:
         """commit: makes the adapter's weights outside the slot visible to steps."""

@@ -63,8 +63,7 @@ class AsyncLLM:
             digest, tokenizer = known.spec.digest, (known.text or self._texts.model).tokenizer
             self._check_open()
         generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest, tokenizer)
-        # Unbounded on purpose: all outputs are one shared, growing object, so a slow reader holds only small
-        # references.
+        # Unbounded on purpose: all outputs are one shared, growing object, so a slow reader holds small references.
         queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
         self._queues[request_id] = queue
         finished = False

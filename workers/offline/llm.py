@@ -139,8 +139,7 @@ class LLM:
 
 
 class _Found:
-    """The adapters of one call's lora_requests. Each is looked up once, so that the whole call uses the same
-    content."""
+    """The adapters of one call's lora_requests, each looked up once, so that all of the call use the same content."""
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine

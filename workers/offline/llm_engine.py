@@ -58,7 +58,7 @@ class LLMEngine:
         *,
         known: KnownAdapter | None = None,
     ) -> None:
-        """Queue a request; its outputs come from `step`. The queue has no limit.
+        """Queue a request; its outputs come from `step`. Any number may be queued.
 
         prompt: text, or token ids. known: the result of `find_lora` for lora_request, to avoid another look-up. Raises
         what `TextRequests.open`, `find_lora` and `Engine.submit` raise; the request then leaves no trace.

@@ -33,8 +33,7 @@ class KnownAdapter:
 
 
 class LoRAIds:
-    """Registers adapters with the engine when first used. Thread-safe; calls wait only for earlier ones on the same
-    id."""
+    """Registers adapters with the engine at first use. Thread-safe; calls wait only for earlier ones on their id."""
 
     def __init__(self, engine: Engine, texts: AdapterTokenizers) -> None:
         self._engine = engine

@@ -84,8 +84,7 @@ class TextRequests:
         digest: str | None,
         tokenizer: Tokenizer,
     ) -> list[GenerateRequest]:
-        """Start a request; return one `GenerateRequest` per choice to submit. Raises `InvalidRequestError` and the
-        like.
+        """Start a request; return one `GenerateRequest` per choice to submit. Raises `InvalidRequestError` and others.
 
         digest and tokenizer: the adapter's, or None and the base model's.
         """

@@ -61,8 +61,7 @@ class Follower:
         self._runner.load(Path(self._config.model))
 
     def register(self, path: Path, digest: str) -> None:
-        """Register an adapter that rank 0 has verified. Raises `AdapterRefusedError`, also if its digest differs
-        here."""
+        """Register an adapter that rank 0 has verified. Raises `AdapterRefusedError`, also for another digest here."""
         assert self._config.lora is not None
         if self._store.spec(digest) is not None:
             return

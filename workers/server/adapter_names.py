@@ -55,5 +55,5 @@ class AdapterNames:
 def _supersedes(adapter: worker_pb2.Adapter, known: worker_pb2.Adapter) -> bool:
     if adapter.version != known.version:
         return adapter.version > known.version
-    # Two workers have read a start-up adapter. If its files changed in between, the one that served first counts.
+    # Two workers have read a start-up adapter. If its files changed in between, the earlier read counts.
     return (adapter.created, adapter.digest) < (known.created, known.digest)

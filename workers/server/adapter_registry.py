@@ -34,8 +34,7 @@ class _Read:
 
 
 class AdapterRegistry:
-    """Thread-safe; no call waits for a file system. Calls for one name and version run in order, others side by
-    side."""
+    """Thread-safe; no call waits for a file system. Calls wait only for earlier ones on their name and version."""
 
     def __init__(self, engine: Engine, of_start: Collection[str] = ()) -> None:
         """of_start: names that the worker loads at every start."""
@@ -143,8 +142,11 @@ class AdapterRegistry:
 
 
 def _is_known(known: worker_pb2.Adapter, request: worker_pb2.RegisterAdapterRequest) -> bool:
-    """Return whether `known` answers the request. A request without a digest must equal the one that loaded it:
-    otherwise the answer to the earlier load was lost and nobody uses it."""
+    """Return whether `known` answers the request.
+
+    Without a digest the request must equal the one that loaded it: the answer to any other load was lost, so nobody
+    uses it.
+    """
     if request.digest:
         return (known.digest, known.text_digest) == (request.digest, request.text_digest)
     fields = ("root", "parent", "created", "pin")

@@ -36,8 +36,7 @@ class AdapterTokenizers:
         """Return the files of the adapter's tokenizer and template; None if they equal the model's.
 
         roots: the files' real paths must lie below one of these; empty: anywhere. Raises `ModelError` for a broken
-        tokenizer or template, a file that is too large, or something that is not a file. Content equal to the model's
-        is in memory once.
+        tokenizer or template, or a file that is too large or not regular. Content equal to the model's is kept once.
         """
         model = self.model_files
         files = over_model(model, read_adapter_files(adapter_dir, roots))

@@ -30,8 +30,7 @@ _CODE = "from lorafleet.workers.text.check_process import main; main()"
 
 
 def check_apart(digest: str, files: Mapping[str, bytes]) -> None:
-    """Check files in a separate process. Raises ModelError if they are not a tokenizer and template, or exceed a
-    limit."""
+    """Check files in a separate process. Raises ModelError for a broken tokenizer or template, or a passed limit."""
     sizes = json.dumps({"digest": digest, "sizes": {name: len(data) for name, data in files.items()}}).encode()
     task = b"\n".join([sizes, b"".join(files.values())])
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

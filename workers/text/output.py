@@ -42,8 +42,7 @@ class OutputText:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
-        """prompt_ids: the prompt or its last ids. min_tokens: no stop string may be completed within this many
-        tokens."""
+        """prompt_ids: the prompt or its last ids. min_tokens: up to this many tokens complete no stop string."""
         self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, skip_special_tokens)
         self._matcher = StopMatcher(stop, include_stop_str_in_output) if stop else None
         self._min_tokens = min_tokens

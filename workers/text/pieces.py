@@ -22,8 +22,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[int, int]:
-    """Return code point to byte for GPT-2's printable stand-ins. Bytes that are not visible Latin-1 map from 256 +
-    n."""
+    """Return code point to byte for GPT-2's printable stand-ins. Bytes that are not visible Latin-1 start at 256."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {byte: byte for byte in visible} | {256 + n: byte for n, byte in enumerate(hidden)}

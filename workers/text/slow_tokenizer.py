@@ -108,8 +108,7 @@ def _added(own: Mapping[str, bytes]) -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def _new_tokens(added: Mapping[str, tuple[int, dict[str, Any]]], ids: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return the tokens the model lacks, in tokenizer.json's form. Their ids must continue the model's without a
-    gap."""
+    """Return the tokens the model lacks, in tokenizer.json's form. Their ids must follow the model's, without gaps."""
     new = []
     next_id = max(ids.values(), default=-1) + 1
     for text, (token_id, flags) in sorted(added.items(), key=lambda item: item[1][0]):

@@ -50,8 +50,7 @@ class Rendezvous:
     def __init__(
         self, host: str, port: int, rank: int, size: int, timeout_s: float, listener: socket.socket | None
     ) -> None:
-        """listener: rank 0's, bound to (host, port); the store takes it over. Raises `RuntimeError` after
-        `timeout_s`."""
+        """listener: rank 0's, bound to (host, port); the store takes it over. Raises `RuntimeError` on a timeout."""
         self.rank = rank
         self.size = size
         self._host = host

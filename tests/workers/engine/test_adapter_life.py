@@ -219,8 +219,7 @@ def test_a_pinned_adapter_is_in_a_slot_before_it_is_asked_for_and_stays_there(en
 
 
 def test_two_thousand_lives_leave_nothing_behind(engine: Engine, root: Path) -> None:
-    """Load, use or abort, unload, with three adapters and two slots; memory and references end at their initial
-    values."""
+    """Load, use or abort, unload, with three adapters and two slots; memory and references do not grow."""
 
     def live(cycle: int) -> None:
         spec = engine.register_adapter(str(root / NAMES[cycle % 3]))

@@ -1,5 +1,4 @@
-"""Aliases: content is unregistered with its last alias, pins with the alias that asked. The engine only keeps
-records."""
+"""Aliases: content is unregistered with its last alias, pins with theirs. The engine only keeps records."""
 
 from __future__ import annotations
 

@@ -278,8 +278,7 @@ def test_own_tables_and_norms_work_in_16_bits_and_over_integers(
 
 
 def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
-    """Other adapters' prompts, stop tokens and answers never have them; sampling, penalties and stops work with
-    them."""
+    """Other adapters' prompts, stops and answers never have them; sampling, penalties and stops work with them."""
     base = load("llama2", tmp_path / "model")
     reference = make(base, tmp_path / "wide", {"added": 40, "modules_to_save": BOTH}, seed=1)
     make(base, tmp_path / "narrow", {"added": 1}, seed=2)
