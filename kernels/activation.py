@@ -10,7 +10,7 @@ from lorafleet.kernels.native import DTYPE_CODES, library
 
 
 def silu_mul(gate_up_T2F: torch.Tensor, out_TF: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, 2F], gate in the first half of the columns → [T, F], in `out_TF` if that is given."""
+    """Compute [T, 2F], with gate in the first half of the columns, to [T, F], in `out_TF` if given."""
     native = library()
     is_on_gpu = uses_triton(gate_up_T2F.device)
     if native is None and not is_on_gpu:

@@ -1,7 +1,7 @@
 """Causal attention over paged keys and values: out = softmax(scale · q·Kᵀ + mask) · V.
 
-One op for decode (one query a sequence), prefill and chunked prefill, any mix of them in one call. Query heads share
-key-value heads in groups (Ainslie et al. 2023); a window limits how far a query looks back.
+One op for decode (one query per sequence), prefill and chunked prefill, in any mix per call. Query heads share
+key-value heads in groups (Ainslie et al. 2023); a window limits how far back a query attends.
 
 T rows of queries, Q = q heads · D, S sequences, P pages of the table.
 """
@@ -27,12 +27,12 @@ def paged_attention(
     window: int = 0,
     out_TQ: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[T, Q], contiguous, in `out_TQ` if that is given. q_TQ may be a view with strided rows.
+    """Return [T, Q], contiguous, in `out_TQ` if given. q_TQ may be a view with strided rows.
 
-    k_cache, v_cache: as paged_kv.py lays out. page_table_SP: int32, each sequence's pages in order.
+    k_cache, v_cache: in the layout of paged_kv.py. page_table_SP: int32, each sequence's pages in order.
     query_start_S1: int32, sequence s has the rows [s] to [s + 1]. context_len_S: int32, keys of each sequence, this
-    step's included: query i of n stands at position context_len − n + i and attends to the keys up to its own position,
-    and with window > 0 only to the last `window` of them.
+    step's included: query i of n is at position context_len − n + i and attends to the keys up to its own position,
+    with window > 0 only to the last `window` of them.
     """
     native = library()
     is_on_gpu = uses_triton(q_TQ.device)
@@ -98,7 +98,7 @@ def paged_attention_reference(
     scale: float,
     window: int = 0,
 ) -> torch.Tensor:
-    """Sequence by sequence, in float32: defines what is right."""
+    """Compute sequence by sequence, in float32. Defines the correct result."""
     num_kv_heads, page_size, head_dim = sizes(k_cache, v_cache)
     out_TQ = q_TQ.new_empty(q_TQ.shape)
     starts = query_start_S1.tolist()

@@ -1,8 +1,8 @@
-"""Compiles kernels/cpu/*.cpp for one instruction set.
+"""Compilation of kernels/cpu/*.cpp for one instruction set.
 
-Plain C++ with an `extern "C"` face and no torch headers: seconds to build. At run time native.py asks for what this
-machine needs; `python -m lorafleet.kernels.build` builds every level into the package, for a wheel or an image that is
-to run without a compiler. Standard library only: `make package` runs this file by itself.
+Plain C++ with an `extern "C"` interface and no torch headers: it builds in seconds. At run time native.py requests what
+this machine needs. `python -m lorafleet.kernels.build` builds all levels into the package, for a wheel or an image
+without a compiler. Standard library only: `make package` runs this file by itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FLAGS = (
     "-ffunction-sections",
     "-fdata-sections",
 )
-# The C++ runtime comes along, so that the library runs where the compiler's is not; only what is called stays of it.
+# Link the C++ runtime statically, so that the library runs where the compiler's is missing; unused code is dropped.
 _LINK_FLAGS = ("-shared", "-static-libgcc", "-static-libstdc++", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL")
 
 
@@ -44,9 +44,9 @@ class Level:
     """One instruction set that the kernels are compiled for."""
 
     name: str
-    machine: str  # as platform.machine() says
+    machine: str  # the value of platform.machine()
     flags: tuple[str, ...]
-    needs: frozenset[str]  # what /proc/cpuinfo must list
+    needs: frozenset[str]  # flags that /proc/cpuinfo must list
 
 
 _V2 = frozenset({"sse4_2", "ssse3", "popcnt"})
@@ -74,7 +74,7 @@ class BuildError(Exception):
 
 
 def cpu_flags() -> frozenset[str]:
-    """What this machine's processor can do, in /proc/cpuinfo's words."""
+    """Return this processor's features, as named in /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -83,7 +83,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def supported_levels() -> list[Level]:
-    """The levels that run on this machine, best first."""
+    """Return the levels that run on this machine, best first."""
     flags, machine = cpu_flags(), platform.machine()
     if "amx_tile" in flags and not _request_amx():
         flags -= {"amx_tile"}
@@ -91,14 +91,14 @@ def supported_levels() -> list[Level]:
 
 
 def _request_amx() -> bool:
-    """Ask Linux to let this process use AMX's tiles, which make every thread's saved state larger: once is enough."""
+    """Ask Linux to let this process use AMX's tiles, which enlarge each thread's saved state. Once is enough."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h, the state's number
     status: int = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
     return status == 0
 
 
 def file_name(level: Level) -> str:
-    """Names the sources' content, so that a library of other sources is never taken for it."""
+    """Return a name with a digest of the sources, so that a library built from other sources is never used."""
     digest = hashlib.sha256()
     for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -136,7 +136,7 @@ def _run(command: list[str]) -> None:
 
 
 def wheel_platform(libraries: Iterable[Path]) -> str:
-    """The platform tag of a wheel with these libraries: it names the glibc that has all they link against (PEP 600)."""
+    """Return a wheel's platform tag for these libraries: the oldest glibc with all symbols they link to (PEP 600)."""
     needed = rb"GLIBC_(?:2\.(\d+)|ABI_DT_RELR)"  # packed relocations came with glibc 2.36
     minors = [int(minor or 36) for path in libraries for minor in re.findall(needed, path.read_bytes())]
     return f"{f'manylinux_2_{max(minors)}' if minors else 'linux'}_{platform.machine()}"
@@ -145,9 +145,9 @@ def wheel_platform(libraries: Iterable[Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Build the CPU kernels for every instruction set of this machine's family; print the platform tag "
-        "that a wheel with them has."
+        "of a wheel with them."
     )
-    parser.add_argument("--out", type=Path, default=PREBUILT, help="default: the package, where they are found again")
+    parser.add_argument("--out", type=Path, default=PREBUILT, help="default: the package, read at run time")
     args = parser.parse_args()
     wanted = {args.out / file_name(level): level for level in LEVELS if level.machine == platform.machine()}
     for old in set(args.out.glob("*.so")) - wanted.keys():

@@ -1,4 +1,4 @@
-"""Where converted models and compiled kernels are kept between runs."""
+"""The directory for converted models and compiled kernels."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """$LORAFLEET_CACHE, else ~/.cache/lorafleet."""
+    """Return $LORAFLEET_CACHE, else ~/.cache/lorafleet."""
     return Path(os.environ.get("LORAFLEET_CACHE") or Path.home() / ".cache" / "lorafleet")

@@ -1,11 +1,11 @@
-"""Many small copies in one call: for each of them, place[i] = source, for the same i.
+"""Many small copies in one call: place[i] = source for each copy, with the same i.
 
-Each place has a first dimension to choose from (the slot) and behind that the source's shape; the source has one or two
-dimensions. Their last dimensions are contiguous, and of one dtype. Called one by one, several hundred copies would cost
-many times their memory's time, and between any two of them another thread could take Python's lock.
+Each place has a first dimension to choose from (the slot), followed by the source's shape; a source has one or two
+dimensions. The last dimensions are contiguous and of one dtype. Called one by one, several hundred copies would cost
+many times their memory traffic, and between any two of them another thread could take Python's lock.
 
-Sources that lie in one storage are known by where they lie in it, so that a list, which takes long to make, serves any
-storage that is filled in the same way.
+Sources in one storage are recorded as offsets, so one (expensive) list of copies serves every storage with the same
+layout.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import torch
 
 from lorafleet.kernels.native import library
 
-# Of a row: source, whether that is counted from the storage, place[0], bytes from place[i] to place[i + 1], rows, bytes
-# of a row, strides of both.
+# A row: source, whether that is an offset into the storage, place[0], bytes from place[i] to place[i + 1], rows, bytes
+# per row, the strides of both.
 _COLUMNS = 8
 
 
 class Copies:
-    """A list of copies, made once and run in pieces, as often as wanted.
+    """A list of copies, made once and run in pieces, any number of times.
 
-    The owner keeps the memory of places and sources for as long as it is run: a list may know only where they are.
+    The owner must keep the memory of places and sources alive: a list may hold only addresses.
     """
 
     def __init__(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], storage: torch.UntypedStorage | None = None
     ) -> None:
-        """(place, source) each. storage: where sources may lie."""
+        """pairs: (place, source). storage: the storage of those sources that are recorded as offsets."""
         self.num_copies = len(pairs)
-        self._ends: list[int] = []  # bytes of the copies up to and with this one
+        self._ends: list[int] = []  # total bytes up to and including this copy
         rows: array[int] = array("q")
         total = 0
         on_cpu = True
@@ -61,7 +61,7 @@ class Copies:
         self._start = start
 
     def end_of(self, begin: int, max_bytes: int) -> int:
-        """Behind the last copy that, with those from `begin` on, takes at most `max_bytes`; one at least is taken."""
+        """Return the end of the longest run of copies from `begin` with at most `max_bytes`, and at least one copy."""
         before = self._ends[begin - 1] if begin else 0
         end = begin + 1
         while end < self.num_copies and self._ends[end] - before <= max_bytes:
@@ -69,9 +69,9 @@ class Copies:
         return end
 
     def run(self, i: int, begin: int = 0, end: int | None = None, storage: torch.UntypedStorage | None = None) -> None:
-        """Make the copies from `begin` to `end` (behind the last).
+        """Run the copies from `begin` up to but not including `end`.
 
-        storage: the one that the list was made with, or, where it `is_native`, one like that.
+        storage: the one the list was made with or, if it `is_native`, one with the same layout.
         """
         end = self.num_copies if end is None else end
         if self._rows is None:
@@ -81,12 +81,12 @@ class Copies:
         library().lf_copy(address, i, end - begin, 0 if storage is None else storage.data_ptr())
 
     def run_from(self, i: int, staged: torch.Tensor) -> None:
-        """Make all copies, of sources in the storage from where its bytes are `staged`. Only where not `is_native`."""
+        """Run all copies; read sources in the storage from their copy in `staged`. Only if not `is_native`."""
         assert not self.is_native
         copy_reference([(place, self._in(staged, source)) for place, source in self._pairs], i)
 
     def _in(self, staged: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """What lies in the staged bytes as a source does in its storage; a source that lies elsewhere."""
+        """Return the view of the staged bytes that corresponds to a source; a source outside the storage as it is."""
         if source.untyped_storage().data_ptr() != self._start:
             return source
         size = source.element_size()
@@ -95,6 +95,6 @@ class Copies:
 
 
 def copy_reference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], i: int) -> None:
-    """One by one: defines what is right."""
+    """Copy one by one. Defines the correct result."""
     for place, source in pairs:
         place[i].copy_(source, non_blocking=True)

@@ -1,9 +1,8 @@
-"""Linear layers: y = x·Wᵀ + bias, W in the activations' dtype, or in 8-bit integers with a scale per output.
+"""Linear layers: y = x·Wᵀ + bias, with W in the activations' dtype, or in 8-bit integers with a scale per output.
 
-On a CPU, W is packed once, at loading, into the order in which our kernel reads it: the inputs that are multiplied
-together (pairs of bfloat16 or integers, as in AVX-512 and AMX, or single floats) lie side by side for sixteen outputs.
-W that stays as it is (bfloat16 with an odd number of inputs) our kernel reads for up to four rows; beyond them it is
-torch's product.
+On a CPU, W is packed once, at load time, in our kernel's reading order: for sixteen outputs, the inputs that are
+multiplied together (pairs of bfloat16 or integers, as in AVX-512 and AMX, or single floats) are adjacent. For an
+unpacked W (bfloat16 with an odd number of inputs) our kernel handles up to four rows; torch computes more rows.
 
 T rows, I in features, O out features, G groups of 16 out features, U inputs that are multiplied together.
 """
@@ -23,7 +22,7 @@ _MAX_PLAIN_ROWS = 4
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
-    """W as `linear` reads it; `prepare` makes it."""
+    """W in the form that `linear` reads; made by `prepare`."""
 
     data: torch.Tensor  # [O, I], or packed [G, I / U, 16, U]
     scale_O: torch.Tensor | None  # float32, with 8-bit integers
@@ -39,9 +38,9 @@ class LinearWeight:
 
 
 def prepare(weight_OI: torch.Tensor, *, int8: bool = False, packed: bool | None = None) -> LinearWeight:
-    """Bring W into the form that is fastest here. With `int8` it is rounded to integers (see `quantize_int8`).
+    """Convert W to the fastest form for this device. With `int8` it is rounded to integers (see `quantize_int8`).
 
-    `packed` None leaves the choice to us. What comes back may share W's memory.
+    `packed` None chooses automatically. The result may share W's memory.
     """
     num_out, num_in = weight_OI.shape
     unit = 2 if int8 or weight_OI.dtype == torch.bfloat16 else 1
@@ -55,9 +54,9 @@ def prepare(weight_OI: torch.Tensor, *, int8: bool = False, packed: bool | None 
 def linear(
     x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Tensor | None = None, out_TO: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[T, O], contiguous, in `out_TO` if that is given.
+    """Return [T, O], contiguous, in `out_TO` if given.
 
-    The sums are float32; integers are multiplied with x as they are, then scaled.
+    Sums are float32; integer weights are multiplied with x unscaled, then the sums are scaled.
     """
     native = library()
     if native is None or not _is_native(x_TI, weight):
@@ -88,7 +87,7 @@ def linear(
 
 
 def _is_native(x_TI: torch.Tensor, weight: LinearWeight) -> bool:
-    """Whether our kernel multiplies these, where there is one."""
+    """Return whether our kernel, if present, computes this product."""
     if x_TI.device.type != "cpu":
         return False
     if weight.scale_O is not None:
@@ -108,14 +107,14 @@ def linear_reference(x_TI: torch.Tensor, weight: LinearWeight, bias_O: torch.Ten
 
 
 def gather_rows(weight: LinearWeight, ids_T: torch.Tensor) -> torch.Tensor:
-    """Rows of W by number, [T, I]: embeddings that share their memory with the head."""
+    """Return rows of W by index, [T, I], for embeddings that share memory with the head."""
     if not weight.is_packed:
         return F.embedding(ids_T, weight.data)
     return weight.data[ids_T // _GROUP, :, ids_T % _GROUP].flatten(1)
 
 
 def dense(weight: LinearWeight, rows: slice) -> torch.Tensor:
-    """Rows of W as float32 [O, I], in memory of their own: what is multiplied with, rounding to integers included."""
+    """Return rows of W as float32 [O, I] in new memory: the values used in products, including rounding to integers."""
     if weight.is_packed:
         first = rows.start // _GROUP
         groups = weight.data[first : -(-rows.stop // _GROUP)]
@@ -127,7 +126,7 @@ def dense(weight: LinearWeight, rows: slice) -> torch.Tensor:
 
 
 def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 [O, I], float32 scale [O]) with weight ≈ scale · integers: symmetric, rounded to nearest, per output."""
+    """Return (int8 [O, I], float32 scale [O]) with weight ≈ scale · integers: symmetric, per output, to nearest."""
     scale_O = weight_OI.abs().amax(dim=1).float().clamp_min_(torch.finfo(torch.float32).tiny) / 127
     return (weight_OI / scale_O[:, None]).round_().to(torch.int8), scale_O
 
@@ -135,7 +134,7 @@ def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _pack(weight_OI: torch.Tensor, unit: int) -> torch.Tensor:
     num_out, num_in = weight_OI.shape
     num_more = -num_out % _GROUP
-    padded = F.pad(weight_OI, (0, 0, 0, num_more)) if num_more else weight_OI  # a pad by nothing copies too
+    padded = F.pad(weight_OI, (0, 0, 0, num_more)) if num_more else weight_OI  # padding by zero would copy too
     return padded.view(-1, _GROUP, num_in // unit, unit).transpose(1, 2).contiguous()
 
 

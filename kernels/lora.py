@@ -4,15 +4,14 @@ For each segment g, its rows x and each slice n of the fused linear, with slot s
 
     y[:, slice n] += weight[g] · scaling[s, n] · (x · A[s, n, :r]ᵀ) · B[s, :r, slice n]
 
-and where is_affine[s, n], after that, with weight[g] 1 and these rows in no other segment:
+and then, if is_affine[s, n] (weight[g] is then 1 and these rows are in no other segment):
 
     y[:, slice n] = scale[s, slice n] · y[:, slice n] + shift[s, slice n]
 
 which is DoRA's renormalisation (Liu et al. 2024), an adapter's own bias, or both.
 
-A row may lie in several segments (a composition of adapters) or in none (the base model, whose y stays as it is, bit by
-bit). Only an adapter's own rank is computed. Weights of a slot touch no rows but those of its segments, whatever they
-hold.
+A row may be in several segments (a composition of adapters) or in none (the base model; its y stays unchanged, bit by
+bit). Only an adapter's own rank is computed. A slot's weights affect only rows of its segments, whatever they contain.
 
 T rows, I in features, O out features of the fused linear, L slots, N slices, R largest rank, G segments.
 """
@@ -30,10 +29,10 @@ from lorafleet.kernels.native import DTYPE_CODES, library
 
 @dataclass(frozen=True, slots=True)
 class LoraSegments:
-    """Which rows use which slot. On the device of the batch."""
+    """The rows that use each slot. On the batch's device."""
 
     start_G: torch.Tensor  # int32, first row
-    end_G: torch.Tensor  # int32, behind the last row
+    end_G: torch.Tensor  # int32, end row (exclusive)
     slot_G: torch.Tensor  # int32
     weight_G: torch.Tensor  # float32, 1 unless adapters are composed
 
@@ -44,19 +43,19 @@ class LoraSlots:
 
     a_LNRI: torch.Tensor
     b_LRO: torch.Tensor
-    rank_LN: torch.Tensor  # int32; 0 for a slice that the adapter leaves alone
+    rank_LN: torch.Tensor  # int32; 0 for a slice that the adapter does not change
     scaling_LN: torch.Tensor  # float32
     is_affine_LN: torch.Tensor  # int32
     scale_LO: torch.Tensor  # float32
     shift_LO: torch.Tensor  # float32
     slice_end_N: torch.Tensor  # int32
-    is_aligned: bool = False  # every slice begins at a multiple of 16 features; a GPU reads 16 bytes at once then
+    is_aligned: bool = False  # every slice begins at a multiple of 16 features, so a GPU reads 16 bytes at once
 
 
 def lora_add_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments | LoraTiles) -> None:
-    """Add the adapters' terms to y in place; the sums are float32.
+    """Add the adapters' terms to y in place; sums are float32.
 
-    A GPU reads tiles. It may be given segments; each call divides them then, which waits for the device.
+    A GPU reads tiles. Given segments, each call divides them into tiles, which waits for the device.
     """
     native = library()
     is_on_gpu = uses_triton(y_TO.device)
@@ -126,7 +125,7 @@ def _divide(segments: LoraSegments, num_tokens: int) -> LoraTiles:
 
 
 def lora_add_reference_(y_TO: torch.Tensor, x_TI: torch.Tensor, slots: LoraSlots, segments: LoraSegments) -> None:
-    """Segment by segment: defines what is right."""
+    """Add segment by segment. Defines the correct result."""
     ends = slots.slice_end_N.tolist()
     columns = segments.start_G.tolist(), segments.end_G.tolist(), segments.slot_G.tolist(), segments.weight_G.tolist()
     for start, end, slot, weight in zip(*columns, strict=True):

@@ -1,8 +1,8 @@
-"""How the GPU divides LoRA's work over a batch: tiles of rows, and for each adapter of a tile's rows a piece.
+"""Division of LoRA's work over a batch for the GPU: tiles of rows, with one piece per adapter of a tile's rows.
 
-The rows of one adapter are cut into tiles. Where adapters are composed, rows lie in several segments: a tile then lies
-within all segments that it touches, and has a piece for each. So one program sums all that is added to its outputs, in
-a fixed order, and rounds once.
+The rows of one adapter are cut into tiles. With composed adapters, rows are in several segments; a tile then lies
+within all segments it touches and has a piece for each. So one program sums everything added to its outputs, in a fixed
+order, and rounds once.
 
 B tiles, P pieces.
 """
@@ -15,27 +15,27 @@ from itertools import pairwise
 
 import torch
 
-SMALL_ROWS = 16  # of a tile: the fewest that tensor cores multiply, for steps of few rows for each adapter
+SMALL_ROWS = 16  # per tile: the tensor cores' minimum, for steps with few rows per adapter
 LARGE_ROWS = 64
 _MAX_SMALL_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTiles:
-    """On the device of the batch, all int32 but the weights."""
+    """Tiles on the batch's device, all int32 except the weights."""
 
     start_B: torch.Tensor  # first row
-    end_B: torch.Tensor  # behind the last row; a tile without rows is left alone
+    end_B: torch.Tensor  # end row (exclusive); a tile without rows is skipped
     first_B1: torch.Tensor  # a tile's pieces are [b] to [b + 1]
     tile_P: torch.Tensor
     slot_P: torch.Tensor
     weight_P: torch.Tensor  # float32
-    block_rows: int  # that a tile has at most
+    block_rows: int  # maximum rows of a tile
 
 
 @dataclass(frozen=True, slots=True)
 class TileLists:
-    """The same on the host."""
+    """Tiles on the host."""
 
     starts: list[int]
     ends: list[int]
@@ -46,7 +46,7 @@ class TileLists:
     block_rows: int
 
     def packed(self, num_tiles: int | None = None, num_pieces: int | None = None) -> torch.Tensor:
-        """All of it as one int32 tensor, filled up to that many tiles, which are empty, and pieces of one of them."""
+        """Pack everything into one int32 tensor, padded with empty tiles to these numbers of tiles and pieces."""
         num_tiles = len(self.starts) if num_tiles is None else num_tiles
         num_pieces = len(self.tiles) if num_pieces is None else num_pieces
         more_tiles, more_pieces = num_tiles - len(self.starts), num_pieces - len(self.tiles)
@@ -62,7 +62,7 @@ class TileLists:
         return torch.cat([torch.tensor(numbers, dtype=torch.int32), weights.view(torch.int32)])
 
     def on(self, packed: torch.Tensor, num_tiles: int | None = None, num_pieces: int | None = None) -> LoraTiles:
-        """The same as views of what `packed` gave, on the device."""
+        """Return the tiles as views of `packed`'s result, on its device."""
         num_tiles = len(self.starts) if num_tiles is None else num_tiles
         num_pieces = len(self.tiles) if num_pieces is None else num_pieces
         sizes = [num_tiles, num_tiles, num_tiles + 1, num_pieces, num_pieces, num_pieces]
@@ -72,14 +72,14 @@ class TileLists:
 
 
 def block_rows_for(num_tokens: int) -> int:
-    """How many rows a tile has in a step of so many tokens."""
+    """Return the rows per tile in a step of `num_tokens`."""
     return SMALL_ROWS if num_tokens <= _MAX_SMALL_TOKENS else LARGE_ROWS
 
 
 def divide(
     starts: Sequence[int], ends: Sequence[int], slots: Sequence[int], weights: Sequence[float], block_rows: int
 ) -> TileLists:
-    """Segments, in any order and overlapping in any way, as tiles. Empty ones have none."""
+    """Divide segments, in any order and overlapping in any way, into tiles. Empty segments give none."""
     lists = TileLists([], [], [], [], [], [], block_rows)
     coming = sorted(range(len(starts)), key=starts.__getitem__, reverse=True)
     open_segments: list[int] = []

@@ -1,11 +1,11 @@
-"""Loads the C++ kernels for this machine: prebuilt ones where the package carries them, else compiled once and cached.
+"""Loading of the C++ kernels for this machine: prebuilt ones from the package, or compiled once and cached.
 
-They are called through ctypes with data pointers. A thread that calls them computes alone until `set_threads` gives it
-others that help (cpu/team.h says how). Torch has threads of its own; two pools that are both at work fight for the
-cores, so a thread that has helpers should let torch compute with one.
+They are called through ctypes with data pointers. A calling thread computes alone until `set_threads` gives it helpers
+(see cpu/team.h). Torch has its own threads, and two busy pools compete for the cores, so a thread with helpers should
+limit torch to one thread.
 
-Without a prebuilt library and without a compiler the references run instead, after one warning.
-LORAFLEET_NATIVE_KERNELS=0 asks for the references on purpose, LORAFLEET_CPU_LEVEL=avx2 for a lesser instruction set.
+Without a prebuilt library and a compiler the references run instead, after one warning. LORAFLEET_NATIVE_KERNELS=0
+selects the references, LORAFLEET_CPU_LEVEL=avx2 an older instruction set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafleet.kernels.build import PREBUILT, BuildError, Level, build, file_nam
 from lorafleet.kernels.cache import cache_root
 
 _P, _I64, _F32, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-# The C faces, argument by argument; each returns nothing.
+# The C functions' arguments; each returns nothing.
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lf_copy": (_P, _I64, _I64, _P),
     "lf_rms_norm": (_INT, _P, _P, _P, _F32, _P, _I64, _I64),
@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lf_linear_packed_int8": (_P, _I64, _P, _P, _P, _P, *(_I64,) * 3),
     "lf_sample_tokens": (_INT, _P, _I64, *(_P,) * 7, _I64, _I64),
 }
-# The rest of the library, which is never recorded: (result, arguments).
+# Other functions of the library, which are never recorded: (result, arguments).
 _MANAGEMENT: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "lf_replay": (None, (_P, _I64)),
     "lf_team_create": (_P, (_I64,)),
@@ -55,16 +55,16 @@ _MANAGEMENT: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Of a thread: .recording, the one that it makes; .num_threads and .teams, by the library's handle, see `set_threads`.
+# Per thread: .recording, the current one; .num_threads and .teams, by library handle, see `set_threads`.
 _local = threading.local()
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
-_description = ""  # of what _library is, for people
+_description = ""  # of _library, for users
 _decided = False  # whether _library is final, None included
 
 
 def library() -> Any:
-    """The kernels by name, as functions; None when the references are to run."""
+    """Return the kernels as functions by name; None if the references must run."""
     global _library, _description, _decided
     recording = getattr(_local, "recording", None)
     if recording is not None:
@@ -78,15 +78,15 @@ def library() -> Any:
 
 
 def describe() -> str:
-    """What runs on this machine's processor: the instruction set of the kernels, or why it is the slow references."""
+    """Return the kernels' instruction set, or why the slow references run."""
     library()
     return _description
 
 
 def set_threads(count: int) -> None:
-    """Let the calling thread's native calls be computed by so many threads, itself included.
+    """Compute the calling thread's native calls with `count` threads, itself included.
 
-    The others begin with the cores and the priority that the calling thread has now, and end with it.
+    The helpers start with the calling thread's current cores and priority, and end with that thread.
     """
     assert count >= 1
     if get_threads() == count:
@@ -98,12 +98,12 @@ def set_threads(count: int) -> None:
 
 
 def get_threads() -> int:
-    """How many threads compute the calling thread's native calls."""
+    """Return the number of threads that compute the calling thread's native calls."""
     return getattr(_local, "num_threads", 1)
 
 
 def _use_team() -> None:
-    """Let the present library know the calling thread's team. Each library has teams of its own."""
+    """Set the calling thread's team in the current library. Each library has its own teams."""
     native = library()
     if not isinstance(native, ctypes.CDLL):
         return
@@ -117,7 +117,7 @@ def _use_team() -> None:
 
 
 class _Team:
-    """Threads that help with the calls of the one that owns this object, for as long as it exists."""
+    """Threads that help with the calls of this object's owning thread, as long as the object exists."""
 
     def __init__(self, native: ctypes.CDLL, size: int) -> None:
         self.handle = native.lf_team_create(size)
@@ -129,7 +129,7 @@ class _Team:
         ]
         for helper in helpers:
             helper.start()
-        # At exit they are left alone: daemons in C, which need nothing of Python.
+        # At exit they are left running: daemons in C, which need nothing from Python.
         weakref.finalize(self, self._end, native, self.handle, helpers).atexit = False
 
     @staticmethod
@@ -141,20 +141,20 @@ class _Team:
 
 
 class Recording:
-    """The native calls of a block, written down instead of being run; `run` runs them, without Python between.
+    """The native calls of a block, recorded instead of run; `run` runs them all, without Python in between.
 
-    So the threads that help need not wait for the calling one between the calls. What was a pointer or a number in the
-    block is the same one in each run: the tensors must outlive it, and only their content may differ. Torch's own
-    operations are not recorded, so there must be none.
+    So helper threads need not wait for the calling thread between calls. Pointers and numbers are the same in every
+    run: the tensors must outlive the recording, and only their content may change. Torch's own operations are not
+    recorded, so the block must contain none.
     """
 
     def __init__(self, native: ctypes.CDLL) -> None:
         self._native = native
         self._calls: list[tuple[int, list[int]]] = []  # (address, words), until the first run
-        self._packed: tuple[array[int], array[int]] | None = None  # what replay.cpp reads: calls; all their words
+        self._packed: tuple[array[int], array[int]] | None = None  # for replay.cpp: the calls; all their words
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """A kernel that writes its calls down. Kept as an attribute, so that each name comes here once."""
+        """Return a function that records calls of a kernel. Kept as an attribute, so that this runs once per name."""
         types = _SIGNATURES[name]
         address = ctypes.cast(getattr(self._native, f"{name}_replay"), _P).value
         assert address is not None
@@ -166,7 +166,7 @@ class Recording:
         return call
 
     def run(self) -> None:
-        """Run all calls, with the content that their tensors have now."""
+        """Run all calls with the current content of their tensors."""
         if self._packed is None:
             words = array("Q", [word for _, own in self._calls for word in own])
             calls, place = array("Q"), words.buffer_info()[0]
@@ -180,15 +180,15 @@ class Recording:
 
 
 def is_recording() -> bool:
-    """Whether this thread's native calls are being written down."""
+    """Return whether this thread's native calls are being recorded."""
     return getattr(_local, "recording", None) is not None
 
 
 @contextmanager
 def record() -> Iterator[Recording]:
-    """Write down this thread's native calls within the block, none of which is run. The kernels must be available."""
+    """Record this thread's native calls within the block without running them. The kernels must be available."""
     native = library()
-    assert isinstance(native, ctypes.CDLL), "there is nothing to record, or a recording within a recording"
+    assert isinstance(native, ctypes.CDLL), "no kernels to record, or a recording within a recording"
     _local.recording = Recording(native)
     try:
         yield _local.recording
@@ -197,7 +197,7 @@ def record() -> Iterator[Recording]:
 
 
 def _word(kind: type, value: int | float | None) -> int:
-    """An argument as the 64-bit word that replay.cpp reads."""
+    """Convert an argument to the 64-bit word that replay.cpp reads."""
     if kind is _F32:
         return int.from_bytes(struct.pack("=f", value), sys.byteorder)
     return int(value or 0) & 0xFFFF_FFFF_FFFF_FFFF
@@ -205,7 +205,7 @@ def _word(kind: type, value: int | float | None) -> int:
 
 @contextmanager
 def forced(level: Level | None) -> Iterator[None]:
-    """Run that level's kernels, or none, within this block and in all threads. For dispatch.py."""
+    """Use a level's kernels, or none, within this block, in all threads. For dispatch.py."""
     global _library, _decided
     library()
     replacement = None if level is None else _open(_find(level))
@@ -222,7 +222,7 @@ def forced(level: Level | None) -> Iterator[None]:
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("LORAFLEET_NATIVE_KERNELS") == "0":
-        return None, "slow references, as LORAFLEET_NATIVE_KERNELS=0 asks for"
+        return None, "slow references, as set by LORAFLEET_NATIVE_KERNELS=0"
     try:
         level = _pick()
         return _open(_find(level)), level.name
@@ -238,7 +238,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 def _pick() -> Level:
     levels = {level.name: level for level in supported_levels()}
     if not levels:
-        raise BuildError("this processor is none of those that the kernels are written for")
+        raise BuildError("the kernels do not support this processor")
     wanted = os.environ.get("LORAFLEET_CPU_LEVEL") or next(iter(levels))
     if wanted not in levels:
         raise BuildError(
@@ -248,7 +248,7 @@ def _pick() -> Level:
 
 
 def _find(level: Level) -> Path:
-    """The level's library: in the package, in the cache, or compiled now. Several processes may compile; one wins."""
+    """Return the level's library: from the package, the cache, or compiled now. Concurrent compilations are safe."""
     name = file_name(level)
     cached = cache_root() / "kernels" / name
     for path in (PREBUILT / name, cached):
@@ -259,7 +259,7 @@ def _find(level: Level) -> Path:
 
 
 def _is_library(path: Path) -> bool:
-    """Not if it is missing, nor if the machine went down while it was written: then it is compiled again."""
+    """Return false for a missing file, or one cut short by a crash; it is then compiled again."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"\x7fELF"

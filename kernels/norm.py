@@ -1,7 +1,7 @@
 """RMSNorm (Zhang & Sennrich 2019): y = x / sqrt(mean(x²) + eps) · w.
 
-Computed in float32, rounded to x's dtype before the product with the weight, as transformers does.
-A row may have a weight of its own (an adapter's): there are W weights then, and `which_T` says each row's.
+Computed in float32, rounded to x's dtype before the product with the weight, as in transformers.
+A row may have its own weight (an adapter's): there are then W weights, and `which_T` has each row's index.
 T rows, H hidden, W weights.
 """
 
@@ -20,7 +20,7 @@ def rms_norm(
     out_TH: torch.Tensor | None = None,
     which_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The norm of each row, in `out_TH` if that is given. which_T: int32; None: the first weight, or the only, [H]."""
+    """Return each row's norm, in `out_TH` if given. which_T: int32; None: the first weight, or the only one, [H]."""
     native = library()
     is_on_gpu = uses_triton(x_TH.device)
     if native is None and not is_on_gpu:
@@ -55,7 +55,7 @@ def fused_add_rms_norm_(
     eps: float,
     which_T: torch.Tensor | None = None,
 ) -> None:
-    """residual += x; x = the norm of residual. Both in place."""
+    """Compute residual += x, then x = the norm of residual. Both in place."""
     native = library()
     is_on_gpu = uses_triton(x_TH.device)
     if native is None and not is_on_gpu:
@@ -90,7 +90,7 @@ def rms_norm_reference(
 
 
 def _weight_of_rows(x_TH: torch.Tensor, weight_WH: torch.Tensor, which_T: torch.Tensor | None) -> torch.Tensor:
-    """So that it multiplies x, in which there may be heads between rows and features."""
+    """Return the rows' weights, broadcast over a dimension of heads between rows and features."""
     if which_T is not None:
         return weight_WH[which_T].view(-1, *(1,) * (x_TH.dim() - 2), weight_WH.shape[1])
     return weight_WH if weight_WH.dim() == 1 else weight_WH[0]

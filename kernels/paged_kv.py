@@ -1,17 +1,17 @@
-"""How keys and values lie in a page: in the order in which attention multiplies them, so that it never rearranges them.
+"""Layout of keys and values in a page: the order in which attention multiplies them, so that it never rearranges them.
 
-On a GPU both lie plainly, a token's features side by side:
+On a GPU both are plain, with a token's features adjacent:
 
     keys, values [pages, kv heads, page size, D]
 
-On a CPU a product takes a unit of several elements at once: two for bfloat16, one else. Keys of one page and head are
-kept with their units apart, the tokens of the page side by side; values with their features side by side, a unit of
-tokens together. With u elements to a unit:
+On a CPU a product takes a unit of several elements at once: two for bfloat16, one otherwise. Within a page and head, a
+key is split into units of features, and the tokens of the page are adjacent per unit; values are grouped in units of
+tokens, with the features adjacent. With u elements per unit:
 
     keys   [pages, kv heads, D / u, page size, u]
     values [pages, kv heads, page size / u, D, u]
 
-A flat place of a token, the kernels' slot, is page · page size + offset.
+A token's flat place, the kernels' slot, is page · page size + offset.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def empty(
     *,
     num_layers: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for keys and values, as the ops on this device read it; with num_layers, a dimension of layers before."""
+    """Allocate keys and values in this device's layout; with num_layers, with a leading dimension of layers."""
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
     if uses_triton(device):
@@ -53,14 +53,14 @@ def is_plain(k_cache: torch.Tensor) -> bool:
 
 
 def sizes(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int, int]:
-    """(kv heads, page size, head dim) of one layer's pages."""
+    """Return (kv heads, page size, head dim) of one layer's pages."""
     return k_cache.shape[1], k_cache.shape[2 if is_plain(k_cache) else 3], v_cache.shape[3]
 
 
 def write_(
     k_cache: torch.Tensor, v_cache: torch.Tensor, slots_T: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> None:
-    """Put k and v, [T, kv heads, D], where `slots_T` says."""
+    """Write k and v, [T, kv heads, D], to the places in `slots_T`."""
     _, page_size, _ = sizes(k_cache, v_cache)
     page, offset = slots_T // page_size, slots_T % page_size
     if is_plain(k_cache):
@@ -72,7 +72,7 @@ def write_(
 
 
 def read(k_cache: torch.Tensor, v_cache: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of all tokens of some pages, [kv heads, tokens, D] each."""
+    """Return the keys and values of all tokens of some pages, [kv heads, tokens, D] each."""
     if is_plain(k_cache):
         return k_cache[pages].transpose(0, 1).flatten(1, 2), v_cache[pages].transpose(0, 1).flatten(1, 2)
     keys = k_cache[pages].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021) on fused q,k,v rows, and the write of k and v into the paged cache.
 
 For each head x of q and k, with halves (a, b) and the position's angles θ: (a·cos θ − b·sin θ, b·cos θ + a·sin θ), the
-half-split convention of transformers. With norms given (Qwen3) each head is RMS-normalised first; where rows have norms
-of their own, `which_T` says each row's, as in norm.py.
+half-split convention of transformers. With norms given (Qwen3) each head is RMS-normalised first; if rows have their
+own norms, `which_T` has each row's index, as in norm.py.
 
 T rows, E = (q heads + 2·kv heads)·D, M positions, D head dim, W weights of a norm.
 """
@@ -33,7 +33,7 @@ def rope_kv_write_(
 ) -> None:
     """Rotate q and k in place, then write k and v.
 
-    cos_sin_MD: float32, cosines in the first half of the columns. k_cache, v_cache: as paged_kv.py lays out.
+    cos_sin_MD: float32, cosines in the first half of the columns. k_cache, v_cache: in the layout of paged_kv.py.
     slot_mapping_T: int64, page · page size + offset of each row.
     """
     arguments = (

@@ -1,13 +1,13 @@
-"""One token a row: greedy, or drawn by temperature, min_p, top_k, top_p and the row's random number.
+"""One token per row: greedy, or drawn using temperature, min_p, top_k, top_p and the row's random number.
 
-With temperature 0 it is the best token, of equals the lowest id. Else, with d = (max(x) - x) / temperature in float32
-and weights w = exp(-d):
-1. min_p drops every d > -log(min_p): what is less likely than min_p times the best.
-2. top_k keeps the first so many in order of d, of equals the lowest ids.
-3. top_p keeps, of the rest in the same order, the first one and all before which the weights sum to less than top_p of
-   their total (nucleus sampling, Holtzman et al. 2020).
-4. Of what is left the first one in order of ids is taken whose cumulative weight exceeds the random number times the
-   total: the inverse of the cumulative distribution.
+With temperature 0 it is the best token, the lowest id among equals. Otherwise, with d = (max(x) - x) / temperature in
+float32 and weights w = exp(-d):
+1. min_p drops every d > -log(min_p): tokens less likely than min_p times the best.
+2. top_k keeps the first top_k in order of d, the lowest ids among equals.
+3. top_p keeps, of the rest in the same order, the first token and all whose predecessors' weights sum to less than
+   top_p of the total (nucleus sampling, Holtzman et al. 2020).
+4. Of the remaining tokens in order of ids, the first is chosen whose cumulative weight exceeds the random number times
+   the total: the inverse of the cumulative distribution.
 
 Sums are float64. S rows that sample, V vocabulary, P rows that draw.
 """
@@ -28,11 +28,11 @@ def sample_tokens(
     min_p_S: torch.Tensor,
     uniform_S: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids [S] int64, finite [S] bool). A row depends on nothing but itself.
+    """Return (token ids [S] int64, finite [S] bool). Each row depends only on itself.
 
-    Rows of logits, float32 or 16-bit, must be contiguous; they are not changed. temperature (0 is greedy), top_p
-    (1 keeps all) and min_p (0 keeps all) are float32, top_k (0 keeps all) is int64, uniform, in [0, 1), float64. A row
-    that holds NaN or +inf, or nothing but -inf, is not finite; its token id is 0.
+    Rows of logits, float32 or 16-bit, must be contiguous; they are not changed. temperature (0 is greedy), top_p (1
+    keeps all) and min_p (0 keeps all) are float32, top_k (0 keeps all) is int64, uniform, in [0, 1), float64. A row
+    with NaN or +inf, or with only -inf, is not finite; its token id is 0.
     """
     native = library()
     is_on_gpu = uses_triton(logits_SV.device)
@@ -85,14 +85,14 @@ def sample_tokens_reference(
             scaled_PV[cut] = _keep_top(scaled_PV[cut], top_k_S[rows[cut], None], top_p_S[rows[cut], None])
         cumulative_PV = scaled_PV.softmax(dim=1).double().cumsum(dim=1)
         total_P1 = cumulative_PV[:, -1:]
-        # Rounding must not put a target at the end, which lies behind all tokens.
+        # Rounding must not put a target at the total, which is past all tokens.
         target_P1 = torch.minimum(uniform_S[rows, None] * total_P1, total_P1.nextafter(torch.zeros_like(total_P1)))
         token_ids_S[rows] = torch.searchsorted(cumulative_PV, target_P1, right=True)[:, 0]
     return token_ids_S, finite_S
 
 
 def _keep_top(scaled_PV: torch.Tensor, top_k_P1: torch.Tensor, top_p_P1: torch.Tensor) -> torch.Tensor:
-    """The same with everything outside top_k, then outside top_p of what is left, at -inf."""
+    """Return the logits with everything outside top_k, then outside top_p of the rest, at -inf."""
     ordered_PV, index_PV = scaled_PV.sort(dim=1, descending=True, stable=True)
     place_V = torch.arange(scaled_PV.shape[1], device=scaled_PV.device)
     ordered_PV.masked_fill_((place_V >= top_k_P1) & (top_k_P1 > 0), -torch.inf)

@@ -1,6 +1,6 @@
-"""The library's face: ``from lorafleet.workers import LLM, SamplingParams, LoRARequest``.
+"""Public imports of the library: ``from lorafleet.workers import LLM, SamplingParams, LoRARequest``.
 
-Lazy: importing this package imports nothing heavy; a name is imported when it is first used.
+Lazy: importing this package loads neither torch nor Ray. A name is imported at its first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which of a machine's addresses another one reaches it by."""
+"""The address at which another machine reaches this one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import socket
 
 
 def own_address(towards: str) -> str:
-    """This machine's address as the one at `towards` sees it: where the way there begins. No packet is sent.
+    """Return the local address that packets to `towards` would leave from. No packet is sent.
 
-    Raises `OSError` when there is no way.
+    Raises `OSError` when there is no route.
     """
     family = socket.AF_INET6 if ":" in towards else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

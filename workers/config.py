@@ -1,4 +1,4 @@
-"""What a worker is told: built and validated once (by the CLI or `LLM`), frozen, passed whole.
+"""The configuration of an engine: built and validated once (by the CLI or `LLM`), frozen, passed whole.
 
 Owns: the options, their defaults and their checks that need nothing but themselves. Leaves to others: checks against
 the model (model/architecture.py) and against memory (model/memory_plan.py), how an option is declared (options.py).
@@ -25,7 +25,7 @@ MODEL, BATCHING, LORA = "model", "batching and memory", "LoRA"
 
 @dataclass(frozen=True, slots=True)
 class LoRAModule:
-    """One adapter that is served from the start: `--lora-modules name=path`."""
+    """An adapter served from the start: `--lora-modules name=path`."""
 
     name: str
     path: str
@@ -42,7 +42,7 @@ class LoRAModule:
 
 @dataclass(frozen=True)  # no slots, since `EngineArgs` has two bases
 class LoRAConfig:
-    """Bounds of adapter serving, named as in vLLM."""
+    """Limits of adapter serving, named as in vLLM."""
 
     max_loras: int = option(
         8,
@@ -244,12 +244,12 @@ class EngineConfig(EngineOptions):
         return dtype if self.lora is None or self.lora.lora_dtype == "auto" else self.lora.lora_dtype
 
     def batched_tokens(self, *, on_cpu: bool) -> int:
-        """`max_num_batched_tokens` with its default: small on a CPU, where a long step makes all others wait."""
+        """`max_num_batched_tokens` or its default, which is small on a CPU: there a long step delays every request."""
         return self.max_num_batched_tokens or max(512 if on_cpu else 2048, self.max_num_seqs)
 
     @property
     def ranks_per_host(self) -> int:
-        """That share its cores, this one included."""
+        """Ranks that share this host's cores, this one included."""
         return self.tensor_parallel_size * self.workers_per_host
 
     @property

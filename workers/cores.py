@@ -1,8 +1,8 @@
-"""The cores that a rank computes on: how many it may use, and which it takes so that ranks of one host have others.
+"""CPU cores of a rank: how many it may use, and which ones it claims so that ranks on one host use different cores.
 
-A rank may use what its affinity and its container's CPU quota allow, and shares that with the ranks beside it. Which
-cores it takes is agreed on through lock files, since ranks of one host may belong to different workers, even to
-different fleets, and come and go by themselves: the kernel frees a lock with its process.
+A rank may use the cores that its affinity and its container's CPU quota allow, shared with the other ranks on the host.
+Ranks agree on cores through lock files, because they may belong to different workers, even to different fleets, and
+start and stop independently. The kernel releases a lock when its process ends.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ Read = Callable[[Path], str | None]  # a file's text; None where there is none
 
 
 def num_usable_cores() -> int:
-    """How many cores this process may keep busy: those of its affinity, fewer where a quota says so; at least one."""
+    """Return the number of cores this process may keep busy: its affinity, capped by a CPU quota; at least 1."""
     quota = cpu_quota()
     num_cores = len(_affinity())
     return num_cores if quota is None else max(1, min(num_cores, int(quota)))
 
 
 def share(num_cores: int, sharing: int) -> int:
-    """Of `num_cores`, one of `sharing` ranks' part."""
+    """Return the cores per rank when `sharing` ranks share `num_cores`; at least 1."""
     return max(1, num_cores // sharing)
 
 
 def cpu_quota(membership: str | None = None, read: Read | None = None) -> float | None:
-    """Cores' worth of time that the cgroups of this process allow, the tightest of all; None where none is set.
+    """Return the tightest CPU limit among this process's cgroups, in cores; None if none is set.
 
-    membership: /proc/self/cgroup. Version 2, and version 1 with its cpu controller, also side by side.
+    membership: the text of /proc/self/cgroup. Handles cgroup v2 and v1 (its cpu controller), also mounted together.
     """
     read = read or _read
     membership = _read(Path("/proc/self/cgroup")) if membership is None else membership
@@ -43,7 +43,7 @@ def cpu_quota(membership: str | None = None, read: Read | None = None) -> float 
         if controllers == "":
             quotas += [_quota_v2(read(folder / "cpu.max")) for folder in _folders(_CGROUPS, path)]
         elif "cpu" in controllers.split(","):
-            # Mounted under the name of one or of all its controllers.
+            # v1 is mounted under the name of one or all of its controllers.
             for mount in {controllers, "cpu", "cpu,cpuacct"}:
                 quotas += [
                     _quota_v1(read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us"))
@@ -53,19 +53,19 @@ def cpu_quota(membership: str | None = None, read: Read | None = None) -> float 
 
 
 def _folders(mount: Path, path: str) -> Iterable[Path]:
-    """A cgroup's folder and those above it. What is out of sight in a container is its mount itself."""
+    """Return a cgroup's folder and its ancestors. In a container they may be hidden; then the mount itself counts."""
     own = mount / path.strip("/")
     return [own, *(parent for parent in own.parents if parent.is_relative_to(mount))]
 
 
 def _quota_v2(text: str | None) -> float | None:
-    """cpu.max: "max 100000", or microseconds of each period."""
+    """Parse cpu.max: "max 100000", or the quota and the period in microseconds."""
     words = (text or "").split()
     return _ratio(words[0], words[1]) if len(words) == 2 else None
 
 
 def _quota_v1(quota: str | None, period: str | None) -> float | None:
-    """-1 is no quota."""
+    """Parse cpu.cfs_quota_us and cpu.cfs_period_us. A quota of -1 means none."""
     return _ratio((quota or "").strip(), (period or "").strip())
 
 
@@ -76,14 +76,14 @@ def _ratio(quota: str, period: str) -> float | None:
 
 
 class CoreClaim:
-    """Cores that no other rank of this user on this host takes while this object, or its process, lives."""
+    """Cores claimed on this host: no other rank of this user takes them while this object and its process live."""
 
     def __init__(self, cores: Sequence[int], locks: Sequence[int]) -> None:
         self.cores = tuple(cores)
         self._locks = locks  # file descriptors
 
     def pin_thread(self) -> None:
-        """Let the calling thread, and those that it will start, run on these cores alone."""
+        """Restrict the calling thread, and threads it starts later, to these cores."""
         if self.cores and sys.platform == "linux":
             os.sched_setaffinity(0, self.cores)
 
@@ -94,13 +94,13 @@ class CoreClaim:
 
 
 def claim_cores(count: int, allowed: Iterable[int] | None = None, folder: Path | None = None) -> CoreClaim:
-    """Take `count` of the allowed cores, those that this process may run on, or none if fewer are free.
+    """Claim `count` of the allowed cores, or none if fewer are free.
 
-    folder: of the lock files.
+    allowed: by default, this process's affinity. folder: where the lock files are.
     """
     allowed = _affinity() if allowed is None else set(allowed)
     taken: list[tuple[int, int]] = []
-    if count < len(allowed):  # who may use them all leaves it to the kernel where a thread runs
+    if count < len(allowed):  # a rank that may use all cores leaves placement to the kernel
         try:
             folder = folder or Path(tempfile.gettempdir()) / f"lorafleet-cores-{os.getuid()}"
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -109,7 +109,7 @@ def claim_cores(count: int, allowed: Iterable[int] | None = None, folder: Path |
                 if lock is not None:
                     taken.append((core, lock))
         except OSError:
-            pass  # a folder that is somebody else's, a full disk: as if no core were free
+            pass  # another user's folder, a full disk: treated as no free core
     if len(taken) < count:
         for _, lock in taken:
             os.close(lock)
@@ -118,7 +118,7 @@ def claim_cores(count: int, allowed: Iterable[int] | None = None, folder: Path |
 
 
 def _try_lock(path: Path) -> int | None:
-    """A file descriptor that holds the lock; None while another one does."""
+    """Return a file descriptor that holds the lock; None if another process holds it."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,10 @@
-"""Every error a caller can meet, and the one table that says how each travels.
+"""All errors a caller can meet, and the one table that maps them to gRPC, HTTP and OpenAI.
 
 Raise these for a caller's mistake or an outside failure, with a message that names the value, the limit and the
 next step. A bug of ours is an ``assert`` and ends as `InternalError`.
 
-Owns: the exception types and their gRPC, HTTP and OpenAI faces. Leaves to others: rendering (gateway/errors.py),
-gRPC (server/service.py). Imports nothing but the standard library.
+Owns: the exception types and the table. Leaves to others: HTTP rendering (gateway/errors.py), gRPC
+(server/service.py). Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 MAX_QUOTED_CHARS: Final = 200
-_MAX_QUOTED_BITS: Final = 600  # of an integer that is written out, some 180 digits; Python refuses to write 4,300
+_MAX_QUOTED_BITS: Final = 600  # the largest integer written out, some 180 digits; Python refuses 4,300
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict, _short.maxset = 3, 8, 8, 8, 8
@@ -22,19 +22,19 @@ _short.maxstring = _short.maxlong = _short.maxother = MAX_QUOTED_CHARS
 
 
 def cut(text: str) -> str:
-    """A caller's text as a message quotes it."""
+    """Return a caller's text cut to `MAX_QUOTED_CHARS` for a message."""
     return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."
 
 
 def quoted(value: object) -> str:
-    """A caller's value as a message quotes it: `repr(value)`, neither longer nor more work than is good."""
+    """Return `repr(value)` for a message, with its length and its cost bounded."""
     if isinstance(value, str | bytes):
         return cut(repr(value)) if len(value) <= MAX_QUOTED_CHARS else f"{value[:MAX_QUOTED_CHARS]!r}..."
     if isinstance(value, int) and value.bit_length() > _MAX_QUOTED_BITS:
         return f"an integer of {value.bit_length()} bits"
     try:
         return cut(_short.repr(value))
-    except Exception:  # a caller's own object may do anything
+    except Exception:  # the caller's object may raise anything
         return f"an object of the type {type(value).__name__}"
 
 
@@ -72,19 +72,19 @@ class ContextLengthError(InvalidRequestError):
 
 
 class AuthenticationError(LoRAFleetError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown."""
 
 
 class PermissionDeniedError(LoRAFleetError):
-    """The API key is known and may not do this."""
+    """The API key is valid but does not permit this."""
 
 
 class NotFoundError(LoRAFleetError):
-    """No such path or object."""
+    """The path or object does not exist."""
 
 
 class MethodNotAllowedError(LoRAFleetError):
-    """The path exists, the HTTP method is not one of its own."""
+    """The path exists but does not support the HTTP method."""
 
 
 class UnknownModelError(LoRAFleetError):
@@ -96,7 +96,7 @@ class AdapterConflictError(LoRAFleetError):
 
 
 class BodyTooLargeError(LoRAFleetError):
-    """The HTTP body is over the limit."""
+    """The HTTP body exceeds the limit."""
 
 
 class AdapterRefusedError(LoRAFleetError):
@@ -111,13 +111,13 @@ class AdapterRefusedError(LoRAFleetError):
 
 
 class AdapterUnavailableError(LoRAFleetError):
-    """An adapter that was fine when registered cannot be loaded now (file gone, changed, unreadable)."""
+    """An adapter that was valid when registered cannot be loaded now (file gone, changed, unreadable)."""
 
     retry_after_s = 5.0
 
 
 class QueueFullError(LoRAFleetError):
-    """The waiting queue is at its bound."""
+    """The waiting queue is full."""
 
     retry_after_s = 1.0
 
@@ -161,7 +161,7 @@ class ModelError(LoRAFleetError):
 
 
 class NoRoomError(ConfigError):
-    """The nodes of the Ray cluster, all together, have not what the workers' ranks need."""
+    """The Ray cluster has too few CPUs or GPUs for the requested ranks."""
 
 
 class MemoryPlanError(ConfigError):
@@ -170,7 +170,7 @@ class MemoryPlanError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class ErrorStatus:
-    """How one kind of error looks to each kind of caller."""
+    """One error's code and status, for each protocol."""
 
     code: str  # stable; travels in the `code` field of HTTP errors and of gRPC terminal events
     grpc: str  # name of a grpc.StatusCode
@@ -207,12 +207,12 @@ _BY_CODE = {status.code: kind for kind, status in ERRORS.items()}
 
 
 def status_of(error: BaseException) -> ErrorStatus:
-    """The table's row for `error`; anything that is not ours counts as `InternalError`."""
+    """Return the table's row for `error`; an unknown type counts as `InternalError`."""
     return ERRORS.get(type(error), ERRORS[InternalError])  # type: ignore[arg-type]
 
 
 def error_from_code(code: str, message: str, *, reason: str = "") -> LoRAFleetError:
-    """The exception that another process named by its `code`."""
+    """Return the exception for the `code` another process sent."""
     kind = _BY_CODE.get(code, InternalError)
     if kind is AdapterRefusedError:
         return AdapterRefusedError(message, reason=reason or "unknown")

@@ -1,7 +1,7 @@
-"""Files that others wrote, opened and read within bounds.
+"""Files written by others, opened and read within bounds.
 
-Only regular files are opened, so that no FIFO, device or socket is waited for, and none that a link leads to outside
-the allowed roots. Sizes are looked at before anything is read.
+Only regular files are opened, so no read blocks on a FIFO, device or socket. A link must not lead outside the allowed
+roots. Sizes are checked before anything is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = {
 
 
 class FoundFileError(OSError):
-    """A file that is not read. what: the rest of a sentence that begins with its name. reason: a stable code."""
+    """A file that must not or cannot be read. what: the predicate of a sentence about it. reason: a stable code."""
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(what)
@@ -35,12 +35,12 @@ class FoundFileError(OSError):
 
 
 def open_found(path: Path, roots: Sequence[Path] = ()) -> IO[bytes]:
-    """Open a regular file for reading, unbuffered. roots: it must really lie below one of these; none: anywhere.
+    """Open a regular file for reading, unbuffered. roots: its real path must lie below one of them; empty: anywhere.
 
-    Raises `FileNotFoundError`, or `FoundFileError` for anything else that keeps it from being read.
+    Raises `FileNotFoundError`, or `FoundFileError` for any other obstacle.
     """
     try:
-        _check_regular(os.stat(path).st_mode)  # opening a device may already do something  # noqa: PTH116
+        _check_regular(os.stat(path).st_mode)  # merely opening a device can have effects  # noqa: PTH116
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
         if os.path.lexists(path):
@@ -64,7 +64,7 @@ def open_found(path: Path, roots: Sequence[Path] = ()) -> IO[bytes]:
 
 
 def read_found(path: Path, max_bytes: int, roots: Sequence[Path] = ()) -> bytes:
-    """The whole of a file of at most `max_bytes`. Raises as `open_found`."""
+    """Return the content of a file of at most `max_bytes`. Raises the same errors as `open_found`."""
     with open_found(path, roots) as file:
         if os.fstat(file.fileno()).st_size > max_bytes:
             raise _too_large(max_bytes)
@@ -75,13 +75,13 @@ def read_found(path: Path, max_bytes: int, roots: Sequence[Path] = ()) -> bytes:
                 rest -= len(part)
         except OSError as error:
             raise _unreadable(error) from error
-    if not rest:  # it grew
+    if not rest:  # it grew after fstat
         raise _too_large(max_bytes)
     return b"".join(parts)
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """Raises `ValueError`, which says what is wrong in the rest of a sentence, for anything but an object."""
+    """Parse a JSON object. Raises `ValueError`, whose text is the predicate of a sentence, for anything else."""
     if data.startswith(LFS_POINTER):
         raise ValueError(LFS_ADVICE)
     try:
@@ -103,7 +103,7 @@ def _check_regular(mode: int) -> None:
 
 
 def _check_below(path: Path, opened: os.stat_result, roots: Sequence[Path]) -> None:
-    """The file that was opened is the one that lies, links followed, at a place below a root."""
+    """Check that the opened file is the one at `path`, links followed, and lies below a root."""
     try:
         real = path.resolve(strict=True)
         found = real.stat()
@@ -112,7 +112,7 @@ def _check_below(path: Path, opened: os.stat_result, roots: Sequence[Path]) -> N
     if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino):
         raise FoundFileError("changed while it was read", "changed_while_read")
     if not any(real.is_relative_to(root) for root in roots):
-        raise FoundFileError("is a link that leads out of what may be loaded at run time", "outside_roots")
+        raise FoundFileError("is a link to outside the directories allowed at run time", "outside_roots")
 
 
 def _unreadable(error: OSError | ValueError) -> FoundFileError:

@@ -1,6 +1,6 @@
-"""What a caller may ask of one generation: `SamplingParams`, and which adapter: `LoRARequest`.
+"""Parameters of one generation: `SamplingParams`, and the adapter to use: `LoRARequest`.
 
-The one place where ranges are checked, for the HTTP gateway and the offline `LLM` alike. Names and meaning are vLLM's.
+Ranges are checked here, once, for both the HTTP gateway and the offline `LLM`. Names and meaning are vLLM's.
 No torch, no Ray, no gRPC.
 """
 
@@ -22,12 +22,12 @@ MAX_STOP_TOKEN_IDS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to generate. Raises `InvalidRequestError`, naming the field, for a value out of range.
+    """Options of a generation. Raises `InvalidRequestError`, naming the field, for a value out of range.
 
-    max_tokens: None generates up to the end of the context. temperature 0 is greedy. top_k 0 (or -1) keeps all.
-    logprobs: k returns the sampled token's log-probability and the k best at each position. seed: None draws one.
-    stop: strings at which the text ends; they are not part of it unless include_stop_str_in_output. min_tokens: until
-    then no EOS, stop token or stop string ends the output. stop and stop_token_ids: None is none.
+    max_tokens: None generates up to the end of the context. temperature: 0 is greedy. top_k: 0 (or -1) keeps all.
+    logprobs: k returns the log-probabilities of the sampled token and of the k best at each position. seed: None draws
+    one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output. min_tokens: before
+    that many, no EOS, stop token or stop string ends the output. stop, stop_token_ids: None means none.
     """
 
     n: int = 1
@@ -87,11 +87,11 @@ class SamplingParams:
         choice: int,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> SamplingOptions:
-        """What the engine needs for one choice of a request whose prompt is known.
+        """Return the engine's options for one choice of a request with a known prompt.
 
-        `seed` is used when the request gave none. `eos_token_ids` are the tokenizer's, which end the output like the
-        model's own (an adapter's tokenizer may know others). Raises `ContextLengthError` when prompt and max_tokens do
-        not fit into max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
+        `seed` is used if the request has none. `eos_token_ids` are the tokenizer's; they end the output like the
+        model's own (an adapter's tokenizer may have others). Raises `ContextLengthError` if prompt and max_tokens
+        exceed max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
         """
         room = max_model_len - num_prompt_tokens
         if room < 1:
@@ -115,7 +115,7 @@ class SamplingParams:
         max_tokens = room if self.max_tokens is None else self.max_tokens
         if self.min_tokens > max_tokens:
             raise ContextLengthError(
-                f"min_tokens is {self.min_tokens}; only {max_tokens} tokens fit behind the prompt.", param="min_tokens"
+                f"min_tokens is {self.min_tokens}; only {max_tokens} tokens fit after the prompt.", param="min_tokens"
             )
         return SamplingOptions(
             max_tokens=max_tokens,
@@ -137,9 +137,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """Which adapter to use: `LoRARequest("sql_adapter", 1, "/path/or/hub-id")`, as in vLLM.
+    """The adapter to use: `LoRARequest("sql_adapter", 1, "/path/or/hub-id")`, as in vLLM.
 
-    lora_int_id: > 0, the caller's; one id stands for one adapter until it is removed. load_inplace: from now on the id
+    lora_int_id: the caller's, > 0; an id stands for one adapter until that is removed. load_inplace: from now on the id
     stands for this name and path, whatever it stood for before.
     """
 
@@ -187,7 +187,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
             raise InvalidRequestError("stop has an empty string; it would end every answer at once.", param="stop")
         if len(text) > MAX_STOP_STRING_CHARS:
             raise InvalidRequestError(
-                f"stop has a string of {len(text)} characters, the limit is {MAX_STOP_STRING_CHARS}.", param="stop"
+                f"stop has a string of {len(text)} characters; the limit is {MAX_STOP_STRING_CHARS}.", param="stop"
             )
     return stops
 
@@ -200,11 +200,11 @@ def _stop_token_ids(token_ids: object) -> frozenset[int]:
 
 
 def _some(name: str, values: object, limit: int) -> tuple[Any, ...]:
-    """At most `limit` of anything; None is none."""
+    """Return `values` as a tuple of at most `limit`; None gives an empty one."""
     if values is None:
         return ()
     if not isinstance(values, Sequence | Set):
         raise InvalidRequestError(f"{name} is {quoted(values)}; it must be a list.", param=name)
     if len(values) > limit:
-        raise InvalidRequestError(f"{name} has {len(values)} entries, the limit is {limit}.", param=name)
+        raise InvalidRequestError(f"{name} has {len(values)} entries; the limit is {limit}.", param=name)
     return tuple(values)

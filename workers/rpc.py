@@ -1,4 +1,4 @@
-"""How our gRPC servers are set up: bearer token, one owner per port, patience with keepalive pings; errors as data."""
+"""Setup of our gRPC servers and channels: bearer token, one server per port, keepalive; errors as data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lorafleet.workers.errors import ConfigError, LoRAFleetError, error_from_cod
 MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million token ids is a few MB
 
 _SERVER_OPTIONS = (
-    # With port reuse, which is gRPC's default, a second server on the port would silently take half the connections.
+    # With port reuse, gRPC's default, a second server on the port would silently take half the connections.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Pings both ways find a cut link in about 4 s; without the last two, clients that ping are sent away.
+    # Pings both ways detect a dead link in about 4 s; without the last two options, pinging clients are disconnected.
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -28,7 +28,7 @@ _SERVER_OPTIONS = (
     ("grpc.http2.max_ping_strikes", 0),
 )
 CLIENT_OPTIONS = (
-    # Else $http_proxy counts for calls within the fleet, those to 127.0.0.1 included.
+    # Without this, $http_proxy would apply to calls within the fleet, even to 127.0.0.1.
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -40,33 +40,33 @@ CLIENT_OPTIONS = (
 
 
 def create_server(token: str) -> grpc.aio.Server:
-    """A server without services or ports that asks every call for `token`."""
+    """Return a server without services or ports that requires `token` on every call."""
     return grpc.aio.server(interceptors=[_BearerToken(token)], options=list(_SERVER_OPTIONS))
 
 
 def add_port(server: grpc.aio.Server, host: str, ports: tuple[int, int] | None) -> int:
-    """Have it listen on a free port of `ports`, the last one included, or on any. Raises `ConfigError`."""
+    """Listen on a free port of `ports` (last included), or on any. Raises `ConfigError` if none is free."""
     if ports is None:
         return int(server.add_insecure_port(f"{host}:0"))
     for port in range(ports[0], ports[1] + 1):
         with contextlib.suppress(OSError, RuntimeError):
-            socket.create_server((host, port)).close()  # gRPC logs an error for one that is taken
+            socket.create_server((host, port)).close()  # probed first: gRPC logs an error for a port in use
             return int(server.add_insecure_port(f"{host}:{port}"))
-    raise ConfigError(f"No port of --worker-ports {ports[0]}-{ports[1]} is free on {host}. Give more of them.")
+    raise ConfigError(f"No port of --worker-ports {ports[0]}-{ports[1]} is free on {host}. Give a wider range.")
 
 
 def bearer(token: str) -> Sequence[tuple[str, str]]:
-    """The metadata of a call to such a server."""
+    """Return the metadata for a call to such a server."""
     return (("authorization", f"Bearer {token}"),)
 
 
 def failure_of(error: LoRAFleetError) -> worker_pb2.Failure:
-    """An error in a reply, since a call's own status has no room for codes and reasons."""
+    """Return an error as data for a reply: a call's own status has no room for codes and reasons."""
     return worker_pb2.Failure(code=status_of(error).code, message=error.message, reason=getattr(error, "reason", ""))
 
 
 def error_of(failure: worker_pb2.Failure) -> LoRAFleetError:
-    """The error that `failure_of` turned into data."""
+    """Return the error that `failure_of` turned into data."""
     return error_from_code(failure.code, failure.message, reason=failure.reason)
 
 

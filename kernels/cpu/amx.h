@@ -1,19 +1,19 @@
 // Products of AMX tiles: 16 rows of 16 pairs of bfloat16, with float32 sums.
 //
-// A sum adds its pairs one after the other, whatever the other rows of the tile are: a row's result does not depend on
-// how many rows there are or where it lies among them.
+// A sum adds its pairs in order, independent of the tile's other rows. So a row's result depends neither on the number
+// of rows nor on its position among them.
 #pragma once
 
 #include "vectors.h"
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kTileSide = 16;  // rows of x, outputs, and pairs that are summed over, of a tile
-constexpr int64_t kTileElements = 2 * kTileSide * kTileSide;  // of x or w: a kilobyte
+constexpr int64_t kTileSide = 16;  // a tile's rows of x, outputs, and pairs to sum over
+constexpr int64_t kTileElements = 2 * kTileSide * kTileSide;  // of x or w: 1 KiB
 
-// The calling thread's tiles, until it leaves the block: 0 to 3 sums [rows, 16], 4 and 5 x [rows, 16 pairs], 6 and 7
-// w [16 pairs, 16 outputs]. Set anew each time, since others (oneDNN) lay them out differently, and given back, since
-// they would have to be saved with the thread whenever it is put off.
+// The calling thread's tiles within the block: 0 to 3 sums [rows, 16], 4 and 5 x [rows, 16 pairs], 6 and 7 w [16 pairs,
+// 16 outputs]. Configured each time, since others (oneDNN) use another layout, and released, since every context switch
+// would have to save them.
 class Tiles {
  public:
   explicit Tiles(int64_t rows) {
@@ -33,8 +33,8 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// How `count` > 0 rows are cut into tiles of equally many. They end behind the last row where there is room for that;
-// else the last tile begins at `first_within` and shares rows with the one before it, computed twice to the same result.
+// The division of `count` > 0 rows into tiles of equal size. They extend past the last row if there is room; otherwise
+// the last tile begins at `first_within` and repeats rows of the one before, with the same result.
 struct RowTiles {
   explicit RowTiles(int64_t count)
       : all(count), number((count + kTileSide - 1) / kTileSide), rows((count + number - 1) / number) {}
@@ -43,7 +43,7 @@ struct RowTiles {
   int64_t first_within(int64_t tile) const { return std::min(tile * rows, all - rows); }
 };
 
-// The sums of one or two tiles of rows, x0 and x1, with one or two of outputs, w and next to it w1, held in tiles.
+// The sums of one or two tiles of rows, x0 and x1, with one or two of outputs, w and the adjacent w1, held in tiles.
 template <int kRowTiles, int kGroups>
 struct TileSums {
   static constexpr bool kTwoRows = kRowTiles == 2, kTwoGroups = kGroups == 2;
@@ -54,7 +54,7 @@ struct TileSums {
     if constexpr (kTwoRows) _tile_zero(2);
     if constexpr (kTwoRows && kTwoGroups) _tile_zero(3);
   }
-  // += x·wᵀ over a tile of pairs. Rows of x lie `x_bytes` apart, pairs of w `w_bytes`.
+  // += x·wᵀ over a tile of pairs. Rows of x are `x_bytes` apart, pairs of w `w_bytes`.
   static void add(const void* x0, const void* x1, int64_t x_bytes, const void* w0, const void* w1, int64_t w_bytes) {
     _tile_loadd(6, w0, w_bytes);
     _tile_loadd(4, x0, x_bytes);
@@ -69,7 +69,7 @@ struct TileSums {
     }
     if constexpr (kTwoRows && kTwoGroups) _tile_dpbf16ps(3, 5, 7);
   }
-  // From and to memory: rows `bytes` apart, the tiles of outputs side by side.
+  // Load and store: rows `bytes` apart, the tiles of outputs adjacent.
   static void load(const float* rows0, const float* rows1, int64_t bytes) {
     _tile_loadd(0, rows0, bytes);
     if constexpr (kTwoGroups) _tile_loadd(1, rows0 + kTileSide, bytes);

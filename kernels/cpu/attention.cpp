@@ -1,13 +1,13 @@
-// Attention over paged keys and values: decode, chunked and ragged prefill through one path.
+// Attention over paged keys and values: one path for decode, chunked and ragged prefill.
 //
-// A work item is (sequence, KV head, block of query rows); all query heads of the group ride along, so that a key is
-// loaded once for all of them. Keys come in blocks; softmax is online (Milakov & Gimelshein 2018, Dao et al. 2022), so
-// that no T×T matrix exists.
+// A work item is (sequence, KV head, block of query rows) with all query heads of the group, so that a key is loaded
+// once for all of them. Keys come in blocks; softmax is online (Milakov & Gimelshein 2018, Dao et al. 2022), so no T×T
+// matrix exists.
 //
-// bfloat16 is multiplied in pairs with float32 sums, the weights of a block rounded to bfloat16 for the product with the
-// values, as FlashAttention does. float32 and float16 compute in float32 throughout. A `Unit` is what one lane of a
-// product holds: a pair of bfloat16, or one float. Pages hold units in the order in which they are multiplied
-// (paged_kv.h), so both products read them where they lie; only sizes that do not fill a register are copied first.
+// bfloat16 is multiplied in pairs with float32 sums; a block's weights are rounded to bfloat16 for the product with
+// the values, as in FlashAttention. float32 and float16 compute in float32 throughout. A `Unit` is the content of one
+// lane in a product: a pair of bfloat16, or one float. Pages hold units in multiplication order (paged_kv.h), so both
+// products read them in place; only sizes that do not fill a register are copied first.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -21,15 +21,15 @@
 
 namespace {
 
-constexpr int64_t kKeys = 64;                             // keys of a block
-constexpr int64_t kQueryRows = 32;                        // query positions of a work item
-constexpr int64_t kMinTileQueries = 8;                    // query rows of an item that AMX's tiles are worth it for
+constexpr int64_t kKeys = 64;                             // keys per block
+constexpr int64_t kQueryRows = 32;                        // query positions per work item
+constexpr int64_t kMinTileQueries = 8;                    // minimum query rows per item for AMX's tiles
 constexpr int64_t kKeyVectors = kKeys / kLanes;
-constexpr int kTileRows = kLanes == 16 ? 6 : 2;           // with kTileVectors sums each, they fit the registers
+constexpr int kTileRows = kLanes == 16 ? 6 : 2;           // with kTileVectors sums each, they fit in the registers
 constexpr int kTileVectors = 4;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// What a lane holds, and how it lies in a page.
+// The type of a lane, and its type in a page.
 template <typename T>
 using Unit = std::conditional_t<std::is_same_v<T, bf16>, uint32_t, float>;
 template <typename T>
@@ -41,9 +41,9 @@ inline Floats load_units(const T* p) {
   return load(p);
 }
 
-// Where a tile loads a row of its block, it requests the same row of the block after it.
+// When a tile loads a row of its block, it prefetches the same row of the next block.
 //
-// scores [kRows, kTileVectors·kLanes] = query [kRows, depth] · keys; vector v of unit k lies at keys[v] + k·stride.
+// scores [kRows, kTileVectors·kLanes] = query [kRows, depth] · keys; vector v of unit k is at keys[v] + k·stride.
 template <int kRows, typename U, typename S>
 inline void score_tile(const U* query, int64_t depth, const S* const* keys, const S* const* next_keys, int64_t stride,
                        float* scores) {
@@ -62,7 +62,7 @@ inline void score_tile(const U* query, int64_t depth, const S* const* keys, cons
     for (int v = 0; v < kTileVectors; ++v) store(sum[r][v], scores + r * kKeys + v * kLanes);
 }
 
-// out [kRows, kVectors·kLanes] += weights [kRows, depth] · values; unit k lies at values[k] + column.
+// out [kRows, kVectors·kLanes] += weights [kRows, depth] · values; unit k is at values[k] + column.
 template <int kRows, int kVectors, typename U, typename S>
 inline void value_tile(const U* weights, int64_t weight_stride, const S* const* values, const S* const* next_values,
                        int64_t column, int64_t depth, float* out, int64_t out_stride) {
@@ -94,18 +94,18 @@ struct Item {
   int32_t num_rows;
 };
 
-// Where the keys and values of a block lie. Every pointer may be read; what lies behind the last key is never used.
+// Pointers to a block's keys and values. Every pointer is readable; data after the last key is never used.
 template <typename T>
 struct Block {
   const Stored<T>* key_vectors[kKeyVectors];
   const Stored<T>* value_rows[kKeys];
 };
 
-// Scratch of one thread, grown once and kept.
+// Scratch memory of one thread; grown once and kept.
 template <typename T>
 struct Scratch {
   std::vector<Unit<T>> query, weights;
-  std::vector<Stored<T>> keys, values;  // copies of what cannot be read where it lies
+  std::vector<Stored<T>> keys, values;  // copies of data that cannot be read in place
   std::vector<float> scores, out, maximum, total;
   Block<T> block, next;
 };
@@ -139,7 +139,7 @@ struct Attention {
   }
   int64_t num_keys(const Item& item) const { return first_position(item) + item.num_rows; }
 
-  // Leaves the sums in s.out and what they are to be divided by in s.total; `put` stores them.
+  // Leaves the sums in s.out and their divisors in s.total; `put` stores the quotients.
   void run(const Item& item, const Item* next, Scratch<T>& s) const {
     const int64_t dim = pages.dim, group = q_heads / pages.kv_heads;
     const int64_t num_queries = item.num_rows * group;  // row-major: (position, head of the group)
@@ -228,7 +228,7 @@ struct Attention {
   }
 
 #if defined(__AMX_BF16__)
-  // A block of keys and values for all queries of an item, in tiles of queries by two.
+  // Handles a block of keys and values for all queries of an item, two tiles of queries at a time.
   void run_tiles(const RowTiles& tiles, int64_t position0, int64_t key0, int64_t count, Scratch<T>& s) const {
     for (int64_t tile = 0; tile < tiles.number; tile += 2) {
       if (tile + 1 < tiles.number)
@@ -242,7 +242,7 @@ struct Attention {
       soften(i, position0 + i / group, key0, count, pages.dim, s);
     }
     copy_values(count, pages.dim, s);
-    // Units up to the end of the last tile: what weighs nothing must be a number.
+    // Fill the units up to the end of the last tile with numbers: a weight of 0 does not cancel NaN.
     const int64_t num_units = (count + 1) / 2, num_steps = (num_units + kTileSide - 1) / kTileSide;
     std::fill(s.values.begin() + num_units * pages.dim, s.values.begin() + num_steps * kTileSide * pages.dim, S{0});
     for (int64_t tile = 0; tile < tiles.number; tile += 2) {
@@ -267,7 +267,7 @@ struct Attention {
     }
   }
 
-  // Query i's share of the lines of a block that is needed next.
+  // Prefetches query i's share of the next block's cache lines.
   void request_share(int64_t i, int64_t num_queries, const Block<T>& next) const {
     const int64_t depth = pages.dim / 2, per_row = pages.dim / kLanes;
     for (int64_t k = depth * i / num_queries; k < depth * (i + 1) / num_queries; ++k)
@@ -294,7 +294,7 @@ struct Attention {
   }
 #endif
 
-  // The first element of the page and head that hold key `place`.
+  // Returns the first element of the page and head that hold key `place`.
   int64_t start(const Item& item, int64_t place) const {
     return pages.start(page_table[item.sequence * table_stride + place / pages.page], item.kv_head);
   }
@@ -316,7 +316,7 @@ struct Attention {
     for (int64_t j = (count + u - 1) / u; j < kKeys / u; ++j) block.value_rows[j] = block.value_rows[0];
   }
 
-  // Pages smaller than a vector: the keys are copied to s.keys [units, kKeys].
+  // For pages smaller than a vector: copies the keys to s.keys [units, kKeys].
   void copy_keys(const Item& item, int64_t key0, int64_t count, Scratch<T>& s) const {
     for (int64_t j = 0; j < count; j += pages.page) {
       const S* page = units(k_cache + start(item, key0 + j));
@@ -326,8 +326,8 @@ struct Attention {
     for (int64_t v = 0; v < kKeyVectors; ++v) s.block.key_vectors[v] = &s.keys[v * kLanes];
   }
 
-  // Values whose rows do not fill vectors are copied to s.values [units, padded]. So is a unit that ends behind the last
-  // key, with 0 there, since 0 times what a free place holds may be NaN.
+  // Copies values whose rows do not fill vectors to s.values [units, padded]. Also copies a unit that extends past the
+  // last key, with 0 there, since 0 times the content of a free place may be NaN.
   void copy_values(int64_t count, int64_t padded, Scratch<T>& s) const {
     for (int64_t j = padded > 0 ? 0 : count / u; j < (count + u - 1) / u; ++j) {
       S* copy = &s.values[j * std::max(padded, pages.dim)];
@@ -347,8 +347,8 @@ struct Attention {
     }
   }
 
-  // Turns query i's scores of the `count` keys from `key0` on into weights relative to the running maximum. Those that
-  // its position does not see weigh nothing.
+  // Turns query i's scores of the `count` keys from `key0` on into weights relative to the running maximum. Keys not
+  // visible from its position get weight 0.
   void soften(int64_t i, int64_t position, int64_t key0, int64_t count, int64_t padded, Scratch<T>& s) const {
     const int64_t low = window > 0 ? std::min(kKeys, std::max<int64_t>(0, position - window + 1 - key0)) : 0;
     const int64_t high = std::min(count, position + 1 - key0);
@@ -359,7 +359,7 @@ struct Attention {
       std::fill(weight, weight + kKeys / u, U{0});
       return;
     }
-    // bfloat16 keeps few digits of a weight: powers of 2 to five digits do.
+    // bfloat16 keeps few digits of a weight, so five digits of a power of 2 suffice.
     constexpr bool kBase2 = std::is_same_v<T, bf16>;
     const float factor = kBase2 ? scale * 1.44269504f : scale;
     Floats values[kVectors];
@@ -386,7 +386,7 @@ struct Attention {
     s.total[i] += sum_lanes(sum);
   }
 
-  // For each lane of the block's vector v, whether low <= key < high.
+  // Returns, for each lane of the block's vector v, whether low <= key < high.
   static Ints is_within(int v, int64_t low, int64_t high) {
     Ints place;
     for (int l = 0; l < kLanes; ++l) place[l] = v * kLanes + l;
@@ -401,7 +401,7 @@ struct Attention {
   }
 };
 
-// The calling thread's list of work, the same on all threads.
+// Builds the calling thread's list of work items, the same on all threads.
 const std::vector<Item>& list_items(const int32_t* query_start, int64_t sequences, int64_t kv_heads) {
   std::vector<Item>& items = thread_own<std::vector<Item>>();
   items.clear();
@@ -431,7 +431,7 @@ void lf_paged_attention(int dtype, const void* q, int64_t q_stride, const void* 
       const std::vector<Item>& items = list_items(query_start, sequences, kv_heads);
       const int64_t count = static_cast<int64_t>(items.size());
       Scratch<T>& scratch = thread_own<Scratch<T>>();
-      // What is likely to be claimed next, its first keys are asked for meanwhile.
+      // Meanwhile the first keys of the item likely to be claimed next are prefetched.
       worker.repeatable(
           0, count, {1, 1},
           [&](int64_t i, int64_t, int64_t next) { attention.run(items[i], next < count ? &items[next] : nullptr, scratch); },

@@ -1,7 +1,7 @@
 // Element types and vectors shared by the CPU kernels.
 //
-// Every kernel computes in float32 whatever it loads and stores. Vectors are GCC's generic ones: the compiler lowers them
-// to AVX-512, AVX2 or SSE, so that one source serves every machine. No -ffast-math: NaN must stay where it belongs.
+// Every kernel computes in float32 whatever types it loads and stores. Vectors are GCC's generic ones: the compiler
+// lowers them to AVX-512, AVX2 or SSE, so that one source serves every machine. No -ffast-math: NaN must stay NaN.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-// Elements that are multiplied together and lie together where they are read.
+// Elements that are multiplied together and adjacent in memory.
 template <typename T>
 constexpr int64_t kUnit = std::is_same_v<T, bf16> ? 2 : 1;
 
@@ -54,7 +54,7 @@ inline void store_floats(const float* __restrict source, T* __restrict out, int6
   for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(source[i]);
 }
 
-// Calls `call` with a null pointer of the element type that `dtype` names.
+// Calls `call` with a null pointer of the element type named by `dtype`.
 template <typename Call>
 inline void with_dtype(int dtype, Call call) {
   switch (dtype) {
@@ -64,7 +64,7 @@ inline void with_dtype(int dtype, Call call) {
   }
 }
 
-// Lets a face of the library be called with its arguments in an array of 64-bit words, see replay.cpp.
+// Makes a library function callable with its arguments in an array of 64-bit words, see replay.cpp.
 template <typename T>
 inline T from_word(const uint64_t& word) {
   T value;
@@ -87,8 +87,8 @@ struct Replayable<kFace> {
 template <typename P>
 using element = std::remove_pointer_t<P>;
 
-// The calling thread's object of a type, kept from call to call. Never inlined: where GCC sees a thread-local it computes
-// the address anew at each use, by a call around which every vector is saved, in innermost loops too.
+// The calling thread's object of a type, kept between calls. Never inlined: if GCC sees a thread-local, it recomputes
+// the address at each use, by a call around which every vector is saved, in innermost loops too.
 template <typename T>
 __attribute__((noinline)) T& thread_own() {
   static thread_local T object;

@@ -9,7 +9,7 @@ namespace {
 
 struct Copy {
   int64_t source;
-  int64_t is_stored;  // source counts from the storage
+  int64_t is_stored;  // source is an offset into the storage
   char* place;
   int64_t step;  // from place[i] to place[i + 1]
   int64_t rows;
@@ -22,7 +22,7 @@ struct Copy {
 
 extern "C" {
 
-// All sizes in bytes. Single-threaded: the caller makes small pieces of it.
+// All sizes are in bytes. Single-threaded: the caller splits the work into small pieces.
 void lf_copy(const void* copies, int64_t i, int64_t count, const void* storage) {
   run_call(false, [=](Worker& worker) {
     worker.once(0, count, {count}, [=](int64_t first, int64_t last) {

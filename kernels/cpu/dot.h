@@ -1,15 +1,15 @@
-// Dot products of rows with rows, x·wᵀ: a register tile of sums, both operands read in order along the features.
+// Dot products of rows with rows, x·wᵀ: a register tile of sums; both operands are read in order along the features.
 #pragma once
 
 #include "vectors.h"
 
-constexpr int kDotOuts = 4;                             // rows of w in a tile
+constexpr int kDotOuts = 4;                             // rows of w per tile
 constexpr int kDotRows = kLanes == 16 ? 6 : 2;          // rows of x: 24 sums and 4 weights in 32 registers, or 8 and 4 in 16
 
 inline Words load_products(const bf16* p) { return load_words(p); }
 inline Floats load_products(const float* p) { return load(p); }
 
-// out [kRows, kDotOuts] = x·wᵀ over `size` features, T bfloat16 or float. Requests as many rows from `next_w` meanwhile.
+// out [kRows, kDotOuts] = x·wᵀ over `size` features, T bfloat16 or float. Prefetches as many rows from `next_w`.
 template <int kRows, typename T>
 inline void dot_tile(const T* x, int64_t x_stride, const T* w, const T* next_w, int64_t w_stride, int64_t size,
                      float* out, int64_t out_stride) {
@@ -38,8 +38,8 @@ inline void dot_tile(const T* x, int64_t x_stride, const T* w, const T* next_w, 
         out[r * out_stride + o] += to_float(x[r * x_stride + i]) * to_float(w[o * w_stride + i]);
 }
 
-// out [kRows, count] = x·wᵀ for any number of rows of w, those from `next_w` on being needed after them. The last few are
-// computed as often as a tile wants: what lies behind them may be another's memory.
+// out [kRows, count] = x·wᵀ for any number of rows of w; the rows from `next_w` on are needed next. Each of the last
+// few rows is computed kDotOuts times to fill a tile: the memory after them may belong to others.
 template <int kRows, typename T>
 inline void dot_rows(const T* x, int64_t x_stride, const T* w, const T* next_w, int64_t w_stride, int64_t count,
                      int64_t size, float* out, int64_t out_stride) {

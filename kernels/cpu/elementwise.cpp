@@ -1,5 +1,5 @@
-// Norms, SiLU·mul, and RoPE with the write into the paged KV cache, row by row. Most of it is done in place, so that each
-// row is computed once.
+// Norms, SiLU·mul, and RoPE with the write into the paged KV cache, row by row. Most work in place, so that each row
+// is computed once.
 #include <cmath>
 #include <vector>
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 512;
 
-// out = x / sqrt(mean(x²) + eps), rounded to T, times weight, as transformers' RMSNorm rounds.
+// out = x / sqrt(mean(x²) + eps), rounded to T, times weight, with the rounding of transformers' RMSNorm.
 template <typename T>
 void normalise(const float* x, const T* weight, float eps, T* out, int64_t size) {
   Floats squares = {};
@@ -25,7 +25,7 @@ void normalise(const float* x, const T* weight, float eps, T* out, int64_t size)
   });
 }
 
-// Calls body(row) for each row, on several threads if there are more than `few`.
+// Calls body(row) for each row, on several threads if there are more than `few` rows.
 template <typename Body>
 void for_rows(int64_t rows, int64_t few, Body body) {
   run_call(rows > few, [&](Worker& worker) {
@@ -39,14 +39,14 @@ struct Scratch {
   std::vector<float> row;
 };
 
-// Memory of the calling thread.
+// Returns memory of the calling thread.
 float* row_of_floats(int64_t size) {
   std::vector<float>& memory = thread_own<Scratch>().row;
   if (memory.size() < static_cast<size_t>(size)) memory.resize(size);
   return memory.data();
 }
 
-// Row r's weight among several of `size`, by number; without numbers the first.
+// Returns row r's weight by its index among several of `size`; without indices the first.
 template <typename T>
 const T* weight_of(const void* weights, const int32_t* which, int64_t r, int64_t size) {
   return static_cast<const T*>(weights) + (which == nullptr ? 0 : which[r] * size);
@@ -105,7 +105,7 @@ void lf_fused_add_rms_norm(int dtype, void* x, void* residual, const void* weigh
   });
 }
 
-// gate_up [rows, 2·size] → out [rows, size] = silu(gate)·up, silu rounded to T as a separate op would.
+// gate_up [rows, 2·size] → out [rows, size] = silu(gate)·up, with silu rounded to T as by a separate op.
 void lf_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_t size) {
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;

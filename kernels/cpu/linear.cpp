@@ -1,10 +1,10 @@
-// Linear layers: y = x·Wᵀ + bias, W in the type of x or, where that is bfloat16, in 8-bit integers with a scale per output.
+// Linear layers: y = x·Wᵀ + bias, with W in x's type or, for bfloat16, in 8-bit integers with a scale per output.
 //
-// Packed W is [groups of 16 outputs][units of inputs][16][unit], a unit being a pair of bfloat16 or integers, or one float:
-// a vector holds one unit of inputs for several outputs and is multiplied with the same unit of x, broadcast. A tile's sums
-// then are outputs side by side: nothing is added across lanes, and both x and W are read in order. With few rows all that
-// counts is to read W once; with many, the tile's registers keep the multipliers busy. The same order is that of AMX's
-// tiles.
+// Packed W is [groups of 16 outputs][units of inputs][16][unit]; a unit is a pair of bfloat16 or integers, or one
+// float. A vector holds one unit of inputs for several outputs and is multiplied with the same unit of x, broadcast.
+// So a tile's sums are adjacent outputs: nothing is added across lanes, and both x and W are read in order. With few
+// rows the cost is reading W once; with many, the tile's registers keep the multipliers busy. AMX's tiles use this
+// order too.
 #include <algorithm>
 #include <vector>
 
@@ -14,13 +14,13 @@
 
 namespace {
 
-constexpr int64_t kGroup = 16;                         // outputs of a group
-constexpr int kTileRows = kLanes == 16 ? 6 : 2;        // with kTileVectors sums each, they fit the registers
+constexpr int64_t kGroup = 16;                         // outputs per group
+constexpr int kTileRows = kLanes == 16 ? 6 : 2;        // with kTileVectors sums each, they fit in the registers
 constexpr int kTileVectors = 4;
 constexpr int64_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kTileOuts = kTileVectors * kLanes;
 constexpr int64_t kTileGroups = kTileOuts / kGroup;
-constexpr int64_t kBytesOfY = 128 << 10;  // that a thread computes before it puts them in place
+constexpr int64_t kBytesOfY = 128 << 10;  // computed by a thread before it copies them to y
 constexpr int64_t kVectorsOfGroup = kGroup / kLanes;
 static_assert(kTileOuts % kGroup == 0, "a tile is made of whole groups");
 
@@ -35,7 +35,7 @@ inline float load_unit(const T* p) {
   return to_float(*p);
 }
 
-// kLanes pairs of integers as pairs of bfloat16, which holds them exactly.
+// Converts kLanes pairs of integers to pairs of bfloat16, exactly.
 inline Words load_weights(const int8_t* p) {
 #if defined(__AVX512BF16__)
   const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -53,15 +53,15 @@ template <typename T>
 struct Linear {
   const T* x;
   int64_t x_stride;
-  const float* scale;  // [O]; null but for integers
+  const float* scale;  // [O]; null except for integers
   const T* bias;       // [O] or null
   T* y;                // outputs from y_first on
   int64_t y_stride, y_first, rows, units, num_out;
 
   static constexpr int64_t u = kUnit<T>;
 
-  // kRows rows from `row` on, kVectors vectors of outputs from `first` on, whose weights begin at `w`. On the way as
-  // many cache lines as there are units are requested from `ahead` on: the multipliers are busy, the memory is not.
+  // Computes kRows rows from `row` on, kVectors vectors of outputs from `first` on, with weights from `w` on. Meanwhile
+  // it prefetches one cache line per unit from `ahead` on: the multipliers are busy, the memory is not.
   template <int kRows, int kVectors, typename W>
   void tile(const W* w, int64_t row, int64_t first, const char* ahead) const {
     const int64_t group_size = units * kGroup * u;
@@ -100,8 +100,8 @@ struct Linear {
     });
   }
 
-  // All rows with the `count` <= kTileGroups groups of outputs from `group` on; the weights of those that follow
-  // lie at `next`.
+  // Computes all rows with the `count` <= kTileGroups groups of outputs from `group` on. `next`: the weights of the groups
+  // that follow.
   template <typename W>
   void groups(const W* w, int64_t group, int64_t count, const void* next) const {
     const char* ahead = static_cast<const char*>(next);
@@ -114,7 +114,7 @@ struct Linear {
   }
 };
 
-// A thread's memory, grown once and kept.
+// Memory of one thread; grown once and kept.
 template <typename T>
 struct Scratch {
   std::vector<T> wide, y;
@@ -126,7 +126,7 @@ T* grown(std::vector<T>& memory, int64_t size) {
   return memory.data();
 }
 
-// `size` integers as bfloat16, in the thread's scratch.
+// Converts `size` integers to bfloat16 in the thread's scratch memory.
 const bf16* widen_groups(const int8_t* w, int64_t size) {
   bf16* wide = grown(thread_own<Scratch<bf16>>().wide, size);
   for (int64_t i = 0; i < size; i += 2 * kLanes) *reinterpret_cast<Words*>(&wide[i]) = load_weights(w + i);
@@ -134,18 +134,18 @@ const bf16* widen_groups(const int8_t* w, int64_t size) {
 }
 
 #if defined(__AMX_BF16__)
-constexpr int64_t kAmxGroups = 2;          // that are computed together
-constexpr int64_t kAmxBytesOfX = 1 << 20;  // rows that go through all weights together: they stay in the second level
-constexpr int64_t kFewIntegerRows = 4;     // for which widening the weights in memory costs more than tiles gain
+constexpr int64_t kAmxGroups = 2;          // computed together
+constexpr int64_t kAmxBytesOfX = 1 << 20;  // rows computed together with all weights: they stay in the L2 cache
+constexpr int64_t kFewIntegerRows = 4;     // up to here widening weights in memory costs more than tiles gain
 
-// Rows of x by pairs of tiles, with groups of outputs by two. Where the inputs do not fill tiles, the rest lies in
-// copies filled up with zeros.
+// Rows of x in pairs of tiles, with two groups of outputs. If the inputs do not fill tiles, the rest is in copies
+// padded with zeros.
 class AmxLinear {
  public:
   explicit AmxLinear(const Linear<bf16>& linear)
       : l_(linear), steps_(linear.units / kTileSide), rest_(linear.units % kTileSide) {}
 
-  // `count` rows from `row` on with the groups from `group` to `last`; `after` comes next.
+  // Computes `count` rows from `row` on with the groups from `group` to `last`; `after` comes next.
   template <typename W>
   void run(const W* w, int64_t row, int64_t count, int64_t group, int64_t last, int64_t after) {
     const RowTiles tiles(count);
@@ -174,7 +174,7 @@ class AmxLinear {
   void all_rows(const bf16* w, const RowTiles& tiles, int64_t row, int64_t first, const void* next) {
     const int64_t num_turns = (tiles.number + 1) / 2;
     for (int64_t turn = 0; turn < num_turns; ++turn) {
-      // Each turn requests its share of the lines of the next groups.
+      // Each turn prefetches its share of the next groups' cache lines.
       const int64_t lines = (kTileSide * kGroups + num_turns - 1) / num_turns;
       const char* ahead = static_cast<const char*>(next) + turn * lines * kLine;
       const int64_t own = std::min(lines, kTileSide * kGroups - turn * lines);
@@ -231,7 +231,7 @@ class AmxLinear {
 };
 #endif
 
-// The groups from `first` to `last`; `after` comes next.
+// Computes the groups from `first` to `last`; `after` comes next.
 template <typename T, typename W>
 void run_groups(const Linear<T>& l, const W* w, int64_t first, int64_t last, int64_t after) {
 #if defined(__AMX_BF16__)
@@ -260,7 +260,7 @@ void run_groups(const Linear<T>& l, const W* w, int64_t first, int64_t last, int
   }
 }
 
-// y by groups of outputs, which compute(own, first group, behind the last, next one) makes.
+// Computes y by groups of outputs, with compute(own, first group, end, next group).
 template <typename T, typename Compute>
 void run_by_groups(const Linear<T>& l, Compute compute) {
   run_call(true, [&](Worker& worker) {
@@ -283,7 +283,7 @@ void run_by_groups(const Linear<T>& l, Compute compute) {
   });
 }
 
-// W packed, in T or in integers.
+// For packed W, in T or in integers.
 template <typename T, typename W>
 void run_packed(const void* x, int64_t x_stride, const W* w, const float* scale, const void* bias, void* y, int64_t rows,
                 int64_t units, int64_t num_out) {
@@ -298,8 +298,7 @@ void run_packed(const void* x, int64_t x_stride, const W* w, const float* scale,
 
 extern "C" {
 
-// x [rows, I], w [O, I] as it lies in a checkpoint, bfloat16 → y [rows, O]. For few rows: the products run along the
-// inputs.
+// x [rows, I], w [O, I] in checkpoint order, bfloat16 → y [rows, O]. For few rows: the products run along the inputs.
 void lf_linear(const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t rows, int64_t num_in,
                int64_t num_out) {
   const bf16* weights = static_cast<const bf16*>(w);
@@ -319,7 +318,7 @@ void lf_linear(const void* x, int64_t x_stride, const void* w, const void* bias,
   });
 }
 
-// x [rows, I], w packed → y [rows, O]; units: of the inputs.
+// x [rows, I], packed w → y [rows, O]; units: of the inputs.
 void lf_linear_packed(int dtype, const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t rows,
                       int64_t units, int64_t num_out) {
   with_dtype(dtype, [&](auto* tag) {
@@ -328,7 +327,7 @@ void lf_linear_packed(int dtype, const void* x, int64_t x_stride, const void* w,
   });
 }
 
-// The same in bfloat16 with w in 8-bit integers, each output o times scale[o].
+// The same in bfloat16 with w in 8-bit integers; output o is multiplied by scale[o].
 void lf_linear_packed_int8(const void* x, int64_t x_stride, const void* w, const float* scale, const void* bias,
                            void* y, int64_t rows, int64_t units, int64_t num_out) {
   run_packed<bf16>(x, x_stride, static_cast<const int8_t*>(w), scale, bias, y, rows, units, num_out);

@@ -1,12 +1,12 @@
-// Segmented LoRA: y[rows of g, slice n] += weight·scaling·(x·Aᵀ)·B, each slot at its own rank. Slices with a scale and a
-// shift of the outputs (DoRA, an adapter's bias) get them in the same pass.
+// Segmented LoRA: y[rows of g, slice n] += weight·scaling·(x·Aᵀ)·B, each slot at its own rank. Slices with a scale and
+// a shift of the outputs (DoRA, an adapter's bias) get them in the same pass.
 //
-// Two phases: shrink makes h for every pair (segment, slice), expand adds to y. Shrink is cut into units of equal cost.
-// Expand is cut into columns only: whoever claims some goes through all segments for them, so that rows in several segments
-// (composition) are added to in segment order, whatever the number of threads.
+// Two phases: shrink computes h for every pair (segment, slice), expand adds to y. Shrink is split into units of equal
+// cost. Expand is split into columns only: the thread that claims columns processes all segments for them, so that
+// rows in several segments (composition) are summed in segment order, whatever the number of threads.
 //
-// An adapter lies anywhere in memory and is used for few rows, so that getting it is most of the work: both phases
-// request what comes next where they load what they have.
+// An adapter may be anywhere in memory and serves few rows, so most of the time is spent loading it. Both phases
+// prefetch the next data while they load the current.
 #include <algorithm>
 #include <vector>
 
@@ -15,26 +15,26 @@
 
 namespace {
 
-constexpr int kVectors = 4;                          // of columns in an expand tile
-constexpr int kExpandTileRows = kLanes == 16 ? 6 : 2;  // with kVectors sums each, they fit the registers
-constexpr int64_t kExpandRows = 24;                  // rows that go through a stretch of B together
+constexpr int kVectors = 4;                          // of columns per expand tile
+constexpr int kExpandTileRows = kLanes == 16 ? 6 : 2;  // with kVectors sums each, they fit in the registers
+constexpr int64_t kExpandRows = 24;                  // rows multiplied together with a stretch of B
 constexpr int64_t kColumns = kVectors * kLanes;
-// How far ahead memory is requested: some microseconds' worth of work, and what a thread's share of the caches holds.
+// How far ahead to prefetch: some microseconds' work, within a thread's share of the caches.
 constexpr int64_t kBlocksAhead = 2;   // of A, kDotOuts rows each
 constexpr int64_t kColumnsAhead = 4 * kColumns;
-constexpr int64_t kElementsOfY = 64 << 10;  // that a thread computes before it puts them in place
-constexpr int64_t kWorthAClaim = 1 << 18;   // products: a few microseconds' work
+constexpr int64_t kElementsOfY = 64 << 10;  // computed by a thread before it copies them to y
+constexpr int64_t kWorthAClaim = 1 << 18;   // products, a few microseconds' work
 constexpr int64_t kUnitSums = kDotRows * kDotOuts;
 
-// A slice that a segment's adapter changes.
+// A slice changed by a segment's adapter.
 struct Pair {
   int64_t segment, slice, rank;
   int64_t row_blocks;  // of kDotRows rows
-  int64_t unit;        // first unit of shrink: kDotOuts rows of A with kDotRows rows of x, one block of A after the other
-  int64_t h;           // where its [rows, rank] begin
+  int64_t unit;        // first shrink unit: kDotOuts rows of A with kDotRows rows of x, ordered by blocks of A
+  int64_t h;           // offset of its [rows, rank]
 };
 
-// A thread's memory, grown once and kept.
+// Memory of one thread; grown once and kept.
 template <typename X>
 struct Work {
   std::vector<Pair> pairs;
@@ -42,7 +42,7 @@ struct Work {
   std::vector<X> y;
 };
 
-// A thread's weights and rows as float32, where products are not taken in their own type.
+// A thread's weights and rows as float32, for products that are not computed in the weights' type.
 struct Wide {
   std::vector<float> a, x;
 };
@@ -58,7 +58,7 @@ struct Lora {
   const int32_t* rank;       // [L, N]
   const float* scaling;      // [L, N]
   const int32_t* is_affine;  // [L, N]
-  const float* scale;        // [L, O], of affine slices only
+  const float* scale;        // [L, O], valid in affine slices only
   const float* shift;        // [L, O]
   const int32_t* slice_end;
   const int32_t* start;
@@ -67,7 +67,7 @@ struct Lora {
   const float* weight;
   int64_t num_segments, num_slices, max_rank, num_in, num_out;
 
-  // Products are taken in the weights' own type where x has it too, else in float32.
+  // Products use the weights' type if x has it too, else float32.
   static constexpr bool kSameType = std::is_same_v<X, W> && !std::is_same_v<X, _Float16>;
   using Product = std::conditional_t<kSameType, X, float>;
 
@@ -77,7 +77,7 @@ struct Lora {
     return a + (place(pair) * max_rank + block * kDotOuts) * num_in;
   }
   static int64_t num_blocks(const Pair& pair) { return (pair.rank + kDotOuts - 1) / kDotOuts; }
-  // The block of A that is needed kBlocksAhead after this one; at the end, this one.
+  // Returns the block of A needed kBlocksAhead after this one; at the end, this one.
   const W* block_ahead(const std::vector<Pair>& pairs, size_t p, int64_t block) const {
     const W* own = block_of_a(pairs[p], block);
     for (block += kBlocksAhead; p < pairs.size(); block -= num_blocks(pairs[p++]))
@@ -86,7 +86,7 @@ struct Lora {
   }
   int64_t slice_begin(int64_t n) const { return n == 0 ? 0 : slice_end[n - 1]; }
 
-  // `count` rows of `size` features side by side as float32.
+  // Converts `count` rows of `size` features to adjacent rows of float32.
   template <typename T>
   static const float* widen_rows(const T* source, int64_t stride, int64_t count, int64_t size,
                                  std::vector<float>& out) {
@@ -96,7 +96,7 @@ struct Lora {
     return out.data();
   }
 
-  // Calls body(pair's number, block of A, first row, rows, outputs) for the units from `unit` to `last`.
+  // Calls body(index of the pair, block of A, first row, rows, outputs) for the units from `unit` to `last`.
   template <typename Body>
   void for_each_unit(const std::vector<Pair>& pairs, int64_t unit, int64_t last, Body body) const {
     for (size_t p = 0; unit < last; ++p) {
@@ -110,7 +110,7 @@ struct Lora {
     }
   }
 
-  // weight·scaling·x·Aᵀ for the units from `unit` to `last`, each [kDotRows, kDotOuts].
+  // Computes weight·scaling·x·Aᵀ for the units from `unit` to `last`, each [kDotRows, kDotOuts].
   void shrink(const std::vector<Pair>& pairs, int64_t unit, int64_t last, float* sums) const {
     Wide& wide = thread_own<Wide>();
     const W* widened = nullptr;  // the block of A that wide.a holds
@@ -135,7 +135,7 @@ struct Lora {
     });
   }
 
-  // Where the pairs find them: h [rows, rank] of each.
+  // Copies the units' sums to their places in h, [rows, rank] per pair.
   void put(const std::vector<Pair>& pairs, int64_t unit, int64_t last, const float* sums, float* h) const {
     for_each_unit(pairs, unit, last, [&](size_t p, int64_t block, int64_t row, int64_t num_rows, int64_t outs) {
       const Pair& pair = pairs[p];
@@ -145,7 +145,7 @@ struct Lora {
     });
   }
 
-  // What becomes of the outputs of a pair after its term is added: scale·y + shift, or y where there is no scale.
+  // The change of a pair's outputs after its term is added: scale·y + shift, or y without a scale.
   struct Affine {
     const float *scale, *shift;
     Floats operator()(Floats value, int64_t column, int64_t count = kLanes) const {
@@ -187,7 +187,7 @@ struct Lora {
       }
   }
 
-  // The same for a row and `count` < kColumns columns.
+  // The same for one row and `count` < kColumns columns.
   void expand_rest(const float* h, int64_t own_rank, const W* own_b, int64_t count, const Affine& change,
                    int64_t column, X* out) const {
     for_each_vector(count, [&](int64_t i, int64_t n) {
@@ -204,7 +204,7 @@ struct Lora {
 
   const W* columns_of_b(const Pair& pair) const { return b + slot[pair.segment] * max_rank * num_out; }
 
-  // Adds a pair's part to its columns. The next pair is requested while this one ends.
+  // Adds a pair's term to its columns, and prefetches the next pair towards the end.
   void expand(const Pair& pair, Columns own, const Pair& next, Columns next_own, const float* h,
               const Part& part) const {
     const W* own_b = columns_of_b(pair);
@@ -232,7 +232,7 @@ struct Lora {
     }
   }
 
-  // Those of a pair among some, maybe none.
+  // Returns the columns of a pair within `all`, maybe none.
   Columns columns(const Pair& pair, Columns all) const {
     return {std::max(slice_begin(pair.slice), all.first), std::min<int64_t>(slice_end[pair.slice], all.last)};
   }

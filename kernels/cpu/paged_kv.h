@@ -1,4 +1,4 @@
-// Where keys and values lie in a page; kernels/paged_kv.py says why.
+// Places of keys and values in a page; for the reasons see kernels/paged_kv.py.
 #pragma once
 
 #include "common.h"
@@ -6,7 +6,7 @@
 struct Pages {
   int64_t kv_heads, page, dim;
 
-  // The first element of a page and head, in keys as in values.
+  // Returns the first element of a page and head, the same for keys and values.
   int64_t start(int64_t number, int64_t head) const { return (number * kv_heads + head) * page * dim; }
 
   // Writes a token's keys and values of one head to `slot`.

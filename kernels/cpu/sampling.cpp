@@ -1,10 +1,10 @@
-// Sampling: one token a row, greedy or by temperature, min_p, top_k, top_p and the row's random number. Rows in
-// parallel.
+// Sampling: one token per row, greedy or drawn using temperature, min_p, top_k, top_p and the row's random number.
+// Rows run in parallel.
 //
-// Nothing is sorted. A row is read once for its best and, unless it is greedy or has a small top_k, again for its
-// weights exp(-distance), where distance = (best - x) / temperature. What top_k and top_p can never keep is left out
-// first, by a bound that costs little; among the others, listed in order of vocabulary, the last one to keep is found
-// digit by digit of its distance (radix selection).
+// Nothing is sorted. A row is read once for its best token and, unless it is greedy or has a small top_k, again for
+// its weights exp(-distance), where distance = (best - x) / temperature. A cheap bound first excludes tokens that
+// top_k and top_p can never keep. Among the others, listed in vocabulary order, radix selection on the digits of the
+// distance finds the last one to keep.
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -16,18 +16,18 @@
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kGroup = 8 * kLanes;  // elements with a maximum per lane, and a sum: a relative error below 1e-6
-constexpr float kMaxDistance = 87.33f;  // exp_lanes gives 0 beyond it
+constexpr int64_t kGroup = 8 * kLanes;  // elements with one maximum per lane and one sum: relative error below 1e-6
+constexpr float kMaxDistance = 87.33f;  // exp_lanes returns 0 beyond it
 
-// One thread's memory, as large as the largest row so far.
+// One thread's memory, as large as its largest row so far.
 struct Scratch {
   std::vector<float> bests;    // [groups, kLanes] maxima
   std::vector<double> sums;    // [groups] of weights
   std::vector<float> ordered;  // [groups]
-  // The candidates, in order of vocabulary.
-  std::vector<uint32_t> index, key;  // key: the bits of the distance, which order as it does
+  // The candidates, in vocabulary order.
+  std::vector<uint32_t> index, key;  // key: the bits of the distance, in the same order
   std::vector<float> weight;
-  std::vector<uint32_t> member;  // candidates that share the digits seen so far
+  std::vector<uint32_t> member;  // candidates that share the digits processed so far
 };
 
 struct Options {
@@ -47,7 +47,7 @@ inline bool any(Ints mask) {
 #endif
 }
 
-// As load(p, count), but the other lanes are -inf.
+// Like load(p, count), but the other lanes are -inf.
 template <typename T>
 inline Floats load_logits(const T* p, int64_t count) {
   if (count == kLanes) return load(p);
@@ -64,7 +64,7 @@ struct Row {
   int64_t num_groups = (size + kGroup - 1) / kGroup;
   float best = -kInfinity;
   float temperature = 1.0f;
-  float limit = kInfinity;  // min_p's: nothing more distant has a weight
+  float limit = kInfinity;  // min_p's: larger distances have weight 0
   int64_t num_candidates = 0;
 
   // Calls body(first element, elements) for each vector of a group.
@@ -79,11 +79,11 @@ struct Row {
     }
   }
 
-  // Finds the maxima. False: the row holds NaN or +inf, or nothing but -inf.
+  // Finds the maxima. Returns false if the row has NaN or +inf, or only -inf.
   bool find_best() {
     scratch.bests.resize(num_groups * kLanes);
     Floats maximum = broadcast(-kInfinity);
-    Ints magnitude = {};  // a maximum passes over NaN, but none is as large as NaN's bits
+    Ints magnitude = {};  // the maximum above ignores NaN, but NaN's bits exceed all others
     for (int64_t g = 0; g < num_groups; ++g) {
       Floats own = broadcast(-kInfinity);
       for_each_of_group(g, [&](int64_t i, int64_t n) {
@@ -95,7 +95,7 @@ struct Row {
       store(own, &scratch.bests[g * kLanes]);
       maximum = own > maximum ? own : maximum;
     }
-    best = max_lanes(maximum) + 0.0f;  // never -0, so that no distance is
+    best = max_lanes(maximum) + 0.0f;  // never -0, so that no distance is -0
     return !any(magnitude > 0x7F800000) && std::isfinite(best);
   }
 
@@ -113,7 +113,7 @@ struct Row {
     return distances > limit ? Floats{} : weight;
   }
 
-  // The sum of all weights; each group's stays in scratch.sums.
+  // Returns the sum of all weights; leaves each group's in scratch.sums.
   double sum_weights() {
     scratch.sums.resize(num_groups);
     double total = 0.0;
@@ -129,7 +129,7 @@ struct Row {
   // Inverts the cumulative distribution of the whole row.
   int64_t draw_from_all(double target) const {
     double before = 0.0, next = 0.0;
-    int64_t group = 0;  // the last one with a weight is also right for a target that rounding put behind the end
+    int64_t group = 0;  // the last with a weight, also if rounding put the target past the end
     for (int64_t g = 0; g < num_groups && next <= target; ++g) {
       if (scratch.sums[g] == 0.0) continue;
       before = next;
@@ -149,10 +149,10 @@ struct Row {
     return token;
   }
 
-  // Makes everything at most `bound` away a candidate.
+  // Makes all elements within `bound` candidates.
   void list(float bound) {
     bound = std::min({bound, limit, kMaxDistance});
-    const size_t most = size + 1;  // one behind the last is written to
+    const size_t most = size + 1;  // the loop writes one past the last
     if (scratch.index.size() < most) {
       scratch.index.resize(most);
       scratch.key.resize(most);
@@ -181,7 +181,7 @@ struct Row {
     num_candidates = count;
   }
 
-  // A distance within which there are k elements or more: that of the k-th best group's best.
+  // Returns a distance within which there are at least k elements: that of the k-th best group's best.
   float bound_of_top(int64_t k) const {
     if (k > num_groups) return kInfinity;
     std::vector<float>& ordered = scratch.ordered;
@@ -197,8 +197,8 @@ struct Row {
     return total;
   }
 
-  // Keeps the candidates before which, in order of distance and then of vocabulary, the measure sums to less than
-  // `most`; the first one always. `measure(i)` is 1 to keep that many, or the weight.
+  // Keeps the candidates whose predecessors, in order of distance and then of vocabulary, have a measure sum below
+  // `most`; always keeps the first. `measure(i)` is 1 to keep a number of candidates, or the weight.
   template <typename Measure>
   void keep_first(double most, Measure measure) {
     uint32_t *index = scratch.index.data(), *key = scratch.key.data(), *member = scratch.member.data();
@@ -206,7 +206,7 @@ struct Row {
     int64_t num_members = num_candidates;
     std::iota(member, member + num_members, 0u);
     double before = 0.0;  // the measure of all candidates nearer than the members
-    for (int shift : {20, 10, 0}) {  // a distance has no sign: digits of 11, 10 and 10 bits
+    for (int shift : {20, 10, 0}) {  // a distance has no sign bit: digits of 11, 10 and 10 bits
       constexpr uint32_t kDigits = 1 << 11;
       const uint32_t mask = (shift == 20 ? kDigits : kDigits / 2) - 1;
       double sums[kDigits] = {};
@@ -218,7 +218,7 @@ struct Row {
       }
       uint32_t digit = 0;
       while (digit < last && before + sums[digit] < most) before += sums[digit++];
-      if (shift == 20 && before + sums[digit] < most) return;  // all are kept
+      if (shift == 20 && before + sums[digit] < most) return;  // keep all
       int64_t num_left = 0;
       for (int64_t m = 0; m < num_members; ++m) {
         const uint32_t own = member[m];
@@ -227,7 +227,7 @@ struct Row {
       }
       num_members = num_left;
     }
-    // The members are equally distant: the first ones of them stay.
+    // The members are at equal distance: keep the first ones.
     const uint32_t last_key = key[member[0]];
     const double wanted = std::ceil((most - before) / measure(member[0]));
     int64_t quota = wanted < 1.0 ? 1 : wanted < num_members ? static_cast<int64_t>(wanted) : num_members;
@@ -235,7 +235,7 @@ struct Row {
     for (int64_t i = 0; i < num_candidates; ++i) {
       const uint32_t own = key[i];
       const bool tied = own == last_key;
-      const bool kept = (own < last_key) | (tied & (quota > 0));  // without a branch, which could not be foretold
+      const bool kept = (own < last_key) | (tied & (quota > 0));  // branch-free: a branch would be unpredictable
       index[count] = index[i];
       key[count] = own;
       weight[count] = weight[i];
@@ -264,7 +264,7 @@ struct Row {
     } else {
       total = sum_weights();
       if (!cuts_p) return draw_from_all(options.uniform * total);
-      // Were all weights below this, they would sum to what top_p leaves out; a little is for rounding.
+      // If all weights were below this, they would sum to what top_p leaves out; the small term is for rounding.
       const double least = (1.0 - options.top_p) * total / static_cast<double>(size);
       list(static_cast<float>(-std::log(least)) + 1e-4f);
     }

@@ -1,4 +1,4 @@
-// How the threads of a team wait for work, for each other and for the end of a job.
+// Waiting of a team's threads: for work, for each other and for the end of a job.
 #include "team.h"
 
 #include <ctime>
@@ -9,11 +9,11 @@
 
 namespace {
 
-// How long to spin, in nanoseconds: for the rest of a phase, which is computed again or slept for then, and for the next
-// job, which while tokens are generated is some Python away.
+// How long to spin, in nanoseconds: for the rest of a phase, before recomputing its blocks or sleeping; and for the
+// next job, which comes after some Python code while tokens are generated.
 constexpr int64_t kSpinInPhase = 20'000;
 constexpr int64_t kSpinForJob = 200'000;
-constexpr int64_t kLongestSleep = 2'000'000;  // in a job; bounds what a lost wake-up would cost
+constexpr int64_t kLongestSleep = 2'000'000;  // in a job; limits the cost of a lost wake-up
 
 void relax() {
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ int64_t now() {
   return int64_t{1'000'000'000} * time.tv_sec + time.tv_nsec;
 }
 
-// Whether `condition` came true within so many nanoseconds.
+// Returns whether `condition` came true within `duration` nanoseconds.
 template <typename Condition>
 bool spin(int64_t duration, Condition condition) {
   for (int64_t end = 0;;) {
@@ -63,7 +63,7 @@ __attribute__((noinline)) Worker*& Worker::current() {
 }
 
 void Team::run_job(int64_t num_calls) {
-  // Nobody is inside: the job before waited for that.
+  // No thread is inside: the previous job waited for that.
   num_calls_ = num_calls;
   if (calls_.size() < static_cast<size_t>(num_calls)) calls_ = std::vector<Call>(num_calls);
   for (int64_t i = 0; i < num_calls; ++i)
@@ -76,8 +76,8 @@ void Team::run_job(int64_t num_calls) {
   if (num_sleeping_.load() > 0) wake(turn_);
   work(0);
   turn_.fetch_add(1);
-  // A thread that was put off in the job may still read what it reads; the caller may free that. Asleep, this one leaves
-  // its core to it.
+  // A thread that was descheduled in the job may still read the job's data, which the caller may free. By sleeping,
+  // this thread leaves it its core.
   const auto all_left = [this] { return num_inside_.load() == 0; };
   if (!spin(kSpinInPhase, all_left)) {
     num_waiting_.fetch_add(1);
@@ -94,14 +94,14 @@ void Team::work(int64_t index) {
   for (int64_t call = 0; (call = std::max(call, num_done_.load(std::memory_order_acquire))) < num_calls_; ++call) {
     worker.set_call(call);
     job_(context_, worker, call);
-    int64_t known = call;  // if others are further, they have said so
+    int64_t known = call;  // others that are further ahead have updated num_done_
     num_done_.compare_exchange_strong(known, call + 1, std::memory_order_release, std::memory_order_relaxed);
   }
   Worker::current() = nullptr;
 }
 
 void Team::help(int64_t index) {
-  uint32_t seen = 0;  // the last turn that this thread took part in, or an even one before it
+  uint32_t seen = 0;  // the last turn this thread worked in, or 0
   while (!closed_.load()) {
     const auto is_on = [&] { return closed_.load() || ((turn_.load() & 1) != 0 && turn_.load() != seen); };
     if (!spin(kSpinForJob, is_on)) {
@@ -110,7 +110,7 @@ void Team::help(int64_t index) {
       num_sleeping_.fetch_sub(1);
     }
     num_inside_.fetch_add(1);
-    const uint32_t turn = turn_.load();  // who ends the job sees this thread inside, or this thread sees the end
+    const uint32_t turn = turn_.load();  // either the job's end sees this thread inside, or this thread sees the end
     if ((turn & 1) != 0 && turn != seen && !closed_.load()) {
       seen = turn;
       work(index);
@@ -135,7 +135,7 @@ void Team::finish(Phase& phase, int64_t blocks, int64_t count) {
   if (phase.done.fetch_add(blocks) + blocks == count) wake_waiting();
 }
 
-// Sleeps until something was finished.
+// Sleeps until some work is finished.
 void Team::nap(const Phase& phase, int64_t count) {
   num_waiting_.fetch_add(1);
   const uint32_t seen = progress_.load();
@@ -154,7 +154,7 @@ float* Worker::shared_floats(int phase, int64_t count) {
     if (own.size() < static_cast<size_t>(count)) own.resize(count);
     return own.data();
   }
-  // Whoever finds enough of it may pass over the phase, in which nobody else can be then.
+  // A thread that finds enough memory may skip the phase, since no other thread can then be in it.
   if (team->num_shared_.load(std::memory_order_acquire) < count)
     once(phase, 1, {}, [=](int64_t, int64_t) {
       if (team->num_shared_.load(std::memory_order_relaxed) >= count) return;
@@ -167,7 +167,7 @@ float* Worker::shared_floats(int phase, int64_t count) {
 
 extern "C" {
 
-// A team of `size` threads: the caller's and size - 1 that `help`.
+// Creates a team of `size` threads: the caller's and size - 1 that `help`.
 void* lf_team_create(int64_t size) { return new Team(size); }
 void lf_team_use(void* team) { Team::own() = static_cast<Team*>(team); }
 void lf_team_help(void* team, int64_t index) { static_cast<Team*>(team)->help(index); }

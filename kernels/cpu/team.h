@@ -1,15 +1,15 @@
-// A team of threads that share out calls of the kernels in small blocks, which each claims when it has time.
+// A team of threads that share the kernels' calls in small blocks, which each thread claims when it has time.
 //
-// The machine may take a thread's core away at any moment, for milliseconds, where another process wants it. So nobody
-// waits for a thread that does not run:
-// - Every thread walks through all calls of a job by itself and claims blocks of each. Whoever runs does the work, the
-//   thread that began the job has no part that only it could do, and one that comes late passes over what is done.
-// - A block is computed into its thread's own memory, and only then put in its place ("commit", a microsecond). A block
-//   that is claimed but not put in place is computed again by those that have nothing else to do, and counts once.
-// - Blocks that change their input in place, or are not worth it, are computed once ("once"): they are short.
-// - Threads spin for some microseconds; then they sleep, so that the core is free for the one that is waited for.
+// The system may take a thread's core away at any moment, for milliseconds, if another process needs it. So no thread
+// waits for one that is not running:
+// - Every thread goes through all calls of a job by itself and claims blocks of each. The threads that run do the
+//   work; the thread that began the job has no exclusive part, and a late thread skips finished blocks.
+// - A block is computed into its thread's own memory and then copied to its place ("commit", a microsecond). A block
+//   that is claimed but not committed is computed again by idle threads, and committed once.
+// - Blocks that change their input in place, or are too cheap, are computed once ("once"): they are short.
+// - Threads spin for some microseconds and then sleep, so that the core is free for the thread they wait for.
 //
-// A block claimed twice gives the same result twice, so results do not depend on which thread did what.
+// A block claimed twice gives the same result twice, so results do not depend on which thread computed it.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +18,11 @@
 #include <memory>
 #include <vector>
 
-constexpr int kPhases = 3;  // of a call: each begins when all blocks of the one before are done
+constexpr int kPhases = 3;  // per call: each begins when all blocks of the previous one are done
 
 class Worker;
 
-// What the threads know of each other. A job is a row of calls.
+// The state shared by the threads. A job is a sequence of calls.
 class Team {
  public:
   explicit Team(int64_t size) : size_(size), claims_(new Claim[size]) {}
@@ -35,17 +35,17 @@ class Team {
     run_job(num_calls);
   }
 
-  // What another thread of the team does until `close`: helps with each job.
+  // The loop of the other threads until `close`: help with each job.
   void help(int64_t index);
   void close();
 
-  // The team of jobs that this thread begins; null: it has none to help.
+  // The team for jobs that this thread begins; null if it has none.
   static Team*& own();
 
  private:
   friend class Worker;
 
-  // How far a phase is. Blocks below `next` are claimed.
+  // A phase's progress. Blocks below `next` are claimed.
   struct Phase {
     std::atomic<int64_t> next{0}, done{0};
   };
@@ -53,7 +53,7 @@ class Team {
     Phase phases[kPhases];
   };
 
-  // What a thread computes into its own memory, for others to see. `state` is the number of the claim, four times, and:
+  // A thread's claim of blocks computed into its own memory, visible to others. `state` is 4 · the claim's number plus:
   enum Step : uint64_t { kNothing = 0, kComputing = 1, kCommitting = 2, kTaken = 3 };
   struct alignas(64) Claim {
     std::atomic<uint64_t> state{0};
@@ -68,30 +68,30 @@ class Team {
   void wake_waiting();
 
   const int64_t size_;
-  const std::unique_ptr<Claim[]> claims_;  // one a thread
+  const std::unique_ptr<Claim[]> claims_;  // one per thread
   void (*job_)(const void* context, Worker& worker, int64_t call) = nullptr;
   const void* context_ = nullptr;
   int64_t num_calls_ = 0;
   std::vector<Call> calls_;
-  std::vector<std::vector<float>> shared_;  // the last one counts; those before may still be read by late threads
+  std::vector<std::vector<float>> shared_;  // the last one is in use; late threads may still read earlier ones
 
-  alignas(64) std::atomic<int64_t> num_done_{0};  // calls: all up to there
+  alignas(64) std::atomic<int64_t> num_done_{0};  // all calls up to here
   alignas(64) std::atomic<uint32_t> turn_{0};     // odd while a job runs
-  std::atomic<uint32_t> num_sleeping_{0};         // helpers that wait for a turn
+  std::atomic<uint32_t> num_sleeping_{0};         // helpers waiting for a turn
   std::atomic<bool> closed_{false};
   alignas(64) std::atomic<int64_t> num_inside_{0};  // helpers in a job
-  alignas(64) std::atomic<uint32_t> progress_{0};   // changes when somebody who sleeps in a job should look again
+  alignas(64) std::atomic<uint32_t> progress_{0};   // changes when threads sleeping in a job should check again
   std::atomic<uint32_t> num_waiting_{0};
   std::atomic<float*> shared_floats_{nullptr};
   std::atomic<int64_t> num_shared_{0};
 };
 
-// How a phase is cut into claims: large ones first, so that they are few, and small ones in the end, so that threads end
-// together.
+// The division of a phase into claims: large ones first, so that they are few, and small ones at the end, so that
+// threads finish together.
 struct Cut {
-  int64_t least = 1;         // blocks that are worth a claim of their own; fewer only where shares are smaller
-  int64_t most = INT64_MAX;  // blocks of a claim
-  int64_t multiple = 1;      // of which larger claims are made
+  int64_t least = 1;         // minimum blocks per claim; fewer only if shares are smaller
+  int64_t most = INT64_MAX;  // maximum blocks per claim
+  int64_t multiple = 1;      // larger claims are multiples of this
 
   int64_t next(int64_t left, int64_t count, int64_t threads) const {
     int64_t size = left / (2 * threads);
@@ -107,10 +107,10 @@ class Worker {
   Worker() = default;
   Worker(Team& team, int64_t index) : team_(&team), index_(index) {}
 
-  // The one that this thread is while it works on a job; else null.
+  // This thread's worker while it works on a job; else null.
   static Worker*& current();
 
-  // Calls body(first, behind the last) until all of `count` blocks are covered, each of them once.
+  // Calls body(first, end) until all of `count` blocks are covered, each of them once.
   template <typename Body>
   void once(int phase, int64_t count, const Cut& cut, Body body) {
     if (team_ == nullptr) {
@@ -125,9 +125,9 @@ class Worker {
     while (!is_done_soon(own, count)) team_->nap(own, count);
   }
 
-  // The same with compute(first, behind the last, first of the next claim) into memory of the calling thread, maybe
-  // several times for a block, and commit(first, behind the last) to put that in place, once. What compute reads may
-  // have changed already when its result is not wanted any more.
+  // Like `once`, but split into compute(first, end, first of the next claim), into memory of the calling thread, maybe
+  // several times per block, and commit(first, end), which copies the result to its place, once. The input of a compute
+  // may already have changed if its result is no longer needed.
   template <typename Compute, typename Commit>
   void repeatable(int phase, int64_t count, const Cut& cut, Compute compute, Commit commit) {
     if (team_ == nullptr) {
@@ -157,7 +157,7 @@ class Worker {
       if (!take_over(own, count, compute, commit)) team_->nap(own, count);
   }
 
-  // Memory for `count` floats that all threads see, until the call ends. Takes a phase, in which nothing else is done.
+  // Returns memory for `count` floats shared by all threads until the call ends. Uses up a phase.
   float* shared_floats(int phase, int64_t count);
 
   void set_call(int64_t call) { call_ = call; }
@@ -175,11 +175,10 @@ class Worker {
     return claim(phase, count, cut, team_->size_, begin, end);
   }
 
-  // Waits as long as a thread that runs takes to end what it has claimed.
+  // Waits as long as a running thread needs to finish its claim.
   static bool is_done_soon(const Team::Phase& phase, int64_t count);
 
-  // Computes one claim of another thread again, and puts it in place if that has not been done meanwhile. False: there is
-  // none.
+  // Computes another thread's claim again, and commits it unless that has happened meanwhile. Returns false without one.
   template <typename Compute, typename Commit>
   bool take_over(Team::Phase& phase, int64_t count, Compute& compute, Commit& commit) {
     for (int64_t i = 1; i < team_->size_; ++i) {
@@ -204,7 +203,7 @@ class Worker {
   int64_t index_ = 0, call_ = 0;
 };
 
-// Runs body(worker) as one call: within a job on the threads that walk through it; else, if it is worth it, as a job.
+// Runs body(worker) as one call: within a job on the threads that go through it; else, if it is worth it, as a job.
 template <typename Body>
 void run_call(bool is_worth_it, Body body) {
   if (Worker* worker = Worker::current()) return body(*worker);

@@ -1,7 +1,7 @@
 // Vectors shared by the CPU kernels: one register of the instruction set that this file is compiled for.
 //
-// GCC's generic vectors, so that one source serves AVX-512, AVX2, SSE and NEON; intrinsics only where an instruction has
-// no generic name (bfloat16 dot products), or where GCC makes six of one (conversions between lanes of different widths).
+// GCC's generic vectors, so that one source serves AVX-512, AVX2, SSE and NEON. Intrinsics serve only for instructions
+// without a generic form (bfloat16 dot products) or where GCC makes six of one (conversions between lane widths).
 #pragma once
 
 #include <algorithm>
@@ -64,7 +64,7 @@ inline uint32_t load_word(const bf16* pair) {
   return word;
 }
 
-// Each lane as bfloat16 bits, rounded as from_float rounds.
+// Rounds each lane to bfloat16 bits, as from_float does.
 inline Words round_bf16(Floats x) {
   const Words bits = as_words(x);
   const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -90,7 +90,7 @@ inline void store(Floats x, _Float16* p) {
 #endif
 }
 
-// The first `count` <= kLanes elements; the other lanes are 0. Costs nothing more where `count` is known to be kLanes.
+// Loads the first `count` <= kLanes elements; the other lanes are 0. Free if `count` is known to be kLanes.
 template <typename T>
 inline Floats load(const T* p, int64_t count) {
   if (count == kLanes) return load(p);
@@ -106,7 +106,7 @@ inline void store(Floats x, T* p, int64_t count) {
   std::memcpy(p, buffer, count * sizeof(T));
 }
 
-// Calls body(first element, elements) for each vector of `count` elements, the last one maybe not full.
+// Calls body(first element, elements) for each vector of `count` elements; the last one may be partial.
 template <typename Body>
 inline void for_each_vector(int64_t count, Body body) {
   int64_t i = 0;
@@ -129,7 +129,7 @@ inline void for_each_row_tile(int64_t rows, Body body) {
   }
 }
 
-// x rounded to T's precision.
+// Rounds x to T's precision.
 template <typename T>
 inline Floats round_to(Floats x) {
   if constexpr (std::is_same_v<T, float>) {
@@ -143,15 +143,15 @@ inline Floats round_to(Floats x) {
   }
 }
 
-// Asks for a line that is read soon, where the processor cannot guess it: pages, adapters. To be called for one line at a
-// time, between products: many requests at once fill the queue of misses and stop everything behind them. Into the second
-// level: what is worked on and what comes next would crowd the first.
+// Prefetches a cache line that the processor cannot predict (pages, adapters). Call it for one line at a time, between
+// products: many prefetches at once fill the miss queue and stall all later loads. Into L2, since both the current and
+// the next data would overfill L1.
 inline void request(const void* place) { __builtin_prefetch(place, 0, 2); }
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Words broadcast(uint32_t x) { return x - Words{}; }
 
-// sum + a·b. For words: pairs of bfloat16, both products of a pair added to the pair's lane.
+// Returns sum + a·b. Words are pairs of bfloat16; both products of a pair are added to its lane.
 inline Floats multiply_add(Floats sum, Floats a, Floats b) { return sum + a * b; }
 inline Floats multiply_add(Floats sum, Words a, Words b) {
 #if defined(__AVX512BF16__)
@@ -162,8 +162,8 @@ inline Floats multiply_add(Floats sum, Words a, Words b) {
 #endif
 }
 
-// sum[r][v] += factors[r·stride]·row[v]: a step of a register tile, a row of one operand for several of the other. Always
-// inlined: what it is given lies in registers.
+// sum[r][v] += factors[r·stride]·row[v]: one step of a register tile, a row of one operand times several of the other.
+// Always inlined: its arguments are in registers.
 template <int kRows, int kVectors, typename U, typename V>
 __attribute__((always_inline)) inline void add_products(Floats (&sum)[kRows][kVectors], const U* factors,
                                                         int64_t stride, const V (&row)[kVectors]) {
@@ -188,7 +188,7 @@ inline float sum_lanes(Floats x) {
 // out[i] = the sum of x[i]'s lanes.
 inline void sum_lanes4(const Floats (&x)[4], float* out) {
 #if defined(__AVX512F__)
-  // Halves of two vectors side by side, three times over: 4 vectors become one with a quarter of each sum in 4 lanes.
+  // Add halves of two vectors, three times: 4 vectors become one with a quarter of each sum in 4 lanes.
   const __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -210,8 +210,8 @@ inline float max_lanes(Floats x) {
 #endif
 }
 
-// exp(x), a relative error below 2e-7: 2^n · P(r) with x = n·ln 2 + r, |r| <= ln 2 / 2 (Cephes' expf). -inf gives 0, NaN
-// stays NaN, and results below the smallest normal number become 0.
+// exp(x) with a relative error below 2e-7: 2^n · P(r) with x = n·ln 2 + r, |r| <= ln 2 / 2 (Cephes' expf). -inf gives
+// 0, NaN stays NaN, and results below the smallest normal number become 0.
 inline Floats exp_lanes(Floats x) {
   const Floats bounded = x > 88.72f ? broadcast(88.72f) : x;  // a comparison with NaN is false: NaN passes
   const Floats shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: rounds to the nearest integer
@@ -229,8 +229,8 @@ inline Floats exp_lanes(Floats x) {
   return x > 88.72f ? broadcast(__builtin_inff()) : result;
 }
 
-// 2^x for x <= 0, a relative error below 5e-5: 2^n · P(r) with x = n + r, |r| <= 1/2, P the series of 2^r. NaN stays NaN;
-// below the smallest normal number, -inf included, comes 0.
+// 2^x for x <= 0 with a relative error below 5e-5: 2^n · P(r) with x = n + r, |r| <= 1/2, P the series of 2^r. NaN
+// stays NaN; results below the smallest normal number, also for -inf, become 0.
 inline Floats exp2_lanes(Floats x) {
 #if defined(__AVX512F__)
   const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -23,6 +23,6 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
     gate_up += row * 2 * size
     gate = tl.load(gate_up + columns, mask=is_in, other=0.0).to(tl.float32)
     up = tl.load(gate_up + size + columns, mask=is_in, other=0.0).to(tl.float32)
-    # The product is one of rounded numbers, as in torch.
+    # The factors are rounded first, as in torch.
     silu = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * size + columns, silu * up, mask=is_in)

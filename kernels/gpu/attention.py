@@ -1,14 +1,14 @@
 """Attention over pages in Triton. See kernels/attention.py.
 
-A tile's rows are queries and the heads that share one key-value head, so that a key is read once for all of them. Each
-row keeps the largest of its scores so far, the sum of their powers and the values that these weigh; both products run
-on the tile (FlashAttention-2, Dao 2023).
+A tile's rows are the queries of the heads that share one key-value head, so that each key is read once for all of them.
+Each row keeps its largest score so far, the sum of the powers and the values weighted by them; both products run on the
+tile (FlashAttention-2, Dao 2023).
 
-A decode step has few rows and long contexts, so contexts are cut into parts, each a program's, which a second kernel
-merges (Flash-Decoding, Dao et al. 2023). The host does not know the lengths: a step may be recorded once and replayed
-with others. It launches as many programs as the batch can need, and these find out among themselves who does what:
-every sequence has one part for each `part_size` keys it has begun, and the parts are numbered through. So no program
-has much more to do than another, however unequal the contexts are.
+A decode step has few rows and long contexts, so contexts are split into parts, one program each, and a second kernel
+merges them (Flash-Decoding, Dao et al. 2023). The host does not know the lengths: a step may be recorded once and
+replayed with other lengths. It launches as many programs as the batch can need, and each program derives its part from
+the lengths: every sequence has one part per `part_size` keys or fraction of it, and the parts are numbered
+consecutively. So the programs have similar amounts of work, however unequal the contexts are.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import triton.language as tl
 from lorafleet.kernels.gpu.device import num_multiprocessors
 from lorafleet.kernels.paged_kv import sizes
 
-_DECODES_EACH = 3  # programs of a decode step that a multiprocessor holds at once: shared memory is what limits them
-_BLOCK_BYTES = 16384  # of the keys that a decode step multiplies at once, and as many of values
-_BYTES_AHEAD = 65536  # of keys and values that a decode step has requested before it needs them
+_DECODES_EACH = 3  # decode programs that a multiprocessor holds at once, limited by shared memory
+_BLOCK_BYTES = 16384  # of keys that a decode step multiplies at once, and the same of values
+_BYTES_AHEAD = 65536  # of keys and values that a decode step prefetches
 
 
 def paged_attention(
@@ -40,7 +40,7 @@ def paged_attention(
     window: int,
     out_TQ: torch.Tensor,
 ) -> None:
-    assert scale > 0, "the largest score is looked for before it is scaled"
+    assert scale > 0, "the maximum is taken before scaling"
     num_seqs, num_rows = context_len_S.shape[0], q_TQ.shape[0]
     if not num_seqs:
         return
@@ -48,7 +48,7 @@ def paged_attention(
     group = num_q_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     element_size = q_TQ.element_size()
-    scale *= math.log2(math.e)  # powers are of 2
+    scale *= math.log2(math.e)  # the kernels use powers of 2
     constants = {
         "HEAD_DIM": head_dim,
         "PAGE_SIZE": page_size,
@@ -126,8 +126,8 @@ def paged_attention(
     )
 
 
-# Tiles are as large as registers allow on sm_90, but for a few bytes a thread (tests/compile_kernels.py shows what each
-# takes). Products of float32 are not the tensor cores' and hold whole rows in registers.
+# Tiles are as large as the registers of sm_90 allow, but for a few bytes per thread (tests/compile_kernels.py prints
+# the usage). Products of float32 do not use the tensor cores and hold whole rows in registers.
 
 
 def _decode_tile(block_d: int, element_size: int, group: int) -> dict[str, int]:
@@ -149,7 +149,7 @@ def _prefill_tile(block_d: int, element_size: int, seq_rows: int, is_windowed: b
         block_m, block_n, num_warps = (64, 64, 4) if seq_rows <= 64 else (128, 64 if is_windowed else 128, 8)
     else:
         block_m, block_n, num_warps = (128, 32, 8) if block_d == 256 else (32, 16, 4)
-    num_stages = 3  # with fewer, Triton requests a block's keys only when it is done with the block before
+    num_stages = 3  # with fewer, Triton requests a block's keys only after the previous block
     while block_n > 16 and (block_m + num_stages * 2 * block_n) * block_d * element_size > room:
         block_n //= 2
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
@@ -157,20 +157,20 @@ def _prefill_tile(block_d: int, element_size: int, seq_rows: int, is_windowed: b
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have; where there is no GPU, an H100's."""
+    """Return the shared memory per program in bytes; without a GPU, an H100's."""
     if device.type != "cuda":
         return 227 << 10
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 _BLOCK_SEQS = tl.constexpr(128)
-_MIN_PART_BLOCKS = tl.constexpr(4)  # fewer would cost more to start and to merge than they save
-_NO_SCORE = tl.constexpr(-1e30)  # not infinity, of which a difference would be NaN
+_MIN_PART_BLOCKS = tl.constexpr(4)  # fewer would cost more to start and merge than they save
+_NO_SCORE = tl.constexpr(-1e30)  # not -infinity, whose differences are NaN
 
 
 @triton.jit
 def _num_keys(context_len, first_seq, num_seqs, window, IS_WINDOWED: tl.constexpr):
-    """Of _BLOCK_SEQS sequences, how many keys the last query sees; none behind the last sequence."""
+    """Return the keys visible to the last query, for _BLOCK_SEQS sequences; 0 after the last sequence."""
     seq = first_seq + tl.arange(0, _BLOCK_SEQS)
     num_keys = tl.load(context_len + seq, mask=seq < num_seqs, other=0)
     if IS_WINDOWED:
@@ -180,7 +180,7 @@ def _num_keys(context_len, first_seq, num_seqs, window, IS_WINDOWED: tl.constexp
 
 @triton.jit
 def _part_size(context_len, num_seqs, spare_parts, window, IS_WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys of a part at most, whole blocks, such that there are fewer parts than num_seqs + spare_parts."""
+    """Return the maximum keys of a part, in whole blocks, so that there are fewer than num_seqs + spare_parts parts."""
     total = 0
     for first_seq in range(0, num_seqs, _BLOCK_SEQS):
         total += tl.sum(_num_keys(context_len, first_seq, num_seqs, window, IS_WINDOWED))
@@ -211,14 +211,14 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add to the rows' results the keys from `first` on, in blocks until one reaches `stop`.
+    """Add the keys from `first` on to the rows' results, in blocks until one reaches `stop`.
 
-    None at or behind `limit` is read. With IS_MASKED a block may reach there, and a row sees the keys up to its
-    `last_key`, with IS_WINDOWED the last `window` of these; else it sees all.
+    No key at or after `limit` is read. With IS_MASKED a block may extend past it, and a row sees the keys up to its
+    `last_key`, with IS_WINDOWED only the last `window` of these; otherwise it sees all.
     """
     column = tl.arange(0, BLOCK_D)
-    # A block's pages are looked up while the one before is computed with, and its keys, too, are requested early.
-    # Unsigned, positions are divided by a shift.
+    # A block's pages are looked up during the computation of the block before, so that its keys are requested early,
+    # too. Positions are unsigned, so that the division is a shift.
     next_key = first + tl.arange(0, BLOCK_N)
     next_page = tl.load(pages + next_key.to(tl.uint32) // PAGE_SIZE, mask=next_key < limit, other=0)
     for start in range(first, stop, BLOCK_N):
@@ -228,7 +228,7 @@ def _attend(
         next_page = tl.load(pages + next_key.to(tl.uint32) // PAGE_SIZE, mask=next_key < limit, other=0)
         place = page * (NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM) + key.to(tl.uint32) % PAGE_SIZE * HEAD_DIM
         place = place[:, None] + column[None, :]
-        # What no row sees is not read: it may be NaN, which as a value no weight makes 0.
+        # Keys that no row sees are not read: they may be NaN, and a NaN value times weight 0 is NaN.
         if IS_MASKED:
             is_in = (key < limit)[:, None] & (column < HEAD_DIM)[None, :]
             k = tl.load(k_head + place, mask=is_in, other=0.0)
@@ -286,7 +286,7 @@ def _decode(
     PAGE_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,  # of a tile
+    HEADS: tl.constexpr,  # heads per tile
     IS_WINDOWED: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -297,7 +297,7 @@ def _decode(
     TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     kv_head = tl.program_id(1) // TILES
     part_size = _part_size(context_len, num_seqs, spare_parts, window, IS_WINDOWED, BLOCK_N)
-    seq, first_part, num_parts = 0, 0, 0  # those before this part; `first_part` is the sequence's
+    seq, first_part, num_parts = 0, 0, 0  # sequences and parts before this one; `first_part`: the sequence's first
     for first_seq in range(0, num_seqs, _BLOCK_SEQS):
         own = tl.cdiv(_num_keys(context_len, first_seq, num_seqs, window, IS_WINDOWED), part_size)
         end = num_parts + tl.cumsum(own, 0)
@@ -312,7 +312,7 @@ def _decode(
     if IS_WINDOWED:
         num_keys = tl.minimum(num_keys, window)
     own_parts = tl.cdiv(num_keys, part_size)
-    # The sequence's parts are even, of whole blocks; being no longer than part_size, none leaves the last one empty.
+    # The sequence's parts are equal, in whole blocks. As none is longer than part_size, the last one is never empty.
     size = tl.cdiv(tl.cdiv(num_keys, own_parts), BLOCK_N) * BLOCK_N
     first = context - num_keys + (part - first_part) * size
     stop = tl.minimum(first + size, context)
@@ -430,7 +430,7 @@ def _prefill(
     PAGE_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,  # of a tile
+    HEADS: tl.constexpr,  # heads per tile
     IS_WINDOWED: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -439,11 +439,11 @@ def _prefill(
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
     TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    # A sequence's last block has the most keys. What takes longest starts first.
+    # A sequence's last block has the most keys. The longest blocks start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1) // TILES
-    # A sequence has the blocks from query_start // BLOCK_Q + seq to those of the next, which are as many as it needs
-    # or one more.
+    # A sequence's blocks begin at query_start // BLOCK_Q + seq and end where the next sequence's begin: as many as it
+    # needs, or one more.
     seq = -1
     for first_seq in range(0, num_seqs, _BLOCK_SEQS):
         ids = first_seq + tl.arange(0, _BLOCK_SEQS)
@@ -476,7 +476,7 @@ def _prefill(
     if IS_WINDOWED:
         first = tl.maximum(before + first_query + 1 - window, 0)
     else:
-        first = (before + first_query + 1) // BLOCK_N * BLOCK_N  # before it, all rows see all keys
+        first = (before + first_query + 1) // BLOCK_N * BLOCK_N  # all rows see all keys before it
         largest, total, values = _attend(
             q_tile,
             k_head,

@@ -1,4 +1,4 @@
-"""What the launches need to know of the device."""
+"""Properties of the device that launches depend on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-_INTERPRETED = 4  # so few that tests, which are small, see work divided
+_INTERPRETED = 4  # few, so that small tests divide work too
 
 
 @functools.cache

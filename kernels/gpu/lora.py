@@ -1,12 +1,12 @@
 """LoRA of many adapters in Triton: shrink, h = x·Aᵀ, then expand, y += h·B. See kernels/lora.py and lora_tiles.py.
 
-Both run over pieces at each adapter's own rank: blocks of the rank behind it are neither read nor multiplied. A launch
-does all slices of a fused linear. What bounds a step of few rows is reading A and B, so shrink splits the inputs over
-programs until the device has enough of them (split-K); each writes a part of h of its own, which expand sums, so that
+Both run over pieces at each adapter's own rank: blocks beyond that rank are neither read nor multiplied. One launch
+does all slices of a fused linear. A step of few rows is limited by reading A and B, so shrink splits the inputs over
+programs until the device is full (split-K). Each program writes its own part of h, and expand sums the parts, so that
 results do not depend on the order in which programs end.
 
-h is float32. Shrink multiplies in the adapters' dtype where the activations have it too, else in float32; expand in
-TF32, which keeps more of h than 16 bits would, or in float32 where that is the dtype.
+h is float32. Shrink multiplies in the adapters' dtype if the activations have it too, else in float32; expand in TF32,
+which keeps more of h than 16 bits would, or in float32 if that is the dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorafleet.kernels.lora_tiles import SMALL_ROWS, LoraTiles
 
 _BLOCK_RANK = 16
 _MAX_SPLITS = 16
-_PROGRAMS_EACH = 2  # for each multiprocessor
+_PROGRAMS_EACH = 2  # per multiprocessor
 
 
 def lora_add_(
@@ -198,7 +198,7 @@ def _expand(
     start, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
     if start >= end:
         return
-    # The block's slice: each begins with a block of its own.
+    # Find the block's slice; each slice begins with a new block.
     n, column, stop = -1, 0, 0
     slice_begin = 0
     for i in tl.static_range(NUM_SLICES):
@@ -211,7 +211,7 @@ def _expand(
     if n < 0:
         return
     rows = start + tl.arange(0, BLOCK_ROWS)
-    if IS_ALIGNED:  # in a form in which the compiler sees it
+    if IS_ALIGNED:  # written so that the compiler sees the alignment
         columns = column // 16 * 16 + tl.arange(0, BLOCK_OUT)
         stop = stop // 16 * 16
     else:
@@ -220,7 +220,7 @@ def _expand(
     sums = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     first, behind = tl.load(first_piece + tile), tl.load(first_piece + tile + 1)
     changes = tl.load(is_affine + tl.load(slot_of + first) * NUM_SLICES + n) != 0
-    renormalises = changes  # such rows have one piece
+    renormalises = changes  # these rows have one piece
     for piece in range(first, behind):
         slot = tl.load(slot_of + piece)
         own_rank = tl.load(rank + slot * NUM_SLICES + n)

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton: one program a row. See kernels/norm.py."""
+"""RMSNorm in Triton: one program per row. See kernels/norm.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _rms_norm(x, residual, weight, which, out, eps, size, ADDS: tl.constexpr, BL
     values = tl.load(x + row * size + columns, mask=is_in, other=0.0)
     if ADDS:
         values = values.to(tl.float32) + tl.load(residual + row * size + columns, mask=is_in, other=0.0).to(tl.float32)
-        values = values.to(residual.dtype.element_ty)  # what later layers see is what is normalised
+        values = values.to(residual.dtype.element_ty)  # normalise the rounded value that later layers see
         tl.store(residual + row * size + columns, values, mask=is_in)
     values = values.to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values) / size + eps)

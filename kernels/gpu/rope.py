@@ -1,4 +1,4 @@
-"""RoPE and the write of keys and values in Triton: one program a row and head. See kernels/rope.py."""
+"""RoPE and the write of keys and values in Triton: one program per row and head. See kernels/rope.py."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _rope_kv_write(
             weight = q_norm if is_query else k_norm
             if which is not None:
                 weight += tl.load(which + row).to(tl.int64) * HEAD_DIM
-            # Rounded before and after the product with the weight, as kernels/norm.py says.
+            # Rounded before and after the product with the weight, as in kernels/norm.py.
             a = (a * scale).to(first.dtype).to(tl.float32)
             b = (b * scale).to(first.dtype).to(tl.float32)
             a = (a * tl.load(weight + columns, mask=is_in, other=0.0).to(tl.float32)).to(first.dtype).to(tl.float32)

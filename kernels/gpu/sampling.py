@@ -1,13 +1,13 @@
-"""Sampling in Triton: two launches for all rows, whatever they need, and nothing that the host waits for.
+"""Sampling in Triton: two launches for all rows, whatever their options; the host waits for neither.
 
-The first looks for each chunk's best token. The second has one program a row, which ends there if the row is greedy.
-One that draws orders tokens by the bits of d = (max - x) / temperature: it is never negative, and so the bits of such
-numbers are in their order. What top_k and top_p keep are the tokens up to some d, and of those at it the first few;
-that d is found by halving the range of its bits, with a count, or a sum of weights, over the row each time. No row is
-sorted. See kernels/sampling.py for what is kept and drawn.
+The first finds each chunk's best token. The second has one program per row, which ends at once if the row is greedy. A
+program that draws orders tokens by the bits of d = (max - x) / temperature: d is never negative, and the bits of such
+numbers have the numbers' order. top_k and top_p keep the tokens up to some d, and the first few of those equal to it.
+That d is found by bisection of its bits, with a count or a sum of weights over the row at each step. No row is sorted.
+See kernels/sampling.py for the rules.
 
-A pass over a row of 128,000 logits reads 256 KB that the first launch has left in the cache; top_k and top_p take 31
-passes each, of rows that ask for them.
+A pass over a row of 128,000 logits reads 256 KB that the first launch left in the cache; top_k and top_p take 31 passes
+each, only for rows that use them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 _MAX_CHUNK = 4096
-_LARGEST_KEY = tl.constexpr(0x7F800000)  # of infinity
+_LARGEST_KEY = tl.constexpr(0x7F800000)  # the bits of infinity
 _NUM_BITS = tl.constexpr(31)
 
 
@@ -64,7 +64,7 @@ def sample_tokens(
 
 @triton.jit
 def _find_best(logits, row_stride, best, best_id, vocab_size, CHUNK: tl.constexpr):
-    """Each chunk's largest logit, and the first token that has it; NaN where one is NaN or +inf."""
+    """Store each chunk's largest logit and the first token that has it; NaN if any logit is NaN or +inf."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row.to(tl.int64) * row_stride + ids, mask=ids < vocab_size, other=float("-inf"))
@@ -79,7 +79,7 @@ def _find_best(logits, row_stride, best, best_id, vocab_size, CHUNK: tl.constexp
 
 @triton.jit
 def _distances(logits, ids, vocab_size, largest, temperature):
-    """d of some tokens, as numbers and as keys; of those behind the vocabulary, infinity."""
+    """Return d of some tokens, as numbers and as keys; infinity for ids after the vocabulary."""
     x = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
     d = tl.div_rn(largest - x, temperature + tl.zeros_like(x))
     return d, d.to(tl.int32, bitcast=True)
@@ -87,8 +87,8 @@ def _distances(logits, ids, vocab_size, largest, temperature):
 
 @triton.jit
 def _count(logits, vocab_size, largest, temperature, last_key, CHUNK: tl.constexpr):
-    """Tokens with a key up to `last_key`."""
-    counts = tl.zeros((CHUNK,), tl.int32)  # summed up once: a sum over threads waits for all of them
+    """Count the tokens with a key up to `last_key`."""
+    counts = tl.zeros((CHUNK,), tl.int32)  # reduced once: a reduction waits for all threads
     for begin in range(0, vocab_size, CHUNK):
         ids = begin + tl.arange(0, CHUNK)
         _, key = _distances(logits, ids, vocab_size, largest, temperature)
@@ -98,7 +98,7 @@ def _count(logits, vocab_size, largest, temperature, last_key, CHUNK: tl.constex
 
 @triton.jit
 def _weigh(logits, vocab_size, largest, temperature, last_key, edge, edge_weight, CHUNK: tl.constexpr):
-    """The weights of the tokens that are kept, of those with a key up to `last_key`; `edge_weight`: of those at it."""
+    """Sum the weights of the kept tokens with a key up to `last_key`; `edge_weight`: of those equal to `edge`."""
     weights = tl.zeros((CHUNK,), tl.float64)
     for begin in range(0, vocab_size, CHUNK):
         ids = begin + tl.arange(0, CHUNK)
@@ -109,7 +109,7 @@ def _weigh(logits, vocab_size, largest, temperature, last_key, edge, edge_weight
 
 @triton.jit
 def _weight_of(key, count):
-    """The weights of so many tokens with this key."""
+    """Return the weight of `count` tokens with this key."""
     each = tl.exp(-tl.where(count > 0, key, 0).to(tl.float32, bitcast=True))
     return each.to(tl.float64) * count
 
@@ -148,15 +148,15 @@ def _pick(
         return
     own = logits + row.to(tl.int64) * row_stride
 
-    # Kept: the tokens with a key below `edge`, and of those that have it the first `num_edge`; there are as many.
+    # Kept: the tokens with a key below `edge`, and the first `num_edge` of those equal to it; at least that many exist.
     min_p = tl.load(min_ps + row)
     edge = tl.where(min_p > 0.0, -tl.log(tl.maximum(min_p, 2e-38)), float("inf")).to(tl.int32, bitcast=True)
-    edge = tl.maximum(edge, 0) + 1  # of min_p 1 the logarithm may be -0.0
+    edge = tl.maximum(edge, 0) + 1  # for min_p 1 the logarithm may be -0.0
     num_edge = 0
     top_k = tl.load(top_ks + row)
     if (top_k > 0) & (top_k < vocab_size):
         k = top_k.to(tl.int32)
-        low, high, num_below = -1, edge * 0 + _LARGEST_KEY, 0  # the k-th has more than `low`, at most `high`
+        low, high, num_below = -1, edge * 0 + _LARGEST_KEY, 0  # the k-th key is above `low`, at most `high`
         for _ in range(_NUM_BITS):
             if high - low > 1:
                 middle = low + (high - low) // 2
@@ -188,7 +188,7 @@ def _pick(
         edge = high
 
     total = _weigh(own, vocab_size, largest, temperature, _LARGEST_KEY + 1, edge, _weight_of(edge, num_edge), CHUNK)
-    # Sums in another order may end a little below the total, and the target must not lie behind all tokens.
+    # Sums in another order may end slightly below the total, and the target must not lie past all tokens.
     target = tl.minimum(tl.load(uniforms + row) * total, total * (1.0 - 1e-14))
     before = total * 0.0
     num_before = num_edge * 0

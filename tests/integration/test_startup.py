@@ -82,7 +82,7 @@ def test_a_bad_adapter_names_itself_the_file_and_the_reason(what: str, tiny_mode
 def test_a_rank_over_the_limit_names_the_flag_and_the_value(tiny_model: Path) -> None:
     module = f"good={tiny_model.parent / 'good'}"
     output = failed(start(str(tiny_model), "--enable-lora", "--max-lora-rank", "2", "--lora-modules", module))
-    assert "rank 4, the limit is 2" in output and "--max-lora-rank 4" in output
+    assert "rank 4; the limit is 2" in output and "--max-lora-rank 4" in output
 
 
 def test_a_plan_that_cannot_fit_names_the_number_to_change(tiny_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""What tests of several kernels share."""
+"""Fixtures shared by the tests of several kernels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _helped() -> Iterator[None]:
-    """With more threads than most machines that run tests have cores free: they are put off in the middle of blocks."""
+    """More threads than most test machines have free cores, so that they are descheduled in the middle of blocks."""
     set_threads(3)
     yield
     set_threads(1)

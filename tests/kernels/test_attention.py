@@ -54,7 +54,7 @@ def test_attention_over_decodes_prefills_and_chunks(
     ids=str,
 )
 def test_decode_steps(shape: tuple[int, int, int, int], window: int, dtype: torch.dtype) -> None:
-    """One query each: the shortest context, around the ends of pages and blocks, and one of many parts."""
+    """One query each: the shortest context, lengths around page and block boundaries, and one of many parts."""
     contexts = [1, 7, 8, 9, 33, 1000, 63, 64, 65, 256, 257, 1]
     check([(1, context) for context in contexts], shape, dtype, window)
 
@@ -74,7 +74,7 @@ def test_one_sequence(queries: int, context: int, window: int) -> None:
 
 @pytest.mark.parametrize("num_queries", [1, 2])
 def test_many_sequences(num_queries: int) -> None:
-    """More than the Triton kernels look at together when they look for one."""
+    """More sequences than the Triton kernels process at once in their search for one."""
     lengths = [(1, 1 + s % 20) for s in range(135)]
     lengths[130] = (num_queries, 200)
     check(lengths, (1, 1, 16, 8), torch.float32)

@@ -1,6 +1,6 @@
-"""Which kernels a machine gets, and what becomes of compile errors, broken files and racing processes.
+"""Choice of the kernels for a machine; compile errors, broken files and racing processes.
 
-Compiled without optimisation, which takes a second where the real ones take ten or more.
+Compiled without optimisation, which takes one second instead of ten or more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorafleet.kernels.norm import rms_norm
 FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in build._FLAGS)
 WORST = build.supported_levels()[-1]
 RESULT = torch.tensor([[0.6, 0.8]]) * 2**0.5  # the norm of (3, 4)
-# What a process of its own says of the kernels: their file, whether they compute, and the warnings.
+# Run in a process of its own; prints the kernels' file, whether they compute, and the warnings.
 PROBE = f"""
 import pathlib, sys, warnings, torch
 from lorafleet.kernels import build, native
@@ -44,8 +44,8 @@ print(*(warning.message for warning in caught), sep="\\n")
 
 @pytest.fixture
 def unoptimised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, and quick builds into it. Returns the folder where the kernels will lie."""
-    native.library()  # this process's own are decided before
+    """An empty cache and quick builds into it. Returns the folder of the kernels."""
+    native.library()  # decide this process's own first
     monkeypatch.setattr(build, "_FLAGS", FLAGS)
     monkeypatch.setenv("LORAFLEET_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kernels"
@@ -53,7 +53,7 @@ def unoptimised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A copy of the C++ sources that may be changed."""
+    """A copy of the C++ sources that tests may change."""
     copy = tmp_path / "cpu"
     shutil.copytree(build.SOURCES, copy)
     monkeypatch.setattr(build, "SOURCES", copy)
@@ -61,7 +61,7 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def probe(cache: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start PROBE; it goes on when it is sent a line."""
+    """Start PROBE; it continues when it gets a line."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LORAFLEET_")}
     return subprocess.Popen(
         [sys.executable, "-c", PROBE],
@@ -73,7 +73,7 @@ def probe(cache: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
-    """(the library's file name, warnings) of each, let go together once all are ready."""
+    """Release all processes once all are ready; return (library's file name, warnings) of each."""
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in processes:

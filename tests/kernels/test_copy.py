@@ -14,7 +14,7 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def make_pairs(places: torch.Tensor, numbers: torch.Tensor) -> Pairs:
-    """Rows of slots in pieces that lie apart, from sources that lie apart too."""
+    """Pieces of slots that are not contiguous, from sources that are not contiguous."""
     source = torch.arange(600, dtype=torch.float32).bfloat16().view(20, 30)
     return [
         (places[:, :4, :30], source[:4]),
@@ -85,7 +85,7 @@ def test_staged_bytes_stand_in_for_the_storage() -> None:
     with forced(None):
         pairs = [(places, source[4:14].view(2, 5)[:, :4]), (numbers, torch.tensor([5, 6], dtype=torch.int32))]
         copies = Copies(pairs, source.untyped_storage())
-        staged = torch.full((70,), 255, dtype=torch.uint8)  # longer than this adapter, and not whole elements
+        staged = torch.full((70,), 255, dtype=torch.uint8)  # longer than this adapter, and no whole number of elements
         staged[:64] = (source + 100).view(torch.uint8)
         copies.run_from(2, staged)
     assert places[2].tolist() == [[104, 105, 106, 107], [109, 110, 111, 112]] and numbers[2].tolist() == [5, 6]

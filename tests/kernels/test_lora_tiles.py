@@ -1,4 +1,4 @@
-"""Segments as tiles and pieces, against the rows that they are made of."""
+"""Segments as tiles and pieces, compared with the rows they came from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Segments = list[tuple[int, int, int]]  # (first row, how many, slot)
 
 
 def rows_of(segments: Segments) -> Counter[tuple[int, int]]:
-    """How often each (row, slot) occurs."""
+    """Count each (row, slot)."""
     return Counter((row, slot) for start, length, slot in segments for row in range(start, start + length))
 
 

@@ -1,4 +1,4 @@
-"""How the C++ kernels are loaded, and the threads that run them."""
+"""Loading of the C++ kernels, and their threads."""
 
 from __future__ import annotations
 

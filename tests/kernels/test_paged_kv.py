@@ -1,4 +1,4 @@
-"""Where keys and values lie, in each of the layouts."""
+"""Places of keys and values in each layout."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("each_version")
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 4, 16), (9, 3, 64), (8, 1, 32), (2, 2, 128)])
 @pytest.mark.parametrize("num_norms", [0, 1, 4])
 def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int, num_norms: int) -> None:
-    """Without norms, with one of q and k each, or with one of each row's own."""
+    """No norms, one norm each for q and k, or one per row."""
     rows, pages, page = 21, 7, 8
     qkv = torch.randn(rows, (q_heads + 2 * kv_heads) * dim).to(dtype)
     angles = torch.rand(100, dim // 2) * 6

@@ -167,7 +167,7 @@ def test_temperatures_far_from_one(native: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 def test_no_random_number_leads_behind_the_last_token(native: bool) -> None:
-    """Also not the largest below 1, where a product is rounded up to the whole sum."""
+    """Also true for the largest number below 1, where a product rounds up to the whole sum."""
     sample = sample_tokens if native else sample_tokens_reference
     logits = torch.randn(300, 70)
     logits[:, 60:] = -torch.inf

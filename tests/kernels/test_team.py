@@ -1,4 +1,4 @@
-"""Threads that share out a job: one that is put off in the middle of a block holds nobody up and spoils nothing."""
+"""Threads that share a job: one that is descheduled in the middle of a block delays nobody and corrupts nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the worker's gRPC face share."""
+"""Fixtures shared by the tests of the worker's gRPC service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine's configuration comes to on its host."""
+"""Values that an engine's configuration derives from its host."""
 
 from __future__ import annotations
 

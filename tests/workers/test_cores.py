@@ -1,4 +1,4 @@
-"""How many cores a rank computes on, and which."""
+"""The number and choice of a rank's cores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ V1 = "/sys/fs/cgroup/cpu,cpuacct"
         ("0::/\n", {f"{V2}/cpu.max": "max 100000\n"}, None),
         ("0::/\n", {f"{V2}/cpu.max": "150000 100000\n"}, 1.5),
         ("0::/\n", {}, None),
-        # The tightest of a cgroup and those above it.
+        # The tightest of a cgroup and its ancestors.
         ("0::/pod/app\n", {f"{V2}/pod/app/cpu.max": "max 100000", f"{V2}/pod/cpu.max": "400000 100000"}, 4.0),
         ("0::/pod/app\n", {f"{V2}/pod/app/cpu.max": "50000 50000", f"{V2}/pod/cpu.max": "400000 100000"}, 1.0),
         # A container that sees its host's path, but its own cgroup as the root.
@@ -33,7 +33,7 @@ V1 = "/sys/fs/cgroup/cpu,cpuacct"
             3.0,
         ),
         ("3:cpuset:/a\n", {f"{V2}/cpuset/a/cpu.cfs_quota_us": "1", f"{V2}/cpuset/a/cpu.cfs_period_us": "1"}, None),
-        # What cannot be read is no quota.
+        # An unreadable quota counts as none.
         ("", {}, None),
         ("nonsense\n", {f"{V2}/cpu.max": "150000 100000"}, 1.5),
         ("0::/\n", {f"{V2}/cpu.max": "0 100000"}, None),
@@ -67,7 +67,7 @@ def test_ranks_of_a_host_take_cores_that_no_other_has(tmp_path: Path) -> None:
     allowed = {1, 3, 5, 6, 7}
     first, second = (claim_cores(2, allowed, tmp_path) for _ in range(2))
     assert (first.cores, second.cores) == ((1, 3), (5, 6))
-    # One core is left, two are wanted: the kernel decides where that rank runs, and the core stays free for another.
+    # One core is left, two are needed: the kernel decides where that rank runs, and the core stays free for another.
     third = claim_cores(2, allowed, tmp_path)
     assert third.cores == ()
     assert claim_cores(1, allowed, tmp_path).cores == (7,)

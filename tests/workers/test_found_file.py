@@ -1,4 +1,4 @@
-"""Files of others: only regular ones are opened, inside the roots, and no more of them is read than is allowed."""
+"""Files of others: only regular ones inside the roots are opened, and only up to the size limit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
 
 
 def test_a_fifo_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at it and its opening."""
+    """The FIFO appears between the check and the opening."""
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.setattr(found_file.os, "stat", lambda path: os.lstat(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""Ranges, types and empty values of what a caller may ask for: whatever it is, a named error that is short."""
+"""Ranges, types and empty values of a caller's parameters: every bad value gives a short, named error."""
 
 from __future__ import annotations
 

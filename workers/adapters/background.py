@@ -1,8 +1,8 @@
-"""Threads for what must not hold up the engine: reading, verifying, converting and copying adapters.
+"""Background threads that read, verify, convert and copy adapters, so that the engine does not wait.
 
-A read may hang for ever, on a network disk that does not answer, and no thread can be stopped. So a job that is slow
-does not count any more: others run beside it. One that exceeds its limit is given up: whoever waits for it is told,
-what it still returns is dropped, and its thread ends with it. Threads are daemons, so that a process can end meanwhile.
+A read may hang forever on an unresponsive network disk, and no thread can be killed. So a slow job stops counting
+against the pool's size: others run beside it. A job that exceeds its limit is abandoned: its future fails, its late
+result is dropped, and its thread ends with it. Threads are daemons, so the process can exit meanwhile.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 
 from lorafleet.workers.errors import AdapterUnavailableError, DrainingError, LoRAFleetError
 
-SLOW_S = 1.0  # a job that has run for so long does not count
-MAX_SLOW = 128  # jobs that do not count
-CLOSE_S = 2.0  # that `close` waits for running jobs
-_IDLE_S = 10.0  # after which a thread without work ends
-# Measured with benchmarks/stalls.py on two busy cores: 0 lets a load take half of a core from a step, 19 makes it wait
-# for seconds.
+SLOW_S = 1.0  # a job that has run this long stops counting
+MAX_SLOW = 128  # jobs that do not count at one time
+CLOSE_S = 2.0  # how long `close` waits for running jobs
+_IDLE_S = 10.0  # an idle thread ends after this long
+# Measured with benchmarks/stalls.py on two busy cores: at 0 a load takes half a core from a step, at 19 it
+# waits for seconds.
 _NICE = 10
 
 _T = TypeVar("_T")
@@ -41,13 +41,13 @@ class _Job:
     what: str
     drop: Callable[[Any], object] | None
     began: float = 0.0
-    is_slow: bool = False  # it does not count
-    is_over: bool = False  # its future has an outcome, or is about to get one
+    is_slow: bool = False  # does not count against the pool's size
+    is_over: bool = False  # its future has, or is about to get, an outcome
     is_given_up: bool = False
 
 
 class BackgroundThreads:
-    """A pool whose threads give way to the engine's. Jobs start in the order that they came in.
+    """A thread pool with lower priority than the engine's threads. Jobs start in submission order.
 
     `clock` is for tests, which call `look` themselves.
     """
@@ -60,7 +60,7 @@ class BackgroundThreads:
         max_slow: int = MAX_SLOW,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """num_threads: jobs that run side by side and count. max_slow: those that run beside them and do not."""
+        """num_threads: jobs that run at once and count. max_slow: slow jobs that run beside them and do not count."""
         self._num_threads = num_threads
         self._name = name
         self._max_slow = max_slow
@@ -88,12 +88,12 @@ class BackgroundThreads:
     ) -> Future[_T]:
         """Run `work` on a thread.
 
-        limit_s: after so long it is given up, and the future fails with `AdapterUnavailableError`. what: the subject of
-        that message. done: called with the future when it is done, by a thread of this pool, never by the caller's.
-        drop: called with what `work` returned after it was given up.
+        limit_s: after this long the job is abandoned and the future fails with `AdapterUnavailableError`. what: the
+        subject of that message. done: called with the finished future on one of this pool's threads, never the
+        caller's. drop: called with a result that came after the job was abandoned.
         """
         future: Future[_T] = Future()
-        future.set_running_or_notify_cancel()  # nobody who waits can cancel it
+        future.set_running_or_notify_cancel()  # a waiter cannot cancel it
         if done is not None:
             future.add_done_callback(done)
         with self._lock:
@@ -107,12 +107,12 @@ class BackgroundThreads:
 
     @property
     def num_given_up(self) -> int:
-        """Jobs that still run though nobody waits for them any more."""
+        """Return the number of abandoned jobs that still run."""
         with self._lock:
             return sum(job.is_given_up for job in self._running)
 
     def look(self) -> None:
-        """Find the jobs that are slow and those to be given up."""
+        """Mark jobs that have become slow, and abandon those over their limit."""
         ended: list[tuple[_Job, LoRAFleetError]] = []
         with self._lock:
             now = self._clock()
@@ -134,12 +134,12 @@ class BackgroundThreads:
             job.future.set_exception(error)
 
     def wait(self, wait_s: float) -> bool:
-        """Until nothing is to be done any more but what was given up; whether that is so."""
+        """Wait until only abandoned jobs are left; return whether that is so."""
         with self._lock:
             return self._has_ended.wait_for(self._is_done, wait_s)
 
     def close(self, wait_s: float = CLOSE_S, *, drops: bool = True) -> None:
-        """Wait for what runs, for so long at most, and give up the rest. drops: what has not begun, at once."""
+        """Wait at most `wait_s` for running jobs and abandon the rest. drops: fail jobs that have not begun at once."""
         lost: list[_Job] = []
         with self._lock:
             self._is_closed = True
@@ -157,11 +157,11 @@ class BackgroundThreads:
             job.future.set_exception(_closed())
 
     def _is_done(self) -> bool:
-        """The lock is held."""
+        """Return whether only abandoned jobs are left. The lock is held."""
         return not self._queue and all(job.is_given_up for job in self._running)
 
     def _staff(self) -> None:
-        """Have a thread for the last job in line, if there may be one more. The lock is held."""
+        """Wake or start a thread for the last queued job if the pool has room. The lock is held."""
         if len(self._queue) <= self._num_idle:
             self._has_work.notify()
         elif self._num_up - self._num_slow < self._num_threads:
@@ -172,12 +172,12 @@ class BackgroundThreads:
                 threading.Thread(target=self._watch, name=f"{self._name}-watch", daemon=True).start()
 
     def _are_all_lost(self) -> bool:
-        """Whether no thread will ever take a job, as far as anybody knows. The lock is held."""
+        """Return whether all threads hang, so that queued jobs may never run. The lock is held."""
         is_full = self._num_up - self._num_slow >= self._num_threads
         return is_full and len(self._running) == self._num_up and all(job.is_given_up for job in self._running)
 
     def _run(self) -> None:
-        """A thread's life."""
+        """Run jobs until this thread is not needed."""
         _give_way()
         while (job := self._next()) is not None:
             try:
@@ -190,12 +190,12 @@ class BackgroundThreads:
                     job.future.set_result(result)
                 elif job.drop is not None:
                     job.drop(result)
-                del result  # it may be large, and the next job far away
+                del result  # may be large, and the next job may come late
             self._end(job)
             del job
 
     def _next(self) -> _Job | None:
-        """Wait for a job. None: this thread is one too many, or has waited for long."""
+        """Wait for a job. Return None if this thread is surplus or has been idle for long."""
         with self._lock:
             while True:
                 is_surplus = self._num_up - self._num_slow > self._num_threads
@@ -212,14 +212,14 @@ class BackgroundThreads:
             return job
 
     def _wait(self) -> bool:
-        """For work. False: there is none."""
+        """Wait for work; return whether there is some."""
         self._num_idle += 1
         was_told = not self._is_closed and self._has_work.wait(_IDLE_S)
         self._num_idle -= 1
         return bool(self._queue) or (was_told and not self._is_closed)
 
     def _is_wanted(self, job: _Job) -> bool:
-        """Whether a job that has ended is to have its outcome, and was not given up."""
+        """Mark a job that has ended; return whether its outcome is wanted, since it was not abandoned."""
         with self._lock:
             is_wanted, job.is_over = not job.is_over, True
             return is_wanted
@@ -231,7 +231,7 @@ class BackgroundThreads:
             self._has_ended.notify_all()
 
     def _watch(self) -> None:
-        """Look several times while a job becomes slow, for as long as jobs run."""
+        """Call `look` several times per `SLOW_S` for as long as jobs run."""
         while True:
             with self._lock:
                 self._has_begun.wait_for(lambda: self._running or self._is_closed, _IDLE_S)
@@ -244,7 +244,7 @@ class BackgroundThreads:
 
 def _given_up(job: _Job) -> AdapterUnavailableError:
     return AdapterUnavailableError(
-        f"{job.what} has taken more than {job.limit_s:.3g} s and is given up: the storage may not answer. Try again "
+        f"{job.what} took more than {job.limit_s:.3g} s and was given up: the storage may not respond. Try again "
         "later.",
         param="model",
     )
@@ -252,7 +252,7 @@ def _given_up(job: _Job) -> AdapterUnavailableError:
 
 def _all_lost(num_hung: int) -> AdapterUnavailableError:
     return AdapterUnavailableError(
-        f"{num_hung} reads of adapters hang, and no other is begun until one of them ends. Try again later.",
+        f"{num_hung} reads of adapters hang; no other can begin until one of them ends. Try again later.",
         param="model",
     )
 
@@ -262,8 +262,8 @@ def _closed() -> DrainingError:
 
 
 def _give_way() -> None:
-    # Without OpenMP teams of their own: two teams that share the cores slow each other at every barrier.
+    # No OpenMP teams of their own: two teams that share cores slow each other down at every barrier.
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        nice = os.getpriority(os.PRIO_PROCESS, os.getpid()) + _NICE  # not this thread's, which may be of a pool's
+    if sys.platform == "linux":  # where each thread has its own priority
+        nice = os.getpriority(os.PRIO_PROCESS, os.getpid()) + _NICE  # not this thread's own, maybe a pool's
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

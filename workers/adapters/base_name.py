@@ -1,4 +1,4 @@
-"""Whether an adapter's config names the base model that it is to be served on."""
+"""Comparison of an adapter's declared base model with the model that is served."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import PurePath
 
 
 def is_same_base(model: str, named: str | None) -> bool:
-    """By the last part of each name, whatever its case. model: a directory, a folder of the hub's cache, or a file.
+    """Return whether both names end in the same part, ignoring case; true if the config names no base model.
 
-    True where the config names none.
+    model: a directory, a folder of the hub's cache, or a file.
     """
     return not named or _last_part(model) == _last_part(named)
 

@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json, checked: everything in it is applied, neutral or refused with a reason.
+"""PEFT's adapter_config.json, checked: every field is applied, neutral or refused with a reason.
 
-Which linears an adapter changes is read off its tensors (format.py); the config says how much.
+The tensors say which linears an adapter changes (format.py); the config says by how much.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _MAX_NAMES = 1024  # of `modules_to_save` and the like
 _MAX_RANK = 1 << 20
 _MAX_TOKEN_ID = (1 << 31) - 1
 
-# Fields of PEFT's LoraConfig (and of those who write it) that say how the adapter was made or which modules it touches
-# (its tensors tell that), and change nothing of what it computes.
+# Fields of PEFT's LoraConfig (and of other writers) that describe how the adapter was made, or which modules it touches
+# (the tensors show that). They do not change what it computes.
 _NEUTRAL = frozenset(
     [
         "_from_model_config",
@@ -69,14 +69,14 @@ _APPLIED = frozenset(
         "use_rslora",
     ]
 )
-# Initialisations that rewrite the base weights, on which the adapter then relies.
+# Initialisations that rewrite the base weights; such an adapter is only valid on the rewritten ones.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LARGEST = 3.4e38  # float32, in which scalings are computed
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What a config says about the weights. A module is named as in the base model, `model.layers.0.mlp.up_proj`."""
+    """A config's effect on the weights. Modules are named as in the base model: `model.layers.0.mlp.up_proj`."""
 
     base_model_name: str | None
     lora_rank: int
@@ -84,40 +84,40 @@ class AdapterConfig:
     use_rslora: bool
     use_dora: bool = False  # Liu et al. 2024
     lora_bias: bool = False  # B has a bias
-    trains_bias: bool = False  # the base model's biases, where it has some, are the adapter's own
-    ranks: Mapping[str, int] = field(default_factory=dict, hash=False)  # of modules that a pattern names
+    trains_bias: bool = False  # the adapter replaces the base model's biases, if any
+    ranks: Mapping[str, int] = field(default_factory=dict, hash=False)  # of modules matched by a pattern
     alphas: Mapping[str, float] = field(default_factory=dict, hash=False)
-    modules_to_save: tuple[str, ...] = ()  # ends of names of modules whose whole weights are the adapter's own
-    trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # by ends of names: the ids whose rows are its own
-    ensure_weight_tying: bool = False  # what is the embedding's own is the head's too, if the base model ties them
-    # Activated LoRA (Greenewald et al. 2025): it is applied from where these last begin in a prompt. Empty: everywhere.
+    modules_to_save: tuple[str, ...] = ()  # suffixes of modules whose whole weight is replaced
+    trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # by module suffix: the ids whose rows are replaced
+    ensure_weight_tying: bool = False  # the head follows the embedding if the base ties them
+    # Activated LoRA (Greenewald et al. 2025): applied from the last occurrence of these in a prompt. Empty: everywhere.
     invocation_tokens: tuple[int, ...] = ()
 
     @property
     def other_base(self) -> str:
-        """For a message about what does not fit the base model."""
+        """Return a hint for messages about an adapter that does not fit the base model."""
         named = f" {CONFIG_FILE} names {quoted(self.base_model_name)}." if self.base_model_name else ""
         return f"Was it trained for another base model?{named}"
 
     def saves(self, module: str) -> bool:
-        """Whether the module's whole weight is the adapter's own."""
+        """Return whether the adapter replaces the module's whole weight."""
         return any(module.endswith(end) for end in self.modules_to_save)
 
     def rank(self, module: str) -> int:
-        """The first pattern that names the module decides, as in PEFT."""
+        """Return the module's rank. The first pattern that matches it decides, as in PEFT."""
         return self.ranks.get(module, self.lora_rank)
 
     def scaling(self, module: str) -> float:
-        """What B·A·x is multiplied with: alpha / r, or alpha / √r with rsLoRA (Kalajdzievski 2023)."""
+        """Return the factor of B·A·x: alpha / r, or alpha / √r with rsLoRA (Kalajdzievski 2023)."""
         alpha = self.alphas.get(module, self.lora_alpha)
         rank = self.rank(module)
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
 def read_config(folder: AdapterFolder, modules: Sequence[str]) -> AdapterConfig:
-    """modules: of the base model, which patterns may name.
+    """Read and check a folder's config. modules: the base model's, which patterns may match.
 
-    Raises `AdapterRefusedError`: no adapter, no LoRA, or something that is not applied.
+    Raises `AdapterRefusedError` for a folder without an adapter, another method than LoRA, or an unsupported option.
     """
     data = folder.read(CONFIG_FILE, MAX_CONFIG_BYTES)
     if data is None:
@@ -156,7 +156,7 @@ def read_config(folder: AdapterFolder, modules: Sequence[str]) -> AdapterConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Checks:
-    """Of the fields of one file: what they mean. All raise `AdapterRefusedError`."""
+    """Checks of one file's fields; each returns the field's meaning. All raise `AdapterRefusedError`."""
 
     folder: AdapterFolder
 
@@ -174,9 +174,7 @@ class _Checks:
         for name, value in fields.items():
             if name in _NEUTRAL or name in _APPLIED or not value:
                 continue
-            raise self.refused(
-                f"asks for {cut(name)}={quoted(value)}, which is not supported (yet).", "unsupported_feature"
-            )
+            raise self.refused(f"asks for {cut(name)}={quoted(value)}, which is not supported.", "unsupported_feature")
 
     def switch(self, fields: Mapping[str, Any], name: str) -> bool:
         value = fields.get(name)
@@ -203,7 +201,7 @@ class _Checks:
     def by_module(
         self, fields: Mapping[str, Any], name: str, modules: Sequence[str], check: Callable[[str, Any], _T]
     ) -> dict[str, _T]:
-        """The first pattern that names a module decides, as in PEFT."""
+        """Return the value per module. The first pattern that matches a module decides, as in PEFT."""
         pattern = fields.get(name) or {}
         if not isinstance(pattern, dict):
             raise self.refused(f"has {name}={quoted(pattern)}; it must be an object of module names.")
@@ -229,7 +227,7 @@ class _Checks:
         return tuple(value)
 
     def trainable_tokens(self, value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """A list alone is of the embedding."""
+        """Return the trained ids by module suffix. A bare list is for the embedding."""
         by_module = {"embed_tokens": value} if isinstance(value, list) else value
         if not isinstance(by_module, dict):
             raise self.refused(f"has trainable_token_indices={quoted(value)}; it must be a list or an object.")

@@ -1,9 +1,9 @@
-"""An adapter's identity is its content: what changes the mathematics, and nothing else.
+"""Identity of an adapter: a digest of its content, of everything that changes the mathematics and nothing else.
 
-Names, paths, key style, dropout and the like do not count, so that the same weights under two names are one adapter and
-a changed file under an old name is another.
+Names, paths, key style, dropout and the like do not count. So the same weights under two names are one adapter, and a
+changed file under an old name is another.
 
-Also what makes hashing a file a second time unnecessary: proof that it did not change.
+Also owns `FileStamp`: proof that a file did not change, which saves hashing it again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import IO
 
 import torch
 
-_TICK_NS = 20_000_000  # longer than any tick of the clock that files are stamped with (1 to 10 ms)
+_TICK_NS = 20_000_000  # longer than any tick of the file system's clock (1 to 10 ms)
 
 
 class AdapterHash:
-    """SHA-256 over each tensor's place, scaling, dtype, shape and bytes, added in canonical order; then over notes."""
+    """SHA-256 over each tensor's place, scaling, dtype, shape and bytes in canonical order, then over notes."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256(b"lorafleet adapter 2\0")
@@ -32,7 +32,7 @@ class AdapterHash:
         self._hash.update(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def note(self, text: str) -> None:
-        """Something besides the tensors that changes the mathematics. Tensors come before all notes."""
+        """Add something other than a tensor that changes the mathematics. All tensors must be added before."""
         self._hash.update(f"\0{len(text)}\0{text}".encode())
 
     def hexdigest(self) -> str:
@@ -41,10 +41,10 @@ class AdapterHash:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What the file system says of a file's content: a file whose stamp is the same has the same bytes.
+    """The file system's record of a file's content: the same stamp means the same bytes.
 
-    The change time makes it proof: every write sets it, and unlike the modification time it cannot be set back. But two
-    changes within one tick of its clock look the same, so `settle` before reading what the stamp is to vouch for.
+    The change time makes this proof: every write sets it, and unlike the modification time it cannot be set back. But
+    two changes within one clock tick look the same, so call `settle` before reading content that a stamp must prove.
     """
 
     device: int
@@ -59,9 +59,9 @@ class FileStamp:
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
     def settle(self) -> bool:
-        """Wait, for 20 ms at most, until the clock has ticked since the last change.
+        """Wait, at most 20 ms, until the clock has ticked since the last change.
 
-        False where the stamp proves nothing even then: it has whole seconds, or is of a clock that is ahead of ours.
+        Return False if the stamp proves nothing even then: it has whole seconds, or its clock is ahead of ours.
         """
         age_ns = time.time_ns() - self.changed_ns
         if age_ns < 0 or self.changed_ns % 1_000_000_000 == 0:

@@ -1,4 +1,4 @@
-"""An adapter's directory: its files by name, opened and read within bounds, and how messages name it."""
+"""An adapter's directory: its files by name, opened and read within bounds, and its name in messages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MAX_ENTRIES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """path: where it really lies. shown: as the caller named it, all that a message may tell of that.
+    """path: the real location. shown: the caller's name for it, the only one that messages may contain.
 
-    roots: its files must really lie below one of these; none: anywhere. place: what finds the same directory again, on
+    roots: the files' real paths must lie below one of these; empty: anywhere. place: finds the same directory again on
     any worker: an absolute path, or a hub id with its revision.
     """
 
@@ -38,11 +38,11 @@ class AdapterFolder:
         return self.shown
 
     def shown_file(self, name: str) -> Path:
-        """For messages."""
+        """Return a file's path for messages."""
         return Path(self.shown) / cut(name)
 
     def names(self) -> list[str]:
-        """What lies in it, sorted. Raises `AdapterRefusedError`."""
+        """Return the names in it, sorted. Raises `AdapterRefusedError`."""
         try:
             with os.scandir(self.path) as entries:
                 names = [entry.name for entry in islice(entries, _MAX_ENTRIES + 1)]
@@ -59,11 +59,11 @@ class AdapterFolder:
         return sorted(names)
 
     def open(self, name: str) -> IO[bytes]:
-        """Raises `OSError`, of which `FoundFileError` may be shown."""
+        """Open a file. Raises `OSError`; the text of a `FoundFileError` may be shown."""
         return open_found(self.path / name, self.roots)
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
-        """A file's content; None where there is none. Raises `AdapterRefusedError`."""
+        """Return a file's content; None if it does not exist. Raises `AdapterRefusedError`."""
         try:
             return read_found(self.path / name, max_bytes, self.roots)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a thing is that is no PEFT adapter in safetensors, and what to do about it: the rest of sentences for people."""
+"""Descriptions of inputs that are not PEFT adapters in safetensors, with advice: predicates of sentences for users."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _NUM_NAMED = 5
 
 
 def describe(path: Path, names: Sequence[str]) -> tuple[str, str]:
-    """(what a directory without a config is, reason code)."""
+    """Return (description of a directory without a config, reason code)."""
     found = set(names)
     gguf = next((name for name in names if name.lower().endswith(".gguf")), None)
     if gguf is not None:
         return f"holds a GGUF file ({cut(gguf)}); GGUF adapters are not supported. {_WANTED}.", "gguf"
     if "adapters.safetensors" in found or "adapters.npz" in found:
-        return f"holds an adapter of MLX; such are not supported. {_MLX_ADVICE}", "mlx"
+        return f"holds an MLX adapter; these are not supported. {_MLX_ADVICE}", "mlx"
     folders = _with(CONFIG, path, names)
     if folders:
         return (
-            f"has no {CONFIG}, but adapters lie in it: {_listed(folders)}. Give the path of one of them.",
+            f"has no {CONFIG}, but its folders hold adapters: {_listed(folders)}. Give the path of one of them.",
             "adapter_in_subfolder",
         )
     if "config.json" in found and any(map(_WHOLE_MODEL.fullmatch, names)):
@@ -62,16 +62,16 @@ _SAVE_ADVICE = "Save the adapter with PEFT's save_pretrained(), all shards gathe
 
 
 def foreign_config(fields: Mapping[str, Any]) -> str | None:
-    """What an adapter_config.json without PEFT's type is of; None: nothing that is known."""
+    """Return what an adapter_config.json without PEFT's type belongs to; None if unknown."""
     if "lora_parameters" in fields or "fine_tune_type" in fields:
-        return f"is of an adapter of MLX; such are not supported. {_MLX_ADVICE}"
+        return f"belongs to an MLX adapter; these are not supported. {_MLX_ADVICE}"
     if "architectures" in fields and "model_type" in fields:
         return "is the config of a whole model, not of an adapter. Serve the model as MODEL."
     return None
 
 
 def missing_weights(names: Sequence[str], path: Path) -> tuple[str, str]:
-    """(what a directory with a config but no weights has instead, reason code)."""
+    """Return (what a directory with a config but no weights has instead, reason code)."""
     pickle = next((name for name in names if name.endswith(_PICKLES)), None)
     shard = next((name for name in names if _SHARD.fullmatch(name)), None)
     if shard is not None:
@@ -82,12 +82,12 @@ def missing_weights(names: Sequence[str], path: Path) -> tuple[str, str]:
         )
     if pickle is not None:
         return (
-            f"has no {WEIGHTS} but {cut(pickle)}, a pickle, which is never read since it can run code. Save the "
+            f"has no {WEIGHTS} but {cut(pickle)}, a pickle, which is never read because it can run code. Save the "
             "adapter with safetensors.",
             "pickle",
         )
     if "adapters.safetensors" in names or "adapters.npz" in names:
-        return f"holds an adapter of MLX; such are not supported. {_MLX_ADVICE}", "mlx"
+        return f"holds an MLX adapter; these are not supported. {_MLX_ADVICE}", "mlx"
     gguf = next((name for name in names if name.lower().endswith(".gguf")), None)
     if gguf is not None:
         return f"holds a GGUF file ({cut(gguf)}); GGUF adapters are not supported. {_WANTED}.", "gguf"
@@ -100,13 +100,13 @@ def missing_weights(names: Sequence[str], path: Path) -> tuple[str, str]:
 
 
 def describe_repository(files: Sequence[str]) -> tuple[str, str] | None:
-    """What a repository of the hub without an adapter at its top has instead, by all names; None: nothing known."""
+    """Return what a hub repository without an adapter at its top has instead, given all names; None if unknown."""
     top = {name for name in files if "/" not in name}
     folders = sorted({name.rpartition("/")[0] for name in files if name.endswith(f"/{CONFIG}")})
     if CONFIG not in top and folders:
         return (
-            f"has no {CONFIG} at its top, but adapters lie in it: {_listed(folders)}. Download one of these folders "
-            "and give its path.",
+            f"has no {CONFIG} at its top, but its folders hold adapters: {_listed(folders)}. Download one of these "
+            "folders and give its path.",
             "adapter_in_subfolder",
         )
     if CONFIG in top and WEIGHTS not in top:
@@ -117,19 +117,19 @@ def describe_repository(files: Sequence[str]) -> tuple[str, str] | None:
 
 
 def describe_file(path: Path, shown: str) -> str:
-    """What a file is that was given in place of a directory."""
+    """Return what a file is that was given instead of a directory."""
     head = head_of(path)
     if head.startswith(b"GGUF"):
         return f"is a GGUF file; GGUF adapters (GGUF LoRA) are not supported. {_WANTED}."
     if head.startswith(LFS_POINTER):
         return f"{LFS_ADVICE}."
     if Path(shown).name in (CONFIG, WEIGHTS):
-        return "is a file; give the adapter's directory, in which it lies."
-    return f"is a file; give the adapter's directory, with {CONFIG} and {WEIGHTS}."
+        return "is a file; give the adapter's directory that contains it."
+    return f"is a file; give the adapter's directory with {CONFIG} and {WEIGHTS}."
 
 
 def describe_head(head: bytes) -> tuple[str, str] | None:
-    """(what a file with this beginning is instead of safetensors, reason code); None: nothing that is known."""
+    """Return (what a file with these first bytes is instead of safetensors, reason code); None if unknown."""
     if head.startswith(LFS_POINTER):
         return LFS_ADVICE, "git_lfs_pointer"
     if head.startswith(b"GGUF"):
@@ -137,12 +137,12 @@ def describe_head(head: bytes) -> tuple[str, str] | None:
     if head[:2] == b"PK" or head[:1] == b"\x80":  # torch's zip, or a bare pickle
         return "is a pickle under another name, which is never read", "pickle"
     if head.lstrip()[:9].lower() in (b"<!doctype", b"<html") or head.lstrip()[:5].lower() == b"<html":
-        return "is a web page, not the file that was to be downloaded", "bad_safetensors"
+        return "is a web page, not the file to be downloaded", "bad_safetensors"
     return None
 
 
 def head_of(path: Path, roots: Sequence[Path] = ()) -> bytes:
-    """The first bytes of a file; none of one that cannot be read."""
+    """Return the first bytes of a file; none if it cannot be read."""
     try:
         with open_found(path, roots) as file:
             return file.read(64)
@@ -151,7 +151,7 @@ def head_of(path: Path, roots: Sequence[Path] = ()) -> bytes:
 
 
 def _with(file: str, path: Path, names: Sequence[str]) -> list[str]:
-    """The folders among `names` that have a file."""
+    """Return the folders among `names` that contain `file`."""
     try:
         return [name for name in names if (path / name / file).is_file()]
     except OSError:
@@ -164,7 +164,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _by_number(names: Sequence[str]) -> list[str]:
-    """The newest checkpoint, that of the highest number, first."""
+    """Sort by trailing number, the highest (the newest checkpoint) first."""
 
     def number(name: str) -> int:
         digits = re.search(r"\d{1,9}$", name)

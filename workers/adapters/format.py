@@ -1,8 +1,8 @@
-"""A PEFT LoRA directory, verified, and turned into what a slot can hold.
+"""A PEFT LoRA directory, verified and converted to what a slot can hold.
 
-Strict: what an adapter asks for is applied in full or refused with a reason. Leaves to others: the config's fields
-(config.py), the weights file (weights_file.py), finding the directory (sources/adapters.py), keeping loaded adapters
-(store.py), slots (model/lora.py).
+Strict: everything an adapter asks for is applied in full or refused with a reason. Leaves to others: the config's
+fields (config.py), the weights file (weights_file.py), finding the directory (sources/adapters.py), keeping loaded
+adapters (store.py), slots (model/lora.py).
 """
 
 from __future__ import annotations
@@ -47,32 +47,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """A verified adapter on disk; enough to load it again. Small, since thousands are kept."""
+    """A verified adapter on disk: all that is needed to load it again. Small, since thousands are kept."""
 
-    digest: str  # identity: the tensors' bytes, and what the config makes of them
+    digest: str  # identity: the tensors' bytes and the config's effect on them
     path: Path
     config: AdapterConfig
-    lora_rank: int  # the highest of its modules
+    lora_rank: int  # the highest among its modules
     num_elements: int  # of matrices: A, B, and rows of embedding and head
     num_vector_elements: int = 0  # of biases and magnitudes
-    num_norm_elements: int = 0  # of norms in place of the base model's
+    num_norm_elements: int = 0  # of norms that replace the base model's
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     files: tuple[TensorFile, ...] = ()
     source: AdapterFolder | None = field(default=None, compare=False)  # None: the path, as it is
 
     @property
     def folder(self) -> AdapterFolder:
-        """Where its files are, and how messages name it."""
+        """Return where its files are and how messages name them."""
         return self.source or AdapterFolder.at(self.path)
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that requests for this adapter may hold: the base model's, and those that it adds."""
+        """Return the number of token ids valid in its requests: the base model's plus those it adds."""
         return self.vocabulary.size
 
     @property
     def beyond_lora(self) -> str:
-        """What it has besides A and B of linears, for people; empty: nothing."""
+        """Return what it has besides A and B of linears, for messages; empty: nothing."""
         parts = []
         if self.num_vector_elements:
             parts.append("DoRA" if self.config.use_dora else "biases")
@@ -84,35 +84,35 @@ class AdapterSpec:
 
     @property
     def not_composable(self) -> str:
-        """Why it cannot be one of several adapters of a request, for people; empty: it can."""
+        """Return why it cannot be composed with other adapters, for messages; empty: it can."""
         return self.beyond_lora or ("invocation tokens" if self.config.invocation_tokens else "")
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """In host memory: matrices in `dtype`; vectors as they were read, in float32, and DoRA's norms as long."""
+        """Return its host memory: matrices in `dtype`; vectors, and DoRA's norms of their length, in float32."""
         return self.num_elements * dtype.itemsize + self.num_vector_elements * 12 + self.num_norm_elements * 4
 
 
 class LinearChange(NamedTuple):
-    """What an adapter does to one linear. B is turned already, as slots want it: filling one only copies rows."""
+    """An adapter's change of one linear. B is already transposed as slots store it: filling one only copies rows."""
 
-    a_RI: torch.Tensor  # R is 0 where only the bias is the adapter's
+    a_RI: torch.Tensor  # R is 0 if the adapter only replaces the bias
     b_RO: torch.Tensor
     scaling: float
-    b_bias_O: torch.Tensor | None = None  # float32, as all vectors: added to (A·x)·B before the scaling
-    bias_O: torch.Tensor | None = None  # in place of the base model's
+    b_bias_O: torch.Tensor | None = None  # float32, like all vectors: added to (A·x)·B before scaling
+    bias_O: torch.Tensor | None = None  # replaces the base model's
     magnitude_O: torch.Tensor | None = None  # DoRA's
 
 
 class TableChange(NamedTuple):
-    """What an adapter does to the embedding or the head."""
+    """An adapter's change of the embedding or the head."""
 
-    weight_VH: torch.Tensor | None = None  # in place of the base model's
-    rows: tuple[tuple[tuple[int, ...], torch.Tensor], ...] = ()  # over that: (ids, their rows), later over earlier
-    lora: LinearChange | None = None  # on top; the embedding's A, [R, V], lies in memory as [V, R]
+    weight_VH: torch.Tensor | None = None  # replaces the base model's
+    rows: tuple[tuple[tuple[int, ...], torch.Tensor], ...] = ()  # then overwritten by (ids, their rows), in order
+    lora: LinearChange | None = None  # added on top; the embedding's A, [R, V], is stored as [V, R]
 
 
 class Form(NamedTuple):
-    """Adapters of one form have nothing but LoRA on linears, and differ in nothing but what their storage holds."""
+    """Adapters of one form have only LoRA on linears and differ only in the content of their storage."""
 
     layout: Layout
     config: AdapterConfig
@@ -120,24 +120,24 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HostAdapter:
-    """An adapter's weights in host memory of their own, by (layer, linear)."""
+    """An adapter's weights in its own host memory, by (layer, linear)."""
 
     digest: str
     weights: Mapping[tuple[int, str], LinearChange]
     num_bytes: int
-    norm_weights: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)  # in place of the base model's
-    tables: Mapping[str, TableChange] = field(default_factory=dict)  # by module; those that it changes
+    norm_weights: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)  # replace the base's
+    tables: Mapping[str, TableChange] = field(default_factory=dict)  # by module; only changed ones
     vocab_size: int = 0
-    # DoRA's, of the rows of W + s·B·A. They take the base's weights, so the first slot that is filled finds them.
+    # DoRA's norms of the rows of W + s·B·A. They need the base's weights, so the first slot load computes them.
     norms: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
-    form: Form | None = None  # None: like no other
+    form: Form | None = None  # None: unique
 
     def storage(self) -> torch.UntypedStorage | None:
-        """Where A and B of all linears lie; None where there are none."""
+        """Return the storage of all linears' A and B; None if there are none."""
         return next((change.b_RO.untyped_storage() for change in self.weights.values() if change.b_RO.numel()), None)
 
 
-# (checkpoint name, rows) → those of the base model's tensor.
+# (checkpoint name, rows) → those rows of the base model's tensor.
 BaseRows = Callable[[str, slice], torch.Tensor]
 
 
@@ -151,8 +151,8 @@ def read_adapter_spec(
 ) -> AdapterSpec:
     """Read and verify an adapter, weights included. Raises `AdapterRefusedError` with a reason code.
 
-    `base_rows`: to find out which of its tables are the base model's own; without it none are taken for such. Takes
-    20 ms longer for a file that has just been written, see `FileStamp.settle`.
+    `base_rows`: used to find tables that equal the base model's; without it none is assumed to. Takes 20 ms longer
+    for a file that was just written, see `FileStamp.settle`.
     """
     folder = path if isinstance(path, AdapterFolder) else AdapterFolder.at(path)
     try:
@@ -160,7 +160,7 @@ def read_adapter_spec(
     except AdapterRefusedError:
         raise
     except (OSError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError, RuntimeError) as error:
-        # Whatever a file does to the libraries that read it, it is the file that is refused.
+        # Any error a file causes in the libraries that read it is the file's fault, so the file is refused.
         logger.warning("an adapter cannot be read", exc_info=True)
         what = error.strerror if isinstance(error, OSError) else str(error)
         raise AdapterRefusedError(
@@ -218,7 +218,7 @@ def _read_adapter_spec(
 
 
 def _check_activation(spec: AdapterSpec, base: BaseShapes) -> None:
-    """An activated adapter is LoRA on linears alone; DoRA and LoRA on the embedding PEFT refuses, too."""
+    """Check that an activated adapter is LoRA on linears alone. PEFT, too, refuses DoRA and LoRA on the embedding."""
     tokens = spec.config.invocation_tokens
     if not tokens:
         return
@@ -226,7 +226,7 @@ def _check_activation(spec: AdapterSpec, base: BaseShapes) -> None:
         raise _refused(
             Path(spec.folder.shown),
             f"has {spec.beyond_lora}, and {CONFIG_FILE} has alora_invocation_tokens: an activated adapter may have "
-            "LoRA on the decoder's linears alone.",
+            "only LoRA on the decoder's linears.",
             "unsupported_feature",
         )
     if base.vocab_size and max(tokens) >= base.vocab_size:
@@ -240,14 +240,14 @@ def _check_activation(spec: AdapterSpec, base: BaseShapes) -> None:
 def load_adapter(
     spec: AdapterSpec, base: BaseShapes, dtype: torch.dtype, files: Sequence[IO[bytes]] | None = None
 ) -> HostAdapter:
-    """Read a verified adapter's weights into memory of their own, in `dtype`.
+    """Read a verified adapter's weights into memory of its own, in `dtype`.
 
-    files: the spec's, where they are open already; else they are looked for under its path. Hashes them only where
-    their stamps do not prove that they are what was verified. Raises `AdapterUnavailableError` when they are gone or
-    are not what was verified, `AdapterRefusedError` when values overflow in `dtype`.
+    files: the spec's, if already open; otherwise opened under its path. Hashes them only if their stamps do not prove
+    that they are unchanged. Raises `AdapterUnavailableError` if they are gone or differ from what was verified,
+    `AdapterRefusedError` if values overflow in `dtype`.
     """
     kept, is_all, form = _read_verified(spec, base, files)
-    # What was verified is finite, so only a smaller range can make it otherwise.
+    # What was verified is finite, so only a dtype of smaller range can make it infinite.
     wider = {other for other in DTYPES.values() if torch.finfo(other).max > torch.finfo(dtype).max}
     modules: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for (layer, module, side, stored), tensor in zip(kept, _in_dtype(kept, dtype, copy=not is_all), strict=True):
@@ -279,7 +279,7 @@ def load_adapter(
 def _read_verified(
     spec: AdapterSpec, base: BaseShapes, files: Sequence[IO[bytes]] | None
 ) -> tuple[list[KeyedTensor], bool, Form | None]:
-    """The tensors that were verified, whether they are all that was read, and the form that they have together."""
+    """Return the verified tensors, whether they are all that was read, and their form."""
     with suppress(OSError), ExitStack() as opened:
         if files is None:
             files = [opened.enter_context(spec.folder.open(file.name)) for file in spec.files]
@@ -290,11 +290,11 @@ def _read_verified(
         if is_proven or _digest(kept, spec.config, spec.vocabulary) == spec.digest:
             form = None if spec.beyond_lora else Form(spec.files[0].layout, spec.config)
             return kept, _is_all(tensors, spec), form
-    # The same tensors may lie in a file that is laid out otherwise.
+    # The same tensors may now be in a file with another layout.
     try:
         tensors = read_weights(spec.folder, base, spec.config).tensors
     except AdapterRefusedError as error:
-        raise AdapterUnavailableError(f"{error.message} It was fine when it was registered.", param="model") from error
+        raise AdapterUnavailableError(f"{error.message} It was valid when it was registered.", param="model") from error
     kept = _kept(tensors, spec.vocabulary)
     if _digest(kept, spec.config, spec.vocabulary) != spec.digest:
         raise AdapterUnavailableError(
@@ -313,7 +313,7 @@ def _tables(sides_of: Mapping[str, Mapping[str, torch.Tensor]], spec: AdapterSpe
     for module, table in spec.vocabulary.tables.items():
         lora, sides = None, sides_of[module]
         if table.lora_rank:
-            # The embedding's A was turned so that a token's column of it is a row.
+            # The embedding's A was transposed: a token's column is now a row.
             a_RI = sides["A"].T if module == EMBEDDING else sides["A"]
             scaling = spec.config.scaling(module_name(NO_LAYER, module))
             lora = LinearChange(a_RI, sides["B"], scaling, sides.get("B_bias"), None, sides.get("magnitude"))
@@ -326,7 +326,7 @@ def _tables(sides_of: Mapping[str, Mapping[str, torch.Tensor]], spec: AdapterSpe
 
 
 def _kept(tensors: Sequence[KeyedTensor], vocabulary: Vocabulary) -> list[KeyedTensor]:
-    """The tensors without those, and those rows, that nothing is computed with."""
+    """Drop tensors, and table rows, that nothing uses."""
     kept = []
     for layer, module, side, tensor in tensors:
         if layer != NO_LAYER or module not in TABLES:
@@ -337,7 +337,7 @@ def _kept(tensors: Sequence[KeyedTensor], vocabulary: Vocabulary) -> list[KeyedT
 
 
 def _is_the_bases(table_VH: torch.Tensor, place: Place, base: BaseShapes, base_rows: BaseRows) -> bool:
-    """Whether the rows of the base model's ids are just what its checkpoint has."""
+    """Return whether the rows of the base model's ids equal its checkpoint's."""
     name = "lm_head.weight" if place[0] == HEAD and not base.tie_embeddings else "model.embed_tokens.weight"
     for first in range(0, base.vocab_size, _COMPARED_ROWS):
         rows = slice(first, min(first + _COMPARED_ROWS, base.vocab_size))
@@ -349,7 +349,7 @@ def _is_the_bases(table_VH: torch.Tensor, place: Place, base: BaseShapes, base_r
 def _split(
     layer: int, linear: str, sides: Mapping[str, torch.Tensor], scaling: float, base: BaseShapes, dtype: torch.dtype
 ) -> dict[tuple[int, str], LinearChange]:
-    """By the linears that a module is made of; most are made of themselves."""
+    """Split a fused module's change by linear; other modules give one change."""
     shape = base.of(linear)
     assert shape is not None
     a_RI, b_RO = (
@@ -379,14 +379,14 @@ def _digest(tensors: Sequence[KeyedTensor], config: AdapterConfig, vocabulary: V
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # A sum is finite only if all its terms are, and takes a twentieth of looking at each; it may overflow, though.
+    # A sum is finite only if all its terms are, and costs a twentieth of checking each; but it may overflow.
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
 def _in_dtype(tensors: Sequence[KeyedTensor], dtype: torch.dtype, *, copy: bool) -> list[torch.Tensor]:
-    """The matrices themselves if all are in `dtype`, else converted into one new buffer. Vectors become float32.
+    """Return the matrices themselves if all are in `dtype`, else copies in one new buffer. Vectors become float32.
 
-    `copy`: a new buffer in any case, since more was read than is kept.
+    `copy`: always copy, since more was read than is kept.
     """
     matrices = [tensor for _, _, _, tensor in tensors if tensor.dim() == 2]
     if copy or any(tensor.dtype != dtype for tensor in matrices):
@@ -394,13 +394,13 @@ def _in_dtype(tensors: Sequence[KeyedTensor], dtype: torch.dtype, *, copy: bool)
         parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
         matrices = [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, matrices, strict=True)]
     rest = iter(matrices)
-    # Copies: a view would keep the whole file in memory beside the new buffer.
+    # Copies: a view would keep the whole file in memory besides the new buffer.
     return [next(rest) if tensor.dim() == 2 else tensor.to(torch.float32, copy=True) for _, _, _, tensor in tensors]
 
 
 def _turned_in_place(b_OR: torch.Tensor) -> torch.Tensor:
-    """B as [R, O], in the same memory."""
-    # As integers, by numpy: it knows no bfloat16, and turns so small matrices several times faster than torch.
+    """Transpose B to [R, O] in the same memory."""
+    # As integers in numpy: it lacks bfloat16, and transposes such small matrices several times faster than torch.
     words_OR = b_OR.view(torch.int32 if b_OR.itemsize == 4 else torch.int16).numpy()
     words_OR.reshape(-1)[:] = words_OR.T.ravel()
     return b_OR.view(b_OR.shape[1], b_OR.shape[0])

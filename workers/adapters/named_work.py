@@ -1,7 +1,7 @@
-"""Work on names: on one name in the order that it was asked for, on different ones side by side.
+"""Work by name: jobs on one name run in the order of submission, jobs on different names run side by side.
 
-Each piece has a slow part, which reads files, may hang and changes nothing, and a quick one, which makes the change. So
-what is given up leaves nothing behind, however late it ends, and the next piece for its name begins.
+Each job has a slow part, which reads files, may hang and changes nothing, and a quick part, which makes the change. So
+an abandoned job leaves nothing behind, however late it ends, and the next job for its name can begin.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class NamedWork(Generic[_Name]):
     def __init__(self) -> None:
         self._threads = BackgroundThreads(_NUM_THREADS, "lorafleet-register")
         self._lock = threading.Lock()
-        self._lines: dict[_Name, deque[_Piece]] = {}  # the first of each is under way
+        self._lines: dict[_Name, deque[_Piece]] = {}  # the first of each is running
 
     def submit(
         self, name: _Name, read: Callable[[], _Read], change: Callable[[_Read], _Result], *, limit_s: float
     ) -> Future[_Result]:
-        """Do both parts when all that was asked before for this name is done.
+        """Run both parts after all earlier jobs for this name.
 
-        limit_s: after so long the slow part is given up; the future then fails with `AdapterUnavailableError`.
+        limit_s: after this long the slow part is abandoned and the future fails with `AdapterUnavailableError`.
         """
         future: Future[_Result] = Future()
-        future.set_running_or_notify_cancel()  # nobody who waits can cancel it
+        future.set_running_or_notify_cancel()  # a waiter cannot cancel it
         piece = _Piece(read, change, limit_s, future)
         with self._lock:
             line = self._lines.setdefault(name, deque())
@@ -59,7 +59,7 @@ class NamedWork(Generic[_Name]):
         return future
 
     def close(self) -> None:
-        """Fail what is not done soon."""
+        """Fail all jobs that do not end soon."""
         with self._lock:
             waiting = []
             for line in self._lines.values():

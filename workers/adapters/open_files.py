@@ -1,8 +1,8 @@
-"""The files of adapters that requests name, kept open: replaced under their path, or deleted, they can be read still.
+"""Open files of the adapters that requests use: readable even after they are replaced under their path, or deleted.
 
-It takes a file that is put in the place of the old one. Whoever writes into the old one itself destroys it for all.
+This holds for a file replaced by a new one. A writer that overwrites the old file in place destroys it for all.
 
-Files are opened and closed on threads of its own, since a file system may not answer.
+Files are opened and closed on separate threads, since a file system may hang.
 """
 
 from __future__ import annotations
@@ -21,43 +21,42 @@ from lorafleet.workers.adapters.digest import FileStamp
 from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.errors import LoRAFleetError
 
-_SHARE = 0.25  # of the files that this process may have open; the rest is for connections
+_SHARE = 0.25  # of this process's file limit; the rest is for connections
 _NUM_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class OpenAdapter:
     spec: AdapterSpec
-    files: tuple[IO[bytes], ...]  # as the spec lists them
+    files: tuple[IO[bytes], ...]  # in the spec's order
 
 
 @dataclass(slots=True, eq=False)
 class _Held:
     holders: int
-    num_files: int  # that count: expected ones until it is open
+    num_files: int  # counted against the limit; until it is open, the expected number
     opened: Future[OpenAdapter | None] = field(default_factory=Future)
 
 
 class OpenFiles:
-    """By digest, counted. Thread-safe; no call but `close` and `borrow` waits for a file system."""
+    """Open files by digest, counted. Thread-safe; only `close` and `borrow` wait for a file system."""
 
     def __init__(self, max_files: int | None = None, *, limit_s: float = 30.0) -> None:
-        """max_files: by default a share of what the process may open. limit_s: after which an open is given up."""
+        """max_files: by default a share of the process's limit. limit_s: an open that takes longer is abandoned."""
         self._max_files = (
             int(_SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0]) if max_files is None else max_files
         )
         self._limit_s = limit_s
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
-        self._opening: set[str] = set()  # on a thread, whoever still wants it: one that hangs is not tried twice
+        self._opening: set[str] = set()  # on a thread, wanted or not: one that hangs is not tried twice
         self._num_files = 0
         self._threads = BackgroundThreads(_NUM_THREADS, "lorafleet-open")
 
     def hold(self, digest: str, specs: Sequence[AdapterSpec]) -> Future[OpenAdapter | None]:
-        """Keep the adapter's files open until as many calls of `release`. specs: where it may lie, best first.
+        """Keep the adapter's files open until as many calls of `release`. specs: where it may be, best first.
 
-        The future is done when they are open. Its result is None where no file was there any more, or too many are
-        open.
+        The future is done when they are open. Its result is None if no file exists any more or too many are open.
         """
         with self._lock:
             held = self._held.get(digest)
@@ -95,7 +94,7 @@ class OpenFiles:
 
     @contextmanager
     def borrow(self, digest: str) -> Iterator[OpenAdapter | None]:
-        """The open files, which stay so inside the with statement; None where none are. Waits until they are open."""
+        """Yield the open files, valid inside the with statement; None if not held. Waits until they are open."""
         with self._lock:
             held = self._held.get(digest)
             if held is not None:
@@ -107,7 +106,7 @@ class OpenFiles:
                 self.release(digest)
 
     def close(self, wait_s: float = CLOSE_S) -> None:
-        """Close everything, for so long at most. Nobody reads any more."""
+        """Close everything within `wait_s`. The caller ensures that no read is in progress."""
         with self._lock:
             held = list(self._held.values())
             self._held.clear()
@@ -129,7 +128,7 @@ class OpenFiles:
                 self._opening.discard(digest)
 
     def _take(self, digest: str, held: _Held, opening: Future[OpenAdapter | None]) -> None:
-        """They are open, or will not be. On a thread of the pool."""
+        """Record the outcome of an open. Runs on a thread of the pool."""
         try:
             adapter = opening.result()
         except (LoRAFleetError, OSError):

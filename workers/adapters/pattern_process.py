@@ -1,6 +1,6 @@
-"""Run as a program by patterns.py: matches regular expressions with names within a limit of CPU time and memory.
+"""Program run by patterns.py: matches regular expressions with names, within limits on CPU time and memory.
 
-Reads one JSON object from standard input, writes one to standard output. Imports nothing but the standard library.
+Reads a JSON object from standard input and writes one to standard output. Imports only the standard library.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which of the base model's modules the regular expressions of a config name, as PEFT matches them, in bounded time.
+"""A config's regular expressions matched with the base model's modules, as PEFT does, in bounded time.
 
-A regular expression can take for ever and hold Python's lock all the while, so one with repetitions, choices or groups
-is matched in a process of its own (pattern_process.py), which the system ends.
+A regular expression can run forever while holding Python's lock. So one with repetitions, choices or groups is matched
+in a process of its own (pattern_process.py), which the system kills at its limit.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Final
 from lorafleet.workers.errors import quoted
 
 MAX_PATTERNS: Final = 2048
-MAX_CHARS: Final = 1000  # of one
+MAX_CHARS: Final = 1000  # per pattern
 MAX_TOTAL_CHARS: Final = 256 << 10
 CPU_S: Final = 3
 _WALL_S = 60.0
-# Nothing in it can repeat or branch, so that a match takes time in proportion to its length.
+# Nothing in it can repeat or branch, so matching takes linear time.
 _PLAIN = re.compile(r"(?:[\w.^$-]|\\[.dDwWsS])*", re.ASCII)
 _PROCESS = Path(__file__).with_name("pattern_process.py")
 
 
 class PatternError(ValueError):
-    """What is wrong with a pattern, as the rest of a sentence."""
+    """An error in a pattern. Its text is the rest of a sentence."""
 
 
 def first_matches(patterns: Sequence[str], modules: Sequence[str]) -> dict[str, int]:
-    """By module, the number of the first pattern that names it; modules that none names are left out.
+    """Return the index of the first pattern that matches each module; unmatched modules are left out.
 
-    A pattern names modules by their ends: by whole names between dots, or as a regular expression.
+    A pattern matches the end of a module's name: whole names between dots, or a regular expression.
     Raises `PatternError`.
     """
     if len(patterns) > MAX_PATTERNS or sum(map(len, patterns)) > MAX_TOTAL_CHARS:
         raise PatternError(
-            f"with {len(patterns):,} patterns; at most {MAX_PATTERNS:,} of {MAX_TOTAL_CHARS:,} characters together are "
-            "matched"
+            f"with {len(patterns):,} patterns; the limits are {MAX_PATTERNS:,} patterns and {MAX_TOTAL_CHARS:,} "
+            "characters in all"
         )
     for pattern in patterns:
         if len(pattern) > MAX_CHARS:
@@ -61,7 +61,7 @@ def first_matches(patterns: Sequence[str], modules: Sequence[str]) -> dict[str, 
 
 
 def _match_apart(expressions: Sequence[str], modules: Sequence[str], patterns: Sequence[str]) -> dict[str, int]:
-    """The same of whole expressions. patterns: how they are named in an error."""
+    """Do the same in a process of its own. patterns: the expressions' names in an error."""
     task = json.dumps({"cpu_s": CPU_S, "expressions": expressions, "modules": modules})
     try:
         done = subprocess.run(
@@ -75,7 +75,7 @@ def _match_apart(expressions: Sequence[str], modules: Sequence[str], patterns: S
         raise _too_slow(patterns)
     answer = json.loads(done.stdout)
     if "error" in answer:
-        raise PatternError(f"for {quoted(patterns[answer['number']])}, no regular expression: {answer['error']}")
+        raise PatternError(f"for {quoted(patterns[answer['number']])}, not a regular expression: {answer['error']}")
     first: dict[str, int] = answer["first"]
     return first
 

@@ -1,14 +1,13 @@
-"""The host tier: verified adapters by digest, and a cache of the loaded ones, bounded by bytes and by count.
+"""The host tier: verified adapters by digest, and a cache of loaded ones, bounded by bytes and by count.
 
-Thread-safe. An adapter that was handed out stays until it is released; what nobody holds is evicted when room is
-needed, in the order that the eviction policy gives. A fetch for which there is no room waits for a release: the bounds
-are kept.
+Thread-safe. A fetched adapter stays until it is released; one without holders is evicted when room is needed, in the
+eviction policy's order. A fetch without room waits for a release: the bounds always hold.
 
-A read that takes too long is given up: its fetches fail, its room is free, others go on. While it hangs its adapter is
-not read again, unless it is registered again.
+A read that takes too long is abandoned: its fetches fail, its room is freed, others continue. While it hangs, its
+adapter is not read again unless it is registered again.
 
-A prefetch is only a hint. It has a thread of its own and never makes a fetch wait: a fetch may take the room even of
-one that is being read, whose memory is then free when that read ends.
+A prefetch is only a hint. It has its own thread and never delays a fetch: a fetch may take the room even of a running
+prefetch, whose memory is freed when its read ends.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ logger = logging.getLogger(__name__)
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _NUM_READERS = 4
-_MAX_PREFETCHES = 64  # that wait for their thread; more are left out
-_LEAST_BYTES_A_S = 10 << 20  # a read may take a second more for each of these
+_MAX_PREFETCHES = 64  # in the queue; more are ignored
+_LEAST_BYTES_A_S = 10 << 20  # a read gets a second more for each of these
 _CLOSED = "The adapter store is closed."
 
 
@@ -48,7 +47,7 @@ class StoreStats:
     num_registered: int
     num_cached: int
     bytes: int
-    usage: float  # of the bytes or of the number that it may hold, whichever is nearer to its limit
+    usage: float  # of the byte or the count limit, whichever is nearer
     hits: int
     loads: int
     failures: int
@@ -64,31 +63,31 @@ class _Failure:
 
 @dataclass(slots=True)
 class _Entry:
-    """A cached adapter, or one that is being loaded (its future is not done); its bytes are reserved either way."""
+    """A cached adapter, or one being loaded (its future is not done); its bytes are reserved either way."""
 
     future: Future[HostAdapter]
     num_bytes: int
     holders: int
-    load_s: float = 0.0  # that reading it took
+    load_s: float = 0.0  # how long reading it took
     is_ahead: bool = False  # prefetched, and not fetched since
 
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """One look at an adapter's files, on a thread."""
+    """One read of an adapter's files, on a thread."""
 
     digest: str
-    entry: _Entry | None = None  # None: a prefetch that has not begun, or for which there was no room
+    entry: _Entry | None = None  # None: a prefetch that has not begun or found no room
     specs: tuple[AdapterSpec, ...] = ()
     began: float = 0.0
     has_ended: bool = False  # its thread is done with it
 
 
 class AdapterStore:
-    """`need_of`: 2 for adapters of requests that have begun, which must be able to resume, even when somebody has
-    written into the file since: they go only where nothing else makes room. 1 for others that go late. `load` and
-    `num_bytes`: of an adapter of which not all is kept. `read_timeout_s`: after which a read is given up; a large
-    adapter has longer. `has_read`: called on some thread after each read, whatever came of it. `clock` is for tests.
+    """`need_of`: 2 for adapters of requests that have begun: they are evicted last, since those requests must be able
+    to resume even if the file was overwritten. 1 for other adapters to evict late. `load` and `num_bytes`: for an
+    adapter of which only a part is kept. `read_timeout_s`: after which a read is abandoned; large adapters get longer.
+    `has_read`: called on some thread after each read, successful or not. `clock` is for tests.
     """
 
     def __init__(
@@ -118,29 +117,28 @@ class AdapterStore:
         self._has_read = has_read
         self._clock = clock
         self._lock = threading.Lock()
-        self._specs: dict[str, list[AdapterSpec]] = {}  # where each digest was seen, last first
+        self._specs: dict[str, list[AdapterSpec]] = {}  # where each digest was seen, newest first
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._queue: OrderedDict[str, _Entry] = OrderedDict()  # fetches that wait for room, oldest first
         self._failures: dict[str, _Failure] = {}
-        self._hung: dict[str, _Read] = {}  # given up, and their threads still hang
+        self._hung: dict[str, _Read] = {}  # abandoned reads whose threads still hang
         self._bytes = 0
         self._closed = False
         self._hits = self._loads = self._num_failures = self._evictions = 0
-        self._prefetches: set[str] = set()  # that wait for their thread
+        self._prefetches: set[str] = set()  # in the queue
         self._files = OpenFiles(limit_s=read_timeout_s)
         self._readers = BackgroundThreads(_NUM_READERS, "lorafleet-adapter")
         self._prefetcher = BackgroundThreads(1, "lorafleet-prefetch")
 
     def register(self, spec: AdapterSpec) -> None:
-        """Make an adapter fetchable. Registering a digest again adds another path to it, which is tried first, and
-        forgets earlier failures.
+        """Make an adapter fetchable. Registering a digest again adds another path, tried first, and clears failures.
 
-        Raises `AdapterRefusedError` when it alone is larger than the whole cache.
+        Raises `AdapterRefusedError` if it alone exceeds the whole cache.
         """
         num_bytes = self._size(spec)
         if num_bytes > self._max_bytes:
             raise AdapterRefusedError(
-                f"{spec.folder} takes {num_bytes} bytes, the host cache holds {self._max_bytes}. Raise "
+                f"{spec.folder} takes {num_bytes} bytes; the host cache holds {self._max_bytes}. Raise "
                 "--lora-host-cache-bytes.",
                 reason="larger_than_host_cache",
             )
@@ -151,7 +149,7 @@ class AdapterStore:
             self._hung.pop(spec.digest, None)
 
     def forget(self, digest: str) -> int:
-        """Take an adapter that nobody holds out of the store; the bytes of host memory that this freed."""
+        """Remove an adapter without holders; return the bytes of host memory freed."""
         with self._lock:
             del self._specs[digest]
             self._failures.pop(digest, None)
@@ -166,9 +164,9 @@ class AdapterStore:
             return entry.num_bytes
 
     def hold_files(self, digest: str) -> Future[OpenAdapter | None]:
-        """Let a registered adapter be readable until `release_files`, though its files be replaced or deleted.
+        """Keep a registered adapter readable until `release_files`, even if its files are replaced or deleted.
 
-        From when the future is done.
+        This holds once the future is done.
         """
         with self._lock:
             specs = tuple(self._specs.get(digest, ()))
@@ -178,16 +176,16 @@ class AdapterStore:
         self._files.release(digest)
 
     def spec(self, digest: str) -> AdapterSpec | None:
-        """Of a registered adapter; None for any other."""
+        """Return a registered adapter's spec; None if it is not registered."""
         with self._lock:
             specs = self._specs.get(digest)
             return None if specs is None else specs[0]
 
     def fetch(self, digest: str) -> Future[HostAdapter]:
-        """The adapter, held until `release`; loads it on a reader thread if need be, once for all who ask.
+        """Return the adapter, held until `release`; a reader thread loads it if needed, once for all callers.
 
-        The future fails with `AdapterUnavailableError` and the like; nothing is held then, and for a while (1 s,
-        doubling to 30 s) the same error is given again without another look at the disk.
+        The future fails with `AdapterUnavailableError` and the like. Nothing is held then, and for a while (1 s,
+        doubling to 30 s) the same error is returned without another read.
         """
         with self._lock:
             if self._closed:
@@ -205,7 +203,7 @@ class AdapterStore:
             return entry.future
 
     def fetch_resident(self, digest: str) -> HostAdapter | None:
-        """The same without a wait: None, and nothing is held, when it is not in the cache now."""
+        """`fetch` without waiting: return None, and hold nothing, if the adapter is not cached now."""
         with self._lock:
             entry = self._entries.get(digest)
             if self._closed or entry is None or not entry.future.done() or entry.future.exception() is not None:
@@ -214,15 +212,14 @@ class AdapterStore:
             return entry.future.result()
 
     def is_resident(self, digest: str) -> bool:
-        """Whether an adapter is in the cache now. It asks for no lock."""
+        """Return whether an adapter is cached now. Takes no lock."""
         entry = self._entries.get(digest)
         return entry is not None and entry.future.done() and entry.future.exception() is None
 
     def prefetch(self, digest: str) -> None:
-        """Bring an adapter that is to be fetched soon into the cache, in the background, if there is room at once.
+        """Load an adapter that will be fetched soon into the cache, in the background, if there is room at once.
 
-        Holds nothing, and evicts nothing that is held or was itself prefetched. When it fails, nobody hears of it but
-        those who have fetched the adapter meanwhile.
+        Holds nothing. Evicts nothing that is held or was itself prefetched. Only fetches made meanwhile see a failure.
         """
         with self._lock:
             entry = self._entries.get(digest)
@@ -238,19 +235,19 @@ class AdapterStore:
                 )
 
     def release(self, digest: str) -> None:
-        """Give back what one successful `fetch` handed out."""
+        """Return one successful `fetch`'s hold."""
         with self._lock:
             self._entries[digest].holders -= 1
             self._admit()
 
     def resident(self) -> tuple[str, ...]:
-        """Loaded adapters, least recently used first."""
+        """Return the loaded adapters, least recently used first."""
         with self._lock:
             return tuple(digest for digest, entry in self._entries.items() if entry.future.done())
 
     @property
     def num_reading(self) -> int:
-        """Adapters that are read now, or wait to be."""
+        """Return the number of adapters being read or waiting to be."""
         with self._lock:
             num_begun = sum(not entry.future.done() for entry in self._entries.values())
             return num_begun + len(self._queue) + len(self._prefetches)
@@ -262,7 +259,7 @@ class AdapterStore:
                 num_cached=len(self._entries),
                 bytes=self._bytes,
                 usage=max(
-                    self._bytes / (self._max_bytes or math.inf),  # without LoRA there is no room, and nothing in it
+                    self._bytes / (self._max_bytes or math.inf),  # without LoRA both are 0
                     len(self._entries) / (self._max_adapters or math.inf),
                 ),
                 hits=self._hits,
@@ -272,7 +269,7 @@ class AdapterStore:
             )
 
     def close(self, wait_s: float = CLOSE_S) -> None:
-        """Let running reads end, for so long at most, stop the threads; all other fetches fail."""
+        """Wait at most `wait_s` for running reads, then stop the threads; all other fetches fail."""
         deadline = time.monotonic() + wait_s
         with self._lock:
             self._closed = True
@@ -286,11 +283,11 @@ class AdapterStore:
 
     @property
     def num_open_files(self) -> int:
-        """Of the adapters that requests name."""
+        """Return the number of files open for adapters that requests use."""
         return self._files.num_files()
 
     def check_integrity(self) -> None:
-        """The books agree. For tests."""
+        """Check that the counts agree. For tests."""
         with self._lock:
             assert self._bytes == sum(entry.num_bytes for entry in self._entries.values()) <= self._max_bytes
             assert self._max_adapters is None or len(self._entries) <= self._max_adapters
@@ -302,7 +299,7 @@ class AdapterStore:
             assert len(self._prefetches) <= _MAX_PREFETCHES
 
     def _hold(self, digest: str, entry: _Entry) -> None:
-        """For one fetch. The lock is held."""
+        """Hold an entry for one fetch. The lock is held."""
         entry.holders += 1
         entry.is_ahead = False
         self._hits += 1
@@ -311,7 +308,7 @@ class AdapterStore:
             self._eviction.use(digest, num_bytes=entry.num_bytes, reload_s=entry.load_s)
 
     def _admit(self) -> None:
-        """Start the loads for which there is room, oldest first. The lock is held."""
+        """Start the queued loads for which there is room, oldest first. The lock is held."""
         while self._queue:
             digest, entry = next(iter(self._queue.items()))
             if not self._make_room(entry.num_bytes):
@@ -331,7 +328,7 @@ class AdapterStore:
         if self._fits(num_bytes):
             return True
         spare = self._eviction.order(digest for digest, entry in self._entries.items() if not entry.holders)
-        others_go = any(entry.holders for entry in self._entries.values())  # soon: whoever holds one gives it back
+        others_go = any(entry.holders for entry in self._entries.values())  # soon, when holders release them
         for digest in sorted(spare, key=self._need_of):  # stable
             if self._fits(num_bytes) or (others_go and self._need_of(digest) > 1):
                 break
@@ -339,7 +336,7 @@ class AdapterStore:
         return self._fits(num_bytes)
 
     def _make_room_ahead(self, num_bytes: int) -> bool:
-        """Room for a prefetch: only at the cost of what no prefetch brought, and only if that is enough."""
+        """Make room for a prefetch by evicting only fetched adapters, and only if that is enough."""
         spare = self._eviction.order(
             digest
             for digest, entry in self._entries.items()
@@ -354,7 +351,7 @@ class AdapterStore:
         return True
 
     def _fits(self, num_bytes: int, *, but: Sequence[str] = ()) -> bool:
-        """Whether there is room beside what is cached, `but` for some."""
+        """Return whether there is room besides what is cached, not counting `but`."""
         num_cached = len(self._entries) - len(but)
         cached_bytes = self._bytes - sum(self._entries[digest].num_bytes for digest in but)
         few = self._max_adapters is None or num_cached < self._max_adapters
@@ -366,11 +363,11 @@ class AdapterStore:
         self._evictions += 1
 
     def _read_ahead(self, read: _Read) -> HostAdapter | None:
-        """On the prefetching thread."""
+        """Run a prefetch, on the prefetching thread."""
         digest = read.digest
         with self._lock:
             self._prefetches.discard(digest)
-            # Whoever waits for room comes first; that includes a fetch of this very adapter.
+            # Queued fetches come first; that includes a fetch of this very adapter.
             if self._closed or digest in self._entries or self._queue or self._recent_failure(digest) is not None:
                 return None
             specs = self._specs.get(digest)
@@ -385,7 +382,7 @@ class AdapterStore:
         return self._read(read)
 
     def _read(self, read: _Read) -> HostAdapter:
-        """On a thread that may hang in it."""
+        """Read an adapter's files, on a thread that may hang in it."""
         read.began = self._clock()
         try:
             return self._load_first(read.specs)
@@ -396,21 +393,21 @@ class AdapterStore:
                     del self._hung[read.digest]
 
     def _limit_s(self, digest: str) -> float:
-        """The lock is held."""
+        """Return the time limit of a read. The lock is held."""
         specs = self._specs.get(digest)
         return self._read_timeout_s + (0 if specs is None else self._size(specs[0]) / _LEAST_BYTES_A_S)
 
     def _recent_failure(self, digest: str) -> LoRAFleetError | None:
-        """The error of a failed load that is not to be tried again yet."""
+        """Return the error of a failed load that must not be retried yet."""
         failure = self._failures.get(digest)
         if failure is None or (self._clock() >= failure.retry_at and digest not in self._hung):
             return None
         return failure.error
 
     def _take(self, read: _Read, reading: Future[HostAdapter] | Future[HostAdapter | None]) -> None:
-        """Book what came of a read, and tell those who wait for it."""
+        """Record a read's outcome and complete its future."""
         digest, entry, caught = read.digest, read.entry, reading.exception()
-        if entry is None:  # a prefetch that came to nothing
+        if entry is None:  # a prefetch that did not read
             with self._lock:
                 self._prefetches.discard(digest)
             self._has_read()
@@ -424,14 +421,14 @@ class AdapterStore:
                 if is_hung:
                     logger.warning("reading adapter %s from %s hangs", digest, read.specs[0].path)
                     self._hung[digest] = read
-                if entry.holders or is_hung:  # else it was only a hint: a fetch shall look again
+                if entry.holders or is_hung:  # else it was only a hint: a fetch must read again
                     delay_s = (
                         min(2 * self._failures[digest].delay_s, _LAST_RETRY_S)
                         if digest in self._failures
                         else _FIRST_RETRY_S
                     )
                     self._failures[digest] = _Failure(error, self._clock() + delay_s, delay_s)
-                if self._entries.get(digest) is entry:  # no fetch has taken the room, and it was not forgotten
+                if self._entries.get(digest) is entry:  # no fetch took its room, and it was not forgotten
                     del self._entries[digest]
                     self._eviction.drop(digest)
                     self._bytes -= entry.num_bytes
@@ -452,7 +449,7 @@ class AdapterStore:
         self._has_read()
 
     def _load_first(self, specs: Sequence[AdapterSpec]) -> HostAdapter:
-        """From its open files, or else from the first path where it still is."""
+        """Load from the open files, or else from the first path where the adapter still is."""
         with self._files.borrow(specs[0].digest) as held:
             if held is not None:
                 with suppress(AdapterUnavailableError):

@@ -1,6 +1,6 @@
-"""A safetensors file, read into one buffer: the first time through its header, later by the layout that was found then.
+"""A safetensors file read into one buffer: first through its header, later by the layout found then.
 
-Owns: bytes to tensors, and what is known of a file that was verified. Leaves to others: what the tensors' names mean
+Owns: bytes to tensors, and the record of a verified file. Leaves to others: the meaning of the tensors' names
 (weights_file.py).
 """
 
@@ -31,11 +31,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Key = tuple[int, str, str]  # (layer, module, side)
 KeyedTensor = tuple[int, str, str, torch.Tensor]
-KeysOf = Callable[[Any], dict[str, Key]]  # checks an open header, and says what each name is
+KeysOf = Callable[[Any], dict[str, Key]]  # checks an open header and maps each name to its key
 
 
 class _Place(NamedTuple):
-    """Where a tensor's bytes begin behind the header, and what they are. Sorts canonically."""
+    """A tensor's offset after the header, dtype and shape. Sorts canonically."""
 
     layer: int
     module: str
@@ -47,10 +47,10 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Layout:
-    """Where a file's tensors lie, in canonical order. Files that are laid out alike have one object: `_shared`."""
+    """Positions of a file's tensors, in canonical order. Files with the same layout share one object: `_shared`."""
 
     places: tuple[_Place, ...]
-    num_bytes: int  # of all; they are the file's end
+    num_bytes: int  # of all tensors, which end the file
 
 
 _layouts: WeakValueDictionary[tuple[_Place, ...], Layout] = WeakValueDictionary()
@@ -58,7 +58,7 @@ _layouts: WeakValueDictionary[tuple[_Place, ...], Layout] = WeakValueDictionary(
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """A file as it was when it was verified. Small, since thousands are kept."""
+    """A file as it was when verified. Small, since thousands are kept."""
 
     name: str
     layout: Layout
@@ -72,9 +72,9 @@ class FirstRead(NamedTuple):
 
 
 def read_file(folder: AdapterFolder, name: str, keys_of: KeysOf, settle: bool) -> FirstRead:
-    """Read a file through its header, all of which `keys_of` has approved. Raises `AdapterRefusedError`.
+    """Read a file through its header, after `keys_of` has approved all of it. Raises `AdapterRefusedError`.
 
-    `settle`: the stamp is to be proof of what is read, see `FileStamp.settle`.
+    `settle`: make the stamp proof of what is read, see `FileStamp.settle`.
     """
     path = folder.shown_file(name)
     try:
@@ -94,7 +94,7 @@ def read_file(folder: AdapterFolder, name: str, keys_of: KeysOf, settle: bool) -
 
 
 def read_again(file: IO[bytes], known: TensorFile) -> tuple[list[KeyedTensor], bool]:
-    """What now lies where the verified tensors lay, and whether the file's stamp proves that it is still them.
+    """Return what is now at the verified tensors' positions, and whether the file's stamp proves it unchanged.
 
     Raises `OSError`. Several threads may read one open file.
     """
@@ -104,7 +104,7 @@ def read_again(file: IO[bytes], known: TensorFile) -> tuple[list[KeyedTensor], b
 
 
 def in_order(of_files: Iterable[list[KeyedTensor]]) -> list[KeyedTensor]:
-    """The tensors of an adapter's files in canonical order."""
+    """Merge the tensors of an adapter's files in canonical order."""
     return sorted((tensor for tensors in of_files for tensor in tensors), key=lambda tensor: tensor[:3])
 
 
@@ -113,7 +113,7 @@ def refused(path: Path, what: str, reason: str) -> AdapterRefusedError:
 
 
 def _check_head(path: Path, descriptor: int) -> None:
-    """Before a header is read: that it may be one, and how long it is."""
+    """Check, before a header is read, that it may be one and is not too long."""
     head = os.pread(descriptor, 64, 0)
     length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
     if length <= _MAX_HEADER_BYTES and head[8:9] == b"{":
@@ -125,14 +125,13 @@ def _check_head(path: Path, descriptor: int) -> None:
     if length > _MAX_HEADER_BYTES:
         raise refused(
             path,
-            f"cannot be read as safetensors: its header is said to take {length:,} bytes, the limit is "
-            f"{_MAX_HEADER_BYTES:,}.",
+            f"cannot be read as safetensors: its header claims {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}.",
             "bad_safetensors",
         )
 
 
 def _layout(path: Path, descriptor: int, keys_of: KeysOf) -> Layout:
-    # By its descriptor: the path may lead to another file by now. pread: a mapped file that shrinks kills the process.
+    # By descriptor: the path may already lead to another file. pread: a mapped file that shrinks kills the process.
     with safe_open(f"/dev/fd/{descriptor}", framework="pt", backend="pread") as header:
         in_file_order = header.offset_keys()
         keys = keys_of(header)
@@ -144,7 +143,7 @@ def _layout(path: Path, descriptor: int, keys_of: KeysOf) -> Layout:
                 stored = slices[name].get_dtype()
                 raise refused(
                     path,
-                    f"has {cut(name)} in {_UNREAD_DTYPES.get(stored, stored)}; float32, float16 and bfloat16 are read.",
+                    f"has {cut(name)} in {_UNREAD_DTYPES.get(stored, stored)}; use float32, float16 or bfloat16.",
                     "unsupported_dtype",
                 )
     places = []
@@ -163,11 +162,11 @@ def _shared(places: tuple[_Place, ...], num_bytes: int) -> Layout:
 
 
 def _read(file: IO[bytes], layout: Layout) -> list[KeyedTensor]:
-    """All tensors, as views of one buffer."""
+    """Read all tensors, as views of one buffer."""
     num_bytes = layout.num_bytes
     data = torch.empty(-(-num_bytes // 4) * 4, dtype=torch.uint8)  # whole elements of any dtype
     rest = data.numpy().data[:num_bytes]
-    # No gaps, says the library: the last tensor ends where the file does.
+    # safetensors guarantees no gaps: the last tensor ends at the file's end.
     offset = os.fstat(file.fileno()).st_size - num_bytes
     while rest:
         num_read = os.preadv(file.fileno(), [rest], offset)  # at most 2 GiB
@@ -184,7 +183,7 @@ def _views(data: torch.Tensor, layout: Layout) -> list[KeyedTensor]:
         if start % dtype.itemsize == 0:
             strides = (shape[1], 1) if len(shape) == 2 else (1,)
             tensor = elements[dtype].as_strided(shape, strides, start // dtype.itemsize)
-        else:  # possible where dtypes are mixed
+        else:  # possible if dtypes are mixed
             stop = start + math.prod(shape) * dtype.itemsize
             tensor = data[start:stop].clone().view(dtype).view(shape)
         views.append((layer, module, side, tensor))

@@ -1,11 +1,11 @@
-"""What an adapter does to the two tables of the vocabulary: the embedding and the head.
+"""An adapter's changes of the vocabulary's two tables: the embedding and the head.
 
-Its files may hold all rows of a table (`modules_to_save`, or saved with the adapter since the vocabulary was resized or
-LoRA is on it), rows of single ids (`trainable_token_indices`, new_embeddings.safetensors), and LoRA. Which tensors are
-used and for what is decided here, from names and shapes alone, as PEFT does; reading them is format.py's.
+Its files may hold all rows of a table (`modules_to_save`, or saved because the vocabulary was resized or LoRA is on the
+table), rows of single ids (`trainable_token_indices`, new_embeddings.safetensors), and LoRA. This file decides from
+names and shapes alone which tensors are used and for what, as PEFT does; format.py reads them.
 
-In a base model with tied embeddings the head is the embedding. PEFT then changes both where the base's own table is
-replaced, or single rows of the embedding; `modules_to_save` and LoRA are of the named table alone.
+In a base model with tied embeddings the head is the embedding. PEFT then changes both if the base's table, or single
+rows of the embedding, are replaced; `modules_to_save` and LoRA change only the named table.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lorafleet.workers.errors import AdapterRefusedError, cut, quoted
 Place = tuple[str, str]  # of a tensor: (module, side)
 TABLES = (EMBEDDING, HEAD)
 NEW_EMBEDDINGS_FILE = "new_embeddings.safetensors"
-_PACK = 16  # rows that kernels/linear.py may pad a head to
+_PACK = 16  # kernels/linear.py may pad a head to a multiple of this many rows
 
-# Makes the error for (what is wrong, reason code).
+# Return the error for (problem, reason code).
 Refuse = Callable[[str, str], AdapterRefusedError]
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of single ids: those of a tensor from `first` on, one an id."""
+    """Rows of single ids: those of a tensor from `first` on, one per id."""
 
     place: Place
     ids: tuple[int, ...]
@@ -38,12 +38,12 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table's changes."""
+    """Changes of one table."""
 
-    weight: Place | None = None  # rows of the whole vocabulary, in place of the base model's
-    rows: tuple[Rows, ...] = ()  # over those; later ones over earlier ones
+    weight: Place | None = None  # replaces the rows of the whole vocabulary
+    rows: tuple[Rows, ...] = ()  # then overwritten by these, in order
     lora_rank: int = 0  # 0: no LoRA
-    is_affine: bool = False  # DoRA, or a bias of B
+    is_affine: bool = False  # DoRA, or a bias in B
 
     @property
     def row_ids(self) -> set[int]:
@@ -52,14 +52,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The adapter's own vocabulary: the ids from 0 to `size`, and what it changes of the tables."""
+    """The adapter's own vocabulary: ids 0 to `size`, and its changes of the tables."""
 
     size: int = 0
-    tables: Mapping[str, Table] = field(default_factory=dict)  # those that it changes, by module
-    twins: tuple[tuple[Place, Place], ...] = ()  # tensors that must be equal, since they are one in PEFT
+    tables: Mapping[str, Table] = field(default_factory=dict)  # only changed ones, by module
+    twins: tuple[tuple[Place, Place], ...] = ()  # tensors that must be equal: one in PEFT
 
     def kept(self, place: Place) -> slice | None:
-        """The rows of a tensor that are used; None: none."""
+        """Return the used rows of a tensor; None if unused."""
         for module, table in self.tables.items():
             if place == table.weight or (place[0] == module and place[1] in ("A", "B", "B_bias", "magnitude")):
                 return slice(None)
@@ -69,12 +69,12 @@ class Vocabulary:
         return None
 
     def base_weights(self) -> set[Place]:
-        """Tensors in place of the base's, which may hold just what the base has: PEFT saves them for LoRA's sake."""
+        """Return the replacing tensors that may equal the base's: PEFT also saves a table because LoRA is on it."""
         weights = {table.weight for table in self.tables.values()}
         return {weight for weight in weights if weight is not None and weight[1] == "base"}
 
     def without(self, weight: Place, base: BaseShapes) -> Vocabulary:
-        """The same where the rows of the base's ids in `weight` are the base's: the others alone are added ones."""
+        """Return this vocabulary if the base ids' rows in `weight` equal the base's: only rows of added ids remain."""
         added = tuple(range(base.vocab_size, self.size))
         rows = (Rows(weight, added, first=base.vocab_size),) if added else ()
         tables = {
@@ -85,7 +85,7 @@ class Vocabulary:
         return replace(self, tables=used)
 
     def device_bytes(self, base: BaseShapes, *, itemsize: int, lora_itemsize: int, ranks: int = 1) -> int:
-        """Of one rank: its share of the tables and of LoRA on them, and all rows of single and of added ids."""
+        """Return one rank's bytes: its share of the tables and of their LoRA, and all rows of single and added ids."""
         hidden = base.hidden_size
         num_rows = -(-base.vocab_size // ranks) + self.size - base.vocab_size
         total = 0
@@ -101,13 +101,13 @@ class Vocabulary:
 
     @property
     def shares_weight(self) -> bool:
-        """Whether both tables are one tensor."""
+        """Return whether both tables are one tensor."""
         weights = [self.tables[module].weight if module in self.tables else None for module in TABLES]
         return weights[0] is not None and weights[0] == weights[1]
 
 
 def is_saved(module: str, config: AdapterConfig, base: BaseShapes) -> bool:
-    """Whether the module's whole weight is the adapter's own."""
+    """Return whether the adapter replaces the module's whole weight."""
     tied = module == HEAD and base.tie_embeddings and config.ensure_weight_tying
     return config.saves(module_name(NO_LAYER, module)) or (tied and config.saves(module_name(NO_LAYER, EMBEDDING)))
 
@@ -119,9 +119,9 @@ def plan_vocabulary(
     max_extra: int | None,
     refuse: Refuse,
 ) -> Vocabulary:
-    """From the shapes of all tensors of the tables. `max_extra`: ids beyond the base's; None: any number.
+    """Derive the vocabulary from the shapes of the tables' tensors. `max_extra`: ids beyond the base's; None: any.
 
-    LoRA's shapes are left to the caller, who knows the vocabulary's size then.
+    The caller checks LoRA's shapes, since only then is the vocabulary's size known.
     """
     _check_matrices(shapes, base, config, refuse)
     twins: list[tuple[Place, Place]] = []
@@ -169,7 +169,7 @@ def _check_matrices(
             len(shape) != 2 or shape[1] != base.hidden_size or not shape[0]
         ):
             raise refuse(
-                f"has rows of {module} of shape {quoted(list(shape))}; the base model wants [ids, {base.hidden_size}]. "
+                f"has rows of {module} of shape {quoted(list(shape))}; the base model needs [ids, {base.hidden_size}]. "
                 f"{config.other_base}",
                 "wrong_shape",
             )
@@ -182,7 +182,7 @@ def _weights(
     twins: list[tuple[Place, Place]],
     refuse: Refuse,
 ) -> dict[str, Place | None]:
-    """Each table's whole weight."""
+    """Return each table's whole weight."""
 
     def given(module: str, side: str) -> Place | None:
         return (module, side) if (module, side) in shapes else None
@@ -220,13 +220,13 @@ def _trained_tokens(
     twins: list[tuple[Place, Place]],
     refuse: Refuse,
 ) -> dict[str, Rows]:
-    """Each table's rows of `trainable_token_indices`."""
+    """Return each table's rows of `trainable_token_indices`."""
     ids: dict[str, tuple[int, ...]] = {}
     for end, own in config.trainable_tokens:
         modules = [module for module in TABLES if base.vocab_size and module_name(NO_LAYER, module).endswith(end)]
         if not modules:
             raise refuse(
-                f"asks for trainable_token_indices on {cut(end)}; served are {' and '.join(TABLES)}.",
+                f"asks for trainable_token_indices on {cut(end)}; supported are {' and '.join(TABLES)}.",
                 "unsupported_target",
             )
         for module in modules:
@@ -262,13 +262,13 @@ def _trained_tokens(
 
 
 def _size(module: str, table: Table, shapes: Mapping[Place, tuple[int, ...]], base: BaseShapes, refuse: Refuse) -> int:
-    """How many ids have a row."""
+    """Return the number of ids that have a row."""
     size = base.vocab_size
     if table.weight is not None:
         size = shapes[table.weight][0]
         if size < base.vocab_size:
             raise refuse(
-                f"has {size} rows of {module}, the base model's vocabulary has {base.vocab_size} ids. A vocabulary may "
+                f"has {size} rows of {module}; the base model's vocabulary has {base.vocab_size} ids. A vocabulary may "
                 "grow, not shrink: resize it to at least the base model's and train again.",
                 "vocab_too_small",
             )
@@ -294,7 +294,7 @@ def _checked_size(sizes: Mapping[str, int], base: BaseShapes, max_extra: int | N
     extra = size - base.vocab_size
     if max_extra is not None and extra > max_extra:
         raise refuse(
-            f"adds {extra} token ids to the base model's {base.vocab_size}, the limit is {max_extra}. Start with "
+            f"adds {extra} token ids to the base model's {base.vocab_size}; the limit is {max_extra}. Start with "
             f"--lora-extra-vocab-size {extra}.",
             "vocab_too_large",
         )

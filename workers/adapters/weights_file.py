@@ -1,7 +1,7 @@
-"""A PEFT adapter's adapter_model.safetensors: its header checked against base model and config, its tensors read.
+"""A PEFT adapter's adapter_model.safetensors: header checked against base model and config, tensors read.
 
-Which modules an adapter changes is read off the names here. What cannot be applied is refused with a reason. Beside it
-may lie new_embeddings.safetensors with the rows of added tokens, a convention of S-LoRA and vLLM.
+The tensors' names say which modules an adapter changes. Anything that cannot be applied is refused with a reason. A
+second file, new_embeddings.safetensors, may hold the rows of added tokens, a convention of S-LoRA and vLLM.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lorafleet.workers.errors import AdapterRefusedError, cut, quoted
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = r"(?:base_model\.model\.)?"
-# As it counts itself: a layer "007" is none, and a number of thousands of digits is not computed with.
+# In canonical form: "007" is no layer, and numbers of thousands of digits are not parsed.
 _LAYER = r"(?P<layer>0|[1-9][0-9]{0,5})"
 _LORA = (
     r"(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<B_bias>lora_B(?:\.[^.]+)?\.bias)"
@@ -49,7 +49,7 @@ _LINEAR = re.compile(
     rf"{_PREFIX}model\.layers\.{_LAYER}\.(?P<parent>self_attn|mlp)\.(?P<linear>\w+)\."
     rf"(?:{_LORA}|(?P<bias>(?:base_layer\.)?bias))"
 )
-# A whole weight has several names where PEFT saves the table since the vocabulary was resized, or LoRA is on it.
+# A whole weight has other names if PEFT saves the table because the vocabulary was resized or LoRA is on it.
 _WHOLE = (
     r"(?P<tokens>token_adapter\.trainable_tokens_delta(?:\.[^.]+)?)|(?P<own>modules_to_save(?:\.[^.]+)?\.weight)"
     r"|(?P<base>(?:base_layer|original_module|token_adapter\.base_layer)\.weight)|(?P<weight>weight)"
@@ -61,14 +61,14 @@ _EMBEDDING = re.compile(
 _HEAD = re.compile(rf"{_PREFIX}lm_head\.(?:{_LORA}|{_WHOLE})")
 _NORM = re.compile(rf"{_PREFIX}model\.(?:layers\.{_LAYER}\.(?P<name>(?:self_attn\.)?\w+)|norm)\.weight")
 _MAX_NAME_CHARS = 1000
-# Beginnings of names: a language model inside a multimodal one (in two ways), and Tinker's name of the head.
+# Prefixes of names: a language model inside a multimodal one (two variants), and Tinker's name of the head.
 _WRAPPED = {
     "base_model.model.model.language_model.": "base_model.model.model.",
     "base_model.model.language_model.": "base_model.model.",
     "base_model.model.model.unembed_tokens.": "base_model.model.lm_head.",
 }
 _NEW_EMBEDDINGS = {"input_embeddings": EMBEDDING, "output_embeddings": HEAD}
-VECTORS = ("B_bias", "bias", "magnitude")  # one value an output
+VECTORS = ("B_bias", "bias", "magnitude")  # one value per output
 _SIDES = ("A", "B", *VECTORS)
 SIDE_NAMES = {
     "A": "lora_A",
@@ -81,21 +81,21 @@ SIDE_NAMES = {
     "tokens": "the trained tokens",
     "new": "the added tokens",
 }
-TWIN = "'"  # behind the side of a tensor that has two names
+TWIN = "'"  # suffix of the side of a tensor that has two names
 
 
 def where(layer: int, module: str) -> str:
-    """For people."""
+    """Return a module's place, for messages."""
     return module if layer == NO_LAYER else f"layer {layer} {module}"
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What one read of the weights file gave."""
+    """The result of one read of the weights."""
 
     tensors: list[KeyedTensor]  # in canonical order
     vocabulary: Vocabulary
-    twins: tuple[tuple[Place, Place], ...]  # of the tables: tensors that must be equal
+    twins: tuple[tuple[Place, Place], ...]  # tensors of the tables that must be equal
     files: tuple[TensorFile, ...]
     changed: bool  # while it was read
 
@@ -109,9 +109,9 @@ def read_weights(
     *,
     settle: bool = False,
 ) -> Weights:
-    """Read each file once, into one buffer of our own, of which the tensors are views.
+    """Read each file once, into one buffer; the tensors are views of it.
 
-    Names, shapes, ranks and dtypes are checked before that. `settle`: the stamps are to be proof of what is read.
+    Names, shapes, ranks and dtypes are checked first. `settle`: make the stamps proof of what is read.
     """
     weights_path = folder.shown_file(WEIGHTS_FILE)
     names = folder.names()
@@ -148,13 +148,13 @@ def _read_new_embeddings(
     max_extra: int | None,
     settle: bool,
 ) -> FirstRead:
-    """The rows of tokens behind the base's vocabulary. max_extra: how many there may be; None: any number."""
+    """Read the rows of tokens added to the base's vocabulary. max_extra: their maximum number; None: any."""
     for name in files:
         if name.endswith((".bin", ".pt", ".pth")):
             raise _pickle(folder.shown_file(name))
         if name != NEW_EMBEDDINGS_FILE or not base.vocab_size:
             raise folder.refused(
-                name, f"is no file that is served; added tokens are in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature"
+                name, f"is not supported; added tokens must be in {NEW_EMBEDDINGS_FILE}.", "unsupported_feature"
             )
     path = folder.shown_file(NEW_EMBEDDINGS_FILE)
 
@@ -174,7 +174,7 @@ def _read_new_embeddings(
             if max_extra is not None and shape[0] > max_extra:
                 raise refused(
                     path,
-                    f"adds {shape[0]} token ids, the limit is {max_extra}. Start with --lora-extra-vocab-size "
+                    f"adds {shape[0]} token ids; the limit is {max_extra}. Start with --lora-extra-vocab-size "
                     f"{shape[0]}.",
                     "vocab_too_large",
                 )
@@ -192,14 +192,14 @@ def _check_header(
     max_extra_vocab: int | None,
     new: Mapping[Place, tuple[int, ...]],
 ) -> tuple[dict[str, Key], Vocabulary, tuple[tuple[Place, Place], ...]]:
-    """What each name is, and what all of them do to the vocabulary. `new`: shapes of added tokens' rows."""
+    """Return each name's key, the vocabulary and the twins. `new`: shapes of added tokens' rows."""
     names = sorted(header.offset_keys())
     shapes = {name: list(header.get_slice(name).get_shape()) for name in names}
     empty = next((name for name in names if shapes[name] == [0]), None)
     if empty is not None:
         raise refused(
             weights_path,
-            f"has empty tensors ({cut(empty)} has no elements). DeepSpeed ZeRO-3 and FSDP write such where the weights "
+            f"has empty tensors ({cut(empty)} has no elements). DeepSpeed ZeRO-3 and FSDP write these if the weights "
             "are not gathered: gather them before save_pretrained(), and save again.",
             "empty_tensors",
         )
@@ -209,7 +209,7 @@ def _check_header(
         if side in _SIDES and max_lora_rank is not None and lora_rank > max_lora_rank:
             raise refused(
                 weights_path.with_name(CONFIG_FILE),
-                f"has rank {lora_rank}, the limit is {max_lora_rank} ({module_name(layer, module)}). Start with "
+                f"has rank {lora_rank}; the limit is {max_lora_rank} ({module_name(layer, module)}). Start with "
                 f"--max-lora-rank {lora_rank}.",
                 "rank_too_large",
             )
@@ -235,19 +235,19 @@ def _check_header(
 def _keys(
     weights_path: Path, names: Sequence[str], base: BaseShapes, config: AdapterConfig
 ) -> tuple[dict[str, Key], tuple[tuple[Place, Place], ...]]:
-    """What each name is, in canonical order, and which are two names of one tensor.
+    """Return each name's key, in canonical order, and the pairs of names that are one tensor.
 
-    All must be of modules that the base has, and as the config says.
+    Each must belong to a module that the base model has, and agree with the config.
     """
     found: dict[Key, str] = {}
     twins: list[tuple[Place, Place]] = []
-    plain: set[str] = set()  # tables with a weight of the base model's own name
+    plain: set[str] = set()  # tables with a weight under the base model's name
     for name in names:
         layer, module, side = _key(weights_path, name, base, config)
         if layer >= base.num_layers:
             raise refused(
                 weights_path,
-                f"has {cut(name)}, the base model has {base.num_layers} layers. {config.other_base}",
+                f"has {cut(name)}; the base model has {base.num_layers} layers. {config.other_base}",
                 "unknown_layer",
             )
         if side == "weight":
@@ -275,7 +275,7 @@ def _keys(
             if any((layer, part, side) in found for side in _SIDES):
                 raise refused(
                     weights_path,
-                    f"has LoRA on {module} and on {part} of layer {layer}, which is a part of it.",
+                    f"has LoRA on {module} and on {part} of layer {layer}, which is part of it.",
                     "overlapping_targets",
                 )
     for layer, module in base.norm_places():
@@ -291,8 +291,8 @@ def _keys(
 
 
 def _key(weights_path: Path, given: str, base: BaseShapes, config: AdapterConfig) -> Key:
-    """(layer, module, side) that a name is of; the side is "weight" where only the config can say whose it is."""
-    # Patterns mean the names that the modules had when it was trained, so what is renamed must not depend on any.
+    """Return a name's (layer, module, side); the side is "weight" if only the config can tell whose it is."""
+    # Patterns refer to module names at training time, so renamed modules must not depend on any pattern.
     name = given if config.ranks or config.alphas or len(given) > _MAX_NAME_CHARS else _without_wrappers(given)
     match = _LINEAR.fullmatch(name)
     if match is not None and PARENTS.get(match["linear"]) == match["parent"] and base.of(match["linear"]) is not None:
@@ -317,7 +317,7 @@ def _key(weights_path: Path, given: str, base: BaseShapes, config: AdapterConfig
 
 
 def _without_wrappers(name: str) -> str:
-    """The name that a tensor has where the model is neither compiled nor a part of another one."""
+    """Return a tensor's name without the prefixes of torch.compile and of an enclosing model."""
     name = name.replace("_orig_mod.", "")  # torch.compile
     for wrapped, plain in _WRAPPED.items():
         if name.startswith(wrapped):
@@ -326,7 +326,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _check_saved(config_path: Path, config: AdapterConfig, base: BaseShapes) -> None:
-    """`modules_to_save` names modules whose whole weights are served, and no others."""
+    """Check that `modules_to_save` names only modules that can be replaced."""
     served = [module_name(layer, norm) for layer, norm in base.norm_places()]
     served += [module_name(NO_LAYER, table) for table in TABLES if base.vocab_size]
     linears = [module_name(layer, linear) for layer in range(base.num_layers) for linear in base.linears]
@@ -335,13 +335,13 @@ def _check_saved(config_path: Path, config: AdapterConfig, base: BaseShapes) -> 
         if other is not None or not any(module.endswith(end) for module in served):
             raise refused(
                 config_path,
-                f"asks for modules_to_save={quoted(end)}; served whole are {', '.join(TABLES)} and the model's norms.",
+                f"asks for modules_to_save={quoted(end)}; supported are {', '.join(TABLES)} and the model's norms.",
                 "unsupported_target",
             )
 
 
 def _check_module(weights_path: Path, layer: int, module: str, sides: set[str], config: AdapterConfig) -> None:
-    """A module has the tensors of LoRA that the config asks for, and no others."""
+    """Check that a module has exactly the LoRA tensors that the config asks for."""
     place = where(layer, module)
     for side, other in (("A", "B"), ("B", "A")):
         if side in sides and other not in sides:
@@ -357,7 +357,7 @@ def _check_module(weights_path: Path, layer: int, module: str, sides: set[str], 
                 f"has {SIDE_NAMES[side]} of {place}, but {CONFIG_FILE} does not ask for it with {option}.",
                 "config_mismatch",
             )
-        # A bias of its own has a module only where the base model has one.
+        # Only modules with a bias in the base model have a bias of their own.
         if is_asked and side not in sides and side != "bias":
             raise refused(
                 weights_path,
@@ -393,12 +393,12 @@ def _wrong_shape(
 ) -> AdapterRefusedError:
     return refused(
         weights_path,
-        f"has {cut(name)} of shape {quoted(shape)}; the base model wants {expected}. {config.other_base}",
+        f"has {cut(name)} of shape {quoted(shape)}; the base model needs {expected}. {config.other_base}",
         "wrong_shape",
     )
 
 
 def _pickle(path: Path) -> AdapterRefusedError:
     return refused(
-        path, "is a pickle, which is never read since it can run code. Save the adapter with safetensors.", "pickle"
+        path, "is a pickle, which is never read because it can run code. Save the adapter with safetensors.", "pickle"
     )

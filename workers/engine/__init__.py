@@ -1,4 +1,4 @@
-"""The loop in which deciding meets executing.
+"""The loop that connects scheduling with execution.
 
 Imports `scheduling`, `model`, `adapters`, `sources` and `ranks`. Start reading in loop.py.
 """

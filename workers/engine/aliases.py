@@ -1,7 +1,7 @@
-"""What callers call an engine's adapters: names, ids. Several may stand for the same content.
+"""Aliases of an engine's adapters: the callers' names or ids. Several may stand for the same content.
 
-Owns: which adapter an alias stands for, that an adapter is unregistered with its last alias, and whose pins there are.
-Leaves to others: the adapters themselves (engine/loop.py), threads (adapters/named_work.py).
+Owns: the adapter of each alias, unregistering an adapter with its last alias, and pins by alias. Leaves to others: the
+adapters themselves (engine/loop.py), threads (adapters/named_work.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DOWNLOAD_S = 590.0  # that finding, reading and verifying one may take that may have to be downloaded
-_READ_TIMEOUTS = 10  # of another one, times --adapter-read-timeout-s: it is looked up, read whole and hashed
+_DOWNLOAD_S = 590.0  # limit for finding, reading and verifying one that may need a download
+_READ_TIMEOUTS = 10  # limit for others, in --adapter-read-timeout-s: look-up, full read, hash
 
 _Alias = TypeVar("_Alias", bound=Hashable)
 _Read = TypeVar("_Read")
@@ -32,16 +32,17 @@ _Result = TypeVar("_Result")
 
 
 class Aliases(Generic[_Alias]):
-    """Thread-safe. An alias waits for what was asked before of it, never for another one."""
+    """Thread-safe. Calls for one alias run in order; different aliases never wait for each other."""
 
     def __init__(self, engine: Engine, owner: Callable[[_Alias], Hashable] = lambda alias: alias) -> None:
-        """owner: of an alias; of the pinned aliases of one owner only the last has a pin, and hands it back."""
+        """owner: of an alias. Of an owner's pinned aliases only the last one's adapter is pinned, until that is
+        removed."""
         self._engine = engine
         self._owner = owner
         self._work: NamedWork[_Alias] = NamedWork()
-        self._lock = threading.Lock()  # also held while the engine is told, so that it knows what is known here
+        self._lock = threading.Lock()  # also held during calls of the engine, so that both agree
         self._specs: dict[_Alias, AdapterSpec] = {}
-        self._pinned: dict[_Alias, None] = {}  # that are to be pinned, in order
+        self._pinned: dict[_Alias, None] = {}  # to be pinned, in order
         self._pins: set[str] = set()  # digests
 
     def get(self, alias: _Alias) -> AdapterSpec | None:
@@ -53,9 +54,9 @@ class Aliases(Generic[_Alias]):
             return dict(self._specs)
 
     def add(self, alias: _Alias, path_or_id: str, roots: Sequence[str] | None = None) -> Future[AdapterSpec]:
-        """Register what lies at `path_or_id` now and let `alias` stand for it, in place of what it stood for before.
+        """Register the adapter now at `path_or_id` and let `alias` stand for it, replacing its earlier adapter.
 
-        Fails with what `Engine.register_adapter` raises; the alias then stands for what it did.
+        Fails with what `Engine.register_adapter` raises; the alias then keeps its earlier adapter.
         """
 
         def change(spec: AdapterSpec) -> AdapterSpec:
@@ -67,7 +68,7 @@ class Aliases(Generic[_Alias]):
     def in_turn(
         self, alias: _Alias, read: Callable[[], _Read], change: Callable[[_Read], _Result], path_or_id: str
     ) -> Future[_Result]:
-        """Do something that reads the files at `path_or_id` for an alias, then make a change. See `NamedWork`."""
+        """Run `read`, which reads the files at `path_or_id` for an alias, then `change`. See `NamedWork`."""
 
         def named() -> _Read:
             try:
@@ -86,10 +87,10 @@ class Aliases(Generic[_Alias]):
         return self._work.submit(alias, named, change, limit_s=limit_s)
 
     def put(self, alias: _Alias, spec: AdapterSpec, *, pin: bool = False) -> None:
-        """Let an alias stand for what `Engine.read_adapter` has read, in place of what it stood for before.
+        """Let an alias stand for a result of `Engine.read_adapter`, replacing its earlier adapter.
 
-        pin: keep it in a slot, until the alias is removed; one that was pinned stays so. Raises
-        `AdapterRefusedError`, `AdapterConflictError`; the alias then stands for what it did.
+        pin: keep it in a slot until the alias is removed; a pinned alias stays pinned. Raises `AdapterRefusedError`,
+        `AdapterConflictError`; the alias then keeps its earlier adapter.
         """
         with self._lock:
             before = self._specs.get(alias)
@@ -112,7 +113,7 @@ class Aliases(Generic[_Alias]):
                 self._unregister(before.digest)
 
     def pin(self, alias: _Alias) -> bool:
-        """Keep what an alias stands for in a slot, until the alias is removed. False: it stands for nothing.
+        """Keep an alias's adapter in a slot until the alias is removed. Return False for an unknown alias.
 
         Raises `AdapterConflictError`.
         """
@@ -129,9 +130,9 @@ class Aliases(Generic[_Alias]):
             return True
 
     def remove(self, alias: _Alias) -> Future[Future[FreedBytes] | None]:
-        """Take an alias away. Gives the future of what that frees once no request uses the adapter.
+        """Remove an alias. The result is the future of the bytes freed once no request uses the adapter.
 
-        Gives None where another alias stands for the same adapter. Fails with `UnknownModelError`.
+        It is None if another alias stands for the same adapter. Fails with `UnknownModelError`.
         """
         return self.in_turn(alias, lambda: None, lambda _: self.drop(alias), "")
 
@@ -154,7 +155,7 @@ class Aliases(Generic[_Alias]):
             return self._unregister(spec.digest)
 
     def _repin(self) -> None:
-        """Have the engine pin what is to be pinned now, and nothing else. The lock is held."""
+        """Update the engine's pins to those wanted now. The lock is held."""
         last = {self._owner(alias): self._specs[alias].digest for alias in self._pinned}
         pins = set(last.values())
         if pins != self._pins:
@@ -162,7 +163,7 @@ class Aliases(Generic[_Alias]):
             self._pins = pins
 
     def _unregister(self, digest: str) -> Future[FreedBytes] | None:
-        """If it was the last alias. The lock is held."""
+        """Unregister an adapter unless an alias still stands for it. The lock is held."""
         if any(spec.digest == digest for spec in self._specs.values()):
             return None
         return self._engine.unregister_adapter(digest)

@@ -1,9 +1,9 @@
-"""Which adapters requests may name, and the end of those that they may not name any more.
+"""The adapters requests may use, and the retirement of those that were removed.
 
-An adapter is registered, perhaps pinned, then retired, and freed when the last request for it has ended. Pinned ones
-keep their slot and what they have of the pool beside the slots; a request that would never have room beside them is
-refused, and so is a pin that would leave an accepted one none. Leaves to others: an adapter's way into a slot
-(slot_loader.py), where it is (scheduling/adapter_slots.py, adapters/store.py).
+An adapter is registered, perhaps pinned, then retired, and freed when its last request has ended. Pinned ones keep
+their slot and their share of the pool for embeddings and heads. A request that could never run beside them is refused;
+so is a pin that would leave an accepted request no room. Leaves to others: loading into a slot (slot_loader.py), the
+tier of an adapter (scheduling/adapter_slots.py, adapters/store.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FreedBytes:
-    """What unregistering an adapter gave back. device: a slot, for others, and what it had of the pool beside it."""
+    """Memory freed by unregistering an adapter. device: its slot, and its share of the pool for own tables."""
 
     device: int
     host: int
@@ -48,16 +48,16 @@ class FreedBytes:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """An adapter that is not registered any more, to be freed when the last request that names it has ended."""
+    """An adapter that was unregistered, to be freed when its last request has ended."""
 
     digest: str
     freed: Future[FreedBytes]
 
 
 class RegisteredAdapters:
-    """By digest. Whoever calls holds the engine's lock, unless a method says otherwise."""
+    """The registered adapters, by digest. The caller holds the engine's lock unless a method says otherwise."""
 
-    MAX_FREED = 32  # in one step
+    MAX_FREED = 32  # per step
 
     def __init__(
         self,
@@ -75,16 +75,16 @@ class RegisteredAdapters:
         self._store = store
         self._slots = slots
         self._registered: set[str] = set()
-        self._bytes: dict[str, int] = {}  # of these and of retired ones, what they take of the pool beside the slots
-        self._pinned: set[str] = set()  # of these, those that stay in their slots
-        self._users: Counter[str] = Counter()  # unfinished requests that name each
+        self._bytes: dict[str, int] = {}  # in the pool, of these and of retired ones
+        self._pinned: set[str] = set()  # registered ones that stay in their slots
+        self._users: Counter[str] = Counter()  # unfinished requests using each
         self._retiring: dict[str, list[Retire]] = {}
-        self._unused: dict[str, None] = {}  # of these, those that no request names; a set in order
+        self._unused: dict[str, None] = {}  # retiring ones without requests; an ordered set
 
     def read(self, path_or_id: str, roots: Sequence[str] | None) -> AdapterSpec:
-        """Find, read and verify an adapter that is to be added. Without the lock: it is slow.
+        """Find, read and verify an adapter to be added. Call it without the lock: it is slow.
 
-        roots: where it must lie, see `resolve_adapter`. Raises `AdapterRefusedError`.
+        roots: where it must be, see `resolve_adapter`. Raises `AdapterRefusedError`.
         """
         lora = self._config.lora
         if lora is None:
@@ -103,7 +103,7 @@ class RegisteredAdapters:
         )
         if not is_same_base(self._config.model, spec.config.base_model_name):
             logger.warning(
-                "adapter %s was trained for %r, by its config; it fits %r in its sizes, and is served on that",
+                "adapter %s was trained for %r according to its config; its shapes fit %r, so it is served on that",
                 folder,
                 spec.config.base_model_name,
                 self._config.model,
@@ -111,7 +111,7 @@ class RegisteredAdapters:
         num_bytes = self._pool_bytes(spec)
         if num_bytes > self._plan.full_weight_bytes:
             raise AdapterRefusedError(
-                f"{folder} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for such weights holds "
+                f"{folder} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for these weights holds "
                 f"{self._plan.full_weight_bytes}. Raise --lora-full-weight-bytes.",
                 reason="larger_than_full_weight_pool",
             )
@@ -119,28 +119,28 @@ class RegisteredAdapters:
         return spec
 
     def add(self, spec: AdapterSpec) -> None:
-        """Idempotent. Raises `AdapterRefusedError` when it does not fit into the host tier."""
+        """Register an adapter. Idempotent. Raises `AdapterRefusedError` if it does not fit into the host tier."""
         self._store.register(spec)
         self._registered.add(spec.digest)
         self._bytes[spec.digest] = self._pool_bytes(spec)
 
     def remove(self, digest: str) -> Retire:
-        """No request may name it from now on. Raises `UnknownModelError` for one that is not registered."""
+        """Unregister an adapter: no new request may use it. Raises `UnknownModelError` if it is not registered."""
         if digest not in self._registered:
             raise UnknownModelError(f"No adapter with digest {digest} is registered here.", param="model")
         self._registered.remove(digest)
         self._pinned.discard(digest)
         freed: Future[FreedBytes] = Future()
-        freed.set_running_or_notify_cancel()  # nobody who waits can cancel it
+        freed.set_running_or_notify_cancel()  # a waiter cannot cancel it
         return Retire(digest, freed)
 
     def repin(
         self, pin: Collection[str], unpin: Collection[str], unfinished: Iterable[Sequence[str]]
     ) -> list[tuple[str, bool]]:
-        """Let some adapters keep their slots from now on, in place of others. unfinished: digests of each request.
+        """Pin some adapters to their slots and unpin others. unfinished: the digests of each unfinished request.
 
-        Returns what changes: (digest, whether it is pinned). Raises `AdapterConflictError`, and changes nothing, when
-        the others would have too little room.
+        Returns the changes: (digest, whether it is pinned). Raises `AdapterConflictError`, without any change, if too
+        little room would be left for other adapters.
         """
         self.check(*pin, pinned=set())
         pinned = self._pinned.difference(unpin).union(pin)
@@ -152,30 +152,32 @@ class RegisteredAdapters:
         return changes
 
     def check(self, *digests: str, pinned: set[str] | None = None) -> None:
-        """That a request may name them, beside the pinned ones. Raises `AdapterUnavailableError` or
-        `AdapterConflictError`."""
+        """Check that a request may use these adapters besides the pinned ones.
+
+        Raises `AdapterUnavailableError` or `AdapterConflictError`.
+        """
         for digest in digests:
             if digest not in self._registered:
                 raise unregistered(digest)
         pinned = self._pinned if pinned is None else pinned
         if not self._have_slots(digests, pinned):
             raise AdapterConflictError(
-                f"{len(digests)} adapters together never have a slot each: of {self._plan.max_loras} "
-                f"{len(pinned)} are taken by pinned adapters. Unload a pinned one, or raise --max-loras."
+                f"This request needs {len(digests)} adapter slots, but pinned adapters hold "
+                f"{len(pinned)} of {self._plan.max_loras}. Unload a pinned adapter or raise --max-loras."
             )
         if not self._have_pool(digests, pinned):
             raise AdapterConflictError(
-                f"An embedding or head of {self._pool_of(digests)} bytes never has room beside those of pinned "
-                f"adapters, which have {self._pool_of(pinned)} of {self._plan.full_weight_bytes}. Unload a pinned one, "
-                "or raise --lora-full-weight-bytes."
+                f"This request's adapters need {self._pool_of(digests)} bytes of the pool for embeddings and heads, "
+                f"but pinned adapters hold {self._pool_of(pinned)} of {self._plan.full_weight_bytes}. Unload a "
+                "pinned adapter or raise --lora-full-weight-bytes."
             )
 
     def use(self, digests: Sequence[str]) -> None:
-        """One more request that names these has been accepted; none: it is the base model's."""
+        """Count an accepted request that uses these adapters; none: it is the base model's."""
         self._users.update(digests or [""])
 
     def leave(self, digests: Sequence[str]) -> None:
-        """A request that named these has ended."""
+        """Count the end of a request that used these adapters."""
         for digest in digests or [""]:
             self._users[digest] -= 1
             if not self._users[digest]:
@@ -188,36 +190,36 @@ class RegisteredAdapters:
         return dict(self._users)
 
     def all(self) -> tuple[str, ...]:
-        """The digests."""
+        """Return the digests."""
         return tuple(self._registered)
 
     def spec(self, digest: str) -> AdapterSpec:
-        """Without the lock. Raises `AdapterUnavailableError` for a digest that is not known (any more)."""
+        """Return an adapter's spec. Needs no lock. Raises `AdapterUnavailableError` for an unknown digest."""
         spec = self._store.spec(digest)
         if spec is None:
             raise unregistered(digest)
         return spec
 
     def retire(self, retire: Retire) -> None:
-        """The stepping thread's, with or without the lock: all that was asked before it is done."""
+        """Begin to retire an adapter, on the stepping thread, with or without the lock; all earlier calls are done."""
         self._slots.pin(retire.digest, False)
         self._retiring.setdefault(retire.digest, []).append(retire)
         if retire.digest not in self._users:
             self._unused[retire.digest] = None
 
     def can_free(self, is_coming: Callable[[str], bool]) -> bool:
-        """Whether `free_unused` would free something."""
+        """Return whether `free_unused` would free something."""
         return not all(map(is_coming, self._unused))
 
     def free_unused(self, is_coming: Callable[[str], bool]) -> list[tuple[Retire, FreedBytes]]:
-        """The stepping thread's: empty the slots and the host memory of retired adapters that no request uses any more.
+        """Free the slots and the host memory of retired adapters without requests. Runs on the stepping thread.
 
-        One that is registered again keeps both. At most so many at a time that the step stays short. is_coming: an
-        adapter that is on its way into a slot is freed when it is there.
+        One that was registered again keeps both. Frees a limited number per call, so that the step stays short.
+        is_coming: an adapter being loaded into a slot is freed after that load.
         """
         freed = []
         for digest in list(islice(filterfalse(is_coming, self._unused), self.MAX_FREED)):
-            if digest in self._users:  # registered again, and named
+            if digest in self._users:  # registered and used again
                 del self._unused[digest]
             else:
                 del self._unused[digest]
@@ -228,7 +230,7 @@ class RegisteredAdapters:
         return freed
 
     def close(self, unseen: Iterable[Retire], error: LoRAFleetError) -> None:
-        """Tell those who wait for bytes that nobody frees any. unseen: what `retire` has not been told."""
+        """Fail the futures of all pending retirements. unseen: those that `retire` has not got yet."""
         waiting = [retire for retires in self._retiring.values() for retire in retires]
         self._retiring.clear()
         self._unused.clear()
@@ -236,7 +238,7 @@ class RegisteredAdapters:
             retire.freed.set_exception(error)
 
     def check_integrity(self, unseen: Iterable[Retire]) -> None:
-        """Nothing is resident that is neither registered nor about to be freed. For tests."""
+        """Check that every resident adapter is registered or retiring. For tests."""
         retiring = {*self._retiring, *(retire.digest for retire in unseen)}
         assert set(self._slots.resident()) <= self._registered | retiring
         assert self._unused.keys() <= self._retiring.keys()
@@ -255,32 +257,32 @@ class RegisteredAdapters:
         limit = self._plan.max_loras - 1
         if len(pinned) > limit:
             raise AdapterConflictError(
-                f"{len(self._pinned)} adapters are pinned; of {self._plan.max_loras} slots {limit} may be taken so. "
-                "Raise --max-loras, or unload a pinned one."
+                f"{len(self._pinned)} of {self._plan.max_loras} slots hold pinned adapters; the limit is {limit}. "
+                "Raise --max-loras or unload a pinned adapter."
             )
         if self._pool_of(pinned) > self._plan.full_weight_bytes:
             raise AdapterConflictError(
-                f"Embeddings and heads of pinned adapters would take {self._pool_of(pinned)} bytes, the pool for them "
-                f"has {self._plan.full_weight_bytes}. Raise --lora-full-weight-bytes, or unload a pinned one."
+                f"Embeddings and heads of pinned adapters would take {self._pool_of(pinned)} bytes; their pool "
+                f"has {self._plan.full_weight_bytes}. Raise --lora-full-weight-bytes or unload a pinned adapter."
             )
         for digests in unfinished:
             if not self._have_slots(digests, pinned):
                 raise AdapterConflictError(
-                    "An unfinished request needs more slots for its adapters than another pinned one would leave. Pin "
-                    "it later, or raise --max-loras."
+                    "Another pinned adapter would leave an unfinished request too few adapter slots. Pin it later or "
+                    "raise --max-loras."
                 )
             if not self._have_pool(digests, pinned):
                 raise AdapterConflictError(
-                    "An unfinished request's embedding or head needs more room than another pinned one would leave. "
-                    "Pin it later, or raise --lora-full-weight-bytes."
+                    "Another pinned adapter would leave an unfinished request's embedding or head too little memory. "
+                    "Pin it later or raise --lora-full-weight-bytes."
                 )
 
     def _have_slots(self, digests: Sequence[str], pinned: set[str]) -> bool:
-        """Whether adapters can be in slots together, beside those that stay in theirs."""
+        """Return whether these adapters fit into the slots together with the pinned ones."""
         return len(pinned.union(digests)) <= self._plan.max_loras
 
     def _have_pool(self, digests: Sequence[str], pinned: set[str]) -> bool:
-        """Whether their embeddings and heads can be in the pool together, beside those that stay there."""
+        """Return whether their embeddings and heads fit into the pool together with the pinned ones'."""
         return not self._pool_of(digests) or self._pool_of(pinned.union(digests)) <= self._plan.full_weight_bytes
 
     def _pool_of(self, digests: Iterable[str]) -> int:
@@ -292,5 +294,5 @@ class RegisteredAdapters:
 
 def unregistered(digest: str) -> AdapterUnavailableError:
     return AdapterUnavailableError(
-        f"No adapter with digest {digest} is registered here (any more). Name its model again.", param="model"
+        f"No adapter with digest {digest} is registered here. Send the request again by model name.", param="model"
     )

@@ -1,7 +1,7 @@
-"""How adapters get from the disk into host memory, and from there into their slots, without a step waiting for one.
+"""Loading of adapters from disk into host memory and from there into their slots, without delaying steps.
 
-When the host tier has one, a loader thread lists what is to be copied where, and has the other ranks do all of it; the
-stepping thread copies in pieces between steps. What an earlier load has left ready needs no loader thread.
+Once the host tier has an adapter, a loader thread lists its copies and lets the other ranks load their shards; the
+stepping thread copies in pieces between steps. An adapter prepared by an earlier load needs no loader thread.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from lorafleet.workers.scheduling.pace import PaceMeter
 logger = logging.getLogger(__name__)
 
 _NUM_LOADERS = 4
-# A step may be put off, by adapters that are copied to their slots, by this share of the one before it.
+# Copying adapters into slots may delay a step by this share of the previous step's time.
 _COPY_SHARE = 0.05
 _MIN_COPY_S = 50e-6
-_COPY_BYTES = 128 << 10  # in one piece: ten microseconds
+_COPY_BYTES = 128 << 10  # per piece: ten microseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A loader thread's report: an adapter that only has to be copied into its slot, or why that cannot be."""
+    """A loader thread's report: an adapter ready to be copied into its slot, or the error."""
 
     load: SlotLoad
-    number: int  # each has its own
+    number: int  # unique per load
     write: SlotWrite | LoRAFleetError
     seconds: float
     began: float  # time.monotonic()
@@ -52,7 +52,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What came of a `fetch`: the adapter is in host memory, or why not."""
+    """The result of a `fetch`: the adapter is in host memory, or the error."""
 
     digest: str
     seconds: float
@@ -61,8 +61,8 @@ class Fetched:
 
 
 class SlotLoader:
-    """`report`, called on some thread, brings what came of a load or a fetch to the stepping thread, which calls all
-    methods.
+    """`report`, called on some thread, passes the result of a load or a fetch to the stepping thread. That thread calls
+    all methods.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class SlotLoader:
         self._report = report
         self._loaders = BackgroundThreads(_NUM_LOADERS, "lorafleet-slot")
         self._copying: deque[tuple[Loaded, SlotWrite]] = deque()
-        self._copy_s = _MIN_COPY_S  # for copying, before the next step
+        self._copy_s = _MIN_COPY_S  # time for copying before the next step
         self._fetching: Counter[str] = Counter()
         self.num_loading = 0
-        self.num_loaded = 0  # ever
+        self.num_loaded = 0  # in total
 
     @property
     def num_coming(self) -> int:
-        """Loads and fetches that have not ended."""
+        """Return the number of loads and fetches in progress."""
         return self.num_loading + len(self._fetching)
 
     def is_fetching(self, digest: str) -> bool:
@@ -101,9 +101,9 @@ class SlotLoader:
         return bool(self._copying)
 
     def fetch(self, digest: str) -> None:
-        """Bring an adapter into host memory, where nothing holds it; it is to have a slot soon."""
+        """Load an adapter into host memory, without holding it there, since it will soon get a slot."""
         self._fetching[digest] += 1
-        if not self._followers.are_none:  # they read it while this rank does
+        if not self._followers.are_none:  # they read it at the same time
             self._loaders.submit(partial(self._followers.prefetch, digest))
         began = time.monotonic()
         fetched = self._store.fetch(digest)
@@ -118,7 +118,7 @@ class SlotLoader:
         fetched.add_done_callback(report)
 
     def take_fetched(self, fetched: Fetched) -> LoRAFleetError | None:
-        """Take in what came of a `fetch`; why it failed."""
+        """Accept the result of a `fetch`; return its error, if any."""
         self._fetching -= Counter([fetched.digest])
         if fetched.error is None:
             if fetched.from_disk:
@@ -129,7 +129,7 @@ class SlotLoader:
         return InternalError("Reading the adapter failed; the worker's log says why.")
 
     def start(self, load: SlotLoad) -> None:
-        """Begin to bring an adapter into the slot that `AdapterSlots` gave it."""
+        """Begin to load an adapter into the slot that `AdapterSlots` assigned."""
         self.num_loading += 1
         number = next(self._numbers)
         write = self._at_hand(load)
@@ -137,9 +137,9 @@ class SlotLoader:
         if write is not None:
             self._copying.append((Loaded(load, number, write, 0.0, began, from_disk=False), write))
             return
-        if not self._followers.are_none:  # they read it while this rank does
+        if not self._followers.are_none:  # they read it at the same time
             self._loaders.submit(partial(self._followers.prefetch, load.digest))
-        # No loader thread waits for a read: many may hang.
+        # No loader thread waits for a read, since many reads may hang.
         fetched = self._store.fetch(load.digest)
         from_disk = not fetched.done()
         fetched.add_done_callback(
@@ -147,16 +147,16 @@ class SlotLoader:
         )
 
     def pin(self, digest: str, is_pinned: bool) -> None:
-        """Let an adapter stay in its slot or not; if it is to and is in none, bring it into one that can be had now."""
+        """Pin an adapter to its slot, or unpin it. A pinned one without a slot is loaded if a slot is available now."""
         self._slots.pin(digest, is_pinned)
         if is_pinned and self._slots.slot_of(digest) is None and not self._slots.is_loading(digest):
             slot = self._slots.start_load(digest)
-            if slot is not None:  # else it comes with its first request
+            if slot is not None:  # otherwise its first request loads it
                 self.clear_emptied()
                 self.start(SlotLoad(digest, slot))
 
     def take(self, loaded: Loaded) -> LoRAFleetError | None:
-        """Take in what a loader thread reported: `copy` goes on with it, or its slot is free again and this is why."""
+        """Accept a loader thread's report: queue the adapter for `copy`, or free its slot and return the error."""
         if isinstance(loaded.write, SlotWrite):
             self._copying.append((loaded, loaded.write))
             return None
@@ -165,7 +165,7 @@ class SlotLoader:
         return loaded.write
 
     def copy(self, *, puts_off: bool) -> None:
-        """Copy adapters into their slots: all of them, or, where that puts off a step, for as long as it may."""
+        """Copy adapters into their slots: all of them, or, if a step is waiting, for the allowed time only."""
         began = time.monotonic()
         while self._copying:
             loaded, write = self._copying[0]
@@ -181,20 +181,20 @@ class SlotLoader:
                 return
 
     def book_step(self, seconds: float) -> None:
-        """How long a step took: the next one may be put off by a share of it."""
+        """Record a step's duration, which limits the copying before the next step."""
         self._copy_s = max(_MIN_COPY_S, _COPY_SHARE * seconds)
 
     def clear_emptied(self) -> None:
-        """Free the memory that evicted and dropped adapters had beside their slots."""
+        """Free the weights that evicted and dropped adapters had outside their slots."""
         for slot in self._slots.take_emptied():
             self._runner.clear_slot(slot)
 
     def close(self) -> None:
-        """The store is closed already, so that no load begins any more."""
+        """Stop the loader threads. The store is closed already, so no new load begins."""
         self._loaders.close()
 
     def _at_hand(self, load: SlotLoad) -> SlotWrite | None:
-        """An adapter of which nothing is left to do but the copying: asking another thread would take longer."""
+        """Return the write of an adapter that only has to be copied; asking another thread would take longer."""
         if not self._followers.are_none:
             return None
         adapter = self._store.fetch_resident(load.digest)
@@ -206,9 +206,9 @@ class SlotLoader:
         return self._runner.prepare_adapter(load.slot, adapter)
 
     def _load(self, load: SlotLoad, number: int, fetched: Future[HostAdapter], began: float, from_disk: bool) -> None:
-        """On a loader thread: bring an adapter as near to its slot as can be without the stepping thread, and report.
+        """Prepare an adapter as far as possible without the stepping thread, and report. Runs on a loader thread.
 
-        When it reports one, all other ranks have it in their slots.
+        When it reports success, all other ranks have their shards in the slot.
         """
         write: SlotWrite | LoRAFleetError
         try:
@@ -221,10 +221,10 @@ class SlotLoader:
         self._report(Loaded(load, number, write, time.monotonic() - began, began, from_disk))
 
     def _prepare(self, load: SlotLoad, number: int, adapter: HostAdapter) -> SlotWrite:
-        """When it has returned or raised, no other rank writes into the slot any more."""
+        """Prepare a write. After it returns or raises, no other rank writes into the slot."""
         try:
             spec = self._store.spec(load.digest)
-            assert spec is not None, "it is not forgotten while it is on its way"
+            assert spec is not None, "an adapter is not forgotten during its load"
             norms_NH = self._split_norms(adapter, spec.path)
             wait_for_others = self._followers.stage(spec.path, load.digest, load.slot, number, norms_NH)
             try:
@@ -236,7 +236,7 @@ class SlotLoader:
             raise
 
     def _split_norms(self, adapter: HostAdapter, path: Path) -> torch.Tensor | None:
-        """DoRA's norms that are sums over the ranks, [N, H], made if need be; None: there are none."""
+        """Return DoRA's norms that are sums over the ranks, [N, H], computed if needed; None if there are none."""
         runner = self._runner
         if not runner.has_split_norms(adapter):
             return None

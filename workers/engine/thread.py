@@ -1,4 +1,4 @@
-"""An engine that steps itself: a thread that sleeps while there is nothing to do."""
+"""A thread that steps an engine, and sleeps while there is nothing to do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class EngineThread:
-    """Steps an engine in a thread of its own while there is work.
+    """Steps an engine on its own thread while there is work.
 
-    publish: called in that thread with (step number, events) after each step that has events; it must not block.
-    on_crash: called in that thread with what escaped a step; the engine has failed then and is not stepped again.
+    publish: called on that thread with (step number, events) after each step that has events; it must not block.
+    on_crash: called on that thread with the exception of a step; the engine has then failed and is not stepped again.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Return when the running step, if any, is over. Unfinished requests stay unfinished."""
+        """Stop after the current step, if any. Unfinished requests stay unfinished."""
         self._stopping.set()
         self._engine.wake()
         if self._thread.is_alive():
@@ -47,7 +47,7 @@ class EngineThread:
             self._engine.take_cores()
             self._engine.bind_thread()
             while not self._stopping.is_set():
-                # The timeout only bounds how long a `stop` that raced with the wait can take.
+                # The timeout only limits a `stop` that races with the wait.
                 if not self._engine.wait_for_work(timeout_s=0.5):
                     continue
                 events = self._engine.step()

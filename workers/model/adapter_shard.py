@@ -1,4 +1,4 @@
-"""The host tier of a rank: an adapter is read whole, and what is kept of its linears is the rank's shard.
+"""A rank's host tier: an adapter is read whole, but of its linears only the rank's shard is kept.
 
 Embeddings, heads and vectors are kept whole.
 """
@@ -32,7 +32,7 @@ def adapter_store(
     read_timeout_s: float = 30.0,
     has_read: Callable[[], None] = lambda: None,
 ) -> AdapterStore:
-    """A store as the plan bounds it, which keeps a rank's shards."""
+    """Return a store within the plan's limits that keeps a rank's shards."""
     dtype = getattr(torch, plan.lora_dtype)
     options = {"max_bytes": plan.host_cache_bytes, "max_adapters": plan.max_cpu_loras, "dtype": dtype}
     options |= {"eviction": eviction, "need_of": need_of}
@@ -53,8 +53,8 @@ def adapter_store(
 
 
 def cut(adapter: HostAdapter, shards: Mapping[str, LinearShard], num_bytes: int) -> HostAdapter:
-    """The same with a rank's part of each A and B alone, in memory of their own. num_bytes: what that takes."""
-    parts: dict[tuple[int, torch.Size, int], torch.Tensor] = {}  # parts of a fused linear have one A between them
+    """Return the adapter with only a rank's part of each A and B, in new memory. num_bytes: the result's size."""
+    parts: dict[tuple[int, torch.Size, int], torch.Tensor] = {}  # parts of a fused linear share one A
 
     def part_of(whole: torch.Tensor, columns: slice) -> torch.Tensor:
         key = whole.data_ptr(), whole.shape, columns.start
@@ -75,7 +75,7 @@ def cut(adapter: HostAdapter, shards: Mapping[str, LinearShard], num_bytes: int)
 
 
 def shard_bytes(adapter: AdapterSpec, base: BaseShapes, shards: Mapping[str, LinearShard], dtype: torch.dtype) -> int:
-    """What a cut adapter takes in host memory."""
+    """Return the bytes of a cut adapter in host memory."""
     saved = 0
     for file in adapter.files:
         for place in file.layout.places:

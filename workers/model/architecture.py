@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a checkpoint, read from its config.json. Supported: the Llama family.
+"""A checkpoint's architecture, read from its config.json, for the decoder. Supported: the Llama family.
 
 Owns: which architectures are served and what of their configs changes the mathematics. An option that this decoder does
 not compute is refused by name. Imports transformers and torch only inside `read_model_spec`.
@@ -24,7 +24,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes and switches of one decoder-only model."""
+    """Sizes and options of one decoder-only model."""
 
     architecture: str
     num_layers: int
@@ -41,10 +41,10 @@ class ModelSpec:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    windows: tuple[int, ...]  # per layer: keys a query may look back on, itself included; 0 is all
+    windows: tuple[int, ...]  # per layer: keys a query attends to, its own included; 0 means all
     dtype: str  # the checkpoint's
     eos_token_ids: frozenset[int]
-    hf_config: Any  # transformers' own, for its RoPE parameters
+    hf_config: Any  # transformers' config, for its RoPE parameters
 
     @property
     def q_size(self) -> int:
@@ -60,7 +60,7 @@ class ModelSpec:
 
     @cached_property
     def linears(self) -> Mapping[str, tuple[int, int]]:
-        """(in, out) features of each linear of a layer, by its checkpoint name."""
+        """(in, out) features of each linear of a layer, by checkpoint name."""
         hidden, inner = self.hidden_size, self.intermediate_size
         return {
             "q_proj": (hidden, self.q_size),
@@ -85,7 +85,7 @@ class ModelSpec:
 
     @property
     def norms(self) -> Mapping[str, int]:
-        """Sizes of the norms: those of each layer, and the model's."""
+        """Sizes of each layer's norms and of the model's final norm."""
         sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), self.hidden_size)
         return sizes | (dict.fromkeys(("q_norm", "k_norm"), self.head_dim) if self.qk_norm else {})
 
@@ -95,7 +95,7 @@ class ModelSpec:
 
     @property
     def num_linear_parameters(self) -> int:
-        """Of the decoder layers' linears, biases left out."""
+        """Number of weights in the decoder layers' linears, without biases."""
         return self.num_layers * sum(i * o for i, o in self.linears.values())
 
     @property
@@ -105,12 +105,12 @@ class ModelSpec:
         return self.num_linear_parameters + embeddings + norms
 
     def kv_elements_per_token(self, ranks: int) -> int:
-        """Elements of keys and values that one token takes on one rank."""
+        """Return the number of key and value elements per token on one rank."""
         return 2 * self.num_layers * max(1, self.num_kv_heads // ranks) * self.head_dim
 
 
 def read_model_spec(model_dir: Path) -> ModelSpec:
-    """Read config.json and generation_config.json. Raises `ModelError` for what is missing or not supported."""
+    """Read config.json and generation_config.json. Raises `ModelError` for anything missing or not supported."""
     config_path = model_dir / "config.json"
     architecture, raw = read_architecture(model_dir)
     from transformers import AutoConfig
@@ -120,21 +120,21 @@ def read_model_spec(model_dir: Path) -> ModelSpec:
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"{config_path} cannot be read: {error}") from error
     if config.hidden_act != "silu":
-        raise ModelError(f"{config_path} has hidden_act {config.hidden_act!r}; only silu is served.")
+        raise ModelError(f"{config_path} has hidden_act {config.hidden_act!r}; only silu is supported.")
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise ModelError(f"{config_path} has rope_type {rope_type!r}; served are {', '.join(ROPE_TYPES)}.")
+        raise ModelError(f"{config_path} has rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}.")
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ModelError(
-            f"{config_path} has a quantization_config ({cut(str(method or 'of no named method'))}); only unquantised "
-            "checkpoints are served. Give the model that it was made from; --quantization int8 halves its memory."
+            f"{config_path} has a quantization_config ({cut(str(method or 'of unnamed method'))}); only unquantised "
+            "checkpoints are supported. Give the original model; --quantization int8 halves its memory."
         )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:
-        raise ModelError(f"{config_path} has {heads} heads over {kv_heads} key-value heads, which does not divide.")
+        raise ModelError(f"{config_path} has {heads} heads, not a multiple of its {kv_heads} key-value heads.")
     attention_bias = bool(getattr(config, "attention_bias", False))
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return ModelSpec(
@@ -180,11 +180,11 @@ def _ties_head(model_dir: Path, wanted: bool) -> bool:
     try:
         return wanted and CheckpointReader(model_dir).ties_head(wanted)
     except ModelError:
-        return wanted  # what is wrong with them is said when they are loaded
+        return wanted  # loading the weights reports the error
 
 
 def _not_a_model(directory: Path) -> str:
-    """What a directory without config.json is, and what to do about it."""
+    """Describe a directory without config.json, and what to do about it."""
     try:
         adapter = json_object(read_found(directory / "adapter_config.json", _MAX_CONFIG_BYTES))
     except (OSError, ValueError):
@@ -192,7 +192,7 @@ def _not_a_model(directory: Path) -> str:
     base = adapter.get("base_model_name_or_path")
     return (
         f"is an adapter, not a model: it has adapter_config.json and no config.json. Give the base model as MODEL"
-        f"{f' ({cut(base)}, says its config)' if isinstance(base, str) and base else ''}, and the adapter with "
+        f"{f' ({cut(base)}, according to its config)' if isinstance(base, str) and base else ''}, and the adapter with "
         "--enable-lora --lora-modules NAME=DIRECTORY (LoRARequest offline)."
     )
 
@@ -207,7 +207,7 @@ def _windows(config: Any, architecture: str) -> tuple[int, ...]:
 
 
 def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """The tokens that end an answer: the generation config's, else the model config's."""
+    """Return the tokens that end an answer: the generation config's, else the model config's."""
     generation_path = model_dir / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     eos = generation.get("eos_token_id", config.get("eos_token_id"))

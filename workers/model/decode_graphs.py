@@ -1,11 +1,11 @@
-"""Decode steps as CUDA graphs: all launches of a step, recorded once for a batch size and replayed as one.
+"""Decode steps as CUDA graphs: all launches of a step, recorded once per batch size and replayed as one.
 
-A graph reads its input where `StepBuffers` puts it and writes logits to one place, so that only the content differs
-between replays. There are graphs for some batch sizes; a batch is filled up to the next one with rows that harm
-nothing. For each size there is one with LoRA in it and one without, which a batch of base model requests takes.
+A graph reads its input from `StepBuffers`' fixed addresses and writes logits to a fixed place, so replays differ only
+in content. Graphs exist for some batch sizes; a batch is padded to the next size with harmless rows. Each size has one
+graph with LoRA and one without, for batches of base model requests only.
 
-What a graph cannot hold runs as usual: prompts, adapters with norms, an embedding or a head of their own (other
-launches for each), compositions (more pieces than rows), and all with several ranks.
+Steps that no graph can hold run as usual: prompts; adapters with norms, an embedding or a head of their own (each needs
+other launches); compositions (more pieces than rows); and everything with several ranks.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import torch
 from lorafleet.workers.model.step_input import StepBuffers, StepInput, StepShape
 from lorafleet.workers.scheduling.batch import Scheduled
 
-_MAX_SIZE = 256  # larger batches spend little of their time in launches
+_MAX_SIZE = 256  # larger batches spend little time on launches
 
 
 class Capture(Protocol):
-    """Records what a function launches; what it returns launches it again."""
+    """Records the launches of a function; returns a function that repeats them."""
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]: ...
 
 
 class CudaCapture:
-    """CUDA graphs with one pool of memory for all: no two of them run at a time.
+    """CUDA graphs with one memory pool for all, since no two of them run at once.
 
-    `torch.cuda.graph` would look for garbage before each of them, which takes longer than the recording. It must not
-    be looked for amid one, since what is freed may be the device's.
+    `torch.cuda.graph` would collect garbage before each recording, which takes longer than the recording. Garbage must
+    not be collected during a recording, since it may free device memory.
     """
 
     def __init__(self) -> None:
@@ -59,14 +59,14 @@ class CudaCapture:
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """Those that have graphs, ascending: the larger, the farther apart, since a row more costs ever less."""
+    """Return the sizes with graphs, ascending and increasingly far apart: an extra row costs less in larger batches."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, _MAX_SIZE + 1, 32)]
     largest = min(max_num_seqs, _MAX_SIZE)
     return [*(size for size in sizes if size < largest), largest]
 
 
 class DecodeGraphs:
-    """The graphs of one model. `capture` makes them; then `run` replays one for each step that fits."""
+    """The graphs of one model: `capture` records them, then `run` replays one for each step that fits."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class DecodeGraphs:
         *,
         has_lora: bool,
     ) -> None:
-        """forward: a step, and where its logits go. logits_SV: for the largest size. scratch_page: nobody's."""
+        """forward: runs a step and writes its logits. logits_SV: for the largest size. scratch_page: in no request."""
         self._forward = forward
         self._buffers = buffers
         self._sizes = sorted(sizes)
@@ -91,7 +91,7 @@ class DecodeGraphs:
         return len(self._replays)
 
     def capture(self, capture: Capture) -> None:
-        """Record all graphs, the largest first: the others find its memory. Nothing else may run."""
+        """Record all graphs, the largest first, so that the others reuse its memory. Nothing else may run."""
         nothing = StepShape(0, 0, 0, 0, 0)
         for has_lora in self._variants:
             for size in reversed(self._sizes):
@@ -101,17 +101,17 @@ class DecodeGraphs:
                 def run(step: StepInput = step, logits_SV: torch.Tensor = logits_SV) -> None:
                     self._forward(step, logits_SV)
 
-                run()  # compiles kernels and makes what libraries make at their first call, which no graph can hold
+                run()  # compiles kernels and lets libraries initialise, which no graph can hold
                 self._replays[size, has_lora] = capture(run)
 
     def fits(self, scheduled: Sequence[Scheduled]) -> bool:
-        """Whether a step without norms or tables of adapters has a graph."""
+        """Return whether a step without adapters' own norms or tables has a graph."""
         if not self._replays or len(scheduled) > self._sizes[-1]:
             return False
         return all(entry.num_tokens == 1 and entry.samples and len(entry.slots) <= 1 for entry in scheduled)
 
     def run(self, shape: StepShape, set_input: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        """Logits of a step that the buffers hold and that fits; good until the next one.
+        """Return the logits of a step that is in the buffers and fits; valid until the next step.
 
         set_input: called with the step's token ids on the device, which it may replace.
         """

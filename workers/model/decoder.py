@@ -1,7 +1,7 @@
-"""The decoder of the Llama family, driven by a `ModelSpec`: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+"""The decoder of the Llama family, configured by a `ModelSpec`: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
 
-One path for prefill, chunked prefill and decode: rows of tokens, each request's rows next to each other, keys and
-values in pages. One call per op and layer; adapters and requests are the kernels' business, never a Python loop's.
+Prefill, chunked prefill and decode share one path: rows of tokens, each request's rows adjacent, keys and values in
+pages. There is one call per op and layer; the kernels handle adapters and requests, never a Python loop.
 
 T tokens of the step, H hidden, E fused q,k,v features of this rank, S sequences.
 """
@@ -35,7 +35,7 @@ from lorafleet.workers.model.step_input import StepInput
 from lorafleet.workers.model.vocabulary import VocabularyPart, embedding_squares, make_part
 from lorafleet.workers.tp.group import TensorParallelGroup
 
-# A recording of SmolLM2's 30 layers takes 50 KB; steps of more tokens spend little of their time in Python.
+# A recording of SmolLM2's 30 layers takes 50 KB. Steps of more tokens spend little time in Python.
 _MAX_KEPT_TOKENS = 128
 _MAX_RECORDINGS = 256
 _ROW_PARALLEL = ("o_proj", "down_proj")
@@ -43,7 +43,7 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """What the layers hand on, allocated once for the widest step; all contiguous, F features of the MLP."""
+    """The layers' intermediate results, allocated once for the widest step; all contiguous. F features of the MLP."""
 
     residual_TH: torch.Tensor
     x_TH: torch.Tensor
@@ -63,7 +63,7 @@ class Activations:
         return cls(*(format.empty(num_tokens, width) for width in widths))
 
     def first(self, num_tokens: int) -> Activations:
-        """Views of the first rows, at the same addresses."""
+        """Return views of the first rows, at the same addresses."""
         return Activations(*(getattr(self, name)[:num_tokens] for name in self.__slots__))
 
 
@@ -124,7 +124,7 @@ class DecoderLayer:
             linear.slot_rows(adapter, out)
 
     def forward(self, work: Activations, step: StepInput, cache: KVCache, cos_sin: torch.Tensor) -> None:
-        """Read and write `work`: the residual stream, and in x_TH what is to be added to it next."""
+        """Update `work`: the residual stream, and in x_TH the term to be added to it next."""
         segments = step.segments
         which_norm_T = step.which_norm_T
         if self._index == 0:  # nothing to add yet
@@ -169,9 +169,9 @@ class DecoderLayer:
 class Decoder:
     """The whole model on one rank. Created empty; `load` fills it.
 
-    With native kernels throughout, the calls of the layers are recorded and run as one. Those of a small step are kept
-    for the next one of the same shape (what CUDA graphs are on a GPU), since several hundred calls from Python cost a
-    small model a quarter of its step.
+    If all kernels are native, the layers' calls are recorded and run as one. Recordings of small steps are kept for the
+    next step of the same shape (as CUDA graphs on a GPU), since several hundred calls from Python cost a small model a
+    quarter of its step.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Decoder:
         group: TensorParallelGroup,
         enforce_eager: bool = False,
     ) -> None:
-        """`max_num_tokens`: of one step. enforce_eager: no step is recorded."""
+        """`max_num_tokens`: per step. enforce_eager: never record a step."""
         self._enforce_eager = enforce_eager
         self.spec = spec
         self._group = group
@@ -204,11 +204,11 @@ class Decoder:
         self._recordings: OrderedDict[Hashable, native.Recording] = OrderedDict()  # least recently used first
         self._lora_dtype = format.dtype
         self._prepared = PreparedForms()
-        self.with_norms: set[int] = set()  # slots whose adapters have norms of their own
-        self.tables: dict[int, VocabularyPart] = {}  # by slot, of adapters with an embedding or a head of their own
+        self.with_norms: set[int] = set()  # slots whose adapters have their own norms
+        self.tables: dict[int, VocabularyPart] = {}  # by slot, for adapters with their own embedding or head
 
     def load(self, reader: CheckpointReader) -> None:
-        """Read this rank's shard. Raises `ModelError`."""
+        """Read this rank's shard of the weights. Raises `ModelError`."""
         self._embedding.load(reader, "model.embed_tokens.weight")
         if self._head is not self._embedding:
             self._head.load(reader, "lm_head.weight")
@@ -220,16 +220,16 @@ class Decoder:
         self._is_recordable = self.is_native and self._group.size == 1 and not self._enforce_eager
 
     def add_slots(self, shape: SlotShape) -> None:
-        """Allocate adapter slots in every linear and norm. Before `load`."""
+        """Allocate adapter slots in every linear and norm. Call before `load`."""
         self._lora_dtype = shape.dtype
         self._norm.add_slots(shape.num_slots)
         for layer in self._layers:
             layer.add_slots(shape)
 
     def prepare_adapter(self, slot: int, adapter: HostAdapter) -> SlotWrite:
-        """Make ready what an adapter puts into a slot that no request uses. The base weights are loaded.
+        """Prepare the write of an adapter into a slot that no request uses. The base weights must be loaded.
 
-        May run on another thread while `forward` runs.
+        May run on another thread during `forward`.
         """
         prepared = self._prepared.get(adapter.form)
         if prepared is None:
@@ -255,13 +255,13 @@ class Decoder:
         return SlotWrite(slot, adapter, prepared, commit)
 
     def is_prepared(self, adapter: HostAdapter) -> bool:
-        """Whether `prepare_adapter` finds its list of copies made and has nothing else to make."""
+        """Return whether `prepare_adapter` finds its list of copies cached and has nothing else to prepare."""
         return not adapter.tables and self._prepared.get(adapter.form) is not None
 
     def split_norms(self, adapter: HostAdapter) -> list[tuple[int, str]]:
-        """DoRA's norms that are sums over the ranks; all are [H], and in the same order on every rank.
+        """Return the keys of DoRA's norms that are sums over the ranks; all are [H], in the same order on every rank.
 
-        They belong into `HostAdapter.norms` before `prepare_adapter`.
+        They must be in `HostAdapter.norms` before `prepare_adapter`.
         """
         if self._group.size == 1:
             return []
@@ -272,7 +272,7 @@ class Decoder:
         return sorted(key for key, change in changes.items() if change.magnitude_O is not None)
 
     def partial_squares(self, adapter: HostAdapter) -> torch.Tensor:
-        """This rank's summands, [split norms, H]; the norms are the roots of their sums."""
+        """Return this rank's summands, [split norms, H]; a norm is the square root of the sum over the ranks."""
         rows = []
         for index, name in self.split_norms(adapter):
             if index == NO_LAYER:
@@ -289,10 +289,10 @@ class Decoder:
         self.with_norms.discard(slot)
 
     def forward(self, step: StepInput, cache: KVCache, out_SV: torch.Tensor | None = None) -> torch.Tensor:
-        """Run one step; logits [rows in step.sample_rows, V] in the model's dtype, for the rows that sample.
+        """Run one step; return logits [step.sample_rows, V] in the model's dtype, for the rows that sample.
 
-        They are wider where a row's adapter adds ids (see `VocabParallelEmbedding.logits`). out_SV: where they go, of a
-        step in which none does.
+        They are wider if a row's adapter adds ids (see `VocabParallelEmbedding.logits`). out_SV: where to write them,
+        only for a step in which no adapter has its own head.
         """
         work = self._work.first(step.token_ids_T.shape[0])
         embeddings, heads = [], []
@@ -317,7 +317,7 @@ class Decoder:
                 layer.forward(work, step, cache, self._cos_sin_MD)
             return
         num_tokens = work.x_TH.shape[0]
-        # All that the calls hold besides addresses that never change (see StepBuffers, Activations).
+        # Everything in the calls that can change; the addresses never do (see StepBuffers, Activations).
         num_segments = step.segments.slot_G.shape[0] if isinstance(step.segments, LoraSegments) else 0
         shape = (kernels, num_tokens, step.context_len_S.shape[0], num_segments, step.which_norm_T is None)
         recording = self._recordings.pop(shape, None)

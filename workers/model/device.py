@@ -11,7 +11,7 @@ from lorafleet.workers.model.memory_plan import DeviceMemory
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """`--device`, with auto resolved. Raises `ConfigError` when CUDA is asked for and absent."""
+    """Resolve `--device`. Raises `ConfigError` if CUDA is requested but absent."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch sees no CUDA device here. Use --device cpu.")
     if config.device == "auto":

@@ -1,7 +1,7 @@
-"""Turns a GGUF file, once, into a cached model directory of safetensors and tokenizer.json; loaders know only those.
+"""Conversion of a GGUF file, once, to a cached model directory of safetensors and tokenizer.json, for the loaders.
 
-Tensor by tensor: one is dequantised, put back into transformers' layout and written before the next is read, so that
-memory holds one tensor of float32, never the model. Config and tokenizer are read by transformers.
+Works tensor by tensor: each is dequantised, converted to transformers' layout and written before the next is read. So
+memory holds one tensor in float32, never the model. transformers reads the config and the tokenizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from lorafleet.kernels.cache import cache_root
 from lorafleet.workers.errors import ModelError
 
-Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
+Progress = Callable[[int, int], None]  # (bytes written, total bytes)
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -46,17 +46,17 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})  # of Qwen2; the other architectures' configs have none
-# What each rotary frequency is divided by: not a weight, but the only place where GGUF keeps Llama 3's RoPE scaling.
+_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})  # only in Qwen2
+# Divisors of the rotary frequencies: not a weight, but the only place where GGUF keeps Llama 3's RoPE scaling.
 _ROPE_FACTORS = "rope_freqs.weight"
-# Those of Llama 3.1 and later; the factor differs and is read off the table.
+# For Llama 3.1 and later; the factor varies and is read from the table.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def cached_gguf(path: Path, progress: Progress | None = None) -> Path:
-    """The converted directory of a GGUF file, made at the first call. Raises `ModelError`.
+    """Return the converted directory of a GGUF file; convert it at the first call. Raises `ModelError`.
 
-    The cache's key is the file's place, size and time of change. A conversion that is interrupted leaves nothing.
+    The cache key is the file's path, size and modification time. An interrupted conversion leaves nothing.
     """
     try:
         stat = path.stat()
@@ -69,7 +69,7 @@ def cached_gguf(path: Path, progress: Progress | None = None) -> Path:
 
 
 def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) -> Path:
-    """Write `path` as a Hugging Face directory in bfloat16 to `out_dir`, which appears whole or not at all.
+    """Convert `path` to a Hugging Face directory `out_dir` in bfloat16; it appears complete or not at all.
 
     Raises `ModelError` for an architecture or tensor that is not supported.
     """
@@ -77,7 +77,7 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
 
     try:
         reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:  # the reader trusts what it reads
+    except (ValueError, OSError, IndexError, KeyError) as error:  # the reader does not validate its input
         raise ModelError(f"{path} cannot be read as GGUF: {error}") from error
     kind = reader.get_field("general.type")
     if kind is not None and kind.contents() == "adapter":
@@ -88,10 +88,12 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
     field = reader.get_field("general.architecture")
     architecture = None if field is None else field.contents()
     if architecture not in _ARCHITECTURES:
-        raise ModelError(f"{path} has the GGUF architecture {architecture!r}; served are {', '.join(_ARCHITECTURES)}.")
+        raise ModelError(
+            f"{path} has the GGUF architecture {architecture!r}; supported are {', '.join(_ARCHITECTURES)}."
+        )
     scaling = reader.get_field(f"{architecture}.rope.scaling.type")
     if scaling is not None and scaling.contents() != "none":
-        raise ModelError(f"{path} has the RoPE scaling {scaling.contents()!r}, which is not read from GGUF (yet).")
+        raise ModelError(f"{path} has the RoPE scaling {scaling.contents()!r}, which is not supported in GGUF.")
     names = {tensor.name: _name(tensor.name, architecture) for tensor in _weights(reader)}
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
@@ -101,7 +103,7 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
         try:
             work_dir.replace(out_dir)
         except OSError:
-            if not out_dir.is_dir():  # else another process was first, and its result is as good
+            if not out_dir.is_dir():  # otherwise another process was first, with the same result
                 raise
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
@@ -135,7 +137,7 @@ def _write_config_and_tokenizer(path: Path, work_dir: Path, architecture: str, r
 
 
 def _set_rope_factors(config: Any, factors: np.ndarray) -> None:
-    """Put the RoPE scaling that a table of factors stands for into `config`. Raises `ModelError` for an unknown one."""
+    """Derive the RoPE scaling of `config` from a table of factors. Raises `ModelError` for an unknown scaling."""
     if np.all(factors == 1.0):
         return
     parameters = dict(config.rope_parameters) | _LLAMA3_ROPE | {"rope_type": "llama3", "factor": float(factors.max())}
@@ -143,7 +145,7 @@ def _set_rope_factors(config: Any, factors: np.ndarray) -> None:
     wavelengths = 2 * np.pi * parameters["rope_theta"] ** (np.arange(len(factors)) / len(factors))
     smooth = np.clip((parameters["original_max_position_embeddings"] / wavelengths - low) / (high - low), 0.0, 1.0)
     if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise ModelError(f"The GGUF file has a table {_ROPE_FACTORS} that is not Llama 3's; it is not supported.")
+        raise ModelError(f"The GGUF file has a table {_ROPE_FACTORS} unlike Llama 3's; it is not supported.")
     config.rope_parameters = parameters
 
 
@@ -154,7 +156,7 @@ def _weights(reader: Any) -> list[Any]:
 def _write_tensors(
     reader: Any, names: dict[str, str], out_path: Path, config: Any, permuted: bool, progress: Progress | None
 ) -> None:
-    """One safetensors file, header first, then each tensor as it is converted."""
+    """Write one safetensors file: the header first, then each tensor as it is converted."""
     from gguf import dequantize
 
     tensors = [(tensor, names[tensor.name]) for tensor in _weights(reader)]
@@ -188,24 +190,24 @@ def _write_tensors(
 
 
 def _name(gguf_name: str, architecture: str) -> str:
-    """The transformers name of a GGUF tensor."""
+    """Return the transformers name of a GGUF tensor."""
     if gguf_name in _GLOBAL_NAMES:
         return _GLOBAL_NAMES[gguf_name]
     parts = gguf_name.split(".")
     known = len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES
     if known and (parts[3] == "weight" or (parts[3] == "bias" and architecture == "qwen2" and parts[2] in _BIASES)):
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    raise ModelError(f"The GGUF file has the tensor {gguf_name}, which this decoder does not know.")
+    raise ModelError(f"The GGUF file has the tensor {gguf_name}, which this decoder does not support.")
 
 
 def _undo_permutation(weight_OI: np.ndarray, num_heads: int) -> np.ndarray:
-    """llama.cpp stores Llama's q and k with each head's rotary pairs interleaved; transformers wants two halves."""
+    """Undo llama.cpp's layout of Llama's q and k: it interleaves each head's rotary pairs; transformers uses halves."""
     rows, columns = weight_OI.shape
     return weight_OI.reshape(num_heads, rows // num_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 → the upper half of its bits, rounded to nearest even, as uint16. NaN stays NaN."""
+    """Convert float32 to bfloat16 bits as uint16, rounded to nearest even. NaN stays NaN."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""The memory behind the pages: one pair of tensors per layer. Which page is whose, engine/block_pool.py knows."""
+"""The memory of KV pages: one pair of tensors per layer. scheduling/block_pool.py knows the owner of each page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lorafleet.kernels import paged_kv
 
 
 class KVCache:
-    """Keys and values of all layers, each layer's as kernels/paged_kv.py lays out.
+    """Keys and values of all layers; kernels/paged_kv.py defines each layer's layout.
 
-    The memory is not cleared: attention reads only what was written for the request that holds the page.
+    The memory is not cleared: attention reads only values written for the request that holds the page.
     """
 
     def __init__(

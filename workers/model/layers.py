@@ -1,6 +1,6 @@
-"""The sharded layers. Each knows its shard and loads it itself; tensor parallelism is only a group size.
+"""The sharded layers. Each loads its own shard; tensor parallelism is only a group size to them.
 
-Created empty: weights exist from `load` on, in the form that the kernels read (see kernels/linear.py).
+Created empty: weights exist after `load`, in the form that the kernels read (see kernels/linear.py).
 
 T tokens of the step, H hidden, I in features, O out features of this rank, V vocabulary.
 """
@@ -26,7 +26,7 @@ from lorafleet.workers.tp.group import TensorParallelGroup
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """What all weights of a model are kept in. `int8`: the decoder's linears as integers with a scale per output."""
+    """The storage format of a model's weights. `int8`: the decoder's linears as integers with a scale per output."""
 
     dtype: torch.dtype
     device: torch.device
@@ -37,7 +37,7 @@ class WeightFormat:
 
 
 class ColumnParallelLinear:
-    """Several linears of one input (q,k,v or gate,up) as one, sharded over their outputs. No communication."""
+    """Several linears of one input (q,k,v or gate,up) as one, sharded over the outputs. No communication."""
 
     weight: LinearWeight
     bias_O: torch.Tensor | None
@@ -70,14 +70,14 @@ class ColumnParallelLinear:
         self.lora.rows(adapter, BaseLinear(self.weight, self.bias_O, adds_bias=True, is_whole=True), out)
 
     def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | LoraTiles | None, out_TO: torch.Tensor) -> None:
-        """Into `out_TO`, contiguous."""
+        """Write the result to `out_TO`, which is contiguous."""
         linear(x_TI, self.weight, self.bias_O, out_TO)
         if segments is not None and self.lora is not None:
             self.lora.add_(out_TO, x_TI, segments)
 
 
 class RowParallelLinear:
-    """A linear sharded over its inputs; one all-reduce sums the ranks' parts, LoRA's included."""
+    """A linear sharded over its inputs; one all-reduce sums the ranks' results, LoRA included."""
 
     weight: LinearWeight
     bias_O: torch.Tensor | None
@@ -85,7 +85,7 @@ class RowParallelLinear:
     def __init__(
         self, name: str, columns: slice, num_out: int, *, bias: bool, format: WeightFormat, group: TensorParallelGroup
     ) -> None:
-        """columns: the inputs that this rank has."""
+        """columns: this rank's input features."""
         self.name = name
         self._num_out = num_out
         self._has_bias = bias
@@ -116,8 +116,8 @@ class RowParallelLinear:
         return self.lora.partial_squares(adapter, self._base())
 
     def __call__(self, x_TI: torch.Tensor, segments: LoraSegments | LoraTiles | None, out_TO: torch.Tensor) -> None:
-        """Into `out_TO`, contiguous."""
-        # One rank adds the bias, so that the sum over all holds it once.
+        """Write the result to `out_TO`, which is contiguous."""
+        # Only one rank adds the bias, so that the sum contains it once.
         linear(x_TI, self.weight, self.bias_O if self._group.rank == 0 else None, out_TO)
         if segments is not None and self.lora is not None:
             self.lora.add_(out_TO, x_TI, segments)
@@ -129,7 +129,7 @@ class RowParallelLinear:
 
 
 class VocabParallelEmbedding:
-    """Token embeddings, the head, or (tied) both: each rank holds a range of the vocabulary. Never in integers."""
+    """Token embeddings, the head, or (tied) both; each rank holds a range of the vocabulary. Never quantised."""
 
     weight: LinearWeight
 
@@ -140,7 +140,7 @@ class VocabParallelEmbedding:
         self._hidden = hidden
         self._is_head = is_head
         self._format = format
-        # The last rank's shard is the shorter one when the ranks do not divide the vocabulary.
+        # The last rank's shard is shorter if the ranks do not divide the vocabulary.
         per_rank = -(-vocab_size // group.size)
         self._vocab_size = vocab_size
         self._per_rank = per_rank
@@ -153,11 +153,11 @@ class VocabParallelEmbedding:
         self.weight = prepare(weight_VH, packed=None if self._is_head else False)
 
     def ids(self, size: int) -> IdRange:
-        """Those of this rank in an adapter's vocabulary of that size."""
+        """Return this rank's ids in an adapter's vocabulary of that size."""
         return IdRange(self._start, self._stop, self._vocab_size, size - self._vocab_size, self._group.rank == 0)
 
     def embed(self, token_ids_T: torch.Tensor, own: Sequence[tuple[slice, EmbeddingPart]] = ()) -> torch.Tensor:
-        """[T, H]. `own`: rows of adapters that have an embedding of their own; other rows hold the base's ids alone."""
+        """Return embeddings [T, H]. `own`: rows whose adapters have their own; other rows use base ids only."""
         if self._group.size == 1 and not own:
             return gather_rows(self.weight, token_ids_T)
         local_T = token_ids_T - self._start
@@ -173,9 +173,9 @@ class VocabParallelEmbedding:
         own: Sequence[tuple[slice, HeadPart]] = (),
         out_TV: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, V] on every rank; wider where a row's adapter adds ids, which are -inf for all others.
+        """Return logits [T, V] on every rank; wider if a row's adapter adds ids, which are -inf in other rows.
 
-        out_TV: where they go, of one rank and without adapters' own.
+        out_TV: where to write them; only with one rank and no adapters' own heads.
         """
         assert out_TV is None or (self._group.size == 1 and not own)
         local_TX = linear(x_TH, self.weight, out_TO=out_TV) if not own else self._own_logits(x_TH, own)
@@ -187,7 +187,7 @@ class VocabParallelEmbedding:
         return torch.cat([logits_TV, local_TX[:, num_own:]], dim=1) if own else logits_TV
 
     def _own_logits(self, x_TH: torch.Tensor, own: Sequence[tuple[slice, HeadPart]]) -> torch.Tensor:
-        """This rank's, then those of added ids."""
+        """Return this rank's logits, then those of added ids."""
         num_own = self._stop - self._start
         num_added = max(part.ids.num_added for _, part in own)
         if num_added == 0 and all(part.weight is None for _, part in own):

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's safetensors, whole tensors or slices of them, so that no rank holds more than its share."""
+"""Reader of a checkpoint's safetensors, whole tensors or slices, so that no rank holds more than its shard."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
 HEAD_WEIGHT: Final = "lm_head.weight"
 
 _MAX_INDEX_BYTES = 64 << 20
-_COMPARED_ROWS = 4096  # at a time
+_COMPARED_ROWS = 4096  # per comparison
 
 
 class CheckpointReader:
-    """The tensors of a model directory by name. Files are memory-mapped; what is read is copied out of the map."""
+    """The tensors of a model directory by name. Files are memory-mapped; reads are copied out of the map."""
 
     def __init__(self, model_dir: Path) -> None:
         self._dir = model_dir
@@ -33,7 +33,7 @@ class CheckpointReader:
     def read_into(
         self, out: torch.Tensor, name: str, *, rows: slice = slice(None), columns: slice | None = None
     ) -> None:
-        """Copy (a slice of) tensor `name` into `out`, converting to its dtype. Raises `ModelError`.
+        """Copy (a slice of) tensor `name` into `out`, converted to its dtype. Raises `ModelError`.
 
         `rows` slices the first dimension, `columns` the second.
         """
@@ -41,20 +41,20 @@ class CheckpointReader:
         source = part[rows] if columns is None else part[rows, columns]
         if source.shape != out.shape:
             raise ModelError(
-                f"{self._dir / self._file_of[name]}: {name} has shape {tuple(part.get_shape())}, of which "
-                f"{tuple(source.shape)} was read where the config wants {tuple(out.shape)}."
+                f"{self._dir / self._file_of[name]}: {name} has shape {tuple(part.get_shape())}; its part for this "
+                f"rank is {tuple(source.shape)}, but the config needs {tuple(out.shape)}."
             )
         out.copy_(source)
 
     def rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Some rows of a tensor, as the file has them. Raises `ModelError`."""
+        """Return some rows of a tensor, in the file's dtype. Raises `ModelError`."""
         part: torch.Tensor = self._slice(name)[rows]
         return part
 
     def ties_head(self, wanted: bool) -> bool:
-        """Whether the head is the embedding. wanted: the config asks for that, see `read_model_spec`.
+        """Return whether the head is the embedding. wanted: the config's setting, see `read_model_spec`.
 
-        A file that has both, and not alike, keeps them apart, whatever the config says, as transformers 5 does.
+        A file with two different tensors keeps them apart, whatever the config says, as in transformers 5.
         """
         if not wanted or HEAD_WEIGHT not in self or EMBEDDING_WEIGHT not in self:
             return wanted
@@ -67,10 +67,10 @@ class CheckpointReader:
 
     def _slice(self, name: str) -> Any:
         if name == EMBEDDING_WEIGHT and name not in self and HEAD_WEIGHT in self:
-            name = HEAD_WEIGHT  # tied ones may be saved under either name
+            name = HEAD_WEIGHT  # a tied table may be saved under either name
         file = self._file_of.get(name)
         if file is None:
-            raise ModelError(f"{self._dir} lacks the tensor {name}, which its config.json calls for.")
+            raise ModelError(f"{self._dir} lacks the tensor {name}, which its config.json requires.")
         if file not in self._open:
             self._open[file] = _opened(self._dir / file)
         return self._open[file].get_slice(name)
@@ -85,7 +85,7 @@ class CheckpointReader:
             except (ValueError, KeyError) as error:
                 raise ModelError(f"{index_path} is broken: {error}") from error
             if not isinstance(files, dict) or not all(_is_file_name(name) for name in files.values()):
-                raise ModelError(f"{index_path} is broken: its weight_map must name files beside it.")
+                raise ModelError(f"{index_path} is broken: its weight_map must name files in the same directory.")
             return files
         single = self._dir / "model.safetensors"
         if not single.is_file():

@@ -1,8 +1,8 @@
-"""Adapter weights in their device slots, and how a linear adds them.
+"""Adapter weights in their device slots, and their addition to a linear.
 
-Each fused linear has one `LoraLinear` with the weights of all slots. Slots are allocated at `max_lora_rank` once; what
-is computed is each adapter's own rank. Under tensor parallelism LoRA follows its layer: a column-parallel one
-replicates A and takes its rows of B, a row-parallel one takes its columns of A and replicates B.
+Each fused linear has one `LoraLinear` with the weights of all slots. Slots are allocated once at `max_lora_rank`; each
+adapter is computed at its own rank. Under tensor parallelism LoRA follows its layer: a column-parallel one replicates A
+and shards B's rows, a row-parallel one shards A's columns and replicates B.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorafleet.workers.model.slot_write import SlotRows
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One checkpoint linear within a fused one: the rows of the whole that this rank holds."""
+    """One checkpoint linear within a fused one: this rank's range of its rows."""
 
     name: str  # "q_proj"
     start: int
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class SlotShape:
-    """How much room the slots have; the same for all linears of a model."""
+    """The capacity of the slots; the same for all linears of a model."""
 
     num_slots: int
     max_lora_rank: int
@@ -49,19 +49,19 @@ class SlotShape:
 
 @dataclass(frozen=True, slots=True)
 class BaseLinear:
-    """What LoRA is added to, as this rank holds it."""
+    """The linear that LoRA is added to, as this rank holds it."""
 
     weight: LinearWeight
     bias_O: torch.Tensor | None
-    adds_bias: bool  # one rank does
-    is_whole: bool  # all input features are here
+    adds_bias: bool  # true on one rank
+    is_whole: bool  # this rank has all input features
 
 
 class LoraLinear:
     """All slots' A and B for one fused linear of one layer."""
 
     def __init__(self, layer: int, parts: tuple[Part, ...], columns: slice, shape: SlotShape) -> None:
-        """`columns`: the input features that this rank holds."""
+        """`columns`: this rank's input features."""
         self._layer = layer
         self._parts = parts
         self._columns = columns
@@ -73,7 +73,7 @@ class LoraLinear:
         def zeros(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(sizes, dtype=dtype, device=shape.device)
 
-        # Ranks, scalings and whether affine, in one piece: they are one copy.
+        # Ranks, scalings and the affine flags in one tensor, so that one copy writes them.
         numbers_3LN = zeros(3, slots, len(parts), dtype=torch.int32)
         self._numbers_L3N = numbers_3LN.transpose(0, 1)
         self._slots = LoraSlots(
@@ -89,9 +89,9 @@ class LoraLinear:
         )
 
     def rows(self, adapter: HostAdapter, base: BaseLinear, out: SlotRows) -> None:
-        """What an adapter puts into a slot. Slow with DoRA, the first time.
+        """Add an adapter's rows for a slot to `out`. Slow the first time for DoRA.
 
-        Where not all inputs are here, `HostAdapter.norms` has those of a DoRA adapter already.
+        If this rank lacks some inputs, a DoRA adapter's norms must already be in `HostAdapter.norms`.
         """
         slots = self._slots
         ranks, affine = [0] * len(self._parts), [0] * len(self._parts)
@@ -109,7 +109,7 @@ class LoraLinear:
                     affine[n] = 1
                     norm_O = adapter.norms.get((self._layer, part.name))
                     if norm_O is None and change.magnitude_O is not None:
-                        assert base.is_whole, "the squares of all ranks are summed before"
+                        assert base.is_whole, "the ranks' squares must be summed first"
                         squares_O = self._squares(change, part, base, slice(begin, end))
                         norm_O = adapter.norms[self._layer, part.name] = squares_O.sqrt_()
                     scale_O, shift_O = _affine(change, norm_O, part, base, slice(begin, end))
@@ -119,34 +119,34 @@ class LoraLinear:
         out.add_numbers(self._numbers_L3N, ranks, scalings, affine)
 
     def partial_squares(self, adapter: HostAdapter, base: BaseLinear) -> torch.Tensor:
-        """Of one linear by itself, with DoRA, [O]: its `HostAdapter.norms` are the roots of the sum over the ranks."""
+        """Return the squares of a lone linear with DoRA, [O]; its norms are the roots of their sum over the ranks."""
         (part,) = self._parts
         return self._squares(adapter.weights[self._layer, part.name], part, base, slice(0, part.size))
 
     def _squares(self, change: LinearChange, part: Part, base: BaseLinear, rows: slice) -> torch.Tensor:
-        """Sums over the inputs that are here of (W + s·B·A)², [O] in float32. `rows`: where the part is in the base."""
+        """Sum (W + s·B·A)² over this rank's inputs, [O] in float32. `rows`: the part's rows in the base."""
         changed_OI = dense(base.weight, rows).cpu()
         b_OR = _cut(change.b_RO, part.rows).T.float()
         changed_OI.addmm_(b_OR, _cut(change.a_RI, self._columns).float(), alpha=change.scaling)
         return changed_OI.square_().sum(dim=1)
 
     def add_(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: LoraSegments | LoraTiles) -> None:
-        """y += the adapters' terms for the rows in `segments`."""
+        """Add the adapters' terms to y for the rows in `segments`."""
         lora_add_(y_TO, x_TI, self._slots, segments)
 
 
 def _cut(weights: torch.Tensor, columns: slice) -> torch.Tensor:
-    # One rank alone wants them all, and a slice would take it as long as the copy.
+    # A single rank needs all columns, and slicing would take as long as the copy.
     return weights if columns.stop - columns.start == weights.shape[1] else weights[:, columns]
 
 
 def _affine(
     change: LinearChange, norm_O: torch.Tensor | None, part: Part, base: BaseLinear, rows: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift) of a part's outputs.
+    """Return (scale, shift) of a part's outputs.
 
-    The base gives W·x + b, an adapter m·(W·x + s·(B·A·x + c)) + b': m = magnitude ÷ norm with DoRA, else 1; c the bias
-    of B; b' the adapter's own bias, else b.
+    The base gives W·x + b, an adapter m·(W·x + s·(B·A·x + c)) + b', with m = magnitude ÷ norm for DoRA, else 1; c the
+    bias of B; b' the adapter's bias if it has one, else b.
     """
     scale_O, bias_O, shift_O = torch.ones(part.size), torch.zeros(part.size), torch.zeros(part.size)
     if change.magnitude_O is not None and norm_O is not None:

@@ -1,7 +1,7 @@
-"""How one rank's memory is divided, decided before anything is loaded. Pure arithmetic: no torch, no files.
+"""Division of one rank's memory, before anything is loaded. Pure arithmetic: no torch, no files.
 
-Owns: the sizes of KV cache, adapter slots, adapters' own embeddings and heads, and host cache, and the refusal of what
-cannot fit. Leaves to others: measuring the memory (model/device.py), allocating it.
+Owns: the sizes of KV cache, adapter slots, adapters' own embeddings and heads, and host cache; the refusal of sizes
+that do not fit. Leaves to others: measuring the memory (model/device.py), allocating it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from lorafleet.workers.model.shards import linear_shards
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
-_CPU_KV_BYTES = 4 * _GIB  # default bound on a CPU, where memory is shared with everything else
-_HOST_CACHE_BYTES = 1 * _GIB  # default bound
-# Default bound of adapters' own embeddings and heads: so many matrices of the vocabulary, at most such a share of what
-# may be used, and a quarter of what is left beside all else. It never makes a plan fail.
+_CPU_KV_BYTES = 4 * _GIB  # default limit on a CPU, where memory is shared with everything else
+_HOST_CACHE_BYTES = 1 * _GIB  # default limit
+# Default limit for adapters' own embeddings and heads: this many vocabulary matrices, at most this fraction of the
+# budget and a quarter of what is left after everything else. It never makes a plan fail.
 _NUM_TABLES = 4
 _TABLE_SHARE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """What the plan may divide. `host` equals the device on a CPU."""
+    """The memory to divide. On a CPU `host` is the device."""
 
     total_bytes: int
     available_bytes: int
@@ -34,10 +34,10 @@ class DeviceMemory:
     is_cpu: bool
 
     def shared_by(self, ranks: int, workers: int = 1) -> DeviceMemory:
-        """What one of several ranks on a host has: its own device, unless that is the host.
+        """Return the share of one of several ranks on a host. A GPU is not shared.
 
-        Of what is available the ranks have a share each, since they start together. Workers do not: one that starts
-        anew finds what the others have taken.
+        Ranks share the available memory, since they start together. Workers do not: a restarted one measures what the
+        others have left.
         """
         host = self.host_available_bytes // ranks
         if self.is_cpu:
@@ -47,9 +47,9 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one rank, and what they hold."""
+    """One rank's memory in bytes, and its contents."""
 
-    budget_bytes: int  # what the device may use in all
+    budget_bytes: int  # total for the device
     weight_bytes: int
     activation_bytes: int  # workspace of the largest step, estimated
     kv_bytes: int
@@ -60,7 +60,7 @@ class MemoryPlan:
     max_num_seqs: int
     slot_bytes: int  # one adapter slot at --max-lora-rank, with a scale and a shift of every output
     max_loras: int  # 0: LoRA is off
-    full_weight_bytes: int  # bound of adapters' own embeddings and heads, beside the slots
+    full_weight_bytes: int  # limit for adapters' own embeddings and heads, in their pool
     host_cache_bytes: int
     max_cpu_loras: int | None
     dtype: str
@@ -70,7 +70,7 @@ class MemoryPlan:
     tensor_parallel_size: int
 
     def full_weight_bytes_of(self, spec: ModelSpec, vocabulary: Vocabulary) -> int:
-        """What an adapter with such a vocabulary takes of `full_weight_bytes`."""
+        """Return the bytes of `full_weight_bytes` that an adapter with this vocabulary uses."""
         return vocabulary.device_bytes(
             spec.base_shapes,
             itemsize=DTYPE_BYTES[self.dtype],
@@ -83,7 +83,7 @@ class MemoryPlan:
         return self.num_pages * self.page_size
 
     def lines(self) -> list[str]:
-        """The plan as a table to print."""
+        """Return the plan as a table to print."""
         rows = [
             (
                 "weights",
@@ -106,9 +106,9 @@ class MemoryPlan:
                     f"{self.max_loras} slots of {format_bytes(self.slot_bytes)} in {self.lora_dtype}",
                 )
             )
-            rows.append(("adapter embeddings", self.full_weight_bytes, "bound; filled by adapters that have their own"))
+            rows.append(("adapter embeddings", self.full_weight_bytes, "limit; filled by adapters that have their own"))
             bound = "" if self.max_cpu_loras is None else f", at most {self.max_cpu_loras} adapters"
-            rows.append(("host adapter cache", self.host_cache_bytes, f"bound; filled as adapters are used{bound}"))
+            rows.append(("host adapter cache", self.host_cache_bytes, f"limit; filled as adapters are used{bound}"))
         head = f"memory plan ({self.device}, may use {format_bytes(self.budget_bytes)})"
         return [head] + [f"  {name:<20}{format_bytes(size):>10}  {note}" for name, size, note in rows]
 
@@ -116,9 +116,9 @@ class MemoryPlan:
 def plan_memory(
     spec: ModelSpec, config: EngineConfig, memory: DeviceMemory, *, dtype: str, lora_dtype: str
 ) -> MemoryPlan:
-    """Divide `memory`. Raises `MemoryPlanError` naming the number to change when something does not fit.
+    """Divide `memory`. Raises `MemoryPlanError` naming the number to change if something does not fit.
 
-    The ranks of a worker are taken to be on one host, of whose memory each has its share.
+    Assumes that a worker's ranks are on one host and share its memory.
     """
     ranks = config.tensor_parallel_size
     memory = memory.shared_by(ranks, config.workers_per_host)
@@ -151,8 +151,8 @@ def plan_memory(
         )
         if host_cache < max_loras * slot_bytes:
             raise MemoryPlanError(
-                f"--lora-host-cache-bytes is {format_bytes(host_cache)}, less than the {max_loras} device slots of "
-                f"{format_bytes(slot_bytes)} that it backs. Give at least {max_loras * slot_bytes} bytes, or lower "
+                f"--lora-host-cache-bytes is {format_bytes(host_cache)}, less than its {max_loras} device slots of "
+                f"{format_bytes(slot_bytes)}. Give at least {max_loras * slot_bytes} bytes, or lower "
                 "--max-loras or --max-lora-rank."
             )
     full_weights = (config.lora.lora_full_weight_bytes or 0) if config.lora is not None else 0
@@ -185,13 +185,13 @@ def plan_memory(
     if needed > room:
         raise MemoryPlanError(
             f"--max-model-len {max_model_len} needs {format_bytes(needed)} of KV cache for one sequence; "
-            f"{format_bytes(room)} is left beside weights, workspace and adapters. "
+            f"{format_bytes(room)} is left after weights, workspace and adapters. "
             + _shorter(room // page_bytes * config.block_size)
             + "lower --max-loras, --max-lora-rank, --max-cpu-loras or --max-num-batched-tokens."
         )
     if kv_bytes is not None and kv_bytes > room:
         raise MemoryPlanError(
-            f"--kv-cache-memory-bytes is {format_bytes(kv_bytes)}; {format_bytes(room)} is left beside weights, "
+            f"--kv-cache-memory-bytes is {format_bytes(kv_bytes)}; {format_bytes(room)} is left after weights, "
             f"workspace and adapters. Give at most {room} bytes, or lower --max-loras or --max-cpu-loras."
         )
     if kv_bytes is None:
@@ -231,7 +231,7 @@ def plan_memory(
 
 
 def _shorter(num_tokens: int) -> str:
-    """The first half of the advice, where the cache holds a token at all."""
+    """Return the first half of the advice, which depends on whether the cache holds a page at all."""
     return f"Lower --max-model-len to {num_tokens}, or " if num_tokens else "It holds no page: "
 
 
@@ -241,7 +241,7 @@ def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """'1.5 GiB', '3 MiB'."""
+    """Format a size: '1.5 GiB', '3 MiB'."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
             number = size / scale

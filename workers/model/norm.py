@@ -1,6 +1,6 @@
-"""An RMSNorm's weight, with the adapters' own in place of it. Replicated on all ranks.
+"""An RMSNorm's weight, and the adapters' weights that replace it. Replicated on all ranks.
 
-H features, W weights: the base model's, and behind it one a slot.
+H features, W weights: the base model's, then one per slot.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lorafleet.workers.model.slot_write import SlotRows
 
 
 class Norm:
-    """`weight_WH` is what the kernels read; a row of an adapter in slot s has weight 1 + s, any other row weight 0."""
+    """`weight_WH` is read by the kernels; a row with an adapter in slot s uses weight 1 + s, any other row weight 0."""
 
     def __init__(self, layer: int, name: str, weight_H: torch.Tensor) -> None:
-        """`weight_H`: empty memory."""
+        """`weight_H`: uninitialised memory."""
         self._key = (layer, name)
         self.weight_WH = weight_H[None]
 
@@ -25,9 +25,9 @@ class Norm:
         reader.read_into(self.weight_WH[0], f"{module_name(*self._key)}.weight")
 
     def add_slots(self, num_slots: int) -> None:
-        """Before `load`."""
+        """Allocate a weight per slot. Call before `load`."""
         self.weight_WH = self.weight_WH.new_empty(1 + num_slots, self.weight_WH.shape[1])
 
     def slot_rows(self, adapter: HostAdapter, out: SlotRows) -> None:
-        """Of an adapter with norms of its own: this one, or the base model's where it has none here."""
+        """Add the row of an adapter with its own norms: its weight here, or else the base model's."""
         out.add(self.weight_WH[1:], adapter.norm_weights.get(self._key, self.weight_WH[0]))

@@ -1,6 +1,6 @@
-"""One rank's executing half: weights, KV memory and slots, and one step over them.
+"""One rank's execution: weights, KV memory and slots, and one step over them.
 
-Owns every tensor. Decides nothing: what to run and where it lies comes as a plan.
+Owns every tensor. Decides nothing: plans tell it what to run and where the data is.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from lorafleet.workers.tp.plans import Change, PlanChannel, Words
 
 
 class ModelRunner:
-    """The model on one device, its size fixed by a memory plan.
+    """The model on one device, sized by a memory plan.
 
-    Rank 0's runner tells the other ranks of each step before it computes its own share, and they `follow`.
+    Rank 0's runner sends each step to the other ranks before it computes its own share; they `follow`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ModelRunner:
         plans: PlanChannel | None = None,
         enforce_eager: bool = False,
     ) -> None:
-        """plans: to the other ranks, for rank 0 of several. enforce_eager: steps are launched op by op."""
+        """plans: to the other ranks, for rank 0 of several. enforce_eager: launch steps op by op."""
         self._enforce_eager = enforce_eager
         group = group or TensorParallelGroup()
         self._plans = plans
@@ -78,7 +78,7 @@ class ModelRunner:
         )
         self._cache = KVCache(
             num_layers=spec.num_layers,
-            num_pages=memory.num_pages + 1,  # the last one for rows that are nobody's
+            num_pages=memory.num_pages + 1,  # the last one is for padding rows
             num_kv_heads=max(1, spec.num_kv_heads // group.size),
             page_size=memory.page_size,
             head_dim=spec.head_dim,
@@ -86,9 +86,9 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(spec.eos_token_ids)
-        self._num_torch_threads: int | None = None  # in a step; None: as many as the caller has
-        self._samples: PendingSamples | None = None  # the last step's
-        self._sampled: dict[Request, int] = {}  # whose they are
+        self._num_torch_threads: int | None = None  # in a step; None: the caller's number
+        self._samples: PendingSamples | None = None  # of the last step
+        self._sampled: dict[Request, int] = {}  # request → its index in `_samples`
         self._graphs: DecodeGraphs | None = None
         self._side_stream = SideStream(device) if device.type == "cuda" else None
         if memory.max_loras:
@@ -100,23 +100,23 @@ class ModelRunner:
         self.load_weights(CheckpointReader(model_dir))
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """The same, from a reader."""
+        """`load` from a reader."""
         native.library()
         self._decoder.load(reader)
 
     def use_threads(self, count: int) -> None:
-        """Compute the calling thread's steps with so many threads of the host. The weights are loaded.
+        """Compute the calling thread's steps with `count` host threads. The weights must be loaded.
 
-        The kernels' threads or, where products are torch's, torch's: those of both would fight for the cores.
+        They are the kernels' threads, or torch's if torch computes the products: both sets would compete for the cores.
         """
         is_native = self._decoder.is_native
         native.set_threads(count if is_native else 1)
         self._num_torch_threads = 1 if is_native else count
 
     def warm_up(self) -> None:
-        """Run a prompt and a single token, so that the first request finds threads, buffers and code in place.
+        """Run a prompt and a single token, so that threads, buffers and code are ready for the first request.
 
-        Uses the first pages, which nobody may hold yet; what it writes there is never read.
+        Uses the first pages, which must be free; what it writes there is never read.
         """
         if self._device.type == "cuda" and uses_triton(self._device) and self._has_one_rank and not self._enforce_eager:
             self.capture(CudaCapture())
@@ -132,7 +132,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, capture: Capture) -> None:
-        """Record decode steps as graphs. The weights are loaded; no request has begun, and nothing else runs."""
+        """Record decode steps as graphs. The weights must be loaded; no request has begun and nothing else runs."""
         memory = self._memory
         sizes = batch_sizes(min(memory.max_num_seqs, memory.max_num_batched_tokens))
         decoder = self._decoder
@@ -150,18 +150,18 @@ class ModelRunner:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether a step may be launched before the results of the one before are known."""
+        """Return whether a step may be launched before the previous step's results are known."""
         return self._device.type == "cuda" and self._has_one_rank
 
     def run(self, plan: StepPlan) -> list[Sampled]:
-        """Compute a non-empty plan; one result for each entry that samples, in the plan's order."""
+        """Compute a non-empty plan; return one result per entry that samples, in the plan's order."""
         return self.launch(plan).results()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingSamples:
-        """Set a non-empty plan going; one result for each entry that samples, in the plan's order.
+        """Launch a non-empty plan; return one pending result per entry that samples, in the plan's order.
 
-        The last token of a request may be pending, of the launch before this one; its place is taken from there.
+        The last token of a request may still be pending from the previous launch; it is then taken from there.
         """
         requests = [entry.request for entry in plan.scheduled if entry.samples]
         with _torch_threads(self._num_torch_threads):
@@ -172,10 +172,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """[entries that sample, V] in the model's dtype; keys and values of all scheduled tokens are written.
+        """Return logits [entries that sample, V] in the model's dtype; write keys and values of all scheduled tokens.
 
-        Wider than the base's vocabulary where a row's adapter adds ids; those are -inf for the others. Good until the
-        next step.
+        Wider than the base's vocabulary if a row's adapter adds ids; those are -inf in other rows. Valid until the next
+        step.
         """
         shape = self._buffers.fill(plan.scheduled)
         if self._plans is not None:
@@ -194,14 +194,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def follow(self, step: Words) -> None:
-        """Compute this rank's share of a step that rank 0 has laid out."""
+        """Compute this rank's share of a step that rank 0 planned."""
         with _torch_threads(self._num_torch_threads):
             self._forward(self._buffers.unpack(step))
 
     def prepare_adapter(self, slot: int, adapter: HostAdapter) -> SlotWrite:
-        """Make ready what goes into a slot that no request uses. May run on another thread while `run` runs.
+        """Prepare the write into a slot that no request uses. May run on another thread during `run`.
 
-        Between steps the write is advanced, and in the end given to `commit`.
+        The caller then advances the write between steps and finally passes it to `commit`.
         """
         write = self._decoder.prepare_adapter(slot, adapter)
         if self._side_stream is not None:
@@ -209,44 +209,44 @@ class ModelRunner:
         return write
 
     def is_prepared(self, adapter: HostAdapter) -> bool:
-        """Whether `prepare_adapter` has next to nothing to do, since one that was saved alike was prepared before."""
+        """Return whether `prepare_adapter` is nearly free, since an adapter of the same form was prepared before."""
         return self._decoder.is_prepared(adapter)
 
     def has_split_norms(self, adapter: HostAdapter) -> bool:
-        """Whether DoRA's norms of an adapter are sums over the ranks."""
+        """Return whether an adapter has DoRA norms that are sums over the ranks."""
         return bool(self._decoder.split_norms(adapter))
 
     def partial_squares(self, adapter: HostAdapter) -> torch.Tensor:
-        """Of an adapter with such norms, this rank's summands of their squares, [N, H] in float32."""
+        """Return this rank's summands of the squares of such norms, [N, H] in float32."""
         return self._decoder.partial_squares(adapter)
 
     def split_norms(self, adapter: HostAdapter) -> torch.Tensor | None:
-        """Those norms, [N, H], if they are known."""
+        """Return those norms, [N, H], if they are known."""
         norms = [adapter.norms.get(key) for key in self._decoder.split_norms(adapter)]
         known = [norm_H for norm_H in norms if norm_H is not None]
         return torch.stack(known) if known and len(known) == len(norms) else None
 
     def set_split_norms(self, adapter: HostAdapter, norms_NH: torch.Tensor) -> None:
-        """Before `prepare_adapter`, on every rank."""
+        """Set those norms on this rank. Call before `prepare_adapter`, on every rank."""
         adapter.norms.update(zip(self._decoder.split_norms(adapter), norms_NH, strict=True))
 
     def commit(self, write: SlotWrite, number: int = 0) -> None:
-        """Let the steps see an adapter of which all is in its slot, here and, under this number, on the other ranks."""
+        """Make a fully written adapter visible to steps, here and, under this number, on the other ranks."""
         write.commit()
         self._tell(Change.COMMIT, number)
 
     def clear_slot(self, slot: int) -> None:
-        """Free what a slot's adapter has beyond the slot: its embedding and head. No request uses it."""
+        """Free an adapter's weights outside its slot: its embedding and head. No request may use it."""
         self._decoder.clear_slot(slot)
         self._tell(Change.CLEAR, slot)
 
     def close(self) -> None:
-        """Let the other ranks end."""
+        """Tell the other ranks to end."""
         if self._plans is not None:
             self._plans.end()
 
     def table_bytes(self) -> int:
-        """Of the memory that adapters' embeddings and heads hold."""
+        """Return the bytes that adapters' embeddings and heads take."""
         return sum(part.num_bytes() for part in self._decoder.tables.values())
 
     def _forward(
@@ -258,7 +258,7 @@ class ModelRunner:
         return decoder.forward(step, self._cache)
 
     def _take_pending(self, scheduled: Sequence[Scheduled], token_ids_T: torch.Tensor) -> None:
-        """Put tokens that only the device knows where the step reads them: the last ones of their requests."""
+        """Replace the requests' last tokens, where only the device knows them, in the step's input."""
         rows, sources = [], []
         row = -1
         for entry in scheduled:
@@ -279,7 +279,7 @@ class ModelRunner:
 
 @contextmanager
 def _torch_threads(count: int | None) -> Iterator[None]:
-    """Within the block torch has so many threads: the calling thread may be a user's, who has other work for torch."""
+    """Set torch's number of threads within the block; the calling thread may be a user's, with other work for torch."""
     kept = torch.get_num_threads()
     torch.set_num_threads(count or kept)
     try:

@@ -1,11 +1,10 @@
-"""From logits to tokens, for the whole batch at once.
+"""Sampling: logits to tokens, for the whole batch at once.
 
-Every row is treated as if it were alone: what it gets depends on its logits, its options and its own counter-based
-random number, never on its neighbours. Picking is one kernel over all rows (kernels/sampling.py); this file has the
-columns of options that the kernel reads, and what only some requests need. On a GPU nothing here waits for the device
-but `PendingSamples.results`.
+A row's token depends on its logits, its options and its own counter-based random number, never on its neighbours. One
+kernel picks the tokens of all rows (kernels/sampling.py). This file prepares the kernel's columns of options, and does
+what only some requests need. On a GPU nothing here waits for the device except `PendingSamples.results`.
 
-S rows that sample, V vocabulary, P rows that need something.
+S rows that sample, V vocabulary, P rows with special needs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lorafleet.workers.scheduling.request import Request, SamplingOptions, Token
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What one row got."""
+    """The result of one row."""
 
     token_id: int
     logprobs: TokenLogprobs | None
@@ -33,7 +32,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What the options of some requests say. Holds until the batch is another one."""
+    """The options of some requests as columns. Valid until the batch changes."""
 
     requests: list[Request]
     temperature_S: torch.Tensor
@@ -41,7 +40,7 @@ class _Batch:
     top_p_S: torch.Tensor
     min_p_S: torch.Tensor
     zeros_S: torch.Tensor  # random numbers for a batch that needs none
-    draws: bool  # whether any row is not greedy
+    draws: bool  # any row is not greedy
     seeds: list[int]
     choices: list[int]
     penalised: list[int]  # rows
@@ -72,7 +71,7 @@ class _Batch:
         )
 
     def uniform_S(self) -> torch.Tensor:
-        """This step's random numbers, float64."""
+        """Return this step's random numbers, float64."""
         if not self.draws:
             return self.zeros_S
         positions = [request.num_output_tokens for request in self.requests]
@@ -80,7 +79,7 @@ class _Batch:
 
 
 class PendingSamples:
-    """What `Sampler.sample` has set going."""
+    """The launched result of `Sampler.sample`."""
 
     def __init__(
         self,
@@ -90,14 +89,14 @@ class PendingSamples:
         counts: Sequence[int] = (),
         logprobs: tuple[torch.Tensor, ...] = (),
     ) -> None:
-        """token_ids_S: int64, on the device. logged: rows with log-probabilities, of which each wants its count."""
+        """token_ids_S: int64, on the device. logged: rows with log-probabilities; counts: the number each wants."""
         self.token_ids_S = token_ids_S
         self._logged = logged
         self._counts = counts
         self._fetched = Fetched((token_ids_S, finite_S, *logprobs))
 
     def results(self) -> list[Sampled]:
-        """One for each row. Waits until the device has them."""
+        """Return one result per row. Waits for the device."""
         token_ids_S, finite_S, *of_logged = (tensor.tolist() for tensor in self._fetched.tensors())
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids_S)
         for i, count, chosen, rank, ids, values in zip(self._logged, self._counts, *of_logged, strict=True):
@@ -106,17 +105,17 @@ class PendingSamples:
 
 
 class Sampler:
-    """Picks the tokens of one batch after the other."""
+    """Picks the tokens of successive batches."""
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
-        self._batch: _Batch | None = None  # the last one
+        self._batch: _Batch | None = None  # the last batch
 
     def sample(self, logits_SV: torch.Tensor, requests: list[Request]) -> PendingSamples:
-        """Pick one token a row. `logits_SV` has the model's dtype and is not changed.
+        """Pick one token per row. `logits_SV` has the model's dtype and is not changed.
 
-        In vLLM's order: penalties, suppression of stop tokens before min_tokens, then what kernels/sampling.py says.
-        Log-probabilities are those of the untouched logits.
+        The order is vLLM's: penalties, suppression of stop tokens before min_tokens, then the steps of
+        kernels/sampling.py. Log-probabilities are those of the original logits.
         """
         batch, device = self._batch, logits_SV.device
         if batch is None or batch.requests != requests:  # compares identities
@@ -125,7 +124,7 @@ class Sampler:
         suppressed = [i for i, min_tokens in batch.held if requests[i].num_output_tokens < min_tokens]
         altered = sorted({*batch.penalised, *suppressed})
         if altered:
-            # Of these rows only finiteness is asked here.
+            # For these rows only the finiteness of this result is used.
             rows_P = send(torch.tensor(altered), device)
             temperature_S = temperature_S.index_fill(0, rows_P, 0.0)
         token_ids_S, finite_S = sample_tokens(
@@ -147,9 +146,9 @@ class Sampler:
 
 
 def uniforms(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) per row, a pure function of (seed, choice index, output position).
+    """Return one number in [0, 1) per row, a pure function of (seed, choice index, output position).
 
-    SplitMix64's finaliser (Steele, Lea, Flood 2014) chained over the three, 53 bits of the result.
+    SplitMix64's finaliser (Steele, Lea, Flood 2014) is chained over the three; 53 bits of the result are used.
     """
     state = np.array(seeds, np.uint64)
     with np.errstate(over="ignore"):
@@ -166,7 +165,7 @@ def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _penalise(logits_SV: torch.Tensor, requests: Sequence[Request]) -> None:
-    """Repetition penalty over prompt and output (Keskar et al. 2019), presence and frequency penalties over output."""
+    """Apply the repetition penalty over prompt and output (Keskar et al. 2019), presence and frequency over output."""
     rows = [i for i, request in enumerate(requests) if request.sampling.needs_penalties]
     if not rows:
         return
@@ -184,12 +183,12 @@ def _penalise(logits_SV: torch.Tensor, requests: Sequence[Request]) -> None:
     logits_PV = torch.where((output_PV + prompt_PV) > 0, repeated_PV, logits_PV)
     logits_PV -= column(lambda s: s.frequency_penalty) * output_PV
     logits_PV -= column(lambda s: s.presence_penalty) * (output_PV > 0)
-    # A repetition penalty near zero overflows to +inf, which is no sign of a broken model.
+    # A repetition penalty near zero overflows to +inf, which does not mean a broken model.
     logits_SV[rows_P] = logits_PV.clamp_(max=torch.finfo(torch.float32).max)
 
 
 def _counts(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """[P, V]: how often each token occurs in each list."""
+    """Count each token's occurrences in each list, [P, V]."""
     lengths = [len(ids) for ids in token_ids]
     flat = np.concatenate([np.asarray(ids, np.int64) for ids in token_ids])
     flat += np.repeat(np.arange(len(token_ids), dtype=np.int64) * vocab_size, lengths)
@@ -212,7 +211,7 @@ def _suppress_stops(logits_SV: torch.Tensor, requests: Sequence[Request], eos_to
 
 
 def _logprobs(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """Of each row's token its log-probability and rank, [P]; ids and log-probabilities of the best, [P, count]."""
+    """Return each row's log-probability and rank, [P], and ids and log-probabilities of the best, [P, count]."""
     chosen_P1 = raw_PV.gather(1, token_ids_P[:, None])
     ranks_P = (raw_PV > chosen_P1).sum(dim=1).add_(1)
     top = raw_PV.topk(count, dim=1)

@@ -1,7 +1,7 @@
-"""Which part of each linear a rank has. Pure arithmetic; the vocabulary's ranges are layers.py's.
+"""Shards of the linears, per rank. Pure arithmetic; the vocabulary's ranges are in layers.py.
 
-Column-parallel linears (q, k, v, gate, up) are cut over their outputs, row-parallel ones (o, down) over their inputs.
-LoRA follows: A is cut where the inputs are, B where the outputs are.
+Column-parallel linears (q, k, v, gate, up) are split over their outputs, row-parallel ones (o, down) over their inputs.
+LoRA follows: A is split with the inputs, B with the outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorafleet.workers.model.architecture import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class LinearShard:
-    """Of one linear: the input and the output features of a rank."""
+    """A rank's input and output features of one linear."""
 
     inputs: slice
     outputs: slice
@@ -29,7 +29,7 @@ class LinearShard:
 
 
 def linear_shards(spec: ModelSpec, rank: int = 0, size: int = 1) -> dict[str, LinearShard]:
-    """By checkpoint name; all ranks' shards are equally large. Raises `ConfigError` where `size` divides them not."""
+    """Return equal shards by checkpoint name. Raises `ConfigError` if `size` does not divide them."""
     q_heads, kv_heads = _head_ranges(spec, rank, size)
     if spec.intermediate_size % size:
         raise ConfigError(
@@ -53,7 +53,7 @@ def linear_shards(spec: ModelSpec, rank: int = 0, size: int = 1) -> dict[str, Li
 
 
 def _head_ranges(spec: ModelSpec, rank: int, size: int) -> tuple[slice, slice]:
-    """Query and key-value heads of a rank; key-value heads are replicated when there are fewer than ranks."""
+    """Return a rank's query and key-value heads; key-value heads are replicated if there are fewer than ranks."""
     if spec.num_heads % size:
         raise ConfigError(
             f"--tensor-parallel-size is {size}, which does not divide the model's {spec.num_heads} attention heads. "

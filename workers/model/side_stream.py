@@ -1,7 +1,7 @@
-"""How an adapter gets onto a CUDA device while steps run on it: through pinned memory, on a stream of its own.
+"""Copying of adapters to a CUDA device during steps: through pinned memory, on a stream of its own.
 
-Owns: the stream, the buffers on either side. Leaves to others: which slot (engine/), what goes where (slot_write.py),
-when steps see it (`ModelRunner.commit`).
+Owns: the stream, the buffers on both sides. Leaves to others: the choice of slot (engine/), the copies (slot_write.py),
+the time steps see the adapter (`ModelRunner.commit`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 
 from lorafleet.workers.model.slot_write import SlotWrite
 
-# A step's input goes over the same bus and waits for the piece that is on its way: a tenth of a millisecond.
+# A step's input uses the same bus and waits for at most one piece: a tenth of a millisecond.
 _PIECE_BYTES = 2 << 20
-_NUM_PIECES = 2  # one is filled while the other is on its way
+_NUM_PIECES = 2  # one is filled while the other is sent
 
 
 class SideStream:
-    """Thread-safe; one adapter at a time, since all go over the same bus."""
+    """Thread-safe; handles one adapter at a time, since all use the same bus."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,15 +29,15 @@ class SideStream:
         self._staged = torch.empty(0, dtype=torch.uint8, device=device)
 
     def fill(self, write: SlotWrite) -> None:
-        """Do all of a write into a slot that no request uses, and wait for it on this thread. Steps go on meanwhile.
+        """Complete a write into a slot that no request uses; block this thread until done. Steps continue meanwhile.
 
-        The host tier's memory is not pinned, which would take as much from all other processes. So an adapter's bytes
-        go to the device through a pinned buffer, piece by piece, and there to their places.
+        The host tier's memory is not pinned, since that would withhold it from all other processes. So an adapter's
+        bytes go through a pinned buffer to the device, piece by piece, and there to their places.
         """
         with self._lock, torch.cuda.stream(self._stream):
             if write.storage is not None:
                 self._stage(torch.empty(0, dtype=torch.uint8).set_(write.storage))
-            # A step that was launched before the slot was taken from its adapter may still read it.
+            # A step launched before the slot was taken from its last adapter may still read it.
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
             write.run_from(self._staged)
             self._stream.synchronize()
@@ -48,7 +48,7 @@ class SideStream:
             self._staged = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         for number, begin in enumerate(range(0, num_bytes, _PIECE_BYTES)):
             piece, sent = self._pinned[number % _NUM_PIECES], self._sent[number % _NUM_PIECES]
-            sent.synchronize()  # at once, the first time
+            sent.synchronize()  # returns at once the first time
             size = min(_PIECE_BYTES, num_bytes - begin)
             piece[:size].copy_(source[begin : begin + size])
             self._staged[begin : begin + size].copy_(piece[:size], non_blocking=True)

@@ -1,7 +1,7 @@
-"""An adapter on its way into a slot: prepared on another thread, copied in pieces between steps.
+"""Writing of an adapter into a slot: prepared on another thread, copied in pieces between steps.
 
-Preparing does what takes long or Python (where each row goes, DoRA's norms, memory beside the slot). What is left for
-the thread that makes the steps is moving bytes.
+Preparation does everything that is slow or needs Python: the destination of each row, DoRA's norms, weights outside the
+slot. The stepping thread is left with copying bytes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _MAX_FORMS = 64  # some tens of KiB each
 
 
 class SlotRows:
-    """Collects what is copied to a slot. Numbers of a linear are gathered into one tensor for the whole adapter."""
+    """Collects the copies to a slot. A linear's numbers are gathered in one tensor for the whole adapter."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._own: list[torch.Tensor] = []  # sources that are nobody else's
+        self._own: list[torch.Tensor] = []  # sources owned by this object
         self._places_of_numbers: list[torch.Tensor] = []
         self._numbers = bytearray()
 
     def add(self, place_L: torch.Tensor, source: torch.Tensor, *, is_own: bool = False) -> None:
-        """Behind the slots' dimension `place_L` has the shape of `source`, which is the adapter's or the model's.
+        """Add a copy. `source`, the adapter's or the model's, has the shape of `place_L` without its slot dimension.
 
-        is_own: it is neither's.
+        is_own: `source` belongs to neither, so keep it alive.
         """
         if source.dtype != place_L.dtype:
             source, is_own = source.to(place_L.dtype), True
@@ -43,13 +43,13 @@ class SlotRows:
     def add_numbers(
         self, place_L3N: torch.Tensor, ranks: Sequence[int], scalings: Sequence[float], affine: Sequence[int]
     ) -> None:
-        """`place_L3N` is of 32-bit integers; scalings go there as they lie in memory."""
+        """Add a linear's numbers. `place_L3N` is int32; scalings are copied bit by bit."""
         count = len(ranks)
         self._places_of_numbers.append(place_L3N)
         self._numbers += struct.pack(f"={count}i{count}f{count}i", *ranks, *scalings, *affine)
 
     def copies(self, storage: torch.UntypedStorage | None) -> PreparedCopies:
-        """storage: the adapter's."""
+        """Return the collected copies. storage: the adapter's."""
         flat = torch.frombuffer(self._numbers, dtype=torch.int32)
         parts = flat.split([place.shape[1] * place.shape[2] for place in self._places_of_numbers])
         numbers = zip(self._places_of_numbers, parts, strict=True)
@@ -59,16 +59,16 @@ class SlotRows:
 
 @dataclass(frozen=True, slots=True)
 class PreparedCopies:
-    """What is copied to a slot, whichever, with the sources that are not the adapter's."""
+    """Copies to a slot, any slot, with the sources that do not belong to the adapter."""
 
     copies: Copies
     own: tuple[torch.Tensor, ...]
 
 
 class PreparedForms:
-    """The copies of adapters, which take long to list, by their form; of the forms that were used last. Thread-safe.
+    """Lists of copies by adapter form, for the forms used last, since listing is slow. Thread-safe.
 
-    An adapter without a form shares its copies with no other one.
+    An adapter without a form shares its list with no other.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class PreparedForms:
             return prepared
 
     def put(self, form: Form | None, prepared: PreparedCopies) -> None:
-        if form is None or not prepared.copies.is_native:  # it knows the memory of one adapter
+        if form is None or not prepared.copies.is_native:  # bound to one adapter's memory
             return
         with self._lock:
             self._known[form] = prepared
@@ -94,19 +94,19 @@ class PreparedForms:
 
 
 class SlotWrite:
-    """One adapter into one slot that no request uses. `advance` until that is true, then `commit`."""
+    """A write of one adapter into one slot that no request uses: `advance` until it returns true, then `commit`."""
 
     def __init__(self, slot: int, adapter: HostAdapter, prepared: PreparedCopies, commit: Callable[[], None]) -> None:
-        """commit: lets the steps see what the adapter has beside what is copied."""
+        """commit: makes the adapter's weights outside the slot visible to steps."""
         self.commit = commit
         self.storage = adapter.storage()
         self._slot = slot
-        self._adapter = adapter  # its memory is read
+        self._adapter = adapter  # keeps its memory alive
         self._prepared = prepared
         self._num_done = 0
 
     def advance(self, max_bytes: int) -> bool:
-        """Copy a piece; whether that was the last."""
+        """Copy a piece; return whether it was the last."""
         copies = self._prepared.copies
         if self._num_done < copies.num_copies:
             end = copies.end_of(self._num_done, max_bytes)
@@ -115,6 +115,6 @@ class SlotWrite:
         return self._num_done == copies.num_copies
 
     def run_from(self, staged: torch.Tensor) -> None:
-        """Copy all, what lies in `storage` from the bytes that are `staged` in its place. `advance` is true then."""
+        """Copy everything; sources in `storage` are read from their copy in `staged`. `advance` then returns true."""
         self._prepared.copies.run_from(self._slot, staged)
         self._num_done = self._prepared.copies.num_copies

@@ -1,4 +1,4 @@
-"""A step plan as the tensors that the decoder and the sampler read. The only place where requests become rows."""
+"""A step plan as tensors for the decoder and the sampler. Only here do requests become rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorafleet.workers.scheduling.batch import Scheduled
 
 @dataclass(frozen=True, slots=True)
 class OwnTables:
-    """A segment whose adapter has an embedding or a head of its own."""
+    """A segment whose adapter has its own embedding or head."""
 
     slot: int
     rows: slice
@@ -30,23 +30,23 @@ class OwnTables:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """All of one step. Sequence s has the rows query_start[s] to query_start[s + 1]."""
+    """The input of one step. Sequence s has the rows query_start[s] to query_start[s + 1]."""
 
     token_ids_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64
-    slot_mapping_T: torch.Tensor  # int64: page * page_size + offset, where the token's key and value go
-    page_table_SP: torch.Tensor  # int32, each sequence's pages in order; behind the last one undefined
+    slot_mapping_T: torch.Tensor  # int64: page * page_size + offset, the place of the token's key and value
+    page_table_SP: torch.Tensor  # int32, each sequence's pages in order; undefined after the last
     query_start_S1: torch.Tensor  # int32
     context_len_S: torch.Tensor  # int32: keys to attend to, this step's included
-    sample_rows: torch.Tensor  # int64: rows whose logits are wanted
-    segments: LoraSegments | LoraTiles | None  # None: nobody in this step uses an adapter, no LoRA op runs
-    which_norm_T: torch.Tensor | None = None  # int32, as model/norm.py counts; None: all rows have the base model's
+    sample_rows: torch.Tensor  # int64: rows whose logits are needed
+    segments: LoraSegments | LoraTiles | None  # None: no request uses an adapter; no LoRA op runs
+    which_norm_T: torch.Tensor | None = None  # int32, indices of model/norm.py; None: all rows use the base model's
     own_tables: tuple[OwnTables, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """How much of the buffers a step fills."""
+    """The used part of the buffers."""
 
     num_tokens: int
     num_seqs: int
@@ -56,7 +56,7 @@ class StepShape:
 
 
 class _Area:
-    """Numbers on the host and, for another device, a twin of them there. Both stay where they are."""
+    """Numbers on the host and, for another device, a copy there. Both keep their addresses."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         tensor = torch.zeros(shape, dtype=dtype)
@@ -66,7 +66,7 @@ class _Area:
         self._twin = None if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
     def first(self, count: int) -> torch.Tensor:
-        """On the device, as the host has them now."""
+        """Return the first numbers on the device, with the host's current values."""
         if self._twin is None:
             return self._tensor[:count]
         return send(self._tensor[:count], self._device, into=self._twin[:count])
@@ -75,8 +75,8 @@ class _Area:
 class StepBuffers:
     """The memory of every step's input, allocated once for the largest step.
 
-    A step's tensors are views at the same addresses each time, and the page table's rows lie equally far apart. What is
-    sent to another device is on its way when a method returns, and the buffers may be filled again.
+    A step's tensors are views at the same addresses each time, and the page table's row stride is fixed. When a method
+    returns, data for another device is being sent and the buffers may be filled again.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class StepBuffers:
         max_composed: int,
         device: torch.device,
     ) -> None:
-        """max_composed: adapters of one sequence."""
+        """max_composed: adapters per sequence."""
         max_num_segments = max_num_seqs * max_composed
         self._page_size = page_size
         self._device = device
@@ -106,21 +106,21 @@ class StepBuffers:
         self._context_len = area(max_num_seqs)
         self._sample_rows = area(max_num_seqs, dtype=torch.int64)
         self._which_norm = area(max_num_tokens)
-        self._tiles = area(6 * max_num_seqs + 1)  # of decode steps
-        # First row, behind the last, slot, first row that samples, behind the last.
+        self._tiles = area(6 * max_num_seqs + 1)  # for decode steps
+        # First row, end row, slot, first sampling row, end sampling row.
         self._segments = np.zeros((5, max_num_segments), np.int32)
         self._weights = np.ones(max_num_segments, np.float32)
 
     def fill(self, scheduled: Sequence[Scheduled]) -> StepShape:
-        """Lay out a non-empty plan that is grouped by adapter slots, as `StepPlan` promises.
+        """Lay out a non-empty plan that is grouped by adapter slots, as `StepPlan` guarantees.
 
-        A segment is rows of one slot's adapter next to each other; rows before a request's `adapter_start` are in none,
-        those of a composition in one for each of its adapters, in the order of their digests.
+        A segment is a run of rows with one slot's adapter. Rows before a request's `adapter_start` are in no segment;
+        rows of a composition are in one segment per adapter, in the order of the digests.
         """
         page_size = self._page_size
         token_ids, positions, slot_mapping = self._token_ids.host, self._positions.host, self._slot_mapping.host
         num_samples = num_segments = num_pages = row = 0
-        applied: tuple[tuple[int, ...], tuple[float, ...]] = (), ()  # to the last row so far: slots and their weights
+        applied: tuple[tuple[int, ...], tuple[float, ...]] = (), ()  # slots and weights of the last row so far
         for s, entry in enumerate(scheduled):
             request = entry.request
             first = request.num_computed_tokens
@@ -158,7 +158,7 @@ class StepBuffers:
         return StepShape(row, len(scheduled), num_pages, num_samples, num_segments)
 
     def pack(self, shape: StepShape) -> npt.NDArray[np.int32]:
-        """What the buffers hold of a step, for another rank."""
+        """Pack a step in the buffers for another rank."""
         pages = self._page_table.host[: shape.num_seqs, : shape.num_pages]
         parts = *self._parts(shape), pages, self._segments[:, : shape.num_segments]
         weights = self._weights[: shape.num_segments].view(np.int32)
@@ -166,7 +166,7 @@ class StepBuffers:
         return np.concatenate([np.array(header), *(part.reshape(-1) for part in parts), weights], dtype=np.int32)
 
     def unpack(self, packed: npt.NDArray[np.int32]) -> StepShape:
-        """Take over what `pack` made of another rank's buffers."""
+        """Fill the buffers with the result of another rank's `pack`."""
         shape = StepShape(*packed[:5].tolist())
         begin = 5
         pages = self._page_table.host[: shape.num_seqs, : shape.num_pages]
@@ -178,7 +178,7 @@ class StepBuffers:
         return shape
 
     def _parts(self, shape: StepShape) -> tuple[npt.NDArray[Any], ...]:
-        """Those of one dimension. None of their numbers needs more than 31 bits."""
+        """Return the one-dimensional parts. All their numbers fit in 31 bits."""
         return (
             self._token_ids.host[: shape.num_tokens],
             self._positions.host[: shape.num_tokens],
@@ -191,9 +191,9 @@ class StepBuffers:
     def step(
         self, shape: StepShape, *, with_norms: Collection[int] = (), with_tables: Collection[int] = ()
     ) -> StepInput:
-        """The step as tensors, which are good until the buffers are filled again.
+        """Return the step as tensors, valid until the buffers are filled again.
 
-        `with_norms`, `with_tables`: slots whose adapters have norms, or an embedding or a head, of their own.
+        `with_norms`, `with_tables`: slots whose adapters have their own norms, or their own embedding or head.
         """
         which_norm_T, own_tables = None, []
         for start, end, slot, *samples in (
@@ -214,10 +214,10 @@ class StepBuffers:
         )
 
     def decode_step(self, shape: StepShape, size: int, scratch_page: int, *, has_lora: bool) -> StepInput:
-        """A step of one token for each sequence, all of which sample, with rows added to it up to `size`.
+        """Return a step of one token per sequence, all of which sample, padded with rows up to `size`.
 
-        Those are sequences of one token in a page that nobody else uses. Of adapters there may be one for each row;
-        has_lora, which a step without any may have too: there are tiles for them.
+        The padding rows are sequences of one token in a page of their own. A row has at most one adapter. has_lora:
+        include tiles for LoRA, even if no row uses an adapter.
         """
         assert shape.num_tokens == shape.num_seqs == shape.num_samples <= size
         added = slice(shape.num_seqs, size)
@@ -235,7 +235,7 @@ class StepBuffers:
         return replace(step, segments=lists.on(self._tiles.first(6 * size + 1), size, size))
 
     def _input(self, num_tokens: int, num_seqs: int, num_samples: int) -> StepInput:
-        """Without adapters."""
+        """Return the input without adapters."""
         return StepInput(
             token_ids_T=self._token_ids.first(num_tokens),
             positions_T=self._positions.first(num_tokens),

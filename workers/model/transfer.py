@@ -1,7 +1,7 @@
-"""Small tensors to the device and back, without either side waiting for the other. On a CPU nothing moves.
+"""Copies of small tensors to the device and back, without making either side wait. On a CPU nothing is copied.
 
-A copy from memory that is not pinned makes torch wait for all that the device has to do before. Pinned memory comes
-from torch's cache of it, which hands none out again before the copies from it are done.
+A copy from unpinned memory makes torch wait for all earlier work of the device. Pinned memory comes from torch's cache,
+which reuses none before the copies from it are done.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def send(tensor: torch.Tensor, device: torch.device, into: torch.Tensor | None = None) -> torch.Tensor:
-    """A host tensor on the device, in `into` if that is given. On a CPU without `into` it is that tensor."""
+    """Return a host tensor on the device, in `into` if given. On a CPU without `into` it is the tensor itself."""
     if device.type != "cuda":
         return tensor if into is None else into.copy_(tensor)
     pinned = tensor.pin_memory()
@@ -20,7 +20,7 @@ def send(tensor: torch.Tensor, device: torch.device, into: torch.Tensor | None =
 
 
 class Fetched:
-    """Device tensors on their way to the host, as they will be when all is done that was launched before."""
+    """Device tensors on their way to the host, as of the completion of all work launched before."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -35,7 +35,7 @@ class Fetched:
         self._arrived.record()
 
     def tensors(self) -> list[torch.Tensor]:
-        """On the host. Waits for them."""
+        """Wait for the tensors; return them on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensors

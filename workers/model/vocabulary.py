@@ -1,10 +1,10 @@
-"""The adapters' own parts of embedding and head, each at its exact size, made when its slot is filled.
+"""Adapters' own embeddings and heads, each at its exact size, created when the adapter's slot is filled.
 
-Whatever is as large as the vocabulary is here and not in the slots' tables. How many bytes of it there may be at a
-time, engine/adapter_slots.py decides; a slot's part is freed when it is cleared or filled anew.
+Everything as large as the vocabulary is kept here and not in the slots. scheduling/adapter_slots.py limits the total
+bytes. A slot's part is freed when the slot is cleared or filled again.
 
-Under tensor parallelism a rank has the rows of its range of the base's vocabulary. The rows of added ids, behind them,
-are on every rank: there they are few.
+Under tensor parallelism a rank has the rows of its range of the base's vocabulary, then the rows of all added ids,
+which are few and so are on every rank.
 
 T rows of the step, H hidden, V the base's vocabulary, X ids of this rank (its range of V, then the added ones),
 N single ids, R lora rank.
@@ -24,32 +24,32 @@ from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange, TableChange
 from lorafleet.workers.adapters.modules import EMBEDDING, HEAD, NO_LAYER
 
-_ROWS_AT_ONCE = 4096  # of a table, where all of it is gone through
+_ROWS_AT_ONCE = 4096  # rows per pass over a whole table
 
 
 @dataclass(frozen=True, slots=True)
 class IdRange:
-    """The ids of one rank: from `start` to `stop` of the base's, then all that the adapter adds."""
+    """The ids of one rank: `start` to `stop` of the base's, then all ids that the adapter adds."""
 
     start: int
     stop: int
     vocab_size: int  # the base model's
     num_added: int
-    embeds_added: bool  # one rank does, so that a sum over all ranks has them once
+    embeds_added: bool  # true on one rank, so that a sum over the ranks contains them once
 
     @property
     def size(self) -> int:
         return self.stop - self.start + self.num_added
 
     def cut(self, table: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """This rank's part of a dimension with all ids."""
+        """Return this rank's part of a dimension that has all ids."""
         if self.size == table.shape[dim]:
             return table
         own = table.narrow(dim, self.start, self.stop - self.start)
         return torch.cat([own, table.narrow(dim, self.vocab_size, self.num_added)], dim)
 
     def place(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Where they are in a part; -1: on another rank."""
+        """Return the ids' indices in this rank's part; -1: on another rank."""
         added = token_ids - self.vocab_size + self.stop - self.start
         own = torch.where((token_ids >= self.start) & (token_ids < self.stop), token_ids - self.start, -1)
         return torch.where(token_ids >= self.vocab_size, added, own)
@@ -63,13 +63,13 @@ class EmbeddingPart:
     weight: LinearWeight | None  # [X, H]
     row_ids_N: torch.Tensor | None  # ascending; on every rank
     rows_NH: torch.Tensor | None
-    a_XR: torch.Tensor | None  # of LoRA
+    a_XR: torch.Tensor | None  # LoRA's A
     b_RH: torch.Tensor | None
     scaling: float
     scale_H: torch.Tensor | None  # float32; DoRA's
 
     def apply_(self, x_TH: torch.Tensor, token_ids_T: torch.Tensor) -> None:
-        """x: in the rows of the base model's embedding, in place its own. Rows of ids of other ranks become 0."""
+        """Replace x, the base model's embedding of the rows, by this adapter's. Rows of other ranks' ids become 0."""
         place_T = self.ids.place(token_ids_T)
         is_here_T = place_T >= 0
         if not self.ids.embeds_added:
@@ -94,12 +94,12 @@ class HeadPart:
 
     ids: IdRange
     weight: LinearWeight | None  # [X, H]
-    row_places_N: torch.Tensor | None  # among X; those of this rank
+    row_places_N: torch.Tensor | None  # indices in X; only this rank's
     rows_NH: torch.Tensor | None
     lora: LoraSlots | None  # one slot, one slice
 
     def apply_(self, x_TH: torch.Tensor, logits_TX: torch.Tensor) -> None:
-        """logits: those of the base model's head, in place its own. Those of added ids may hold anything before."""
+        """Replace the base model's logits by this adapter's. Logits of added ids may be uninitialised before."""
         if self.weight is not None:
             logits_TX.copy_(linear(x_TH, self.weight))
         if self.row_places_N is not None and self.rows_NH is not None:
@@ -112,13 +112,13 @@ class HeadPart:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyPart:
-    """What one slot's adapter has of both."""
+    """The embedding and the head of one slot's adapter."""
 
     embedding: EmbeddingPart | None
     head: HeadPart | None
 
     def num_bytes(self) -> int:
-        """Of the memory that it holds."""
+        """Return the bytes it holds."""
         storages = {}
         for part in (self.embedding, self.head):
             for name in () if part is None else part.__slots__:
@@ -130,9 +130,10 @@ class VocabularyPart:
 def make_part(
     adapter: HostAdapter, ids: IdRange, embedding: LinearWeight, head: LinearWeight, lora_dtype: torch.dtype
 ) -> VocabularyPart:
-    """Copy an adapter's tables to where the base model's are, of which `embedding` and `head` are this rank's rows.
+    """Copy an adapter's tables to the base model's device. `embedding` and `head` are this rank's rows of the base's.
 
-    Where not all of an embedding's rows are here, `HostAdapter.norms` has those of DoRA on it already.
+    If this rank lacks some of the embedding's rows, the norms of a DoRA embedding must already be in
+    `HostAdapter.norms`.
     """
     own, own_head = (adapter.tables.get(module) for module in (EMBEDDING, HEAD))
     head_part = None if own_head is None else _make_head(adapter, own_head, ids, head, lora_dtype)
@@ -151,7 +152,7 @@ def _make_embedding(
     shared: LinearWeight | None,
     lora_dtype: torch.dtype,
 ) -> EmbeddingPart:
-    """`shared`: the head's weight, where it is the embedding's too."""
+    """`shared`: the head's weight if it is also the embedding's."""
     like = base.data
     weight = shared
     if weight is None and change.weight_VH is not None:
@@ -166,7 +167,7 @@ def _make_embedding(
         if change.lora.magnitude_O is not None:
             norm_H = adapter.norms.get((NO_LAYER, EMBEDDING))
             if norm_H is None:
-                assert ids.stop - ids.start == ids.vocab_size, "the squares of all ranks are summed before"
+                assert ids.stop - ids.start == ids.vocab_size, "the ranks' squares must be summed first"
                 squares_H = _column_squares(change.lora, ids, weight or base, row_ids_N, rows_NH)
                 norm_H = adapter.norms[NO_LAYER, EMBEDDING] = squares_H.sqrt_()
             scale_H = (change.lora.magnitude_O / norm_H).to(like.device)
@@ -238,7 +239,7 @@ def _head_lora(
 
 
 def embedding_squares(change: TableChange, ids: IdRange, base: LinearWeight) -> torch.Tensor:
-    """An embedding with DoRA: over this rank's ids, the sums of squares of the columns of W + s·(B·A)ᵀ, [H].
+    """Return the column sums of (W + s·(B·A)ᵀ)² over this rank's ids, [H], for an embedding with DoRA.
 
     PEFT takes an embedding's norms over the vocabulary.
     """
@@ -269,7 +270,7 @@ def _column_squares(
 def _dense_rows(
     weight: LinearWeight, ids: IdRange, places_N: torch.Tensor | None, rows_NH: torch.Tensor | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first place, rows in float32 on the host) of all ids of a rank, some at a time; single rows are put in."""
+    """Yield (first index, rows in float32 on the host) of all ids of a rank, in chunks, with single rows replaced."""
     for first in range(0, ids.size, _ROWS_AT_ONCE):
         last = min(first + _ROWS_AT_ONCE, ids.size)
         rows_XH = torch.zeros(last - first, weight.num_in)
@@ -283,7 +284,7 @@ def _dense_rows(
 
 
 def _rows(change: TableChange, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(ids ascending, their rows) of single ids; `like`: in its dtype and on its device."""
+    """Return (ids ascending, their rows) of single ids, in the dtype and on the device of `like`."""
     if not change.rows:
         return None, None
     number = {token_id: n for n, token_id in enumerate(chain.from_iterable(ids for ids, _ in change.rows))}
@@ -293,7 +294,7 @@ def _rows(change: TableChange, like: torch.Tensor) -> tuple[torch.Tensor | None,
 
 
 def _own(weights: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous copy: what the host has may be evicted there."""
+    """Return a contiguous copy, since the host may evict the original."""
     return torch.empty(weights.shape, dtype=dtype, device=device).copy_(weights)
 
 

@@ -1,4 +1,4 @@
-"""The library without a server: `LLM`, `LLMEngine` and `AsyncLLM`, with the signatures of vLLM's.
+"""The library without a server: `LLM`, `LLMEngine` and `AsyncLLM`, with vLLM's signatures.
 
 Imports `engine` and `text`. Start reading in llm.py.
 """

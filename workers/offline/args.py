@@ -1,4 +1,4 @@
-"""The keyword arguments of the offline engines, as vLLM's users know them, and their way to an `EngineConfig`."""
+"""Keyword arguments of the offline engines, named as in vLLM, and their conversion to an `EngineConfig`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EngineArgs(LoRAConfig, LoRASwitch, EngineOptions):
         EngineOptions.__post_init__(self)
 
     def to_config(self) -> EngineConfig:
-        """Check everything and resolve the model to a directory (downloading or converting it if need be).
+        """Check everything and resolve the model to a directory (download or convert it if needed).
 
         Raises `ConfigError` or `ModelError`.
         """

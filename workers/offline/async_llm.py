@@ -1,4 +1,4 @@
-"""The awaited offline engine: many coroutines generate at once over one engine thread."""
+"""The asyncio offline engine: many coroutines generate concurrently over one engine thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 
 
 class AsyncLLM:
-    """Create with `await AsyncLLM.from_engine_args(args)`; belongs to the event loop that created it."""
+    """Create with `await AsyncLLM.from_engine_args(args)`; usable only on the event loop that created it."""
 
     def __init__(self, engine: Engine, *, seed: int | None) -> None:
         self.engine = engine
@@ -29,7 +29,7 @@ class AsyncLLM:
         self._lora_ids = LoRAIds(engine, self._texts)
         self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)
         self._queues: dict[str, asyncio.Queue[RequestOutput | LoRAFleetError]] = {}
-        self._failure: LoRAFleetError | None = None  # why it does nothing any more
+        self._failure: LoRAFleetError | None = None  # set once the engine has failed or is closed
         self._thread = EngineThread(engine, self._publish, self._crashed)
         self._thread.start()
 
@@ -63,7 +63,7 @@ class AsyncLLM:
             digest, tokenizer = known.spec.digest, (known.text or self._texts.model).tokenizer
             self._check_open()
         generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest, tokenizer)
-        # Unbounded on purpose: an output is one shared, growing object, so a slow reader holds small references only.
+        # Unbounded on purpose: all outputs are one shared, growing object, so a slow reader holds small references.
         queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
         self._queues[request_id] = queue
         finished = False
@@ -86,19 +86,19 @@ class AsyncLLM:
                 self._requests.drop(request_id)
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Verify an adapter and bring it into the host cache before a request names it; with load_inplace, anew.
+        """Verify an adapter and load it into the host cache before its first request. load_inplace: read it again.
 
-        Others go on meanwhile, those of adapters that are loaded too. Raises `AdapterConflictError`,
-        `AdapterRefusedError`, `AdapterUnavailableError`, `ModelError`.
+        Other requests continue meanwhile. Raises `AdapterConflictError`, `AdapterRefusedError`,
+        `AdapterUnavailableError`, `ModelError`.
         """
         self._check_open()
         await asyncio.wrap_future(self._lora_ids.add(lora_request))
         return True
 
     async def remove_lora(self, lora_id: int) -> bool:
-        """Forget an id; returns when its requests have ended and its adapter's slot and memory are free.
+        """Remove an id; return once its requests have ended and its adapter's slot and memory are free.
 
-        False when the id stands for nothing.
+        Return False if the id is unknown.
         """
         self._check_open()
         try:
@@ -110,18 +110,18 @@ class AsyncLLM:
         return True
 
     async def pin_lora(self, lora_id: int) -> bool:
-        """Keep an adapter in a device slot from now on, until it is removed. False when the id stands for nothing.
+        """Keep an adapter in a device slot until it is removed. Return False if the id is unknown.
 
-        Raises `AdapterConflictError` when all slots but one are taken so.
+        Raises `AdapterConflictError` if only one slot is left unpinned.
         """
         return self._lora_ids.pin(lora_id)
 
     async def list_loras(self) -> set[int]:
-        """The ids that stand for an adapter."""
+        """Return the ids in use."""
         return self._lora_ids.known()
 
     async def close(self) -> None:
-        """Stop the engine; open requests, and whatever else is awaited, end with an error."""
+        """Stop the engine; open requests and all other awaited calls end with an error."""
         await asyncio.to_thread(self._thread.stop)
         self._fail_all(DrainingError("The engine is closed. Create another one."))
         await asyncio.to_thread(self._lora_ids.close)

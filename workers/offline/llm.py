@@ -1,4 +1,4 @@
-"""The offline API, vLLM's: `LLM(model=..., enable_lora=True).generate(prompts, params, lora_request=...)`."""
+"""The offline API, as in vLLM: `LLM(model=..., enable_lora=True).generate(prompts, params, lora_request=...)`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """A model in this process, without Ray. Keyword arguments are those of `EngineArgs`.
+    """A model in this process, without Ray. The keyword arguments are those of `EngineArgs`.
 
     Usable as a context manager; `close` stops its threads.
     """
@@ -44,11 +44,11 @@ class LLM:
         self.llm_engine.close()
 
     def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Tokenizer:
-        """The model's; an adapter's own, if it has one."""
+        """Return the adapter's own tokenizer if it has one, else the model's."""
         return self.llm_engine.text(lora_request).tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The model's own defaults, from its generation_config.json."""
+        """Return the model's defaults, from its generation_config.json."""
         return SamplingParams(**read_generation_defaults(Path(self.llm_engine.engine.config.model)))
 
     def generate(
@@ -59,12 +59,12 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Generate for one prompt or any number; outputs in the order of the prompts.
+        """Generate for one prompt or several; outputs are in the order of the prompts.
 
         A prompt is text, {"prompt": text}, {"prompt_token_ids": ids} or a list of ids. sampling_params and lora_request
-        are one for all or one per prompt. An adapter is what its files are now: where they have changed since the last
-        call, they are read again. Raises `InvalidRequestError`, `ContextLengthError`, `AdapterRefusedError`,
-        `AdapterConflictError` before anything runs, and a request's own error after the others are done.
+        are one for all or one per prompt. Adapter files that have changed since the last call are read again. Raises
+        `InvalidRequestError`, `ContextLengthError`, `AdapterRefusedError`, `AdapterConflictError` before anything runs,
+        and a request's own error after the others are done.
         """
         if isinstance(prompts, str | Mapping):
             prompts = [prompts]
@@ -81,7 +81,7 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
-        """Generate the next message of one conversation or many, through the model's chat template or the adapter's."""
+        """Generate the next message of one conversation or several, with the adapter's chat template or the model's."""
         batch = _list_of("messages", messages)
         if not batch:
             raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
@@ -118,14 +118,14 @@ class LLM:
                         try:
                             engine.add_request(request_id, prompt, own_params, lora, known=known)
                             break
-                        except QueueFullError:  # max_adapter_wait_s is set, and can be kept for so many
+                        except QueueFullError:  # max_adapter_wait_s allows no more in the queue
                             if not engine.has_unfinished_requests():
                                 raise
                             bar.take(engine.step())
                 while engine.has_unfinished_requests():
                     bar.take(engine.step())
         except BaseException:
-            # Ctrl-C, or a bad prompt after good ones: nothing stays behind in the engine.
+            # Ctrl-C, or a bad prompt after good ones: leave no request in the engine.
             for request_id in ids:
                 engine.abort_request(request_id)
             while engine.has_unfinished_requests():
@@ -139,14 +139,14 @@ class LLM:
 
 
 class _Found:
-    """What the lora_requests of one call stand for. Each is looked up once, so that all of the call get the same."""
+    """The adapters of one call's lora_requests, each looked up once, so that all of the call use the same content."""
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
         self._known: dict[LoRARequest, KnownAdapter] = {}
 
     def of(self, lora: LoRARequest | None) -> KnownAdapter | None:
-        """Raises what `LLMEngine.find_lora` raises."""
+        """Return a request's adapter. Raises what `LLMEngine.find_lora` raises."""
         if lora is None:
             return None
         known = self._known.get(lora)
@@ -156,7 +156,7 @@ class _Found:
 
 
 class _Bar:
-    """Gathers outputs, and shows how far they are."""
+    """Collects outputs and shows the progress."""
 
     def __init__(self, num_requests: int, shows: bool, outputs: dict[str, RequestOutput]) -> None:
         columns = (

@@ -1,4 +1,4 @@
-"""The stepped offline engine: add requests one by one, call `step` until none is left."""
+"""The stepped offline engine: add requests one by one, then call `step` until none is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 from lorafleet.workers.text.model_text import ModelText
 
-_WAIT_S = 0.5  # that a step waits for an adapter to load
+_WAIT_S = 0.5  # maximum wait of a step for an adapter load
 
 
 class LLMEngine:
@@ -37,13 +37,13 @@ class LLMEngine:
         return cls(engine, seed=args.seed)
 
     def find_lora(self, lora_request: LoRARequest) -> KnownAdapter:
-        """What a request names now; reads it if need be. Raises what `LoRAIds.find` fails with."""
+        """Return a request's adapter, reading it if needed. Raises what the future of `LoRAIds.find` fails with."""
         return self._lora_ids.find(lora_request).result()
 
     def text(self, lora_request: LoRARequest | None = None, known: KnownAdapter | None = None) -> ModelText:
-        """Tokenizer and template: the adapter's own, if it has them, else the model's.
+        """Return the adapter's own tokenizer and template if it has them, else the model's.
 
-        known: what `find_lora` gave for it, so that it is not looked up again. Raises what that raises.
+        known: the result of `find_lora`, to avoid another look-up. Raises what `find_lora` raises.
         """
         if known is None and lora_request is not None:
             known = self.find_lora(lora_request)
@@ -58,11 +58,10 @@ class LLMEngine:
         *,
         known: KnownAdapter | None = None,
     ) -> None:
-        """Queue a request, as many as you like; its outputs come from `step`.
+        """Queue a request; its outputs come from `step`. Any number may be queued.
 
-        prompt: text, or token ids. known: what `find_lora` gave for lora_request, so that it is not looked up again.
-        Raises what `TextRequests.open`, `find_lora` and `Engine.submit` raise; nothing of the request is left behind
-        then.
+        prompt: text, or token ids. known: the result of `find_lora` for lora_request, to avoid another look-up. Raises
+        what `TextRequests.open`, `find_lora` and `Engine.submit` raise; the request then leaves no trace.
         """
         if known is None and lora_request is not None:
             known = self.find_lora(lora_request)
@@ -86,7 +85,7 @@ class LLMEngine:
             self.engine.cancel(engine_id)
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Verify an adapter and bring it into the host cache before a request names it; with load_inplace, anew.
+        """Verify an adapter and load it into the host cache before its first request. load_inplace: read it again.
 
         Raises `AdapterConflictError`, `AdapterRefusedError`, `AdapterUnavailableError`, `ModelError`.
         """
@@ -94,9 +93,9 @@ class LLMEngine:
         return True
 
     def remove_lora(self, lora_id: int) -> bool:
-        """Forget an id; its adapter's slot and memory are free when its requests have ended, at once if none is open.
+        """Remove an id; its adapter's slot and memory are freed when its requests have ended, at once if none is open.
 
-        False when the id stands for nothing.
+        Return False if the id is unknown.
         """
         try:
             self._lora_ids.remove(lora_id).result()
@@ -107,25 +106,25 @@ class LLMEngine:
         return True
 
     def pin_lora(self, lora_id: int) -> bool:
-        """Keep an adapter in a device slot from now on, until it is removed. False when the id stands for nothing.
+        """Keep an adapter in a device slot until it is removed. Return False if the id is unknown.
 
-        Raises `AdapterConflictError` when all slots but one are taken so.
+        Raises `AdapterConflictError` if only one slot is left unpinned.
         """
         return self._lora_ids.pin(lora_id)
 
     def list_loras(self) -> set[int]:
-        """The ids that stand for an adapter."""
+        """Return the ids in use."""
         return self._lora_ids.known()
 
     def has_unfinished_requests(self) -> bool:
         return len(self._requests) > 0
 
     def step(self) -> list[RequestOutput]:
-        """Run one engine step; the requests that got on, finished ones for the last time. Empty: there are none.
+        """Run one engine step; return the requests with new output. A finished request is returned for the last time.
 
-        Waits, for half a second at most, for an adapter to load when nothing else can run; without requests it returns
-        at once. A request that failed (its adapter could not be loaded, its logits were not finite) comes back with
-        `error` set; the others are unharmed. After a step that raises there are no requests and no more steps.
+        Waits at most half a second for an adapter load if nothing else can run; without requests it returns [] at once.
+        A request that failed (adapter not loadable, logits not finite) is returned with `error` set; the others are
+        unaffected. After a step that raises, all requests are dropped and no more steps are possible.
         """
         self.engine.bind_thread()
         if not self.engine.wait_for_work(timeout_s=_WAIT_S if self.has_unfinished_requests() else 0.0):
@@ -141,7 +140,7 @@ class LLMEngine:
         return outputs
 
     def close(self) -> None:
-        """Stop the threads; requests that are open are forgotten."""
+        """Stop the threads; open requests are dropped."""
         self._lora_ids.close()
         self.engine.close()
         self._requests.clear()

@@ -1,7 +1,7 @@
-"""Which adapter a caller's `lora_int_id` stands for: one id, one adapter, until it is removed or loaded in place.
+"""Adapters by the caller's `lora_int_id`: one id stands for one adapter until it is removed or loaded in place.
 
-What lies at an id's path counts: when the files have changed, the id stands for the new content from its next request
-on. Where nothing is there any more, what was read before goes on to serve.
+The content at an id's path counts: after its files change, the id stands for the new content from its next request on.
+If the files are gone, the content read before stays in use.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from lorafleet.workers.text.model_text import ModelText
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnownAdapter:
-    """What an id stands for, as it was read."""
+    """The adapter of an id, as it was read."""
 
     request: LoRARequest
-    stamp: DirectoryStamp | None  # of when it was read; None: no directory of that name
+    stamp: DirectoryStamp | None  # at the time of reading; None: no such directory
     spec: AdapterSpec
     text: ModelText | None  # its own tokenizer and template; None: the model's
 
 
 class LoRAIds:
-    """Registers adapters with the engine when they are named. Thread-safe; an id waits only for what was asked of it
-    before."""
+    """Registers adapters with the engine at first use. Thread-safe; calls wait only for earlier ones on their id."""
 
     def __init__(self, engine: Engine, texts: AdapterTokenizers) -> None:
         self._engine = engine
@@ -46,26 +45,26 @@ class LoRAIds:
         return set(self._known)
 
     def find(self, request: LoRARequest) -> Future[KnownAdapter]:
-        """What the id stands for; reads the adapter at the first call, and when its files have changed.
+        """Return the id's adapter; read it at the first call and after its files have changed.
 
-        Fails with `AdapterConflictError` when the id stands for another adapter and load_inplace is not set,
+        Fails with `AdapterConflictError` if the id stands for another adapter and load_inplace is not set,
         `AdapterRefusedError`, `AdapterUnavailableError`, `ModelError` (a broken tokenizer).
         """
         return self._in_turn(request, is_anew=False)
 
     def add(self, request: LoRARequest) -> Future[KnownAdapter]:
-        """The same, and bring it into the host cache; with load_inplace, it is read anew in any case."""
+        """`find`, then load it into the host cache; with load_inplace, read it again in any case."""
         return self._in_turn(request, is_anew=request.load_inplace, prefetches=True)
 
     def pin(self, lora_int_id: int) -> bool:
-        """Keep what the id stands for in a slot until it is removed. False: it stands for nothing.
+        """Keep the id's adapter in a slot until it is removed. Return False if the id is unknown.
 
-        Raises `AdapterConflictError` when all slots but one are taken so.
+        Raises `AdapterConflictError` if only one slot is left unpinned.
         """
         return self._aliases.pin(lora_int_id)
 
     def remove(self, lora_int_id: int) -> Future[Future[FreedBytes] | None]:
-        """Give an id back; see `Aliases.remove`. Fails with `UnknownModelError`."""
+        """Remove an id; see `Aliases.remove`. Fails with `UnknownModelError`."""
 
         def change(_: None) -> Future[FreedBytes] | None:
             self._known.pop(lora_int_id, None)
@@ -91,7 +90,7 @@ class LoRAIds:
                 raise AdapterConflictError(
                     f"lora_int_id {request.lora_int_id} stands for {known.request.lora_name!r} "
                     f"({known.request.lora_path}), not for {request.lora_name!r} ({request.lora_path}). Give each "
-                    "adapter an id of its own, or set load_inplace."
+                    "adapter its own id, or set load_inplace."
                 )
             known = None
         stamp = DirectoryStamp.of(request.lora_path)
@@ -124,5 +123,5 @@ def _is_the_same(known: LoRARequest, request: LoRARequest) -> bool:
 
 
 def _is_still(before: DirectoryStamp | None, now: DirectoryStamp | None) -> bool:
-    """Whether what was read is there still, or nothing is."""
+    """Return whether the files are unchanged or gone."""
     return now is None or not now.files or (now == before and before is not None and before.is_proof)

@@ -1,4 +1,4 @@
-"""What the offline engines return, in vLLM's shape."""
+"""Outputs of the offline engines, with vLLM's fields."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request and what it has produced so far."""
+    """A request and its output so far."""
 
     request_id: str
-    prompt: str | None  # None when the prompt was given as token ids
+    prompt: str | None  # None if the prompt was given as token ids
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
     lora_request: LoRARequest | None = None
-    error: LoRAFleetError | None = None  # why a choice has finish_reason "error"
+    error: LoRAFleetError | None = None  # the cause of a choice's finish_reason "error"

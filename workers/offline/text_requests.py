@@ -1,6 +1,6 @@
-"""Requests as their callers see them, on the way into the engine and out of it: text, `n` choices, stop strings.
+"""Requests between their callers and the engine: text, `n` choices, stop strings.
 
-Shared by the stepped `LLMEngine` and the awaited `AsyncLLM`. Not thread-safe: one owner calls it.
+Shared by the stepped `LLMEngine` and the asyncio `AsyncLLM`. Not thread-safe: one owner calls it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Choice:
 @dataclass(slots=True)
 class _TextRequest:
     request_id: str
-    number: int  # unlike the caller's id never used again, so it names the request to the engine
+    number: int  # unlike the caller's id never reused; identifies the request to the engine
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
@@ -63,7 +63,7 @@ class TextRequests:
     """Open requests by id; turns them into `GenerateRequest`s and events back into `RequestOutput`s."""
 
     def __init__(self, *, max_model_len: int, vocab_size_of: Callable[[str | None], int], seed: int | None) -> None:
-        """`vocab_size_of`: an adapter's, by digest; the base model's of None."""
+        """`vocab_size_of`: an adapter's vocabulary size by digest; the base model's for None."""
         self._max_model_len = max_model_len
         self._vocab_size_of = vocab_size_of
         self._random = random.Random(seed)
@@ -84,7 +84,7 @@ class TextRequests:
         digest: str | None,
         tokenizer: Tokenizer,
     ) -> list[GenerateRequest]:
-        """Start a request: one `GenerateRequest` per choice, to be submitted. Raises `InvalidRequestError` & co.
+        """Start a request; return one `GenerateRequest` per choice to submit. Raises `InvalidRequestError` and others.
 
         digest and tokenizer: the adapter's, or None and the base model's.
         """
@@ -132,29 +132,29 @@ class TextRequests:
         return generates
 
     def drop(self, request_id: str) -> None:
-        """Forget a request that the engine did not accept."""
+        """Drop a request that the engine did not accept."""
         for engine_id in self.engine_ids(request_id):
             self._choices.pop(engine_id, None)
         self._requests.pop(request_id, None)
 
     def clear(self) -> None:
-        """Forget all requests: the engine does nothing any more."""
+        """Drop all requests after the engine has stopped."""
         self._requests.clear()
         self._choices.clear()
         self._to_cancel.clear()
 
     def engine_ids(self, request_id: str) -> list[str]:
-        """The engine's ids of a request's choices; empty when it is not open."""
+        """Return the engine's ids of a request's choices; empty if it is not open."""
         request = self._requests.get(request_id)
         return [] if request is None else request.engine_ids
 
     def apply(self, events: Sequence[RequestEvent]) -> list[RequestOutput]:
-        """Book an engine step's events; requests that they touched, each once. Finished ones are closed."""
+        """Apply an engine step's events; return each request they changed, once. Finished ones are closed."""
         touched: dict[str, _TextRequest] = {}
         for event in events:
             choice = self._choices.get(event.request_id)
             if choice is None:
-                continue  # a choice that a stop string has ended; the engine's CANCELLED comes later
+                continue  # a choice ended by a stop string; the engine's CANCELLED comes later
             touched[choice.owner.request_id] = choice.owner
             self._book(choice, event)
         for request in touched.values():
@@ -163,7 +163,7 @@ class TextRequests:
         return [request.to_output() for request in touched.values()]
 
     def take_cancels(self) -> list[str]:
-        """Engine ids to cancel, since a stop string ended them; each is given once."""
+        """Return, once, the engine ids to cancel because a stop string ended them."""
         cancels, self._to_cancel = self._to_cancel, []
         return cancels
 

@@ -1,4 +1,4 @@
-"""Tensor parallel ranks: how rank 0 sees its group, and what the others do.
+"""Tensor parallel ranks: rank 0's view of its group, and the followers' work.
 
 Imports `model` and `tp`. Start reading in ranks.py, then follower.py.
 """

@@ -1,4 +1,4 @@
-"""A rank above 0: its shard of the model and of the adapters, and steps as rank 0 lays them out. Decides nothing."""
+"""A rank above 0: its shard of the model and of the adapters, and the steps that rank 0 plans. Decides nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COPY_BYTES = 128 << 10
 
 
 class Follower:
-    """`run` on one thread makes the steps; all else may be called from others meanwhile."""
+    """Runs steps in `run`, on one thread. Other threads may call the other methods meanwhile."""
 
     def __init__(
         self,
@@ -52,16 +52,16 @@ class Follower:
         )
         self._store = adapter_store(spec, memory, group, read_timeout_s=config.adapter_read_timeout_s)
         self._lock = threading.Lock()
-        # By slot: the number of the load and what is in place, until rank 0 says that it counts. The next load for the
-        # slot takes its place: then rank 0 has given the slot to another adapter without a step in between.
+        # By slot: the number of a load and the shard in place, until rank 0 commits it. The slot's next load replaces
+        # it: rank 0 has then given the slot to another adapter without a step in between.
         self._staged: dict[int, tuple[int, SlotWrite]] = {}
 
     def load(self) -> None:
-        """Read this rank's share of the weights. Raises `ModelError`."""
+        """Read this rank's shard of the weights. Raises `ModelError`."""
         self._runner.load(Path(self._config.model))
 
     def register(self, path: Path, digest: str) -> None:
-        """Know an adapter as rank 0 does. Raises `AdapterRefusedError`, also when it reads otherwise here."""
+        """Register an adapter that rank 0 has verified. Raises `AdapterRefusedError`, also for another digest here."""
         assert self._config.lora is not None
         if self._store.spec(digest) is not None:
             return
@@ -74,12 +74,12 @@ class Follower:
         )
         if spec.digest != digest:
             raise AdapterRefusedError(
-                f"The adapter reads as {spec.digest} on another rank of this worker and as {digest} on the first. Is "
+                f"The adapter's digest is {spec.digest} on another rank of this worker and {digest} on the first. Is "
                 "it the same directory on all nodes?",
                 reason="changed_while_read",
             )
         with self._lock:
-            if self._store.spec(digest) is None:  # else another call was faster
+            if self._store.spec(digest) is None:  # false if another call was faster
                 self._store.register(spec)
                 self._store.hold_files(digest)
 
@@ -93,7 +93,7 @@ class Follower:
         self._store.prefetch(digest)
 
     def partial_squares(self, path: Path, digest: str) -> torch.Tensor:
-        """See `ModelRunner.partial_squares`. Raises what `stage` raises."""
+        """See `ModelRunner.partial_squares`. Raises the same errors as `stage`."""
         self.register(path, digest)
         adapter = self._store.fetch(digest).result()
         try:
@@ -102,7 +102,7 @@ class Follower:
             self._store.release(digest)
 
     def stage(self, path: Path, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None = None) -> None:
-        """Put an adapter's shard into a slot that no request uses. Raises `AdapterUnavailableError` and the like."""
+        """Copy an adapter's shard into a slot that no request uses. Raises `AdapterUnavailableError` and the like."""
         self.register(path, digest)
         adapter = self._store.fetch(digest).result()
         try:
@@ -117,7 +117,7 @@ class Follower:
             self._staged[slot] = number, write
 
     def run(self) -> None:
-        """Follow rank 0 until it ends. Raises `RuntimeError` when a rank is lost."""
+        """Follow rank 0 until it ends. Raises `RuntimeError` if a rank is lost."""
         num_threads = self._config.threads
         with closing(claim_cores(num_threads if self._is_on_cpu else 0)) as cores:
             cores.pin_thread()

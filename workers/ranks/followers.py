@@ -1,7 +1,7 @@
-"""The other ranks as rank 0 asks for things between steps: they have every adapter's shard in place before it is used.
+"""Rank 0's requests to the other ranks between steps, so that each has its shard of an adapter in place in time.
 
-A load has two phases. First each rank reads, verifies and puts its shard into the slot, which no request uses; then,
-when all have, rank 0 says with a step that it counts (`Change.COMMIT`). Until then nothing of it is seen anywhere.
+A load has two phases. First each rank reads, verifies and copies its shard into the slot, which no request uses. When
+all have, rank 0 commits the load together with a step (`Change.COMMIT`). Until then it is visible nowhere.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ import torch
 class Followers(Protocol):
     """Thread-safe. Every call but `prefetch` and `forget` waits until all ranks have answered.
 
-    Raises what one of them refused with, and `InternalError` when one is lost: its group ends then.
+    Raises the first error among the answers, and `InternalError` if a rank is lost; the group then ends.
     """
 
     are_none: bool  # a group of one rank
 
     def register(self, path: Path, digest: str) -> None:
-        """Let all know an adapter that rank 0 has verified. Idempotent."""
+        """Register an adapter that rank 0 has verified on all ranks. Idempotent."""
 
     def forget(self, digest: str) -> None:
-        """No request uses the adapter any more; free its host memory."""
+        """Free the host memory of an adapter that no request uses any more."""
 
     def prefetch(self, digest: str) -> None:
-        """Bring it into the host tiers in the background."""
+        """Load it into the host tiers in the background."""
 
     def partial_squares(self, path: Path, digest: str) -> Sequence[torch.Tensor]:
-        """Each rank's `ModelRunner.partial_squares`."""
+        """Return each rank's `ModelRunner.partial_squares`."""
 
     def stage(
         self, path: Path, digest: str, slot: int, number: int, norms_NH: torch.Tensor | None
     ) -> Callable[[], None]:
-        """Begin to put an adapter's shards into a slot; returns what waits until all ranks have.
+        """Begin to copy an adapter's shards into a slot; return a function that waits until all ranks have.
 
-        path: for a rank that has just been told to forget it, while rank 0 was told to register it anew. number: of
-        this load; larger than that of any before it for the slot. norms_NH: for `ModelRunner.set_split_norms`, if the
-        adapter has such.
+        path: for a rank that was just told to forget the adapter while rank 0 registered it again. number: the load's;
+        larger than any earlier one for the slot. norms_NH: for `ModelRunner.set_split_norms`, if the adapter has such
+        norms.
         """
 
     def close(self) -> None:
-        """Nobody asks for anything any more."""
+        """Close the connections. No call may follow."""
 
 
 class NoFollowers:
-    """Of a group of one."""
+    """The followers of a group of one: none."""
 
     are_none = True
 

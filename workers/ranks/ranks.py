@@ -1,4 +1,4 @@
-"""What rank 0's engine has of its tensor-parallel group. How the group comes up: start.py."""
+"""Rank 0's tensor-parallel group as its engine sees it. For how the group starts see start.py."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lorafleet.workers.tp.plans import PlanChannel
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """By default, a group of one."""
+    """The ranks of one group; by default, a group of one."""
 
     group: TensorParallelGroup = field(default_factory=TensorParallelGroup)
     plans: PlanChannel | None = None
     followers: Followers = field(default_factory=NoFollowers)
 
 
-# Brings the group up for an engine with such a plan on such a device; blocks until all ranks are there.
+# Forms the group for an engine with this plan on this device; blocks until all ranks have joined.
 Gather = Callable[[MemoryPlan, torch.device], Ranks]
 
 
 def alone(plan: MemoryPlan, device: torch.device) -> Ranks:
-    """A `Gather` for a group of one."""
+    """Return a group of one, as a `Gather`."""
     return Ranks()

@@ -21,9 +21,9 @@ from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, error_of, failure_of
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = 8  # of a follower: as many loads as rank 0 has loader threads, and as many registrations
-_TIMEOUT_S = 600.0  # of a load from a slow file system; a rank that dies is noticed at once
-_LIMIT_S = 590.0  # after which a follower gives one up
+_NUM_THREADS = 8  # per follower: one for each of rank 0's loader threads, and as many for registrations
+_TIMEOUT_S = 600.0  # for a load from a slow file system; a rank that dies is noticed at once
+_LIMIT_S = 590.0  # after which a follower abandons it
 
 
 class RemoteFollowers:
@@ -32,7 +32,7 @@ class RemoteFollowers:
     are_none = False
 
     def __init__(self, addresses: Sequence[str], token: str, hidden_size: int, on_lost: Callable[[], None]) -> None:
-        """addresses: host:port of each rank above 0. on_lost: called on some thread when one of them has gone."""
+        """addresses: host:port of each rank above 0. on_lost: called on some thread when one of them is lost."""
         self._hidden_size = hidden_size
         self._channels = [grpc.insecure_channel(address, options=list(CLIENT_OPTIONS)) for address in addresses]
         self._ranks = [rank_pb2_grpc.RankStub(channel) for channel in self._channels]
@@ -74,7 +74,7 @@ class RemoteFollowers:
             self._on_lost()
 
     def _ask(self, method: str, request: Any) -> Callable[[], None]:
-        """Call all ranks at once; returns what waits for all answers, and raises the first error among them."""
+        """Call all ranks at once; return a function that waits for all answers and raises the first error."""
         calls = self._call(method, request)
         return lambda: _raise_first(calls)
 
@@ -85,7 +85,7 @@ class RemoteFollowers:
 
 
 def _raise_first(calls: list[Any]) -> None:
-    """Wait for all answers."""
+    """Wait for all answers; raise the first error."""
     errors = [error for error in map(_error, calls) if error is not None]
     if errors:
         raise errors[0]
@@ -108,7 +108,7 @@ def _error(call: Any) -> LoRAFleetError | None:
 
 
 class RankService(rank_pb2_grpc.RankServicer):
-    """A follower's gRPC face."""
+    """A follower's gRPC service."""
 
     def __init__(self, follower: Follower, hidden_size: int) -> None:
         self._follower = follower

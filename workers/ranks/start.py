@@ -1,7 +1,7 @@
-"""A tensor-parallel group comes up: its ranks find each other, agree on one memory plan, and followers follow.
+"""Start of a tensor-parallel group: its ranks find each other and share one memory plan.
 
-Rank 0 makes the engine, plans the memory and publishes the plan; the other ranks wait for it, so that all have as many
-pages and slots. Whoever starts the processes need know rank, size and rank 0's address.
+Rank 0 creates the engine, plans the memory and publishes the plan. The other ranks wait for it, so that all have the
+same number of pages and slots. Starting a rank takes only its number, the group's size and rank 0's address.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _PLAN = "memory plan"
 
 
 class Leader:
-    """Rank 0's part. The others come to where `listener` listens, which it takes over."""
+    """Rank 0's part. The other ranks connect to `listener`, which this object takes over."""
 
     def __init__(self, config: EngineConfig, listener: socket.socket, token: str, on_lost: Callable[[], None]) -> None:
-        """on_lost: called on some thread when a rank has died or its node cannot be reached."""
+        """on_lost: called on some thread when a rank has died or its node is unreachable."""
         self._size = config.tensor_parallel_size
         self._hidden_size = read_model_spec(Path(config.model)).hidden_size
         self._token = token
@@ -43,7 +43,7 @@ class Leader:
         self._on_lost = on_lost
 
     def gather(self, plan: MemoryPlan, device: torch.device) -> Ranks:
-        """A `Gather`. Raises `RuntimeError` when the other ranks do not come in time."""
+        """Form the group, as a `Gather`. Raises `RuntimeError` if the other ranks do not come in time."""
         host, port = self._listener.getsockname()[:2]
         rendezvous = Rendezvous(host, port, 0, self._size, _START_TIMEOUT_S, self._listener)
         rendezvous.put(_PLAN, json.dumps(asdict(plan)))
@@ -54,9 +54,9 @@ class Leader:
 
 
 async def follow(config: EngineConfig, rank: int, leader: str, host: str, token: str) -> None:
-    """Be a rank above 0 until rank 0 ends. Raises `RuntimeError` when a rank is lost.
+    """Run a rank above 0 until rank 0 ends. Raises `RuntimeError` if a rank is lost.
 
-    leader: host:port where rank 0 listens. host: where rank 0 reaches this rank.
+    leader: host:port where rank 0 listens. host: the address at which rank 0 reaches this rank.
     """
     leader_host, _, port = leader.rpartition(":")
     rendezvous = await asyncio.to_thread(

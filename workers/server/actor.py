@@ -1,7 +1,7 @@
-"""The worker as a Ray actor: engine, engine thread and gRPC server in one process. Thin: it only wires them up.
+"""The worker as a Ray actor: engine, engine thread and gRPC server in one process. Thin: it only connects them.
 
 Starts in its constructor, so that a worker which Ray restarts after a crash comes up by itself, with a new identity.
-Imports the engine (and torch) only when it runs, so that whoever creates the actor stays light.
+Imports the engine (and torch) only when it runs, so that the process which creates the actor stays light.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RAY_NICENESS = 15  # of its workers, by default
+_RAY_NICENESS = 15  # Ray's default for its workers
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """A worker that serves, and what it serves."""
+    """A worker that is ready to serve, and what it serves."""
 
     worker_id: str
     generation: int
     address: str  # host:port of its gRPC server
-    adapters: tuple[worker_pb2.Adapter, ...]  # when it started
-    plan: tuple[str, ...]  # what to print: the memory plan and what computes
+    adapters: tuple[worker_pb2.Adapter, ...]  # at start-up
+    plan: tuple[str, ...]  # lines to print: the memory plan and the compute back end
     max_model_len: int
     vocab_size: int
     max_num_seqs: int
@@ -50,28 +50,28 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
-    """What the fleet tells each of its processes."""
+    """Settings that the fleet gives each of its processes."""
 
-    controller_host: str  # what is reached from there is listened on
+    controller_host: str  # processes listen on the address reachable from there
     token: str = field(repr=False)
     log_level: str = "warning"
-    hung_step_s: float = 60.0  # age of a step at which its worker ends
-    ports: tuple[int, int] | None = None  # of workers, the last one included; None: any
+    hung_step_s: float = 60.0  # a worker exits when a step gets older
+    ports: tuple[int, int] | None = None  # of workers, last included; None: any
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailed:
-    """A worker that cannot start; trying again with the same configuration would fail again."""
+    """A worker that cannot start. Another try with the same configuration would fail too."""
 
     code: str  # of workers/errors.py
     message: str
 
 
 def leave_ray_niceness() -> None:
-    """Give the calling thread, and those that it will start, the usual priority instead of the one that Ray gives.
+    """Give the calling thread, and threads it starts later, normal priority instead of Ray's.
 
-    At Ray's, a busy process beside a worker leaves it a thirtieth of the core that they share. `lorafleet serve` tells
-    its own Ray; on a Ray that was there before it takes a privilege, which root has.
+    At Ray's, a busy process leaves a worker a thirtieth of the core they share. `lorafleet serve` configures its own
+    Ray; on an existing Ray, raising the priority needs a privilege, which root has.
     """
     if os.getpriority(os.PRIO_PROCESS, 0) == _RAY_NICENESS:
         with contextlib.suppress(PermissionError):
@@ -81,7 +81,7 @@ def leave_ray_niceness() -> None:
 class WorkerActor:
     """One worker's first process. All arguments are plain data, since Ray keeps them for restarts.
 
-    With tensor parallelism it is rank 0 and waits in its start for the `FollowerActor`s, who are told where it `leads`.
+    With tensor parallelism it is rank 0: its start waits for the `FollowerActor`s, which get the address from `leads`.
     """
 
     def __init__(self, config: EngineConfig, adapters: Sequence[LoRAModule], fleet: FleetSettings) -> None:
@@ -97,11 +97,11 @@ class WorkerActor:
         self._started = asyncio.get_running_loop().create_task(self._start())
 
     async def ready(self) -> WorkerReady | WorkerFailed:
-        """Wait until the worker serves, or until it is clear that it cannot."""
+        """Wait until the worker serves or is known to be unable to."""
         return await asyncio.shield(self._started)
 
     async def leads(self) -> str:
-        """host:port where the other ranks meet this one."""
+        """Return host:port where the other ranks meet this one."""
         return self._leads
 
     async def _start(self) -> WorkerReady | WorkerFailed:
@@ -115,7 +115,7 @@ class WorkerActor:
             return WorkerFailed(status_of(InternalError("")).code, f"The worker could not start: {error!r}")
 
     def _load(self) -> tuple[Engine, AdapterRegistry]:
-        """Plan the memory, check the adapters, read the weights: cheap refusals first."""
+        """Plan the memory, check the adapters, read the weights, in this order: cheap checks fail first."""
         from lorafleet.workers.engine.loop import Engine
         from lorafleet.workers.server.adapter_registry import AdapterRegistry
 
@@ -143,7 +143,7 @@ class WorkerActor:
                 error.message = f"Adapter {module.name!r}: {error.message}"
                 raise
         engine.load()
-        # What is here now stays. Without this, each full collection looks through it and stops the engine for 0.2 s.
+        # These objects stay. Without the freeze each full collection would scan them and stop the engine for 0.2 s.
         gc.collect()
         gc.freeze()
         return engine, registry
@@ -185,10 +185,10 @@ class WorkerActor:
 
 
 class FollowerActor:
-    """A rank above 0 of a worker, for as long as rank 0 lives."""
+    """A worker's rank above 0; it lives as long as rank 0."""
 
     def __init__(self, config: EngineConfig, rank: int, leader: str, fleet: FleetSettings) -> None:
-        """leader: `WorkerActor.leads`."""
+        """leader: the result of `WorkerActor.leads`."""
         leave_ray_niceness()
         logging.basicConfig(level=fleet.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._run = asyncio.get_running_loop().create_task(self._follow(config, rank, leader, fleet.token))
@@ -200,5 +200,5 @@ class FollowerActor:
             await follow(config, rank, leader, own_address(leader.rpartition(":")[0]), token)
         except Exception:
             logger.exception("rank %d ends", rank)
-        # Not by an exception: a thread may be in a collective that never ends. The worker is replaced as a whole.
+        # Not by an exception: a thread may be in a collective that never returns. The worker is replaced as a whole.
         os._exit(1)

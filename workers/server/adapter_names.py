@@ -1,7 +1,7 @@
-"""What each adapter's name stands for, as far as somebody was told: the newest version of it, or nothing any more.
+"""Current meaning of each adapter's name, as far as known: its newest version, or that it is unloaded.
 
-Controller, workers and gateways each keep this, so that one which has lost its memory has it back from the others. What
-is told may come twice, late and in any order; the outcome is the same. Leaves to others: what is loaded where.
+Controller, workers and gateways each keep this, so that one which lost its memory recovers it from the others. Messages
+may come twice, late and in any order; the outcome is the same. Leaves to others: what is loaded where.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Collection, Iterable
 
 from lorafleet.proto import worker_pb2
 
-MAX_UNLOADED = 10_000  # names of unloaded adapters that are remembered; the oldest are forgotten first
+MAX_UNLOADED = 10_000  # remembered names of unloaded adapters; the oldest are dropped first
 
 
 class AdapterNames:
-    """`note` what is known. Not thread-safe."""
+    """The newest known version of each name. Not thread-safe."""
 
     def __init__(self, of_start: Collection[str] = ()) -> None:
-        """of_start: names that every start loads again. That one was unloaded is never forgotten."""
+        """of_start: names that every start loads again. Their unloading is never forgotten."""
         self._of_start = frozenset(of_start)
         self._newest: dict[str, worker_pb2.Adapter] = {}
-        self._unloaded: dict[str, None] = {}  # that may be forgotten, oldest first
+        self._unloaded: dict[str, None] = {}  # that may be dropped, oldest first
 
     def note(self, adapters: Iterable[worker_pb2.Adapter]) -> bool:
-        """Take what is newer than what is known; whether anything was."""
+        """Take over versions newer than the known ones; return whether there were any."""
         changed = False
         for adapter in adapters:
             known = self._newest.get(adapter.name)
@@ -33,7 +33,7 @@ class AdapterNames:
         return changed
 
     def get(self, name: str) -> worker_pb2.Adapter | None:
-        """The newest version of a name; it may be `unloaded`."""
+        """Return the newest version of a name; it may be `unloaded`."""
         return self._newest.get(name)
 
     def all(self) -> list[worker_pb2.Adapter]:
@@ -55,5 +55,5 @@ class AdapterNames:
 def _supersedes(adapter: worker_pb2.Adapter, known: worker_pb2.Adapter) -> bool:
     if adapter.version != known.version:
         return adapter.version > known.version
-    # Two workers have read an adapter of the start-up; should its files have changed between, the first one's served.
+    # Two workers have read a start-up adapter. If its files changed in between, the earlier read counts.
     return (adapter.created, adapter.digest) < (known.created, known.digest)

@@ -1,7 +1,7 @@
-"""The adapters of one worker by (name, version), as the controller asked for them.
+"""The adapters of one worker by (name, version), as the controller registered them.
 
-Owns: what is known of each, and what the controller said that names stand for. Leaves to others: what an alias stands
-for (adapters/aliases.py), tokenizers and templates (registered_tokenizers.py), gRPC (service.py).
+Owns: the data of each, and the meaning of names as the controller reported it. Leaves to others: content behind an
+alias (engine/aliases.py), tokenizers and templates (registered_tokenizers.py), gRPC (service.py).
 """
 
 from __future__ import annotations
@@ -27,21 +27,20 @@ _Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What lay at an adapter's place."""
+    """The content of an adapter's files."""
 
     spec: AdapterSpec
     text: TokenizerFiles | None  # None: the base model's
 
 
 class AdapterRegistry:
-    """Thread-safe; no call waits for a file system. An adapter waits for what was asked before under its own name and
-    version only."""
+    """Thread-safe; no call waits for a file system. Calls wait only for earlier ones on their name and version."""
 
     def __init__(self, engine: Engine, of_start: Collection[str] = ()) -> None:
-        """of_start: names that the worker loads whenever it starts."""
+        """of_start: names that the worker loads at every start."""
         self._engine = engine
         self._names = AdapterNames(of_start)
-        # A version that is loaded in place of a pinned one has its pin from then on, and not one more.
+        # A version loaded in place of a pinned one takes over its pin; it does not add one.
         self._aliases: Aliases[_Key] = Aliases(engine, owner=lambda key: key[0])
         self._lock = threading.Lock()
         self._adapters: dict[_Key, worker_pb2.Adapter] = {}
@@ -52,35 +51,35 @@ class AdapterRegistry:
             return list(self._adapters.values())
 
     def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
-        """What names stand for now; remembered for the controller."""
+        """Record the current meaning of names, for the controller."""
         with self._lock:
             self._names.note(adapters)
 
     def names(self) -> list[worker_pb2.Adapter]:
-        """What names stand for, as it was noted."""
+        """Return the meaning of names as recorded by `note`."""
         with self._lock:
             return self._names.all()
 
     def register(self, request: worker_pb2.RegisterAdapterRequest) -> Future[worker_pb2.Adapter]:
-        """Read and verify an adapter; one that is known by the same request is not read again.
+        """Read and verify an adapter. A repeated request for a registered one does not read it again.
 
-        Fails with `AdapterRefusedError`, of reason `changed` for another digest than it must have,
-        `AdapterUnavailableError` (its files cannot be read in time), and
-        `AdapterConflictError` when no more adapters can be pinned.
+        Fails with `AdapterRefusedError` (reason `changed` if the digest differs from the requested one),
+        `AdapterUnavailableError` if its files cannot be read in time, and `AdapterConflictError` if no more adapters
+        can be pinned.
         """
         key = request.name, request.version
         return self._aliases.in_turn(key, partial(self._read, request), partial(self._put, request), request.root)
 
     def text_files(self, digest: str) -> Future[dict[str, bytes] | None]:
-        """Tokenizer and template of an adapter with this text_digest; see `RegisteredTokenizers.files`."""
+        """Return the tokenizer and template files with this text_digest; see `RegisteredTokenizers.files`."""
         return self._texts.files(digest)
 
     def prefetch(self, adapter: worker_pb2.Adapter) -> None:
-        """Bring it into the host cache, if there is room, before the first request names it."""
+        """Load it into the host cache, if there is room, before its first request."""
         self._engine.prefetch_adapter(adapter.digest)
 
     def unregister(self, name: str, version: int) -> Future[Future[FreedBytes] | None]:
-        """Forget it, after what was asked before is done; what that frees, see `Aliases.remove`.
+        """Unregister it after all earlier calls for it; for the result see `Aliases.remove`.
 
         Fails with `UnknownModelError`.
         """
@@ -143,8 +142,11 @@ class AdapterRegistry:
 
 
 def _is_known(known: worker_pb2.Adapter, request: worker_pb2.RegisterAdapterRequest) -> bool:
-    """Whether an adapter is what is asked for. Without a digest another load under the same version is not: its answer
-    was lost, and nobody knows of it."""
+    """Return whether `known` answers the request.
+
+    Without a digest the request must equal the one that loaded it: the answer to any other load was lost, so nobody
+    uses it.
+    """
     if request.digest:
         return (known.digest, known.text_digest) == (request.digest, request.text_digest)
     fields = ("root", "parent", "created", "pin")
@@ -160,7 +162,7 @@ def _weight_of(request: worker_pb2.RegisterAdapterRequest) -> float:
 def _check_digests(request: worker_pb2.RegisterAdapterRequest, digest: str, text_digest: str) -> None:
     if request.digest and (request.digest, request.text_digest) != (digest, text_digest):
         raise AdapterRefusedError(
-            f"The files of {request.name!r} have changed since it was loaded. Load it in place to serve what they are "
-            "now.",
+            f"The files of {request.name!r} have changed since it was loaded. Load it in place to serve the new "
+            "version.",
             reason="changed",
         )

@@ -1,7 +1,7 @@
-"""Which adapters the requests of one worker name.
+"""Adapters in use by one worker's requests.
 
-A request whose session was cut may come back with the tokens that it has, here or on another worker: for a while its
-adapters count as used. Pure; the clock is given.
+A request whose session was cut may resume after its last token, here or on another worker. So its adapters count as
+used for a while. Pure; the clock is injected.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-MAX_CUT = 10_000  # adapters of cut requests that are remembered
+MAX_CUT = 10_000  # remembered adapters of cut requests
 
 
 class AdapterUse:
-    """Every request that `begin`s is `end`ed or `cut`."""
+    """Counts requests per adapter. Each request that `begin`s must be `end`ed or `cut`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -28,11 +28,11 @@ class AdapterUse:
             self._num_requests.update(digests)
 
     def end(self, request_id: str) -> None:
-        """It is over."""
+        """Remove a finished request."""
         self._forget(request_id)
 
     def cut(self, request_id: str) -> None:
-        """It is over here, and may go on elsewhere."""
+        """Remove a request that may resume elsewhere."""
         for digest in self._forget(request_id):
             self._cut_at.pop(digest, None)
             self._cut_at[digest] = self._clock()
@@ -40,7 +40,7 @@ class AdapterUse:
             del self._cut_at[next(iter(self._cut_at))]
 
     def used(self, digests: Iterable[str], cut_s: float) -> list[str]:
-        """Of `digests`, those that a request names or has named, when it was cut, in the last `cut_s` seconds."""
+        """Return those of `digests` used by a request now, or by one cut in the last `cut_s` seconds."""
         since = self._clock() - cut_s
         return [
             digest for digest in digests if digest in self._num_requests or self._cut_at.get(digest, -math.inf) >= since

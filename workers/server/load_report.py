@@ -1,6 +1,6 @@
-"""What a worker says about itself, in the wire's shape: to gateways with each heartbeat, to the controller when asked.
+"""A worker's report on itself as protobuf: to gateways with each heartbeat, to the controller on request.
 
-Owns: the shape. Leaves to others: the numbers (engine/stats.py), when (service.py).
+Owns: the format. Leaves to others: the numbers (scheduling/stats.py), the timing (service.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Places = Mapping[str, worker_pb2.AdapterTier]  # by digest
 
 
 def places_of(stats: EngineStats) -> Places:
-    """Where each adapter is that requests may name."""
+    """Return the tier of each registered adapter."""
     places = dict.fromkeys(stats.registered_adapters, worker_pb2.ADAPTER_DISK)
     for digests, tier in (
         (stats.host_adapters, worker_pb2.ADAPTER_HOST),
@@ -32,7 +32,7 @@ def places_of(stats: EngineStats) -> Places:
 def heartbeat(
     stats: EngineStats, state: worker_pb2.WorkerState, places: Places, told: Places, num_gateways: int
 ) -> worker_pb2.Heartbeat:
-    """told: what this session has been told of places so far."""
+    """Return a heartbeat with the changed tiers. told: the tiers this session has been sent so far."""
     changed = [(digest, tier) for digest, tier in places.items() if told.get(digest) != tier]
     changed += [(digest, worker_pb2.ADAPTER_ABSENT) for digest in told if digest not in places]
     return worker_pb2.Heartbeat(

@@ -1,7 +1,7 @@
-"""Tokenizers and templates of a worker's adapters: gateways get what was registered, whatever becomes of the files.
+"""Tokenizers and templates of a worker's adapters: gateways get what was registered, whatever happens to the files.
 
-Those of one digest are kept once, and what is the base model's not again. Beyond a bound of bytes they are read again
-from where they were, and count only if they are the same still.
+Equal ones are kept once, by digest; files that equal the base model's take no extra memory. Beyond a limit of bytes
+they are read again from their place and used only if unchanged.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 from lorafleet.workers.text.files import files_digest
 
 _MAX_BYTES = 1 << 30
-_READ_S = 30.0  # that reading them again may take
+_READ_S = 30.0  # time limit for reading them again
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What an adapter's tokenizer and template are made of."""
+    """The files of an adapter's tokenizer and template."""
 
     digest: str
     directory: Path
     files: dict[str, bytes]
-    roots: Sequence[Path]  # below which they must really lie; none: anywhere
+    roots: Sequence[Path]  # the real paths must lie below one of these; empty: anywhere
 
 
 @dataclass(slots=True)
 class _Held:
     directory: Path
     roots: Sequence[Path]
-    files: dict[str, bytes] | None  # None: beyond the bound
-    num_bytes: int  # that it counts
+    files: dict[str, bytes] | None  # None: beyond the limit
+    num_bytes: int  # counted against the limit
     holders: int = 0
 
 
 class RegisteredTokenizers:
-    """By digest. Thread-safe."""
+    """Tokenizer files by digest. Thread-safe."""
 
     def __init__(self, model_dir: Path, max_bytes: int = _MAX_BYTES) -> None:
         self._texts = AdapterTokenizers(model_dir)
@@ -53,12 +53,12 @@ class RegisteredTokenizers:
         self._work: NamedWork[str] = NamedWork()
 
     def read(self, directory: Path, roots: Sequence[Path] = ()) -> TokenizerFiles | None:
-        """An adapter's; None where it has the model's. Slow. Raises as `AdapterTokenizers.files`."""
+        """Read an adapter's files; None if it uses the model's. Slow. Raises what `AdapterTokenizers.files` raises."""
         files = self._texts.files(directory, roots)
         return None if files is None else TokenizerFiles(files_digest(files), directory, files, roots)
 
     def hold(self, text: TokenizerFiles) -> None:
-        """Keep it for one more adapter."""
+        """Keep the files for one more adapter."""
         with self._lock:
             held = self._held.get(text.digest)
             if held is None:
@@ -71,7 +71,7 @@ class RegisteredTokenizers:
             held.holders += 1
 
     def release(self, digest: str) -> None:
-        """One adapter less has it. No effect for the base model's, which is ''."""
+        """Release one adapter's hold. No effect for '', the base model's digest."""
         with self._lock:
             held = self._held.get(digest)
             if held is not None:
@@ -81,7 +81,7 @@ class RegisteredTokenizers:
                     self._bytes -= held.num_bytes
 
     def files(self, digest: str) -> Future[dict[str, bytes] | None]:
-        """None: no adapter has them, or they had to be read again and have changed."""
+        """Return the files; None if no adapter has them, or if they had to be read again and have changed."""
         with self._lock:
             held = self._held.get(digest)
         if held is None or held.files is not None:

@@ -1,10 +1,10 @@
-"""The worker's gRPC face: sessions in, tokens out. Runs on an event loop beside the engine's thread.
+"""The worker's gRPC service: sessions in, tokens out. Runs on an event loop beside the engine's thread.
 
-Owns: which session and stream each engine request belongs to, the columns of a step, heartbeats. Leaves to others:
-deciding (engine/), the server and its address (actor.py).
+Owns: the session and stream of each engine request, the columns of a step, heartbeats. Leaves to others: scheduling
+(engine/), the server and its address (actor.py).
 
-All state is touched on the event loop only. The engine's thread hands its events over and goes on; a gateway that does
-not read loses its session, never holds up the engine.
+All state is used on the event loop only. The engine's thread posts its events and continues; a gateway that does not
+read loses its session and never blocks the engine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
 HELLO_TIMEOUT_S = 5.0
-# Steps that a session may leave unread: some ten seconds of a fast model.
+# Unread steps a session may have: some ten seconds of a fast model.
 MAX_UNREAD = 1024
 
 _FINISH = {
@@ -51,7 +51,7 @@ _FINISH = {
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """Serves one engine. Create on the event loop that will serve; `start` starts the engine's thread."""
+    """Serves one engine. Create it on the serving event loop; `start` starts the engine's thread."""
 
     def __init__(
         self,
@@ -64,8 +64,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         hung_step_s: float = math.inf,
         on_hung: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_crash` is called on the event loop after the engine thread crashed and all requests were told, `on_hung`
-        when a step is older than `hung_step_s`: nobody was told, since others may go on with the requests."""
+        """`on_crash` is called on the event loop after the engine thread crashed and all requests were failed,
+        `on_hung` when a step is older than `hung_step_s`: requests are not failed then, since other workers may resume
+        them."""
         self._engine = engine
         self._registry = registry
         self._worker_id = worker_id
@@ -88,7 +89,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._watch = asyncio.create_task(self._watch_steps(), name="step watch")
 
     async def stop(self) -> None:
-        """End the engine's thread after its running step."""
+        """Stop the engine's thread after its current step."""
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -228,7 +229,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     self._engine.cancel(engine_id)
 
     def _generate(self, session: _Session, generate: worker_pb2.Generate) -> None:
-        """Accept a request or end it with its error; a bad one never ends the session."""
+        """Accept a request, or end it with its error. A bad request never ends the session."""
         stream = generate.stream
         engine_id = f"{session.name}.{stream}"
         try:
@@ -236,7 +237,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 raise DrainingError("This worker is shutting down.")
             if stream in session.streams:
                 logger.error("session %s names the running stream %d again; ignored", session.name, stream)
-                return  # an Ended here would end the running request for its gateway
+                return  # an Ended would end the running request at its gateway
             if stream <= session.last_stream:
                 raise InvalidRequestError(f"Stream {stream} was used before; a session's streams only grow.")
             session.last_stream = stream
@@ -287,11 +288,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.WORKER_DRAINING if self._draining else worker_pb2.WORKER_READY
 
     def _publish(self, step: int, events: list[RequestEvent]) -> None:
-        """In the engine's thread."""
+        """Post a step's events to the event loop. Runs in the engine's thread."""
         self._loop.call_soon_threadsafe(self._deliver, step, events)
 
     def _deliver(self, step: int, events: list[RequestEvent]) -> None:
-        """One StepOutputs per session with events."""
+        """Send one StepOutputs per session with events."""
         outputs: dict[_Session, worker_pb2.StepOutputs] = {}
         for event in events:
             owner = self._owners.get(event.request_id)
@@ -327,7 +328,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             session.put(worker_pb2.WorkerMessage(step=output))
 
     def _crashed(self, error: BaseException) -> None:
-        """In the engine's thread."""
+        """Fail all requests, on the event loop. Runs in the engine's thread."""
         self._loop.call_soon_threadsafe(self._fail_all)
 
     def _fail_all(self) -> None:
@@ -338,19 +339,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             session.streams.clear()
             session.put(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(ended=ended)))
         self._owners.clear()
-        # Half a second for the messages to leave.
+        # Leave the messages half a second to be sent.
         self._loop.call_later(0.5, self._on_crash)
 
 
 class _Session:
-    """One gateway's stream: what it asked for and what it has yet to read."""
+    """One gateway's session: its open streams and its unread messages."""
 
     def __init__(self, name: str, gateway_id: str) -> None:
         self.name = name
         self.gateway_id = gateway_id
         self.streams: dict[int, str] = {}  # open streams → engine request ids
         self.last_stream = 0
-        self.overflow = asyncio.Event()  # the gateway has left MAX_UNREAD messages: the session is over
+        self.overflow = asyncio.Event()  # MAX_UNREAD messages are unread: the session must end
         self._unread: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
 
     def put(self, message: worker_pb2.WorkerMessage) -> None:

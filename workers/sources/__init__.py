@@ -1,4 +1,4 @@
-"""Where models and adapters come from: a directory, the Hugging Face hub.
+"""Sources of models and adapters: a directory, the Hugging Face hub.
 
 Imports `adapters` and `model`. Start reading in adapters.py.
 """

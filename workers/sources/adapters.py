@@ -1,7 +1,7 @@
-"""Where adapters come from: a directory, a Hugging Face id, or a folder of the hub's cache.
+"""Sources of adapters: a directory, a Hugging Face id, or a folder of the hub's cache.
 
-A root bounds what callers from outside may name: a directory, below which adapters and their files must really lie
-(symbolic links are followed first), or `hf://`, any Hugging Face id, or `hf://org`, one organisation's.
+A root limits which adapters outside callers may use. It is a directory, below which the real paths of adapters and
+their files must lie, or `hf://` for any Hugging Face id, or `hf://org` for one organisation's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafleet.workers.sources import hub
 _FILES = (
     CONFIG,
     WEIGHTS,
-    "new_embeddings*",  # a pickle of them is refused, not left out
+    "new_embeddings*",  # a pickle of them must be refused, not skipped
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -33,13 +33,13 @@ HUB_ROOT = "hf://"
 
 
 def resolve_adapter(path_or_id: str, roots: Sequence[str] | None = None) -> AdapterFolder:
-    """The local directory of an adapter; downloads a hub id. Raises `AdapterRefusedError`.
+    """Return the local directory of an adapter; download a hub id. Raises `AdapterRefusedError`.
 
-    roots: None allows everything. With roots a relative path is looked up below each of them.
+    roots: None allows everything. With roots, a relative path is looked up below each of them.
     """
     if len(path_or_id) > _MAX_PATH_CHARS:
         raise AdapterRefusedError(
-            f"{cut(path_or_id)} has {len(path_or_id):,} characters; a path has at most {_MAX_PATH_CHARS:,}.",
+            f"{cut(path_or_id)} has {len(path_or_id):,} characters; the limit is {_MAX_PATH_CHARS:,}.",
             reason="missing_directory",
         )
     try:
@@ -56,7 +56,7 @@ def resolve_adapter(path_or_id: str, roots: Sequence[str] | None = None) -> Adap
             return _downloaded(path_or_id)
     except hub.HubError as error:
         raise AdapterRefusedError(str(error), reason="not_found") from error
-    except (OSError, RuntimeError, ValueError) as error:  # not allowed, too long, a NUL, or the home of nobody
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, a NUL, or an unknown user's home
         problem = error.strerror if isinstance(error, OSError) else str(error)
         raise AdapterRefusedError(
             f"{cut(path_or_id)} cannot be looked up: {problem}.", reason="missing_directory"
@@ -83,16 +83,16 @@ def _directories(roots: Sequence[str]) -> list[Path]:
 
 
 def _below(path_or_id: str, roots: Sequence[str]) -> Path | None:
-    """The real path below a root, or None for a hub id that a root allows. Tells nothing of other paths."""
+    """Return the real path below a root, or None for a hub id that a root allows. Reveals nothing of other paths."""
     organisations = [root.removeprefix(HUB_ROOT).rstrip("/") for root in roots if root.startswith(HUB_ROOT)]
     for directory in _directories(roots):
-        path = (directory / path_or_id).resolve()  # of an absolute path, that path
+        path = (directory / path_or_id).resolve()  # an absolute path stays itself
         if path.is_relative_to(directory) and path.exists():
             return path
     if hub.is_hub_id(path_or_id) and any(name in ("", path_or_id.partition("/")[0]) for name in organisations):
         return None
     raise AdapterRefusedError(
         f"There is no adapter {quoted(path_or_id)} that may be loaded at run time: it must exist below a directory "
-        "that the server was started with (--lora-root), or be of the hub where that allows it.",
+        "given with --lora-root, or on the hub if a --lora-root allows that.",
         reason="outside_roots",
     )

@@ -1,4 +1,4 @@
-"""Whether an adapter's directory still holds what was read from it."""
+"""A stamp of an adapter's directory, to tell whether its files have changed since they were read."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from lorafleet.workers.sources import hub
 
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-_TICK_NS = 20_000_000  # longer than any tick of the clock that files are stamped with
-_COARSE_TICK_NS = 2_000_000_000  # where it has whole seconds
+_TICK_NS = 20_000_000  # longer than any tick of the file system's clock
+_COARSE_TICK_NS = 2_000_000_000  # if it has whole seconds
 
 
 @dataclass(frozen=True, slots=True)
 class DirectoryStamp:
-    """What the file system says of the files that an adapter may be made of: equal ones, if proof, have the same bytes.
+    """The file system's record of a directory's adapter files: equal stamps, if proof, mean equal bytes.
 
-    Two changes within one tick of the file system's clock look the same, so a change must be older to prove anything.
+    Two changes within one tick of the file system's clock look the same, so only older changes prove anything.
     """
 
     directory: str  # a real path: a link may point elsewhere later
@@ -27,7 +27,7 @@ class DirectoryStamp:
 
     @classmethod
     def of(cls, path: str) -> DirectoryStamp | None:
-        """None: no directory is there. Waits, for 20 ms at most, where a file has just been written."""
+        """Return the stamp; None if there is no directory. Waits at most 20 ms if a file was just written."""
         stamp = cls._take(path)
         if stamp is not None and not stamp.is_proof:
             time.sleep(_TICK_NS / 1e9)

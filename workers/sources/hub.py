@@ -21,21 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 class HubError(Exception):
-    """The hub or its cache did not give what was asked for; the message says why."""
+    """The hub or its cache could not provide what was asked for; the message says why."""
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` may be a hub id (org/name, or org/name@revision). What looks like a path is never one."""
+    """Return whether `text` may be a hub id (org/name, or org/name@revision). Something path-like is never one."""
     return not text.startswith(("/", "~", ".")) and len(text) <= _MAX_ID_CHARS and _HUB_ID.fullmatch(text) is not None
 
 
 def is_cache_folder(path: Path) -> bool:
-    """Whether `path` is a repository's folder in the hub's cache (models--org--name)."""
+    """Return whether `path` is a repository's folder in the hub's cache (models--org--name)."""
     return path.name.startswith("models--") and (path / "snapshots").is_dir()
 
 
 def cached_snapshot(folder: Path) -> Path:
-    """The snapshot in a cache folder: that of `main`, else the newest. Never outside the folder. Raises `HubError`."""
+    """Return a cache folder's snapshot: `main`'s, else the newest. Never outside the folder. Raises `HubError`."""
     try:
         real = folder.resolve(strict=True)
         revision = _main(real)
@@ -54,7 +54,7 @@ def cached_snapshot(folder: Path) -> Path:
 
 
 def download(hub_id: str, patterns: Sequence[str]) -> Path:
-    """The repository's files that match, in the hub's cache. Raises `HubError`."""
+    """Download the repository's matching files into the hub's cache. Raises `HubError`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -66,13 +66,13 @@ def download(hub_id: str, patterns: Sequence[str]) -> Path:
         is_ours = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) or not isinstance(error, OSError)
         lines = str(error).strip().splitlines() if is_ours else [error.strerror or type(error).__name__]  # type: ignore[union-attr]
         raise HubError(
-            f"No directory {hub_id!r} exists here, and the Hugging Face hub did not give it: "
+            f"No directory {hub_id!r} exists here, and it could not be fetched from the Hugging Face hub: "
             f"{cut(lines[0]) if lines else type(error).__name__}"
         ) from error
 
 
 def list_files(hub_id: str) -> list[str]:
-    """What the repository has; nothing where the hub does not say."""
+    """Return the repository's files; empty if the hub does not tell."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -84,7 +84,7 @@ def list_files(hub_id: str) -> list[str]:
 
 
 def pinned_id(hub_id: str, snapshot: Path) -> str:
-    """The id with the revision that was downloaded, so that the same is found again."""
+    """Return the id with the downloaded revision, so that the same one is found again."""
     return f"{hub_id.partition('@')[0]}@{snapshot.name}" if snapshot.parent.name == "snapshots" else hub_id
 
 

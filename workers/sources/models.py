@@ -1,4 +1,4 @@
-"""Where base models come from: a directory, a GGUF file, a Hugging Face id, or a folder of the hub's cache."""
+"""Sources of base models: a directory, a GGUF file, a Hugging Face id, or a folder of the hub's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tok
 
 
 def resolve_model(model: str, progress: Progress | None = None) -> Path:
-    """A local directory with config.json and safetensors; downloads a hub id, converts a GGUF file once.
+    """Return a local directory with config.json and safetensors; download a hub id, convert a GGUF file once.
 
     Raises `ModelError`.
     """
@@ -30,15 +30,15 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
             return hub.download(model, _FILES)
     except hub.HubError as error:
         raise ModelError(str(error)) from error
-    except RuntimeError as error:  # the home of nobody
+    except RuntimeError as error:  # an unknown user's home
         raise ModelError(f"{model} cannot be looked up: {error}") from error
     raise ModelError(f"{path} does not exist. Give a model directory, a .gguf file or a Hugging Face id (org/name).")
 
 
 def read_ahead(model_dir: Path) -> None:
-    """Let the system read a model's weights into memory while other things start; returns at once.
+    """Let the system read a model's weights into memory while other things start; return at once.
 
-    A hint: without the call, or where there is no such call, they are read when they are needed.
+    Only a hint: without it, or where the system lacks it, they are read when needed.
     """
     if hasattr(os, "posix_fadvise"):
         for path in sorted(model_dir.glob("*.safetensors")):

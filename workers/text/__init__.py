@@ -1,7 +1,7 @@
 """Text at the edge of the fleet: tokenizer, chat template, incremental detokenizer, stop strings.
 
 Shared by the HTTP gateway and the offline ``LLM``. Imports tokenizers, jinja2 and the standard library; never torch,
-transformers or Ray (transformers' tokenizers would pull torch in: 222 MB and seconds of start-up).
+transformers or Ray (transformers' tokenizers would load torch: 222 MB and seconds of start-up).
 """
 
 from __future__ import annotations

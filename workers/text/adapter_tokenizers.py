@@ -1,4 +1,4 @@
-"""Tokenizers and templates of adapters that bring their own, read from their directories."""
+"""Tokenizers and templates of adapters that have their own, read from their directories."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MAX_CHECKED = 10_000  # digests, of 64 bytes
 
 
 class AdapterTokenizers:
-    """Reads and checks them; keeps those of the base model alone. Thread-safe."""
+    """Reads and checks adapters' files; keeps only the base model's. Thread-safe."""
 
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
         self._lock = threading.Lock()
-        self._checked: OrderedDict[str, None] = OrderedDict()  # digests of files that are good, oldest first
+        self._checked: OrderedDict[str, None] = OrderedDict()  # digests of files that passed, oldest first
 
     @cached_property
     def model_files(self) -> dict[str, bytes]:
@@ -29,14 +29,14 @@ class AdapterTokenizers:
 
     @cached_property
     def model(self) -> ModelText:
-        """The base model's. Raises `ModelError`."""
+        """Return the base model's tokenizer and template. Raises `ModelError`."""
         return ModelText.from_files(files_digest(self.model_files), self.model_files)
 
     def files(self, adapter_dir: Path, roots: Sequence[Path] = ()) -> dict[str, bytes] | None:
-        """What the adapter's text is made of; None where that is what the model's is made of.
+        """Return the files of the adapter's tokenizer and template; None if they equal the model's.
 
-        roots: its files must really lie below one of these; none: anywhere. Raises `ModelError` for a broken tokenizer
-        or template, and for what is no file or too large. What the model has too is in memory once.
+        roots: the files' real paths must lie below one of these; empty: anywhere. Raises `ModelError` for a broken
+        tokenizer or template, or a file that is too large or not regular. Content equal to the model's is kept once.
         """
         model = self.model_files
         files = over_model(model, read_adapter_files(adapter_dir, roots))

@@ -1,8 +1,8 @@
-"""Chat templates: messages to the text of a prompt, as transformers' ``apply_chat_template`` renders them.
+"""Chat templates: messages to a prompt's text, as transformers' ``apply_chat_template`` renders them.
 
-Owns: OpenAI content parts, what a template is given. Leaves to others: what it runs in and what bounds it
-(template_sandbox.py), reading files (files.py), tokenising the result (with ``add_special_tokens=False``: a template
-writes its own).
+Owns: OpenAI content parts and the variables of a template. Leaves to others: the sandbox and its limits
+(template_sandbox.py), reading files (files.py), tokenising the result (with ``add_special_tokens=False``, since a
+template writes its own).
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from lorafleet.workers.text.template_sandbox import Budget, Environment
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARS: Final = 128 << 10
-"""Length of a template: the longest published ones have some 30,000. Compiling one takes 10 µs a character."""
+"""Length of a template. The longest published ones have some 30,000 characters; compiling takes 10 µs per character."""
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """A model's chat template, compiled once; rendering is safe from several threads.
+    """A model's chat template, compiled once; rendering is thread-safe.
 
-    accepts_parts: the template goes over the parts of a content list itself; if not, lists are flattened for it.
+    accepts_parts: the template iterates over the parts of a content list; otherwise lists are flattened for it.
     """
 
     def __init__(self, source: str | Mapping[str, str] | None, *, now: Callable[[], datetime] = datetime.now) -> None:
-        """source: jinja2 text; or several by name, of which "default" is used ("tool_use", if there is one, for
-        requests with tools); or None or nothing, and `render` says so. now: the clock of ``strftime_now``.
+        """source: jinja2 text; or several templates by name, of which "default" is used, and "tool_use", if present,
+        for requests with tools; or None or empty, and `render` raises. now: the clock of ``strftime_now``.
 
         Raises ModelError for a template that does not compile.
         """
         sources = {"default": source} if isinstance(source, str) else dict(source or {})
         if sources and "default" not in sources:
-            raise ModelError(f'None of the model\'s chat templates is called "default": there are {sorted(sources)}.')
+            raise ModelError(f'None of the model\'s chat templates is called "default"; there are {sorted(sources)}.')
         self._default = _Compiled(sources["default"], now) if sources else None
         self._tool_use = _Compiled(sources["tool_use"], now) if "tool_use" in sources else self._default
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> ChatTemplate:
-        """The template among a tokenizer's files."""
+        """Return the template among a tokenizer's files."""
         return cls(tokenizer.chat_templates)
 
     @property
     def exists(self) -> bool:
-        """Whether the model has a template at all."""
+        """Return whether the model has a template."""
         return self._default is not None
 
     @property
     def accepts_parts(self) -> bool:
-        """Whether content lists reach the (default) template as lists."""
+        """Return whether content lists reach the (default) template as lists."""
         return self._default is not None and self._default.accepts_parts
 
     def render(
@@ -68,15 +68,15 @@ class ChatTemplate:
         eos_token: str | None = None,
         **extra: Any,
     ) -> str:
-        """The prompt's text.
+        """Return the prompt's text.
 
         messages: OpenAI messages of plain JSON values. A key whose value is null counts as absent. Content may be a
-        list of ``{"type": "text", "text": ...}``; a template for plain strings gets the texts joined by newlines.
-        JSON text in a tool call's ``arguments`` is parsed, as templates expect. extra: further variables, such as the
-        other special tokens and a request's ``chat_template_kwargs``.
+        list of ``{"type": "text", "text": ...}``; a template for plain strings gets the texts joined by newlines. JSON
+        text in a tool call's ``arguments`` is parsed, as templates expect. extra: further variables, such as the other
+        special tokens and a request's ``chat_template_kwargs``.
 
-        Raises InvalidRequestError: no template, no messages, a content part that is not text, whatever the template
-        raises, or one that passes its bounds.
+        Raises InvalidRequestError: no template, no messages, a content part that is not text, an error raised by the
+        template, or a limit it exceeds.
         """
         compiled = self._default if tools is None else self._tool_use
         if compiled is None:
@@ -103,11 +103,11 @@ class ChatTemplate:
 
 
 class _Compiled:
-    """One compiled template. wants_parts: it takes nothing but content lists."""
+    """One compiled template. wants_parts: it takes only content lists."""
 
     def __init__(self, source: str, now: Callable[[], datetime]) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
-            raise ModelError(f"The chat template has {len(source):,} characters, the limit is {MAX_TEMPLATE_CHARS:,}.")
+            raise ModelError(f"The chat template has {len(source):,} characters; the limit is {MAX_TEMPLATE_CHARS:,}.")
         environment = Environment()
         environment.globals["strftime_now"] = lambda format: now().strftime(format)
         try:
@@ -121,7 +121,7 @@ class _Compiled:
             raise ModelError(
                 f"The chat template does not compile: {cut(error.message or '')} (line {error.lineno})."
             ) from error
-        except Exception as error:  # of jinja2, or of Python on what jinja2 made of it
+        except Exception as error:  # from jinja2, or from Python compiling jinja2's output
             raise ModelError(f"The chat template does not compile: {cut(str(error))}.") from error
 
     def render(self, variables: dict[str, Any]) -> str:
@@ -131,7 +131,7 @@ class _Compiled:
             for piece in self._template.generate(variables | budget.variables()):
                 budget.write(piece)
                 pieces.append(piece)
-        except Exception as error:  # a template can raise anything that its expressions can
+        except Exception as error:  # a template's expressions can raise anything
             reason = cut(str(error)) or type(error).__name__
             raise InvalidRequestError(
                 f"The model's chat template cannot render these messages: {reason}", param="messages"
@@ -140,7 +140,7 @@ class _Compiled:
 
 
 def _goes_over_content(tree: nodes.Template) -> bool:
-    """Whether a loop runs over a message's ``content`` (directly, through filters, or through a variable)."""
+    """Return whether a loop runs over a message's ``content`` (directly, through filters, or through a variable)."""
     names = {"content"}
 
     def is_content(node: nodes.Node) -> bool:
@@ -159,7 +159,7 @@ def _goes_over_content(tree: nodes.Template) -> bool:
 
 
 def _message(message: Mapping[str, Any], number: int, compiled: _Compiled) -> dict[str, Any]:
-    """One message as templates expect it: plain values, absent instead of null, content as text or parts."""
+    """Convert one message to what templates expect: plain values, absent instead of null, content as text or parts."""
     if not isinstance(message, Mapping):
         raise InvalidRequestError(
             f"Message {number} must be an object, not {type(message).__name__}.", param="messages"
@@ -180,7 +180,7 @@ def _message(message: Mapping[str, Any], number: int, compiled: _Compiled) -> di
     if "tool_calls" in plain:
         plain["tool_calls"] = _parse_arguments(plain["tool_calls"])
     reasoning = next((plain[field] for field in _REASONING_FIELDS if field in plain), None)
-    if reasoning is not None:  # templates read it under different names
+    if reasoning is not None:  # templates use different names for it
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     return plain
 
@@ -198,7 +198,7 @@ def _part_text(part: Any, number: int) -> str:
 
 
 def _parse_arguments(tool_calls: Any) -> Any:
-    """OpenAI sends a call's arguments as JSON text; templates print them as an object. Other text stays as it is."""
+    """Parse the calls' arguments, JSON text in OpenAI's API, to the objects templates print. Other text stays."""
     for call in tool_calls if isinstance(tool_calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
@@ -214,11 +214,11 @@ def _parse_arguments(tool_calls: Any) -> Any:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A fresh copy made of JSON's types alone, so that a template meets no object with methods of ours."""
+    """Return a fresh copy of pure JSON types, so that a template gets no object with our methods."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if depth == MAX_DEPTH:
-        raise InvalidRequestError(f"messages are nested deeper than {MAX_DEPTH}, the limit.", param="messages")
+        raise InvalidRequestError(f"messages are nested too deep; the limit is {MAX_DEPTH}.", param="messages")
     if isinstance(value, Mapping):
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):

@@ -1,9 +1,10 @@
-"""Checks of tokenizers and templates that others wrote, in a process of their own.
+"""Checks of untrusted tokenizers and templates, in a separate process.
 
-Reading a tokenizer or compiling a template takes seconds at its worst, with Python's lock held, and a broken one may
-end the process: nobody else is to wait for that. The process has bounds of CPU time and memory, and tries the template.
+Reading a tokenizer or compiling a template can take seconds while holding Python's lock, and a broken one may kill the
+process: no other request may suffer from that. The separate process has limits on CPU time and memory, and tries the
+template.
 
-Owns: the process and its bounds. Leaves to others: what is right (model_text.py).
+Owns: the process and its limits. Leaves to others: reading the files (model_text.py).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from lorafleet.workers.text.template_sandbox import LimitError
 CPU_S: Final = 30
 _WALL_S = 300.0
 _MEMORY_BYTES = 4 << 30
-# Long runs of one character, on which a pattern with nested repetitions takes for ever.
+# Long runs of one character, on which a pattern with nested repetitions never ends.
 _PROBES = [f"{character * 2000}!{character * 2000}\n" for character in "aZ1 .\n_-é漢"]
 _CODE = "from lorafleet.workers.text.check_process import main; main()"
 
 
 def check_apart(digest: str, files: Mapping[str, bytes]) -> None:
-    """Raises ModelError for files that are no tokenizer and template, or that take too long or too much."""
+    """Check files in a separate process. Raises ModelError for a broken tokenizer or template, or a passed limit."""
     sizes = json.dumps({"digest": digest, "sizes": {name: len(data) for name, data in files.items()}}).encode()
     task = b"\n".join([sizes, b"".join(files.values())])
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -50,7 +51,7 @@ def check_apart(digest: str, files: Mapping[str, bytes]) -> None:
 
 
 def main() -> None:
-    """The process: reads a task from standard input, writes what is wrong to standard output."""
+    """Run the process: read a task from standard input, write the problem to standard output."""
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -64,19 +65,19 @@ def main() -> None:
 
 
 def problem(digest: str, files: Mapping[str, bytes]) -> str | None:
-    """What is wrong with a tokenizer and its template; None: nothing."""
+    """Return the problem with a tokenizer and its template; None if there is none."""
     try:
         text = ModelText.from_files(digest, files)
         for probe in _PROBES:
             text.tokenizer.encode(probe)
         if text.template.exists:
             text.template.render([{"role": "user", "content": "Hello"}], **text.tokenizer.special_tokens)
-    except InvalidRequestError as error:  # the template may well want another conversation, but none that costs so much
+    except InvalidRequestError as error:  # a template may refuse this conversation, but not exceed a limit
         if isinstance(error.__cause__, LimitError):
             return f"chat_template: {error.message}"
         return None if isinstance(error.__cause__, Exception) else f"tokenizer.json: {error.message}"
     except ModelError as error:
         return error.message
     except Exception as error:
-        return f"It cannot be read as a tokenizer: {type(error).__name__}: {cut(str(error))}."
+        return f"The files cannot be read as a tokenizer: {type(error).__name__}: {cut(str(error))}."
     return None

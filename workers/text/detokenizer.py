@@ -1,10 +1,10 @@
 """Token ids to text, a few at a time, never splitting a character.
 
-Owns: joining pieces, holding the bytes of an unfinished character, the leading space. Leaves to others: what a token
-contributes (pieces.py), stop strings (stop.py).
+Owns: joining pieces, holding back the bytes of an unfinished character, the leading space. Leaves to others: a token's
+contribution (pieces.py), stop strings (stop.py).
 
-Not ``tokenizers.decoders.DecodeStream``: it decodes its window anew for every token, keeps growing that window (and so
-takes quadratic time and stays silent) while the bytes make no character, and can raise on such input.
+Does not use ``tokenizers.decoders.DecodeStream``: it decodes its whole window again for every token, grows that window
+while the bytes form no character (quadratic time, no output), and can raise on such input.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from lorafleet.workers.text.pieces import Piece, PieceTable
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 _NUM_PROMPT_IDS: Final = 8  # longer than any character (4 bytes) or run of control tokens before an answer
-_MAX_HELD_IDS: Final = 16  # of a decoder that is not understood token by token
+_MAX_HELD_IDS: Final = 16  # for a decoder without a per-token rule
 
 
 class IncrementalDetokenizer:
     """The text of one growing sequence of ids.
 
-    What all `push` and `finish` return, joined, is the text that ``prompt_ids + ids`` has beyond ``prompt_ids``, where
-    the text of a sequence is: its tokens' bytes joined and read as UTF-8, each maximal invalid subsequence becoming
-    one U+FFFD, and the leading space removed if the decoder does so. That equals ``Tokenizer.decode`` for byte-level
-    tokenizers always, and for tokenizers with byte fallback whenever their byte tokens form valid UTF-8 (for an
-    invalid run of byte tokens the library gives U+FFFD for each token of the run, and forgets its valid characters;
-    text that has been streamed cannot be taken back).
+    All results of `push` and `finish`, joined, are the text that ``prompt_ids + ids`` has beyond ``prompt_ids``. The
+    text of a sequence is defined as its tokens' bytes joined and read as UTF-8; each maximal invalid subsequence
+    becomes one U+FFFD, and the leading space is removed if the decoder does so. For byte-level tokenizers this always
+    equals ``Tokenizer.decode``. For tokenizers with byte fallback it does so if their byte tokens form valid UTF-8: for
+    an invalid run of byte tokens the library gives one U+FFFD per token and drops its valid characters, but streamed
+    text cannot be taken back.
 
-    With no prompt the first token opens a text, and a SentencePiece tokenizer drops its leading space; after a prompt
-    it keeps it. Time and memory are linear in the ids, whatever they are.
+    Without a prompt the first token starts a text, and a SentencePiece tokenizer drops its leading space; after a
+    prompt it keeps it. Time and memory are linear in the number of ids.
     """
 
     __slots__ = ("_num_strip", "_opening", "_pending", "_table", "_window")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
-        """prompt_ids: the ids before the first one pushed, or their last few; eight are looked at."""
+        """prompt_ids: the ids before the first one pushed, or only their last eight."""
         self._table: PieceTable | None = tokenizer.pieces(skip_special_tokens)
         self._window: _WindowDetokenizer | None = None
         self._pending = b""  # the first bytes of a character, at most 3
         self._num_strip = 0
-        self._opening = False  # no visible token yet, and the decoder treats the start of a text in its own way
+        self._opening = False  # no visible token yet, and the decoder treats the start of a text specially
         tail = prompt_ids[-_NUM_PROMPT_IDS:]
         if self._table is None:
             self._window = _WindowDetokenizer(tokenizer, tail, skip_special_tokens)
@@ -50,10 +50,10 @@ class IncrementalDetokenizer:
             self._num_strip = self._table.rules.num_strip
             self._opening = bool(self._num_strip or self._table.rules.drop_from_first)
             if tail:
-                self.push(tail)  # the prompt's text is not ours to return
+                self.push(tail)  # the prompt's text is not output
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Add ids; returns the text that has become final, ``""`` while a character is unfinished."""
+        """Add ids; return the text that has become final, ``""`` while a character is unfinished."""
         table = self._table
         if table is None:
             assert self._window is not None
@@ -78,7 +78,7 @@ class IncrementalDetokenizer:
         return text
 
     def finish(self) -> str:
-        """The end of the sequence: what was held, U+FFFD for a character that never became whole."""
+        """End the sequence; return the text held back, with U+FFFD for an incomplete character."""
         return self._window.finish() if self._window is not None else self._flush()
 
     def _flush(self) -> str:
@@ -87,11 +87,11 @@ class IncrementalDetokenizer:
         return text
 
     def _open(self, token_id: int, piece: Piece, table: PieceTable) -> Piece:
-        """Drop what the decoder drops at the start of a text."""
+        """Drop from a piece what the decoder drops at the start of a text."""
         if table.rules.drop_from_first:
             self._opening = False
             return table.first(token_id)
-        if isinstance(piece, bytes):  # a part of a character, so no space
+        if isinstance(piece, bytes):  # part of a character, so not a space
             self._opening = False
             return piece
         rest = piece
@@ -103,10 +103,10 @@ class IncrementalDetokenizer:
 
 
 class _WindowDetokenizer:
-    """For decoders whose tokens depend on their neighbours (WordPiece, none at all).
+    """The detokenizer for decoders whose tokens depend on their neighbours (WordPiece, no decoder at all).
 
-    Decodes the last settled tokens with and without the new ones and takes the difference, as vLLM and
-    text-generation-inference do. Text that ends in U+FFFD waits, for at most `_MAX_HELD_IDS` ids.
+    Decodes the last settled tokens with and without the new ones and returns the difference, as vLLM and
+    text-generation-inference do. Text that ends in U+FFFD is held back for at most `_MAX_HELD_IDS` ids.
     """
 
     __slots__ = ("_ids", "_num_settled", "_skip_special_tokens", "_tokenizer")

@@ -1,7 +1,7 @@
-"""The files that a tokenizer and a chat template are made of: a model's, and an adapter's over its model's.
+"""Files of a tokenizer and a chat template: a model's, and an adapter's merged over its model's.
 
-An adapter with a tokenizer.json, or a slow tokenizer that is the model's with more tokens, brings a tokenizer of its
-own. One with only a template has that over the model's tokenizer, and one without a template has the model's.
+An adapter has its own tokenizer if it has a tokenizer.json, or a slow tokenizer that is the model's with more tokens.
+An adapter with only a template combines it with the model's tokenizer; one without a template uses the model's.
 
 Files are read within bounds: see found_file.py.
 """
@@ -19,15 +19,15 @@ from lorafleet.workers.found_file import FoundFileError, json_object, read_found
 from lorafleet.workers.text.slow_tokenizer import SLOW_FILES, with_slow_files
 from lorafleet.workers.text.tokenizer import TOKENIZER_FILES
 
-CHUNK_BYTES = 1 << 20  # of a file, in one message
+CHUNK_BYTES = 1 << 20  # bytes of a file per message
 
 _TEMPLATE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
-_OF_THE_MODEL = ("config.json", "generation_config.json")  # also where they lie beside an adapter
+_OF_THE_MODEL = ("config.json", "generation_config.json")  # the model's are used even if the adapter has some
 
 
 _MAX_BYTES = {
-    "tokenizer.json": 64 << 20,  # the largest published ones have 34 MB
+    "tokenizer.json": 64 << 20,  # the largest published ones take 34 MB
     "tokenizer_config.json": 8 << 20,
     "chat_template.jinja": 512 << 10,
     "vocab.json": 16 << 20,
@@ -38,7 +38,7 @@ _MAX_OTHER_BYTES = 4 << 20
 
 
 def read_text_files(directory: Path) -> dict[str, bytes]:
-    """A model's: those of `TOKENIZER_FILES` that are there. Raises `ModelError` for one that is not read."""
+    """Return a model's existing `TOKENIZER_FILES`. Raises `ModelError` for one that cannot be read."""
     files = {}
     for name in TOKENIZER_FILES:
         try:
@@ -51,16 +51,16 @@ def read_text_files(directory: Path) -> dict[str, bytes]:
 
 
 def read_adapter_files(directory: Path, roots: Sequence[Path] = ()) -> dict[str, bytes]:
-    """An adapter's: those that say something of its text. roots: see `open_found`. Raises `ModelError`."""
+    """Return an adapter's files that define its tokenizer or template. roots: see `open_found`. Raises `ModelError`."""
     names = [name for name in TOKENIZER_FILES if name not in _OF_THE_MODEL]
     files = {name: data for name in names if (data := _read(directory, name, roots)) is not None}
-    if "tokenizer.json" not in files:  # else the others say nothing more
+    if "tokenizer.json" not in files:  # otherwise the others add nothing
         files |= {name: data for name in SLOW_FILES if (data := _read(directory, name, roots)) is not None}
     return files
 
 
 def _read(directory: Path, name: str, roots: Sequence[Path] = ()) -> bytes | None:
-    """None: there is none. A message names no directory."""
+    """Return a file's content; None if it does not exist. Messages name no directory."""
     try:
         return read_found(directory / name, _MAX_BYTES.get(name, _MAX_OTHER_BYTES), roots)
     except FileNotFoundError:
@@ -70,9 +70,9 @@ def _read(directory: Path, name: str, roots: Sequence[Path] = ()) -> bytes | Non
 
 
 def over_model(model: Mapping[str, bytes], adapter: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The model's files with the adapter's over them.
+    """Merge the adapter's files over the model's.
 
-    Raises `ModelError` for a broken tokenizer_config.json, or a slow tokenizer that is not served.
+    Raises `ModelError` for a broken tokenizer_config.json, or an unsupported slow tokenizer.
     """
     own = with_slow_files(model, {name: data for name, data in adapter.items() if name not in _OF_THE_MODEL})
     templates = {name: own[name] for name in (_TEMPLATE,) if name in own}
@@ -85,7 +85,7 @@ def over_model(model: Mapping[str, bytes], adapter: Mapping[str, bytes]) -> dict
 
 
 def files_digest(files: Mapping[str, bytes]) -> str:
-    """SHA-256 over names and contents."""
+    """Return the SHA-256 over names and contents."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{len(files[name])}\0".encode())
@@ -94,14 +94,14 @@ def files_digest(files: Mapping[str, bytes]) -> str:
 
 
 def chunks(files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """(name, part of its content), in order, at least one for each file."""
+    """Yield (name, part of its content), in order, at least one part per file."""
     for name, data in files.items():
         for start in range(0, max(len(data), 1), CHUNK_BYTES):
             yield name, data[start : start + CHUNK_BYTES]
 
 
 def _with_template(files: Mapping[str, bytes], source: Mapping[str, bytes]) -> dict[str, bytes]:
-    """`files` with the template of `source` in place of their own, if it has one."""
+    """Return `files` with `source`'s template in place of their own, if it has one."""
     if _TEMPLATE in source:
         return dict(files) | {_TEMPLATE: source[_TEMPLATE]}
     template = _config(source).get("chat_template")

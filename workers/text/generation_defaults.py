@@ -1,4 +1,4 @@
-"""The sampling defaults that a model's author recommends, in its generation_config.json."""
+"""Sampling defaults recommended by a model's author, in its generation_config.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FIELDS = {
 
 
 def parse_generation_defaults(data: bytes, where: str) -> dict[str, Any]:
-    """Keyword arguments for `SamplingParams`; fields that are absent or null are left out. Raises `ModelError`."""
+    """Return keyword arguments for `SamplingParams`; absent or null fields are left out. Raises `ModelError`."""
     try:
         config = json.loads(data)
         return {name: kind(config[name]) for name, kind in _FIELDS.items() if config.get(name) is not None}
@@ -27,6 +27,6 @@ def parse_generation_defaults(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_generation_defaults(model_dir: Path) -> dict[str, Any]:
-    """The defaults of a model directory; empty when it has no generation_config.json."""
+    """Return the defaults of a model directory; empty if it has no generation_config.json."""
     path = model_dir / "generation_config.json"
     return parse_generation_defaults(path.read_bytes(), str(path)) if path.is_file() else {}

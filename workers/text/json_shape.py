@@ -1,9 +1,9 @@
-"""How much JSON a text holds, counted before it is decoded.
+"""Size limits on JSON text, checked by counting before it is decoded.
 
-A decoder makes an object of each value, and holds Python's lock until all are made: eight megabytes of `{},{},...` take
-it a quarter of a second and 500 MB. Counting takes a few passes of C over slices, and other threads run in between.
+A decoder creates an object per value and holds Python's lock until all are made: eight megabytes of `{},{},...` take it
+a quarter of a second and 500 MB. Counting takes a few passes in C over slices, and other threads run in between.
 
-Owns: counting and the bounds. Leaves to others: decoding, which also says what is no JSON.
+Owns: counting and the limits. Leaves to others: decoding, which also detects invalid JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 from lorafleet.workers.errors import InvalidRequestError
 
 MAX_DEPTH: Final = 64
-"""Of objects and lists in each other."""
+"""Maximum nesting of objects and lists."""
 MAX_STRINGS: Final = 1 << 16
 MAX_CONTAINERS: Final = 1 << 16
 MAX_VALUES: Final = 1 << 20
@@ -27,14 +27,14 @@ _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def check_shape(text: bytes, what: str, *, param: str | None = None) -> None:
-    """Raises `InvalidRequestError` for a text that has more values, or deeper ones, than a request may have.
+    """Raise `InvalidRequestError` for a text with more or deeper values than a request may have.
 
-    what: stands for the text in the message. Of a text that is no JSON everything up to its first mistake is counted
-    rightly, and a decoder gets no further.
+    what: names the text in the message. In invalid JSON everything up to the first mistake is counted correctly, and a
+    decoder gets no further.
     """
     num_opened, num_others = text.count(b"{") + text.count(b"["), text.count(b",") + text.count(b'"')
     if num_opened <= min(MAX_DEPTH, MAX_CONTAINERS) and num_others < min(MAX_STRINGS, MAX_VALUES):
-        return  # wherever its strings begin and end
+        return  # within the limits wherever its strings begin and end
     structure = _structure(text)
     _check_count(structure.count(b'"') // 2, MAX_STRINGS, "strings", what, param)
     structure = _STRING.sub(b"", structure)
@@ -54,14 +54,14 @@ def _check_count(count: int, limit: int, kind: str, what: str, param: str | None
 
 
 def _structure(text: bytes) -> bytes:
-    """Quotes that begin or end a string, and brackets and commas within and without strings."""
+    """Return the quotes that begin or end a string, and all brackets and commas, in strings too."""
     pieces = []
     start = 0
     while start < len(text):
         piece = text[start : start + _SLICE_BYTES]
         num_backslashes = len(piece) - len(piece.rstrip(b"\\"))
         if num_backslashes % 2 and len(piece) == _SLICE_BYTES:
-            piece = piece[:-1]  # it belongs to the next byte
+            piece = piece[:-1]  # the backslash belongs to the next slice's first byte
         start += len(piece)
         pieces.append(piece.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE))
     return b"".join(pieces)

@@ -1,7 +1,7 @@
-"""All that turns text into token ids and back for one model: its tokenizer, its chat template, its sampling defaults.
+"""A model's tokenizer, chat template and sampling defaults, for conversion between text and token ids.
 
-Owns: building them from the files that the controller sends. Leaves to others: fetching (routes.py), threads
-(state.py).
+Owns: building them from the files that the controller sends. Leaves to others: fetching the files, and threads (both in
+the gateway).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelText:
-    """Immutable; its methods may run on any thread. sampling_defaults: of generation_config.json."""
+    """Immutable and thread-safe. sampling_defaults: from generation_config.json."""
 
     digest: str
     tokenizer: Tokenizer
@@ -31,7 +31,7 @@ class ModelText:
 
     @classmethod
     def from_files(cls, digest: str, files: Mapping[str, bytes]) -> ModelText:
-        """Raises ModelError for files that are no tokenizer."""
+        """Build from file contents by name. Raises ModelError for files that are not a tokenizer."""
         tokenizer = Tokenizer.from_files(files)
         return cls(digest, tokenizer, ChatTemplate.from_tokenizer(tokenizer), sampling_defaults(files))
 
@@ -43,9 +43,9 @@ class ModelText:
         add_special_tokens: bool,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Messages to a prompt's ids. max_tokens: see `Tokenizer.encode`.
+        """Convert messages to a prompt's ids. max_tokens: see `Tokenizer.encode`.
 
-        Raises InvalidRequestError for what the template does not take, ContextLengthError.
+        Raises InvalidRequestError for messages the template does not accept, ContextLengthError.
         """
         text = self.template.render(
             messages, add_generation_prompt=add_generation_prompt, **self.tokenizer.special_tokens
@@ -58,7 +58,7 @@ class ModelText:
 
 
 def sampling_defaults(files: Mapping[str, bytes]) -> dict[str, float | int]:
-    """What generation_config.json recommends. Values that no request could ask for are left out, with a warning.
+    """Return generation_config.json's recommendations. Values that no request may have are dropped, with a warning.
 
     Raises ModelError for a file that cannot be read.
     """

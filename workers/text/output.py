@@ -1,7 +1,7 @@
-"""The text of one choice: detokenizer, stop strings and ``min_tokens`` together.
+"""The text of one choice: detokenizer, stop strings and ``min_tokens`` combined.
 
-Owns: which token completed a stop string. Leaves to others: cancelling the request at the worker, and finish reasons
-other than a stop string.
+Owns: finding the token that completed a stop string. Leaves to others: cancelling the request at the worker, and all
+other finish reasons.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lorafleet.workers.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one push added.
+    """The result of one push.
 
     text: safe to send. stop_reason: the stop string that ended the choice, or None. num_tokens_used: how many of the
-    pushed tokens belong to the choice; fewer than were pushed only if a stop string was complete before the last.
+    pushed tokens belong to the choice; fewer than pushed only if a stop string was complete before the last.
     """
 
     text: str
@@ -42,7 +42,7 @@ class OutputText:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
-        """prompt_ids: the prompt or its last ids. min_tokens: the first so many tokens complete no stop string."""
+        """prompt_ids: the prompt or its last ids. min_tokens: up to this many tokens complete no stop string."""
         self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, skip_special_tokens)
         self._matcher = StopMatcher(stop, include_stop_str_in_output) if stop else None
         self._min_tokens = min_tokens
@@ -50,10 +50,10 @@ class OutputText:
         self._stopped: str | None = None
 
     def push(self, token_ids: Sequence[int], finished: bool = False, *, hide_last: bool = False) -> Delta:
-        """Add tokens; `finished` with the last ones releases what was held back.
+        """Add tokens; `finished`, set with the last ones, releases the text held back.
 
-        hide_last: the last id is a stop token of the request, counted but not shown. After a stop string nothing is
-        used any more: the delta is empty and repeats the stop reason.
+        hide_last: the last id is a stop token of the request, counted but not shown. After a stop string all further
+        tokens are unused: the delta is empty and repeats the stop reason.
         """
         if self._stopped is not None:
             return Delta("", self._stopped, 0)

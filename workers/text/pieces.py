@@ -1,12 +1,12 @@
-"""What one token contributes to the text: the decoder of tokenizer.json, taken apart into a per-token rule.
+"""A token's contribution to the text: the decoder of tokenizer.json as a rule per token.
 
-The decoders that language models use (byte-level BPE; SentencePiece with byte fallback; Metaspace) join the tokens'
-own contributions, so that text can be built one token at a time with a table look-up. `DecoderRules.parse` recognises
-them and returns None for any other, which the detokenizer then handles with windows of whole decodes.
+The decoders of language models (byte-level BPE; SentencePiece with byte fallback; Metaspace) join their tokens'
+contributions, so text can be built one token at a time by table look-up. `DecoderRules.parse` recognises these decoders
+and returns None for any other; the detokenizer handles those by decoding windows of tokens.
 
-A piece is ``str`` when it is made of whole characters and ``bytes`` when it holds a part of one.
+A piece is ``str`` if it consists of whole characters and ``bytes`` if it contains part of one.
 
-Owns: the reading of the decoder and the table. Leaves to others: joining pieces (detokenizer.py).
+Owns: parsing the decoder, and the table. Leaves to others: joining pieces (detokenizer.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[int, int]:
-    """Code point to byte: GPT-2's printable stand-ins. Bytes that are no visible Latin-1 character live at 256 + n."""
+    """Return code point to byte for GPT-2's printable stand-ins. Bytes that are not visible Latin-1 start at 256."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {byte: byte for byte in visible} | {256 + n: byte for n, byte in enumerate(hidden)}
@@ -33,11 +33,11 @@ _BYTE_OF_CODE_POINT = _byte_level_alphabet()
 
 @dataclass(frozen=True, slots=True)
 class DecoderRules:
-    """How a token's string becomes its piece, and what happens at the start of a text.
+    """The rule from a token's string to its piece, and the treatment of the start of a text.
 
     byte_level: every character of a token stands for a byte. replacements: (from, to), in order. byte_fallback:
-    ``<0xE2>`` is a byte. strip_char, num_strip: up to so many of this character are dropped from the start of the
-    text. drop_from_first: a character dropped wherever the first token has it (Metaspace).
+    ``<0xE2>`` is a byte. strip_char, num_strip: at most this many of this character are dropped from the start of the
+    text. drop_from_first: a character dropped everywhere in the first token (Metaspace).
     """
 
     byte_level: bool = False
@@ -49,7 +49,7 @@ class DecoderRules:
 
     @classmethod
     def parse(cls, decoder: Mapping[str, Any] | None) -> DecoderRules | None:
-        """Read the ``decoder`` object of tokenizer.json; None if tokens cannot be decoded one by one under it."""
+        """Parse the ``decoder`` object of tokenizer.json; return None if tokens cannot be decoded one by one."""
         if decoder is None:
             return None
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
@@ -63,7 +63,7 @@ class DecoderRules:
             if kind == "Fuse":
                 fused = True
             elif num_strip or (fused and kind != "Strip"):
-                return None  # a step that sees the joined text
+                return None  # a step that works on the joined text
             elif kind == "Replace" and "String" in step["pattern"] and not byte_fallback:
                 replacements.append((step["pattern"]["String"], step["content"]))
             elif kind == "Metaspace" and not byte_fallback and not replacements:
@@ -79,9 +79,9 @@ class DecoderRules:
         return cls(False, tuple(replacements), byte_fallback, strip_char, num_strip, drop_from_first)
 
     def piece(self, token: str) -> Piece:
-        """The piece of a token, given as the vocabulary spells it. One that is an added token follows the same rule."""
+        """Return the piece of a token as spelled in the vocabulary. Added tokens follow the same rule."""
         if self.byte_level:
-            # A token with a character outside the alphabet (an added one such as "<|im start|>") stands for itself.
+            # A token with a character outside the alphabet (an added one such as "<|im start|>") represents itself.
             codes = [_BYTE_OF_CODE_POINT.get(ord(char)) for char in token]
             return _whole(bytes(code for code in codes if code is not None)) if None not in codes else token
         for old, new in self.replacements:
@@ -91,7 +91,7 @@ class DecoderRules:
         return token
 
     def first_piece(self, token: str) -> Piece:
-        """The piece of a token that opens a text, before `num_strip` is applied."""
+        """Return the piece of a text's first token, before `num_strip` is applied."""
         return self.piece(token.replace(self.drop_from_first, "") if self.drop_from_first else token)
 
 
@@ -103,13 +103,13 @@ def _whole(data: bytes) -> Piece:
 
 
 class PieceTable(dict[int, Piece]):
-    """Token id to piece, filled as ids are met: ``table[token_id]``. An id that no token has gives ``""``.
+    """Token id to piece, filled on demand: ``table[token_id]``. An unknown id gives ``""``.
 
-    Shared by all requests of a tokenizer; filling it from several threads at once is harmless (equal values).
+    Shared by all requests of a tokenizer; concurrent filling is harmless (the values are equal).
     """
 
     def __init__(self, rules: DecoderRules, id_to_token: Callable[[int], str | None], hidden: frozenset[int]) -> None:
-        """hidden: ids that contribute nothing (special tokens that are skipped)."""
+        """hidden: ids that contribute nothing (skipped special tokens)."""
         super().__init__(dict.fromkeys(hidden, ""))
         self.rules = rules
         self._id_to_token = id_to_token
@@ -122,7 +122,7 @@ class PieceTable(dict[int, Piece]):
         return piece
 
     def first(self, token_id: int) -> Piece:
-        """The piece of a token that opens a text; only for one whose ``table[token_id]`` is not empty."""
+        """Return the piece of a text's first token. ``table[token_id]`` must not be empty."""
         token = self._id_to_token(token_id)
         assert token is not None, token_id
         return self.rules.first_piece(token)

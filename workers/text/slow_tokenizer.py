@@ -1,7 +1,7 @@
-"""Adapters with the files of a slow tokenizer alone (vocab.json and merges.txt, or tokenizer.model; added_tokens.json).
+"""Adapters with only a slow tokenizer's files (vocab.json and merges.txt, or tokenizer.model; added_tokens.json).
 
-Such a tokenizer is the model's with more tokens, or it is refused: its vocabulary must be the model's, and then the
-model's tokenizer.json with the added tokens, each under the id that the files give it, is the adapter's tokenizer.
+Such a tokenizer must be the model's with more tokens; others are refused. Its vocabulary must be the model's. The
+adapter's tokenizer is then the model's tokenizer.json plus the added tokens, each under the id given by the files.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ SLOW_FILES: Final[tuple[str, ...]] = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-"""Names of files that say what tokens there are, where there is no tokenizer.json."""
+"""Files that define the vocabulary if there is no tokenizer.json."""
 
 _CONFIG = "tokenizer_config.json"
 _ADVICE = "Write a tokenizer.json beside it: transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
-# What a slow tokenizer does besides its vocabulary; the model's tokenizer.json does it one way.
+# Other options of a slow tokenizer; the model's tokenizer.json has one fixed setting of each.
 _SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def with_slow_files(model: Mapping[str, bytes], own: Mapping[str, bytes]) -> dict[str, bytes]:
-    """An adapter's files with a tokenizer.json in place of a slow tokenizer's; as they are where there is none.
+    """Return an adapter's files with a slow tokenizer's replaced by a tokenizer.json; without one, unchanged.
 
     Raises ModelError for a slow tokenizer that is not the model's with more tokens.
     """
@@ -66,7 +66,7 @@ def _base(model: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _ids(base: Mapping[str, Any]) -> dict[str, int]:
-    """Of all tokens that the model's tokenizer has."""
+    """Return the ids of all the model's tokens."""
     vocabulary = base["model"].get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram's: [piece, score]
         vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
@@ -81,7 +81,7 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _added(own: Mapping[str, bytes]) -> dict[str, tuple[int, dict[str, Any]]]:
-    """Tokens that the files add, by text: (id, flags)."""
+    """Return the tokens that the files add, by text: (id, flags)."""
     added: dict[str, tuple[int, dict[str, Any]]] = {}
     config = _object(own, _CONFIG)
     for text, token_id in _object(own, "added_tokens.json").items():
@@ -96,7 +96,7 @@ def _added(own: Mapping[str, bytes]) -> dict[str, tuple[int, dict[str, Any]]]:
         content = token.get("content") if isinstance(token, dict) else token
         if not isinstance(content, str) or not content or not key.isdecimal() or len(key) > 9:
             raise ModelError(
-                f"added_tokens_decoder of {_CONFIG} has {quoted(key)}: {quoted(token)}, which is no token."
+                f"added_tokens_decoder of {_CONFIG} has {quoted(key)}: {quoted(token)}, which is not a token."
             )
         flags = {flag: bool(token.get(flag)) for flag in _FLAGS} if isinstance(token, dict) else {"special": True}
         if content in added and added[content][0] != int(key):
@@ -108,7 +108,7 @@ def _added(own: Mapping[str, bytes]) -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def _new_tokens(added: Mapping[str, tuple[int, dict[str, Any]]], ids: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Those that the model's tokenizer lacks, as tokenizer.json has them. They must follow its ids without a gap."""
+    """Return the tokens the model lacks, in tokenizer.json's form. Their ids must follow the model's, without gaps."""
     new = []
     next_id = max(ids.values(), default=-1) + 1
     for text, (token_id, flags) in sorted(added.items(), key=lambda item: item[1][0]):
@@ -121,8 +121,8 @@ def _new_tokens(added: Mapping[str, tuple[int, dict[str, Any]]], ids: Mapping[st
             continue
         if token_id != next_id:
             raise ModelError(
-                f"The adapter's tokenizer adds the token {quoted(text)} as {token_id}; the first id that the model's "
-                f"has not is {next_id}. {_ADVICE}"
+                f"The adapter's tokenizer adds the token {quoted(text)} as {token_id}; the next id after the model's "
+                f"is {next_id}. {_ADVICE}"
             )
         next_id += 1
         new.append({"id": token_id, "content": text, **dict.fromkeys(_FLAGS, False), **flags})
@@ -132,7 +132,9 @@ def _new_tokens(added: Mapping[str, tuple[int, dict[str, Any]]], ids: Mapping[st
 def _check_vocabulary(own: Mapping[str, bytes], base: Mapping[str, Any], ids: Mapping[str, int]) -> None:
     other = next((name for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model") if name in own), None)
     if other is not None:
-        raise ModelError(f"The adapter's tokenizer is {other} without a tokenizer.json, which is not read. {_ADVICE}")
+        raise ModelError(
+            f"The adapter's tokenizer is {other} without a tokenizer.json, which is not supported. {_ADVICE}"
+        )
     if "tokenizer.model" in own:
         pieces = dict(enumerate(sentencepieces(own["tokenizer.model"])))
         if not pieces:
@@ -182,7 +184,7 @@ def _merges(data: bytes) -> Iterator[tuple[str, ...]]:
 
 
 def sentencepieces(data: bytes) -> Iterator[str]:
-    """The pieces of a SentencePiece model, by id: field 1 of its protobuf message, of each of these field 1.
+    """Yield the pieces of a SentencePiece model, by id: field 1 of each submessage in field 1 of its protobuf message.
 
     Raises ModelError.
     """
@@ -195,7 +197,7 @@ def sentencepieces(data: bytes) -> Iterator[str]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a protobuf message; of fixed-size ones the value is left out."""
+    """Yield (number, value) of each field of a protobuf message; values of fixed-size fields are left out."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -208,7 +210,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError(f"a field of the kind {kind}")
         length, position = _varint(data, position) if kind == 2 else (8 if kind == 1 else 4, position)
         if length > len(data) - position:
-            raise ValueError("it ends early")
+            raise ValueError("it is truncated")
         value = data[position : position + length] if kind == 2 else b""
         position += length
         yield key >> 3, value

@@ -1,7 +1,6 @@
 """Stop strings in a stream of text.
 
-Owns: finding them across pushes, and holding back text that could still become one. Leaves to others: tokens
-(output.py).
+Owns: finding them across pushes, and holding back text that may still become one. Leaves to others: tokens (output.py).
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ from lorafleet.workers.errors import InvalidRequestError
 class StopMatcher:
     """Releases text up to the first stop string.
 
-    The match that is complete first wins, as when the text arrives character by character; of several that are
-    complete at the same character the longest wins, so that no part of a stop string is released. Hence the outcome
-    does not depend on how the text is cut into pushes. (vLLM also takes the first to be complete; within one token it
-    goes by the order of the list instead.)
+    The match completed first wins, as if the text arrived character by character. Of several completed at the same
+    character the longest wins, so that no part of a stop string is released. Hence the result does not depend on how
+    the text is split into pushes. (vLLM also takes the first to be completed, but within one token it uses the list's
+    order.)
     """
 
     __slots__ = ("_first_chars", "_held", "_include", "_matched", "_num_immune", "_stops")
 
     def __init__(self, stop: Sequence[str], include_stop_str_in_output: bool = False) -> None:
-        """Raises InvalidRequestError for an empty stop string (it would be found everywhere)."""
+        """Raises InvalidRequestError for an empty stop string, which would match everywhere."""
         if not all(stop):
             raise InvalidRequestError("A stop string must not be empty.", param="stop")
         self._stops = tuple(dict.fromkeys(stop))
         self._first_chars = frozenset(string[0] for string in self._stops)
         self._include = include_stop_str_in_output
-        self._held = ""  # the longest end of the text that begins a stop string
-        self._num_immune = 0  # a stop string must end after so many characters of `_held`
+        self._held = ""  # the longest suffix of the text that is a prefix of a stop string
+        self._num_immune = 0  # a stop string must end after this many characters of `_held`
         self._matched: str | None = None
 
     def push(self, text: str, matchable: bool = True) -> tuple[str, str | None]:
-        """Add text; returns (text that is safe to release, the stop string that was found or None).
+        """Add text; return (text that is safe to release, the stop string found or None).
 
-        With `matchable` false no stop string may end in `text` (it may begin there). After a match nothing more is
+        With `matchable` false no stop string may end in `text`, but one may begin there. After a match nothing more is
         released.
         """
         if self._matched is not None:
@@ -59,19 +58,19 @@ class StopMatcher:
                     num_safe = begin
                     break
                 begin = text.find(stop[0], begin + 1, num_safe)
-        # What is left of `text` has been looked at: a match that ends within it was found, or is not to be.
+        # The rest of `text` has been searched: a match that ends within it was found, or must not count.
         self._held = text[num_safe:]
         self._num_immune = len(self._held)
         return text[:num_safe], None
 
     def finish(self) -> str:
-        """The end of the text: what was held back, since it became no stop string."""
+        """End the text; return what was held back, since it did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _find(self, text: str) -> tuple[int, str] | None:
-        """(where it begins, stop string) of the match that ends first, the longest of those."""
-        best: tuple[int, int] | None = None  # (end, begin): the smallest is the one
+        """Return (begin, stop string) of the match that ends first, the longest of those."""
+        best: tuple[int, int] | None = None  # (end, begin): the smallest wins
         best_stop = ""
         for stop in self._stops:
             begin = text.find(stop, max(0, self._num_immune - len(stop) + 1))

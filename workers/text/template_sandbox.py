@@ -1,15 +1,15 @@
-"""What chat templates run in: jinja2's sandbox, and bounds on the work and the memory of one rendering.
+"""The sandbox of chat templates: jinja2's, plus limits on the work and the memory of one rendering.
 
-A template is a program that came with a model or an adapter. What bounds it:
+A template is a program that came with a model or an adapter. It is limited by:
 
-* jinja2's sandbox: no attribute that leads to the interpreter, no change of a value it was given, no file, no include;
+* jinja2's sandbox: no attribute that leads to the interpreter, no change of a given value, no file, no include;
   ``range`` is limited to 100,000.
-* Steps and time: every turn of a loop and every macro call counts, and looks at the clock; recursion ends at Python's
+* Steps and time: every loop turn and every macro call is counted and checks the clock; recursion ends at Python's
   limit.
-* Size: what operators, filters and methods build is counted together, before it is built where a few characters can
-  ask for much. Filters and methods that no chat template needs and that cannot be counted are taken away.
+* Size: everything built by operators, filters and methods is added up, and checked in advance where a few characters
+  can produce much. Filters and methods that cannot be counted, and that no chat template needs, are removed.
 
-Owns: the environment and the budget. Leaves to others: what a template is given (chat_template.py).
+Owns: the environment and the budget. Leaves to others: a template's variables (chat_template.py).
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS: Final = 1_000_000
-"""Loop turns and macro calls of one rendering: a chat of 700 messages through a template that is quadratic in them."""
+"""Loop turns and macro calls per rendering: enough for 700 messages in a template quadratic in them."""
 
 MAX_PROMPT_CHARS: Final = 16_000_000
-"""Length of a rendered prompt: some 4 million tokens. Also of any one value that a template builds."""
+"""Length of a rendered prompt, some 4 million tokens, and of any value that a template builds."""
 
 MAX_BUILT_CHARS: Final = 256_000_000
-"""Of all that one rendering builds on the way to its prompt, what it throws away included."""
+"""Total built during one rendering, including what it discards."""
 
 MAX_RENDER_S: Final = 10.0
-"""CPU time of one rendering."""
+"""CPU time per rendering."""
 
 BUDGET: Final = "_lorafleet_budget"
-"""The variable that a rendering's `Budget` is passed in."""
+"""The variable that holds a rendering's `Budget`."""
 
 _STEP, _JOIN = "_lorafleet_step", "_lorafleet_join"
 _RESERVED = "_lorafleet"
-_NUM_BITS_LIMIT = 1 << 16  # of an integer that a template computes
-_ITEM_CHARS = 8  # what an item of a list counts
-_MAX_WIDTH = 10_000  # that something is padded or indented to
+_NUM_BITS_LIMIT = 1 << 16  # bits of an integer that a template computes
+_ITEM_CHARS = 8  # size counted for a list item
+_MAX_WIDTH = 10_000  # maximum width of padding or indentation
 _NO_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _NO_METHODS = frozenset({"expandtabs", "format_map", "from_bytes", "fromhex", "maketrans", "to_bytes", "translate"})
-_WIDE = re.compile(r"\d{5}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # widths in formats: large ones, and those from arguments
+_WIDE = re.compile(r"\d{5}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # widths in formats: large ones, and ones from arguments
 _PAD_METHODS = frozenset({"center", "ljust", "rjust", "zfill"})
 
 
 class LimitError(SecurityError):
-    """A template asked for more than a rendering may have."""
+    """A template exceeded a limit of a rendering."""
 
 
 class Budget:
-    """What one rendering has used."""
+    """The resources one rendering has used."""
 
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self._clock = clock
@@ -72,7 +72,7 @@ class Budget:
         self._num_written = 0
 
     def variables(self) -> dict[str, Any]:
-        """What a compiled template refers to."""
+        """Return the variables a compiled template refers to."""
         return {BUDGET: self, _STEP: self.step, _JOIN: self.join}
 
     def step(self) -> None:
@@ -83,23 +83,23 @@ class Budget:
             raise LimitError(f"it took more than {MAX_RENDER_S:g} s")
 
     def write(self, piece: str) -> None:
-        """A part of the prompt."""
+        """Count a part of the prompt."""
         self._num_written += len(piece)
         if self._num_written > MAX_PROMPT_CHARS:
             raise LimitError(f"the prompt would be longer than {MAX_PROMPT_CHARS:,} characters")
 
     def take(self, num_chars: int) -> None:
-        """Something of this size is about to be built, or has just been."""
+        """Count a value of this size that is about to be built, or was just built."""
         self._num_built += num_chars
         if num_chars > MAX_PROMPT_CHARS:
             raise LimitError(f"it would build something longer than {MAX_PROMPT_CHARS:,} characters")
         if self._num_built > MAX_BUILT_CHARS:
-            raise LimitError(f"it built more than {MAX_BUILT_CHARS:,} characters on the way")
+            raise LimitError(f"it built more than {MAX_BUILT_CHARS:,} characters in all")
         if self._clock() > self._end:
             raise LimitError(f"it took more than {MAX_RENDER_S:g} s")
 
     def take_text(self, *values: Any) -> None:
-        """These are about to be written out as one text."""
+        """Count values that are about to be joined to one text."""
         self.take(sum(_size(value) for value in values))
 
     def take_result(self, value: Any) -> Any:
@@ -110,13 +110,13 @@ class Budget:
         return value
 
     def join(self, *parts: Any) -> str:
-        """``a ~ b``."""
+        """Compute ``a ~ b``."""
         self.take_text(*parts)
         return "".join(map(str, parts))
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with a budget for each rendering."""
+    """The sandbox, with a budget per rendering."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -125,7 +125,7 @@ class Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, jinja2.ext.loopcontrols],
-            optimized=False,  # nothing is computed while it is compiled
+            optimized=False,  # compute nothing at compile time
             finalize=_finalize,
         )
         for name in _NO_FILTERS:
@@ -141,7 +141,7 @@ class Environment(ImmutableSandboxedEnvironment):
         }
 
     def compile_bounded(self, tree: nodes.Template) -> jinja2.Template:
-        """`tree` with what counts its steps and what it joins. Raises `jinja2.TemplateError`."""
+        """Compile `tree` with counters of its steps and joins added. Raises `jinja2.TemplateError`."""
         names = [node.name for node in tree.find_all(nodes.Name)] + [node.name for node in tree.find_all(nodes.Macro)]
         reserved = next((name for name in names if name.startswith(_RESERVED)), None)
         if reserved is not None:
@@ -151,7 +151,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return self.from_string(tree)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Check what it would build, then compute."""
+        """Check the size of the result, then compute it."""
         budget = _budget(context)
         if isinstance(left, int) and isinstance(right, int):
             factor = abs(right) if operator == "**" else 1
@@ -169,7 +169,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Check what a method of a value would build, then call."""
+        """Check the size of a method's result, then call the method."""
         budget = _budget(__context)
         method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
         owner = getattr(method, "__self__", None)
@@ -182,7 +182,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 def _take_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Check what a method would build; its arguments, generators among them written out."""
+    """Check the size of a method's result; return its arguments, with generators expanded."""
     if name in _PAD_METHODS:
         _check_width(args[0] if args else 0)
     elif name == "replace" and len(args) >= 2:
@@ -200,7 +200,7 @@ def _take_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...], k
 
 
 def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that takes from the budget. It is given the context whatever it wants itself."""
+    """Wrap a filter so that it uses the budget. The wrapper always takes the context."""
     wants = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
 
     def bounded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,7 +214,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _take_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Check what a filter would build; its value, a generator written out where that had to be looked at."""
+    """Check the size of a filter's result; return its value, with a generator expanded if it had to be measured."""
     numbers = [item for item in (*args, *kwargs.values()) if isinstance(item, int)]
     if name in ("center", "indent", "batch", "slice", "truncate", "tojson", "round", "int"):
         for number in numbers:
@@ -255,11 +255,11 @@ def _take_format(budget: Budget, text: str, values: Sequence[Any]) -> None:
 
 def _check_width(width: Any) -> None:
     if isinstance(width, int) and abs(width) > _MAX_WIDTH:
-        raise LimitError(f"{width} is more than {_MAX_WIDTH:,}, the most that something is padded to or cut into")
+        raise LimitError(f"the width {width} exceeds the limit of {_MAX_WIDTH:,}")
 
 
 def _listed(budget: Budget, values: Any) -> Any:
-    """What is gone over, so that its size is known."""
+    """Expand an iterable, so that its size is known."""
     if isinstance(values, str | bytes | list | tuple | dict):
         return values
     if not isinstance(values, Iterable):
@@ -274,7 +274,7 @@ def _unit(value: Any) -> int:
 
 
 def _size(value: Any) -> int:
-    """Of what it is as text, about; counting ends a little over the limit. One list may lie in another many times."""
+    """Estimate the length of a value as text; stop soon after the limit. One list may be nested many times."""
     if isinstance(value, str | bytes):
         return len(value)
     if not isinstance(value, list | tuple | dict):
@@ -291,7 +291,7 @@ def _size(value: Any) -> int:
 
 
 def _budget(context: Context) -> Budget:
-    budget: Budget = context.parent[BUDGET]  # where a template cannot set anything
+    budget: Budget = context.parent[BUDGET]  # a template cannot write there
     return budget
 
 
@@ -303,7 +303,7 @@ def _finalize(context: Context, value: Any) -> Any:
 
 
 class _CountJoins(NodeTransformer):
-    """Puts a call that counts in place of each ``~``."""
+    """Replaces each ``~`` by a call that counts."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
@@ -315,18 +315,18 @@ class _CountJoins(NodeTransformer):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}`` marks what training learns from; here it only renders its body."""
+    """``{% generation %}...{% endgeneration %}`` marks the text to train on; here its body is just rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance's)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """A scope of its own, as transformers has it."""
+        """Give it a scope of its own, as transformers does."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _TemplateNamespace(Namespace):
-    """jinja2's namespace without underscore names, which could stand in for Python's own."""
+    """jinja2's namespace without underscore names, which could replace Python's own."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # no parameter names, so that namespace(self=1) works
         for name in dict(*args[1:], **kwargs):
@@ -340,7 +340,7 @@ class _TemplateNamespace(Namespace):
 
 def _check_name(name: str) -> None:
     if name.startswith("_"):
-        raise SecurityError(f"a namespace may not have a name that begins with an underscore: {name!r}")
+        raise SecurityError(f"a namespace's names must not begin with an underscore: {name!r}")
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -354,12 +354,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: jinja2's own filter escapes HTML."""
+    """Write plain JSON; jinja2's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _count_steps(tree: nodes.Template, environment: jinja2.Environment) -> None:
-    """Put a call of the step counter at the head of every loop and macro body."""
+    """Insert a call of the step counter at the start of every loop and macro body."""
     blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
         *tree.find_all(nodes.For),
         *tree.find_all(nodes.Macro),

@@ -1,17 +1,17 @@
 """A model's tokenizer, read from its files without transformers.
 
 Owns: checking the files' contents, text to ids, ids to text, the bytes of a token, the special tokens. Leaves to
-others: streams of ids (detokenizer.py), chat templates (chat_template.py; this only hands over their source).
+others: streams of ids (detokenizer.py), chat templates (chat_template.py; this only provides their source).
 
-tokenizer.json is the truth: its pre-tokenizer, post-processor and decoder are used as they stand, and tokens that only
-the other files declare are added, as transformers' ``AutoTokenizer`` does. Two things to know when comparing:
+tokenizer.json decides: its pre-tokenizer, post-processor and decoder are used unchanged, and tokens that only the other
+files declare are added, as transformers' ``AutoTokenizer`` does. Two differences when comparing:
 
-* ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json count for nothing beside a tokenizer.json: the
-  post-processor has them. transformers 5 says the same.
+* ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json have no effect beside a tokenizer.json, whose
+  post-processor decides. transformers 5 does the same.
 * transformers 5 rebuilds the tokenizers of some classes (LlamaTokenizer, GPT2Tokenizer, Qwen2Tokenizer, ...) from the
-  vocabulary alone, to the class's standard arrangement. Where the file says otherwise the file is followed here, as by
-  earlier transformers and by what the model was trained with. It is known to matter for Llama-2's files, whose
-  ``Prepend`` normalizer puts a space before text that follows a special token.
+  vocabulary alone, in the class's standard form. If the file differs, this module follows the file, like earlier
+  transformers and the model's training. This matters for Llama-2's files, whose ``Prepend`` normalizer puts a space
+  before text that follows a special token.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ TOKENIZER_FILES: Final[tuple[str, ...]] = (
     "config.json",
     "chat_template.jinja",
 )
-"""Names of the files that `Tokenizer` reads; only the first is required."""
+"""Files that `Tokenizer` reads; only the first is required."""
 
-_SHORT: Final = 1 << 12  # characters or ids, worked on in a millisecond: holding the GIL costs less than passing it on
-_PIECE_CHARS: Final = 1 << 16  # of a long text, encoded at a time to see how many tokens it has
-_USUAL_CHARS: Final = 8  # a token: a text with fewer is encoded without looking at it first
+_SHORT: Final = 1 << 12  # characters or ids that take a millisecond: shorter calls keep the GIL
+_PIECE_CHARS: Final = 1 << 16  # characters of a long text encoded at a time to count its tokens
+_USUAL_CHARS: Final = 8  # per token: a text with fewer is encoded without a check first
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """Text to token ids and back. Immutable and safe to share between threads; the heavy calls release the GIL.
+    """Text to token ids and back. Immutable and thread-safe; the heavy calls release the GIL.
 
-    special_tokens: ``{"bos_token": "<s>", ...}``, those that are declared; pass them to `ChatTemplate.render` with
-    ``**``. bos_token_id: None if the model has none. eos_token_ids: every id that ends a generation: those of
+    special_tokens: the declared ones, ``{"bos_token": "<s>", ...}``; pass them to `ChatTemplate.render` with ``**``.
+    bos_token_id: None if the model has none. eos_token_ids: all ids that end a generation: those of
     generation_config.json and config.json and the tokenizer's own. special_token_ids: the ids that
     ``skip_special_tokens`` hides. vocab_size: number of tokens, added ones included (the model's embedding may have
     more rows). chat_templates: source by name; a model with one template calls it "default".
@@ -66,7 +66,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.special_tokens: Mapping[str, Any] = dict(special_tokens or {})  # of str; Any lets ** type-check
+        self.special_tokens: Mapping[str, Any] = dict(special_tokens or {})  # values are str; Any lets ** type-check
         self.chat_templates: Mapping[str, str] = dict(chat_templates or {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.special_token_ids: frozenset[int] = frozenset(
@@ -85,13 +85,13 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:
-        """Read a tokenizer from contents by name (`TOKENIZER_FILES`); other names are ignored.
+        """Build a tokenizer from file contents by name (`TOKENIZER_FILES`); other names are ignored.
 
         Raises ModelError for a missing or bad file.
         """
         if "tokenizer.json" not in files:
             raise ModelError(
-                "There is no tokenizer.json. A model needs one; for a model that has only a SentencePiece or "
+                "There is no tokenizer.json. A model needs one; for a model with only a SentencePiece or "
                 "vocab/merges file, write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained()."
             )
         if files["tokenizer.json"].startswith(LFS_POINTER):
@@ -122,7 +122,7 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
-        """Text to ids. max_tokens: a text that has more of them for certain is refused before all of it is encoded.
+        """Convert text to ids. max_tokens: a text that surely has more is refused before all of it is encoded.
 
         Raises InvalidRequestError for a string that is not Unicode text (unpaired surrogates), ContextLengthError.
         """
@@ -141,7 +141,7 @@ class Tokenizer:
             raise
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` for several texts, on several cores. Releases the GIL, which the library's `encode` does not."""
+        """`encode` several texts on several cores. Releases the GIL, unlike the library's `encode`."""
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError as error:
@@ -158,17 +158,17 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def _check_length(self, text: str, max_tokens: int) -> None:
-        """Raises ContextLengthError for a text of which `max_tokens` can only be a part.
+        """Raise ContextLengthError for a text that cannot fit into `max_tokens`.
 
-        Cutting a text into pieces can add tokens where it is cut, so there is some slack.
+        Splitting a text can add tokens at each split, so there is some slack.
         """
         if len(text) <= max_tokens * _USUAL_CHARS:
             return
         max_chars = max_tokens * self._max_token_chars
         if len(text) > max_chars:
             raise ContextLengthError(
-                f"The text has {len(text)} characters; {max_tokens} tokens, the limit, have at most {max_chars}, since "
-                f"the longest has {self._max_token_chars}. Shorten it.",
+                f"The text has {len(text)} characters; {max_tokens} tokens, the limit, hold at most {max_chars}, since "
+                f"the longest token has {self._max_token_chars}. Shorten it.",
                 param="prompt",
             )
         if len(text) <= _PIECE_CHARS:
@@ -186,13 +186,14 @@ class Tokenizer:
                 )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Ids to text, all at once. An id that no token has contributes nothing."""
+        """Convert ids to text, all at once. Unknown ids contribute nothing."""
         if len(token_ids) > _SHORT:  # as in `encode`, the call that releases the GIL
             return self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def check_ids(self, token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-        """vocab_size: how many ids the model has a row for; the tokenizer may have more.
+        """Check that all ids are valid. vocab_size: the number of the model's embedding rows; the tokenizer may have
+        more.
 
         Raises InvalidRequestError, which names the token.
         """
@@ -207,15 +208,15 @@ class Tokenizer:
         )
 
     def id_to_token(self, token_id: int) -> str | None:
-        """A token as the vocabulary spells it (``Ġthe``, ``▁the``), or None."""
+        """Return a token as the vocabulary spells it (``Ġthe``, ``▁the``), or None."""
         return self._backend.id_to_token(token_id)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary spells it, or None."""
+        """Return the id of a token as the vocabulary spells it, or None."""
         return self._backend.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes that a token adds in the middle of a text, special tokens included; None for an unknown id."""
+        """Return the bytes a token adds in the middle of a text, also for special tokens; None for an unknown id."""
         if self._backend.id_to_token(token_id) is None:
             return None
         if self._pieces is None:
@@ -224,11 +225,11 @@ class Tokenizer:
         return piece if isinstance(piece, bytes) else piece.encode()
 
     def decode_token(self, token_id: int) -> str:
-        """One token as text, its leading space kept; U+FFFD where it holds a part of a character; ``""`` if unknown."""
+        """Return one token as text with its leading space; U+FFFD for part of a character; ``""`` if unknown."""
         return (self.token_bytes(token_id) or b"").decode(errors="replace")
 
     def pieces(self, skip_special_tokens: bool) -> PieceTable | None:
-        """The table that the detokenizer works with; None if this decoder does not go token by token."""
+        """Return the detokenizer's table; None if this decoder does not work token by token."""
         return self._visible_pieces if skip_special_tokens else self._pieces
 
 
@@ -242,14 +243,15 @@ def _surrogate_at(text: str) -> int | None:
 
 def _not_unicode(text: str) -> InvalidRequestError:
     position = _surrogate_at(text)
-    assert position is not None, "the tokenizer refused a text that is valid"
+    assert position is not None, "the tokenizer refused a valid text"
     return InvalidRequestError(
         f"The text is not valid Unicode: an unpaired surrogate (U+{ord(text[position]):04X}) at character {position}."
     )
 
 
 def _name_panic(error: BaseException) -> None:
-    """The library's Rust panics with what is no Exception, where a pattern of tokenizer.json takes too many steps.
+    """Recognise a panic of the library's Rust code, not an Exception, for a pattern of tokenizer.json that takes too
+    long.
 
     Raises InvalidRequestError for that.
     """
@@ -273,7 +275,7 @@ def _eos_ids(files: Mapping[str, bytes], name: str) -> set[int]:
 
 
 def _added_token(value: Any, key: str) -> tokenizers.AddedToken:
-    """An added token from its JSON form, a string or an object."""
+    """Build an added token from its JSON form, a string or an object."""
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=True, normalized=False)
     try:
@@ -314,7 +316,7 @@ def _declare_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
 
 
 def _chat_templates(config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates of tokenizer_config.json: one string, or a list of ``{"name", "template"}``."""
+    """Return the templates of tokenizer_config.json: one string, or a list of ``{"name", "template"}``."""
     value = config.get("chat_template")
     if value is None:
         return {}

@@ -1,4 +1,4 @@
-"""The process group of a worker's ranks, and the form in which a step's plan travels between them.
+"""The process group of a worker's ranks, and the wire form of a step's plan between them.
 
 Imports `scheduling`. Start reading in group.py.
 """

@@ -1,7 +1,7 @@
-"""The tensor-parallel group as the layers see it: a rank, a size and two collectives; and where its ranks meet.
+"""The tensor-parallel group: a rank, a size and two collectives for the layers; and the rendezvous of its ranks.
 
-Passed as an argument to whatever is sharded; nothing reads a global, torch.distributed's default group included. With
-size 1 every collective is the identity.
+Passed as an argument to everything that is sharded; nothing uses a global, not even torch.distributed's default group.
+With size 1 every collective is the identity.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from lorafleet.workers.address import own_address
 
-# Of a collective: ranks wait for the next step for as long as nobody asks for one. A rank that dies is noticed at once.
+# Timeout of a collective: ranks wait for the next step as long as no request comes. A dead rank is noticed at once.
 _PATIENCE = timedelta(days=365)
-_c10d: Any = dist  # whose type stubs leave out half of what it has
+_c10d: Any = dist  # its type stubs are incomplete
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class TensorParallelGroup:
         return tensor
 
     def all_gather_columns(self, tensor_TV: torch.Tensor) -> torch.Tensor:
-        """[T, V / size] of each rank → [T, V], in rank order."""
+        """Gather [T, V / size] of each rank to [T, V], in rank order."""
         if self.process_group is None:
             return tensor_TV
         shards = [torch.empty_like(tensor_TV) for _ in range(self.size)]
@@ -45,12 +45,12 @@ class TensorParallelGroup:
 
 
 class Rendezvous:
-    """Where the ranks of one group meet: a key-value store in rank 0's process, on its node's address."""
+    """The meeting point of a group's ranks: a key-value store in rank 0's process, at its node's address."""
 
     def __init__(
         self, host: str, port: int, rank: int, size: int, timeout_s: float, listener: socket.socket | None
     ) -> None:
-        """listener: rank 0's, bound to (host, port); the store takes it over. Raises `RuntimeError` after that time."""
+        """listener: rank 0's, bound to (host, port); the store takes it over. Raises `RuntimeError` on a timeout."""
         self.rank = rank
         self.size = size
         self._host = host
@@ -68,11 +68,11 @@ class Rendezvous:
         self._store.set(key, value)
 
     def get(self, key: str) -> str:
-        """Waits until some rank has put it. Raises `RuntimeError` when none does in time."""
+        """Wait until some rank has put the key. Raises `RuntimeError` if none does in time."""
         return str(self._store.get(key).decode())
 
     def connect(self, device: torch.device) -> tuple[TensorParallelGroup, dist.ProcessGroup]:
-        """The group of the device's tensors, and one for plans, which are on the host. All ranks call it at once."""
+        """Return the group for device tensors, and one for plans, on the host. All ranks must call it together."""
         plans = self._gloo("plans")
         if device.type != "cuda":
             return TensorParallelGroup(self.rank, self.size, self._gloo("tensors")), plans

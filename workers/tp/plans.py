@@ -1,6 +1,6 @@
-"""What rank 0 tells the others before each step: changes of slots, and the step's input as numbers. No pickle.
+"""Rank 0's messages before each step: changes of slots, and the step's input as numbers. No pickle.
 
-One broadcast carries a decode step of a few dozen requests, a second one what does not fit.
+One broadcast holds a decode step of a few dozen requests; a larger step takes a second one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Words = npt.NDArray[np.int32]
 
 
 class Change(IntEnum):
-    """Of a slot, between two steps. It goes with a number."""
+    """A change of a slot between two steps. Each comes with a number."""
 
-    COMMIT = 0  # a load's: what was staged with it is used from this step on
-    CLEAR = 1  # a slot's: free what its adapter has beside it
+    COMMIT = 0  # the number is a load's: its staged shard is used from this step on
+    CLEAR = 1  # the number is a slot's: free its adapter's weights outside the slot
 
 
 class Plan(NamedTuple):
@@ -33,24 +33,24 @@ class Plan(NamedTuple):
 
 
 class PlanChannel:
-    """Rank 0 sends, all others receive, each message once and in order. A rank that dies ends it for all."""
+    """Rank 0 sends, all others receive each message once and in order. A rank that dies ends the channel for all."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._first = torch.zeros(_FIRST_WORDS, dtype=torch.int32)
 
     def send(self, changes: Sequence[tuple[Change, int]], step: Words) -> None:
-        """Raises `RuntimeError` when a rank is lost."""
+        """Send a plan. Raises `RuntimeError` if a rank is lost."""
         flat = np.array(changes, np.int32).reshape(-1)
         body = np.concatenate([flat, step])
         self._send((1, len(flat), len(step)), body)
 
     def end(self) -> None:
-        """No more plans will come. Raises `RuntimeError` when a rank is lost."""
+        """Announce that no more plans will come. Raises `RuntimeError` if a rank is lost."""
         self._send((0, 0, 0), np.zeros(0, np.int32))
 
     def receive(self) -> Plan | None:
-        """The next plan; None: there will be no more. Raises `RuntimeError` when rank 0 is lost."""
+        """Return the next plan; None: there will be no more. Raises `RuntimeError` if rank 0 is lost."""
         self._broadcast(self._first)
         words = self._first.numpy()
         goes_on, num_changes, num_step = words[:_NUM_HEADER].tolist()

@@ -1,4 +1,4 @@
-"""The kernels compile for the GPUs they are written for, which need not be here, and fit there."""
+"""The kernels compile for their target GPUs, which need not be present, and fit their resources."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[3]
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a program may have: A100; H100 and H200
-SPILLED_BYTES = {80: 128, 90: 48}  # of a thread: a few registers go to the stack, outside the loops over keys
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # per program: A100; H100 and H200
+SPILLED_BYTES = {80: 128, 90: 48}  # per thread: a few registers spill, outside the loops over keys
 DTYPES = {80: ["bfloat16"], 90: ["bfloat16", "float32"]}
 KERNELS = {
     *("_rms_norm", "_silu_mul", "_rope_kv_write", "_shrink", "_expand"),

@@ -1,4 +1,4 @@
-"""The Triton LoRA kernels against the reference: in the interpreter, or on a GPU where there is one."""
+"""The Triton LoRA kernels against the reference: in the interpreter, or on a GPU if present."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_slices_that_begin_at_multiples_of_sixteen() -> None:
 
 
 def test_large_tiles() -> None:
-    """As many rows as make them worth it: an adapter with several, one with a few rows, one composed with another."""
+    """Enough rows for large tiles: an adapter with several tiles, one with a few rows, one composed with another."""
     case = LoraCase(300, F32, F32, device=DEVICE)
     compare(case, [(0, 3, 4, 1.0), (3, 170, 2, 1.0), (200, 290, 0, 0.5), (200, 290, 5, 2.0)])
 
@@ -60,7 +60,7 @@ def test_nan_weights_harm_only_rows_of_their_slot() -> None:
     with forced("triton"):
         clean = case.run(segments)
         case.a[2] = case.b[2] = torch.nan
-        case.a[0, :, 8:] = case.b[0, 8:] = torch.nan  # behind the adapter's own rank
+        case.a[0, :, 8:] = case.b[0, 8:] = torch.nan  # beyond the adapter's own rank
         spoilt = case.run(segments)
     rows = [row for row in range(40) if row != 10]
     assert torch.equal(spoilt[rows], clean[rows])

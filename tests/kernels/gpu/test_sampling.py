@@ -1,4 +1,4 @@
-"""The Triton sampling kernel against the reference: in the interpreter, or on a GPU where there is one."""
+"""The Triton sampling kernel against the reference: in the interpreter, or on a GPU if present."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sampling_checks import SHAPES, TEMPERATURES, agree, columns, distribution, 
 from lorafleet.kernels.dispatch import forced
 from lorafleet.kernels.sampling import sample_tokens
 
-BLOCK = 4096  # that the kernel looks at at once
+BLOCK = 4096  # tokens per chunk of the kernel
 
 
 @pytest.fixture(autouse=True)

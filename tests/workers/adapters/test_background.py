@@ -1,6 +1,6 @@
-"""Threads for work that may hang: others run beside what is slow, and what takes too long is given up.
+"""Threads for work that may hang: other jobs run beside a slow one, and a job over its limit is abandoned.
 
-Time passes when a test says so, and is looked at when it says so; the pool's own watching changes nothing then.
+Time passes, and jobs are checked, only when a test says so; the pool's own watching changes nothing then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Clock:
 
 
 class Jobs:
-    """Jobs that end when they are told to."""
+    """Jobs that end on command."""
 
     def __init__(self) -> None:
         self.begun: dict[str, threading.Event] = {}
@@ -121,7 +121,7 @@ def test_slow_jobs_are_bounded(clock: Clock, jobs: Jobs) -> None:
     jobs.may_end["b"].set()
     jobs.may_end["late"].set()
     while not late.done():
-        pool.look()  # which of the others counts now is found by looking
+        pool.look()  # finds the jobs that count now
     pool.close(0.0)
 
 
@@ -135,7 +135,7 @@ def test_a_job_over_its_limit_is_given_up_and_what_it_returns_is_dropped(clock: 
     assert not hung.done() and pool.num_given_up == 0
     clock.now_s += 0.1
     pool.look()
-    with pytest.raises(AdapterUnavailableError, match=r"^Reading it has taken more than 5 s and is given up"):
+    with pytest.raises(AdapterUnavailableError, match=r"^Reading it took more than 5 s and was given up"):
         hung.result(0)
     assert done == [hung] and pool.num_given_up == 1
     assert pool.submit(lambda: "next").result(TIMEOUT_S) == "next"

@@ -1,4 +1,4 @@
-"""Which names of a base model are taken for the same one."""
+"""Names of base models that count as the same."""
 
 from __future__ import annotations
 

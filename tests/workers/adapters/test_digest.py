@@ -1,4 +1,4 @@
-"""A file's stamp is proof: whatever is written to the file after it settled shows in it."""
+"""A file's stamp is proof: any write after the stamp settled changes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no PEFT adapter in safetensors is named as what it is, with what to do."""
+"""Input that is not a PEFT adapter in safetensors is named, with advice."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_is_not_known_is_not_guessed() -> None:
 def test_a_file_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
     for name, content, named in (
         ("a.gguf", b"GGUF", "GGUF adapters"),
-        ("adapter_model.safetensors", b"", "in which it lies"),
+        ("adapter_model.safetensors", b"", "directory that contains it"),
         ("x", LFS_POINTER, "git lfs pull"),
         ("y", b"", "is a file"),
     ):

@@ -68,7 +68,7 @@ def assert_refused(path: Path, reason: str, *named: str, max_lora_rank: int = 16
 
 
 def pickled() -> bytes:
-    """What torch.save writes: a zip with a pickle."""
+    """The output of torch.save: a zip with a pickle."""
     buffer = io.BytesIO()
     torch.save(tensors(), buffer)
     return buffer.getvalue()
@@ -375,7 +375,7 @@ def test_a_config_and_tensors_that_disagree_are_refused(
 
 @pytest.mark.parametrize("end", ["", ".weight", ".default.weight"])
 def test_vectors_are_kept_in_float32_and_accounted(end: str, tmp_path: Path) -> None:
-    """In every style of keys that PEFT has had."""
+    """All styles of keys that PEFT has used."""
     values = torch.rand(3, 8) * 3
     modules = {name: tensor for name, tensor in tensors().items() if name.startswith(MODULE)}
     names = (f"lora_magnitude_vector{end}", "lora_B.bias", "base_layer.bias")
@@ -570,7 +570,7 @@ def test_loaded_weights_share_one_buffer_of_the_size_that_is_accounted(stored: t
 
 
 def test_a_file_of_mixed_dtypes_is_loaded_wherever_its_tensors_lie(tmp_path: Path) -> None:
-    """Not as safetensors writes files: the float32 tensor begins after three bfloat16 ones, off its alignment."""
+    """A file unlike those safetensors writes: the float32 tensor follows three bfloat16 ones, off its alignment."""
     base = BaseShapes(num_layers=1, linears={"q_proj": (3, 3)})
     a, b = torch.tensor([[1.0, 2.0, 3.0]]).bfloat16(), torch.tensor([[0.1], [0.2], [0.3]])
     header = {
@@ -606,7 +606,7 @@ def truncate(path: Path) -> None:
 
 
 def overwrite_in_place(path: Path) -> None:
-    """Other weights in the same file, of the same size, with the modification time set back."""
+    """Write other weights of the same size into the same file, with the modification time set back."""
     file = path / WEIGHTS_FILE
     before = file.stat()
     with file.open("r+b") as opened:
@@ -649,7 +649,7 @@ def test_values_that_overflow_in_float16_are_refused_with_the_flag_that_helps(tm
 
 @pytest.fixture
 def hashes(monkeypatch: pytest.MonkeyPatch) -> list[AdapterHash]:
-    """Every hash that is computed from now on."""
+    """Every hash computed from now on."""
     made: list[AdapterHash] = []
 
     class Counted(AdapterHash):
@@ -715,7 +715,7 @@ Meddle = Callable[[Callable[[], object]], None]
 
 @pytest.fixture
 def meddle(monkeypatch: pytest.MonkeyPatch) -> Meddle:
-    """Lets something happen during the next read of a weights file: it has been opened, and no tensor read of it."""
+    """Run something during the next read of a weights file: after its opening, before any tensor is read."""
     read_tensors = tensor_file._read
 
     def once(happen: Callable[[], object]) -> None:

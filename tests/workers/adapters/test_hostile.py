@@ -1,6 +1,6 @@
-"""Whatever lies in an adapter's directory, registering it ends: with an adapter, or with a refusal that has a reason.
+"""Registering any directory ends: with an adapter, or with a refusal that has a reason.
 
-Nothing is waited for, no message is long, and none names a path that the caller did not send.
+No registration hangs, no message is long, and none contains a path that the caller did not send.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write(path: Path, config: object = CONFIG, data: bytes | None = None) -> Pat
 
 
 def attempt(path: Path, root: Path) -> AdapterSpec | AdapterRefusedError:
-    """What registration makes of a directory that the caller names relative to a root."""
+    """Register a directory that the caller names relative to a root; return the outcome."""
     outcome: list[AdapterSpec | BaseException] = []
 
     def register() -> None:

@@ -1,4 +1,4 @@
-"""Work on names: in order on one, side by side on different ones, and nothing comes late of what was given up."""
+"""Work by name: in order for one name, side by side for different ones; an abandoned job has no late effect."""
 
 from __future__ import annotations
 

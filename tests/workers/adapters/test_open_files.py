@@ -102,7 +102,7 @@ def test_beyond_the_bound_none_is_opened(tmp_path: Path) -> None:
 
 
 class SlowDisk:
-    """Opens files when it is told to."""
+    """Opens files on command."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.may_go_on = threading.Event(), threading.Event()

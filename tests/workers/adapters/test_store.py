@@ -1,6 +1,6 @@
-"""The host cache: bounded, least recently used first, one load for all who ask, and never stuck.
+"""The host cache: bounded, least recently used first, one load for all callers, and never stuck.
 
-A prefetch has no future to wait for: `prefetched` waits for all that were asked for, `Disk.hold` for a read's begin.
+A prefetch has no future to wait for: `prefetched` waits for all prefetches, `Disk.hold` for the start of a read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ BASE = BaseShapes(num_layers=1, linears={})
 
 
 def spec(digest: str, num_bytes: int = 10) -> AdapterSpec:
-    # Two bytes an element: the stores below are of bfloat16.
+    # Two bytes per element: the stores below are in bfloat16.
     return AdapterSpec(digest, Path("/adapters") / digest, AdapterConfig(None, 1, 1.0, False), 1, num_bytes // 2)
 
 
 class Disk:
-    """A loader that counts, can be blocked and can be broken."""
+    """A loader that counts and can be blocked or broken."""
 
     def __init__(self) -> None:
         self.loads: Counter[str] = Counter()
@@ -46,7 +46,7 @@ class Disk:
         self._held: dict[str, tuple[threading.Event, threading.Event]] = {}  # name → (its read began, it may end)
 
     def hold(self, name: str) -> tuple[threading.Event, threading.Event]:
-        """Stop reads of one adapter half way: (set when one has begun, set to let it go on)."""
+        """Block reads of one adapter half way: (set when one has begun, set to let it continue)."""
         self._held[name] = threading.Event(), threading.Event()
         return self._held[name]
 
@@ -130,14 +130,14 @@ def take(store: AdapterStore, digest: str) -> HostAdapter:
 
 
 def use(store: AdapterStore, digest: str) -> None:
-    """Fetch and give back."""
+    """Fetch and release."""
     assert take(store, digest).digest == digest
     store.release(digest)
     store.check_integrity()
 
 
 def prefetched(store: AdapterStore, names: str = "") -> None:
-    """Prefetch these, and wait until that and all earlier prefetches are done with."""
+    """Prefetch these, and wait until they and all earlier prefetches are done."""
     for name in names:
         store.prefetch(name)
         store.check_integrity()
@@ -480,7 +480,7 @@ def test_a_prefetch_that_would_not_fit_evicts_nothing(make_store: MakeStore) -> 
 
 
 def test_a_prefetch_does_not_undo_another(make_store: MakeStore) -> None:
-    """The oldest is fetched first, so the younger ones are those to give up."""
+    """The oldest is fetched first, so the younger ones are evicted."""
     store = make_store(max_adapters=2)
     prefetched(store, "abcd")
     assert store.resident() == ("a", "b")
@@ -634,7 +634,7 @@ def test_the_books_agree_after_any_operations(make_store: MakeStore, disk: Disk,
     held: list[str] = []
 
     def settle() -> bool:
-        """Move what has ended out of `pending`, and what is held now into `held`."""
+        """Move ended fetches out of `pending`, and held ones into `held`."""
         ended = {future for future in {future for _, future in pending} if future.done()}
         held.extend(name for name, future in pending if future in ended and future.exception() is None)
         pending[:] = [entry for entry in pending if entry[1] not in ended]
@@ -750,7 +750,7 @@ def test_a_read_that_hangs_is_given_up_and_its_room_is_free(make_store: MakeStor
     hung, waiting = store.fetch("a"), store.fetch("b")
     assert began.wait(TIMEOUT_S)
     error = error_of(hung)
-    assert isinstance(error, AdapterUnavailableError) and "Reading the adapter's files has taken more" in error.message
+    assert isinstance(error, AdapterUnavailableError) and "Reading the adapter's files took more" in error.message
     assert waiting.result(TIMEOUT_S).digest == "b"
     store.check_integrity()
 

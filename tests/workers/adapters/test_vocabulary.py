@@ -1,4 +1,4 @@
-"""What an adapter may do to embedding, head and norms, and what is refused: config and files must say the same."""
+"""Allowed changes of embedding, head and norms, and refused ones: config and files must agree."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_what_cannot_be_applied_is_refused_with_a_reason(
 
 
 def test_where_the_base_ties_its_tables_trained_tokens_and_an_own_head_are_refused(tmp_path: Path) -> None:
-    """The tokens are the head's too."""
+    """The trained tokens belong to the head too."""
     write(tmp_path, {"modules_to_save": ["lm_head"]} | TRAINED, {**OWN_HEAD, **TOKENS_EMBEDDING})
     read(tmp_path)
     assert_refused(tmp_path, "overlapping_targets", "lm_head", base=TIED)
@@ -283,7 +283,7 @@ def test_rows_that_are_not_finite_are_refused(file: str, tmp_path: Path) -> None
 
 
 def test_two_tensors_of_one_place_must_be_equal(tmp_path: Path) -> None:
-    """PEFT saves a table under several names where the vocabulary was resized."""
+    """PEFT saves a table under several names if the vocabulary was resized."""
     names = ("embed_tokens.weight", "embed_tokens.modules_to_save.weight", "embed_tokens.original_module.weight")
     shapes = {f"model.{name}": (V + 1, H) for name in names} | {HEAD + "weight": (V + 1, H)}
     write(tmp_path, SAVED, shapes)

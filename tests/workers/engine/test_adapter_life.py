@@ -1,4 +1,4 @@
-"""Adapters that come and go while the engine runs: requests end as they would have, and what is gone is freed."""
+"""Adapters are loaded and unloaded while the engine runs: answers do not change, and removed adapters are freed."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_pinned_adapter_is_in_a_slot_before_it_is_asked_for_and_stays_there(en
     for spec in specs[1:] * 3:
         answer(engine, spec.digest)
         assert pinned in engine.stats().device_adapters
-    with pytest.raises(AdapterConflictError, match="1 adapters are pinned; of 2 slots 1 may be taken so"):
+    with pytest.raises(AdapterConflictError, match="1 of 2 slots hold pinned adapters; the limit is 1"):
         engine.pin_adapter(specs[1].digest)
     freed = engine.unregister_adapter(pinned)
     engine.step()
@@ -219,7 +219,7 @@ def test_a_pinned_adapter_is_in_a_slot_before_it_is_asked_for_and_stays_there(en
 
 
 def test_two_thousand_lives_leave_nothing_behind(engine: Engine, root: Path) -> None:
-    """Load, use or abort, unload, over three adapters and two slots; memory and references end where they began."""
+    """Load, use or abort, unload, with three adapters and two slots; memory and references do not grow."""
 
     def live(cycle: int) -> None:
         spec = engine.register_adapter(str(root / NAMES[cycle % 3]))

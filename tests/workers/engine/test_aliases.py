@@ -1,4 +1,4 @@
-"""What names stand for: content with its last name, pins with the name that asked for them. The engine is a book."""
+"""Aliases: content is unregistered with its last alias, pins with theirs. The engine only keeps records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def spec(digest: str) -> AdapterSpec:
 
 
 class Book:
-    """An engine that only notes what it knows. A path is its content's digest."""
+    """An engine that only records calls. A path is its content's digest."""
 
     def __init__(self, max_pins: int = 1) -> None:
         self.config = SimpleNamespace(adapter_read_timeout_s=TIMEOUT_S)
@@ -199,7 +199,7 @@ def test_a_removal_waits_for_the_read_of_its_own_name_alone(world: World) -> Non
 
 
 def test_names_of_one_content_that_come_and_go_at_once_never_lose_it(world: World) -> None:
-    """A content that one name lets go and another one takes is registered throughout, or not at all."""
+    """A content that one alias releases while another takes it is registered throughout, or not at all."""
     for round_ in range(200):
         adding = [world.aliases.add((name, round_), "a") for name in "xyz"]
         removing = [world.aliases.remove((name, round_)) for name in "xyz"]

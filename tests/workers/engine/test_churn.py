@@ -1,4 +1,5 @@
-"""Adapters come, change and go under traffic that does not fit: no answer is wrong, none is missing, nothing is left.
+"""Adapters are loaded, replaced and unloaded under traffic that exceeds the limits: every answer comes and is correct,
+and nothing remains.
 
 A run of minutes or hours, over any model: `python -m benchmarks.churn`.
 """
@@ -53,7 +54,7 @@ def reference(root: Path, contents: list[Path]) -> Iterator[Reference]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference, tmp_path: Path) -> None:
-    """Slots for 4 of 12 adapters, host room for 8, pages for a few long requests of 16."""
+    """Slots for 4 of 12 adapters, host memory for 8, pages for a few long requests of 16."""
     engine = make_engine(root, max_loras=4, max_num_seqs=16, kv_cache_memory_bytes=110_000)
     settings = ChurnSettings(
         num_requests=600,
@@ -71,7 +72,7 @@ def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference
     assert all(ask.num_terminal == 1 for ask in result.asks)
     wrong = [ask for ask in result.asks if not reference.is_right(ask)]
     assert not wrong, [(ask.names, ask.contents, ask.finish, ask.error, ask.token_ids) for ask in wrong[:3]]
-    # All that the test is about did happen.
+    # Everything the test is about did happen.
     ends = Counter(ask.finish for ask in result.asks)
     assert ends[FinishReason.LENGTH] > 200 and ends[FinishReason.STOP] and ends[FinishReason.CANCELLED]
     contents = {content for ask in result.asks for content, _ in ask.contents}
@@ -81,7 +82,7 @@ def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference
     stats = engine.stats()
     assert stats.num_preemptions > 10
     assert stats.num_slot_loads > 25 and stats.num_adapter_loads > 20
-    # And nothing is left of it.
+    # And nothing remains.
     churn.close()
     engine.check_integrity()
     engine._store.check_integrity()

@@ -27,8 +27,8 @@ from lorafleet.workers.errors import (
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
-# Different ranks, targets and scalings. PEFT multiplies a sum whose first adapter has rsLoRA by the root of its rank: a
-# mistake of its, so none begins with "mlp".
+# Different ranks, targets and scalings. If a sum's first adapter has rsLoRA, PEFT multiplies the sum by the root of its
+# rank, a bug; so no combination begins with "mlp".
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 8, "seed": 1},
     "attention": {"rank": 3, "targets": ["q_proj", "v_proj"], "seed": 2, "lora_alpha": 5},
@@ -56,7 +56,7 @@ class World:
 
 
 def combine(model: Any, adapters: dict[str, Path], weights: dict[str, float]) -> PeftModel:
-    """PEFT's sum."""
+    """Return PEFT's sum."""
     first, *others = weights
     combined = PeftModel.from_pretrained(copy.deepcopy(model), str(adapters[first]), adapter_name=first)
     for name in others:
@@ -104,7 +104,7 @@ def register(engine: Engine, world: World) -> dict[str, str]:
 
 
 def request(request_id: str, name: str, prompt: list[int], digests: dict[str, str], **fields: Any) -> GenerateRequest:
-    """For an adapter, a composition or the base model, by name."""
+    """A request for an adapter, a composition or the base model, by name."""
     parts = tuple((digests[part], weight) for part, weight in COMPOSITIONS.get(name, {}).items())
     options = {"sampling": GREEDY, **fields}
     return GenerateRequest(request_id, tuple(prompt), adapter=digests.get(name), composition=parts, **options)
@@ -295,14 +295,14 @@ def test_pinned_adapters_and_compositions_never_lack_a_slot_for_good(world: Worl
     digests = register(engine, world)
     engine.pin_adapter(digests["mlp"])
     engine.submit(request("r", "two", PROMPTS[1], digests))
-    with pytest.raises(AdapterConflictError, match="unfinished request needs more slots"):
+    with pytest.raises(AdapterConflictError, match="leave an unfinished request too few adapter slots"):
         engine.pin_adapter(digests["patterns"])
     results = {"r": Result(), "three": Result()}
     while engine.has_unfinished():
         engine.wait_for_work(1.0)
         gather(engine.step(), results)
     engine.pin_adapter(digests["patterns"])
-    with pytest.raises(AdapterConflictError, match="of 3 2 are taken by pinned adapters"):
+    with pytest.raises(AdapterConflictError, match="needs 2 adapter slots, but pinned adapters hold 2 of 3"):
         engine.submit(request("r", "two", PROMPTS[1], digests))
     engine.submit(request("three", "three", PROMPTS[1], digests))  # of which two are pinned
     while engine.has_unfinished():

@@ -1,4 +1,4 @@
-"""Adapters whose files do not answer: their requests are told, everybody else goes on, and the engine can be closed."""
+"""Adapters whose files hang: their requests fail, all others continue, and the engine can be closed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorafleet.workers.errors import AdapterUnavailableError, DrainingError, sta
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, ignore_eos=True)
-HUNG = [f"hung{n}" for n in range(5)]  # more than there are threads that read
+HUNG = [f"hung{n}" for n in range(5)]  # more than there are reader threads
 TIMEOUT_S = 60.0
 
 
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Disk:
-    """Reads of some adapters do not end before `answers` is set."""
+    """Reads of some adapters that do not end before `answers` is set."""
 
     def __init__(self, engine: Engine, root: Path) -> None:
         self.engine = engine

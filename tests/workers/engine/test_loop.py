@@ -1,4 +1,4 @@
-"""The engine's promises on a tiny model: batching changes nothing, adapters keep to themselves, every request ends."""
+"""The engine's guarantees on a tiny model: batching changes nothing, adapters stay separate, every request ends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ADAPTERS: dict[str, dict[str, object]] = {
 
 @dataclass
 class Fleet:
-    """A tiny model on disk with adapters, and what transformers + peft answer to each prompt."""
+    """A tiny model on disk with adapters, and the answers of transformers + peft to each prompt."""
 
     model_dir: Path
     adapter_dirs: dict[str, Path]
@@ -88,7 +88,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
 
 @pytest.fixture
 def engines() -> Iterator[list[Engine]]:
-    """Engines to be closed, and checked for leaks, when the test is over."""
+    """Engines that are closed, and checked for leaks, after the test."""
     opened: list[Engine] = []
     yield opened
     for engine in opened:
@@ -117,7 +117,7 @@ def test_mixed_batches_give_the_tokens_of_transformers_and_peft(
     engine = fleet.engine(**VARIANTS[variant])  # type: ignore[arg-type]
     engines.append(engine)
     requests = fleet.requests(engine)
-    if variant == "preemption":  # every adapter is in its slot before: how fast they load shall not decide who meets
+    if variant == "preemption":  # load all adapters first: load times must not decide which requests meet
         run_engine(engine, [request for request in requests if request.request_id.endswith(":0")])
     fleet.check(run_engine(engine, requests))
     if variant == "preemption":
@@ -224,7 +224,7 @@ def test_an_adapter_that_changed_on_disk_fails_its_requests_by_name(
     assert moved.finish is FinishReason.ERROR and isinstance(moved.error, AdapterUnavailableError)
     assert str(moving) in moved.error.message
     fleet.check(results)
-    # The new content is another adapter at once.
+    # The new content counts as another adapter at once.
     assert engine.register_adapter(str(moving)).digest != digest
 
 
@@ -260,7 +260,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_requests_only_and_takes_no
     for file in fleet.adapter_dirs["mlp"].iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     config = json.loads((broken / "adapter_config.json").read_text())
-    # Another adapter than the one that it was copied from, which could be read in its stead.
+    # A different adapter than its copy's source, which could be read by mistake.
     (broken / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
     engine = fleet.engine(max_loras=1)
     engines.append(engine)

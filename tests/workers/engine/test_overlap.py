@@ -1,6 +1,6 @@
-"""Steps that overlap: launched before the tokens of the one before are known, they bring what they bring otherwise.
+"""Overlapping steps, launched before the previous step's tokens are known, give the same results as others.
 
-A GPU does so by itself. On a CPU the same decisions are made when an engine is told to.
+A GPU overlaps by itself. On a CPU an engine makes the same decisions if told to.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def engines() -> Iterator[list[Engine]]:
-    """Engines to be closed, and checked for leaks, when the test is over."""
+    """Engines that are closed, and checked for leaks, after the test."""
     opened: list[Engine] = []
     yield opened
     for engine in opened:

@@ -1,4 +1,4 @@
-"""What is computed once: same tokens with prefix caching as without, whoever shares with whom, and who may not."""
+"""Prefix caching gives the same tokens as without; who may share with whom, and who may not."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def ask(engine: Engine, token_ids: tuple[int, ...], adapter: str | None = None, **fields: object) -> list[int]:
-    """One request by itself."""
+    """Run one request by itself."""
     request = GenerateRequest("r", token_ids, GREEDY, adapter, **fields)  # type: ignore[arg-type]
     return run_engine(engine, [request])["r"].token_ids
 
@@ -176,7 +176,7 @@ def test_what_was_not_finite_is_never_found(new_engine: NewEngine, root: Path) -
     engine = new_engine()
     digest = engine.register_adapter(str(root / "one")).digest
     good = ask(engine, prompt(40), digest)
-    engine._runner._cache.keys.fill_(torch.nan)  # as if the memory had broken
+    engine._runner._cache.keys.fill_(torch.nan)  # as if the memory were corrupted
     results = {"r": Result()}
     engine.submit(GenerateRequest("r", prompt(40), GREEDY, digest))
     while engine.has_unfinished():

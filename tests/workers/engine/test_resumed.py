@@ -1,4 +1,4 @@
-"""A request that goes on where another engine left it: the tokens and log-probabilities of one that was never cut."""
+"""A request resumed on another engine gives the tokens and log-probabilities of one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engines(directory: Path) -> Iterator[list[Engine]]:
-    """Two, as on two workers."""
+    """Two engines, as on two workers."""
     config = EngineConfig(
         model=str(directory / "model"), dtype="float32", max_num_batched_tokens=64, lora=LoRAConfig(max_loras=2)
     )
@@ -89,7 +89,7 @@ def test_what_comes_behind_the_seam_is_what_would_have_come(
 
 
 def test_the_engine_that_made_the_tokens_may_go_on_with_them(engines: list[Engine]) -> None:
-    """It finds the pages of prompt and output, as far as they are kept."""
+    """It finds the pages of prompt and output that are still cached."""
     request = GenerateRequest("whole", PROMPT, OPTIONS["greedy"])
     whole = run_engine(engines[0], [request])["whole"]
     cut = dataclasses.replace(request, request_id="cut", output_token_ids=tuple(whole.token_ids[:20]))

@@ -1,4 +1,4 @@
-"""What could never run is refused; what waits is ended by somebody; an idle engine sleeps; a failed one says so."""
+"""Requests that could never run are refused; waiting ones are ended; an idle engine sleeps; a failed one says so."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMEOUT_S = 60.0
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, plain adapters a, b, c, and one, two and three, which have an embedding of their own."""
+    """A model, plain adapters a, b, c, and one, two and three, which have their own embedding."""
     root = tmp_path_factory.mktemp("room")
     model = tiny.make_model("llama3", root / "model")
     for seed, name in enumerate(("a", "b", "c")):
@@ -41,7 +41,7 @@ def make_engine(root: Path) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def make(num_tables: float = 1.5, max_loras: int = 4, **changes: object) -> Engine:
-        """num_tables: how many embeddings have room."""
+        """num_tables: the number of embeddings that fit."""
         lora = LoRAConfig(max_loras=max_loras, lora_full_weight_bytes=int(num_tables * 131 * 48 * 4))
         config = EngineConfig(model=str(root / "model"), dtype="float32", num_threads=1, max_adapter_wait_s=0.0)
         config = dataclasses.replace(config, lora=lora, kv_cache_memory_bytes=4_000_000)
@@ -63,7 +63,7 @@ def digests_of(engine: Engine, root: Path, *names: str) -> list[str]:
 
 
 def run(engine: Engine, results: dict[str, Result]) -> int:
-    """Step until all requests have ended; how many steps that were."""
+    """Step until all requests have ended; return the number of steps."""
     deadline = time.monotonic() + TIMEOUT_S
     num_steps = 0
     while engine.has_unfinished():
@@ -80,7 +80,9 @@ def test_a_request_whose_embedding_has_no_room_beside_pinned_ones_is_refused(
     engine = make_engine()
     one, two, plain = digests_of(engine, root, "one", "two", "a")
     engine.pin_adapter(one)
-    with pytest.raises(AdapterConflictError, match=r"never has room.*pinned.*--lora-full-weight-bytes"):
+    with pytest.raises(
+        AdapterConflictError, match=r"bytes of the pool.*pinned adapters hold.*--lora-full-weight-bytes"
+    ):
         engine.submit(GenerateRequest("r", (5, 6), GREEDY, two))
     results = {name: Result() for name in ("pinned", "plain", "base")}
     for name, digest in (("pinned", one), ("plain", plain), ("base", None)):
@@ -101,7 +103,7 @@ def test_a_pin_that_would_leave_an_accepted_request_no_room_is_refused(
     one, two = digests_of(engine, root, "one", "two")
     engine.submit(GenerateRequest("r", (5, 6), GREEDY, two))
     retired = engine.unregister_adapter(two)  # which does not make it go away
-    with pytest.raises(AdapterConflictError, match="unfinished request's embedding or head needs more room"):
+    with pytest.raises(AdapterConflictError, match="unfinished request's embedding or head too little memory"):
         engine.pin_adapter(one)
     results = {"r": Result()}
     run(engine, results)
@@ -143,7 +145,7 @@ def test_what_can_never_begin_is_ended_and_the_engine_sleeps_until_then(
     monkeypatch.setattr(loop_module, "_LOOK_AGAIN_S", 0.05)
     engine = make_engine(max_loras=1)
     (digest,) = digests_of(engine, root, "a")
-    engine._slots.start_load("a stranger")  # behind the back of all that looks after room
+    engine._slots.start_load("a stranger")  # bypassing all memory checks
     engine._slots.finish_load("a stranger")
     engine._slots.pin("a stranger", True)
     results = {"stuck": Result(), "base": Result()}
@@ -231,7 +233,7 @@ def test_many_adapters_that_leave_at_once_are_freed_a_few_a_step(
 def test_the_host_cache_keeps_adapters_of_requests_that_have_begun(
     make_engine: Callable[..., Engine], root: Path, tmp_path: Path
 ) -> None:
-    """One that was preempted resumes, though somebody has written into its file and others need the room."""
+    """A preempted request resumes, though its adapter's file was overwritten and others need the memory."""
     shutil.copytree(root / "a", tmp_path / "begun")
     lora = LoRAConfig(max_loras=1, max_cpu_loras=2)
     engine = make_engine(lora=lora, max_num_seqs=1, kv_cache_memory_bytes=None)

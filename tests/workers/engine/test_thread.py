@@ -1,4 +1,4 @@
-"""Where an engine's thread computes."""
+"""The cores and priority of an engine's thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activated adapters against peft in float32: where they begin, with what they share batches and pages."""
+"""Activated adapters against peft in float32: where they begin, and what they share batches and pages with."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ NewEngine = Callable[..., Engine]
 
 
 def text(length: int, seed: int = 0) -> list[int]:
-    """Tokens without any invocation in them."""
+    """Return tokens without an invocation."""
     return torch.randint(20, 131, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 PROMPTS: list[list[int]] = [
     text(40),
     [*text(40), 7, *text(3, 1)],
-    [*text(30), 11, 12, 11, *text(20, 2), 11, 12, 11],  # twice, at the end
+    [*text(30), 11, 12, 11, *text(20, 2), 11, 12, 11],  # twice, the second at the end
     [11, 12, *text(9, 3), 7],
     [7, 11, 12, 11, *text(33, 4)],  # with the first token
-    [*text(40), 11, 12, 11, 12, 11, *text(2, 5)],  # one in the other
-    [*text(16), 7, *text(14, 6), 11, 12],  # where pages begin and end
+    [*text(40), 11, 12, 11, 12, 11, *text(2, 5)],  # overlapping
+    [*text(16), 7, *text(14, 6), 11, 12],  # at page boundaries
     [7],
 ]
 
 
 @dataclass
 class AsPeft:
-    """A PEFT model that begins where it finds its tokens in a prompt, whatever comes behind the prompt."""
+    """A PEFT model that applies its adapter from its tokens' place in the prompt, whatever follows the prompt."""
 
     model: PeftModel
     prompt: list[int]
@@ -178,7 +178,7 @@ def test_tokens_that_are_generated_activate_nothing(world: World, new_engine: Ne
     (path / "adapter_config.json").write_text(config)
     own = engine.register_adapter(str(path)).digest
     assert answer[2] not in prompt
-    for _ in range(2):  # its own pages are found, but not as if the prompt went on with the answer
+    for _ in range(2):  # its own pages are found, but not as if the answer continued the prompt
         assert run_engine(engine, [GenerateRequest("r", prompt, GREEDY, own)])["r"].token_ids == answer
     second = (*prompt, *answer, *text(9, 8))
     expected = new_engine(enable_prefix_caching=False)
@@ -191,7 +191,7 @@ def test_tokens_that_are_generated_activate_nothing(world: World, new_engine: Ne
 
 
 def ask(engine: Engine, prompt: list[int], adapter: str | None, **fields: Any) -> tuple[list[int], int]:
-    """(answer, tokens of the prompt that were computed)"""
+    """Return (answer, number of prompt tokens computed)."""
     before = engine.stats()
     result = run_engine(engine, [GenerateRequest("r", tuple(prompt), GREEDY, adapter, **fields)])["r"]
     after = engine.stats()
@@ -201,7 +201,7 @@ def ask(engine: Engine, prompt: list[int], adapter: str | None, **fields: Any) -
 
 
 def test_the_turns_of_a_conversation_compute_what_is_new_alone(world: World, new_engine: NewEngine) -> None:
-    """base, activated, another activated, base again: each finds all that was computed with the base model."""
+    """base, activated, another activated, base again: each finds everything computed with the base model."""
     engine, plain = new_engine(), new_engine(enable_prefix_caching=False)
     digests = register(engine, world)
     register(plain, world)
@@ -215,7 +215,7 @@ def test_the_turns_of_a_conversation_compute_what_is_new_alone(world: World, new
         assert num_computed == num_new, "judge's own page of its first turn is found in its second"
         assert found == ask(plain, prompt, digests[name])[0]
         assert found == tiny.greedy(world.reference(name, prompt), prompt, 8)
-    # What an activated adapter said is computed with the base model when the conversation goes on.
+    # The tokens an activated adapter produced are computed with the base model in the next turn.
     history = [*history, *INVOCATIONS["judge"], *text(10, 2), *found, *text(5, 3)]
     found, num_computed = ask(engine, history, None)
     assert num_computed == len(history) - 48

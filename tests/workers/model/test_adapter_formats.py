@@ -1,4 +1,4 @@
-"""What a PEFT config may ask for, each against peft in float32, in one batch with the base model."""
+"""Options of PEFT configs, each against peft in float32, in one batch with the base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank keeps of an adapter in host memory: its shard, in as many bytes as the books say."""
+"""A rank's shard of an adapter in host memory, and its size as counted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Decode steps that are recorded and replayed, with Triton's kernels in the interpreter and a recorder that runs again.
+"""Recorded and replayed decode steps, with Triton's kernels in the interpreter and a recorder that reruns functions.
 
-What a real graph adds is in tests/gpu: that the device's launches are what is recorded.
+tests/gpu has the rest, with real graphs: that the device's launches are recorded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_batch_sizes(max_num_seqs: int, sizes: list[int]) -> None:
 
 
 class Recorder:
-    """Stands in for CUDA's graphs: what was recorded is run again, at the same addresses. Counts."""
+    """A stand-in for CUDA graphs: reruns the recorded function, at the same addresses. Counts."""
 
     def __init__(self) -> None:
         self.num_captured = 0
@@ -69,7 +69,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tuple[Path, Any]]:
-    """By adapter's name, where it is and what transformers and peft make of it; None: the base model."""
+    """By adapter name: its directory, and the answers of transformers and peft; None: the base model."""
     root = tmp_path_factory.mktemp("graphs")
     base = tiny.make_model("llama2", root / "model", num_hidden_layers=2)
     found: dict[str | None, tuple[Path, Any]] = {None: (root / "model", base)}
@@ -81,7 +81,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tup
 
 @pytest.fixture(scope="module")
 def engine(references: dict[str | None, tuple[Path, Any]]) -> Iterator[tuple[Engine, Recorder]]:
-    """One whose steps overlap and whose decode steps are recorded, for up to three requests."""
+    """An engine whose steps overlap and whose decode steps are recorded, for up to three requests."""
     config = EngineConfig(
         model=str(references[None][0]),
         dtype="float32",
@@ -102,7 +102,7 @@ def engine(references: dict[str | None, tuple[Path, Any]]) -> Iterator[tuple[Eng
 def ask(
     engine: Engine, references: dict[str | None, tuple[Path, Any]], names: list[str | None], length: int = len(PROMPT)
 ) -> None:
-    """Each gets its reference's answer."""
+    """Check that each request gets its reference's answer."""
     requests = []
     for number, name in enumerate(names):
         digest = None if name is None else engine.register_adapter(str(references[name][0])).digest
@@ -115,7 +115,7 @@ def ask(
 def test_replayed_steps_equal_transformers_and_peft(
     engine: tuple[Engine, Recorder], references: dict[str | None, tuple[Path, Any]]
 ) -> None:
-    """As many rows as requests, and with LoRA in it where one has an adapter."""
+    """Graphs for as many rows as requests, with LoRA if a request has an adapter."""
     own, recorder = engine
     assert recorder.num_captured == 2 * len(batch_sizes(3))
     with_lora, without = (range(number, number + 3) for number in (0, 3))  # for 3, 2 and 1 requests
@@ -147,7 +147,7 @@ def test_rows_that_fill_a_batch_up_touch_no_request(
     references: dict[str | None, tuple[Path, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two requests in the graph for three; what the row beside them writes lies in a page of its own."""
+    """Two requests in the graph for three; the padding row writes to a page of its own."""
     own, _ = engine
     monkeypatch.setattr(own._runner._graphs, "_sizes", [3])
     own._runner._cache.keys[:, -1] = torch.nan

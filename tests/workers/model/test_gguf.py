@@ -1,4 +1,4 @@
-"""GGUF files, written here from tiny models, come out as the models they were made from."""
+"""GGUF files, written here from tiny models, convert to the models they were made from."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# GGUF's architecture by that of tests/tiny.py
+# GGUF's architecture for each one in tests/tiny.py
 ARCHITECTURES = {"llama2": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 Change = Callable[[gguf.GGUFWriter], None]
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of one of transformers' tensors."""
+    """Return llama.cpp's name of one of transformers' tensors."""
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
@@ -53,7 +53,7 @@ def gguf_name(name: str) -> str:
 
 
 def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """As in llama.cpp's convert_hf_to_gguf.py: two halves of a head become pairs."""
+    """Interleave the two halves of a head to pairs, as llama.cpp's convert_hf_to_gguf.py does."""
     return (
         weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
         .swapaxes(1, 2)
@@ -104,7 +104,7 @@ def write_gguf(
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
-    """Byte-level BPE: three control tokens, the visible ASCII characters and the space, one merge, and filling."""
+    """Byte-level BPE: three control tokens, the visible ASCII characters and the space, one merge, and padding."""
     tokens = ["<pad>", "<eos>", "<bos>", *(chr(code) for code in range(33, 127)), "Ġ", "th"]
     tokens += [f"filling{i}" for i in range(vocab_size - len(tokens))]
     control, normal = int(gguf.TokenType.CONTROL), int(gguf.TokenType.NORMAL)
@@ -155,7 +155,7 @@ def test_a_float32_file_becomes_the_model_it_was_made_from(
 
 
 def assert_same_logits(out: Path, model: PreTrainedModel) -> None:
-    """transformers and our engine, on the converted directory, say what the original rounded to bfloat16 says."""
+    """Check that transformers and our engine, on the converted directory, give the logits of the bfloat16 original."""
     prompt = list(range(3, 43))
     rounded = type(model)(model.config)
     rounded.load_state_dict({key: value.bfloat16().float() for key, value in model.state_dict().items()})
@@ -209,7 +209,7 @@ def test_progress_grows_to_the_size_of_the_weights(llama_gguf: Path, tmp_path: P
 
 
 def llama3_factors(factor: float, head_dim: int, theta: float, original: int = 8192) -> np.ndarray:
-    """As llama.cpp's converter writes them."""
+    """Return the factors as llama.cpp's converter writes them."""
     out = []
     for frequency in 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim):
         wavelength = 2 * np.pi / frequency
@@ -228,7 +228,7 @@ def test_llama3s_table_of_rope_factors_becomes_its_rope_parameters(
     factor: float, models: dict[str, PreTrainedModel], tmp_path: Path
 ) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
-        # 12 dimensions a head: theta is large enough here for all three ranges.
+        # 12 dimensions per head: theta is large enough for all three ranges.
         writer.add_rope_freq_base(500000.0)
         writer.add_tensor("rope_freqs.weight", llama3_factors(factor, 12, 500000.0))
 

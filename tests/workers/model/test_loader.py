@@ -1,4 +1,4 @@
-"""Where embedding and head of a checkpoint are one, and what a checkpoint is refused for."""
+"""Tied embedding and head of a checkpoint, and refusals of checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = [5, 17, 40, 88, 120, 9]
 
 
 def rewrite(directory: Path, change: Callable[[Tensors], None], *, shards: bool = False) -> None:
-    """Change a saved model's tensors; `shards`: embedding and head lie in different files."""
+    """Change a saved model's tensors; `shards`: put embedding and head in different files."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -104,9 +104,9 @@ def test_a_config_alone_says_itself_whether_it_ties(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": "../../etc/x"}}, "files beside it"),
-        ({"weight_map": {"a": 3}}, "files beside it"),
-        ({"weight_map": []}, "files beside it"),
+        ({"weight_map": {"a": "../../etc/x"}}, "files in the same directory"),
+        ({"weight_map": {"a": 3}}, "files in the same directory"),
+        ({"weight_map": []}, "files in the same directory"),
         ({}, "weight_map"),
         ([], "list"),
     ],
@@ -125,7 +125,9 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
 
 def test_an_adapter_given_as_the_model_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(ModelError, match=r"is an adapter, not a model.*\(org/base, says its config\).*--lora-modules"):
+    with pytest.raises(
+        ModelError, match=r"is an adapter, not a model.*\(org/base, according to its config\).*--lora-modules"
+    ):
         read_model_spec(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The memory plan as tables: what it gives by default, and refusals whose advice works."""
+"""The memory plan as tables: its defaults, and refusals whose advice works."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plan(memory: DeviceMemory = BIG, lora: LoRAConfig | None = None, **config: A
 
 
 def check(made: MemoryPlan, memory: DeviceMemory, config: EngineConfig) -> None:
-    """What holds for every plan: it fits, and one sequence of the full length does too."""
+    """Check what holds for every plan: it fits, and so does one sequence of the full length."""
     assert made.budget_bytes <= memory.available_bytes
     used = made.weight_bytes + made.activation_bytes + made.kv_bytes + made.slot_bytes * made.max_loras
     used += made.full_weight_bytes
@@ -111,7 +111,7 @@ def test_a_gpu_gives_keys_and_values_all_that_is_left_up_to_what_can_be_used() -
 
 def test_workers_on_one_host_share_its_memory_and_each_has_its_gpu() -> None:
     assert plan(BIG, workers_per_host=3).budget_bytes == int(BIG.total_bytes // 3 * 0.9)
-    # One that starts anew finds little free, since the others have their shares: all of it is for this one.
+    # A restarted one finds little free, since the others have their shares; all of it is for this one.
     late = replace(BIG, available_bytes=10 * GIB, host_available_bytes=10 * GIB)
     assert plan(late, workers_per_host=3).budget_bytes == 10 * GIB
     assert plan(GPU, workers_per_host=3) == plan(GPU)
@@ -290,7 +290,7 @@ def test_adapters_own_embeddings_get_four_tables_by_default_and_never_make_a_pla
 
 
 def made_without(memory: DeviceMemory) -> int:
-    """What is fixed beside keys and values, on a GPU."""
+    """Return the fixed memory besides keys and values, on a GPU."""
     made = plan(memory, LoRAConfig(lora_full_weight_bytes=0), max_num_batched_tokens=2048)
     return made.weight_bytes + made.activation_bytes + made.slot_bytes * made.max_loras
 

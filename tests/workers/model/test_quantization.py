@@ -1,4 +1,4 @@
-"""`--quantization int8`: it computes with the integers that it should, and a real model hardly notices."""
+"""`--quantization int8` computes with the right integers, and a real model loses little."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ PERPLEXITY_RATIO = 1.02
 
 
 def add_outliers(model: PreTrainedModel) -> None:
-    """One large weight a row makes 8-bit steps so coarse that rounding shows far above bfloat16's own."""
+    """Add one large weight per row, which makes 8-bit steps so coarse that rounding far exceeds bfloat16's own."""
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.scatter_(1, torch.randint(0, parameter.shape[1], (parameter.shape[0], 1)), 1.0)
 
 
 def rounded(model: nn.Module, *, int8: bool) -> nn.Module:
-    """The reference, computing in float32: all weights as in bfloat16, and the decoder's linears as from integers."""
+    """The reference, computing in float32: all weights rounded to bfloat16, the decoder's linears to integers."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.bfloat16()
         is_linear = parameter.dim() == 2 and "layers." in name and "lora_" not in name
@@ -94,7 +94,7 @@ def rounded(model: nn.Module, *, int8: bool) -> nn.Module:
 
 
 def differences(result: tiny.Result, prompt: torch.Tensor, reference: nn.Module) -> torch.Tensor:
-    """|ours - the reference's| of the 20 best log-probabilities at each output position."""
+    """Return |ours - the reference's| of the 20 best log-probabilities at each output position."""
     with torch.no_grad():
         logits = reference(torch.cat([prompt, torch.tensor(result.token_ids)])[None]).logits[0]
     expected = logits[NUM_PROMPT - 1 :].log_softmax(dim=-1)
@@ -175,9 +175,9 @@ def test_another_dtype_is_refused_with_both_names(dtype: str, tmp_path: Path) ->
 
 
 def next_token_logprobs(model_dir: Path, token_ids: list[int], quantization: str | None) -> torch.Tensor:
-    """Of each token of a text but the first, given those before it.
+    """Return the log-probability of each token of a text but the first, given those before it.
 
-    In each step the next tokens are as many requests, with one token each to compute and their pages in common.
+    In each step the next tokens are as many requests, each with one token to compute and all other pages shared.
     """
     runner = make_runner(model_dir, quantization)
     logprobs = []

@@ -106,7 +106,7 @@ def test_penalties_equal_their_definition(logits: torch.Tensor) -> None:
         expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
     for token, count in Counter(output).items():
         expected[token] -= 0.4 + 0.6 * count
-    # Greedy after lifting each token in turn tells the penalised logits apart.
+    # Greedy sampling after raising each token in turn reveals the penalised logits.
     for token in range(VOCAB):
         lift = torch.zeros(VOCAB)
         lift[token] = expected.max() - expected[token]
@@ -158,7 +158,7 @@ def test_extreme_temperatures_stay_in_range(logits: torch.Tensor, temperature: f
 
 
 class WatchedRequest(Request):
-    """Counts how often its options are read."""
+    """Counts reads of its options."""
 
     num_reads = 0
 
@@ -181,7 +181,7 @@ def test_options_are_read_when_the_batch_changes_and_not_at_every_step(
     sampler = Sampler(frozenset())
 
     def step(batch: list[Request]) -> list[int]:
-        """How often each request's options are read in a step that gives each a token."""
+        """Return the reads of each request's options in a step that gives each a token."""
         before = [request.num_reads for request in requests]
         for request, sampled in zip(batch, sampler.sample(logits.repeat(len(batch), 1), batch).results(), strict=True):
             request.token_ids.append(sampled.token_id)

@@ -1,4 +1,4 @@
-"""An adapter's copies in pieces, and what adapters of one form share."""
+"""An adapter's copies in pieces, and sharing of copies between adapters of one form."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_pieces_come_to_the_whole_and_numbers_keep_their_bits() -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with adapters: two that differ in their values alone, and others."""
+    """A tiny model with adapters: two that differ only in their values, and others."""
     directory = tmp_path_factory.mktemp("forms")
     options: dict[str, dict[str, Any]] = {
         "first": {"seed": 1},

@@ -1,4 +1,4 @@
-"""Which rows of a step are whose: few segments, each row in its adapter's, none in another's."""
+"""Rows of a step: few segments, each row in its own adapter's and no other's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = 4
 
 
 class World:
-    """A scheduler with all adapters in slots, and what its steps look like to the model."""
+    """A scheduler with all adapters in slots, and its steps as the model sees them."""
 
     def __init__(self, *adapters: str, max_num_tokens: int = 100) -> None:
         slots = AdapterSlots(len(adapters))
@@ -47,7 +47,7 @@ class World:
         self.num_added = 0
 
     def add(self, length: int, adapter: str | None = None, start: int = 0, **fields: Any) -> None:
-        """A prompt that nobody else has."""
+        """Add a prompt unlike all others."""
         self.num_added += 1
         generate = GenerateRequest(
             f"{self.num_added}",
@@ -83,7 +83,7 @@ class World:
 
 
 def segments(step: StepInput) -> list[tuple[int, int, int]]:
-    """(first row, behind the last, slot)"""
+    """Return (first row, end row, slot) of each segment."""
     if step.segments is None:
         return []
     columns = (step.segments.start_G, step.segments.end_G, step.segments.slot_G)

@@ -1,5 +1,5 @@
-"""What a step costs in calls: one per op and layer whatever is in the batch, no LoRA op for the base model, and steps
-that are recorded and run as one call, with the same result."""
+"""Calls per step: one per op and layer whatever the batch, no LoRA op for the base model; recorded steps run as one
+call with the same result."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_engine(model: Path, *, dtype: str = "bfloat16", enforce_eager: bool = F
 
 
 def requests(adapters: list[str | None], num_output: int = 12) -> list[GenerateRequest]:
-    """Prompts and lengths that differ, so that the batch shrinks while it runs."""
+    """Prompts and lengths that differ, so that the batch shrinks during the run."""
     made = []
     for number, adapter in enumerate(adapters):
         sampling = SamplingOptions(
@@ -118,7 +118,7 @@ def run_all(model: Path, dtype: str, **changes: Any) -> dict[str, Result]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[native.Recording]:
-    """All recordings that are run, in order."""
+    """All recordings run, in order."""
     run, ran = native.Recording.run, []
 
     def noted(recording: native.Recording) -> None:
@@ -209,4 +209,4 @@ def test_the_engine_says_which_kernels_run(model: Path, monkeypatch: pytest.Monk
         changed.setattr(native, "_description", "")
         changed.setattr(native, "_library", None)
         changed.setenv("LORAFLEET_NATIVE_KERNELS", "0")
-        assert engine.describe()[-1].endswith("slow references, as LORAFLEET_NATIVE_KERNELS=0 asks for")
+        assert engine.describe()[-1].endswith("slow references, as set by LORAFLEET_NATIVE_KERNELS=0")

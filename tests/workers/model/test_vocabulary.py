@@ -1,5 +1,5 @@
-"""Adapters with embeddings, heads, norms and tokens of their own, against peft in float32: several of them, plain ones
-and the base model in one batch."""
+"""Adapters with their own embeddings, heads, norms and tokens, against peft in float32, in one batch with plain ones
+and the base model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),  # of biases of B
 ]
 
-# Options of make_adapter; "added": the vocabulary is resized by so many tokens.
+# Options of make_adapter; "added": the vocabulary is resized by this many tokens.
 Options = dict[str, Any]
 ADAPTERS: dict[str, Options] = {
     "plain": {},
@@ -97,7 +97,7 @@ def make(base: PreTrainedModel, directory: Path, options: Options, seed: int) ->
 
 
 def load(name: str, directory: Path) -> PreTrainedModel:
-    """The base model as loaded from its files: what peft looks at to see whether the vocabulary was resized."""
+    """Load the base model from its files: peft checks them for a resized vocabulary."""
     model = tiny.make_model(name, directory)
     return type(model).from_pretrained(directory)
 
@@ -111,7 +111,7 @@ def serve(directory: Path, adapters: dict[str, Path], **options: Any) -> Engine:
 
 
 def prompt_of(added: int, number: int) -> list[int]:
-    """Of different lengths, and with what tokens the adapter adds."""
+    """Prompts of different lengths, with the tokens that the adapter adds."""
     return [*PROMPT[number % 5 :], *range(V, V + added)]
 
 
@@ -133,7 +133,7 @@ def test_adapters_with_tables_and_norms_of_their_own_are_applied_as_by_peft_in_o
             added = ADAPTERS[case].get("added", 0)
             assert spec.vocab_size == V + added
             requests.append(GenerateRequest(case, tuple(prompt_of(added, number)), GREEDY, spec.digest))
-        run_engine(engine, requests)  # brings all into slots
+        run_engine(engine, requests)  # loads all into slots
         results = run_engine(engine, requests)
         engine.check_integrity()
     finally:
@@ -196,7 +196,7 @@ def test_the_pool_holds_what_it_may_and_adapters_take_turns_in_it(fleet: Fleet) 
             engine.check_integrity()
             assert engine._runner.table_bytes() <= 3 * matrix + 64, "and the numbers of some LoRA"
         planned = sum(sizes[digest] for digest in engine.stats().device_adapters)
-        padding = 3 * 15 * 48 * 4  # of heads, which float32 does without
+        padding = 3 * 15 * 48 * 4  # of heads, absent in float32
         assert planned - padding <= engine._runner.table_bytes() <= planned + 64, "each takes what was planned for it"
     finally:
         engine.close()
@@ -209,7 +209,7 @@ def test_the_pool_holds_what_it_may_and_adapters_take_turns_in_it(fleet: Fleet) 
 def test_a_step_without_own_tables_or_norms_is_what_it_was_though_such_adapters_sit_in_slots(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bits are the same, and no row is looked at."""
+    """The bits are equal, and no row is checked."""
     directory, _, _ = fleet
     plain = ["plain"]
     alone = serve(directory / "model", {}, dtype="bfloat16", lora=LoRAConfig(max_loras=5))
@@ -244,7 +244,7 @@ def test_replayed_steps_with_own_norms_and_tables_give_the_same_bits(
         try:
             mixed, plain = batch(engine, directory, SOME), batch(engine, directory, ["plain", "trained tokens"])
             run_engine(engine, mixed)
-            # The same shapes of steps with and without a row that has norms of its own.
+            # Steps of the same shapes with and without a row that has its own norms.
             return [run_engine(engine, requests) for requests in (mixed, plain, mixed, mixed[2:4], plain)]
         finally:
             engine.close()
@@ -280,7 +280,7 @@ def test_own_tables_and_norms_work_in_16_bits_and_over_integers(
 
 
 def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
-    """Prompts, stop tokens and answers of others never hold them; sampling, penalties and stops work with them."""
+    """Other adapters' prompts, stops and answers never have them; sampling, penalties and stops work with them."""
     base = load("llama2", tmp_path / "model")
     reference = make(base, tmp_path / "wide", {"added": 40, "modules_to_save": BOTH}, seed=1)
     make(base, tmp_path / "narrow", {"added": 1}, seed=2)
@@ -309,7 +309,7 @@ def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
                 seen[request.request_id[:-1]].update(logprobs.top_ids)
             seen[request.request_id[:-1]].update(result.token_ids)
         assert max(seen["base"]) < V and max(seen["narrow"]) == V and len([i for i in seen["wide"] if i >= V]) > 20
-        # The reference's answer as far as its first added id, which is a stop token.
+        # The reference's answer up to its first added id, which is a stop token.
         prompts = ([first, 6, V + 3, 9, V + 39] for first in range(3, V))
         answers = ((prompt, tiny.greedy(reference, prompt, 24)) for prompt in prompts)
         prompt, answer = next((prompt, answer) for prompt, answer in answers if max(answer) >= V)
@@ -327,7 +327,7 @@ def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "keys"), [("llama2", BOTH), ("smollm2", BOTH), ("smollm2", ["embed_tokens"])])
 def test_new_embeddings_are_rows_behind_the_vocabulary(name: str, keys: list[str], tmp_path: Path) -> None:
-    """As S-LoRA and vLLM have them beside an adapter; where the base ties tables, the embedding's are the head's."""
+    """Files of S-LoRA and vLLM next to an adapter; if the base ties its tables, the embedding's rows are the head's."""
     base = load(name, tmp_path / "model")
     reference = make(base, tmp_path / "adapter", {"added": 3}, seed=1)
     file = tmp_path / "adapter" / WEIGHTS_FILE
@@ -358,7 +358,7 @@ def test_new_embeddings_are_rows_behind_the_vocabulary(name: str, keys: list[str
     "case", ["LoRA on the head", "LoRA on the embedding", "added tokens", "added tokens, LoRA on both"]
 )
 def test_a_table_that_is_saved_as_the_base_has_it_takes_no_memory(name: str, case: str, tmp_path: Path) -> None:
-    """PEFT saves whole tables with LoRA on them, or after resizing; what was not trained is the base's."""
+    """PEFT saves whole tables with LoRA on them, or after resizing; untrained tables equal the base's."""
     base = load(name, tmp_path / "model")
     make(base, tmp_path / case, ADAPTERS[case], seed=1)
     file = tmp_path / case / WEIGHTS_FILE
@@ -373,7 +373,7 @@ def test_a_table_that_is_saved_as_the_base_has_it_takes_no_memory(name: str, cas
         if case.startswith("LoRA"):
             save_file({key: value for key, value in weights.items() if "base_layer" not in key}, file)
             assert engine.register_adapter(str(tmp_path / case)).digest == spec.digest, "nothing was lost"
-        for other in weights:  # where the base ties its tables they are one
+        for other in weights:  # the same table if the base ties them
             if other.endswith(("base_layer.weight", "lm_head.weight", "embed_tokens.weight")):
                 weights[other][3, 3] += 1.0
         save_file(weights, file)

@@ -1,4 +1,4 @@
-"""The awaited engine when something is slow, fails or is over: nobody waits for a stranger, and nobody for ever."""
+"""The asyncio engine when something is slow, fails or is over: no request waits for another's problem, or forever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The offline engines on a tiny model: vLLM's names, shapes and manners."""
+"""The offline engines on a tiny model: vLLM's names, shapes and behaviour."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_an_adapter_of_another_base_is_refused(llm: LLM, tmp_path: Path) -> None
     assert caught.value.reason == "wrong_shape"
 
 
-# vLLM's documentation has this example: requests for the base model and two adapters, one slot, added one by one.
+# An example of vLLM's documentation: requests for the base model and two adapters, one slot, added one by one.
 
 
 def multilora_prompts(root: Path) -> list[tuple[str, SamplingParams, LoRARequest | None]]:

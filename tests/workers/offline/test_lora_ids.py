@@ -1,4 +1,4 @@
-"""What a lora_int_id stands for: what its files are now, whatever was asked before."""
+"""A lora_int_id stands for the current content of its files, whatever was requested before."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def expected(llm: LLM, root: Path) -> dict[str, list[int]]:
 
 @pytest.fixture
 def policy(root: Path, tmp_path: Path) -> Path:
-    """A directory with adapter one, which training goes on to write into."""
+    """A directory with adapter one, which training overwrites later."""
     shutil.copytree(root / "one", tmp_path / "policy")
     return tmp_path / "policy"
 

@@ -1,4 +1,4 @@
-"""The worker actor without Ray: what it reports of its start. The engine is replaced."""
+"""The worker actor without Ray: its report on its start. The engine is replaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = EngineConfig("/model", max_num_seqs=16, num_threads=1, lora=LoRAConfig(
 
 
 class FakeEngine:
-    """What a start does, in order, is in `done`."""
+    """An engine that records the calls of a start, in order, in `done`."""
 
     max_model_len, vocab_size = 128, 300
     plan = SimpleNamespace(max_loras=4)
@@ -75,7 +75,7 @@ class FakeEngine:
         return EngineStats()
 
     def take_cores(self) -> None:
-        """It computes nothing."""
+        """Do nothing, since it computes nothing."""
 
     def fail(self) -> None:
         pass
@@ -100,7 +100,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
 
 @pytest.fixture
 async def actors() -> AsyncIterator[list[WorkerActor]]:
-    """Actors to stop in the end."""
+    """Actors that are stopped after the test."""
     started: list[WorkerActor] = []
     yield started
     for actor in started:
@@ -162,7 +162,7 @@ async def test_workers_of_one_host_take_the_next_free_port_of_those_they_are_giv
         assert port < ports[0] < ports[1] <= port + 9
         fleet = FleetSettings("127.0.0.1", TOKEN, ports=(port, port))
         failed = WorkerFailed(
-            "bad_config", f"No port of --worker-ports {port}-{port} is free on 127.0.0.1. Give more of them."
+            "bad_config", f"No port of --worker-ports {port}-{port} is free on 127.0.0.1. Give a wider range."
         )
         assert await start(actors, fleet=fleet) == failed
 

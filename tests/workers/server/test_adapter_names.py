@@ -1,4 +1,4 @@
-"""What names stand for, told in any order."""
+"""Names of adapters, reported in any order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_only_what_is_newer_is_a_change() -> None:
 
 
 def test_of_one_version_what_was_read_first_counts() -> None:
-    """An adapter of the start-up, whose files changed before another worker read them."""
+    """A start-up adapter whose files changed before another worker read them."""
     names = AdapterNames()
     names.note([adapter("sql", 1, "changed", created=20)])
     assert names.note([adapter("sql", 1, "served", created=10)])

@@ -1,4 +1,4 @@
-"""A worker's adapters by name and version: read side by side, known by the load that was answered, pinned by name."""
+"""A worker's adapters by name and version: read side by side, identified by the answered load, pinned by name."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_same_request_again_is_answered_without_another_look(registry: Adapt
 
 
 def test_another_load_under_the_same_version_is_read(registry: AdapterRegistry, engine: Engine, root: Path) -> None:
-    """The answer to the first was lost, so that its version is given out again."""
+    """The first answer was lost, so its version is used again."""
     first = register(registry, "x", 1, root / "a", created=5)
     second = register(registry, "x", 1, root / "b", created=6)
     assert first.digest != second.digest
@@ -136,7 +136,7 @@ def test_a_pinned_adapter_is_replaced_in_place_where_no_more_could_be_pinned(
 ) -> None:
     register(registry, "x", 1, root / "a", pin=True)
     second = register(registry, "x", 2, root / "b", pin=True)
-    with pytest.raises(AdapterConflictError, match="1 adapters are pinned; of 2 slots 1 may be taken so"):
+    with pytest.raises(AdapterConflictError, match="1 of 2 slots hold pinned adapters; the limit is 1"):
         register(registry, "y", 1, root / "c", pin=True)
     assert {adapter.name for adapter in registry.all()} == {"x"}
     unregister(registry, engine, "x", 1)
@@ -172,7 +172,7 @@ def test_text_that_was_registered_is_given_after_its_directory_is_gone(registry:
 def test_files_that_changed_are_not_taken_for_what_was_loaded_be_they_weights_or_a_template(
     registry: AdapterRegistry, engine: Engine, root: Path
 ) -> None:
-    """As a worker is asked that has lost its memory."""
+    """Requests as to a worker that has lost its memory."""
     shutil.copytree(root / "a", root / "own")
     (root / "own" / "chat_template.jinja").write_text("first")
     first = register(registry, "x", 1, root / "own")

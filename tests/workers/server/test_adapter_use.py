@@ -1,4 +1,4 @@
-"""Which adapters a worker's requests need."""
+"""Adapters that a worker's requests need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker's gRPC face: who is let in, what it says of itself, how sessions and the worker end."""
+"""The worker's gRPC service: who is admitted, its reports, the end of sessions and of the worker."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_a_gateway_that_does_not_read_loses_its_session_and_holds_up_nobod
     monkeypatch.setattr(service_module, "MAX_UNREAD", 64)
     worker.engine.paused = True
     async with worker.session() as reads, worker.session() as sleeps:
-        # Twenty log-probabilities a row fill gRPC's own buffers soon.
+        # Twenty log-probabilities per row soon fill gRPC's own buffers.
         for stream in range(1, 33):
             await sleeps.generate(stream, [1], max_tokens=2**20, sampling={"num_logprobs": 20})
         await eventually(lambda: worker.engine.num_running == 32)

@@ -1,4 +1,4 @@
-"""Adapters over the worker's gRPC face: registered, listed, unregistered."""
+"""Adapters over the worker's gRPC service: registered, listed, unregistered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an adapter comes from, without a network."""
+"""Sources of an adapter, without a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorafleet.workers.sources.adapters import resolve_adapter
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was asked of the hub, which has nothing but `org/there`."""
+    """Requests made to the hub, which has only `org/there`."""
     ids: list[str] = []
 
     def download(hub_id: str, patterns: tuple[str, ...]) -> Path:
@@ -37,7 +37,7 @@ def refusal(path_or_id: str, roots: list[str] | None = None) -> AdapterRefusedEr
 
 
 def cache_folder(root: Path, *commits: str) -> Path:
-    """A hub cache folder whose snapshots were made in this order."""
+    """A hub cache folder with snapshots made in this order."""
     folder = root / "models--org--name"
     (folder / "refs").mkdir(parents=True)
     (folder / "snapshots").mkdir()
@@ -157,7 +157,7 @@ def test_hub_ids_need_a_root_of_their_own(
     root: str, allowed: bool, disk: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (disk / "org" / "there").mkdir(parents=True)
-    monkeypatch.chdir(disk)  # a directory of that name where the worker happens to run is none of its business
+    monkeypatch.chdir(disk)  # a directory of that name in the worker's own directory must not count
     roots = [f"{disk}/one", root]
     if allowed:
         assert resolve_adapter("org/there", roots).path == Path("/cache/there")

@@ -1,4 +1,4 @@
-"""Whether a directory still holds what was read from it."""
+"""Stamps of a directory show whether it still holds what was read from it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_change_that_is_too_young_proves_nothing(adapter: Path, monkeypatch: p
         (5_000_000_001, 10_000_000, False),
         (5_000_000_000, 30_000_000, False),  # whole seconds: perhaps the clock has no others
         (5_000_000_000, 3_000_000_000, True),
-        (5_000_000_001, -1, False),  # of a clock that is ahead
+        (5_000_000_001, -1, False),  # a clock that is ahead
     ],
 )
 def test_how_old_a_change_must_be(changed_ns: int, age_ns: int, is_old: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where a base model comes from, without a network."""
+"""Sources of a base model, without a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafleet.workers.sources.models import read_ahead, resolve_model
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was asked of the hub, which has nothing but `org/there`."""
+    """Requests made to the hub, which has only `org/there`."""
     ids: list[str] = []
 
     def download(hub_id: str, patterns: object) -> Path:

@@ -1,4 +1,4 @@
-"""What lies beside an adapter is its text, the model's, or refused: nothing of it is trusted before it was tried."""
+"""An adapter's tokenizer and template are its own, the model's, or refused; nothing is trusted before it was tried."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def changed(name: str, **fields: object) -> Write:
 
 @pytest.fixture
 def own(byte_level_dir: Path, tmp_path: Path) -> Path:
-    """An adapter with the model's tokenizer, and a template of its own."""
+    """An adapter with the model's tokenizer and its own template."""
     folder = tmp_path / "own"
     shutil.copytree(byte_level_dir, folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -42,7 +42,7 @@ HOSTILE: dict[str, tuple[Write, str]] = {
     "a template of 1 MB": (text("chat_template.jinja", "x" * 1_000_000), "is larger than 524,288 bytes"),
     "a template of 400 kB": (
         text("chat_template.jinja", "{{ x }}" * 57_000),
-        "399,000 characters, the limit is 131,072",
+        "399,000 characters; the limit is 131,072",
     ),
     "a template of 1 MB in the config": (
         changed("tokenizer_config.json", chat_template=[{"name": "default", "template": "x" * 1_000_000}]),
@@ -109,6 +109,6 @@ def test_links_out_of_the_roots_are_refused(byte_level_dir: Path, tmp_path: Path
     root.mkdir()
     (tmp_path / "secret").write_text("secret")
     (root / "chat_template.jinja").symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match=r"chat_template\.jinja is a link that leads out"):
+    with pytest.raises(ModelError, match=r"chat_template\.jinja is a link to outside"):
         AdapterTokenizers(byte_level_dir).files(root, [root])
     assert AdapterTokenizers(byte_level_dir).files(root) is not None

@@ -189,8 +189,8 @@ def _nested(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"metadata": _nested(600)}, "nested deeper than 64"),
-        ({"metadata": _nested(5000)}, "nested deeper than 64"),
+        ({"metadata": _nested(600)}, "nested too deep; the limit is 64"),
+        ({"metadata": _nested(5000)}, "nested too deep; the limit is 64"),
         ({"tool_calls": [{"function": {"arguments": "[" * 50_000 + "]" * 50_000}}]}, "nested 50000 deep"),
         ({"tool_calls": [{"function": {"arguments": '{"a":' * 600 + "1" + "}" * 600}}]}, "nested 600 deep"),
         ({"tool_calls": [{"function": {"arguments": "[" + "{}," * 100_000 + "1]"}}]}, "the limit is 65536"),
@@ -272,7 +272,7 @@ def test_the_template_file_comes_before_the_config(byte_level_dir: Path) -> None
 
 
 def test_several_templates_without_a_default_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"called \"default\": there are \['a', 'b'\]"):
+    with pytest.raises(ModelError, match=r"called \"default\"; there are \['a', 'b'\]"):
         ChatTemplate({"b": "", "a": ""})
 
 
@@ -297,7 +297,7 @@ def test_a_template_that_does_not_compile_is_a_model_error(source: str) -> None:
         ChatTemplate(source)
 
 
-# What bounds a template.
+# Limits of a template.
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ BIG = "{% set x = 'x' * 9000000 %}{% set l = [x, x, x, x] %}{% set m = [l] * 900
     ],
 )
 def test_a_template_that_would_fill_memory_is_stopped_before(expression: str) -> None:
-    """At the bounds as they are: what these would build has a gigabyte or more, or takes minutes."""
+    """These would build a gigabyte or more, or take minutes, within the actual limits."""
     template = ChatTemplate(f"{BIG}{{{{ {expression} }}}}")
     tracemalloc.start()
     try:
@@ -395,7 +395,7 @@ def test_what_is_built_and_thrown_away_is_bounded_too() -> None:
     source = (
         "{% set ns = namespace(l=[]) %}{% for i in range(1000) %}{% set ns.l = ns.l + ['x' * 900000 ~ i] %}{% endfor %}"
     )
-    with pytest.raises(InvalidRequestError, match="on the way"):
+    with pytest.raises(InvalidRequestError, match="characters in all"):
         ChatTemplate(source).render(CHAT)
 
 
@@ -407,7 +407,7 @@ def test_a_rendering_has_so_much_cpu_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_length_of_a_template_is_bounded() -> None:
-    with pytest.raises(ModelError, match="1,000,000 characters, the limit is 131,072"):
+    with pytest.raises(ModelError, match="1,000,000 characters; the limit is 131,072"):
         ChatTemplate("x" * 1_000_000)
 
 

@@ -1,4 +1,4 @@
-"""What an adapter's tokenizer and template are, over its model's."""
+"""An adapter's tokenizer and template merged over its model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting what a JSON text holds, against a decoder that holds everything."""
+"""Counts of a JSON text's values, compared with a decoder's."""
 
 from __future__ import annotations
 

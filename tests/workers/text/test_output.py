@@ -9,7 +9,7 @@ from lorafleet.workers.text import Delta, OutputText, Tokenizer
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """One token a character, so that positions are plain to see."""
+    """Return one token per character, so that positions are obvious."""
     return [tokenizer.encode(char, add_special_tokens=False)[0] for char in text]
 
 

@@ -1,4 +1,4 @@
-"""A slow tokenizer beside an adapter is the model's with more tokens, or refused by name."""
+"""A slow tokenizer of an adapter must be the model's with more tokens; others are refused by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def next_id(files: Files) -> int:
 
 
 def slow_bpe(files: Files, added: dict[str, int] | None = None, **config: Any) -> Files:
-    """What a slow tokenizer of the BPE kind saves: added tokens are in its vocab.json, or not."""
+    """Files that a slow BPE tokenizer saves, with the added tokens in its vocab.json or not."""
     tokens = full(files)
     merges = "\n".join(" ".join(pair) for pair in tokens["model"]["merges"])
     decoder = {str(i): {"content": text, "special": True, "normalized": False} for text, i in (added or {}).items()}
@@ -56,7 +56,7 @@ def slow_bpe(files: Files, added: dict[str, int] | None = None, **config: Any) -
 
 
 def sentencepiece_model(pieces: list[str]) -> bytes:
-    """ModelProto: pieces with a score each, and a trainer_spec behind them."""
+    """A ModelProto: pieces with a score each, followed by a trainer_spec."""
 
     def field(number: int, data: bytes) -> bytes:
         return varint(number << 3 | 2) + varint(len(data)) + data
@@ -94,7 +94,7 @@ def test_added_tokens_have_their_ids_and_the_rest_is_as_the_models(byte_level_fi
 
 
 def test_the_ids_are_those_of_transformers(byte_level_files: Files, tmp_path: Path) -> None:
-    """In the case that the reference reads: a vocab.json that has the added tokens too, as older ones saved it."""
+    """The case that the reference reads: a vocab.json with the added tokens, as older versions saved it."""
     first = next_id(byte_level_files)
     own = slow_bpe(byte_level_files, {"<|tool|>": first}, tokenizer_class="GPT2Tokenizer", unk_token=None)
     tokens = full(byte_level_files)

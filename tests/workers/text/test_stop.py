@@ -17,7 +17,7 @@ STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4)
 
 
 def by_brute_force(text: str, stops: list[str], include: bool, num_immune: int = 0) -> tuple[str, str | None]:
-    """Look at every prefix of the text: the first that ends in a stop string, the longest of those it ends in."""
+    """Check every prefix of the text: the first that ends in a stop string, and the longest such stop string."""
     for end in range(num_immune + 1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -73,7 +73,7 @@ def test_no_match_ends_in_text_that_is_not_matchable(quiet: str, text: str, stop
         if matched is not None:
             break
     expected, stop = by_brute_force(quiet + text, stops, False, num_immune=len(quiet))
-    # What was released before the text became matchable stays released.
+    # Text released before it became matchable stays released.
     assert matched == stop
     assert released + matcher.finish() == expected
 

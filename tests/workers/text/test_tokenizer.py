@@ -298,7 +298,7 @@ def test_the_demo_model_equals_transformers(demo_model: Path) -> None:
 
 
 class Watched:
-    """A backend that notes which of its calls got how many characters."""
+    """A backend that records the number of characters in each call."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

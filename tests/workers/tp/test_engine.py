@@ -1,4 +1,4 @@
-"""An engine over several ranks, which are processes: the tokens of one rank, adapters that come and go, and its end."""
+"""An engine over several ranks in processes: the tokens of one rank, adapters loaded and unloaded, and its end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_follower(path: list[str], config: EngineConfig, rank: int, leader: str) 
 
 @contextmanager
 def ranks_of(config: EngineConfig) -> Iterator[tuple[Engine, list[multiprocessing.process.BaseProcess]]]:
-    """An engine with its weights loaded, and the processes of its other ranks. They end with it."""
+    """An engine with its weights loaded, and the processes of its other ranks, which end with it."""
     size = config.tensor_parallel_size
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -73,7 +73,7 @@ def tokens(engine: Engine, adapters: dict[str, str]) -> dict[str, list[int]]:
     return {request_id: result.token_ids for request_id, result in results.items()}
 
 
-# What PEFT can be asked for and cuts differently: outputs, inputs, the vocabulary, or nothing.
+# PEFT options that are split differently: by outputs, inputs, the vocabulary, or not at all.
 FORMATS: dict[str, dict[str, Any]] = {
     "linears": {"rank_pattern": {"1.mlp.down_proj": 2, "o_proj": 7}, "strength": 0.3},
     "fused": {"strength": 0.3},
@@ -117,7 +117,7 @@ def config_of(root: Path, size: int = 1) -> EngineConfig:
     ("name", "size"), [("smollm2", 2), ("qwen3", 4), ("llama2", 2), ("qwen2", 2), ("mistral-sliding", 4)]
 )
 def test_ranks_give_the_tokens_of_one_while_adapters_take_turns(name: str, size: int, tmp_path: Path) -> None:
-    """Four ranks over two key-value heads replicate those."""
+    """Four ranks over two key-value heads replicate the heads."""
     make_adapters(name, tmp_path)
     alone = Engine.from_config(config_of(tmp_path))
     alone.load()

@@ -28,7 +28,7 @@ PROMPT = tuple(range(5, 42))
 
 
 def logits(model_dir: Path, adapter_dirs: list[Path], group: TensorParallelGroup) -> torch.Tensor:
-    """[1 + adapters, V]: the base model's and the adapters' logits behind the prompt, computed in one batch."""
+    """Return [1 + adapters, V]: logits after the prompt of the base model and the adapters, computed in one batch."""
     spec = architecture.read_model_spec(model_dir)
     lora = LoRAConfig(max_loras=1 + len(adapter_dirs))
     config = EngineConfig(model=str(model_dir), tensor_parallel_size=group.size, lora=lora)
@@ -73,7 +73,7 @@ def run_rank(rank: int, size: int, port: int, model_dir: Path, adapter_dirs: lis
     ("name", "size"), [("llama2", 2), ("smollm2", 4), ("qwen2", 2), ("qwen3", 4), ("llama-biased", 2)]
 )
 def test_sharded_ranks_give_the_logits_of_one(name: str, size: int, tmp_path: Path) -> None:
-    """Four ranks over two key-value heads replicate those. The adapter has fused modules and modules of other ranks."""
+    """Four ranks over two key-value heads replicate the heads. The adapter has fused modules and several ranks."""
     model = tiny.make_model(name, tmp_path / "model")
     adapted = tiny.make_adapter(
         model, tmp_path / "adapter", rank_pattern={"1.mlp.down_proj": 2, "o_proj": 7}, alpha_pattern={"o_proj": 3}

@@ -1,4 +1,4 @@
-"""What a rank holds while it reads its shard: never the whole model."""
+"""Memory of a rank while it reads its shard: never the whole model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = LlamaConfig(
 
 
 class Peak:
-    """The most memory of this process above what it has now: its own, not pages of files that it has mapped."""
+    """The highest memory of this process above its current level: its own, without pages of mapped files."""
 
     def __enter__(self) -> Peak:
         self._before = self.num_bytes = _anonymous_bytes()
@@ -58,7 +58,7 @@ def _anonymous_bytes() -> int:
 
 
 def load_peak(model_dir: Path, group: TensorParallelGroup) -> int:
-    """Bytes of weights and of whatever reading them takes."""
+    """Return the peak bytes of the weights and of reading them."""
     spec = architecture.read_model_spec(model_dir)
     config = EngineConfig(model=str(model_dir), tensor_parallel_size=group.size, kv_cache_memory_bytes=2 << 20)
     memory = DeviceMemory(8 << 30, 8 << 30, 8 << 30, is_cpu=True)

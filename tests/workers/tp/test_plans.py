@@ -15,7 +15,7 @@ from lorafleet.workers.tp.plans import _FIRST_WORDS, Change, PlanChannel
 
 
 def channels(size: int) -> list[PlanChannel]:
-    """Of ranks that are threads."""
+    """Channels of ranks that are threads."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
 
