@@ -259,13 +259,13 @@ async def test_what_takes_long_runs_on_the_threads_for_text(fleet: Any, monkeypa
 
     def watch(name: str) -> None:
         module, _, function = name.rpartition(".")
-        original = getattr(importlib.import_module(f"lorafleet.controller.gateway.{module}"), function)
+        original = getattr(importlib.import_module(f"lorafleet.controller.gateway.api.{module}"), function)
 
         def noting(*args: Any, **options: Any) -> Any:
             where.append((function, threading.current_thread() is threading.main_thread()))
             return original(*args, **options)
 
-        monkeypatch.setattr(f"lorafleet.controller.gateway.{name}", noting)
+        monkeypatch.setattr(f"lorafleet.controller.gateway.api.{name}", noting)
 
     for name in (
         "completions.decode",
