@@ -1,6 +1,6 @@
-"""A tenant that asks for little: one endless stream, and one-token requests one after another; how long it waits.
+"""A tenant with small requests: one endless stream, and one-token requests in sequence; measures how long it waits.
 
-Owns: what it sends, and the longest wait of an interval. Leaves to others: what goes on beside it (heavy_cases.py).
+Owns: its requests, and the longest wait of an interval. Leaves to others: the load next to it (heavy_cases.py).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ REQUEST_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """The longest of one interval, in seconds, and what failed in it."""
+    """The longest waits of one interval, in seconds, and its failures."""
 
     stream_gap_s: float  # between two events of the stream, or since the last one
-    request_s: float  # from sending a one-token request to the end of its answer, or since it was sent
+    request_s: float  # from sending a one-token request to the end of its answer, or until now
     errors: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class _Watch:
-    """When something last came, and the longest time before it since the interval began."""
+    """The time of the last event, and the longest wait since the interval began."""
 
     last_s: float = field(default_factory=time.monotonic)
     longest_s: float = 0.0
@@ -38,13 +38,13 @@ class _Watch:
         self.last_s = now
 
     def take(self) -> float:
-        """The longest, counting what is still awaited; a new interval begins."""
+        """Return the longest wait, including the current one, and begin a new interval."""
         longest, self.longest_s = max(self.longest_s, time.monotonic() - self.last_s), 0.0
         return longest
 
 
 class Canary:
-    """`run` it, and `take` at the end of each interval."""
+    """The canary: `run` it, and `take` at the end of each interval."""
 
     def __init__(self, session: aiohttp.ClientSession, model: str) -> None:
         self._session = session
@@ -64,7 +64,7 @@ class Canary:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def take(self) -> Waits:
-        """The waits since the last call."""
+        """Return the waits since the last call."""
         errors, self._errors = tuple(self._errors), []
         return Waits(self._stream.take(), self._request.take(), errors)
 

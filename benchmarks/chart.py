@@ -1,6 +1,6 @@
-"""A picture of a comparison: bars of what each side reached.
+"""Draws a comparison: a bar for each side's figure.
 
-python -m benchmarks.chart FILE.json draws FILE.png from what an earlier run wrote.
+python -m benchmarks.chart FILE.json draws FILE.png from the file of an earlier run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PANELS = (  # (title, rows of the table, how to shorten a line's title)
 
 
 def missing() -> str | None:
-    """Why no picture can be drawn."""
+    """Return why no picture can be drawn, or an empty string."""
     if importlib.util.find_spec("matplotlib"):
         return None
     return "no chart: matplotlib is not installed; `pip install matplotlib` and `python -m benchmarks.chart FILE.json`"
 
 
 def bars(outcomes: Sequence[Outcome], rows: Sequence[str], prefix: str) -> dict[str, dict[str, float]]:
-    """Figures by group and side. Sides that bound us (a matmul's rate, the reading of weights) are one colour."""
+    """Return figures by group and side. Sides that bound us (matmul rate, reading of weights) share a colour."""
     groups: dict[str, dict[str, float]] = {}
     for outcome in outcomes:
         check = outcome.check
@@ -86,7 +86,7 @@ def draw(outcomes: Sequence[Outcome], facts: Mapping[str, Any], path: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a comparison that an earlier run wrote.")
-    parser.add_argument("file", type=Path, help="its JSON; the picture goes beside it")
+    parser.add_argument("file", type=Path, help="the run's JSON; the picture is written next to it")
     args = parser.parse_args()
     reason = missing()
     if reason is not None:

@@ -1,4 +1,4 @@
-"""The other end of peers.Child: calls come in on stdin and are answered on stdout, until stdin closes."""
+"""The other end of peers.Child: answers calls from stdin on stdout, until stdin closes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def answer_calls(functions: Mapping[str, Callable[..., Any]]) -> None:
-    """Call `functions` by name. What libraries print goes to stderr, so that stdout holds answers alone."""
+    """Call `functions` by name. Output of libraries goes to stderr, so that stdout holds only answers."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:

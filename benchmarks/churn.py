@@ -1,10 +1,10 @@
-"""Churn and skew: adapters come, change and go under skewed traffic; every answer is checked, and the wait measured.
+"""Churn and skew: adapters are loaded, changed and unloaded under skewed traffic; checks answers, measures waits.
 
 python -m benchmarks.churn [--model DIR] [--adapters 64] [--alpha 0.5 1.0 1.5] [--requests 2000] [--out FOLDER]
 
-The engine in this process, by default on a tiny random model in float32; one run for each alpha. What happens when is
-drawn from the seed. Prints a table, and with --out writes churn.json and churn.png there. Ends with 1 when an answer
-was wrong, missing, or memory was left behind: with many --requests it is a soak test.
+Runs the engine in this process, by default on a tiny random model in float32, once for each alpha. The seed decides all
+events and their times. Prints a table, and with --out writes churn.json and churn.png there. Exits with 1 if an answer
+was wrong or missing, or memory was not freed: with many --requests it is a soak test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.scheduling.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
 from lorafleet.workers.scheduling.request import FinishReason
 
-STALL = 5.0  # a step that takes so many times the median one
+STALL = 5.0  # a step counts as a stall from so many times the median step
 
 
 def make_engine(model: Path, args: argparse.Namespace, *, max_loras: int, max_num_seqs: int) -> Engine:
@@ -54,13 +54,13 @@ def make_engine(model: Path, args: argparse.Namespace, *, max_loras: int, max_nu
 
 
 def jain(values: Sequence[float]) -> float:
-    """Jain's fairness index: 1 when all have the same, 1/n when one has all."""
+    """Return Jain's fairness index: 1 if all have the same, 1/n if one has all."""
     total = sum(values)
     return total * total / (len(values) * sum(value * value for value in values)) if total else 1.0
 
 
 def report(engine: Engine, result: ChurnResult, num_wrong: int, names: Sequence[str]) -> dict[str, Any]:
-    """The figures of one run."""
+    """Return the figures of one run."""
     done = [ask for ask in result.asks if ask.finish in (FinishReason.STOP, FinishReason.LENGTH)]
     stats, store = engine.stats(), engine._store.stats()
     service: dict[str, float] = defaultdict(float)
@@ -102,7 +102,7 @@ def report(engine: Engine, result: ChurnResult, num_wrong: int, names: Sequence[
 
 
 def percentiles(asks: Sequence[Ask], *, last: bool = False) -> dict[str, float]:
-    """Milliseconds to the first token, or to the last."""
+    """Return percentiles of the milliseconds to the first token, or to the last."""
     if not asks:
         return {}
     waits = [1e3 * (ask.token_s[-1 if last else 0] - ask.sent_s) for ask in asks]
@@ -110,7 +110,7 @@ def percentiles(asks: Sequence[Ask], *, last: bool = False) -> dict[str, float]:
 
 
 def draw(runs: Sequence[dict[str, Any]], waits: Sequence[dict[str, list[float]]], path: Path, title: str) -> None:
-    """First tokens, warm and cold; latency by popularity; rates."""
+    """Draw times to first token, warm and cold; latency by popularity; rates."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,21 +145,21 @@ def draw(runs: Sequence[dict[str, Any]], waits: Sequence[dict[str, list[float]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Churn and skew, with every answer checked.")
     parser.add_argument("--model", type=Path, help="model directory (default: a tiny random one)")
-    parser.add_argument("--adapters", type=int, default=64, help="live at a time")
-    parser.add_argument("--alpha", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="of Zipf: how skewed")
-    parser.add_argument("--requests", type=int, default=2000, help="of each run")
+    parser.add_argument("--adapters", type=int, default=64, help="number of live adapters")
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="skew of the Zipf law")
+    parser.add_argument("--requests", type=int, default=2000, help="requests of each run")
     parser.add_argument("--arrival-rate", type=float, default=150.0, help="requests a second")
-    parser.add_argument("--retire-rate", type=float, default=2.0, help="adapters a second that go, for new ones")
-    parser.add_argument("--reload-rate", type=float, default=2.0, help="adapters a second whose content changes")
-    parser.add_argument("--composed-share", type=float, default=0.0, help="of requests that name several adapters")
-    parser.add_argument("--abort-rate", type=float, default=2.0, help="requests a second that are given up")
+    parser.add_argument("--retire-rate", type=float, default=2.0, help="adapters replaced by new ones, per second")
+    parser.add_argument("--reload-rate", type=float, default=2.0, help="adapters with changed content, per second")
+    parser.add_argument("--composed-share", type=float, default=0.0, help="share of requests for several adapters")
+    parser.add_argument("--abort-rate", type=float, default=2.0, help="requests cancelled, per second")
     parser.add_argument("--max-loras", type=int, default=8)
     parser.add_argument("--max-cpu-loras", type=int, default=32)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=1 << 20)
     parser.add_argument("--max-adapter-wait-s", type=float, default=60.0)
     parser.add_argument("--eviction", default="lru")
-    parser.add_argument("--dtype", default="float32", help="other than float32 near ties are common and count as wrong")
+    parser.add_argument("--dtype", default="float32", help="but for float32, near ties are common and count as wrong")
     parser.add_argument("--num-threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for churn.json and churn.png")
@@ -207,7 +207,7 @@ def main() -> None:
             shown = {key: value for key, value in run.items() if key != "adapters"}
             print("  ".join(f"{key} {value}" for key, value in shown.items()), file=sys.stderr)
         reference_engine.close()
-    print(f"left behind at the end: {num_left}", file=sys.stderr)
+    print(f"not freed at the end: {num_left}", file=sys.stderr)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         settings_shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -1,9 +1,9 @@
-"""One run of churn: requests over many adapters, which meanwhile come, change and go; every answer is checked.
+"""One run of churn: requests for many adapters, which are loaded, changed and unloaded meanwhile; checks all answers.
 
-Owns: what happens when, by a seed, and what became of each request. Leaves to others: flags, tables, pictures
+Owns: the events, drawn from a seed, and each request's outcome. Leaves to others: flags, tables, pictures
 (churn.py), the adapters' files (random_adapters.py).
 
-The engine is stepped in the calling thread; adapters are registered through `Aliases`, as the worker does it.
+The engine is stepped in the calling thread; adapters are registered through `Aliases`, as in a worker.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import LoRAFleetError, QueueFullError
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
 
-NEAR_TIE = 1e-3  # of two logits: closer ones may come out either way, since kernels differ by batch size
+NEAR_TIE = 1e-3  # logits closer than this may be ranked either way, since kernels differ by batch size
 BASE = ""  # the base model's name
-MAX_COMPOSED = 3  # adapters of a request
+MAX_COMPOSED = 3  # adapters per request
 
 
 @dataclass(frozen=True, slots=True)
 class ChurnSettings:
-    """Rates are per second; 0 is never."""
+    """The settings of a run. Rates are per second; 0: never."""
 
     num_requests: int = 500
     arrival_rate: float = 200.0
-    zipf_alpha: float = 1.0  # the k-th most popular adapter is asked for as k^-alpha
+    zipf_alpha: float = 1.0  # the k-th most popular adapter is requested with a weight of k^-alpha
     base_share: float = 0.1  # of requests, for the base model
     composed_share: float = 0.0  # of requests, for up to MAX_COMPOSED adapters at once, weighted
-    abort_rate: float = 5.0  # requests that their client gives up
-    reload_rate: float = 5.0  # adapters whose file changes and that are loaded again under their name
-    retire_rate: float = 5.0  # adapters that are unloaded; another one comes in their place
-    num_prompts: int = 24  # different ones; they share beginnings
+    abort_rate: float = 5.0  # requests cancelled by their client
+    reload_rate: float = 5.0  # adapters whose files change and that are loaded again under their name
+    retire_rate: float = 5.0  # adapters that are unloaded and replaced by another
+    num_prompts: int = 24  # different ones, with shared prefixes
     max_prompt_tokens: int = 48
     max_output_tokens: int = 24
     num_tenants: int = 3
-    step_s: float | None = None  # that every step is taken to last, on whatever machine; None: what it does last
+    step_s: float | None = None  # assumed duration of every step, on any machine; None: the real one
     seed: int = 0
 
 
 @dataclass(slots=True)
 class Ask:
-    """One request and what came of it. Moments in seconds of one monotonic clock."""
+    """One request and its outcome. Times are seconds of one monotonic clock."""
 
     request: GenerateRequest
-    names: tuple[str, ...]  # of its adapters; none: the base model
-    contents: tuple[tuple[str, float], ...]  # of their files: the directories that they were copied from; and weights
-    is_cold: bool  # its adapter was in no slot when it was sent
+    names: tuple[str, ...]  # its adapters' names; none: the base model
+    contents: tuple[tuple[str, float], ...]  # (directory their files were copied from, weight)
+    is_cold: bool  # its adapter was not in a slot when it was sent
     sent_s: float
     token_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Ask:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Return a name to print."""
         return "+".join(self.names) or BASE
 
 
@@ -78,12 +78,12 @@ class ChurnResult:
 
 
 class Churn:
-    """Adapters `live`, each name with the content that it has now."""
+    """The run, with `live` adapters: each name with its current content."""
 
     def __init__(
         self, engine: Engine, contents: Sequence[Path], names: Sequence[str], scratch: Path, settings: ChurnSettings
     ) -> None:
-        """contents: adapter directories, more than names; each name begins with one of its own."""
+        """contents: adapter directories, more than there are names; each name begins with its own."""
         assert len(contents) >= len(names)
         self._engine = engine
         self._settings = settings
@@ -92,7 +92,7 @@ class Churn:
         self._rng = random.Random(settings.seed)
         self._aliases: Aliases[str] = Aliases(engine)
         self._content_of: dict[str, str] = {}
-        self._directories: dict[str, Path] = {}  # of the live names
+        self._directories: dict[str, Path] = {}  # by live name
         self._num_directories = 0
         self._open: dict[str, Ask] = {}
         self._names = list(names)  # most popular first
@@ -112,11 +112,11 @@ class Churn:
 
     @property
     def names(self) -> list[str]:
-        """Those that are live, most popular first."""
+        """Return the live names, the most popular first."""
         return list(self._names)
 
     def run(self) -> ChurnResult:
-        """Returns when every request has ended. The adapters stay; `close` unloads them."""
+        """Run until every request has ended. The adapters stay; `close` unloads them."""
         settings, engine = self._settings, self._engine
         result = ChurnResult([], 0, 0, 0, 0, [], 0.0)
         due = {"arrive": 0.0, "abort": 0.0, "reload": 0.0, "retire": 0.0}
@@ -155,7 +155,7 @@ class Churn:
         return result
 
     def close(self) -> None:
-        """Unload every adapter; returns when all is freed."""
+        """Unload every adapter, and wait until all is freed."""
         freed = [self._aliases.remove(name).result() for name in list(self._content_of)]
         while not all(future is None or future.done() for future in freed):
             self._engine.wait_for_work(timeout_s=0.1)
@@ -193,13 +193,13 @@ class Churn:
         result.asks.append(ask)
 
     def _draw(self) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
-        """Names of adapters, their digests and weights; one has the weight 1, and the base model is none."""
+        """Draw adapters: names, digests and weights. A single one has weight 1; none is the base model."""
         rng, settings = self._rng, self._settings
         kind = rng.random()
         if kind < settings.base_share:
             return (), ()
         num = 1 if kind < 1 - settings.composed_share else rng.randint(2, MAX_COMPOSED)
-        names: dict[str, str] = {}  # by digest: two names may have one content
+        names: dict[str, str] = {}  # by digest: two names may have the same content
         for name in rng.choices(self._names, self._weights, k=num):
             spec = self._aliases.get(name)
             assert spec is not None
@@ -214,7 +214,7 @@ class Churn:
         return directory
 
     def _reload(self) -> None:
-        """Load another content under a name, from a directory of its own or in the place of the old one's files."""
+        """Load other content under a name, from a new directory or over the old files."""
         name, content = self._rng.choice(self._names), self._rng.choice(self._contents)
         if self._rng.random() < 0.5:
             self._put(name, content, self._new_directory())
@@ -230,7 +230,7 @@ class Churn:
         self._directories[name] = directory
 
     def _retire(self, result: ChurnResult) -> None:
-        """One name goes, a new one takes its place among the popular."""
+        """Unload a name; a new one takes its popularity."""
         place = self._rng.randrange(len(self._names))
         old = self._names[place]
         self._aliases.remove(old).result()
@@ -254,19 +254,19 @@ class Churn:
 
 
 class Reference:
-    """What each request is answered when it has an engine to itself."""
+    """The right answers: those of an engine that runs one request at a time."""
 
     def __init__(self, engine: Engine, contents: Sequence[Path]) -> None:
-        """The engine holds the same model, has MAX_COMPOSED slots, and nobody else uses it."""
+        """engine: with the same model and MAX_COMPOSED slots, for this object's use alone."""
         self._engine = engine
         self._digests = {path.name: engine.register_adapter(str(path)).digest for path in contents}
         self._known: dict[object, tuple[list[int], list[float], FinishReason]] = {}
 
     def is_right(self, ask: Ask) -> bool:
-        """Whether an ended request got what it should, as far as it came if it was given up."""
+        """Return whether an ended request's answer is right, up to where it was cancelled."""
         token_ids, margins, finish = self._answer(ask)
         for place, (own, right) in enumerate(zip(ask.token_ids, token_ids, strict=False)):
-            if own != right:  # behind a near tie all may be different
+            if own != right:  # after a near tie everything may differ
                 return ask.request.sampling.temperature == 0.0 and margins[place] < NEAR_TIE
         if ask.finish is FinishReason.CANCELLED:
             return len(ask.token_ids) <= len(token_ids)

@@ -1,9 +1,9 @@
-"""How far we are from our targets, and how far ahead of others: one run, one table, one JSON, one chart.
+"""Compares us with our targets and with other servers: one run, one table, one JSON, one chart.
 
     python -m benchmarks.compare [--vllm PYTHON] [--rows NAME ...] [--repeat 5] [--out DIR]
 
-All sides run on this machine, one at a time, in turns, so that a drift of its speed meets them all. Every process that
-was started is ended again, also on Ctrl-C.
+All sides run on this machine, one at a time, in turns, so that a drift of its speed affects all of them. Every started
+process is ended, also on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _Side = TypeVar("_Side", Server, Child)
 
 _WARM_UP = Workload("warm-up", 16, 16, 128, 8, 0)
 _TRIAL = Workload("trial", 16, 16, 128, 32, 0)
-_WARM_UP_SEED = 1 << 20  # rounds' seeds are far below
-_FIRST_TOKEN_SAMPLES = 10  # of each state, a round
+_WARM_UP_SEED = 1 << 20  # rounds' seeds are far below this
+_FIRST_TOKEN_SAMPLES = 10  # per state and round
 _NUM_STARTS = 5
-_IDLE_CORES = 0.05  # an idle side that takes more is named
-_QUIET_CORES = 0.2  # all others together, before a side's turn
+_IDLE_CORES = 0.05  # an idle side that uses more is reported
+_QUIET_CORES = 0.2  # the most that all others use together before a side's turn
 _QUIET_TIMEOUT_S = 10.0
 
 
 class Comparison:
-    """Starts what the checks need, measures in rounds, keeps the record. A side that fails loses its own lines only."""
+    """Starts the sides, measures in rounds, keeps the record. A side that fails loses only its own lines."""
 
     def __init__(self, sides: Sides, checks: Sequence[Check], stack: contextlib.ExitStack) -> None:
         self.record = Record()
@@ -59,7 +59,7 @@ class Comparison:
         print(f"[{seconds // 60:3}:{seconds % 60:02}] {text}", file=sys.stderr, flush=True)
 
     def start(self, *, with_transformers: bool) -> None:
-        """Ours first and alone: its start is measured."""
+        """Start the sides, ours first and alone, since its start is measured."""
         if self._wants("ours"):
             self._try("ours", None, None, self._start_ours)
         if self._wants("engine"):
@@ -77,8 +77,8 @@ class Comparison:
                 self.record.fail("vllm", None, None, "not run (give --vllm PYTHON)")
         for name, side in self._running.items():
             self._try(name, None, None, lambda name=name, side=side: self._warm_up(name, side))
-        # An idle side must not disturb the others' turns. Seen here: ours takes 1-3 % of a core (Ray's), vLLM 1 %, a
-        # child 0, so nothing has to be stopped for the others' sake. Just after its turn: see _wait_for_quiet.
+        # An idle side must not disturb the others' turns. Measured here: ours uses 1-3 % of a core (Ray's), vLLM 1 %, a
+        # child 0, so none has to be stopped for the others. For the time just after a turn see _wait_for_quiet.
         idle = {name: round(processes.cpu_share([side.pid]), 3) for name, side in self._running.items()}
         self.settings["idle_cores"] = idle
         self.say(f"idle cores: {idle}")
@@ -87,7 +87,7 @@ class Comparison:
                 self.say(f"warning: {name} takes {share:.2f} cores while idle, which slows the others down")
 
     def measure(self, repeat: int) -> None:
-        """`repeat` rounds of everything; the sides' order changes with each round."""
+        """Measure `repeat` rounds of everything; the sides' order changes with each round."""
         order = ["speed", *COMPARED, "first-token"]
         for number in range(repeat):
             for workload in order:
@@ -101,7 +101,7 @@ class Comparison:
             self._try("ours", "memory", 0, self._measure_memory)
 
     def facts(self) -> dict[str, Any]:
-        """What the engine's process says about the machine."""
+        """Return the engine process's facts about the machine."""
         child = self._running.get("engine")
         return child.call("facts") if isinstance(child, Child) else {}
 
@@ -131,7 +131,7 @@ class Comparison:
                 self._keep("ours", server)
 
     def _start_vllm(self) -> None:
-        """One server for base rows and one with LoRA, each with the better of its ways to bind threads."""
+        """Start one server for base rows and one with LoRA, each with its better way to bind threads."""
         workloads = {name for side, name in self._wanted if side == "vllm"}
         for name, lora in (("vllm", False), ("vllm-lora", True)):
             if any(bool(COMPARED[workload].num_adapters) == lora for workload in workloads):
@@ -160,7 +160,7 @@ class Comparison:
                 self._run(process, dataclasses.replace(workload, num_adapters=num_adapters), _WARM_UP_SEED)
 
     def _wait_for_quiet(self, process: Server | Child | None) -> None:
-        """Until the other sides are idle: vLLM's engine polls with a whole core for a second after its last request."""
+        """Wait until the other sides are idle: after its last request vLLM's engine polls for a second on a core."""
         others = [side for side in self._running.values() if side is not process]
         deadline = time.monotonic() + _QUIET_TIMEOUT_S
         while (cores := processes.cpu_share([side.pid for side in others], 0.5)) > _QUIET_CORES:
@@ -195,7 +195,7 @@ class Comparison:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """One line a check, as Markdown."""
+    """Return one line per check, as Markdown."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
@@ -228,7 +228,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def document(
     comparison: Comparison, outcomes: Sequence[Outcome], facts: Mapping[str, Any], repeat: int
 ) -> dict[str, Any]:
-    """Everything that a reader needs to judge the table, or to draw it anew."""
+    """Return all data needed to judge the table, or to draw it again."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="rounds; the table shows medians (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "build" / "benchmarks", help="(default: %(default)s)")
     args = parser.parse_args()
-    # SIGTERM ends as Ctrl-C does: by leaving the blocks that started processes.
+    # SIGTERM ends the program like Ctrl-C: by leaving the blocks that started processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     checks = [check for check in CHECKS if check.row in args.rows]
     with contextlib.ExitStack() as stack:

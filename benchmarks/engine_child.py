@@ -1,4 +1,4 @@
-"""A child process that holds engines: what is measured without Ray, gRPC and HTTP, and the machine's own speed.
+"""A child process that holds engines: measures them without Ray, gRPC and HTTP, and the machine's own speed.
 
 python -m benchmarks.engine_child MODEL ADAPTERS MAX_LORAS LORA_RANK KV_BYTES MAX_MODEL_LEN
 """
@@ -19,7 +19,7 @@ from lorafleet.workers.model.architecture import read_model_spec
 
 
 class EngineChild:
-    """Engines are made at the first call that needs them, and stay."""
+    """The engines; each is created by the first call that needs it, and stays."""
 
     def __init__(self, config: EngineConfig, adapters: dict[str, Path], lora_rank: int) -> None:
         self._config = config
@@ -30,7 +30,7 @@ class EngineChild:
         self._first_token: FirstToken | None = None
 
     def run(self, workload: dict[str, Any], seed: int, vocab_size: int) -> dict[str, Any]:
-        """A workload on the engine alone."""
+        """Run a workload on the engine alone."""
         if self._engine is None:
             self._engine = Engine.from_config(self._config)
             self._engine.load()
@@ -42,16 +42,16 @@ class EngineChild:
         return offline.run(self._engine, made, requests, self._digests)
 
     def first_token(self, num_samples: int, seed: int) -> dict[str, list[float]]:
-        """Milliseconds by the adapter's state."""
+        """Return milliseconds to the first token by the adapter's state."""
         if self._first_token is None:
             self._first_token = FirstToken(self._config, self._adapters, self._lora_rank)
             self._first_token.sample(1, seed=-1)  # warm-up
         return self._first_token.sample(num_samples, seed)
 
     def speed(self) -> dict[str, float]:
-        """The machine's speed, and what it means for this model: the time to read the weights once, tokens a second."""
+        """Return the machine's speed, and its bounds for this model: time to read the weights once, tokens a second."""
         spec = read_model_spec(Path(self._config.model))
-        matrix = spec.vocab_size * spec.hidden_size  # embeddings, and the head that a step reads
+        matrix = spec.vocab_size * spec.hidden_size  # the embeddings, and the head, which a step reads
         body = spec.num_parameters - matrix * (1 if spec.tie_embeddings else 2)
         read_bytes_per_s = machine.read_bytes_per_s()
         flop_per_s = machine.matmul_flop_per_s()

@@ -1,4 +1,4 @@
-"""Time to the first token of a request alone, by where its adapter is: a slot, the host cache, the disk, or none."""
+"""Time to first token of a single request, by its adapter's place: a slot, the host cache, the disk, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOUCH = Workload("touch", 1, 1, 16, 1, 0)
 
 
 class FirstToken:
-    """An engine of its own with few slots and a small host cache, so that a few requests evict an adapter from both."""
+    """An engine with few slots and a small host cache, so that a few requests evict an adapter from both."""
 
     def __init__(self, config: EngineConfig, adapters: dict[str, Path], lora_rank: int) -> None:
         lora = LoRAConfig(max_loras=MAX_LORAS, max_lora_rank=lora_rank, max_cpu_loras=MAX_CPU_LORAS)
@@ -33,7 +33,7 @@ class FirstToken:
         self._num_samples = 0
 
     def sample(self, num_samples: int, seed: int) -> dict[str, list[float]]:
-        """Milliseconds to the first token: `num_samples` of each state, in turns."""
+        """Measure milliseconds to the first token: `num_samples` of each state, in turns."""
         times: dict[str, list[float]] = {state: [] for state in STATES}
         for number in range(num_samples):
             for state in STATES[number % 4 :] + STATES[: number % 4]:
@@ -45,7 +45,7 @@ class FirstToken:
 
     def _one(self, state: str, seed: int) -> float:
         target, *others = (next(self._turns) for _ in range(1 + MAX_CPU_LORAS))
-        # Whatever the state, small requests of adapters come before: all samples find the same caches behind them.
+        # In every state small requests for adapters run before, so that all samples find the same processor caches.
         history = {"base": others, "slot": [*others, target], "host": [target, *others[:MAX_LORAS]], "disk": others}
         for name in history[state]:
             self._run(_TOUCH, name, seed)
@@ -69,7 +69,7 @@ class FirstToken:
 
 
 def _drop_from_page_cache(path: Path) -> None:
-    """Clean pages alone are dropped, so the file must have been synced."""
+    """Drop a file from the page cache. It must have been synced, since only clean pages are dropped."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""Many workers on a virtual clock: what routing a trace of requests in some way comes to.
+"""Many workers on a virtual clock: simulates how a routing policy serves a trace of requests.
 
-The gateway's own `WorkerView` and `PrefixMemory` say what a policy knows, and as late as they do: heartbeats come every
-half second, and each gateway knows of its own requests only. A worker is a model of one: steps that take time for each
-sequence and each token of a prompt, seats, slots, a host tier, loads beside the steps, and a cache of prefixes.
-Seconds are the virtual clock's.
+A policy sees the gateway's own `WorkerView` and `PrefixMemory`, with the same delay as there: heartbeats arrive every
+half second, and each gateway knows only its own requests. A worker is modelled: steps that take time for each sequence
+and each prompt token, seats, slots, a host tier, loads in parallel to the steps, and a prefix cache. Seconds are the
+virtual clock's.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from lorafleet.workers.scheduling.pace import Pace
 HEARTBEAT_S = 0.5
 NUM_GATEWAYS = 4
 
-Policy = Callable[[Sequence[WorkerView], Wanted, random.Random], int]  # → which of the workers
+Policy = Callable[[Sequence[WorkerView], Wanted, random.Random], int]  # → index of the worker
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a trace. Its prompt begins with tokens that all requests for its adapter begin with."""
+    """One request of a trace. Its prompt begins with a prefix that all requests for its adapter share."""
 
     at_s: float
     adapter: str  # empty: the base model
     num_shared: int
-    num_own: int  # more tokens of the prompt
+    num_own: int  # further prompt tokens
     num_output: int
-    counts: bool = True  # else it only warms up
+    counts: bool = True  # False: it only warms up
 
     @property
     def num_prompt(self) -> int:
@@ -46,7 +46,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class WorkerModel:
-    """What a worker has, and how long things take it."""
+    """A worker's resources and times."""
 
     num_seats: int = 32
     num_slots: int = 32
@@ -54,8 +54,8 @@ class WorkerModel:
     num_prefixes: int = 64
     max_num_batched_tokens: int = 2048
     step_s: float = 0.02
-    sequence_s: float = 0.0002  # more for each sequence in a step
-    prompt_token_s: float = 0.00005  # more for each token of a prompt
+    sequence_s: float = 0.0002  # added for each sequence in a step
+    prompt_token_s: float = 0.00005  # added for each prompt token
     host_load_s: float = 0.015
     disk_load_s: float = 0.5
     num_loaders: int = 4
@@ -63,7 +63,7 @@ class WorkerModel:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of the requests that count: seconds to the first token, where adapters were found, prompts computed."""
+    """The results of the requests that count: seconds to the first token, tiers of adapters, prompts computed."""
 
     first_token_s: list[float] = field(default_factory=list)
     found: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
@@ -71,7 +71,7 @@ class Outcome:
     num_cached_tokens: int = 0
 
     def percentile(self, share: float) -> float:
-        """The time to first token that `share` of the requests kept."""
+        """Return the time to first token that `share` of the requests did not exceed."""
         ordered = sorted(self.first_token_s)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -84,27 +84,27 @@ class _Request:
 
 
 class _Tiers(dict[str, Tier]):
-    """Of a worker that knows all adapters: the others are on its disk."""
+    """The tiers of a worker that knows all adapters: those not listed are on its disk."""
 
     def get(self, adapter: str, default: Any = None) -> Any:
         return super().get(adapter, Tier.DISK)
 
 
 class _Worker:
-    """One worker. Its owner calls `add`, `begin_step` and `end_step`, `start_loads` and `loaded`, each at its time."""
+    """One worker. Its owner calls `add`, `begin_step` and `end_step`, `start_loads` and `loaded` at their times."""
 
     def __init__(self, number: int, model: WorkerModel, slowdown: float) -> None:
         self.name = f"worker-{number}"
         self.model = model
         self.slowdown = slowdown
         self.waiting: deque[_Request] = deque()
-        self.prompts: list[_Request] = []  # that have a seat and no token yet
+        self.prompts: list[_Request] = []  # requests with a seat but no token yet
         self.num_decoding = 0
-        self.steps = False  # a step is under way
+        self.steps = False  # whether a step is running
         self._num_steps = 0
-        self._ends: list[tuple[int, int, _Request]] = []  # (step, number, request): of those that decode
+        self._ends: list[tuple[int, int, _Request]] = []  # (step, number, request), of decoding requests
         self._numbers = count()
-        self.device: OrderedDict[str, int] = OrderedDict()  # adapters → requests that have a seat; LRU
+        self.device: OrderedDict[str, int] = OrderedDict()  # adapter → requests with a seat; LRU
         self.host: OrderedDict[str, None] = OrderedDict()
         self.loading: set[str] = set()
         self._num_loads = 0
@@ -122,7 +122,7 @@ class _Worker:
         return Tier.HOST if adapter in self.host or adapter in self.loading else Tier.DISK
 
     def report(self, view: WorkerView) -> WorkerView:
-        """The view that a heartbeat gives."""
+        """Return the view that a heartbeat reports."""
         model, slowdown = self.model, self.slowdown
         tiers = _Tiers(dict.fromkeys(self.host, Tier.HOST))
         tiers.update(dict.fromkeys(self.loading, Tier.HOST))
@@ -152,7 +152,7 @@ class _Worker:
         self.waiting.append(request)
 
     def start_loads(self) -> list[tuple[float, str]]:
-        """Loads that begin now: (how long each takes, adapter). For those that wait, in order of arrival."""
+        """Return the loads that begin now, as (duration, adapter), for waiting requests in order of arrival."""
         started = []
         wanted = {request.arrival.adapter for request in self.waiting}
         for request in self.waiting:
@@ -180,7 +180,7 @@ class _Worker:
         self._touch(self.host, adapter, self.model.num_host)
 
     def begin_step(self, now: float) -> float | None:
-        """How long the step takes that begins now; None: there is nothing to do."""
+        """Return the duration of the step that begins now; None if there is nothing to do."""
         self._let_in(now)
         if not self.num_running:
             self.steps = False
@@ -204,7 +204,7 @@ class _Worker:
         return self.slowdown * (model.step_s + model.sequence_s * num_rows + model.prompt_token_s * num_tokens)
 
     def end_step(self, now: float) -> list[_Request]:
-        """Those that have got their first token."""
+        """Return the requests that have got their first token."""
         self._num_steps += 1
         for request in self._finished:
             self.num_decoding += 1
@@ -249,7 +249,7 @@ class _Worker:
 
 
 class _Gateway:
-    """What one gateway knows."""
+    """The knowledge of one gateway."""
 
     def __init__(
         self, workers: Sequence[_Worker], num_prefixes: int, rng: random.Random, clock: Callable[[], float]
@@ -270,7 +270,7 @@ class _Gateway:
         self._prefixes = [PrefixMemory() for _ in workers]
 
     def choose(self, arrival: Arrival, policy: Policy, alive: Sequence[int]) -> int:
-        """A worker's number; it is sent there."""
+        """Send a request to a worker. Return the worker's number."""
         views = [self.views[number] for number in alive]
         prefix = [arrival.adapter.encode()]  # one block stands for the adapter's whole prefix
         cached = {
@@ -294,12 +294,12 @@ class _Gateway:
 
 
 class Fleet:
-    """Workers and gateways. Run it once."""
+    """The workers and gateways of one simulation; `run` it once."""
 
     def __init__(
         self, num_workers: int, model: WorkerModel, policy: Policy, *, slowdowns: dict[int, float], seed: int = 0
     ) -> None:
-        """slowdowns: how many times longer everything takes some workers."""
+        """slowdowns: factors by which some workers are slower."""
         rng = random.Random(seed)
         self._rng = rng
         self._now = 0.0

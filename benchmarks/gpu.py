@@ -1,13 +1,13 @@
-"""The engine's executing half on one GPU: how far each step is from what the device's memory and products allow.
+"""The engine's executing half on one GPU: compares each step with the floor of the device's memory and products.
 
     python -m benchmarks.gpu [--models llama-2-7b llama-3-8b] [--out FILE.json] [--quick]
     python -m benchmarks.gpu --draw FILE.json
 
 Checks every kernel against its reference, measures the device's own copies and products, then decode steps and prompts
-of models with random weights. Floors are of the same run. It ends within nine minutes and says what it had no time for.
-Needs torch, triton, transformers, safetensors and numpy, and of LoRAFleet neither Ray nor gRPC nor HTTP.
+of models with random weights. The floors are from the same run. It ends within nine minutes and lists what it had no
+time for. Needs torch, triton, transformers, safetensors and numpy, but not Ray, gRPC or HTTP.
 
-`--device cpu`, with TRITON_INTERPRET=1, runs all of it on a model so tiny that its times mean nothing.
+`--device cpu`, with TRITON_INTERPRET=1, is a dry run on a tiny model, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -53,27 +53,27 @@ from lorafleet.kernels.dispatch import forced
 from lorafleet.workers.model.memory_plan import format_bytes
 from lorafleet.workers.scheduling.batch import StepPlan
 
-_BUDGET_S = 510.0  # no row begins later
+_BUDGET_S = 510.0  # no row begins after this
 _MODELS = ("llama-2-7b", "llama-3-8b")
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is measured of a model."""
+    """The rows measured of a model."""
 
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     prompts: tuple[int, ...]  # tokens of all prompts of a step
-    counts: tuple[int, ...]  # of distinct adapters
+    counts: tuple[int, ...]  # numbers of distinct adapters
     rank: int
-    mixed_ranks: tuple[int, ...]  # in turns
-    off_batches: tuple[int, ...]  # measured without LoRA, too, at the first context
+    mixed_ranks: tuple[int, ...]  # of adapters in turn
+    off_batches: tuple[int, ...]  # also measured without LoRA, at the first context
 
     def off(self) -> list[Case]:
         return [Case("decode", batch, self.contexts[0], OFF) for batch in self.off_batches]
 
     def uniform(self) -> list[Case]:
-        """Steps that are compared with each other one after the other."""
+        """Return steps, in an order in which those compared with each other are adjacent."""
         cases = []
         for number, context in enumerate(self.contexts):
             for batch in self.batches:
@@ -98,7 +98,7 @@ TINY = Grid((1, 3), (16, 40), (12,), (1, 3), 2, (1, 2, 4), (1, 3))
 
 @dataclass
 class Bench:
-    """One run: what is known of the device, and the rows so far."""
+    """One run: the facts about the device, and the rows so far."""
 
     device: torch.device
     grid: Grid
@@ -127,7 +127,7 @@ class Bench:
         )
 
     def measure_model(self, name: str, deadline: float) -> None:
-        """All rows of a model; what goes wrong becomes rows, too."""
+        """Measure all rows of a model; failures become rows too."""
         grid = self.grid
         max_tokens = max(*grid.prompts, *grid.batches)
         num_off_tokens = max(grid.off_batches) * grid.contexts[0]
@@ -158,7 +158,7 @@ class Bench:
     def _measure(
         self, name: str, limits: Limits, parts: Sequence[tuple[Sequence[int], list[Case]]], deadline: float
     ) -> None:
-        """parts: ranks of the adapters in the slots, and what is measured with them."""
+        """parts: ranks of the adapters in the slots, and the cases measured with them."""
         waiting = [(ranks, case) for ranks, cases in parts for case in cases]
         try:
             if time.monotonic() < deadline:
@@ -172,7 +172,7 @@ class Bench:
                     del waiting[0]
                     self._add(self._row(name, model, case))
             rest = MISSING, ""
-        except Exception as error:  # other models may be fine
+        except Exception as error:  # other models may work
             rest = FAILED, _why(error)
         for _, case in waiting:
             self._add(Row(name, case, *rest))
@@ -192,7 +192,7 @@ class Bench:
             work = model.work(plan)
             device_s = self.clock.median_s(lambda: model.runner.logits(plan))
             step_s = self._whole_step_s(model, plan, device_s, is_decode=is_decode)
-        except Exception as error:  # other rows may be fine
+        except Exception as error:  # other rows may work
             return Row(name, case, FAILED, _why(error))
         bytes_s, flop_s = work.num_bytes / self.copy_bytes_per_s, work.flop / self.matmul_flop_per_s
         bound = "bytes" if bytes_s > flop_s else "FLOPs"
@@ -205,7 +205,7 @@ class Bench:
         return min(case.num_seqs, self.grid.counts[-1]) if case.adapters == MIXED else int(case.adapters)
 
     def _whole_step_s(self, model: BenchModel, plan: StepPlan, device_s: float, *, is_decode: bool) -> float:
-        """By wall clock, as the engine runs them: a step is launched before the one before has said its tokens."""
+        """Return wall-clock seconds of a step, launched as in the engine before the previous one returns its tokens."""
         count, num_samples = 2, 1
         if self.device.type == "cuda":
             count, num_samples = max(4, min(100, round(0.1 / device_s))), 3
@@ -216,7 +216,7 @@ class Bench:
                 began = time.perf_counter()
                 before = runner.launch(plan)
                 for request in requests:
-                    request.num_pending_tokens = int(is_decode)  # the input is what that launch samples
+                    request.num_pending_tokens = int(is_decode)  # the input is the token that launch samples
                 for _ in range(count - 1):
                     after = runner.launch(plan)
                     before.results()
@@ -235,7 +235,7 @@ class Bench:
     def _free(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
-            with suppress(RuntimeError):  # after an error of the device nothing works
+            with suppress(RuntimeError):  # after a device error nothing works
                 torch.cuda.synchronize(self.device)
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
@@ -253,7 +253,7 @@ def device_name(device: torch.device) -> str:
 
 
 def run(models: Sequence[str], device: torch.device, grid: Grid, out: Path) -> bool:
-    """Measure, print and write; whether all kernels agree with their references and no row failed."""
+    """Measure, print and write. Return whether all kernels agree with their references and no row failed."""
     began = time.monotonic()
     bench = Bench(device, grid, Clock(device), began)
     print(f"device: {device_name(device)}; torch {torch.__version__}")
@@ -267,11 +267,11 @@ def run(models: Sequence[str], device: torch.device, grid: Grid, out: Path) -> b
     wrong = [check.kernel for check in bench.checks if not check.is_met]
     failed = sum(row.status == FAILED for row in bench.rows)
     missing = sum(row.status == MISSING for row in bench.rows)
-    print(f"\ntargets on an H200, {'of which a dry run says nothing' if device.type != 'cuda' else 'worst rows'}")
+    print(f"\ntargets on an H200, {'not judged in a dry run' if device.type != 'cuda' else 'worst rows'}")
     for target in TARGETS:
         print(judge(target, bench.rows).line() if device.type == "cuda" else f"{target.title:<62}not measured")
     if device.type != "cuda":
-        print("\nNo figure above is of a GPU: this was a dry run in Triton's interpreter.")
+        print("\nThis was a dry run in Triton's interpreter: no figure above is from a GPU.")
     print(
         f"\n{len(bench.rows)} rows, {failed} failed, {missing} without time; {len(wrong)} kernels wrong"
         f"{': ' if wrong else ''}{', '.join(wrong)}; {time.monotonic() - began:.0f} s"
@@ -312,10 +312,10 @@ def _device(name: str) -> torch.device:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the engine's steps on one GPU against what bounds them.")
     parser.add_argument("--models", nargs="+", choices=_MODELS, default=list(_MODELS))
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/gpu.json"), help="PNG beside it")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/gpu.json"), help="with a PNG next to it")
     parser.add_argument("--quick", action="store_true", help="few rows")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run of a tiny model")
-    parser.add_argument("--draw", type=Path, metavar="FILE.json", help="only draw what an earlier run wrote")
+    parser.add_argument("--draw", type=Path, metavar="FILE.json", help="only draw an earlier run's file")
     args = parser.parse_args(arguments)
     if args.draw is not None:
         _picture(args.draw)

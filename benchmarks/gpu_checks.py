@@ -1,6 +1,6 @@
-"""Each Triton kernel against its reference, on the device and in each dtype: no figure counts before they agree.
+"""Checks each Triton kernel against its reference, on the device and in each dtype, before any figure counts.
 
-Of a result the row that is farthest off decides: |ours - reference| / |reference|, as Euclidean norms of the row.
+The worst row of a result decides: |ours - reference| / |reference|, in Euclidean norms of the row.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lorafleet.kernels.norm import fused_add_rms_norm_, rms_norm
 from lorafleet.kernels.rope import rope_kv_write_
 from lorafleet.kernels.sampling import sample_tokens
 
-# Of 16-bit numbers some are rounded to the other neighbour.
+# Some 16-bit numbers are rounded to the other neighbour.
 LIMITS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
-_MAX_DIFFERENT = 0.05  # of tokens drawn: where a random number lies on the border of two
+_MAX_DIFFERENT = 0.05  # share of drawn tokens, where a random number lies on the border of two
 _PAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How far a kernel is from its reference."""
+    """The error of a kernel against its reference."""
 
     kernel: str
     dtype: str
@@ -52,7 +52,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of the layer whose kernels are checked."""
+    """The sizes of the layer whose kernels are checked."""
 
     num_q_heads: int
     num_kv_heads: int
@@ -76,12 +76,12 @@ LLAMA_3 = Sizes(32, 8, 128, 14336, 128256, num_seqs=64, num_prompt_tokens=700, m
 LLAMA_2 = Sizes(32, 32, 128, 11008, 32000, num_seqs=64, num_prompt_tokens=700, max_rank=64)
 TINY = Sizes(2, 1, 16, 48, 97, num_seqs=3, num_prompt_tokens=20, max_rank=8)
 
-# Runs an op on fresh copies of one input; what it wrote.
+# Runs an op on fresh copies of one input, and returns its outputs.
 _Op = Callable[[], tuple[torch.Tensor, ...]]
 
 
 def run_checks(device: torch.device) -> Iterator[Check]:
-    """One after the other; one that cannot run is not met, and the next follows."""
+    """Run the checks one after the other; one that cannot run counts as failed, and the next follows."""
     for dtype in LIMITS:
         for sizes in _sizes(dtype, device):
             for name, op in _ops(sizes, dtype, device):
@@ -93,18 +93,18 @@ def run_checks(device: torch.device) -> Iterator[Check]:
 def _sizes(dtype: torch.dtype, device: torch.device) -> tuple[Sizes, ...]:
     if device.type != "cuda":
         return (TINY,)
-    return (LLAMA_3, LLAMA_2) if dtype == torch.bfloat16 else (LLAMA_3,)  # each is compiled, which takes seconds
+    return (LLAMA_3, LLAMA_2) if dtype == torch.bfloat16 else (LLAMA_3,)  # few, since compiling each takes seconds
 
 
 def row_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the row that is farthest off; NaN where either has one."""
+    """Return the error of the worst row; NaN if either has one."""
     ours, expected = ours.double().flatten(1), expected.double().flatten(1)
     norms = expected.norm(dim=1).clamp_min(1e-30)
     return float(((ours - expected).norm(dim=1) / norms).max())
 
 
 def _compared(name: str, op: _Op, dtype: torch.dtype, device: torch.device) -> Check:
-    # Triton's interpreter cuts off what hardware rounds to nearest.
+    # Triton's interpreter truncates where hardware rounds to nearest.
     limit = LIMITS[dtype] * (1 if device.type == "cuda" else 2)
     title = str(dtype).removeprefix("torch.")
     try:
@@ -112,15 +112,15 @@ def _compared(name: str, op: _Op, dtype: torch.dtype, device: torch.device) -> C
         with forced(None):
             expected = op()
         errors = [row_error(*pair) for pair in zip(ours, expected, strict=True)]
-        # max() would pass over NaN.
+        # max() would skip NaN.
         error = next((error for error in errors if math.isnan(error)), max(errors))
         return Check(name, title, error, limit)
-    except Exception as error:  # the next kernel may be fine
+    except Exception as error:  # the next kernel may work
         return Check(name, title, float("nan"), limit, _why(error))
 
 
 def _sampled(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Check:
-    """Rows that are greedy and rows that draw, with what cuts the vocabulary and without."""
+    """Check greedy rows and drawing rows, with and without top-k, top-p and min-p."""
     name = f"sample_tokens, vocabulary {sizes.vocab_size}"
     title = str(dtype).removeprefix("torch.")
     try:
@@ -210,7 +210,7 @@ def _rope(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> _Op:
 
 
 def _attention(sizes: Sizes, dtype: torch.dtype, device: torch.device, lengths: list[tuple[int, int]]) -> _Op:
-    """lengths: queries and keys of each sequence. Pages hold NaN behind its last key."""
+    """lengths: queries and keys of each sequence. Pages hold NaN after its last key."""
     most = max(-(-context // _PAGE) for _, context in lengths)
     keys, values = paged_kv.empty(len(lengths) * most, sizes.num_kv_heads, _PAGE, sizes.head_dim, dtype, device)
     keys.normal_(), values.normal_()
@@ -229,7 +229,7 @@ def _attention(sizes: Sizes, dtype: torch.dtype, device: torch.device, lengths: 
 def _lora(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, num_in: int, widths: tuple[int, ...], rows: int
 ) -> _Op:
-    """Adapters of ranks up to the largest, one of which leaves a slice alone; the first rows have none."""
+    """Check adapters of ranks up to the largest, one of which skips a slice; the first rows have no adapter."""
     num_slots, num_out, rank = 4, sum(widths), sizes.max_rank
     ranks = torch.tensor([rank, rank // 4, 1, rank // 2], dtype=torch.int32)[:, None].repeat(1, len(widths))
     if len(widths) > 1:

@@ -1,4 +1,4 @@
-"""Time on the device, and how fast it is at the two things that bound a model: copying memory, multiplying matrices."""
+"""Measures time on the device, and its speed in the two things that bound a model: memory copies, matrix products."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ _MAX_COUNT = 200  # runs of one sample
 
 
 class Clock:
-    """Times what runs one after the other on a device. On a CPU it only counts, for a dry run."""
+    """Measures consecutive runs on a device. On a CPU, in a dry run, it only counts."""
 
     def __init__(self, device: torch.device, *, sample_s: float = 0.15, num_samples: int = 5) -> None:
-        """sample_s: what the runs of one sample take together, about."""
+        """sample_s: approximate time of all runs of a sample."""
         self.device = device
         self._is_cuda = device.type == "cuda"
         self._sample_s = sample_s
         self._num_samples = num_samples if self._is_cuda else 1
 
     def median_s(self, run: Callable[[], object]) -> float:
-        """Of one run, with the ones before it under way: the median of several samples."""
+        """Return the seconds of one run in a sequence without gaps: the median of several samples."""
         count = self.count_for(run)
         return statistics.median(self.seconds(run, count) for _ in range(self._num_samples))
 
     def count_for(self, run: Callable[[], object]) -> int:
-        """How many runs make a sample. Warms up."""
+        """Warm up. Return the number of runs of a sample."""
         if not self._is_cuda:
             return 1
         self.seconds(run, 2)
         return max(3, min(_MAX_COUNT, round(self._sample_s / max(1e-6, self.seconds(run, 3)))))
 
     def seconds(self, run: Callable[[], object], count: int) -> float:
-        """Of one of so many runs, from the device's start of the first to its end of the last."""
+        """Return the mean seconds of `count` runs, from the device's start of the first to its end of the last."""
         if not self._is_cuda:
             began = time.perf_counter()
             for _ in range(count):
@@ -51,7 +51,7 @@ class Clock:
 
 
 def copy_bytes_per_s(clock: Clock) -> float:
-    """A copy within the device's memory, too large for its caches; what is read and what is written."""
+    """Return the rate of a copy within the device's memory, too large for its caches; counts reads and writes."""
     num_bytes = 4 << 30 if clock.device.type == "cuda" else 1 << 20
     source = torch.ones(num_bytes, dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
@@ -59,7 +59,7 @@ def copy_bytes_per_s(clock: Clock) -> float:
 
 
 def matmul_flop_per_s(clock: Clock) -> float:
-    """A large bfloat16 product of random numbers."""
+    """Return the rate of a large bfloat16 product of random numbers."""
     size = 8192 if clock.device.type == "cuda" else 64
     a, b = (torch.empty(size, size, dtype=torch.bfloat16, device=clock.device).normal_() for _ in range(2))
     out = torch.empty_like(a)

@@ -1,6 +1,6 @@
-"""A model of random weights on a device, and the steps that are measured on it. No checkpoint, no real prompt.
+"""A model of random weights on a device, and the steps measured on it. No checkpoint, no real prompt.
 
-Owns: the models' shapes, filling weights, pages and slots, plans of steps, and what a step has to read and compute.
+Owns: the models' shapes, filling weights, pages and slots, the plans of steps, and the least work of a step.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lorafleet.workers.scheduling.batch import Scheduled, StepPlan, in_row_order
 from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
 
 DTYPE = torch.bfloat16
-_STD = 0.02  # of weights, A and B
+_STD = 0.02  # standard deviation of weights, A and B
 _PIECE_BYTES = 64 << 20
 _SAMPLING = SamplingOptions(max_tokens=1 << 20, temperature=1.0, ignore_eos=True)
 
-# Room for the prompt of 8,192 tokens, which is more than Llama 2 was made for; no figure depends on it.
+# Room for the prompt of 8,192 tokens, longer than Llama 2's context; no figure depends on it.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         "vocab_size": 32000,
@@ -69,7 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def spec_of(name: str) -> ModelSpec:
-    """Through a config.json, as of any checkpoint."""
+    """Return a model's spec, read from a config.json like any checkpoint's."""
     config = LlamaConfig(**SHAPES[name], tie_word_embeddings=False, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     with tempfile.TemporaryDirectory() as folder:
@@ -78,10 +78,10 @@ def spec_of(name: str) -> ModelSpec:
 
 
 class RandomWeights(CheckpointReader):
-    """In place of a checkpoint: numbers made where they are wanted; a norm's are 1."""
+    """Stands in for a checkpoint: random numbers created on the device; norms are 1."""
 
     def __init__(self) -> None:
-        """There is no file."""
+        """Do nothing: there is no file."""
 
     def read_into(
         self, out: torch.Tensor, name: str, *, rows: slice = slice(None), columns: slice | None = None
@@ -93,7 +93,7 @@ class RandomWeights(CheckpointReader):
 
 
 class Rerun:
-    """Stands in for CUDA's graphs in a dry run: what was recorded runs again."""
+    """Stands in for CUDA's graphs in a dry run: it runs the recorded function again."""
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
@@ -101,10 +101,10 @@ class Rerun:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one runner."""
+    """The limits of one runner."""
 
     max_num_seqs: int
-    max_num_tokens: int  # of one step
+    max_num_tokens: int  # in one step
     max_loras: int  # 0: LoRA is off
     max_lora_rank: int
     num_kv_tokens: int | None = None  # None: what fits
@@ -112,7 +112,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The least that a step has to do: bytes to move once, operations of its products."""
+    """The least work of a step: bytes to move once, operations of its products."""
 
     num_bytes: int
     flop: int
@@ -156,12 +156,12 @@ class BenchModel:
         for layer in itertools.chain(cache.keys, cache.values):
             layer.normal_()
         self._device = device
-        self._ranks: list[int] = []  # of the adapters in the slots
-        self._pages = torch.randperm(self.plan.num_pages).tolist()  # as scattered as after hours of serving
+        self._ranks: list[int] = []  # those of the adapters in the slots
+        self._pages = torch.randperm(self.plan.num_pages).tolist()  # scattered, as after hours of serving
         self._features = spec.num_layers * sum(num_in + num_out for num_in, num_out in spec.linears.values())
 
     def fill_slots(self, ranks: Sequence[int]) -> None:
-        """Write an adapter of each rank into the slot of its number, as the engine does. No step runs."""
+        """Write adapters of these ranks into the slots in order, as the engine does, while no step runs."""
         adapters = {rank: self._adapter(rank) for rank in set(ranks)}
         for slot, rank in enumerate(ranks):
             self.runner.clear_slot(slot)
@@ -172,22 +172,22 @@ class BenchModel:
         self._ranks = list(ranks)
 
     def fits(self, num_seqs: int, num_tokens: int) -> bool:
-        """Whether there are pages for so many sequences of so many tokens."""
+        """Return whether the pages suffice for so many sequences of so many tokens."""
         return num_seqs * self._pages_for(num_tokens) <= self.plan.num_pages
 
     def kv_bytes(self, num_seqs: int, num_tokens: int) -> int:
         return num_seqs * num_tokens * self._kv_token_bytes
 
     def decode_plan(self, num_seqs: int, context: int, num_adapters: int) -> StepPlan:
-        """A token for each sequence, which attends to `context` keys, its own included."""
+        """Return the plan of a step with one token per sequence, which attends to `context` keys including its own."""
         return self._step(num_seqs, context, 1, num_adapters)
 
     def prefill_plan(self, num_seqs: int, num_tokens: int, num_adapters: int) -> StepPlan:
-        """Whole prompts, of so many tokens each."""
+        """Return the plan of a step with whole prompts of so many tokens each."""
         return self._step(num_seqs, num_tokens, num_tokens, num_adapters)
 
     def work(self, plan: StepPlan) -> Work:
-        """Weights, keys and values, and each adapter at its own rank, once; the products of all tokens."""
+        """Return a step's least work: weights, keys, values and each adapter's own rank once; all tokens' products."""
         spec, itemsize = self.spec, DTYPE.itemsize
         head = spec.vocab_size * spec.hidden_size
         slots = {slot for entry in plan.scheduled for slot in entry.slots}
@@ -221,7 +221,7 @@ class BenchModel:
         return StepPlan(in_row_order(entries), loads=())
 
     def _adapter(self, rank: int) -> HostAdapter:
-        """One that changes every linear. Its memory is in one piece, as of one that was read."""
+        """Return an adapter on every linear, in one piece of memory like one that was read."""
         num_elements = rank * self._features
         flat = torch.empty(num_elements, dtype=DTYPE, device=self._device).normal_(0.0, _STD).cpu()
         changes, begin = {}, 0

@@ -1,4 +1,4 @@
-"""What the GPU benchmark says: one table, the targets, and a picture of the table."""
+"""The GPU benchmark's report: one table, the targets, and a picture of the table."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 OFF, NONE, MIXED = "LoRA off", "none", "mixed"
 MEASURED, SKIPPED, FAILED, MISSING = "measured", "skipped", "failed", "no time left"
-LATENCY_SEQS = 1  # of the decode steps with targets
+LATENCY_SEQS = 1  # sequences of the decode steps with a latency target
 LOADED_SEQS = 64
-_LARGEST_COUNT = "32"  # of distinct adapters, with a target
+_LARGEST_COUNT = "32"  # distinct adapters, the largest with a target
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Case:
 
     kind: str  # decode or prefill
     num_seqs: int
-    num_tokens: int  # decode: keys of a sequence; prefill: of all prompts together
-    adapters: str  # OFF, NONE, how many distinct ones of the same rank, or MIXED
+    num_tokens: int  # decode: keys per sequence; prefill: tokens of all prompts
+    adapters: str  # OFF, NONE, number of distinct ones of the same rank, or MIXED
 
     def title(self) -> str:
         return f"{self.kind} {self.num_seqs} × {self.num_tokens}"
@@ -29,16 +29,16 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of a case. Times are of one step."""
+    """The result of a case. Times are of one step."""
 
     model: str
     case: Case
     status: str
     note: str = ""  # why it was not measured
-    device_s: float = 0.0  # forward passes one after the other, by the device's clock; it may wait for the host
-    step_s: float = 0.0  # wall clock of steps that overlap, with their preparation and sampling
+    device_s: float = 0.0  # consecutive forward passes, by the device's clock, which may wait for the host
+    step_s: float = 0.0  # wall clock of overlapping steps, with their preparation and sampling
     floor_s: float = 0.0
-    bound: str = ""  # what makes the floor: bytes or FLOPs
+    bound: str = ""  # the resource that sets the floor: bytes or FLOPs
     num_bytes: int = 0
     flop: int = 0
 
@@ -49,13 +49,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound on the worst of some rows."""
+    """A limit for the worst of some rows."""
 
     title: str
     bound: float
-    figure: Callable[[Row, Row | None], float]  # of a row and the one that it is compared with
+    figure: Callable[[Row, Row | None], float]  # computed from a row and the one it is compared with
     of: Callable[[Case], bool]
-    to: str | None = None  # adapters of the row that it is compared with
+    to: str | None = None  # adapters of the row compared with
     is_least: bool = False
 
 
@@ -65,7 +65,7 @@ class Verdict:
     worst: float | None  # None: no row was measured
     where: str
     is_met: bool
-    num_missing: int  # rows without which it does not hold
+    num_missing: int  # rows not measured, without which it does not hold
 
     def line(self) -> str:
         if self.worst is None:
@@ -135,7 +135,7 @@ TARGETS = (
 
 
 def judge(target: Target, rows: Sequence[Row]) -> Verdict:
-    """By the row that is farthest from the target. Rows that nothing stands beside are not compared."""
+    """Judge by the row farthest from the target. Rows without a partner are not compared."""
     figures: list[tuple[float, str]] = []
     num_missing = 0
     for row in rows:
@@ -156,7 +156,7 @@ def judge(target: Target, rows: Sequence[Row]) -> Verdict:
 
 
 def partner(row: Row, rows: Iterable[Row], adapters: str) -> Row | None:
-    """The row of the same step with those adapters, whatever became of it."""
+    """Return the row of the same step with those adapters, whether or not it was measured."""
     case = Case(row.case.kind, row.case.num_seqs, row.case.num_tokens, adapters)
     return next((other for other in rows if other.model == row.model and other.case == case), None)
 
@@ -184,14 +184,14 @@ def line(row: Row, rows: Sequence[Row]) -> str:
 
 
 def no_picture() -> str | None:
-    """Why none can be drawn."""
+    """Return why no picture can be drawn, or an empty string."""
     if importlib.util.find_spec("matplotlib"):
         return None
     return "no picture: matplotlib is not installed; where it is, `python -m benchmarks.gpu --draw FILE.json` draws one"
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Each measured step's time over its floor, a panel for each model. Call `no_picture` first."""
+    """Draw each measured step's time over its floor, in a panel for each model. Call `no_picture` first."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,10 @@
-"""Whether one tenant's heavy or hostile requests make another one wait: each case of heavy_cases.py beside a canary.
+"""Measures whether one tenant's heavy or hostile requests delay another's: each case of heavy_cases.py with a canary.
 
     python -m benchmarks.heavy_callers --model DIR [--case NAME ...] [--seconds 6] [--adapters 200] [--out FILE.json]
 
-Starts `lorafleet serve` with two API keys. A canary (canary.py) with one of them streams and asks for single tokens;
-the cases run in a process of their own with the other. Quiet and heavy intervals take turns; the longest
-wait of a heavy one is compared with the median of the quiet ones.
+Starts `lorafleet serve` with two API keys. With one of them a canary (canary.py) streams and requests single tokens;
+with the other the cases run in a separate process. Quiet and heavy intervals alternate; the longest wait of a heavy
+one is compared with the median of the quiet ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def server(args: argparse.Namespace, scratch: Path) -> Server:
 
 
 async def beside(name: str, args: argparse.Namespace, url: str, canary: Canary, scratch: Path) -> dict[str, Any]:
-    """One case between two quiet intervals."""
+    """Measure one case between two quiet intervals."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "benchmarks.heavy_cases", name, "--url", url, "--api-key", THEIRS, "--adapter", "random-000"),
@@ -78,7 +78,7 @@ async def _quiet(canary: Canary, seconds: float) -> Waits:
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Add to each row how many times the run's quiet wait (the median of its quiet intervals) the heavy one was."""
+    """Add to each row the ratio of its heavy wait to the run's quiet wait (the median of the quiet intervals)."""
     for wait in ("stream_gap_s", "request_s"):
         quiet = statistics.median(row[when][wait] for row in rows for when in ("before", "after"))
         for row in rows:
@@ -112,10 +112,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Heavy callers beside a canary.")
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each interval")
-    parser.add_argument("--adapters", type=int, default=200, help="that the server has")
-    parser.add_argument("--num-threads", type=int, default=1, help="of the engine")
-    parser.add_argument("--nice", type=int, default=10, help="of the process of the heavy caller")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of each interval")
+    parser.add_argument("--adapters", type=int, default=200, help="adapters the server has")
+    parser.add_argument("--num-threads", type=int, default=1, help="the engine's")
+    parser.add_argument("--nice", type=int, default=10, help="niceness of the heavy caller's process")
     parser.add_argument("--out", type=Path, default=None, help="write JSON to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lorafleet-bench-") as scratch:

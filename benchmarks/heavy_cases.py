@@ -1,9 +1,9 @@
-"""What one heavy or hostile caller may do to a server, each case by itself and bounded in time.
+"""Cases of heavy or hostile callers, each run alone and bounded in time.
 
     python -m benchmarks.heavy_cases NAME --url URL --api-key KEY --adapter NAME --root DIR --seconds S
 
-Prepares what it sends, prints `ready`, waits for a line on stdin, and then repeats its case for S seconds. At the
-end it prints JSON: how many answers there were of each status. heavy_callers.py runs each beside a canary.
+Prepares its data, prints `ready`, waits for a line on stdin, and then repeats its case for S seconds. At the end it
+prints JSON with the number of answers by status. heavy_callers.py runs each with a canary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIB = 1 << 20
 
 
 class Caller:
-    """One tenant's connection to the server, and what the server answered."""
+    """One tenant's connection to the server, and counts of the answers."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.url: str = args.url
@@ -39,7 +39,7 @@ class Caller:
         self.until = 0.0
 
     async def post(self, path: str, body: bytes, limit_s: float = 60.0) -> None:
-        """Send one body and read the answer, whatever it is."""
+        """Send one body and read the answer, of whatever status."""
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(total=limit_s)
         connector = aiohttp.TCPConnector(force_close=True)
@@ -55,7 +55,7 @@ class Caller:
             self.answers[type(error).__name__] += 1
 
     async def repeat(self, send: Callable[[], Awaitable[None]], at_once: int = 1) -> None:
-        """Send again and again until the time is over, `at_once` side by side."""
+        """Send repeatedly until the time is over, `at_once` in parallel."""
 
         async def one() -> None:
             while time.monotonic() < self.until:
@@ -64,7 +64,7 @@ class Caller:
         await asyncio.gather(*(one() for _ in range(at_once)))
 
     async def open(self, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection of its own, with `data` written to it."""
+        """Open a new connection, and write `data` to it."""
         parts = urlsplit(self.url)
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         writer.write(data)
@@ -72,7 +72,7 @@ class Caller:
         return reader, writer
 
     def head(self, path: str, *lines: str) -> bytes:
-        """The head of a POST request up to its last header line, without the empty line after it."""
+        """Return the head of a POST request up to its last header line, without the empty line after it."""
         fixed = [f"POST {path} HTTP/1.1", "Host: server", f"Authorization: Bearer {self.key}"]
         return "\r\n".join([*fixed, "Content-Type: application/json", *lines]).encode()
 
@@ -82,7 +82,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(function: Case) -> Case:
-    """Register a case: it prepares, and returns what is to be run."""
+    """Register a case: it prepares, and returns the coroutine to run."""
     CASES[function.__name__.replace("_", "-")] = function
     return function
 
@@ -93,7 +93,7 @@ def completion(**fields: object) -> bytes:
 
 @case
 async def long_weight(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """A model of an adapter's name and a weight of 32 KiB, and one of 4 MiB, of digits."""
+    """Name a model by an adapter and a weight of 32 KiB of digits, and of 4 MiB."""
     bodies = [completion(model=f"{caller.adapter}:{zeros}") for zeros in ("9" * 32768 + "x", "1." + "0" * (4 * MIB))]
 
     async def send() -> None:
@@ -105,28 +105,28 @@ async def long_weight(caller: Caller) -> Callable[[], Awaitable[None]]:
 
 @case
 async def unknown_models(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """Names that no model has, eight at a time."""
+    """Request models that do not exist, eight at a time."""
     body = completion(model="customer-99999/suport" * 20)
     return lambda: caller.repeat(lambda: caller.post("/v1/completions", body), at_once=8)
 
 
 @case
 async def long_prompts(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """Four prompts of 7 MiB at a time."""
+    """Send prompts of 7 MiB, four at a time."""
     body = completion(prompt="hello world, this is a prompt. " * (7 * MIB // 31))
     return lambda: caller.repeat(lambda: caller.post("/v1/completions", body), at_once=4)
 
 
 @case
 async def fitting_prompts(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """Texts that are as long as the context allows, to be counted only: /tokenize, four at a time."""
+    """Send texts as long as the context allows to /tokenize, four at a time."""
     body = json.dumps({"model": "base", "prompt": "hello world, this is a prompt. " * 900}).encode()
     return lambda: caller.repeat(lambda: caller.post("/tokenize", body), at_once=4)
 
 
 @case
 async def deep_json(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """Lists in lists, in a message and as a tool call's arguments."""
+    """Send deeply nested lists, in a message and as a tool call's arguments."""
     deep = "[" * 50_000 + "]" * 50_000
     message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}
     bodies = [
@@ -143,14 +143,14 @@ async def deep_json(caller: Caller) -> Callable[[], Awaitable[None]]:
 
 @case
 async def many_choices(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """128 prompts of 2,000 token ids with 16 choices each, in one request, given up after a second."""
+    """Send 128 prompts of 2,000 token ids with 16 choices each in one request, and cancel it after a second."""
     body = completion(prompt=[[i % 1000 + 5 for i in range(2000)]] * 128, n=16, max_tokens=8)
     return lambda: caller.repeat(lambda: caller.post("/v1/completions", body, limit_s=1.0))
 
 
 @case
 async def weights_of_one_adapter(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """900 compositions of one adapter, each with a weight of its own, at once."""
+    """Request 900 compositions of one adapter at once, each with another weight."""
     bodies = [completion(model=f"{caller.adapter}:{1 + i / 1000}") for i in range(900)]
 
     async def send() -> None:
@@ -161,18 +161,18 @@ async def weights_of_one_adapter(caller: Caller) -> Callable[[], Awaitable[None]
 
 @case
 async def half_heads(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """500 connections whose request head never ends."""
+    """Open 500 connections whose request head never ends."""
     return lambda: _hold(caller, caller.head("/v1/completions"), 500)
 
 
 @case
 async def slow_bodies(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """1,030 bodies of which one byte comes."""
+    """Send only one byte of each of 1,030 bodies."""
     return lambda: _hold(caller, caller.head("/v1/completions", "Content-Length: 100") + b"\r\n\r\n{", 1030)
 
 
 async def _hold(caller: Caller, data: bytes, count: int) -> None:
-    """Open connections that send no more than `data`, until the time is over."""
+    """Open connections that send only `data`, until the time is over."""
     writers = []
     for _ in range(count):
         try:
@@ -187,7 +187,7 @@ async def _hold(caller: Caller, data: bytes, count: int) -> None:
 
 @case
 async def slow_readers(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """50 streams of which a byte a second is read."""
+    """Read 50 streams at a byte a second."""
     body = completion(max_tokens=1000, stream=True, ignore_eos=True, n=1)
     data = caller.head("/v1/completions", f"Content-Length: {len(body)}") + b"\r\n\r\n" + body
 
@@ -212,7 +212,7 @@ async def slow_readers(caller: Caller) -> Callable[[], Awaitable[None]]:
 
 @case
 async def scrapes(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """/metrics, one scrape after another."""
+    """Scrape /metrics without a pause."""
 
     async def scrape() -> None:
         headers = {"Authorization": f"Bearer {caller.key}"}
@@ -224,7 +224,7 @@ async def scrapes(caller: Caller) -> Callable[[], Awaitable[None]]:
 
 
 def _adapter(caller: Caller, name: str) -> Path:
-    """A copy of the adapter, for a case to spoil."""
+    """Return a copy of the adapter for a case to corrupt."""
     directory = caller.root / name
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(caller.root / "good", directory)
@@ -238,7 +238,7 @@ async def _load(caller: Caller, directory: Path) -> None:
 
 @case
 async def endless_regular_expression(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """Adapters whose alpha_pattern takes a backtracking matcher for ever."""
+    """Load adapters whose alpha_pattern never ends in a backtracking matcher."""
     directory = _adapter(caller, "endless")
     config = json.loads((directory / "adapter_config.json").read_text())
     config["alpha_pattern"] = {r"(([a-z_.0-9])+)+!": 3}
@@ -248,7 +248,7 @@ async def endless_regular_expression(caller: Caller) -> Callable[[], Awaitable[N
 
 @case
 async def fifo_among_files(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """An adapter with a FIFO for its weights, which a plain open waits for."""
+    """Load an adapter whose weights file is a FIFO, on which a plain open blocks."""
     directory = _adapter(caller, "fifo")
     (directory / "adapter_model.safetensors").unlink()
     os.mkfifo(directory / "adapter_model.safetensors")
@@ -257,7 +257,7 @@ async def fifo_among_files(caller: Caller) -> Callable[[], Awaitable[None]]:
 
 @case
 async def huge_template(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """An adapter whose chat template has 1 MiB."""
+    """Load an adapter whose chat template has 1 MiB."""
     directory = _adapter(caller, "template")
     (directory / "chat_template.jinja").write_text("{% if messages %}x{% endif %}" * (MIB // 29))
     return lambda: caller.repeat(lambda: _load(caller, directory))
@@ -265,7 +265,7 @@ async def huge_template(caller: Caller) -> Callable[[], Awaitable[None]]:
 
 @case
 async def loads(caller: Caller) -> Callable[[], Awaitable[None]]:
-    """One good adapter, loaded in place again and again."""
+    """Load one good adapter in place repeatedly."""
     directory = _adapter(caller, "loaded")
     return lambda: caller.repeat(lambda: _load(caller, directory))
 
@@ -277,7 +277,7 @@ async def run(args: argparse.Namespace) -> None:
     await asyncio.to_thread(sys.stdin.readline)
     caller.until = time.monotonic() + caller.seconds
     task = asyncio.ensure_future(go())
-    # An answer that takes longer than the interval is counted by its absence.
+    # An answer that takes longer than the interval is missing from the counts.
     done, _ = await asyncio.wait([task], timeout=caller.seconds)
     if not done:
         task.cancel()
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("--api-key", required=True)
     parser.add_argument("--adapter", required=True, help="a served adapter's name")
-    parser.add_argument("--root", required=True, help="directory that adapters may be loaded from; has one named good")
+    parser.add_argument("--root", required=True, help="directory to load adapters from; contains one named good")
     parser.add_argument("--seconds", type=float, default=6.0)
     asyncio.run(run(parser.parse_args()))
 

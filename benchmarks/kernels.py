@@ -1,9 +1,9 @@
-"""Each CPU kernel against torch, or against what bounds it, over the sizes of a model's layers.
+"""Compares each CPU kernel with torch, or with its bound, at the sizes of a model's layers.
 
     python -m benchmarks.kernels [--model DIR] [--num-threads N]
 
-Weights are read in turns from many copies, so that no cache holds them, as in a model of many layers.
-LORAFLEET_CPU_LEVEL chooses a lesser instruction set.
+Weights are read from many copies in turn, so that no cache holds them, as in a model of many layers.
+LORAFLEET_CPU_LEVEL chooses a lower instruction set.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def median_us(function: Callable[[], object], repeat: int = 30) -> float:
 
 
 def fused_linears(spec: ModelSpec) -> list[tuple[int, int]]:
-    """(in, out) features of a layer's four products."""
+    """Return (in, out) features of a layer's four products."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     return [(hidden, spec.qkv_size), (spec.q_size, hidden), (hidden, 2 * inner), (inner, hidden)]
 
@@ -63,7 +63,7 @@ def linears(spec: ModelSpec) -> None:
             totals[3] += median_us(lambda x=x, plain=plain: F.linear(x, next(plain)))
             flop += 2 * rows * num_in * num_out
         packed, int8, plain_us, torch_us = totals
-        # The plain kernel is for few rows; beyond them `linear` is torch's product.
+        # The plain kernel is for few rows; for more, `linear` is torch's product.
         figures = [f"{packed:.0f}", f"{int8:.0f}", f"{plain_us:.0f}" if rows <= 4 else "", f"{torch_us:.0f}"]
         figures += [f"{torch_us / packed:.2f}", f"{flop / packed / 1e6:.3f}"]
         print(f"{rows:>4} rows{'':<15}" + "".join(f"{figure:>14}" for figure in figures))

@@ -1,4 +1,4 @@
-"""What the machine is, and how fast at the two things that bound a model: reading memory, multiplying matrices."""
+"""Facts about the machine, and its speed in the two things that bound a model: reading memory, matrix products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ISA = ("avx", "amx", "fma", "f16c", "asimd", "sve", "bf16", "i8mm")
 
 
 def facts() -> dict[str, Any]:
-    """CPU, cores, instruction sets, memory and the versions that matter."""
+    """Return CPU, cores, instruction sets, memory and relevant versions."""
     info = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     fields = {name.strip(): value.strip() for name, _, value in reversed(info)}
     flags = fields.get("flags", fields.get("Features", "")).split()
@@ -33,13 +33,13 @@ def facts() -> dict[str, Any]:
 
 
 def read_bytes_per_s() -> float:
-    """Reading memory that no cache holds, with all cores."""
+    """Return the rate of reading memory that no cache holds, on all cores."""
     x = torch.ones(1 << 27, dtype=torch.float32)  # 512 MiB
     return x.nbytes / _median_s(x.sum)
 
 
 def matmul_flop_per_s(size: int = 2048) -> float:
-    """A large bfloat16 product, with all cores."""
+    """Return the rate of a large bfloat16 product, on all cores."""
     a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
     return 2 * size**3 / _median_s(lambda: a @ b)
 

@@ -1,11 +1,11 @@
-"""What thousands of registered adapters cost: throughput against five, with as many distinct ones in each batch.
+"""The cost of thousands of registered adapters: throughput compared with five, with as many distinct ones per batch.
 
 python -m benchmarks.many_adapters [--adapters 2000] [--slots 32] [--repeat 3]
 
-The engine alone, on a tiny random model. Five seats, so that a batch holds five requests for five different adapters
-where five take turns, and nearly as many where adapters are drawn by popularity (Zipf, alpha 1) from thousands. Both
-sides run in turns in engines of their own. Each adapter is asked for once beforehand, so that the host cache has it; a
-slot has it for some 40 % of the requests.
+Runs the engine alone, on a tiny random model with five seats. So a batch holds requests for five different adapters if
+five take turns, and for nearly as many if they are drawn by popularity (Zipf, alpha 1) from thousands. Both sides run
+in turns, in an engine each. Each adapter is requested once beforehand, so that the host cache has it; for some 40 % of
+the requests a slot has it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
 
 NUM_SEATS = 5
-QUEUE = 64  # requests that wait at any time: what the engine can look ahead
+QUEUE = 64  # requests that wait at any time: the engine's look-ahead
 
 
 class Side:
-    """An engine with adapters and the order in which they are asked for."""
+    """An engine with adapters, and the order in which they are requested."""
 
     def __init__(self, model: Path, paths: list[Path], weights: list[float] | None, num_slots: int) -> None:
-        """weights: of each adapter; None asks for one after the other."""
+        """weights: the adapters' popularity; None: one after the other."""
         config = EngineConfig(
             model=str(model),
             dtype="float32",
@@ -51,10 +51,10 @@ class Side:
         self._weights = weights
         self._rng = random.Random(0)
         self._num_asked = 0
-        self.num_distinct: list[int] = []  # adapters in each step
+        self.num_distinct: list[int] = []  # distinct adapters of each step
 
     def warm_up(self) -> None:
-        """Ask for every adapter once."""
+        """Request every adapter once."""
         options = SamplingOptions(max_tokens=1, temperature=0.0)
         for begin in range(0, len(self._digests), QUEUE):
             for number, digest in enumerate(self._digests[begin : begin + QUEUE]):
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Thousands of adapters against five.")
     parser.add_argument("--adapters", type=int, default=2000)
     parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=1000, help="of each turn")
+    parser.add_argument("--requests", type=int, default=1000, help="requests of each turn")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lorafleet-bench-") as scratch:

@@ -1,4 +1,4 @@
-"""When tokens came, and what follows from it."""
+"""Arrival times of tokens, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from benchmarks.workloads import Workload
 
 @dataclass(slots=True)
 class Timeline:
-    """One request's moments, in seconds of one monotonic clock."""
+    """One request's times, in seconds of one monotonic clock."""
 
     sent_s: float
     token_s: list[float] = field(default_factory=list)  # one entry per token
 
 
 def summarise(workload: Workload, timelines: Sequence[Timeline], elapsed_s: float) -> dict[str, Any]:
-    """The figures of one run. Tokens that arrived in one piece count as gaps of zero."""
+    """Return the figures of one run. Tokens that arrived together have gaps of zero."""
     num_output = sum(len(timeline.token_s) for timeline in timelines)
     num_input = workload.num_input_tokens * len(timelines)
     first = [timeline.token_s[0] - timeline.sent_s for timeline in timelines if timeline.token_s]
@@ -49,13 +49,13 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _mean_gap_ms(timelines: Sequence[Timeline]) -> float:
-    """Milliseconds from a request's first to its last token, per token: no stall is left out."""
+    """Return the milliseconds per token from a request's first to its last, including stalls."""
     spans = [timeline.token_s[-1] - timeline.token_s[0] for timeline in timelines if timeline.token_s]
     return 1e3 * sum(spans) / max(1, sum(len(timeline.token_s) - 1 for timeline in timelines if timeline.token_s))
 
 
 def report(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table on stderr, the JSON document on stdout."""
+    """Print a table to stderr, the JSON document to stdout."""
     print(
         f"{'workload':<18}{'out tok/s':>10}{'in tok/s':>10}{'ttft p50':>10}{'p99':>9}{'itl p50':>9}{'p99':>9}",
         file=sys.stderr,

@@ -1,10 +1,10 @@
-"""What a busy machine does to streams: tokens a second and the longest gap, alone and beside neighbours.
+"""The effect of a busy machine on streams: tokens a second and the longest gap, alone and with neighbours.
 
 python -m benchmarks.neighbours [--seconds 2] [--repeat 3] [--scene NAME ...] [--out FILE.json]
 
-A scene is a subject that generates and neighbours that come and go. Each time it is measured between two quiet
-measurements of the same subject, and compared with their mean, since the machine's speed drifts. Beside k busy threads
-on c cores a subject's fair part of its quiet speed is c / (c + k); two thirds of that are to be reached.
+A scene is a subject that generates, and neighbours that start and stop. It is measured between two quiet measurements
+of the same subject, and compared with their mean, since the machine's speed drifts. With k busy threads on c cores, a
+subject's fair share of its quiet speed is c / (c + k); the target is two thirds of that.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from benchmarks.compare import demo_model
 from benchmarks.peers import Child
 
 NUM_STREAMS = 4
-REACH = 0.675  # of the fair part: 0.45 of the quiet speed beside one busy thread on two cores
+REACH = 0.675  # target share of the fair share: 0.45 of the quiet speed with one busy thread on two cores
 Figures = dict[str, float]  # tok_per_s, longest_gap_ms
 
 
 class Subject(Protocol):
-    """What is measured."""
+    """The program measured."""
 
     def measure(self, seconds: float) -> Figures: ...
 
 
-Neighbours = Callable[[], contextlib.AbstractContextManager[Figures]]  # may say how they fared, at the end
+Neighbours = Callable[[], contextlib.AbstractContextManager[Figures]]  # may fill in their own figures at the end
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Who is measured beside whom."""
+    """A subject and its neighbours."""
 
     name: str
     subject: Subject
     neighbours: Neighbours
-    num_busy: int  # threads of the neighbours that compete for the cores
+    num_busy: int  # the neighbours' threads that compete for the cores
 
     def reach(self, num_cores: int) -> float:
-        """The least ratio that is wanted."""
+        """Return the target ratio."""
         return REACH * num_cores / (num_cores + self.num_busy)
 
 
 class EngineStreams:
-    """Streams of an engine in a process of its own."""
+    """Streams of an engine in a separate process."""
 
     def __init__(self, model: Path, log: Path, *, workers_per_host: int = 1) -> None:
         self._child = Child("streams_child", str(model), str(workers_per_host), log=log)
@@ -79,7 +79,7 @@ class EngineStreams:
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[Figures]:
-        """As a neighbour."""
+        """Generate as a neighbour."""
         figures: Figures = {}
         self._child.call("begin", num_streams=NUM_STREAMS)
         try:
@@ -89,7 +89,7 @@ class EngineStreams:
 
 
 def spinning(count: int, nice: int = 0) -> Neighbours:
-    """Processes that compute without end."""
+    """Run processes that compute without end."""
 
     @contextlib.contextmanager
     def run() -> Iterator[Figures]:
@@ -108,7 +108,7 @@ def spinning(count: int, nice: int = 0) -> Neighbours:
 
 @contextlib.contextmanager
 def make_scenes(model: Path, scratch: Path) -> Iterator[list[Scene]]:
-    """All scenes, with the subjects that they need."""
+    """Return all scenes, with the subjects they need."""
     with contextlib.ExitStack() as stack:
 
         def engine(name: str, **options: int) -> EngineStreams:
@@ -126,7 +126,7 @@ def make_scenes(model: Path, scratch: Path) -> Iterator[list[Scene]]:
 
 
 def measure(scene: Scene, seconds: float) -> dict[str, Any]:
-    """A scene between two quiet measurements of its subject."""
+    """Measure a scene between two quiet measurements of its subject."""
     before = scene.subject.measure(seconds)
     with scene.neighbours() as neighbours:
         beside = scene.subject.measure(seconds)
@@ -143,7 +143,7 @@ def measure(scene: Scene, seconds: float) -> dict[str, Any]:
 
 
 def summarise(scene: Scene, rows: list[dict[str, Any]], num_cores: int) -> dict[str, Any]:
-    """A scene's medians, and its longest gaps."""
+    """Return a scene's medians, and its longest gaps."""
     own = [row for row in rows if row["scene"] == scene.name]
     quiet = [row[when] for row in own for when in ("before", "after")]
     beside = [row["beside"] for row in own]
@@ -177,10 +177,10 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure streams beside busy neighbours.")
     parser.add_argument("--model", type=Path, help="model directory (default: the demo model)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement")
     parser.add_argument("--repeat", type=int, default=3, help="rounds over all scenes")
     parser.add_argument(
-        "--scene", nargs="+", metavar="NAME", help="words of the names of those to measure (default: all)"
+        "--scene", nargs="+", metavar="NAME", help="words in the names of the scenes to measure (default: all)"
     )
     parser.add_argument("--out", type=Path, help="file for the JSON (default: stdout)")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOption
 
 
 def run(engine: Engine, workload: Workload, requests: list[BenchRequest], digests: dict[str, str]) -> dict[str, Any]:
-    """One run of a workload; asserts that every request got all its tokens."""
+    """Run a workload once; asserts that every request got all its tokens."""
     options = SamplingOptions(max_tokens=workload.num_output_tokens, temperature=0.0, ignore_eos=True)
     timelines: dict[str, Timeline] = {}
     pending = list(enumerate(requests))

@@ -1,6 +1,6 @@
-"""What is compared, as processes: servers behind HTTP, and children that hold an engine and answer calls.
+"""The processes compared: servers with HTTP, and children that hold an engine and answer calls.
 
-Each is a context manager that ends all it started, in whatever way the block is left.
+Each is a context manager that ends all it started, however the block is left.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ VOCAB_SIZE = 30_000  # prompt token ids are drawn below this
 
 
 class PeerError(Exception):
-    """It did not start, ended by itself, or answered with an error."""
+    """A peer did not start, ended by itself, or answered with an error."""
 
 
 class _Peer:
-    """A process in a session of its own, so that Ctrl-C in a terminal reaches it through us only."""
+    """A process in its own session, so that Ctrl-C in a terminal reaches it through us only."""
 
     def __init__(
         self, command: Sequence[str], log: Path, directory: Path, environment: Mapping[str, str], **pipes: Any
@@ -64,13 +64,13 @@ class _Peer:
         return self.process.pid
 
     def check(self) -> None:
-        """Raises PeerError when it has ended."""
+        """Raise PeerError if it has ended."""
         self._seen |= processes.tree(self.pid)
         if self.process.poll() is not None:
             raise PeerError(f"ended with exit code {self.process.returncode}: {self._last_words()}")
 
     def stop(self, timeout_s: float = 40.0) -> None:
-        """Ask it to end; then nothing of it is left."""
+        """Ask it to end, then kill the rest of it."""
         self._seen |= processes.tree(self.pid)
         try:
             if self.process.poll() is None:
@@ -88,7 +88,7 @@ class _Peer:
 
 
 class Server(_Peer):
-    """An OpenAI-compatible server on a free port of 127.0.0.1; `command` lacks the port. Waits until it is ready."""
+    """An OpenAI-compatible server on a free port of 127.0.0.1, which `command` lacks. Waits until it is ready."""
 
     def __init__(
         self, command: Sequence[str], log: Path, ready_path: str, environment: Mapping[str, str] | None = None
@@ -111,7 +111,7 @@ class Server(_Peer):
         self.ready_s = time.perf_counter() - began
 
     def run(self, workload: Workload, seed: int) -> dict[str, Any]:
-        """One run over HTTP. Raises PeerError, or what the client raises."""
+        """Run a workload once over HTTP. Raises PeerError, or the client's errors."""
         self.check()
         return asyncio.run(asyncio.wait_for(self._run(workload, seed), RUN_TIMEOUT_S))
 
@@ -130,14 +130,14 @@ class Server(_Peer):
 
 
 class Child(_Peer):
-    """A module of this package that answers calls, one JSON line each, on its stdin and stdout (see child.py)."""
+    """A module of this package that answers calls on stdin and stdout, one JSON line each (see child.py)."""
 
     def __init__(self, module: str, *arguments: str, log: Path) -> None:
         command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
         super().__init__(command, log, REPOSITORY, {}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def call(self, name: str, **arguments: Any) -> Any:
-        """Raises PeerError when it fails there."""
+        """Call a function there. Raises PeerError if it fails."""
         self.check()
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"name": name, "arguments": arguments}).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Trees of processes in /proc: who belongs to one, how much memory and CPU time it takes, and its end."""
+"""Trees of processes in /proc: their members, memory and CPU time, and ending them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-Process = tuple[int, str]  # pid and when it began: a pid alone may be another process later
+Process = tuple[int, str]  # pid and start time, since a pid may be reused
 
 
 def tree(root: int) -> set[Process]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(entry.name))
@@ -27,7 +27,7 @@ def tree(root: int) -> set[Process]:
 
 
 def pss_bytes(root: int) -> int:
-    """Memory of a tree, where a page that n processes share counts 1/n for each."""
+    """Return the memory of a tree; a page that n processes share counts 1/n for each."""
     total = 0
     for pid, _ in tree(root):
         with contextlib.suppress(OSError):
@@ -37,7 +37,7 @@ def pss_bytes(root: int) -> int:
 
 
 def cpu_share(roots: Sequence[int], seconds: float = 2.0) -> float:
-    """Cores that some trees keep busy, watched for a while."""
+    """Measure for a while how many cores some trees keep busy."""
 
     def ticks() -> int:
         pids = (pid for root in roots for pid, _ in tree(root))
@@ -49,7 +49,7 @@ def cpu_share(roots: Sequence[int], seconds: float = 2.0) -> float:
 
 
 def kill(processes: set[Process]) -> None:
-    """End those that still run, now."""
+    """Kill those that still run."""
     for pid, began in processes:
         fields = _stat(pid)
         if fields and fields[19] == began:
@@ -58,7 +58,7 @@ def kill(processes: set[Process]) -> None:
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat behind the command's name: state, parent, ...; empty when there is none, or only its remains."""
+    """Return /proc/PID/stat after the command's name: state, parent, ...; empty for no process, or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):

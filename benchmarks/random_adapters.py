@@ -1,4 +1,4 @@
-"""Makes random PEFT adapters for a model, and prints the flags to serve them with.
+"""Writes random PEFT adapters for a model, and prints the flags to serve them.
 
 python -m benchmarks.random_adapters --model DIR --out DIR [--count 64] [--rank 8]
 """
@@ -17,7 +17,7 @@ from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 
 
 def write_adapter(spec: ModelSpec, directory: Path, *, lora_rank: int, seed: int, strength: float = 0.01) -> None:
-    """An adapter on all seven linears in bfloat16. strength: of B; the default leaves the model's logits finite."""
+    """Write an adapter on all seven linears in bfloat16. strength: B's; the default keeps the logits finite."""
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -44,7 +44,7 @@ def write_adapter(spec: ModelSpec, directory: Path, *, lora_rank: int, seed: int
 def write_adapters(
     model_dir: Path, out_dir: Path, *, count: int, lora_rank: int = 8, strength: float = 0.01
 ) -> dict[str, Path]:
-    """`count` different adapters in out_dir; directories by name."""
+    """Write `count` different adapters below out_dir. Return their directories by name."""
     spec = read_model_spec(model_dir)
     adapters = {f"random-{i:03d}": out_dir / f"random-{i:03d}" for i in range(count)}
     for seed, directory in enumerate(adapters.values()):

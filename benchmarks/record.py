@@ -1,4 +1,4 @@
-"""What was measured, round by round, and what follows for each check. Knows no process and no clock."""
+"""The measurements by round, and the outcome of each check. Knows no process and no clock."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from benchmarks.targets import Check, Figure
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One check's medians. `value` is the median of the rounds' own ratios, so that a machine's drift cancels out."""
+    """One check's medians. `value` is the median of the rounds' ratios, so that a drift of the machine cancels out."""
 
     check: Check
     ours: float | None
     peer: float | None
     value: float | None
-    values: tuple[float, ...]  # one a round
+    values: tuple[float, ...]  # one per round
     reach_met: bool | None
     aim_met: bool | None
-    why_not: str  # empty when there is a value
+    why_not: str  # why there is no value; empty if there is one
 
     def as_json(self) -> dict[str, Any]:
         check = self.check
@@ -56,7 +56,7 @@ class Record:
 
     @classmethod
     def from_json(cls, results: Iterable[Mapping[str, Any]]) -> Record:
-        """What `as_json` gave, without the failures."""
+        """Return the record of `as_json`'s document, without the failures."""
         record = cls()
         for result in results:
             record.add(result["side"], result["workload"], result["round"], result)
@@ -66,11 +66,11 @@ class Record:
         self.results.setdefault((side, workload), {})[number] = result
 
     def fail(self, side: str, workload: str | None, number: int | None, error: str) -> None:
-        """`workload` None: all that the side was to run."""
+        """Note a failure. workload None: all of the side's."""
         self.failures.append({"side": side, "workload": workload, "round": number, "error": error})
 
     def values(self, figure: Figure) -> dict[int, float]:
-        """A figure by round; a round's list of samples counts as its median."""
+        """Return a figure by round; a list of samples counts as its median."""
         values = {}
         for number, result in self.results.get((figure.side, figure.workload), {}).items():
             found: Any = result

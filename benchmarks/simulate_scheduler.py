@@ -1,8 +1,8 @@
-"""What fairness and the bound on waiting do, and what deciding costs: traces played to the real scheduler.
+"""The effect of fairness and the wait limit, and the cost of scheduling: runs traces through the real scheduler.
 
-python -m benchmarks.simulate_scheduler prints a table; --out FILE.png draws each scenario's waits, with the bound and
-without. It needs no model and no GPU, and is over in a minute. --slow prints what the bound costs where adapters take
-long to read; that takes ten.
+python -m benchmarks.simulate_scheduler prints a table; --out FILE.png draws each scenario's waits, with the limit and
+without. It needs no model and no GPU, and takes a minute. --slow prints the cost of the limit if adapters are slow to
+read; that takes ten minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Scenario:
 
 
 def flood() -> list[Arrival]:
-    """One tenant keeps 200 requests open, two keep 20; the base model."""
+    """One tenant keeps 200 requests open, two keep 20, all for the base model."""
     arrivals = [Arrival(0.0, "flood", None, 128, 128, repeats=True) for _ in range(200)]
     arrivals += [Arrival(5.0, tenant, None, 128, 128, repeats=True) for tenant in ("b", "c") for _ in range(20)]
     return arrivals
@@ -47,7 +47,7 @@ def shares() -> list[Arrival]:
 
 
 def zipf() -> list[Arrival]:
-    """Three tenants, 300 adapters whose use falls off as 1/k; more work than the machine can do."""
+    """Three tenants, 300 adapters with popularity 1/k; more work than the machine can do."""
     rng = random.Random(0)
     weights = [1.0 / k for k in range(1, 301)]
     arrivals, at_s = [], 0.0
@@ -60,7 +60,7 @@ def zipf() -> list[Arrival]:
 
 
 def bursts() -> list[Arrival]:
-    """Every 20 seconds 100 requests for as many of 400 adapters."""
+    """Every 20 seconds 100 requests arrive, for 100 of 400 adapters."""
     rng = random.Random(1)
     return [
         Arrival(20.0 * burst + rng.random(), rng.choice("abc"), f"adapter-{rng.randrange(400)}", 100, 100)
@@ -70,14 +70,14 @@ def bursts() -> list[Arrival]:
 
 
 def held() -> list[Arrival]:
-    """Eight adapters hold all slots with outputs of 10,000 tokens; a hundred others want one for 20 tokens."""
+    """Eight adapters hold all slots with outputs of 10,000 tokens; a hundred others need one for 20 tokens."""
     arrivals = [Arrival(0.0, "holds", f"hot-{number}", 100, 10_000, repeats=True) for number in range(8)]
     arrivals += [Arrival(1.0 + 0.1 * number, "wants", f"cold-{number}", 100, 20) for number in range(100)]
     return arrivals
 
 
 def overload() -> list[Arrival]:
-    """700 adapters with outputs of 2,000 tokens at once: more than the bound can serve."""
+    """700 adapters with outputs of 2,000 tokens at once: more than can be served within the limit."""
     rng = random.Random(2)
     return [Arrival(10.0 * rng.random(), "t", f"adapter-{number}", 100, 2000) for number in range(700)]
 
@@ -94,12 +94,12 @@ SCENARIOS = (
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """Adapters that are wanted all the time, most of them more than host memory holds, and the base model."""
+    """Adapters with constant demand, most of them beyond host memory, and the base model."""
 
     read_s: float
     num_adapters: int
-    num_tenants: int  # of each adapter
-    num_base: int  # requests
+    num_tenants: int  # per adapter
+    num_base: int  # requests for the base model
 
     def make(self) -> list[Arrival]:
         tenants = range(self.num_tenants)
@@ -124,7 +124,7 @@ def run_slow(slow: Slow, max_wait_s: float, until_s: float) -> Outcome:
 
 
 def slow_line(slow: Slow) -> str:
-    """With the bound against without, for a minute and a half."""
+    """Compare runs with the limit and without, of a minute and a half."""
     plain, bounded = (run_slow(slow, max_wait_s, 90.0) for max_wait_s in (0.0, MAX_SLOW_WAIT_S))
     rates = [outcome.num_tokens / outcome.seconds for outcome in (plain, bounded)]
     return (
@@ -167,7 +167,7 @@ LEGEND = (
 
 
 def draw(outcomes: dict[str, dict[float, Outcome]], path: Path) -> None:
-    """How the clients' waits are distributed, a panel for each scenario. Call `chart.missing` first."""
+    """Draw the distribution of the flows' waits, in a panel for each scenario. Call `chart.missing` first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +195,7 @@ def draw(outcomes: dict[str, dict[float, Outcome]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Play traces to the scheduler on a virtual clock.")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the waits")
-    parser.add_argument("--slow", action="store_true", help="what the bound costs where adapters take long to read")
+    parser.add_argument("--slow", action="store_true", help="the wait limit's cost if adapters are slow to read")
     args = parser.parse_args()
     if args.slow:
         print(SLOW_HEADER)

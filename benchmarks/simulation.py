@@ -1,7 +1,7 @@
-"""The real scheduler on a virtual clock: a model that says nothing, steps and loads that take given times.
+"""The real scheduler on a virtual clock: no model, and steps and loads that take given times.
 
-What it decides is what it would decide in a server; what it costs is the scheduler's own time. Seconds below are the
-virtual clock's.
+Its decisions are those it would take in a server; its cost is the scheduler's real time. Seconds below are the virtual
+clock's.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Arrival:
     num_output: int
     weight: float = 1.0  # the tenant's
     priority: int = 0
-    repeats: bool = False  # sent again as soon as it has ended, so that its client never has nothing to do
-    retries: bool = False  # sent again when it was refused, after the time that the refusal names
-    others: tuple[str, ...] = ()  # more adapters, applied together with `adapter`
+    repeats: bool = False  # sent again as soon as it has ended, so that its flow is never idle
+    retries: bool = False  # sent again after a refusal, at the time the refusal names
+    others: tuple[str, ...] = ()  # further adapters, applied together with `adapter`
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is, and how long things take."""
+    """The machine's resources and times."""
 
     num_slots: int = 8
     num_seats: int = 64
@@ -52,40 +52,40 @@ class Machine:
     page_size: int = 16
     max_num_batched_tokens: int = 512
     step_s: float = 0.02
-    token_s: float = 0.0002  # more for each token in a step
+    token_s: float = 0.0002  # added for each token in a step
     load_s: float = 0.2  # from host memory into a slot
-    read_s: float = 0.0  # from the disk into host memory; 0: all adapters are there
+    read_s: float = 0.0  # from the disk into host memory; 0: all adapters are in host memory
     num_readers: int = 4
-    num_host: int = 16  # adapters that host memory holds
+    num_host: int = 16  # adapters that fit in host memory
     hung: frozenset[str] = frozenset()  # adapters whose reads never end
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a trace. Waits are the longest that a client with requests got no token, by client."""
+    """The results of a trace. Waits are the longest time, by flow, in which a flow with requests got no token."""
 
     num_accepted: int = 0
     num_refused: int = 0
-    num_given_up: int = 0  # refused after they had waited for as long as the bound allows
+    num_given_up: int = 0  # refused after they had waited as long as the limit allows
     num_finished: int = 0
     num_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
     seconds: float = 0.0
     schedule_s: list[float] = field(default_factory=list)  # real time of each call
-    first_waits: dict[Key, float] = field(default_factory=dict)  # until the first token since it came, or came back
+    first_waits: dict[Key, float] = field(default_factory=dict)  # from a flow's arrival, or return, to its first token
     waits: dict[Key, float] = field(default_factory=dict)  # between any two tokens
     service: dict[str, float] = field(default_factory=dict)  # by tenant, not weighted
     history: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # (time, service by tenant)
-    # At each new adapter: (how many turns were waited for, how many may be, refused).
+    # At each new adapter: (turns waited for, turns allowed, whether it was refused).
     refusals: list[tuple[int, int, bool]] = field(default_factory=list)
 
 
 class Simulation:
-    """One server. Run it once."""
+    """One server; `run` it once."""
 
     def __init__(self, machine: Machine, max_wait_s: float, *, check: bool = False) -> None:
-        """check: after each step, that nothing has leaked."""
+        """check: whether to check for leaks after each step."""
         self.now = 0.0
         self.outcome = Outcome()
         self._machine = machine
@@ -108,7 +108,7 @@ class Simulation:
         self._arrivals: list[tuple[float, int, Arrival]] = []
         self._loads: list[tuple[float, str]] = []
         self._reads: list[tuple[float, str]] = []
-        self._readers = [0.0] * machine.num_readers  # when each is free again
+        self._readers = [0.0] * machine.num_readers  # the time when each is free
         self._host: OrderedDict[str, None] = OrderedDict()  # least recently used first
         self._arrival_of: dict[str, Arrival] = {}
         self._num_open: dict[Key, int] = defaultdict(int)
@@ -121,7 +121,7 @@ class Simulation:
         until_s: float,
         each_step: Callable[[Simulation, StepPlan], None] | None = None,
     ) -> Outcome:
-        """Play a trace; what is unfinished after `until_s` counts with what it has waited by then."""
+        """Run a trace. Requests unfinished after `until_s` count with their wait so far."""
         for arrival in trace:
             heapq.heappush(self._arrivals, (arrival.at_s, next(self._numbers), arrival))
         while self.now < until_s:
@@ -156,7 +156,7 @@ class Simulation:
         return not self._machine.read_s or digest in self._host
 
     def _read(self, digest: str) -> float:
-        """Bring an adapter into host memory; when it will be there."""
+        """Bring an adapter into host memory. Return the time when it is there."""
         if digest in self._machine.hung:
             return math.inf
         done_at = max(self.now, heapq.heappop(self._readers)) + self._machine.read_s
@@ -195,7 +195,7 @@ class Simulation:
         number = next(self._numbers)
         generate = GenerateRequest(
             f"{number}",
-            (number,) * arrival.num_prompt,  # no two prompts begin alike
+            (number,) * arrival.num_prompt,  # no two prompts share a prefix
             SamplingOptions(max_tokens=arrival.num_output),
             None if arrival.others else arrival.adapter,
             arrival.tenant,
@@ -278,21 +278,21 @@ class Simulation:
             outcome.first_waits[key] = max(outcome.first_waits.get(key, 0.0), wait_s)
 
     def _skip_to_next_event(self) -> bool:
-        """Nothing can run: on to the next load's end or arrival. False if there is none."""
+        """Advance to the next load's end or arrival, since nothing can run. Return False if there is none."""
         events = [queue[0][0] for queue in (self._loads, self._reads, self._arrivals) if queue]
-        if events:  # or when somebody may have waited for too long
+        if events:  # or the time when a flow may have waited too long
             self.now = max(self.now, min(*events, self.now + 0.1))
         return bool(events)
 
 
 def jain(shares: Iterable[float]) -> float:
-    """Jain's index of fairness: 1 when all are equal, 1/n when one has everything."""
+    """Return Jain's fairness index: 1 if all are equal, 1/n if one has everything."""
     values = list(shares)
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
 
 
 def largest_drift(history: list[tuple[float, dict[str, float]]], one: str, other: str, from_s: float) -> float:
-    """By how much the service of two tenants differs at most, over any interval after `from_s`."""
+    """Return the largest difference in two tenants' service over any interval after `from_s`."""
     gaps = [service.get(one, 0.0) - service.get(other, 0.0) for at_s, service in history if at_s >= from_s]
     return max(gaps) - min(gaps) if gaps else 0.0

@@ -1,11 +1,11 @@
-"""Whether loading adapters holds up those who generate: gaps between tokens, quiet and with a new adapter every second.
+"""Measures whether adapter loads delay running requests: gaps between tokens, quiet and with a new adapter a second.
 
 python -m benchmarks.stalls --model DIR [--seconds 10] [--repeat 3] [--streams 8]
 
-The engine in this process. Streams generate without end, half of them on the base model; quiet and loading intervals
-take turns, and a loading one is compared with the mean of those beside it, since contexts grow. While loading, a new
-rank-16 adapter is registered each second (read, verified, hashed) and asked for a few tokens at once, so that it goes
-all the way from the disk into a slot.
+Runs the engine in this process. Streams generate without end, half of them on the base model. Quiet and loading
+intervals alternate, and a loading one is compared with the mean of its neighbours, since contexts grow. While loading,
+a new rank-16 adapter is registered each second (read, verified, hashed) and used at once for a few tokens, so that it
+goes all the way from the disk into a slot.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVERY_S = 1.0
 
 
 class Streams:
-    """Requests that begin anew when they end, and when their tokens came."""
+    """Requests that are sent again when they end, and the arrival times of their tokens."""
 
     def __init__(self, engine: Engine, digests: list[str | None], num_tokens: int) -> None:
         self._engine = engine
@@ -43,19 +43,19 @@ class Streams:
         self._numbers = itertools.count()
         self._last_s: dict[str, float] = {}
         self._gaps: list[float] = []
-        self.first_token_s: dict[str, float] = {}  # of the requests for new adapters
+        self.first_token_s: dict[str, float] = {}  # times of first tokens of requests for new adapters
 
     def start(self) -> None:
         for digest in self._digests:
             self._submit(digest)
 
     def take_gaps(self) -> list[float]:
-        """Those since the last call, in seconds."""
+        """Return the gaps since the last call, in seconds."""
         gaps, self._gaps = self._gaps, []
         return gaps
 
     def publish(self, step: int, events: list[RequestEvent]) -> None:
-        """In the engine's thread."""
+        """Take the engine's events; called in its thread."""
         now = time.perf_counter()
         for event in events:
             assert event.error is None, event.error
@@ -77,7 +77,7 @@ class Streams:
 
 
 def load_adapters(engine: Engine, streams: Streams, paths: list[Path], seconds: float) -> list[float]:
-    """Load one of `paths` each second; the milliseconds from its registration to its first token."""
+    """Load one of `paths` each second. Return the milliseconds from each registration to its first token."""
     aliases: Aliases[str] = Aliases(engine)
     options = SamplingOptions(max_tokens=2, temperature=0.0, ignore_eos=True)
     asked: dict[str, float] = {}
@@ -115,7 +115,7 @@ def quiet_row(streams: Streams, seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Gaps between tokens while adapters are loaded.")
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each interval")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each interval")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -1,4 +1,4 @@
-"""A child process with an engine and a few streams that generate while it is asked to.
+"""A child process with an engine and a few streams that generate on request.
 
 python -m benchmarks.streams_child MODEL WORKERS_PER_HOST
 """
@@ -16,12 +16,12 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.thread import EngineThread
 from lorafleet.workers.scheduling.request import GenerateRequest, RequestEvent, SamplingOptions
 
-NUM_OUTPUT_TOKENS = 500  # of a stream; then another one takes its place
+NUM_OUTPUT_TOKENS = 500  # per stream; then another one replaces it
 START_TIMEOUT_S = 60.0
 
 
 class Streams:
-    """Greedy requests on the base model, and when their tokens came."""
+    """Greedy requests on the base model, and the arrival times of their tokens."""
 
     def __init__(self, model: str, workers_per_host: int) -> None:
         config = EngineConfig(model, kv_cache_memory_bytes=1 << 29, workers_per_host=workers_per_host)
@@ -30,7 +30,7 @@ class Streams:
         self._engine.load()
         self._lock = threading.Lock()  # guards the four below
         self._open: set[str] = set()
-        self._last_s: dict[str, float] = {}  # the last token of each
+        self._last_s: dict[str, float] = {}  # time of each one's last token
         self._gaps_s: list[float] = []
         self._number = 0
         self._all_began = threading.Event()
@@ -40,7 +40,7 @@ class Streams:
         return {"num_threads": self._num_threads}
 
     def begin(self, num_streams: int) -> None:
-        """Return when all streams have begun; what comes from then on is counted."""
+        """Start the streams. Return when all have begun; tokens count from then on."""
         self._all_began.clear()
         with self._lock:
             for _ in range(num_streams):
@@ -52,7 +52,7 @@ class Streams:
             self._began_s = time.perf_counter()
 
     def end(self) -> dict[str, float]:
-        """Stop the streams; tokens a second since `begin`, and the longest wait of a stream for its next token."""
+        """Stop the streams. Return tokens a second since `begin`, and the longest wait of a stream for a token."""
         with self._lock:
             now = time.perf_counter()
             waits = [now - last for last in self._last_s.values()]
@@ -76,7 +76,7 @@ class Streams:
         self._engine.submit(GenerateRequest(name, tuple(range(100, 132)), options))
 
     def _publish(self, step: int, events: list[RequestEvent]) -> None:
-        """In the engine's thread."""
+        """Take the engine's events; called in its thread."""
         now = time.perf_counter()
         with self._lock:
             for event in events:

@@ -1,6 +1,6 @@
-"""The table of targets: what is measured, against what, and which figure is enough.
+"""The table of targets: each figure, what it is compared with, and the limit.
 
-Pure data and arithmetic. `record.py` keeps the measurements, `compare.py` makes them.
+Pure data and arithmetic. `record.py` keeps the measurements, `compare.py` takes them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from benchmarks.workloads import WORKLOADS, Workload
 LORA_RANK = 8
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 64
-SERVER_LORAS = 16  # slots of the servers, ours and vLLM's
-ENGINE_LORAS = 8  # slots of the engine alone, where 64 adapters take turns
+SERVER_LORAS = 16  # slots of our server and vLLM's
+ENGINE_LORAS = 8  # slots of the engine alone, for which 64 adapters take turns
 NUM_ADAPTERS = 64
 KV_BYTES = 512 << 20  # 23,301 tokens of the demo model; the largest workload here touches 12,288
 _KV_GIB = KV_BYTES / 2**30
@@ -33,17 +33,17 @@ COMPARED = {workload.name: workload for workload in _COMPARED}
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number that each round gives anew. Sides: ours and vllm (servers over HTTP), engine, transformers."""
+    """A number measured in each round. Sides: ours and vllm (servers over HTTP), engine, transformers."""
 
     side: str
-    workload: str  # of COMPARED, or: speed, first-token, start, memory
+    workload: str  # one of COMPARED, or: speed, first-token, start, memory
     metric: str  # a key of its result; `ttft_ms.p50` is a key below a key
-    label: str = ""  # what the table calls it, where `side` does not say it
+    label: str = ""  # its name in the table, if not `side`
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table. A limit None: the target does not name this pair."""
+    """One line of the table. limit None: there is no target for this pair."""
 
     row: str
     title: str

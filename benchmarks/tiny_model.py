@@ -1,4 +1,4 @@
-"""A small random model for benchmarks of everything but the model: a step takes a millisecond."""
+"""A small random model, with steps of a millisecond, for benchmarks of everything but the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 def write_tiny_model(directory: Path) -> Path:
-    """Four layers of 128, safetensors in float32; no tokenizer. Returns the directory."""
+    """Write a model of four layers of 128, float32 safetensors, no tokenizer. Return the directory."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -25,7 +25,7 @@ def write_tiny_model(directory: Path) -> Path:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
-        if parameter.dim() > 1:  # larger than usual: the answers differ with the prompt
+        if parameter.dim() > 1:  # larger than usual, so that answers depend on the prompt
             parameter.data.normal_(0.0, 0.08)
     model.save_pretrained(directory)
     return directory

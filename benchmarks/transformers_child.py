@@ -1,4 +1,4 @@
-"""A child process that holds transformers' model: one static batch, as a script without a server would run it.
+"""A child process that holds transformers' model: it runs one static batch, like a script without a server.
 
 python -m benchmarks.transformers_child MODEL
 """
@@ -21,7 +21,7 @@ class TransformersChild:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
 
     def run(self, workload: dict[str, Any], seed: int, vocab_size: int) -> dict[str, Any]:
-        """All requests in one greedy batch; the prompts have one length, so there is no padding."""
+        """Run all requests in one greedy batch; the prompts have equal lengths, so there is no padding."""
         made = Workload(**workload)
         requests = make_requests(made, [], vocab_size=vocab_size, seed=seed)
         ids = torch.tensor([request.prompt_token_ids for request in requests])

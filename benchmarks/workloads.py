@@ -1,4 +1,4 @@
-"""What the benchmarks run: the same requests for every server and for the engine alone."""
+"""The benchmarks' workloads: the same requests for every server and for the engine alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`concurrency` requests are open at once until `num_requests` are done."""
+    """A workload: `concurrency` requests are open at once until `num_requests` are done."""
 
     name: str
     num_requests: int
@@ -42,14 +42,14 @@ WORKLOADS = {
 
 
 def make_requests(workload: Workload, adapters: Sequence[str], *, vocab_size: int, seed: int = 0) -> list[BenchRequest]:
-    """Random prompts, other ones for each workload and seed; adapters in turn.
+    """Return requests with random prompts, which depend on workload and seed, and adapters in turn.
 
-    Raises ValueError when there are fewer adapters than the workload names.
+    Raises ValueError if there are fewer adapters than the workload needs.
     """
     if len(adapters) < workload.num_adapters:
         raise ValueError(f"{workload.name} needs {workload.num_adapters} adapters, there are {len(adapters)}.")
     rng = random.Random(f"{workload.name} {seed}")
-    low = min(100, vocab_size // 2)  # above the special tokens of every vocabulary we know
+    low = min(100, vocab_size // 2)  # above the special tokens of all known vocabularies
     return [
         BenchRequest(
             tuple(rng.randrange(low, vocab_size) for _ in range(workload.num_input_tokens)),

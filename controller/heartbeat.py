@@ -1,6 +1,6 @@
-"""A process's signs of life over a pipe, for whoever is to end it when they stop: a process that hangs cannot.
+"""Signs of life over a pipe: their reader kills the process when they stop, since a hung process cannot end itself.
 
-Owns: both ends. Leaves to others: what becomes of a silent process (fleet/gateway_processes.py, fleet/watchdog.py).
+Owns: both ends. Leaves to others: the end of a silent process (fleet/gateway_processes.py, fleet/watchdog.py).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Final
 
 BEAT_S: Final = 1.0
 _MAX_KEPT = 4096  # bytes
-_MAX_STEP_S = 1.0  # between two looks that counts; a longer one means that the reader itself did not run
+_MAX_STEP_S = 1.0  # the most that counts between two looks; more means that the reader itself did not run
 
 
 def beat(descriptor: int) -> None:
-    """Write one. Call it each `BEAT_S` from what is to be seen alive."""
+    """Write one sign. Call it every `BEAT_S` on the thread whose life it shows."""
     os.set_blocking(descriptor, False)
-    with contextlib.suppress(OSError):  # nobody reads, or has read; the reader's death is told in other ways
+    with contextlib.suppress(OSError):  # the pipe is full, or closed; the reader's death is detected elsewhere
         os.write(descriptor, b"\n")
 
 
 class Pulse:
-    """The reader's end: how long it has been silent, by the reader's own running time.
+    """The reader's end: how long the process has been silent, by the reader's own running time.
 
-    A machine that was suspended, or so busy that the reader did not run either, ends nobody.
+    So a machine that was suspended, or too busy for the reader to run, ends no process.
     """
 
     def __init__(self, descriptor: int, now: float) -> None:
@@ -33,10 +33,10 @@ class Pulse:
         self._looked_at = now
         self._silent_s = 0.0
         self._has_beaten = False
-        self._said = b""  # what was written beside the signs
+        self._said = b""  # words written between the signs
 
     def look(self, now: float) -> float:
-        """Read what has come; seconds of silence."""
+        """Read what has arrived. Return the seconds of silence."""
         self._silent_s += min(now - self._looked_at, _MAX_STEP_S)
         self._looked_at = now
         with contextlib.suppress(BlockingIOError):
@@ -50,5 +50,5 @@ class Pulse:
         return self._has_beaten
 
     def has_said(self, word: bytes) -> bool:
-        """Whether this came between the signs."""
+        """Return whether `word` was written between the signs."""
         return word in self._said

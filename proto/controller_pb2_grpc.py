@@ -79,7 +79,7 @@ class ControllerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetFiles(self, request, context):
-        """Tokenizer and template files of a digest named in the table.
+        """Return the tokenizer and template files of a digest in the table.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,21 +93,21 @@ class ControllerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Take a name out of the table; answers when every worker has freed its adapter, or after some time.
+        """Take a name out of the table; answers when every worker has freed its adapter, or after a time limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """All wanted workers, those that are not there included.
+        """Return all wanted workers, including missing ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Ping(self, request, context):
-        """A sign of life, for who waits for another call. One that does not know this call lives too.
+        """A sign of life, for callers that wait for another call. UNIMPLEMENTED is a sign of life too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

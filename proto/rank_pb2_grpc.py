@@ -70,7 +70,7 @@ class RankServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Attend(self, request, context):
-        """Answers never: it ends when the rank does.
+        """Never answers: it fails when the rank ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,28 +84,28 @@ class RankServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ForgetAdapter(self, request, context):
-        """No request uses it any more.
+        """Forget an adapter that no request uses any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PrefetchAdapter(self, request, context):
-        """Bring it into the host tier in the background.
+        """Bring an adapter into the host tier in the background.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SumSquares(self, request, context):
-        """Of one with DoRA, this rank's summands of norms that are taken over all ranks.
+        """Return, for a DoRA adapter, this rank's summands of the norms taken over all ranks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StageAdapter(self, request, context):
-        """Put this rank's shard of it into a slot that no request uses; answers when it is there.
+        """Put this rank's shard of an adapter into a slot that no request uses; answers when it is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

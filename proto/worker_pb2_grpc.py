@@ -91,30 +91,30 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetReport(self, request, context):
-        """The controller's look at a worker: identity, load, adapters by tier.
+        """Return the worker's identity, load and adapters by tier, for the controller.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuse new requests from now on; running ones go on. Returns at once.
+        """Refuse new requests from now on; running ones finish. Returns at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterAdapter(self, request, context):
-        """Read and verify an adapter and know it as (name, version), beside other versions of that name. Its digest may be
-        used in Generate from then on. Idempotent. It stands for the name only when NoteAdapters says so.
+        """Read and verify an adapter and register it as (name, version), next to other versions of that name. From then on
+        Generate may use its digest. Idempotent. The name stands for it only once NoteAdapters says so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnregisterAdapter(self, request, context):
-        """Forget (name, version). With the last name for its content new requests are refused, and the answer comes when the
-        accepted ones have ended and its memory is free; a call that does not wait so long changes nothing of that.
+        """Forget (name, version). If it was the last name for its content, new requests for that are refused, and the answer
+        comes when the accepted ones have ended and its memory is free, which also happens if the caller stops waiting.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,21 +127,21 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def NoteAdapters(self, request, context):
-        """What names stand for, to be told to a controller that has lost its memory. Of each name the newest version is kept.
+        """Note the version each name stands for, to tell a controller that has lost its memory. The newest version is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUse(self, request, context):
-        """Which adapters the requests here need, or may need again elsewhere.
+        """Return the adapters that this worker's requests need, or may need again elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetFiles(self, request, context):
-        """Tokenizer and template files of an adapter's text_digest.
+        """Return the tokenizer and template files of an adapter's text_digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,5 +1,5 @@
-"""What a person types: `lorafleet serve`, `up`, `status` and the others.
+"""The command line: `lorafleet serve`, `up`, `status` and the others.
 
-Owns the flags, the order of start and stop, what is printed. May import everything of `controller`; nothing imports it.
-Start reading in cli.py, then serve.py.
+Owns the flags, the order of start and stop, the output. May import all of `controller`; nothing imports it. Start
+reading in cli.py, then serve.py.
 """

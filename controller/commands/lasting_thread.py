@@ -1,4 +1,4 @@
-"""A thread that lasts until it is told to end, and that keeps no process from ending."""
+"""A thread that runs until it is told to end, and does not keep its process from exiting."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ _T = TypeVar("_T")
 
 
 class LastingThread:
-    """Does what it is given, one after the other. An executor's threads are waited for at exit, a call that never comes
-    back included."""
+    """Runs calls one after the other.
+
+    Not an executor: at exit Python waits for an executor's threads, even for a call that never returns.
+    """
 
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -21,13 +23,13 @@ class LastingThread:
         self._thread.start()
 
     def submit(self, call: Callable[[], _T]) -> Future[_T]:
-        """Have it call; the result."""
+        """Queue a call. Return its future result."""
         future: Future[_T] = Future()
         self._work.put((future, call))
         return future
 
     def end(self) -> None:
-        """End it after what it has been given."""
+        """End the thread after the calls already queued."""
         self._work.put(None)
         self._thread.join()
 

@@ -1,7 +1,7 @@
-"""What commands ask of Ray: a Ray to run on, the controller in it, and the end of a fleet.
+"""The commands' calls to Ray: starting or joining a cluster, its controller, the end of a fleet.
 
-With fleet/cluster.py every Ray call of the project. Every wait has a deadline. Nothing is ended but by the fleet's
-identity (fleet/cluster.py): a command that found another one's fleet leaves it alone.
+This file and fleet/cluster.py hold every Ray call of the project. Every wait has a deadline. Actors are ended only by
+their fleet's identity (fleet/cluster.py), so a command never ends a fleet it did not start or find.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from lorafleet.controller.fleet.cluster import (
 
 _INIT_TIMEOUT_S = 120.0
 _CONNECT_TIMEOUT_S = 5.0
-_ANSWER_S = 30.0  # for Ray's store
-_END_S = 10.0  # until what was killed is gone
+_ANSWER_S = 30.0  # for Ray's store to answer
+_END_S = 10.0  # for killed actors to end
 _LEAVE_S = 15.0
 _POLL_S = 0.1
-_LOOKS_WITHOUT = 3  # actors: what the controller was about to make comes to light
+_LOOKS_WITHOUT = 3  # looks that must find no actors: the controller may have been creating some
 _SETTLE_S = 2.0
 
 
 class FleetCluster:
-    """The launcher's view: a Ray to run on, and the controller in it."""
+    """A command's view of Ray: the cluster, and the controller in it."""
 
     def __init__(self, address: str | None, num_actors: int, while_waiting: Callable[[], None]) -> None:
-        """Start a Ray of our own (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`.
+        """Start our own Ray (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`.
 
-        num_actors: for how many, which ask for a CPU each, our own must have room, though they share the machine's.
-        while_waiting: called every few milliseconds until Ray is there.
+        num_actors: our own Ray gets at least so many CPUs, one per actor, though they share the machine's.
+        while_waiting: called every few milliseconds until Ray has started.
         """
-        # Not on the main thread, where ray.init sets a handler for SIGTERM that exits in the middle of it and leaves
-        # processes behind. On a thread that lasts: the kernel ends Ray's processes with the thread that began them.
+        # Not on the main thread, where ray.init sets a SIGTERM handler that exits half-way and leaves processes behind.
+        # On a lasting thread, since the kernel ends Ray's processes with the thread that started them.
         self._is_own = address is None
         _check_reachable(address)
         self._thread = LastingThread("lorafleet-ray")
-        self._asking = LastingThread("lorafleet-ask")  # for calls that may not come back
+        self._asking = LastingThread("lorafleet-ask")  # for calls that may never return
         starting = self._thread.submit(
             lambda: ray.init(
                 address=address or "local",
@@ -78,12 +78,12 @@ class FleetCluster:
         starting.result(timeout=0)
         self._is_abandoned = False
         self._controller: Any = None
-        self._made = ""  # the fleet that this command has made, and owns
+        self._made = ""  # id of the fleet that this command has started, and owns
         self._owner: Any = None
-        self._asked: dict[str, Any] = {}  # calls of the controller without an answer yet, by method
+        self._asked: dict[str, Any] = {}  # unanswered calls to the controller, by method
 
     def find_controller(self) -> bool:
-        """Use the controller that the cluster has, if it has one."""
+        """Use the cluster's controller. Return whether it has one."""
         try:
             self._controller = ray.get_actor(CONTROLLER_NAME, NAMESPACE)
         except ValueError:
@@ -94,20 +94,20 @@ class FleetCluster:
 
     @property
     def node_id(self) -> str:
-        """Of the node that this runs on."""
+        """Return the id of this node."""
         return str(ray.get_runtime_context().get_node_id())
 
     def ask_if_it_lives(self) -> Future[str]:
-        """Have it found out what ails the cluster or this command's fleet in it; nothing if both are there.
+        """Ask what is wrong with the cluster or this command's fleet; an empty string if both are there.
 
-        An exception, or no answer, means that the cluster does not answer now.
+        A future with an exception, or without a result, means that the cluster does not answer now.
         """
         return self._asking.submit(self._ailment)
 
     def _ailment(self) -> str:
         _check_reachable(ray.get_runtime_context().gcs_address)
         if not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes()):
-            return "The Ray cluster has been started anew, or has given up this node."
+            return "The Ray cluster was restarted, or has dropped this node."
         try:
             found = _fleet_of(ray.get_actor(CONTROLLER_NAME, NAMESPACE))
         except ValueError:
@@ -115,29 +115,29 @@ class FleetCluster:
         return "" if found == _fleet_of(self._controller) else FLEET_ENDED
 
     def dead_processes(self) -> list[str]:
-        """Return which processes of a Ray of our own have ended, for people. It cannot go on without one of them."""
+        """Return a text for each process of our own Ray that has ended though Ray needs it."""
         if (node := self._own_node()) is None:
             return []
         dead = [(name, process.returncode) for name, process in node.dead_processes() if name in _NEEDED]
         return [f"{name} ended with exit code {code}" for name, code in dead]
 
     def _own_node(self) -> Any:
-        """What Ray knows of the processes of a Ray of our own; None: it is not ours."""
+        """Return Ray's record of its processes; None if the cluster is not our own."""
         return ray._private.worker._global_node if self._is_own else None
 
     def abandon(self) -> None:
-        """Ask Ray for nothing any more: it is lost, and would be waited for."""
+        """Make no more calls to Ray, since it is lost and they would hang."""
         self._is_abandoned = True
 
     def mark_owner(self) -> str:
-        """Make a mark in the cluster that Ray removes with this command, however it ends; its name."""
+        """Create a mark in the cluster that Ray removes when this command ends, however it does. Return its name."""
         name = f"lorafleet-owner-{uuid.uuid4().hex}"
         self._owner = placement_group([{"node:__internal_head__": 0.001}], name=name)
         return name
 
     def create_controller(self, actor: type, *args: object) -> None:
-        """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already, or
-        parts of one."""
+        """Start the controller, pinned to the head node. Raises `RuntimeError` if the cluster already has one, or the
+        remains of one."""
         if self.find_controller():
             raise RuntimeError(_RUNS_ALREADY)
         if not self._is_own and (left := self._leftovers()):
@@ -159,14 +159,14 @@ class FleetCluster:
                 )
                 .remote(*args)
             )
-        except ValueError as error:  # another command was quicker
+        except ValueError as error:  # another command has just started one
             raise RuntimeError(_RUNS_ALREADY) from error
         self._made = _fleet_of(self._controller)
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any:
-        """The controller's answer, or None when it takes longer than `timeout_s`; then ask again for the same answer.
+        """Return the controller's answer, or None after `timeout_s`; the next call then waits for the same answer.
 
-        Raises `RuntimeError` when the controller died or failed.
+        Raises `RuntimeError` if the controller died or failed.
         """
         reference = self._asked.pop(method, None) or getattr(self._controller, method).remote(*args)
         try:
@@ -180,7 +180,7 @@ class FleetCluster:
             raise RuntimeError(f"The controller failed: {error}") from error
 
     def drain_gateways(self, timeout_s: float) -> None:
-        """Let all gateways that actors of the found controller's fleet own finish their requests, for so long."""
+        """Let the gateways that the fleet's actors own finish their requests, for at most `timeout_s`."""
         if self._controller is None:
             return
         namespace = fleet_namespace(_fleet_of(self._controller))
@@ -190,34 +190,34 @@ class FleetCluster:
             ray.get(drains, timeout=timeout_s + DRAIN_GRACE_S)
 
     def end_found_fleet(self) -> int:
-        """End the found controller's fleet; how many actors it had."""
+        """End the fleet of the controller found. Return how many actors it had."""
         return _end_fleet(_fleet_of(self._controller)) if self._controller is not None else 0
 
     def end_leftovers(self) -> int:
-        """End the actors of fleets whose controllers are gone; how many there were."""
+        """End the actors of fleets without a controller. Return how many there were."""
         return sum(map(_end_fleet, {fleet for fleet, _ in self._leftovers()}))
 
     def _leftovers(self) -> list[tuple[str, str]]:
-        """(fleet, name) of actors that a controller made which is gone: its name is free only when it is."""
+        """Return (fleet, name) of the actors whose controller no longer exists."""
         actors = ray.util.list_named_actors(all_namespaces=True)
         current = _fleet_of(self._controller) if self.find_controller() else ""
         found = [(_NAMESPACE.fullmatch(actor["namespace"]), str(actor["name"])) for actor in actors]
         return [(match[1], name) for match, name in found if match and match[1] != current]
 
     def leave(self) -> None:
-        """Let what runs in the cluster go on without us."""
+        """Disconnect from Ray; the actors in the cluster keep running."""
         if not self._is_abandoned:
             self._settle()
             if wait([self._thread.submit(ray.shutdown)], timeout=_LEAVE_S).done:
                 self._thread.end()
                 return
-        # Ray half dead would be waited for, and then abort us. What its processes have begun would wait for it too.
+        # A half-dead Ray would make us wait and then abort us, and its descendants would wait for it too.
         if (node := self._own_node()) is not None:
             _kill_with_descendants([info.process.pid for infos in node.all_processes.values() for info in infos])
         atexit.register(os._exit, 1)
 
     def shutdown(self) -> None:
-        """End the fleet that this command has made, and Ray with it if it is our own."""
+        """End the fleet that this command has started, and Ray too if it is our own."""
         if self.dead_processes():
             self.abandon()
         if not self._is_abandoned:
@@ -227,7 +227,7 @@ class FleetCluster:
         self.leave()
 
     def _end_made(self) -> None:
-        """Our own Ray's actors too: one whose process ends with Ray's would be reported, in Ray's own words."""
+        """End the fleet and the mark, even in our own Ray, which would otherwise print that actors died with it."""
         self._settle()
         if self._made:
             _end_fleet(self._made)
@@ -235,7 +235,7 @@ class FleetCluster:
             ray.util.remove_placement_group(self._owner)
 
     def _settle(self) -> None:
-        """Have no call on its way: Ray tells of each that its shutdown cuts short."""
+        """Finish or cancel unanswered calls, since Ray prints a message for each that its shutdown cuts short."""
         asked, self._asked = list(self._asked.values()), {}
         if not asked:
             return
@@ -252,12 +252,15 @@ _RUNS_ALREADY = "This Ray cluster already runs a LoRAFleet controller; `loraflee
 
 
 def _fleet_of(controller: Any) -> str:
-    """A fleet's identity; see fleet/cluster.py."""
+    """Return a fleet's identity; see fleet/cluster.py."""
     return str(controller._actor_id.hex())
 
 
 def _end_fleet(fleet: str) -> int:
-    """End a fleet's actors, and wait until they are gone; how many there were. First who would make the others anew."""
+    """End a fleet's actors and wait until they have ended. Return how many there were.
+
+    The controller is ended first, since it would create the others again.
+    """
     num_ended = 0
     with contextlib.suppress(RayError, ValueError):
         controller = ray.get_actor(CONTROLLER_NAME, NAMESPACE)
@@ -281,7 +284,7 @@ def _end_fleet(fleet: str) -> int:
 
 def _kill_with_descendants(pids: Sequence[int]) -> None:
     found = list(pids)
-    for pid in found:  # grows
+    for pid in found:  # grows in the loop
         with contextlib.suppress(OSError):
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 found += map(int, (thread / "children").read_text().split())
@@ -291,10 +294,10 @@ def _kill_with_descendants(pids: Sequence[int]) -> None:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Ray would try for minutes. Raises `ConnectionError`."""
+    """Raise `ConnectionError` if nothing listens there: Ray would try for minutes."""
     host, colon, port = (address or "").rpartition(":")
     if not colon or "/" in host or not port.isdecimal():
-        return  # "auto", or something that Ray itself refuses
+        return  # "auto", or an address that Ray itself refuses
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""What a command says of its fleet."""
+"""A command's messages about its fleet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 
 
 def say(text: str) -> None:
-    """To stderr, at once. A terminal that has gone must not keep a fleet from being ended in order."""
+    """Print a line to stderr at once. A closed terminal raises nothing, so that the fleet still ends in order."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)

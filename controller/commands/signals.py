@@ -1,4 +1,4 @@
-"""What signals asked of a command that stays: its end, and a restart of the workers."""
+"""The signals to a running command: they ask for its end, or for a restart of the workers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Stopped(Exception):
 
 
 class Signals:
-    """How often SIGINT, SIGTERM and SIGHUP came: the first asks for the end, the second cuts a drain short. And how
-    often SIGUSR1, which asks for a restart of the workers.
+    """Counts of signals. Of SIGINT, SIGTERM and SIGHUP the first asks for the end, the second cuts a drain short;
+    SIGUSR1 asks for a restart of the workers.
 
-    They are only counted. Any lock, an Event's too, may be held by the very code that the next signal interrupts.
+    Handlers only count: any lock, even an Event's, may be held by the code that the next signal interrupts.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Signals:
     def install(self) -> None:
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
             signal.signal(signal.SIGHUP, self._handle)
         signal.signal(signal.SIGUSR1, self._handle_restart)
 

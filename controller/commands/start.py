@@ -1,4 +1,4 @@
-"""Waiting for a fleet's start, in the command that began it."""
+"""Waits for a fleet's start, in the command that started it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _POLL_S = 0.5
 
 
 class Controller(Cluster, Protocol):
-    """What is asked of ray_cluster.py's `FleetCluster`."""
+    """The part of ray_cluster.py's `FleetCluster` used here."""
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any: ...
 
 
 def wait_for_fleet(controller: Controller, signals: Signals) -> FleetReady | WorkerFailed:
-    """Until all serve, or one cannot. Raises `Stopped` when a signal comes first, `ConfigError` when Ray is lost."""
+    """Wait until all workers serve, or one cannot. Raises `Stopped` on a signal, `ConfigError` when Ray is lost."""
     deadline = time.monotonic() + _TIMEOUT_S
     ray = ClusterWatch(controller, say)
     while time.monotonic() < deadline:

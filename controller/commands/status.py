@@ -1,6 +1,6 @@
 """`lorafleet status`: the workers and models of a running fleet, as tables or as the gateway's JSON.
 
-Owns: asking a gateway, the tables. Leaves to others: what a gateway says (gateway/fleet.py).
+Owns: the request to a gateway, and the tables. Leaves to others: the gateway's answer (gateway/api/fleet.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _COLUMNS = ("WORKER", "STATE", "RANKS", "GENERATION", "STARTS", "RUNNING", "WAIT
 
 
 def fetch_fleet(url: str, api_key: str | None) -> dict[str, Any]:
-    """What GET /fleet says. Raises `LoRAFleetError` with what to do about it."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # $http_proxy is not for our own gateway
+    """Return the answer of GET /fleet. Raises `LoRAFleetError`, which says what to do."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no $http_proxy: the gateway is our own
     try:
         request = urllib.request.Request(_fleet_url(url))
         if api_key:
@@ -45,13 +45,13 @@ def fetch_fleet(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def _fleet_url(url: str) -> str:
-    """Of a gateway's address, with or without the scheme, the API's /v1 or slashes at its end."""
+    """Return the URL of /fleet for a gateway's address with or without scheme, /v1 or trailing slashes."""
     base = url if "://" in url else f"http://{url}"
     return base.rstrip("/").removesuffix("/fleet").removesuffix("/v1").rstrip("/") + "/fleet"
 
 
 def table(fleet: dict[str, Any]) -> str:
-    """For people. KV: share of the KV pages in use. DEVICE, HOST, DISK: adapters, each in its fastest tier."""
+    """Return the fleet as tables. KV: share of KV pages in use. DEVICE, HOST, DISK: adapters by fastest tier."""
     lines = _aligned([_COLUMNS, *(_row(worker) for worker in fleet["workers"])])
     for worker in fleet["workers"]:
         lines += [f"{worker['name']} lacks {lacking['name']} ({lacking['reason']})" for lacking in worker["lacking"]]
@@ -99,7 +99,7 @@ def _row(worker: dict[str, Any]) -> tuple[str, ...]:
     load, adapters = worker["load"], worker["adapters"]
     return (
         *row,
-        # A generation is the time of its start in nanoseconds.
+        # A generation is the time of the process's start in nanoseconds.
         datetime.datetime.fromtimestamp(worker["generation"] / 1e9).strftime("%Y-%m-%d %H:%M:%S"),
         str(worker["starts"]),
         f"{load['running']}/{load['max_num_seqs']}",

@@ -1,6 +1,6 @@
 """Commands on a running Ray cluster: `lorafleet up` starts a fleet that outlives it; `down`, `restart`, `drain`.
 
-Owns: the order of things. Leaves to others: Ray (ray_cluster.py), a fleet that lives with its command (serve.py).
+Owns: the order of the steps. Leaves to others: Ray (ray_cluster.py), a fleet that ends with its command (serve.py).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _ANSWER_S = 60.0
-_ROOM_S = 5.0  # between attempts of a fleet that has no room yet
+_ROOM_S = 5.0  # between attempts to start a fleet that has no room yet
 
 
 def up(config: ServeConfig, options: UpOptions) -> None:
-    """Start the fleet and leave it running. Idempotent: one that runs with the same flags is waited for.
+    """Start the fleet and leave it running. Idempotent: if it runs with the same flags, wait for it.
 
-    Raises `ConfigError`; what this call has started is ended then, unless the fleet has served.
+    Raises `ConfigError`; then ends what this call has started, unless the fleet has served.
     """
     token_file = options.token_file.expanduser()
     token = _token(token_file)
     signals = Signals()
-    # What the fleet is, not how this command reaches it. Ray keeps an actor's arguments, and without gateways the
-    # controller has no use for the clients' keys.
+    # The configuration describes the fleet, not how this command reaches it. Ray keeps an actor's arguments, so the API
+    # keys are left out if the controller starts no gateways.
     wanted = dataclasses.replace(config, ray_address=None)
     if options.gateways == "none":
         wanted = dataclasses.replace(wanted, api_keys=(), admin_api_keys=())
@@ -73,17 +73,17 @@ def _start(
     token: str,
     gateways_on: GatewayNodes,
 ) -> FleetReady:
-    """Have the fleet, when it serves. What did not come to serve is ended."""
+    """Start or find the fleet, and return it once it serves. A fleet that fails to start is ended."""
     from lorafleet.controller.fleet.actor import ControllerActor
 
     is_new = not cluster.find_controller()
     if is_new:
         cluster.create_controller(ControllerActor, wanted, "", controller_port, token, gateways_on)
     elif (was_told := cluster.poll("was_told", wanted, token, gateways_on, timeout_s=_ANSWER_S)) is None:
-        raise ConfigError(f"{_NO_ANSWER} for {_ANSWER_S:g} s. `lorafleet status` shows what the gateways know of it.")
+        raise ConfigError(f"{_NO_ANSWER} for {_ANSWER_S:g} s. `lorafleet status` shows the fleet's last known state.")
     elif not was_told:
         raise ConfigError(
-            "This Ray cluster runs a fleet with other flags, or another token than --token-file has. `lorafleet down` "
+            "This Ray cluster runs a fleet with other flags, or with another token than --token-file. `lorafleet down` "
             "ends it."
         )
     try:
@@ -92,14 +92,14 @@ def _start(
         if is_new:
             cluster.end_found_fleet()
         raise
-    if isinstance(ready, WorkerFailed):  # it has never served: of no use, whichever command has made it
+    if isinstance(ready, WorkerFailed):  # it has never served, so it is ended whichever command has started it
         cluster.end_found_fleet()
         raise error_from_code(ready.code, ready.message)
     return ready
 
 
 def _pause(seconds: float, signals: Signals) -> None:
-    """Raises `Stopped`."""
+    """Wait. Raises `Stopped` on a signal."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         signals.check()
@@ -118,7 +118,7 @@ def down(ray_address: str, drain_timeout_s: float) -> None:
 
 
 def restart(ray_address: str) -> None:
-    """Restart the workers, one after the other. Raises `ConfigError` when one does not come back."""
+    """Restart the workers one after the other. Raises `ConfigError` if one does not restart."""
     with _joined(ray_address) as cluster:
         if not cluster.find_controller():
             raise ConfigError(f"{_NO_FLEET}; `lorafleet up` starts one.")
@@ -130,7 +130,7 @@ def restart(ray_address: str) -> None:
 
 
 def drain(ray_address: str, drain_timeout_s: float) -> None:
-    """Let what runs on this node finish its requests and take no others. Raises `ConfigError` if that takes longer."""
+    """Drain this node's workers and gateways. Raises `ConfigError` if they need longer than `drain_timeout_s`."""
     with _joined(ray_address) as cluster:
         if not cluster.find_controller():
             print(_NO_FLEET)
@@ -162,7 +162,7 @@ def _announce(config: ServeConfig, fleet: FleetReady, token_file: Path) -> None:
 
 
 def _follow(cluster: FleetCluster, last_event: int, signals: Signals) -> None:
-    """Print what happens until the fleet is ended. Raises `Stopped`, and `ConfigError` when the cluster is lost."""
+    """Print events until the fleet is ended. Raises `Stopped` on a signal, `ConfigError` when the cluster is lost."""
     fleet, ray = FleetWatch(cluster, last_event, say), ClusterWatch(cluster, say)
     while True:
         signals.check()
@@ -183,7 +183,7 @@ def _token(path: Path) -> str:
             write_secret(path, secrets.token_urlsafe(32))
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {path} cannot be read or made: {error}.") from error
+        raise ConfigError(f"--token-file {path} cannot be read or created: {error}.") from error
     if not token:
         raise ConfigError(f"--token-file {path} is empty.")
     return token
@@ -191,17 +191,17 @@ def _token(path: Path) -> str:
 
 @contextlib.contextmanager
 def _joined(address: str, signals: Signals | None = None) -> Iterator[FleetCluster]:
-    """A running Ray cluster, for as long as it takes."""
+    """Join a running Ray cluster, and leave it at the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from lorafleet.controller.commands.ray_cluster import FleetCluster
 
     try:
-        # Ray's C++ half puts a handler in the place of ours that aborts the process, so ours is set again and again.
+        # Ray's C++ part replaces our signal handler by one that aborts the process, so ours is set repeatedly.
         cluster = FleetCluster(address, 0, while_waiting=signals.install if signals else lambda: None)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ConfigError(
             f"No Ray cluster can be joined at {address!r}: {error} `ray start --head` starts one; `lorafleet serve` "
-            "brings its own."
+            "starts its own."
         ) from error
     try:
         yield cluster

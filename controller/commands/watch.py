@@ -1,8 +1,7 @@
-"""What a command does while its fleet serves: prints what happens to it, and has its workers restarted.
+"""A command's work while its fleet serves: it prints events, and has workers restarted.
 
-Owns: asking the controller for both without ever waiting for it, and telling when it does not answer. Leaves to others:
-signals (serve.py, up.py), what happens (the controller's fleet/events.py), restarting (fleet/actor.py), the cluster
-(cluster_watch.py).
+Owns: asking the controller for both without blocking, and reporting that it does not answer. Leaves to others: signals
+(serve.py, up.py), the events (fleet/events.py), the restart (fleet/actor.py), the cluster (cluster_watch.py).
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from typing import Any, Protocol
 
 _LOOK_S = 0.5
 _MAX_STEP_S = 1.0
-SILENT_S = 5.0  # an answer comes each second
+SILENT_S = 5.0  # an answer comes every second
 
 
 class Controller(Protocol):
-    """What is asked of ray_cluster.py's `FleetCluster`."""
+    """The part of ray_cluster.py's `FleetCluster` used here."""
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any: ...
 
 
 class FleetWatch:
-    """Call `look` again and again."""
+    """The watch; call `look` repeatedly."""
 
     def __init__(
         self,
@@ -38,14 +37,14 @@ class FleetWatch:
         self._now = now
         self._restarting = False
         self._looked_at = self._answered_at = now()
-        self._is_away = False  # it has been told that the controller does not answer
+        self._is_away = False  # silent, and reported so
 
     def look(self, *, wants_restart: bool) -> bool:
-        """Print what is new. wants_restart: whether a restart of the workers is to begin; whether it has, now."""
+        """Print new events. wants_restart: whether to restart the workers. Return whether a restart has begun now."""
         now = self._now()
         if now - self._looked_at < _LOOK_S:
             return False
-        # While this command was stopped, the controller was not silent.
+        # Time in which this command was stopped does not count as silence.
         self._answered_at += max(0.0, now - self._looked_at - _MAX_STEP_S)
         self._looked_at = now
         begins = wants_restart and not self._restarting
@@ -57,7 +56,7 @@ class FleetWatch:
             if self._restarting and (answer := self._controller.poll("restart_workers", timeout_s=0.0)) is not None:
                 self._restarting = False
                 self._say(answer.text)
-        except RuntimeError:  # whether it is gone for good is the cluster's to say
+        except RuntimeError:  # the cluster's watch decides whether it is lost for good
             events = None
         if events is not None:
             self._answered_at = now
@@ -70,7 +69,7 @@ class FleetWatch:
         elif now - self._answered_at > SILENT_S and not self._is_away:
             self._is_away = True
             self._say(
-                f"the controller has not answered for {now - self._answered_at:.0f} s; gateways and workers go on "
-                "without it until Ray has started it again"
+                f"the controller has not answered for {now - self._answered_at:.0f} s; gateways and workers keep "
+                "serving; Ray restarts it"
             )
         return begins

@@ -1,5 +1,5 @@
-"""The controller: a Ray actor that keeps the wanted workers and gateways running and the adapters equal on all of them.
+"""The controller: a Ray actor that keeps the wanted workers and gateways running, with the same adapters on all.
 
-Owns desired and observed state and the routing table. May import `workers.server` for the actors that it makes, and
-the gateway's settings for the processes that it starts. Start reading in actor.py, then worker_life.py.
+Owns desired and observed state and the routing table. May import `workers.server` for the actors it creates, and the
+gateway's settings for the processes it starts. Start reading in actor.py, then worker_life.py.
 """

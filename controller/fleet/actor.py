@@ -1,8 +1,8 @@
-"""The controller as a Ray actor: keeps the wanted workers running, follows their health, publishes the routing table.
+"""The controller as a Ray actor: it keeps the wanted workers running and publishes the routing table.
 
-Named and detached; when Ray restarts it, it rebuilds everything from its constructor's arguments and from the workers,
-which go on serving meanwhile. One that fails ends, and Ray starts it again; one that hangs is ended by its watchdog.
-While the fleet has never served, its failures are for whoever waits in `ready`.
+The actor is named and detached. When Ray restarts it, it rebuilds its state from its constructor's arguments and from
+the workers, which keep serving meanwhile. A controller that fails exits, one that hangs is killed by its watchdog, and
+Ray starts it again. Until the fleet has served for the first time, `ready` returns its failures.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from lorafleet.workers.text.files import files_digest
 
 logger = logging.getLogger(__name__)
 
-GATEWAYS_S = 30.0  # in which all of them have found a restarted controller
-HEAR_S = 10.0  # that a restarted controller waits for its workers' word before it publishes without it
-AGAIN_S = 2.0  # between attempts; from a failure to the end of the process, so that who follows the events hears of it
-FIRST_AGAIN_S = 60.0  # the first time: whoever has made the fleet is to end it
+GATEWAYS_S = 30.0  # by then every gateway has found a restarted controller
+HEAR_S = 10.0  # how long a restarted controller waits for its workers' adapter names before it publishes without them
+AGAIN_S = 2.0  # between attempts, and from a failure to the exit, so that readers of the events still see it
+FIRST_AGAIN_S = 60.0  # the same before the fleet has served: the command that started it is to end it
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command came to."""
+    """The result of a command."""
 
     succeeded: bool
-    text: str  # for people
+    text: str  # to be printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,13 @@ class FleetReady:
     """All wanted workers serve, and all wanted gateways listen."""
 
     workers: tuple[WorkerReady, ...]
-    last_event: int  # of those up to now
+    last_event: int  # number of the newest event so far
     controller: str  # host:port
-    gateway_nodes: tuple[str, ...] = ()  # addresses of nodes whose gateways belong to the fleet
+    gateway_nodes: tuple[str, ...] = ()  # addresses of the nodes whose gateways belong to the fleet
 
 
 class ControllerActor:
-    """One fleet. All arguments are plain data, since Ray keeps them for restarts."""
+    """The controller of one fleet. All arguments are plain data, since Ray keeps them for restarts."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ControllerActor:
         gateways_on: GatewayNodes = "none",
         owner: str = "",
     ) -> None:
-        """host: to listen on; empty: the node's address. owner: the mark of the command that it ends with, if any."""
+        """host: to listen on; empty: the node's address. owner: the mark of the command the fleet ends with, if any."""
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
         self._port = port
@@ -84,9 +84,9 @@ class ControllerActor:
         self._desired = [f"{WORKER_PREFIX}{number}" for number in range(config.num_workers)]
         self._lives: dict[str, WorkerLife] = {}
         self._events = Events()
-        self._failed: WorkerFailed | None = None  # why it cannot serve now, while it never has
+        self._failed: WorkerFailed | None = None  # why the fleet, which has never served, cannot start
         self._has_served = False
-        self._last_failure = ""  # that was told
+        self._last_failure = ""  # the last one reported
         self._lacks_room = False
         self._began_at = time.monotonic()
         self._gateways = GatewayPlacement(
@@ -94,13 +94,13 @@ class ControllerActor:
         )
         self._gateways_started = False
         self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
-        # Nothing here waits for Ray: it would not start a controller again whose constructor has failed.
+        # Nothing here waits for Ray, which does not restart an actor whose constructor has failed.
         self._run = asyncio.get_running_loop().create_task(self._serve())
         self._run.add_done_callback(self._stopped)
         self._watched = asyncio.get_running_loop().create_task(under_watch())
 
     async def ready(self) -> FleetReady | WorkerFailed:
-        """Wait until the whole fleet serves or cannot."""
+        """Wait until the whole fleet serves, or has failed to start."""
         await self._settled.wait()
         if self._failed is not None:
             return self._failed
@@ -108,29 +108,29 @@ class ControllerActor:
         return FleetReady(workers, self._events.last, f"{self._host}:{self._port}", tuple(self._gateways.addresses))
 
     async def was_told(self, config: ServeConfig, token: str, gateways_on: GatewayNodes) -> bool:
-        """Whether it has been started with these."""
+        """Return whether this controller was started with these arguments."""
         told = config == self._config and gateways_on == self._gateways_on and not self._owner
         return told and hmac.compare_digest(token, self._token)
 
     async def events(self, after: int) -> list[tuple[int, str]]:
-        """What has happened since the event of that number; waits for a while if nothing has."""
+        """Return the events after the one numbered `after`; wait a while if there are none."""
         return await self._events.after(after)
 
     async def restart_workers(self) -> Outcome:
-        """Replace the process of each worker, one after the other, so that requests always find one that serves.
+        """Replace the workers' processes one after the other, so that requests always find a serving worker.
 
-        What a drained node had comes back.
+        Drained nodes get their gateways back.
         """
         self._gateways.undrain()
         for life in self._lives.values():
             try:
                 await life.restart(self._config.drain_timeout_s)
             except (TimeoutError, WorkerLost):
-                return Outcome(False, f"{life.name} did not come back; the others were left alone")
+                return Outcome(False, f"{life.name} did not restart; the other workers were not restarted")
         return Outcome(True, f"all {len(self._lives)} workers were restarted")
 
     async def drain_node(self, node_id: str, timeout_s: float) -> Outcome:
-        """Let the workers with a rank on a node, and its gateways, finish their requests and take no others."""
+        """Drain a node's gateways and the workers with a rank on it: they finish their requests and take no others."""
         lives = list(self._lives.values())
         nodes = await asyncio.gather(*(asyncio.to_thread(self._cluster.nodes_of, life.name) for life in lives))
         concerned = [life for life, on in zip(lives, nodes, strict=True) if node_id in on]
@@ -142,10 +142,10 @@ class ControllerActor:
         names = ", ".join(life.name for life in concerned)
         if all(drained):
             return Outcome(True, f"drained: {names}")
-        return Outcome(False, f"not all of {names} drained within {timeout_s:g} s; others go on with their requests")
+        return Outcome(False, f"not all of {names} drained within {timeout_s:g} s; other workers resume their requests")
 
     async def _serve(self) -> None:
-        """For as long as the owner lives, if there is one."""
+        """Run the fleet, if it has an owner until that has ended."""
         if not self._owner:
             await self._start()
             return
@@ -157,14 +157,14 @@ class ControllerActor:
             await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
         finally:
             serving.cancel()
-            ended.cancel()  # nothing happens to the one that is done
+            ended.cancel()  # has no effect on the one that is done
         await (serving if serving.done() else ended)
-        await asyncio.gather(serving, return_exceptions=True)  # else it would make again what is ended
+        await asyncio.gather(serving, return_exceptions=True)  # else it would create again what `end_fleet` ends
         await asyncio.to_thread(self._cluster.end_fleet)
 
     async def _start(self) -> None:
         if await asyncio.to_thread(self._cluster.is_restarted):
-            self._has_served = True  # as far as anybody who waits in `ready` is concerned
+            self._has_served = True  # so `ready` reports no start-up failure
             self._events.number_from(int(time.time() * 1000))
             self._events.add("the controller was started again; it looks for its workers", logging.WARNING)
         files = await self._files()
@@ -221,7 +221,7 @@ class ControllerActor:
         self._lives = {name: WorkerLife(name, num_ranks, surroundings) for name in self._desired}
         observed = await asyncio.to_thread(self._cluster.worker_names)
         actions = reconcile(self._desired, observed)
-        if observed:  # by an earlier run of this controller
+        if observed:  # left by an earlier run of this controller
             self._retirement.worker_lost()
             self._catalogue.await_word(set(self._desired) & set(observed))
             asyncio.get_running_loop().call_later(HEAR_S, self._heard_enough)
@@ -231,7 +231,7 @@ class ControllerActor:
         for name in actions.remove:
             await asyncio.to_thread(self._cluster.remove_worker, name)
         await asyncio.gather(*(self._create(name) for name in actions.create))
-        while self._lacks_room and not self._has_served:  # gateways would only hold their port
+        while self._lacks_room and not self._has_served:  # gateways started now would only hold their port
             await asyncio.sleep(AGAIN_S)
             self._lacks_room = False
             await asyncio.gather(*(self._create(name) for name in self._desired))
@@ -242,7 +242,7 @@ class ControllerActor:
         )
 
     async def _files(self) -> dict[str, bytes]:
-        """The base model's tokenizer, when it can be read."""
+        """Return the base model's tokenizer files; try until they can be read."""
         while True:
             try:
                 return await asyncio.to_thread(read_tokenizer_files, Path(self._config.engine.model))
@@ -256,7 +256,7 @@ class ControllerActor:
             try:
                 self._server.add_insecure_port(address)
                 break
-            except RuntimeError:  # a restarted one may find somebody else there for a while
+            except RuntimeError:  # after a restart the port may be in use for a while
                 message = (
                     f"The controller cannot listen on {address}, on the cluster's head node: the port is taken, or the "
                     "address is another machine's."
@@ -279,7 +279,7 @@ class ControllerActor:
         except NoRoomError as error:
             self._lacks_room = True
             self._tell_failure(WorkerFailed(status_of(error).code, error.message))
-        except WorkerLost as lost:  # tried again when it is missed
+        except WorkerLost as lost:  # its `WorkerLife` tries again
             logger.warning("%s", lost)
 
     def _workers_in_table(self) -> list[WorkerAdapters]:
@@ -287,20 +287,20 @@ class ControllerActor:
         return [life.adapters for life in lives if life.client is not None and life.adapters is not None]
 
     def _learned(self) -> None:
-        """A part of the fleet has told what names stand for."""
+        """Publish the table, and let workers catch up, after names have changed."""
         self._service.changed()
         for life in self._lives.values():
             if life.adapters is not None:
                 life.adapters.wake()
 
     def _all_heard(self) -> bool:
-        """Every worker is there and has said what names stand for, and gateways have had the time to."""
+        """Return whether every worker has told its adapter names, and gateways have had the time to."""
         return time.monotonic() - self._began_at > GATEWAYS_S and all(
             life.adapters is not None for life in self._lives.values()
         )
 
     def _heard_enough(self) -> None:
-        """Workers that have not said yet what they know say it later."""
+        """Publish without the names of workers that have not answered yet; they are added when they come."""
         if self._catalogue.heard(*self._desired):
             self._service.changed()
 
@@ -310,21 +310,21 @@ class ControllerActor:
             self._settled.set()
 
     def _gateways_are_there(self, failure: str) -> None:
-        """failure: why some are not, or nothing."""
+        """failure: why some gateways do not listen; empty if all do."""
         if failure and self._cannot_start(WorkerFailed(ERRORS[ConfigError].code, failure)):
             return
         self._gateways_started = True
         self._started()
 
     def _tell_failure(self, failure: WorkerFailed) -> None:
-        """Once, though it is met again and again."""
+        """Report a failure once, however often it repeats."""
         if failure.message != self._last_failure:
             self._last_failure = failure.message
             self._events.add(failure.message, logging.ERROR)
         self._cannot_start(failure)
 
     def _cannot_start(self, failure: WorkerFailed) -> bool:
-        """The fleet cannot start; whether that is for whoever has made it, since it has never served."""
+        """Note that the fleet cannot start. Return whether that is final, since it has never served."""
         if self._has_served:
             return False
         self._failed = failure
@@ -332,7 +332,7 @@ class ControllerActor:
         return True
 
     def _stopped(self, run: asyncio.Task[None]) -> None:
-        """Nobody looks after the fleet now, so this process ends, and Ray starts it again."""
+        """End this process when its main task has ended, so that Ray starts it again."""
         if run.cancelled():
             return
         error = run.exception()

@@ -1,9 +1,9 @@
-"""Adapters that are loaded and unloaded while the fleet serves: on every worker, then in the table, or not at all.
+"""Loads and unloads adapters at run time: on every worker, then in the table, or not at all.
 
-Owns: the order of the phases. A load is read by all workers, then noted by them as what the name stands for, then
-published; an unload is noted, then published. So what was acknowledged is known to a worker too, and a controller that
-is restarted has it from there; and what failed is known to nobody. Leaves to others: what names stand for
-(catalogue.py), a worker that has missed it (worker_adapters.py), the end of old versions (retirement.py).
+Owns: the order of the phases. For a load, all workers read the adapter, then note that the name stands for it, then
+the table is published; for an unload, they note it, then the table is published. So an acknowledged change is known to
+a worker, from which a restarted controller learns it, and a failed one is known to none. Leaves to others: the adapter
+each name stands for (catalogue.py), workers that missed a change (worker_adapters.py), old versions (retirement.py).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from lorafleet.workers.scheduling.request import MAX_NAME_CHARS, MAX_WEIGHT, MIN
 
 _T = TypeVar("_T")
 
-MAX_ROOT_CHARS = 4096  # of a path, on Linux
-FORGET_S = 5.0  # for what a load that failed has left on a worker; later reconciling finds it
-KNOW_S = 12.0  # that a load or unload waits for a controller that has just started to know what there is
-_LOOK_S = 0.5  # between looks at whether a worker that reads an adapter is still there
+MAX_ROOT_CHARS = 4096  # the longest path on Linux
+FORGET_S = 5.0  # to remove what a failed load has left on a worker; after that reconciling finds it
+KNOW_S = 12.0  # how long an update waits for a controller that has just started to know all names
+_LOOK_S = 0.5  # between checks whether a worker that reads an adapter is still there
 
 
 class Worker(Protocol):
-    """What is asked of worker_adapters.py's `WorkerAdapters`."""
+    """The part of worker_adapters.py's `WorkerAdapters` used here."""
 
     async def register(self, adapter: worker_pb2.Adapter) -> worker_pb2.Adapter: ...
     async def note(self, adapters: Sequence[worker_pb2.Adapter]) -> None: ...
@@ -50,7 +50,7 @@ class Worker(Protocol):
 
 
 class AdapterUpdates:
-    """One at a time for each name; different names do not wait for each other."""
+    """Runs one update at a time for each name; different names do not wait for each other."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class AdapterUpdates:
         roots: Sequence[str],
         tell: Callable[[str, int], None],
     ) -> None:
-        """workers: those in the table. changed: called after each change of the catalogue. tell: called with a line and
-        its log level for what happens to an adapter."""
-        self.staging: set[Key] = set()  # versions that are being brought to the workers, and are no name's yet
+        """workers: those in the table. changed: called after each change of the catalogue. tell: called with an event's
+        line and log level."""
+        self.staging: set[Key] = set()  # versions the workers are reading; no name stands for them yet
         self._tell = tell
         self._catalogue = catalogue
         self._retirement = retirement
@@ -79,11 +79,10 @@ class AdapterUpdates:
     async def load(
         self, name: str, root: str, *, load_inplace: bool, weight: float = 1.0, pin: bool = False
     ) -> worker_pb2.Adapter:
-        """Read and verify what lies at `root` on every worker, then let `name` stand for it.
+        """Read and verify the adapter at `root` on every worker, then let `name` stand for it.
 
-        weight, pin: see Adapter in worker.proto. Raises `AdapterConflictError` for a name that is taken (unless
-        load_inplace), `AdapterRefusedError`, `QueueFullError`, `WorkerUnavailableError`; the name then stands for what
-        it did.
+        weight, pin: see Adapter in worker.proto. Raises `AdapterConflictError` for a name in use (unless load_inplace),
+        `AdapterRefusedError`, `QueueFullError`, `WorkerUnavailableError`; the name then keeps its old adapter.
         """
         self._check_allowed()
         _check_name(name, root)
@@ -95,11 +94,11 @@ class AdapterUpdates:
             raise AdapterConflictError(
                 f"{quoted(name)} is a name of the base model. Choose another.", param="lora_name"
             )
-        # A caller who does not wait for it leaves nothing half done.
+        # Shielded, so that a caller who disconnects leaves nothing half done.
         return await asyncio.shield(self._keep(self._load(name, root, load_inplace, weight, pin)))
 
     async def unload(self, name: str) -> Freed:
-        """Take a name out of the table, let its requests finish, and have its memory freed.
+        """Remove a name from the table, let its requests finish, and free its memory.
 
         Raises `UnknownModelError`, `AdapterConflictError`, `QueueFullError`, `WorkerUnavailableError`.
         """
@@ -107,7 +106,7 @@ class AdapterUpdates:
         return await asyncio.shield(self._keep(self._unload(name)))
 
     async def close(self) -> None:
-        """Stop whatever is under way."""
+        """Cancel all updates in progress."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -172,7 +171,7 @@ class AdapterUpdates:
         return await self._retirement.freed(adapter)
 
     async def _know_names(self) -> None:
-        """Before, a name that is taken might seem free."""
+        """Wait until all names are known: before, a name in use might seem free."""
         try:
             async with asyncio.timeout(KNOW_S):
                 while not self._catalogue.knows_names:  # noqa: ASYNC110 - a pure catalogue has no events
@@ -193,15 +192,15 @@ class AdapterUpdates:
             )
 
     async def _stage(self, wanted: worker_pb2.Adapter) -> worker_pb2.Adapter:
-        """Have every worker read it; nobody names it yet.
+        """Have every worker read the adapter, before any name stands for it.
 
-        A worker that is lost meanwhile, or does not answer, gets it when it is back; one at least must have it.
+        A worker that is lost or does not answer gets it when it is back; at least one must have read it.
         """
         reading: dict[Worker, asyncio.Task[worker_pb2.Adapter]] = {}
         try:
             while True:
                 for worker in self._workers():
-                    if worker not in reading:  # the others came (back) meanwhile
+                    if worker not in reading:  # it joined, or came back, meanwhile
                         reading[worker] = self._keep(worker.register(wanted))
                 awaited = [reading[worker] for worker in self._workers() if not reading[worker].done()]
                 if not awaited or any(isinstance(_problem(task), LoRAFleetError) for task in reading.values()):
@@ -218,11 +217,11 @@ class AdapterUpdates:
             raise
         finally:
             for task in reading.values():
-                task.cancel()  # of a worker that is lost
-                _problem(task)  # asyncio complains of one that nobody has asked for
+                task.cancel()  # those of lost workers
+                _problem(task)  # asyncio warns of an exception that is never retrieved
 
     async def _note(self, adapter: worker_pb2.Adapter) -> int:
-        """Have the workers remember what a name stands for; how many do."""
+        """Have the workers note what a name stands for. Return how many have."""
         answers = await asyncio.gather(*(worker.note([adapter]) for worker in self._workers()), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, grpc.aio.AioRpcError):
@@ -241,7 +240,7 @@ def _problem(task: asyncio.Task[worker_pb2.Adapter]) -> BaseException | None:
 
 
 def _agreed(wanted: worker_pb2.Adapter, reading: Sequence[asyncio.Task[worker_pb2.Adapter]]) -> worker_pb2.Adapter:
-    """What all workers found. Raises what is wrong with it."""
+    """Return the adapter as all workers found it. Raises the first worker's error, or why there is no one answer."""
     for task in reading:
         problem = _problem(task)
         if problem is not None and not isinstance(problem, grpc.aio.AioRpcError):
@@ -260,7 +259,7 @@ def _agreed(wanted: worker_pb2.Adapter, reading: Sequence[asyncio.Task[worker_pb
         )
     adapter = worker_pb2.Adapter()
     adapter.CopyFrom(found[0])
-    if len({other.place for other in found}) > 1:  # each finds it in its own way, and knows it by its digest
+    if len({other.place for other in found}) > 1:  # each has its own path to it, and tells it by its digest
         adapter.place = ""
     return adapter
 
@@ -270,8 +269,8 @@ def _check_name(name: str, root: str) -> None:
         raise InvalidRequestError("Both 'lora_name' and 'lora_path' must be given.", param="lora_name")
     if len(name) > MAX_NAME_CHARS or not name.isprintable() or name != name.strip():
         raise InvalidRequestError(
-            f"lora_name is {quoted(name)}; it must be at most {MAX_NAME_CHARS} printable characters without blanks "
-            "around them.",
+            f"lora_name is {quoted(name)}; it must be at most {MAX_NAME_CHARS} printable characters without leading or "
+            "trailing blanks.",
             param="lora_name",
         )
     if len(root) > MAX_ROOT_CHARS or "\0" in root:

@@ -1,7 +1,7 @@
-"""What the fleet serves and on which workers: the routing table and its version. Pure; the clock is given.
+"""The fleet's models, adapters and workers: the routing table and its version. Pure; the clock is given.
 
-In memory only. A controller that starts has it back from what workers and gateways were told: of each name the newest
-version counts. What is lost with all of them together is what the start-up's configuration does not say.
+It lies in memory only. A restarted controller rebuilds it from what workers and gateways know: for each name the newest
+version counts. If all of them are lost together, only the adapters of the start-up's configuration remain.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class _Row:
 
     worker: WorkerReady
     state: worker_pb2.WorkerState
-    lacking: Callable[[], Sequence[controller_pb2.LackingAdapter]]  # of the adapters, those that it does not have now
+    lacking: Callable[[], Sequence[controller_pb2.LackingAdapter]]  # returns the adapters it does not have now
 
 
 class Catalogue:
-    """Changes through its methods only; `version` grows with each change."""
+    """Changed through its methods only; `version` grows with each change."""
 
     def __init__(
         self,
@@ -39,9 +39,9 @@ class Catalogue:
         fleet: str = "",
         of_start: Collection[str] = (),
     ) -> None:
-        """names: of the base model, canonical first. created: unix seconds. now_ms: unix milliseconds.
+        """names: the base model's, canonical first. created: unix seconds. now_ms: unix milliseconds.
 
-        fleet: the same for all runs of its controller. of_start: names of adapters that workers load when they start.
+        fleet: an id, the same for all runs of its controller. of_start: adapters that workers load when they start.
         """
         self.incarnation = uuid.uuid4().hex
         self.fleet = fleet
@@ -52,28 +52,28 @@ class Catalogue:
         self._tokenizer_digest = tokenizer_digest
         self._created = created
         self._now_ms = now_ms
-        self._highest = 0  # version of any adapter that was ever seen
+        self._highest = 0  # the highest adapter version ever seen
         self._rows: dict[str, _Row] = {}
-        self._last: WorkerReady | None = None  # the base's sizes stay known while no worker is up
+        self._last: WorkerReady | None = None  # keeps the base model's sizes while no worker is up
         self._unheard: set[str] = set()
-        self._table: controller_pb2.RoutingTable | None = None  # the last that was made
+        self._table: controller_pb2.RoutingTable | None = None  # the last one made
 
     @property
     def is_complete(self) -> bool:
-        """Whether enough is known to publish. A table from before would make gateways drop sessions and adapters."""
+        """Return whether enough is known to publish: an incomplete table makes gateways drop sessions and adapters."""
         return self._last is not None and self.knows_names
 
     @property
     def knows_names(self) -> bool:
-        """Whether all who may know of adapters have been heard."""
+        """Return whether every worker that may know of adapters has been heard."""
         return not self._unheard
 
     def await_word(self, workers: Iterable[str]) -> None:
-        """Workers of an earlier run of the controller, by their places: they may know of adapters."""
+        """Wait, before publishing, for workers of the controller's earlier run: they may know of adapters."""
         self._unheard.update(workers)
 
     def heard(self, *workers: str) -> bool:
-        """They have said what they know, or are lost; whether that was awaited."""
+        """Note that workers have told what they know, or are lost. Return whether any of them was awaited."""
         awaited = not self._unheard.isdisjoint(workers)
         self._unheard.difference_update(workers)
         return awaited
@@ -84,7 +84,7 @@ class Catalogue:
         state: worker_pb2.WorkerState,
         lacking: Callable[[], Sequence[controller_pb2.LackingAdapter]] = tuple,
     ) -> bool:
-        """Add a worker or note its state; whether that changed the table. lacking: called for each table."""
+        """Add a worker or note its state. Return whether that changed the table. lacking: called for each table."""
         known = self._rows.get(worker.worker_id)
         if known is not None and (known.worker, known.state) == (worker, state):
             return False
@@ -94,18 +94,18 @@ class Catalogue:
         return True
 
     def drop_worker(self, worker_id: str) -> bool:
-        """Forget a worker; whether it was there."""
+        """Forget a worker. Return whether it was in the table."""
         if self._rows.pop(worker_id, None) is None:
             return False
         self.version += 1
         return True
 
     def lacking_changed(self) -> None:
-        """What some worker lacks is not what it was."""
+        """Note that the adapters some worker lacks have changed."""
         self.version += 1
 
     def note(self, adapters: Iterable[worker_pb2.Adapter]) -> bool:
-        """Take what another part of the fleet knows of names, where it is newer; whether it was."""
+        """Take over names from another part of the fleet where they are newer. Return whether any was."""
         told = [adapter for adapter in adapters if adapter.name not in self.base_names]
         self.see(adapter.version for adapter in told)
         if not self.names.note(told):
@@ -114,7 +114,7 @@ class Catalogue:
         return True
 
     def see(self, versions: Iterable[int]) -> None:
-        """Versions that exist somewhere: they are not given again."""
+        """Note versions that exist somewhere, so that they are not assigned again."""
         self._highest = max(self._highest, *versions, 0)
 
     def adapters(self) -> list[worker_pb2.Adapter]:
@@ -125,11 +125,11 @@ class Catalogue:
         return None if adapter is None or adapter.unloaded else adapter
 
     def digests(self) -> set[str]:
-        """Of all that names stand for."""
+        """Return the digests of all loaded adapters."""
         return {adapter.digest for adapter in self.names.loaded()}
 
     def next_version(self) -> int:
-        """One that no adapter had. A clock that is set back does no harm while one part of the fleet remembers."""
+        """Return a version no adapter had. A clock set back is harmless while a part of the fleet knows the last."""
         self._highest = max(self._highest + 1, self._now_ms())
         return self._highest
 
@@ -138,7 +138,7 @@ class Catalogue:
         assert self.note([adapter]), "an old version"
 
     def drop_adapter(self, name: str) -> worker_pb2.Adapter:
-        """Let a name stand for nothing; what it stood for. Raises `UnknownModelError`."""
+        """Let a name stand for nothing. Return the adapter it stood for. Raises `UnknownModelError`."""
         adapter = self.adapter(name)
         if adapter is None:
             raise UnknownModelError(
@@ -149,7 +149,7 @@ class Catalogue:
         return adapter
 
     def table(self) -> controller_pb2.RoutingTable:
-        """The table as gateways get it; each version is made once."""
+        """Return the table as gateways get it; each version is made once."""
         if self._table is None or self._table.version != self.version:
             self._table = self._make_table()
         return self._table

@@ -1,4 +1,4 @@
-"""What has become of workers and adapters, a line each: in the controller's log, and for whoever started the fleet."""
+"""The fleet's events, a line each: in the controller's log, and for the command that started the fleet."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from collections import deque
 logger = logging.getLogger(__name__)
 
 _MAX_KEPT = 1000
-_WAIT_S = 1.0  # an answer is a sign of life too
+_WAIT_S = 1.0  # short, since an empty answer shows that the controller is alive
 
 
 class Events:
-    """Numbered from 1; by a restarted controller, whose lines are all new to who has read an earlier one's, from a
-    higher number."""
+    """The newest lines, numbered from 1; a restarted controller starts higher, so its lines are new to all readers."""
 
     def __init__(self) -> None:
         self._lines: deque[tuple[int, str]] = deque(maxlen=_MAX_KEPT)
@@ -23,11 +22,11 @@ class Events:
         self.last = 0
 
     def number_from(self, number: int) -> None:
-        """Before the first line."""
+        """Set the number that the first line comes after."""
         self.last = number
 
     def add(self, line: str, level: int = logging.INFO) -> None:
-        """Something has happened."""
+        """Add and log a line."""
         logger.log(level, line)
         self.last += 1
         self._lines.append((self.last, line))
@@ -35,7 +34,7 @@ class Events:
         self._added = asyncio.Event()
 
     async def after(self, number: int) -> list[tuple[int, str]]:
-        """Those that came after the one with this number, all after one that is not known; waits for a second."""
+        """Return the events after `number` (all, if it is from before a restart); wait up to 1 s for the first."""
         if number > self.last:
             number = 0
         if number == self.last:

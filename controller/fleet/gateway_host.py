@@ -1,6 +1,6 @@
-"""The gateways of one node of a Ray cluster, owned by an actor there: with it they come, and with it they go.
+"""The gateways of one node of a Ray cluster, owned by an actor there: they start and end with it.
 
-Owns: their lives on that node. Leaves to others: which nodes have some (commands/up.py), their command lines
+Owns: their lives on that node. Leaves to others: the choice of nodes (gateway_placement.py), their command lines
 (gateway_processes.py).
 """
 
@@ -24,7 +24,7 @@ _POLL_S = 0.2
 
 
 class GatewayHostActor:
-    """All arguments are plain data, since Ray keeps them for restarts, the clients' keys among them."""
+    """The actor. All arguments, the API keys among them, are plain data, since Ray keeps them for restarts."""
 
     def __init__(self, config: ServeConfig, controller: str, token: str) -> None:
         """controller: host:port."""
@@ -38,7 +38,7 @@ class GatewayHostActor:
         self._watched = loop.create_task(under_watch())
 
     async def ready(self) -> str:
-        """Wait until all listen; why they cannot, or nothing."""
+        """Wait until all gateways listen. Return why they cannot, or an empty string."""
         while not self._gateways.are_listening:
             try:
                 self._gateways.check()
@@ -48,12 +48,12 @@ class GatewayHostActor:
         return ""
 
     async def drain(self, timeout_s: float) -> None:
-        """Let them finish their requests, for at most so long, and end."""
+        """Let the gateways finish their requests, for at most `timeout_s`, and exit."""
         self._run.cancel()
         self._gateways.terminate()
         try:
             async with asyncio.timeout(timeout_s):
-                while not self._gateways.have_ended:  # noqa: ASYNC110 (processes have no event to give)
+                while not self._gateways.have_ended:  # noqa: ASYNC110 (processes offer no event)
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             logger.warning("gateways did not end within %g s", timeout_s)

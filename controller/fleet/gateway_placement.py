@@ -1,6 +1,6 @@
-"""Which nodes of a Ray cluster run gateways: an actor for them on each node that is to have some, as nodes come and go.
+"""Keeps an actor for gateways on each node of a Ray cluster that is to run some, as nodes come and go.
 
-Owns: keeping it so. Leaves to others: Ray (cluster.py), the processes on a node (gateway_host.py).
+Owns: the choice of nodes. Leaves to others: Ray (cluster.py), the processes on a node (gateway_host.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ START_TIMEOUT_S = 120.0
 
 
 class Cluster(Protocol):
-    """What is asked of cluster.py's `WorkerCluster`."""
+    """The part of cluster.py's `WorkerCluster` used here."""
 
     def nodes(self) -> list[Node]: ...
     def gateway_nodes(self) -> set[str]: ...
@@ -32,7 +32,7 @@ class Cluster(Protocol):
 
 
 class GatewayPlacement:
-    """`follow` it for as long as the fleet runs."""
+    """The gateways of all nodes; `follow` runs as long as the fleet."""
 
     def __init__(
         self,
@@ -49,16 +49,16 @@ class GatewayPlacement:
         self._arguments = config, controller, token
         self._tell = tell
         self._listening: dict[str, Node] = {}  # by node id
-        self._drained: set[str] = set()  # ids of nodes that are to have none
+        self._drained: set[str] = set()  # ids of nodes that get no gateways
 
     @property
     def addresses(self) -> Sequence[str]:
-        """Of the nodes whose gateways listen."""
+        """Return the addresses of the nodes whose gateways listen."""
         return sorted(node.address for node in self._listening.values())
 
     async def follow(self, on_first: Callable[[str], None]) -> None:
-        """Keep gateways where they are to be. on_first: called when all nodes there were at first have theirs, with why
-        some have not, or nothing."""
+        """Keep gateways on the wanted nodes. on_first: called once the first nodes have been tried, with the reason why
+        some gateways do not listen, or an empty string."""
         if self._where == "none":
             on_first("")
             return
@@ -69,23 +69,23 @@ class GatewayPlacement:
                 if first is not None:
                     first(failure)
                     first = None
-            except WorkerLost as lost:  # a head node that is away for a while
+            except WorkerLost as lost:  # the head node is unreachable for a while
                 logger.warning("nodes cannot be looked up: %s", lost)
             await asyncio.sleep(LOOK_S)
 
     async def drain(self, node_id: str, timeout_s: float) -> None:
-        """Let a node's gateways finish their requests; it gets none until `undrain`."""
+        """Let a node's gateways finish their requests; the node gets no others until `undrain`."""
         self._drained.add(node_id)
         if self._listening.pop(node_id, None) is not None:
             await self._cluster.drain_gateways(node_id, timeout_s)
             await asyncio.to_thread(self._cluster.remove_gateways, node_id)
 
     def undrain(self) -> None:
-        """Have gateways on drained nodes again."""
+        """Allow gateways on drained nodes again."""
         self._drained.clear()
 
     async def _look(self) -> str:
-        """One round; why gateways of new nodes do not listen, or nothing."""
+        """Run one round. Return why gateways of new nodes do not listen, or an empty string."""
         nodes = await asyncio.to_thread(self._cluster.nodes)
         wanted = {
             node.node_id: node
@@ -101,7 +101,7 @@ class GatewayPlacement:
         return next(filter(None, failures), "")
 
     async def _start(self, node: Node) -> str:
-        """Have gateways on a node that is new, or whose gateways did not listen the last time."""
+        """Start gateways on a node that is new, or whose gateways did not listen the last time."""
         await asyncio.to_thread(self._cluster.host_gateways, node.node_id, GatewayHostActor, *self._arguments)
         failure = await self._cluster.gateways_listen(node.node_id, START_TIMEOUT_S)
         if failure:

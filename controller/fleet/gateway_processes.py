@@ -18,13 +18,13 @@ from lorafleet.controller.gateway.options import GatewayOptions
 from lorafleet.controller.heartbeat import Pulse
 from lorafleet.workers.errors import ConfigError
 
-REPLACE_S = 1.0  # between the starts of one that keeps ending
-SILENT_S = 10.0  # without a sign of life: the kernel gives a hung one its share of the new connections
-START_S = 60.0  # before its first
+REPLACE_S = 1.0  # between the starts of a gateway that keeps exiting
+SILENT_S = 10.0  # without a sign of life; short, since the kernel still gives a hung one its share of new connections
+START_S = 60.0  # the same before its first sign of life
 
 
 class GatewayProcess:
-    """One of them. Has a session of its own, so that Ctrl-C in a terminal reaches it through us only."""
+    """One gateway process, in a session of its own, so that Ctrl-C in a terminal reaches it through us only."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -40,13 +40,13 @@ class GatewayProcess:
 
     @property
     def is_listening(self) -> bool:
-        """It has said that it does. One of several does so only when it can serve."""
+        """Return whether it has reported that it listens. One of several reports that only once it can serve."""
         self._pulse.look(time.monotonic())
         return self._pulse.has_said(b"listening")
 
     @property
     def silent_s(self) -> float:
-        """Seconds since its last sign of life, by which one that starts is not judged yet."""
+        """Return the seconds since its last sign of life; 0 for a process that is still starting."""
         silent_s = self._pulse.look(time.monotonic())
         return silent_s if self._pulse.has_beaten or silent_s > START_S else 0.0
 
@@ -54,7 +54,7 @@ class GatewayProcess:
         self._process.terminate()
 
     def end(self) -> None:
-        """At once, a stopped one too."""
+        """Kill the process, even a stopped one."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -64,7 +64,7 @@ class GatewayProcess:
 
 
 class GatewayProcesses:
-    """A context, with whose end they are gone."""
+    """A node's gateways, as a context: they end with it."""
 
     def __init__(self, config: ServeConfig, controller: str, token_file: Path) -> None:
         """controller: host:port."""
@@ -88,7 +88,7 @@ class GatewayProcesses:
             process.end()
 
     def check(self) -> None:
-        """Raises `ConfigError` when one has ended: while the fleet starts, that has a reason that would come again."""
+        """Raise `ConfigError` if one has exited: while the fleet starts, the cause would recur."""
         for process in self._processes:
             if process.exit_code is not None:
                 raise ConfigError(f"The gateway ended by itself with exit code {process.exit_code}; see its log above.")
@@ -98,7 +98,7 @@ class GatewayProcesses:
         return all(process.is_listening for process in self._processes)
 
     def replace_lost(self) -> list[str]:
-        """Start those again that have ended or hang; what has become of each, for people."""
+        """Replace the processes that have exited or hang. Return a line to print for each."""
         lost = []
         for number, process in enumerate(self._processes):
             if process.exit_code is None:
@@ -114,7 +114,7 @@ class GatewayProcesses:
         return lost
 
     def terminate(self) -> None:
-        """Let them drain; the second time, end their requests at once, each with an answer."""
+        """Let the gateways drain; at the second call, answer and end their requests at once."""
         for process in self._processes:
             process.terminate()
 

@@ -1,6 +1,6 @@
-"""The end of a fleet that belongs to a command on a shared cluster (`lorafleet serve --ray-address`).
+"""Detects the end of the command that owns a fleet on a shared cluster (`lorafleet serve --ray-address`).
 
-The command itself ends its fleet when it can. This is for one that was killed, or lost its node.
+The command ends its fleet itself if it can. This covers a command that was killed, or whose node was lost.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Protocol
 from lorafleet.controller.fleet.cluster import WorkerLost
 
 LOOK_S = 2.0
-GRACE_S = 5.0  # beyond the drain of the command's gateways
+GRACE_S = 5.0  # in addition to the time the command's gateways have to drain
 
 
 class Cluster(Protocol):
-    """What is asked of cluster.py's `WorkerCluster`."""
+    """The part of cluster.py's `WorkerCluster` used here."""
 
     def has_owner(self, owner: str) -> bool: ...
 
@@ -25,9 +25,9 @@ class Cluster(Protocol):
 async def owner_has_ended(
     cluster: Cluster, owner: str, drain_timeout_s: float, tell: Callable[[str, int], None]
 ) -> None:
-    """Wait until the owner has ended, and its gateways too, which finish their requests by themselves.
+    """Wait until the owner has ended and its gateways have had the time to finish their requests.
 
-    A cluster that does not answer is no sign of it.
+    A cluster that does not answer does not count as the owner's end.
     """
     while True:
         await asyncio.sleep(LOOK_S)
@@ -36,5 +36,5 @@ async def owner_has_ended(
                 break
         except WorkerLost:
             continue
-    tell("the command that this fleet belongs to has ended; the fleet ends too", logging.WARNING)
+    tell("the command that owns this fleet has ended; the fleet ends too", logging.WARNING)
     await asyncio.sleep(drain_timeout_s + GRACE_S)

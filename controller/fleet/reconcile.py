@@ -1,4 +1,4 @@
-"""Desired against observed, workers and their adapters: what to do next. Pure, tested as tables."""
+"""Compares desired with observed workers and adapters, and returns what to do next. Pure, tested as tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Key = tuple[str, int]  # name and version of an adapter
 
 @dataclass(frozen=True, slots=True)
 class Actions:
-    """Worker names."""
+    """Names of workers to create and to remove."""
 
     create: tuple[str, ...]
     remove: tuple[str, ...]
 
 
 def reconcile(desired: Sequence[str], observed: Collection[str]) -> Actions:
-    """Workers that are wanted and missing, in wanted order, and workers that exist unwanted, sorted."""
+    """Return the missing workers, in desired order, and the unwanted ones, sorted."""
     return Actions(
         create=tuple(name for name in desired if name not in observed),
         remove=tuple(sorted(set(observed) - set(desired))),
@@ -28,12 +28,12 @@ def reconcile(desired: Sequence[str], observed: Collection[str]) -> Actions:
 
 @dataclass(frozen=True, slots=True)
 class AdapterActions:
-    """Of one worker."""
+    """The adapter calls one worker needs."""
 
-    note: tuple[worker_pb2.Adapter, ...]  # it has not heard what these names stand for
+    note: tuple[worker_pb2.Adapter, ...]  # the worker does not know yet that these names stand for these versions
     register: tuple[worker_pb2.Adapter, ...]
-    unregister: tuple[Key, ...]  # no request can name these
-    retire: tuple[worker_pb2.Adapter, ...]  # requests may still need these, on whichever worker
+    unregister: tuple[Key, ...]  # no request can use these
+    retire: tuple[worker_pb2.Adapter, ...]  # requests on some worker may still need these
 
 
 def reconcile_adapters(
@@ -45,19 +45,19 @@ def reconcile_adapters(
     staging: Collection[Key],
     all_heard: bool,
 ) -> AdapterActions:
-    """What makes a worker's adapters those of the fleet.
+    """Return the calls that make a worker's adapters those of the fleet.
 
-    names: what each stands for, unloaded ones included. needed: older versions that requests still use. registered: the
-    worker's adapters. noted: versions that the worker knows to be the newest. staging: versions that a load is just
-    bringing. all_heard: every worker has said what names stand for, so that a version which nobody has noted is left
-    over from a load that failed; before that it may be the fleet's newest.
+    names: the adapter each name stands for, unloaded ones included. needed: older versions that requests still use.
+    registered: the worker's adapters. noted: the newest version of each name the worker knows. staging: versions that a
+    load in progress is reading. all_heard: every worker has told its names, so a version that none has noted is left
+    over from a failed load; before that it may be the fleet's newest.
     """
     wanted = {(name, adapter.version): adapter for name, adapter in names.items() if not adapter.unloaded}
     wanted |= {(adapter.name, adapter.version): adapter for adapter in needed}
     unregister, retire = [], []
     for key, adapter in registered.items():
         if key in wanted:
-            if adapter.digest != wanted[key].digest:  # read when its files had changed; what was noted counts
+            if adapter.digest != wanted[key].digest:  # its files had changed when it was read; the noted digest counts
                 unregister.append(key)
         elif key not in staging:
             name, version = key

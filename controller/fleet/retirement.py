@@ -1,9 +1,9 @@
-"""Versions of adapters that no name stands for any more, kept on all workers for as long as any request may need them.
+"""Adapter versions that no name stands for any more, kept on all workers while any request may need them.
 
-A request that has begun ends with the version that it began with, and when its worker dies it goes on with another one,
-which must still have that version. So a version goes from all workers together: when no worker has a request for it,
-and no worker was lost of late whose requests may just be on their way. Leaves to others: what names stand for
-(catalogue.py), the calls (worker_client.py).
+A request ends with the version it began with; if its worker dies, it resumes on another one, which must still have that
+version. So a version is freed on all workers together: once no worker has a request for it, and no worker was lost so
+recently that its requests may still be moving. Leaves to others: the adapter each name stands for (catalogue.py), the
+calls (worker_client.py).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import grpc.aio
 from lorafleet.controller.fleet.reconcile import Key
 from lorafleet.proto import worker_pb2
 
-GRACE_S = 2.0  # between a new table and the end of what it no longer names: requests that gateways have just resolved
+GRACE_S = 2.0  # between a new table and the first check: gateways may just have resolved a name to the old version
 POLL_S = 0.5
-FREE_S = 30.0  # that a worker may take to free what no request needs
-NOTICE_S = 5.0  # in which gateways see that a worker is gone
+FREE_S = 30.0  # for a worker to free an unused version
+NOTICE_S = 5.0  # for gateways to notice that a worker is lost
 
 
 @dataclass(frozen=True, slots=True)
 class Freed:
-    """What an unload has given back, on all workers together."""
+    """The memory an unload has freed, on all workers together."""
 
     device_bytes: int = 0
     host_bytes: int = 0
-    num_draining: int = 0  # workers that still finish requests, and free later
+    num_draining: int = 0  # workers that still run requests with it, and free it later
 
 
 class Worker(Protocol):
-    """What is asked of worker_adapters.py's `WorkerAdapters`."""
+    """The part of worker_adapters.py's `WorkerAdapters` used here."""
 
     async def used(self, digests: Sequence[str], cut_s: float) -> set[str]: ...
     async def unregister(self, key: Key, timeout_s: float) -> worker_pb2.UnregisterAdapterReply | None: ...
@@ -47,12 +47,12 @@ class _Retired:
     adapter: worker_pb2.Adapter
     since: float
     freed: asyncio.Future[Freed]
-    num_users: int = 0  # workers with requests that need it, or that did not say, when they were last asked
+    num_users: int = 0  # workers that, when last asked, had requests for it or did not answer
     is_used: bool = False
 
 
 class Retirement:
-    """`add` a version; `run` until the controller ends."""
+    """The retired versions: `add` one; `run` until the controller ends."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Retirement:
         resume_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """workers: those in the table. named: digests that names stand for; nothing of these is freed.
+        """workers: those in the table. named: digests of all loaded adapters, whose content is never freed.
 
         resume_s: how long a request whose worker was lost waits for another one.
         """
@@ -76,7 +76,7 @@ class Retirement:
         self._held_until = -math.inf
 
     def add(self, adapter: worker_pb2.Adapter) -> asyncio.Future[Freed]:
-        """Nothing stands for it in the table now. Its future is done when all workers have freed it."""
+        """Retire a version the table no longer names. The returned future is done when all workers have freed it."""
         key = adapter.name, adapter.version
         if key not in self._retired:
             freed: asyncio.Future[Freed] = asyncio.get_running_loop().create_future()
@@ -85,7 +85,7 @@ class Retirement:
         return self._retired[key].freed
 
     async def freed(self, adapter: worker_pb2.Adapter) -> Freed:
-        """`add` it, and what has become of it after `FREE_S` at the latest."""
+        """Retire a version, and return what was freed, or after `FREE_S` how many workers still hold it."""
         future = self.add(adapter)
         patience_s = GRACE_S + FREE_S
         if self._held_until - self._clock() < patience_s or adapter.digest in self._named():
@@ -96,18 +96,18 @@ class Retirement:
         return Freed(num_draining=(entry.num_users if entry is not None else 0) or len(self._workers()))
 
     def worker_lost(self) -> None:
-        """Its requests are on their way to other workers. A controller that starts does not know whether one was."""
+        """Free nothing for a while: a lost worker's requests are moving to others. Also called after a restart."""
         self._held_until = self._clock() + self._hold_s
 
     def needed(self) -> list[worker_pb2.Adapter]:
-        """Those that a request was seen to use: a worker that has restarted may get it."""
+        """Return the versions in use by requests, which a restarted worker may get."""
         return [entry.adapter for entry in self._retired.values() if entry.is_used]
 
     def keys(self) -> Collection[Key]:
         return self._retired.keys()
 
     async def run(self) -> None:
-        """Ask the workers, again and again, while there is something to ask for."""
+        """Ask the workers repeatedly while there are retired versions."""
         while True:
             self._added.clear()
             if not self._retired:
@@ -116,7 +116,7 @@ class Retirement:
             await asyncio.sleep(POLL_S)
 
     async def step(self) -> None:
-        """Ask the workers once, and drop what nobody needs."""
+        """Ask the workers once, and drop the versions without requests."""
         now = self._clock()
         due = {key: entry for key, entry in self._retired.items() if now - entry.since >= GRACE_S}
         workers = list(self._workers())
@@ -139,7 +139,7 @@ class Retirement:
         await asyncio.gather(*self._dropping, return_exceptions=True)
 
     async def _used(self, worker: Worker, digests: Sequence[str]) -> set[str] | None:
-        """None: it does not say."""
+        """Return those of `digests` that a worker's requests need; None if it does not answer."""
         try:
             return await worker.used(digests, self._hold_s)
         except grpc.aio.AioRpcError:

@@ -1,6 +1,6 @@
-"""The controller's gRPC face: the routing table to whoever watches, tokenizer files by digest, adapter updates.
+"""The controller's gRPC service: the routing table for watchers, tokenizer files by digest, adapter updates.
 
-The base model's files are kept here; an adapter's come from a worker, which can read its directory.
+It keeps the base model's files; an adapter's come from a worker, which can read its directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorafleet.workers.text.files import chunks, files_digest, read_text_files
 
 
 def read_tokenizer_files(model_dir: Path) -> dict[str, bytes]:
-    """The files that a tokenizer is made of. Raises `ModelError`."""
+    """Return the files a tokenizer is made of. Raises `ModelError`."""
     files = read_text_files(model_dir)
     if "tokenizer.json" not in files:
         raise ModelError(f"{model_dir} has no tokenizer.json; only fast tokenizers are served.")
@@ -30,7 +30,7 @@ def read_tokenizer_files(model_dir: Path) -> dict[str, bytes]:
 
 
 class ControllerService(controller_pb2_grpc.ControllerServicer):
-    """Publishes one catalogue. Call `changed` after each change of it."""
+    """Publishes one catalogue; call `changed` after each change of it."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         clients: Callable[[], Sequence[WorkerClient]] = tuple,
         learned: Callable[[], None] = lambda: None,
     ) -> None:
-        """files: by digest, then by name. workers: how the wanted ones are. clients: of those in the table. learned:
-        called when a gateway has told what names stand for."""
+        """files: by digest, then by name. workers: returns the wanted workers' status. clients: returns the clients of
+        those in the table. learned: called when a gateway has told names that were new."""
         self._workers = workers
         self._clients = clients
         self._learned = learned
@@ -126,7 +126,7 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
             yield worker_pb2.FileChunk(name=name, data=data)
 
     async def _files_of_workers(self, digest: str) -> dict[str, bytes] | None:
-        """None: no worker has them."""
+        """Return the files with this digest, or None if no worker has them."""
         for client in self._clients():
             try:
                 files = await client.files(digest)

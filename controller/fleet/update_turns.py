@@ -1,4 +1,4 @@
-"""Loads and unloads in turn: of one name one after the other, of different names side by side, all within bounds."""
+"""Takes loads and unloads in turn: one at a time for each name, different names in parallel, all within bounds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from weakref import WeakValueDictionary
 
 from lorafleet.workers.errors import AdapterConflictError, QueueFullError, quoted
 
-MAX_SIDE_BY_SIDE = 32  # names that are loaded at once
-MAX_UPDATES = 1024  # under way and waiting
-MAX_OF_NAME = 64  # of these
-TURN_S = 30.0  # for one's turn; gateways wait longer for what comes of it
+MAX_SIDE_BY_SIDE = 32  # names loaded at once
+MAX_UPDATES = 1024  # running and waiting
+MAX_OF_NAME = 64  # of these, for one name
+TURN_S = 30.0  # the longest wait for a turn; gateways wait longer for the result
 
 
 class UpdateTurns:
-    """`of` a name is its holder's alone."""
+    """The turns: whoever holds `of(name)` is the only one to update that name."""
 
     def __init__(self) -> None:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -26,7 +26,7 @@ class UpdateTurns:
 
     @asynccontextmanager
     async def of(self, name: str, *, takes_place: bool) -> AsyncIterator[None]:
-        """takes_place: it is a load, of which only so many go on at once.
+        """Wait for the turn and hold it. takes_place: whether it is a load, which counts against `MAX_SIDE_BY_SIDE`.
 
         Raises `QueueFullError` when too many wait, `AdapterConflictError` when the turn does not come in time.
         """

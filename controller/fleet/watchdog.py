@@ -1,6 +1,6 @@
-"""``python -m lorafleet.controller.fleet.watchdog SECONDS``: ends its parent when that gives no sign of life on stdin.
+"""``python -m lorafleet.controller.fleet.watchdog SECONDS``: kills its parent when it gives no sign of life on stdin.
 
-Ray restarts an actor that has ended, and never notices one that hangs or is stopped.
+It is needed because Ray restarts an actor that has exited, but does not notice one that hangs or is stopped.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import time
 
 from lorafleet.controller.heartbeat import BEAT_S, Pulse, beat
 
-SILENT_S = 15.0  # as long as a worker may be silent
+SILENT_S = 15.0  # the same as for workers
 _LOOK_S = 0.5
 
 
 def watch(silent_s: float, parent: int) -> None:
-    """Return when the parent has ended, by itself or by us."""
+    """Kill the parent when it has been silent for too long. Return when it has ended."""
     pulse = Pulse(sys.stdin.fileno(), time.monotonic())
     while os.getppid() == parent:
         if pulse.look(time.monotonic()) > silent_s:
@@ -30,13 +30,13 @@ def watch(silent_s: float, parent: int) -> None:
 
 
 async def under_watch(silent_s: float = SILENT_S) -> None:
-    """Have this process ended when its event loop stops turning for so long. Runs until it is cancelled."""
+    """Have this process killed when its event loop stops turning for `silent_s`. Runs until it is cancelled."""
     command = [sys.executable, "-m", "lorafleet.controller.fleet.watchdog", str(silent_s), str(os.getpid())]
     while True:
-        with contextlib.suppress(OSError), _start(command) as process:  # OSError: the machine has no process to give
+        with contextlib.suppress(OSError), _start(command) as process:  # OSError: no process can be started now
             assert process.stdin is not None
             try:
-                while process.poll() is None:  # else somebody has ended it, and another takes its place
+                while process.poll() is None:  # a watchdog that was killed is replaced
                     beat(process.stdin.fileno())
                     await asyncio.sleep(BEAT_S)
             finally:
@@ -45,7 +45,7 @@ async def under_watch(silent_s: float = SILENT_S) -> None:
 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
-    # Nothing of ours is held open by it, so that whoever reads our output sees our end.
+    # It holds none of our pipes open, so readers of our output see when we end.
     nothing = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True)
 

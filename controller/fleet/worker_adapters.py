@@ -1,7 +1,8 @@
-"""The adapters of one worker: what it has, what it lacks and why, and making them those of the fleet.
+"""The adapters of one worker: which it has, which it lacks and why, and the calls that make them those of the fleet.
 
-Owns: one worker's view, and trying again what failed, ever more rarely. Leaves to others: what is to be done
-(reconcile.py), what names stand for (catalogue.py), what may go (retirement.py), the calls (worker_client.py).
+Owns: one worker's view, and retries of failed loads with growing waits. Leaves to others: the decision what to do
+(reconcile.py), the adapter each name stands for (catalogue.py), old versions (retirement.py), the calls
+(worker_client.py).
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from lorafleet.workers.errors import LoRAFleetError, status_of
 
 logger = logging.getLogger(__name__)
 
-MAX_LOADING = 8  # adapters that a worker is made to read at once
-LOOK_S = 30.0  # between looks at what the worker has: what a call that failed has left behind
+MAX_LOADING = 8  # adapters a worker reads at once for us
+LOOK_S = 30.0  # between listings of the worker's adapters, which find what a failed call has left
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
-PUBLISH_S = 0.5  # between tables that say what is still missing
-FORGET_S = 5.0  # for what no request can name
+PUBLISH_S = 0.5  # between tables while adapters are still missing
+FORGET_S = 5.0  # to unregister what no request can use
 
 
 @dataclass(slots=True)
 class _Problem:
-    """Why an adapter is not there."""
+    """A failed load, and when to try again."""
 
     reason: str  # a code
     num_tries: int
@@ -45,40 +46,40 @@ class _Problem:
 
 @dataclass(frozen=True, slots=True)
 class FleetAdapters:
-    """What all workers' adapters have in common."""
+    """The state and callbacks that all workers' adapters share."""
 
     catalogue: Catalogue
     retirement: Retirement
-    staging: Collection[Key]  # versions that loads are just bringing
-    changed: Callable[[], None]  # the table is another
-    learned: Callable[[], None]  # and names stand for something else: all workers are to follow
-    all_heard: Callable[[], bool]  # whether every worker is there and has said what names stand for
+    staging: Collection[Key]  # versions that loads in progress are reading
+    changed: Callable[[], None]  # called when the table has changed
+    learned: Callable[[], None]  # called when names have changed too, so that all workers must catch up
+    all_heard: Callable[[], bool]  # returns whether every worker has told its names
     tell: Callable[[str, int], None]
 
 
 class WorkerAdapters:
-    """Of one process. `follow` while it lives."""
+    """The adapters of one worker process; `follow` runs while it lives."""
 
     def __init__(
         self, name: str, client: WorkerClient, fleet: FleetAdapters, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.name = name
         self.has_looked = False
-        self.settled = asyncio.Event()  # all that it should have has been tried
+        self.settled = asyncio.Event()  # every adapter it should have has been tried
         self._client = client
         self._fleet = fleet
         self._clock = clock
         self._registered: dict[Key, worker_pb2.Adapter] = {}
         self._noted: dict[str, int] = {}
         self._problems: dict[Key, _Problem] = {}
-        self._missing: deque[worker_pb2.Adapter] = deque()  # to be loaded now
+        self._missing: deque[worker_pb2.Adapter] = deque()  # due to be loaded
         self._loading: set[Key] = set()
         self._loaders: set[asyncio.Task[None]] = set()
         self._look_at = self._publish_at = -math.inf
         self._woken = asyncio.Event()
 
     async def look(self) -> None:
-        """See what it has, and learn from it what names stand for. Raises `grpc.aio.AioRpcError`."""
+        """List the worker's adapters, and learn names from it. Raises `grpc.aio.AioRpcError`."""
         reply = await self._client.adapters()
         catalogue = self._fleet.catalogue
         before = self._registered.keys()
@@ -89,28 +90,28 @@ class WorkerAdapters:
         catalogue.see(version for _, version in self._registered)
         if catalogue.note(reply.names):
             self._fleet.learned()
-        if self._registered.keys() != before and self.settled.is_set():  # an answer was lost, and is here now
+        if self._registered.keys() != before and self.settled.is_set():  # the answer to an earlier call was lost
             self._publish()
 
     def wake(self) -> None:
-        """Something has changed: see to it now."""
+        """Make `follow` take its next step now."""
         self._woken.set()
 
     def catch_up(self, newest: worker_pb2.Adapter) -> None:
-        """A name stands for something else: see to it now, if it has not got or not heard of that."""
+        """Wake up after a name has changed, unless the worker already has and knows the new version."""
         if self._noted.get(newest.name) != newest.version or not (newest.unloaded or self._has(newest)):
             self.wake()
 
     async def follow(self) -> None:
-        """Make its adapters the fleet's, for as long as it lives."""
+        """Keep the worker's adapters those of the fleet while it lives."""
         try:
             while True:
                 self._woken.clear()
                 try:
                     await self.step()
                 except grpc.aio.AioRpcError:
-                    pass  # silence is worker_life.py's business; the call is made again
-                except Exception:  # a bug of ours must not leave the worker alone for good
+                    pass  # worker_life.py handles silence; the call is made again
+                except Exception:  # a bug here must not leave the worker without adapters for good
                     logger.exception("the adapters of %s cannot be seen to", self.name)
                 waits = [problem.retry_at for problem in self._problems.values()]
                 wait_s = max(0.0, min([self._look_at, *waits]) - self._clock())
@@ -123,7 +124,7 @@ class WorkerAdapters:
             await asyncio.gather(*self._loaders, return_exceptions=True)
 
     async def step(self) -> None:
-        """Do once what is to be done, and begin to load what is missing. Raises `grpc.aio.AioRpcError`."""
+        """Make the calls that are due, and begin to load what is missing. Raises `grpc.aio.AioRpcError`."""
         if self._clock() >= self._look_at:
             await self.look()
         actions = self._actions()
@@ -144,7 +145,7 @@ class WorkerAdapters:
             self._publish()
 
     def lacking(self) -> list[controller_pb2.LackingAdapter]:
-        """Of the adapters that names stand for, those whose content is not here."""
+        """Return the fleet's loaded adapters whose content the worker does not have."""
         held = {adapter.digest for adapter in self._registered.values()}
         return [
             controller_pb2.LackingAdapter(
@@ -157,31 +158,31 @@ class WorkerAdapters:
         ]
 
     async def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
-        """Tell it what names stand for. Raises `grpc.aio.AioRpcError`."""
+        """Tell the worker which versions names stand for. Raises `grpc.aio.AioRpcError`."""
         adapters = list(adapters)
         await self._client.note(adapters)
         for adapter in adapters:
             self._noted[adapter.name] = max(adapter.version, self._noted.get(adapter.name, 0))
 
     async def register(self, adapter: worker_pb2.Adapter) -> worker_pb2.Adapter:
-        """Have it read an adapter; as it was found. Raises `LoRAFleetError` and `grpc.aio.AioRpcError`."""
+        """Have the worker read an adapter. Return it as found. Raises `LoRAFleetError` and `grpc.aio.AioRpcError`."""
         found = await self._client.register(adapter)
         self._registered[adapter.name, adapter.version] = found
         return found
 
     async def used(self, digests: Sequence[str], cut_s: float) -> set[str]:
-        """Which of these its requests need. Raises `grpc.aio.AioRpcError`."""
+        """Return those of `digests` that its requests need; see `WorkerClient.used`. Raises `grpc.aio.AioRpcError`."""
         return await self._client.used(digests, cut_s)
 
     async def unregister(self, key: Key, timeout_s: float) -> worker_pb2.UnregisterAdapterReply | None:
-        """Have it forget a version and free it. None: it is not done yet, though no request may name it now.
+        """Unregister a version and free it. None: it is not freed yet, though no new request can use it.
 
-        A worker that is lost has nothing to free.
+        A lost worker has nothing to free.
         """
         try:
             reply = await self._client.unregister(*key, timeout_s)
         except grpc.aio.AioRpcError as error:
-            self._look_at = -math.inf  # it may have it still
+            self._look_at = -math.inf  # the worker may still have it
             self.wake()
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
@@ -209,7 +210,7 @@ class WorkerAdapters:
         return "" if problem is None else problem.reason
 
     def _begin_loads(self, missing: Sequence[worker_pb2.Adapter]) -> None:
-        """Those that were tried least come first, so that one which hangs or fails holds up no other for long."""
+        """Load the adapters tried least often first, so that one that hangs or fails holds up no other for long."""
         now = self._clock()
         tries: dict[Key, int] = {}
         due = []
@@ -240,7 +241,7 @@ class WorkerAdapters:
                 await self._load(key, adapter)
             finally:
                 self._loading.discard(key)
-            if not self._missing or self._clock() >= self._publish_at:  # not after each of thousands
+            if not self._missing or self._clock() >= self._publish_at:  # not once for each of thousands
                 self._publish()
 
     async def _load(self, key: Key, adapter: worker_pb2.Adapter) -> None:
@@ -250,7 +251,7 @@ class WorkerAdapters:
             self._failed(key, getattr(error, "reason", "") or status_of(error).code, error.message)
         except grpc.aio.AioRpcError as error:
             self._failed(key, "no_answer", f"the worker does not answer ({error.code().name})")
-        except Exception as error:  # else the others would not be loaded either
+        except Exception as error:  # the others must be loaded all the same
             logger.exception("adapter %s cannot be loaded again", key[0])
             self._failed(key, status_of(error).code, repr(error))
         else:

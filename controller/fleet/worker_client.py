@@ -1,4 +1,4 @@
-"""One worker as the controller calls it. Every call has a deadline; one that fails raises `grpc.aio.AioRpcError`."""
+"""The controller's calls to one worker. Each has a deadline; one that fails raises `grpc.aio.AioRpcError`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, error_of
 CALL_S = 5.0
 LIST_S = 10.0
 FILES_S = 30.0
-REGISTER_S = 540.0  # an adapter may have to be downloaded; gateways wait for 600 s
+REGISTER_S = 540.0  # an adapter may have to be downloaded; gateways wait 600 s
 
 
 class WorkerClient:
-    """A context: the connection ends with it."""
+    """A connection to a worker, as a context: it is closed at the end."""
 
     def __init__(self, address: str, token: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
@@ -41,30 +41,30 @@ class WorkerClient:
         return report
 
     async def drain(self) -> int:
-        """Let it refuse new requests; how many still run."""
+        """Have the worker refuse new requests. Return how many still run."""
         reply = await self._call(self._stub.Drain, worker_pb2.DrainRequest(), CALL_S)
         return int(reply.num_unfinished)
 
     async def adapters(self) -> worker_pb2.ListAdaptersReply:
-        """What is registered there, and what names stand for as far as it was told."""
+        """Return the adapters registered there, and the versions that names stand for as far as it was told."""
         reply: worker_pb2.ListAdaptersReply = await self._call(
             self._stub.ListAdapters, worker_pb2.ListAdaptersRequest(), LIST_S
         )
         return reply
 
     async def note(self, adapters: Iterable[worker_pb2.Adapter]) -> None:
-        """Tell it what names stand for."""
+        """Tell the worker which versions names stand for."""
         await self._call(self._stub.NoteAdapters, worker_pb2.NoteAdaptersRequest(adapters=adapters), CALL_S)
 
     async def used(self, digests: Sequence[str], cut_s: float) -> set[str]:
-        """Which of these its requests need, or may need again elsewhere, having been cut at most so long ago."""
+        """Return those of `digests` that its requests need, or that requests cut within `cut_s` may need elsewhere."""
         request = worker_pb2.GetUseRequest(digests=digests, cut_s=cut_s)
         return set((await self._call(self._stub.GetUse, request, CALL_S)).digests)
 
     async def register(self, adapter: worker_pb2.Adapter) -> worker_pb2.Adapter:
-        """Have `adapter` read from its place, or its root if that was not found yet; as the worker found it.
+        """Have `adapter` read from its place, or, if that is not known yet, its root. Return it as the worker found it.
 
-        With a digest it is refused when the files are others. Raises the worker's `AdapterRefusedError`.
+        If it has a digest, other files are refused. Raises the worker's `AdapterRefusedError`.
         """
         request = worker_pb2.RegisterAdapterRequest(
             name=adapter.name,
@@ -85,13 +85,13 @@ class WorkerClient:
         return registered
 
     async def unregister(self, name: str, version: int, timeout_s: float) -> worker_pb2.UnregisterAdapterReply:
-        """Have it forgotten, and wait until it is freed, for at most `timeout_s`."""
+        """Have a version forgotten, and wait until it is freed, for at most `timeout_s`."""
         request = worker_pb2.UnregisterAdapterRequest(name=name, version=version)
         reply: worker_pb2.UnregisterAdapterReply = await self._call(self._stub.UnregisterAdapter, request, timeout_s)
         return reply
 
     async def files(self, digest: str) -> dict[str, bytes]:
-        """Tokenizer and template files of an adapter that is registered there."""
+        """Return the tokenizer and template files with this digest, of an adapter registered there."""
         request = worker_pb2.GetFilesRequest(digest=digest)
         files: dict[str, bytearray] = {}
         with _lost_when_closed():
@@ -106,8 +106,10 @@ class WorkerClient:
 
 @contextlib.contextmanager
 def _lost_when_closed() -> Iterator[None]:
-    """A call whose connection is closed under it fails like one to a worker that is lost. gRPC says that it, or who
-    waits for it, was cancelled."""
+    """Fail a call whose connection is closed under it like a call to a lost worker.
+
+    gRPC reports such a call, or the task that awaits it, as cancelled.
+    """
     try:
         yield
     except (asyncio.CancelledError, grpc.aio.UsageError) as error:

@@ -1,7 +1,7 @@
-"""One wanted worker, through all its processes: made, in the table while it answers, replaced when it is lost.
+"""One wanted worker through all its processes: created, in the table while it answers, replaced when it is lost.
 
-Owns: following it, its restarts, what is known of it. Leaves to others: Ray (cluster.py), the table (catalogue.py),
-which adapters it is to know (adapters.py), which workers are wanted (actor.py).
+Owns: its health checks, its restarts, its status. Leaves to others: Ray (cluster.py), the table (catalogue.py), its
+adapters (worker_adapters.py), the choice of wanted workers (actor.py).
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lorafleet.workers.server.actor import WorkerFailed, WorkerReady
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-LOST_S = 5.0  # a worker that has not answered for so long is taken out of the table
-ENDED_S = 15.0  # and after so long it is ended, if it has not ended by itself
+LOST_S = 5.0  # a worker silent for so long is taken out of the table
+ENDED_S = 15.0  # a worker silent for so long is killed
 START_TIMEOUT_S = 600.0
 RETRY_S = 1.0
-RESTART_S = 10.0  # between attempts of a worker that cannot start, such as one whose files are away
-SETTLE_S = 10.0  # that a worker stays out of the table while it loads the fleet's adapters; the rest it loads later
+RESTART_S = 10.0  # between attempts of a worker that cannot start, for example because its files are missing
+SETTLE_S = 10.0  # how long a worker may load the fleet's adapters before it enters the table; it loads the rest there
 _REFUSED = ERRORS[AdapterRefusedError].code
 
 
 class Cluster(Protocol):
-    """What is asked of cluster.py's `WorkerCluster`."""
+    """The part of cluster.py's `WorkerCluster` used here."""
 
     async def worker_ready(self, name: str, timeout_s: float) -> WorkerReady | WorkerFailed: ...
     def remove_worker(self, name: str) -> None: ...
@@ -46,7 +46,7 @@ class Cluster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What all workers of a fleet have in common."""
+    """The objects and callbacks that all workers of a fleet share."""
 
     cluster: Cluster
     catalogue: Catalogue
@@ -55,29 +55,29 @@ class Surroundings:
     table_changed: Callable[[], None]
     tell: Callable[[str, int], None]  # an event's line and log level
     create: Callable[[str, bool], Awaitable[None]]  # (name, whether without the start-up's adapters)
-    started: Callable[[], None]  # a worker is in the table
-    cannot_start: Callable[[WorkerFailed], bool]  # whether that is the end, since the fleet has never served
+    started: Callable[[], None]  # called when a worker has entered the table
+    cannot_start: Callable[[WorkerFailed], bool]  # returns whether that is final, since the fleet has never served
 
 
 class WorkerLife:
-    """`follow` it for as long as it is wanted."""
+    """The worker; `follow` runs as long as it is wanted."""
 
     def __init__(self, name: str, num_ranks: int, surroundings: Surroundings) -> None:
         self.name = name
-        self.ready: WorkerReady | None = None  # as it last started
-        self.client: WorkerClient | None = None  # while it is in the table
-        self.adapters: WorkerAdapters | None = None  # of its process, when it has said what it has
+        self.ready: WorkerReady | None = None  # of its last start
+        self.client: WorkerClient | None = None  # None while it is not in the table
+        self.adapters: WorkerAdapters | None = None  # None until its process has listed its adapters
         self.has_served = False
         self._num_ranks = num_ranks
         self._surroundings = surroundings
         self._report: worker_pb2.WorkerReport | None = None
         self._answered_at = 0.0
         self._num_starts = 0
-        self._is_bare = False  # made without the start-up's adapters
+        self._is_bare = False  # created without the start-up's adapters
         self._entered = asyncio.Event()  # set, and replaced, when it enters the table
 
     async def follow(self) -> None:
-        """Keep it there and the table true about it."""
+        """Keep the worker running, and the table up to date about it."""
         cluster = self._surroundings.cluster
         while True:
             try:
@@ -91,7 +91,7 @@ class WorkerLife:
             if isinstance(worker, WorkerFailed):
                 await self._start_again(worker)
                 continue
-            if worker != self.ready:  # else it could not be reached for a moment
+            if worker != self.ready:  # else it was only unreachable for a moment
                 self._num_starts += 1
                 self._tell(f"is {worker.worker_id}, generation {worker.generation}, at {worker.address}")
             self.ready = worker
@@ -110,7 +110,7 @@ class WorkerLife:
             self._tell(f"is lost ({worker.worker_id}, generation {worker.generation}): {why}", logging.WARNING)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Let it refuse new requests and finish its running ones, for at most so long; whether it has."""
+        """Have it refuse new requests and finish the others, for at most `timeout_s`. Return whether it has."""
         if self.ready is None:
             return True
         self._tell(f"drains, for at most {timeout_s:g} s")
@@ -119,17 +119,17 @@ class WorkerLife:
             async with WorkerClient(self.ready.address, self._surroundings.token) as client:
                 while num_left := await client.drain():
                     if time.monotonic() >= deadline:
-                        self._tell(f"still has {num_left} requests; others go on with them", logging.WARNING)
+                        self._tell(f"still has {num_left} requests; other workers resume them", logging.WARNING)
                         return False
                     await asyncio.sleep(0.05)
-        except grpc.aio.AioRpcError as error:  # it is gone already, or hangs
+        except grpc.aio.AioRpcError as error:  # it has ended already, or hangs
             self._tell(f"does not drain: {error.details()}", logging.WARNING)
             return False
         self._tell("is drained")
         return True
 
     async def restart(self, drain_timeout_s: float) -> None:
-        """Drain it, end it, and wait until its next self is in the table. Raises `TimeoutError`."""
+        """Drain and end its process, and wait until the next one is in the table. Raises `TimeoutError`."""
         entered = self._entered
         await self.drain(drain_timeout_s)
         await asyncio.to_thread(self._surroundings.cluster.restart_worker, self.name)
@@ -137,7 +137,7 @@ class WorkerLife:
             await entered.wait()
 
     def status(self) -> controller_pb2.WorkerStatus:
-        """What is known of it now."""
+        """Return its current status."""
         status = controller_pb2.WorkerStatus(
             name=self.name, num_ranks=self._num_ranks, num_starts=self._num_starts, state="starting"
         )
@@ -156,13 +156,13 @@ class WorkerLife:
         self._surroundings.tell(f"{self.name} {what}", level)
 
     async def _start_again(self, failed: WorkerFailed) -> None:
-        """One that cannot start is tried again until it can, unless the fleet has never served."""
+        """Try again to start a worker that could not."""
         cluster = self._surroundings.cluster
         self._heard()
         self._tell(f"cannot start: {failed.message}", logging.ERROR)
         is_final = self._surroundings.cannot_start(failed)
         if not is_final and failed.code == _REFUSED and not self._is_bare:
-            # An adapter of the start-up has gone or changed since. That must not keep the others from serving.
+            # An adapter of the start-up was removed or has changed since. The others must be served all the same.
             self._is_bare = True
             await self._ask_ray(cluster.remove_worker)
             await self._surroundings.create(self.name, self._is_bare)
@@ -171,16 +171,16 @@ class WorkerLife:
             await self._ask_ray(cluster.restart_worker)
 
     async def _ask_ray(self, call: Callable[[str], None]) -> None:
-        """One that fails, since Ray does not answer now, is made again: the worker is looked at from the beginning."""
+        """Make a call to Ray. If Ray does not answer, `follow` looks at the worker again and repeats the call."""
         try:
             await asyncio.to_thread(call, self.name)
         except WorkerLost as lost:
             logger.warning("%s", lost)
 
     async def _poll_until_lost(self, worker: WorkerReady, client: WorkerClient, adapters: WorkerAdapters) -> str:
-        """Publish it once it knows the fleet's adapters, and follow its state; why it is lost, for people."""
+        """Publish the worker once it has the fleet's adapters, and follow its state. Return why it was lost."""
         self._answered_at = began = looked_at = time.monotonic()
-        silent_s = 0.0  # by our own running time: after a pause of the controller or the machine nobody is to blame
+        silent_s = 0.0  # counts our own running time, so a pause of the controller or the machine is not silence
         while True:
             looked_at, silent_s = self._silence(looked_at, silent_s)
             try:
@@ -188,12 +188,12 @@ class WorkerLife:
                 if (report.worker_id, report.generation) != _identity(worker):
                     return "another one answers at its address"
             except grpc.aio.AioRpcError as error:
-                # A refused connection is a dead process; silence may be a busy machine.
+                # A refused connection means a dead process; silence may mean a busy machine.
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
                     return "its process has ended"
                 looked_at, silent_s = self._silence(looked_at, silent_s)
                 if silent_s > ENDED_S:
-                    # It hangs or is stopped. Ray ends within 5 s what does not end by itself.
+                    # It hangs or is stopped. Ray kills a process that does not exit within 5 s.
                     await self._ask_ray(self._surroundings.cluster.restart_worker)
                     return f"it has given no report for {silent_s:.0f} s ({_reason(error)}), so its process is ended"
                 if silent_s > LOST_S and self._leave_table(worker):
@@ -216,13 +216,13 @@ class WorkerLife:
                         await adapters.settled.wait()
 
     def _heard(self) -> None:
-        """What it knows of adapters is known, or is lost with it."""
+        """Note that the worker has told its names, or that they are lost with it."""
         if self._surroundings.catalogue.heard(self.name):
             self._surroundings.table_changed()
 
     @staticmethod
     def _silence(looked_at: float, silent_s: float) -> tuple[float, float]:
-        """Now, and the silence until now; both of the last look."""
+        """Return the time now, and the silence until now. Both arguments are those of the last look."""
         now = time.monotonic()
         return now, silent_s + min(now - looked_at, CALL_S + POLL_S)
 
@@ -242,7 +242,7 @@ class WorkerLife:
             self._entered = asyncio.Event()
 
     def _leave_table(self, worker: WorkerReady) -> bool:
-        """Whether it was in it."""
+        """Take the worker out of the table. Return whether it was there."""
         self.client = None
         if not self._surroundings.catalogue.drop_worker(worker.worker_id):
             return False

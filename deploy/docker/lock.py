@@ -1,12 +1,12 @@
-"""Writes the image's lock files: each package that is installed, its version, the SHA-256 of its wheels.
+"""Writes the image's lock files: each installed package, its version, the SHA-256 of its wheels.
 
-    python deploy/docker/lock.py            what constraints.txt pins, and for the rest what the locks have already
-    python deploy/docker/lock.py --upgrade  the newest of what constraints.txt does not pin
-    python deploy/docker/lock.py --check    writes nothing; fails when a lock is not what would be written
+    python deploy/docker/lock.py            versions of constraints.txt, and for other packages those already locked
+    python deploy/docker/lock.py --upgrade  the newest versions of packages that constraints.txt does not pin
+    python deploy/docker/lock.py --check    writes nothing; fails if a lock differs from what would be written
 
 Reads versions, metadata and hashes from PyPI's index (PEP 691, PEP 658) and downloads no wheel. It takes the
-newest version of a package that all requirements allow, and does not backtrack: where that is not enough it says which
-requirement is in the way, to be pinned in constraints.txt. Needs `packaging`, which the pinned environment has.
+newest version of a package that all requirements allow, and does not backtrack: if that fails, it names the
+conflicting requirement, which is then to be pinned in constraints.txt. Needs `packaging` (in the pinned environment).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INDEX = "https://pypi.org/simple"
 PYTHON = "3.11.17"  # the base image's
 GLIBC_MINOR = 36  # bookworm's glibc is 2.36
 MACHINES = ("x86_64", "aarch64")
-# PyPI's torch is the one for CUDA. The CPU builds lie on PyTorch's own server, which has no API; these are its files.
+# PyPI's torch is the CUDA build. The CPU builds are on PyTorch's own server, which has no API; these are its files.
 TORCH_CPU_PAGE = "https://download.pytorch.org/whl/cpu/torch/"
 TORCH_CPU = {
     "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl": (
@@ -52,7 +52,7 @@ TORCH_CPU = {
 
 
 class LockError(Exception):
-    """No lock can be written; the message says what is in the way."""
+    """No lock can be written; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """One lock file: what it is to hold."""
+    """The contents of one lock file."""
 
     path: Path
-    roots: tuple[str, ...]  # requirements, as pyproject.toml has them
+    roots: tuple[str, ...]  # requirements, as in pyproject.toml
     cpu: bool  # whether torch is the CPU build
 
 
@@ -86,7 +86,7 @@ def locks() -> list[Lock]:
 
 
 def pins(path: Path) -> dict[str, Version]:
-    """name==version, a line each, as constraints.txt and the locks have them."""
+    """Return the versions by name from lines name==version, as in constraints.txt and the locks."""
     lines = path.read_text().splitlines() if path.exists() else []
     words = [line.split()[0] for line in lines if "==" in line and line[0].isalnum()]
     return {canonicalize_name(name): Version(version) for name, version in (word.split("==") for word in words)}
@@ -103,7 +103,7 @@ def fetch(url: str, **headers: str) -> bytes:
 
 
 class RemoteFile(RawIOBase):
-    """A file on a server, of which only what is read is transferred."""
+    """A file on a server; only the parts that are read are transferred."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -133,7 +133,7 @@ class RemoteFile(RawIOBase):
 
 @cache
 def tag_ranks(machine: str) -> dict[Tag, int]:
-    """The tags that the base image's pip takes, best first."""
+    """Return the tags that the base image's pip accepts, best first."""
     old_names = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
     platforms = []
     for minor in range(GLIBC_MINOR, 4, -1):
@@ -146,7 +146,7 @@ def tag_ranks(machine: str) -> dict[Tag, int]:
 
 @cache
 def wheels(name: str) -> tuple[Wheel, ...]:
-    """The wheels of a package that this Python runs on either machine. Withdrawn ones are left out."""
+    """Return a package's wheels that this Python can run on either machine, without withdrawn ones."""
     page: dict[str, Any] = json.loads(fetch(f"{INDEX}/{name}/", Accept="application/vnd.pypi.simple.v1+json"))
     found = []
     for file in page["files"]:
@@ -154,11 +154,11 @@ def wheels(name: str) -> tuple[Wheel, ...]:
             continue
         try:
             runs = SpecifierSet(file["requires-python"] or "").contains(PYTHON)
-        except InvalidSpecifier:  # some old releases; pip takes them too
+        except InvalidSpecifier:  # some old releases; pip accepts them too
             runs = True
         try:
             _, version, _, tags = parse_wheel_filename(file["filename"])
-        except InvalidWheelFilename:  # old releases again; pip passes over them
+        except InvalidWheelFilename:  # some old releases; pip skips them
             continue
         if runs and any(tag in tag_ranks(machine) for tag in tags for machine in MACHINES):
             found.append(Wheel(version, tags, file["hashes"]["sha256"], file["url"]))
@@ -166,7 +166,7 @@ def wheels(name: str) -> tuple[Wheel, ...]:
 
 
 def best(name: str, version: Version, machine: str) -> Wheel:
-    """The wheel that pip takes on that machine."""
+    """Return the wheel that pip chooses on that machine."""
     ranks = tag_ranks(machine)
     fitting = [
         (min(ranks[tag] for tag in wheel.tags if tag in ranks), wheel.url, wheel)
@@ -182,7 +182,7 @@ def best(name: str, version: Version, machine: str) -> Wheel:
 def requirements(url: str) -> tuple[Requirement, ...]:
     try:
         content = fetch(f"{url}.metadata")
-    except LockError:  # a mirror may lack what lies beside a wheel
+    except LockError:  # a mirror may lack a wheel's separate metadata
         with ZipFile(BufferedReader(RemoteFile(url), 1 << 16)) as wheel:
             content = wheel.read(next(file for file in wheel.namelist() if file.endswith(".dist-info/METADATA")))
     metadata = Parser().parsestr(content.decode())
@@ -190,7 +190,7 @@ def requirements(url: str) -> tuple[Requirement, ...]:
 
 
 def needed(name: str, version: Version, extras: set[str], machine: str, cpu: bool) -> Iterator[Requirement]:
-    """What a package, with some of its extras, requires on that machine."""
+    """Return the requirements of a package with some of its extras on that machine."""
     environment = {
         "implementation_name": "cpython",
         "implementation_version": PYTHON,
@@ -198,7 +198,7 @@ def needed(name: str, version: Version, extras: set[str], machine: str, cpu: boo
         "platform_machine": machine,
         "platform_python_implementation": "CPython",
         "platform_release": "",
-        # The CPU build requires what the one for CUDA does, less CUDA, which that one requires on Linux.
+        # The CPU build has the CUDA build's requirements without CUDA, which the CUDA build requires on Linux.
         "platform_system": "" if name == "torch" and cpu else "Linux",
         "platform_version": "",
         "python_full_version": PYTHON,
@@ -212,7 +212,7 @@ def needed(name: str, version: Version, extras: set[str], machine: str, cpu: boo
 
 
 def resolve(lock: Lock, pinned: dict[str, Version], machine: str) -> dict[str, Version]:
-    """One version for each package that is needed, directly or not, on that machine."""
+    """Return a version for each package needed, directly or indirectly, on that machine."""
     allowed: dict[str, set[tuple[str, str]]] = {}  # package -> (who requires it, which versions)
     while True:
         chosen: dict[str, Version] = {}
@@ -234,7 +234,7 @@ def resolve(lock: Lock, pinned: dict[str, Version], machine: str) -> dict[str, V
             for _, versions in allowed[name]
         ):
             return chosen
-        # Something was chosen before all that restricts it was known. Now it is known.
+        # A version was chosen before all its restrictions were known; now they are.
 
 
 def choose(name: str, pinned: dict[str, Version], allowed: set[tuple[str, str]]) -> Version:
@@ -250,7 +250,7 @@ def choose(name: str, pinned: dict[str, Version], allowed: set[tuple[str, str]])
 
 
 def text(lock: Lock, pinned: dict[str, Version]) -> str:
-    """The whole file."""
+    """Return the whole file."""
     chosen = {machine: resolve(lock, pinned, machine) for machine in MACHINES}
     lines = [
         "# Written by deploy/docker/lock.py, for CPython 3.11 on Linux, x86_64 and aarch64. Wheels only, no compiling.",

@@ -1,8 +1,8 @@
-"""What node.sh asks of the cluster, and on the head of the configuration that `ray up` leaves there.
+"""node.sh's queries to the cluster, and on the head to the configuration that `ray up` leaves there.
 
-python hosts.py wait SECONDS    until all hosts have joined that `ray up` is to start, or so long
-python hosts.py others          of the other hosts, where they are our own: user, key and address, a line each
-python hosts.py member          exit code 0 if the cluster counts this host as one of its own
+python hosts.py wait SECONDS    wait until all hosts that `ray up` starts have joined, or so long
+python hosts.py others          print user, key and address of each other host, if the hosts are our own
+python hosts.py member          exit code 0 if this host is a member of the cluster
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 
 
 def others(config: dict[str, Any]) -> list[str]:
-    """Hosts that a cloud has made are ended by its provider; those have no addresses here."""
+    """Return the other hosts. Hosts of a cloud have no addresses here: their provider ends them."""
     user, key = config["auth"]["ssh_user"], Path(config["auth"].get("ssh_private_key", "")).expanduser()
     return [f"{user} {key} {address}" for address in config["provider"].get("worker_ips", ())]
 
 
 def num_hosts(config: dict[str, Any]) -> int:
-    """With the head."""
+    """Return the number of hosts, including the head."""
     return 1 + sum(kind.get("min_workers", 0) for kind in config["available_node_types"].values())
 
 
 def wait(config: dict[str, Any], timeout_s: float) -> None:
-    """Without it, a head that has room for all workers would get them all."""
+    """Wait for the other hosts: a head with room for all workers would otherwise get them all."""
     import ray
 
     deadline = time.monotonic() + timeout_s
     while not ray.is_initialized():
         try:
             ray.init(address="auto", logging_level="error", log_to_driver=False)
-        except ConnectionError:  # Ray has not yet said where it is
+        except ConnectionError:  # Ray has not written its address yet
             if time.monotonic() > deadline:
                 raise
             time.sleep(1.0)
@@ -53,7 +53,7 @@ def is_member() -> bool:
 
 
 def main() -> None:
-    # Without the file node.sh was started by hand.
+    # Without the file, node.sh was started by hand.
     config = yaml.safe_load(CONFIG.read_text()) if CONFIG.exists() else None
     match sys.argv[1:]:
         case ["wait", seconds]:

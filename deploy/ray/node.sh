@@ -2,12 +2,12 @@
 # Keeps Ray running on a host of the cluster and, on the head, the fleet. `ray up` calls it; settings are in node.env.
 #
 #   node.sh start head               as the head, in the background
-#   node.sh start worker HEAD_IP     as one that joins the head
+#   node.sh start worker HEAD_IP     as a worker that joins the head
 #   node.sh stop                     end it, Ray with it
-#   node.sh run                      in the foreground, as it was started the last time: for systemd
+#   node.sh run                      in the foreground, in its last role: for systemd
 #
-# What crashes is started again. What `ray stop` ends stays ended, so that `ray down` works. After a restart of the host
-# cron starts it (an @reboot line that `start` writes), or lorafleet-node.service does where systemd is preferred.
+# Crashed processes are started again; after `ray stop` they stay ended, so that `ray down` works. When the host starts,
+# cron starts node.sh (by an @reboot line that `start` writes), or systemd does (lorafleet-node.service).
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -53,7 +53,7 @@ start() {
     mkdir -p "$state" && chmod 700 "$state"
     if [[ $1 == worker && $(cat "$state/started" 2> /dev/null) == "$(what_starts "$@")" ]] && is_supervised \
         && timeout 30 python "$here/hosts.py" member; then
-        say "runs, and the head knows it" # a head that comes back may start what has never stopped
+        say "runs, and the head knows it" # a restarted head may start a node that never stopped
         return
     fi
     stop
@@ -79,7 +79,7 @@ head_address() {
     echo "${head:-127.0.0.1}:$RAY_PORT"
 }
 
-run_ray() { # ROLE; takes the place of the shell that calls it
+run_ray() { # ROLE; replaces the calling shell
     local role=$1 config=$HOME/ray_bootstrap_config.yaml
     # shellcheck disable=SC2086 # RAY_PORTS is several words
     if [[ $role == head ]]; then
@@ -91,7 +91,7 @@ run_ray() { # ROLE; takes the place of the shell that calls it
     fi
 }
 
-# Until `lorafleet down` ends the fleet: start it, or follow the one that runs.
+# Start the fleet, or follow the running one, until `lorafleet down` ends it.
 run_fleet() {
     until ray health-check --address "$(head_address)" > /dev/null 2>&1; do sleep 0.5; done
     python "$here/hosts.py" wait 120 || true
@@ -109,7 +109,7 @@ run() {
     has_raylet() { pgrep -P "$ray_pid" -x raylet > /dev/null; }
     trap 'say "stopped"; ray stop > /dev/null 2>&1; kill -KILL 0' TERM INT
     while true; do
-        ray stop --force > /dev/null 2>&1 # what is left of before
+        ray stop --force > /dev/null 2>&1 # remains of an earlier run
         say "starting Ray ($role)"
         run_ray "$role" &
         ray_pid=$!
@@ -133,7 +133,7 @@ run() {
     done
 }
 
-# `ray down` ends what a cloud's provider has made, and of hosts of one's own the head alone.
+# `ray down` ends the hosts a cloud provider has created, but of your own hosts only the head.
 stop_others() {
     local user key address
     python "$here/hosts.py" others | while read -r user key address; do

@@ -1,13 +1,13 @@
-"""`ray up` for real, on two hosts made of namespaces of this machine, each with its own sshd, network and processes.
+"""Runs `ray up` on two hosts made of this machine's namespaces, each with its own sshd, network and processes.
 
     sudo .venv/bin/python deploy/ray/two_hosts.py [--fault-tolerance]
 
-onprem.yaml is used as it is, but for addresses, login and set-up: both hosts use the environment that runs this.
-Shown: the fleet comes up with no further step, with a worker of three ranks over both hosts; a stream goes on with the
-same text when a host is killed and comes back, and when its link is cut; a killed head, or its store, comes back by
-itself; `ray down` leaves nothing. With --fault-tolerance, node.env's: what is on the other host serves on while the
-head is killed and comes back. Takes some minutes. Ends with exit code 77 and a reason where it cannot run: it needs
-root, network namespaces, sshd, rsync and cron.
+It uses onprem.yaml with other addresses, login and set-up: both hosts use the environment that runs this script. It
+checks that the fleet starts with no further step, with a worker of three ranks over both hosts; that a stream resumes
+with the same text when a host is killed and restarted, and when its link is cut; that a killed head, or its store,
+restarts by itself; that `ray down` leaves nothing. With --fault-tolerance (node.env) it checks that workers on the
+other host keep serving while the head is killed and restarts. Takes some minutes. If it cannot run, it exits with code
+77 and a reason: it needs root, network namespaces, sshd, rsync and cron.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ UsePAM no
 PidFile none
 """
 
-# Runs as the first process of a host; with it all others end. The home directory outlives it, as a disk does.
+# The first process of a host; all others end with it. The home directory outlives it, like a disk.
 BOOT = """
 set -e
 mount -t proc proc /proc
@@ -66,7 +66,7 @@ exec /usr/sbin/sshd -D -e -f {home}/sshd_config
 
 
 class Host:
-    """One machine, once it is made. `boot` and `kill` are its power switch, `plug` and `unplug` its cable."""
+    """One host. `boot` and `kill` are its power switch, `plug` and `unplug` its cable."""
 
     def __init__(self, name: str, address: str, disks: Path) -> None:
         self.name, self.address, self.home = name, address, disks / name
@@ -103,7 +103,7 @@ class Host:
         log.close()
 
     def kill(self) -> None:
-        """All its processes at once, as without power."""
+        """Kill all its processes at once, like a power failure."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -121,7 +121,7 @@ class Host:
             subprocess.run(["ip", *command.split()], check=False, capture_output=True)
 
     def processes(self, name: str) -> dict[str, str]:
-        """Command lines by pid, of those that have `name` in theirs."""
+        """Return command lines by pid of the processes with `name` in theirs."""
         found = {}
         for pid in run("ip", "netns", "pids", self.name).split():
             with contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ def run(*command: str, timeout_s: float = 600.0, **variables: str) -> str:
 
 
 def why_not() -> str | None:
-    """Why this cannot run here, or None."""
+    """Return why this cannot run here, or None."""
     if os.geteuid() != 0:
         return "it needs root"
     for program in ("/usr/sbin/sshd", "/usr/sbin/cron", "/usr/bin/rsync", "/usr/bin/ssh", "/usr/bin/unshare"):
@@ -157,7 +157,7 @@ def why_not() -> str | None:
 
 
 def cluster_yaml(disks: Path, hosts: tuple[Host, Host], flags: str, *, fault_tolerant: bool = False) -> str:
-    """onprem.yaml for these hosts, with further flags of the fleet's."""
+    """Write onprem.yaml for these hosts, with further flags for the fleet."""
     config = yaml.safe_load((REPOSITORY / "deploy/ray/onprem.yaml").read_text())
     config["provider"] |= {"head_ip": hosts[0].address, "worker_ips": [hosts[1].address]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(disks / "key")}
@@ -185,7 +185,7 @@ def cluster_yaml(disks: Path, hosts: tuple[Host, Host], flags: str, *, fault_tol
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 300.0) -> float:
-    """How long it took, in seconds."""
+    """Wait until it is true. Return how long it took, in seconds."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() - began > timeout_s:
@@ -195,7 +195,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 300.
 
 
 def ask(url: str, timeout_s: float, max_tokens: int = 40, *, ignore_eos: bool = False) -> str:
-    """The sql adapter's answer, as it streams."""
+    """Stream the sql adapter's answer."""
     body = {
         "model": "sql",
         "messages": [{"role": "user", "content": QUESTION}],
@@ -220,7 +220,7 @@ def ask(url: str, timeout_s: float, max_tokens: int = 40, *, ignore_eos: bool = 
 
 
 def num_ready(url: str) -> int:
-    """Workers that a gateway gives requests to; 0 too when it does not answer."""
+    """Return the number of workers a gateway gives requests to; 0 if it does not answer."""
     try:
         with urllib.request.urlopen(f"{url}/fleet", timeout=2) as response:
             return sum(worker["state"] == "ready" for worker in json.load(response)["workers"])
@@ -229,7 +229,7 @@ def num_ready(url: str) -> int:
 
 
 class Stream:
-    """A long answer that is read in the background."""
+    """A long answer, read in the background."""
 
     def __init__(self, url: str) -> None:
         self.text = ""
@@ -264,7 +264,7 @@ def ray_down(config: str, hosts: tuple[Host, Host]) -> None:
 
 
 def show(hosts: tuple[Host, Host], disks: Path) -> None:
-    """A worker over both hosts; a host, its link and the head fail."""
+    """Run a worker over both hosts; let a host, its link and the head fail."""
     head, other = hosts
     config = cluster_yaml(disks, hosts, "--tensor-parallel-size 3")
     url = f"http://{head.address}:8000"
@@ -316,7 +316,7 @@ def show(hosts: tuple[Host, Host], disks: Path) -> None:
 
 
 def show_fault_tolerance(hosts: tuple[Host, Host], disks: Path) -> None:
-    """A worker and a gateway on each host; the head fails, and what is on the other host serves on."""
+    """Run a worker and a gateway on each host; the head fails, and the other host keeps serving."""
     head, other = hosts
     config = cluster_yaml(disks, hosts, "--num-workers 2 --gateways all", fault_tolerant=True)
     url = f"http://{other.address}:8000"

@@ -36,7 +36,7 @@ def test_a_dry_run_measures_every_row_and_loads_neither_ray_nor_grpc_nor_http(tm
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "No figure above is of a GPU" in done.stdout
+    assert "no figure above is from a GPU" in done.stdout
     assert done.stdout.count("not measured") == len(TARGETS)
     content = json.loads(out.read_text())
     assert content["is_dry_run"] and content["checks"] and all(check["is_met"] for check in content["checks"])

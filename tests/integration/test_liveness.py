@@ -125,7 +125,7 @@ def test_without_one_of_rays_processes_serve_ends_with_a_reason(tiny_model: Path
         os.kill(pid, signal.SIGKILL)
         assert server.process.wait(60) == 1, server.output
         last = server.output.splitlines()[-1]
-        assert last == f"lorafleet: error: Ray cannot go on: its {process} ended with exit code -9."
+        assert last == f"lorafleet: error: Ray has failed: its {process} ended with exit code -9."
     finally:
         server.stop()
     wait_until(lambda: not serving(server), "nothing that serves is left", 30)

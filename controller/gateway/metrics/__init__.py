@@ -1,4 +1,4 @@
-"""What Prometheus reads from a gateway.
+"""The metrics a gateway exports to Prometheus.
 
 Imports `routing`. Start reading in instruments.py.
 """

@@ -1,7 +1,7 @@
-"""What this gateway counts, in a registry of its own.
+"""The counters of this gateway, in a registry of its own.
 
-Owns: the instruments and their labels. Leaves to others: vLLM's names for the same numbers (vllm.py), what
-workers report (workers.py).
+Owns: the instruments and their labels. Leaves to others: vLLM's names for the same numbers (vllm.py), the workers'
+numbers (workers.py).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Metrics:
         )
         self.errors = Counter(
             "lorafleet_errors",
-            "Requests answered with an error, by its code, those that failed in mid-stream included",
+            "Requests answered with an error, by its code, including those that failed mid-stream",
             ["code"],
             registry=registry,
         )
         for error in ERRORS.values():
-            self.errors.labels(error.code)  # at 0 from the start: a rate that begins with the first error misses it
+            self.errors.labels(error.code)  # at 0 from the start, since a rate would miss the first error
         self.in_flight = Gauge(
-            "lorafleet_requests_in_flight", "Generation requests this gateway works on", registry=registry
+            "lorafleet_requests_in_flight", "Generation requests in progress in this gateway", registry=registry
         )
         self.choices = Counter(
             "lorafleet_choices",
@@ -47,7 +47,7 @@ class Metrics:
         )
         self.resumed = Counter(
             "lorafleet_choices_resumed",
-            "Choices that another worker went on with when theirs was lost",
+            "Choices that another worker resumed after theirs was lost",
             ["model"],
             registry=registry,
         )
@@ -56,7 +56,7 @@ class Metrics:
         )
         self.cached_tokens = Counter(
             "lorafleet_cached_prompt_tokens",
-            "Of finished requests' prompts, tokens that the workers had computed before",
+            "Tokens of finished requests' prompts that the workers had cached",
             ["model"],
             registry=registry,
         )
@@ -87,7 +87,7 @@ class Metrics:
         self._models: dict[str, ModelMetrics] = {}
 
     def model(self, name: str) -> ModelMetrics:
-        """The instruments of one model that exists (the label set is bounded, whatever clients ask for)."""
+        """Return the instruments of an existing model; the label set is bounded, whatever clients ask for."""
         if name not in self._models and len(self._models) >= MAX_MODELS:
             name = OTHER_MODELS
         found = self._models.get(name)
@@ -96,12 +96,12 @@ class Metrics:
         return found
 
     def render(self) -> bytes:
-        """Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class ModelMetrics:
-    """The instruments of one model, looked up once: they are called for every token."""
+    """The instruments of one model, looked up once because they are called for every token."""
 
     __slots__ = ("_cached_tokens", "_choices", "_prompt_tokens", "_whole", "first_token", "gap", "resumed", "tokens")
 
@@ -118,11 +118,11 @@ class ModelMetrics:
         }
 
     def ended(self, reason: str) -> None:
-        """One choice ended (stop, length) or one request failed (error, abort)."""
+        """Count a choice that ended (stop, length) or a request that failed (error, abort)."""
         self._choices[reason].inc()
 
     def finished(self, seconds: float, num_prompt_tokens: int, num_cached_tokens: int) -> None:
-        """A whole request ended well. num_cached_tokens: of its prompts, those that needed no computing."""
+        """Count a request that succeeded. num_cached_tokens: tokens of its prompts that needed no computing."""
         self._whole.observe(seconds)
         self._prompt_tokens.inc(num_prompt_tokens)
         self._cached_tokens.inc(num_cached_tokens)

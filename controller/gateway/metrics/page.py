@@ -1,7 +1,7 @@
-"""GET /metrics' text: rendered on a thread, from what was so at one moment, and not more often than it is worth.
+"""The text of GET /metrics: rendered on a thread from a snapshot, and rarely enough to stay cheap.
 
-Owns: that moment's copy, one rendering at a time. Leaves to others: the numbers and their names (instruments.py,
-workers.py, vllm.py).
+Owns: the snapshot, one rendering at a time. Leaves to others: the numbers and their names (instruments.py, workers.py,
+vllm.py).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from lorafleet.controller.gateway.metrics.instruments import Metrics
 from lorafleet.controller.gateway.routing.routing_table import RoutingTable
 from lorafleet.controller.gateway.routing.worker_view import WorkerView
 
-_CHEAP_S: Final = 0.05  # of a processor: a page that costs less is never old
-_SHARE: Final = 10  # of all time at most a tenth goes into pages that cost more
+_CHEAP_S: Final = 0.05  # processor time; a page that costs less is rendered for every request
+_SHARE: Final = 10  # dearer pages are reused so that rendering takes at most this fraction of the time
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What collectors may look at while the event loop goes on."""
+    """The state that collectors read while the event loop runs on."""
 
     views: Sequence[WorkerView] = ()
     table: RoutingTable | None = None
-    adapters_in_use: Sequence[str] = ()  # names of adapters that requests of this gateway run with or wait for
+    adapters_in_use: Sequence[str] = ()  # names of adapters that this gateway's requests use or wait for
 
 
 class MetricsPage:
-    """`get` it as often as you like."""
+    """The page; `get` may be called at any rate."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class MetricsPage:
         clock: Callable[[], float] = time.monotonic,
         cost_clock: Callable[[], float] = time.thread_time,
     ) -> None:
-        """take_snapshot: called on the event loop. cost_clock: seconds of a processor, called on the thread."""
+        """take_snapshot: called on the event loop. cost_clock: processor seconds, called on the thread."""
         self.snapshot = Snapshot()  # for collectors
         self._metrics = metrics
         self._take_snapshot = take_snapshot
@@ -49,13 +49,13 @@ class MetricsPage:
         self._good_until = 0.0
 
     async def get(self) -> bytes:
-        """Prometheus' text format."""
+        """Return the page in Prometheus' text format."""
         if self._page is None or (self._page.done() and self._clock() >= self._good_until):
             self._page = asyncio.create_task(self._render(), name="metrics page")
         return await asyncio.shield(self._page)
 
     async def close(self) -> None:
-        """Wait for what is being rendered."""
+        """Wait for a rendering in progress."""
         if self._page is not None:
             await asyncio.gather(self._page, return_exceptions=True)
 

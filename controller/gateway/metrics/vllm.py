@@ -1,7 +1,7 @@
-"""The same numbers under the names that vLLM's dashboards and the Gateway API's endpoint pickers look for.
+"""The same numbers under the names that vLLM's dashboards and the Gateway API's endpoint pickers expect.
 
-Owns: the names and labels. Leaves to others: the numbers, which are read from our own instruments at the time of the
-scrape, so that nothing is counted twice.
+Owns: the names and labels. Leaves to others: the numbers, which are read from our own instruments at each scrape, so
+that nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorafleet.controller.gateway.metrics.workers import kv_usage
 from lorafleet.controller.gateway.routing.routing_table import RoutingTable
 from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
 
-_FINISHED = ("stop", "length", "abort")  # vLLM's; what fails is no success
+_FINISHED = ("stop", "length", "abort")  # as vLLM counts; errors are no success
 
 
 class VllmCollector(Collector):
@@ -33,11 +33,11 @@ class VllmCollector(Collector):
         self._clock = clock
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: series are known only at the scrape."""
+        """Return nothing: series are known only at the scrape."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """The current series."""
+        """Return the current series."""
         metrics = self._metrics
         for ours, names in (
             (metrics.first_token, ("vllm:time_to_first_token_seconds",)),
@@ -71,7 +71,7 @@ class VllmCollector(Collector):
         yield self._lora_info(snapshot, table)
 
     def _lora_info(self, snapshot: Snapshot, table: RoutingTable) -> Metric:
-        """One series: the adapters on the devices and those that are waited for."""
+        """Return one series: the adapters on the devices and those that requests wait for."""
         views = snapshot.views
         on_device = {digest for view in views for digest, tier in view.tiers.items() if tier is Tier.DEVICE}
         adapters = [entry for entry in table.models.values() if entry.digest]
@@ -88,7 +88,7 @@ class VllmCollector(Collector):
 
 
 def _cache_info(views: Iterable[WorkerView]) -> Metric:
-    """One series for each page size, which is one; none before a worker has said how many pages it has."""
+    """Return one series per page size (in practice one); none before a worker has reported its number of pages."""
     num_pages: Counter[int] = Counter()
     for view in views:
         if view.num_pages:

@@ -1,4 +1,4 @@
-"""Which worker gets a request: the routing table, what is known of each worker, the choice.
+"""The choice of a worker for each request, from the routing table and the state of each worker.
 
 Pure: no network and no clock of its own. Start reading in router.py.
 """

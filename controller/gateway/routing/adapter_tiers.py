@@ -1,7 +1,7 @@
-"""Where one worker has each adapter, as its heartbeats say, and what follows from requests that were sent to it since.
+"""The tier of each adapter on one worker: from its heartbeats, and from the requests sent to it since.
 
-A request brings its adapter into a slot, and those that follow it find it there. So that is expected from when the
-request is sent until heartbeats must have told what came of it.
+A request brings its adapter into a slot, where the next requests find it. We expect it there from when the request is
+sent until two heartbeats have had time to confirm it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from lorafleet.controller.gateway.routing.worker_view import Tier
 
 
 class AdapterTiers:
-    """By digest; those that are absent are left out."""
+    """The tiers by digest; absent adapters are left out."""
 
     def __init__(self) -> None:
-        self.tiers: dict[str, Tier] = {}  # as the worker tells
+        self.tiers: dict[str, Tier] = {}  # as the worker reports them
         self.num_on_device = 0  # of these
-        self._expected: frozenset[str] = frozenset()  # since the last heartbeat
-        self._expected_before: frozenset[str] = frozenset()  # in the time between the two last ones
+        self._expected: frozenset[str] = frozenset()  # by requests sent since the last heartbeat
+        self._expected_before: frozenset[str] = frozenset()  # by requests sent between the last two
 
     @property
     def expected(self) -> frozenset[str]:
-        """Those that will be in slots, as far as is known, though the worker may not have told so."""
+        """Return the adapters expected in slots, whether or not the worker has reported them there."""
         return self._expected | self._expected_before
 
     def update(self, changed: Iterable[tuple[str, Tier]]) -> None:
-        """A heartbeat has come, with the adapters that have another place than in the one before it."""
+        """Take over a heartbeat: the adapters whose tier has changed since the one before."""
         for digest, tier in changed:
             before = self.tiers.pop(digest, Tier.ABSENT)
             self.num_on_device += (tier is Tier.DEVICE) - (before is Tier.DEVICE)
@@ -35,11 +35,11 @@ class AdapterTiers:
         self._expected, self._expected_before = frozenset(), self._expected
 
     def expect(self, adapters: Iterable[str]) -> None:
-        """A request for them is being sent."""
+        """Expect these adapters in slots, since a request for them is being sent."""
         self._expected = self._expected.union(adapters)
 
     def clear(self) -> None:
-        """The worker has gone; the next first heartbeat has all."""
+        """Forget everything: the worker is lost, and the first heartbeat of the next one lists all."""
         self.tiers = {}
         self.num_on_device = 0
         self._expected = self._expected_before = frozenset()

@@ -1,4 +1,4 @@
-"""How often adapters are asked for: a count of each one's requests that fades, so that it is of the last seconds."""
+"""The demand for each adapter: a fading count of its requests in the last seconds."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
-FADE_S = 1.0  # after which a request counts for 1/e
-_FORGET_S = 20.0  # after which it counts for nothing
+FADE_S = 1.0  # the age at which a request counts 1/e
+_FORGET_S = 20.0  # the age at which it counts nothing
 
 
 class Demand:
-    """By adapter, or whatever is asked for."""
+    """The counts, by adapter or any other key."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._counts: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()  # → (count, when); longest ago first
+        self._counts: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()  # → (count, when); the oldest first
 
     def book(self, what: Hashable) -> float:
-        """One more request; how many there were of late, this one left out."""
+        """Count one more request. Return the number of recent ones before it."""
         now = self._clock()
         count, at = self._counts.pop(what, (0.0, now))
         recent = count * math.exp((at - now) / FADE_S)

@@ -1,7 +1,7 @@
-"""Names that look like one that is not there, found in little time among thousands.
+"""Finds the names most similar to an unknown one, fast among thousands.
 
-A name with a mistake still begins or ends as the right one does, so only those are compared that come next to it in the
-alphabet, read forwards or backwards.
+A misspelt name usually begins or ends like the right one, so it is compared only with its neighbours in alphabetical
+order, read forwards or backwards.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 NUM_NEAR: Final = 3
-_MAX_CHARS = 128  # of a name, those that are compared
-_NUM_NEIGHBOURS = 8  # before and after it, in either alphabet
+_MAX_CHARS = 128  # the part of a name that is compared
+_NUM_NEIGHBOURS = 8  # before and after it, in either order
 
 
 class NearNames:
-    """Of a set of names; nothing is sorted before the first question."""
+    """The index of a set of names; it is sorted at the first call of `of`."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = names
 
     def of(self, name: str) -> list[str]:
-        """At most `NUM_NEAR` names that look like `name`, the likest first; case does not matter."""
+        """Return at most `NUM_NEAR` names similar to `name`, the most similar first, ignoring case."""
         wanted = name[:_MAX_CHARS].lower()
         ending = name[: -_MAX_CHARS - 1 : -1].lower()
         near = [*_neighbours(wanted, self._forwards), *(found[::-1] for found in _neighbours(ending, self._backwards))]

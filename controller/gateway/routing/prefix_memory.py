@@ -1,8 +1,8 @@
-"""What the beginnings of prompts were that a worker has computed, as far as the gateway knows: it sent them there.
+"""The prompt prefixes that a worker has probably cached, because the gateway sent them there.
 
-The worker finds them among its KV pages (workers/scheduling/prefix.py) unless it had to give those away meanwhile,
-which the gateway does not hear of; so as many tokens are remembered as the worker has room for, those longest unused go
-first. A hash stands for all tokens up to the end of a block and for whom they were computed.
+The worker finds them among its KV pages (workers/scheduling/prefix.py) unless it has evicted those, which the gateway
+is not told. So we remember as many tokens as the worker has room for, and drop the least recently used. A hash stands
+for all tokens up to the end of a block, and for the owner they were computed for.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ BLOCK = 64  # tokens
 
 
 def prefix_hashes(owner: str, token_ids: Sequence[int]) -> list[bytes]:
-    """A hash for each whole number of blocks that a prompt begins with, shortest first.
+    """Return a hash for each prefix of whole blocks of a prompt, shortest first.
 
-    owner: whose results it may share: the tenant, its cache salt and the adapters.
+    owner: with whom it may share results: the tenant, its cache salt and the adapters.
     """
     digest = hashlib.blake2b(owner.encode(), digest_size=8)
     hashes = []
@@ -29,21 +29,21 @@ def prefix_hashes(owner: str, token_ids: Sequence[int]) -> list[bytes]:
 
 
 class PrefixMemory:
-    """Of one worker."""
+    """The prefixes of one worker."""
 
     def __init__(self) -> None:
-        self._hashes: OrderedDict[bytes, None] = OrderedDict()  # the longest unused first
+        self._hashes: OrderedDict[bytes, None] = OrderedDict()  # the least recently used first
 
     def note(self, hashes: Sequence[bytes], max_tokens: int) -> None:
-        """A prompt was sent to the worker. max_tokens: that the worker has room for."""
-        for page_hash in reversed(hashes):  # of one prompt the longest prefix goes first
+        """Remember a prompt that was sent to the worker. max_tokens: the worker's room, in tokens."""
+        for page_hash in reversed(hashes):  # so that a prompt's longest prefix is dropped first
             self._hashes[page_hash] = None
             self._hashes.move_to_end(page_hash)
         while len(self._hashes) * BLOCK > max_tokens:
             self._hashes.popitem(last=False)
 
     def num_found(self, hashes: Sequence[bytes]) -> int:
-        """With how many tokens of a prompt the worker need not begin anew."""
+        """Return how many leading tokens of a prompt the worker has probably cached."""
         num_blocks = 0
         for page_hash in hashes:
             if page_hash not in self._hashes:
@@ -52,5 +52,5 @@ class PrefixMemory:
         return num_blocks * BLOCK
 
     def clear(self) -> None:
-        """The worker has lost all it had."""
+        """Forget everything: the worker has lost its cache."""
         self._hashes.clear()

@@ -1,19 +1,19 @@
-"""Which worker a request goes to: a pure function over what is known of each.
+"""Chooses the worker for a request: a pure function of the state of each.
 
-A request goes where its first token is to be expected first. What that takes, in seconds, on a worker: a seat and KV
-pages, if it has none left (its requests hold theirs for `seat_s`, so one comes free every `seat_s / max_num_seqs`); the
-prompts before it and its own, less what of its own the worker has computed for another request (prefix affinity); the
-way of its adapter into a slot, which goes on while it waits for the rest; a step.
+A request goes to the worker with the lowest expected time to first token. That time is the sum of: the wait for a seat
+and KV pages, if none are free (a request holds its seat for `seat_s`, so one comes free every `seat_s / max_num_seqs`);
+the computing of the prompts before it and of its own, less its cached prefix (prefix affinity); and one step. Its
+adapter is loaded meanwhile, so the load counts only where it takes longer than the waits.
 
-Three things are added that others pay for. A request slows all that run beside it. An adapter that is read on one more
-worker pushes out another one there, which will be read again: the fuller the host tier, the more likely. So an adapter
-stays where it is until waiting there costs more than both reads. And where an adapter is hot, many more requests for it
-will wait before another worker has it, and share what its reading costs; so it gets a second home early.
+Three costs to other requests are added. A request slows all that run on the same worker. An adapter read on one more
+worker evicts another one there, which will be read again: the fuller the host tier, the more likely. So an adapter
+stays where it is until waiting there costs more than both reads. If an adapter is hot, many more requests for it would
+wait before another worker has it, and they share the cost of reading it; so it gets a second home early.
 
-How long things take, each worker measures. What one has not measured of late is taken to be as with the others.
+Each worker measures its own times. A time it has not measured recently is taken from the other workers.
 
-Workers with a queue of over a quarter of their seats, and over 5/4 of the mean load, take nothing while others can: no
-affinity overloads a worker.
+A worker whose queue exceeds a quarter of its seats, and whose load exceeds 5/4 of the mean, gets no requests while
+others can take them, so affinity never overloads a worker.
 
 Owns: the policy. Leaves to others: the numbers (worker_view.py, prefix_memory.py).
 """
@@ -29,33 +29,33 @@ from dataclasses import dataclass, field, fields, replace
 from lorafleet.controller.gateway.routing.worker_view import Tier, WorkerView
 from lorafleet.workers.scheduling.pace import Pace
 
-LOAD_BOUND = 1.25  # requests a seat, or of the mean of all workers where that is more
-EVICTED_COUNTS = 2.0  # of a read, for the adapter that one which is read pushes out of a full host tier
-REPLACED_COUNTS = 0.5  # of a load, for the adapter whose slot is taken
-HOME_SHARE = 0.25  # of a read, by which an adapter that nobody has is drawn to its home
-FULL_SHARE = 0.9  # of the seats: the last ones are taken before a heartbeat says so
-FORESIGHT = 4.0  # in lengths of a read: for so long the requests to come for a hot adapter are reckoned with
-SCARCE_PAGES = 0.05  # share of free KV pages below which requests are likely to be preempted
-# While no worker has measured it.
+LOAD_BOUND = 1.25  # requests per seat, or times the mean of all workers if that is higher
+EVICTED_COUNTS = 2.0  # cost, in reads, of the adapter that a read evicts from a full host tier
+REPLACED_COUNTS = 0.5  # cost, in loads, of the adapter whose slot is taken
+HOME_SHARE = 0.25  # discount, in reads, that draws an adapter that no worker has to its home
+FULL_SHARE = 0.9  # share of the seats that counts: the last ones are taken before a heartbeat shows it
+FORESIGHT = 4.0  # in reads: the time over which further requests for a hot adapter are counted
+SCARCE_PAGES = 0.05  # share of free KV pages below which preemption is likely
+# Used while no worker has measured it.
 TYPICAL_PACE = Pace(step_s=0.03, prompt_token_s=0.0005, seat_s=3.0, host_load_s=0.02, disk_load_s=0.3)
 _PACE_NAMES = tuple(field.name for field in fields(Pace))
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What matters of a request."""
+    """The properties of a request that the choice depends on."""
 
-    adapters: tuple[str, ...] = ()  # digests of all that it needs; none: the base model
+    adapters: tuple[str, ...] = ()  # digests of all it needs; none: the base model
     num_prompt_tokens: int = 0
-    num_recent: float = 0.0  # requests of the last second for the same adapters
-    num_cached: Mapping[str, int] = field(default_factory=dict)  # worker ids → tokens that are computed there
+    num_recent: float = 0.0  # requests for the same adapters in the last second
+    num_cached: Mapping[str, int] = field(default_factory=dict)  # worker id → tokens cached there
 
 
 def choose_worker(workers: Sequence[WorkerView], wanted: Wanted, *, lot: str = "") -> WorkerView | None:
-    """The worker where the request costs least; None if no worker can take it.
+    """Return the worker where the request costs least; None if no worker can take it.
 
-    A suspect worker is taken only when all are. lot: decides between equals that have no adapter to decide for them;
-    gateways that each have their own do not all take the same worker.
+    A suspect worker is chosen only if all are suspect. lot: breaks ties of requests without adapters; each gateway has
+    its own, so that they do not all choose the same worker.
     """
     able = [worker for worker in workers if worker.ready and worker.max_loras >= len(wanted.adapters)]
     able = [worker for worker in able if not worker.suspect] or able
@@ -74,7 +74,7 @@ def choose_worker(workers: Sequence[WorkerView], wanted: Wanted, *, lot: str = "
 
 
 def complete_paces(workers: Sequence[WorkerView]) -> list[Pace]:
-    """Each worker's pace; what it has not measured of late is the median of those that have, or typical."""
+    """Return each worker's pace; a time it has not measured recently is the others' median, or typical."""
     paces = [worker.pace for worker in workers]
     for name in _PACE_NAMES:
         known = [seconds for pace in paces if (seconds := getattr(pace, name))]
@@ -85,7 +85,7 @@ def complete_paces(workers: Sequence[WorkerView]) -> list[Pace]:
 
 
 def expected_first_token_s(worker: WorkerView, pace: Pace, wanted: Wanted, num_coming: float = 0.0) -> float:
-    """From now to the request's first token on this worker. num_coming: more requests to reckon with."""
+    """Return the time from now to the request's first token on this worker. num_coming: further requests expected."""
     wait_s = (worker.num_prompt_tokens + worker.num_unreported_tokens) * pace.prompt_token_s
     num_ahead = worker.num_requests + 1 - FULL_SHARE * worker.max_num_seqs + num_coming
     if num_ahead > 0:
@@ -128,7 +128,7 @@ def _load_s(worker: WorkerView, pace: Pace, adapter: str) -> float:
 
 
 def _within_bound(workers: list[WorkerView]) -> list[WorkerView]:
-    """Without those that would be overloaded; there is always one left."""
+    """Return the workers that would not be overloaded, at least one."""
     num_seats = sum(worker.max_num_seqs for worker in workers)
     mean = (sum(worker.num_requests for worker in workers) + 1) / num_seats
     bound = LOAD_BOUND * max(1.0, mean)
@@ -136,7 +136,7 @@ def _within_bound(workers: list[WorkerView]) -> list[WorkerView]:
 
 
 def _draw(key: str, worker_id: str) -> int:
-    """A number that looks drawn by lot and is the same in all gateways (rendezvous hashing)."""
+    """Return a pseudo-random number that is the same in all gateways (rendezvous hashing)."""
     mixed = (_hash(key) ^ _hash(worker_id)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
     return (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
 

@@ -1,6 +1,6 @@
-"""The routing table as the gateway holds it: plain, immutable, indexed by name.
+"""The gateway's copy of the routing table: plain, immutable, indexed by name.
 
-Owns: its shape, reading it from the wire, resolving a model's name. Leaves to others: receiving it
+Owns: its shape, its conversion from the wire, the lookup of a model's name. Leaves to others: receiving it
 (streams/controller_client.py), choosing a worker (router.py).
 """
 
@@ -16,36 +16,36 @@ from lorafleet.workers.errors import UnknownModelError, quoted
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One name that `model` may have."""
+    """One name that a request's `model` may have."""
 
     name: str
-    digest: str  # of the adapter; empty for the base model
+    digest: str  # the adapter's; empty for the base model
     version: int
     root: str
     parent: str | None  # None for the base model
     created: int  # unix seconds
-    text_digest: str = ""  # of its own tokenizer and template; empty: the base model's
-    vocab_size: int = 0  # token ids that its requests may hold
+    text_digest: str = ""  # its own tokenizer's and template's; empty: the base model's
+    vocab_size: int = 0  # number of token ids its requests may use
     weight: float = 1.0  # share of service among a tenant's adapters
-    not_composable: str = ""  # why it is not applied with a weight or with others
-    composition: tuple[tuple[ModelEntry, float], ...] = ()  # of a composition: its adapters and their weights
+    not_composable: str = ""  # why it cannot be applied with a weight or with others
+    composition: tuple[tuple[ModelEntry, float], ...] = ()  # a composition's adapters and their weights
 
     @property
     def parts(self) -> tuple[tuple[str, float], ...]:
-        """(digest, weight) of all that is applied, in the order of digests."""
+        """Return (digest, weight) of each applied adapter, ordered by digest."""
         if self.composition:
             return tuple(sorted((entry.digest, weight) for entry, weight in self.composition))
         return ((self.digest, 1.0),) if self.digest else ()
 
     @property
     def adapters(self) -> tuple[ModelEntry, ...]:
-        """All that must be in slots."""
+        """Return the adapters that must be in slots."""
         return tuple(entry for entry, _ in self.composition) or ((self,) if self.digest else ())
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One worker's identity and address. Why it lacks an adapter is a code; empty while it is being loaded."""
+    """One worker's identity, address and limits."""
 
     worker_id: str
     generation: int
@@ -54,7 +54,7 @@ class Endpoint:
     max_loras: int  # 0: LoRA is off
     draining: bool
     num_ranks: int = 1
-    lacking: Mapping[str, str] = field(default_factory=dict)  # digests of adapters that it has not → why
+    lacking: Mapping[str, str] = field(default_factory=dict)  # digests it lacks → reason code; empty while being loaded
 
     @property
     def identity(self) -> tuple[str, int, str]:
@@ -63,7 +63,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class RoutingTable:
-    """One version of the controller's table. models: in the order of /v1/models, the base model's names first."""
+    """One version of the controller's table. models: in the order of GET /v1/models, the base model's names first."""
 
     incarnation: str
     version: int
@@ -79,7 +79,7 @@ class RoutingTable:
 
     @classmethod
     def from_wire(cls, table: controller_pb2.RoutingTable) -> RoutingTable:
-        """Of adapters with one name the highest version counts; a base model's name is never an adapter's."""
+        """Convert a table. Of adapters with the same name the highest version counts; names of the base model win."""
         base = table.base
         models = {
             name: ModelEntry(name, "", 0, base.root, None, base.created, vocab_size=base.vocab_size)
@@ -88,7 +88,7 @@ class RoutingTable:
         num_base = len(models)
         for adapter in sorted(table.adapters, key=lambda entry: entry.version):
             if not adapter.digest or adapter.name in base.names:
-                continue  # the first would be answered by the base model, the second would hide it
+                continue  # without a digest the base model would answer, and the base model's name would be hidden
             models[adapter.name] = ModelEntry(
                 adapter.name,
                 adapter.digest,
@@ -126,16 +126,16 @@ class RoutingTable:
 
     @property
     def base_name(self) -> str:
-        """The base model's canonical name."""
+        """Return the base model's canonical name."""
         return next(iter(self.models), "")
 
     def unavailable(self, digest: str) -> str | None:
-        """Why no worker has an adapter, a code; None where one has it or is loading it, or none is there."""
+        """Return the code why no worker has an adapter; None if one has it or loads it, or there are no workers."""
         reasons = [worker.lacking.get(digest) for worker in self.workers]
         return reasons[0] if all(reasons) and reasons else None
 
     def resolve(self, name: str) -> ModelEntry:
-        """The model called `name`. Raises UnknownModelError with near matches."""
+        """Return the model called `name`. Raises UnknownModelError, which suggests similar names."""
         entry = self.models.get(name)
         if entry is not None:
             return entry

@@ -1,11 +1,10 @@
-"""What the controller publishes, kept at hand: the routing table and the text of the model. And what clients want
-changed of it, passed on.
+"""The client of the controller: keeps its routing table and the model's tokenizer, and passes on clients' updates.
 
-Owns: the Watch stream and its reconnecting, fetching files by digest. Leaves to others: what follows from a table
-(pool.py, api/state.py).
+Owns: the Watch stream and its reconnects, fetching files by digest. Leaves to others: the use of a table (pool.py,
+api/state.py).
 
-The last table stays valid while the controller is away; one that has lost its memory is told of it. A new table's
-tokenizer replaces the old one only when it has been loaded; until then the old one serves.
+The last table stays valid while the controller is unreachable; a controller that has lost its memory is sent it. A new
+table's tokenizer replaces the old one once it is loaded; until then the old one serves.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from lorafleet.workers.errors import DeadlineError, LoRAFleetError, ModelError, 
 from lorafleet.workers.rpc import bearer, error_of
 from lorafleet.workers.text.model_text import ModelText
 
-WATCH_DEADLINE_S: Final = 600.0  # then the stream is opened anew: a controller that hangs is not waited for longer
+WATCH_DEADLINE_S: Final = 600.0  # after which the stream is opened again: the longest wait for a hung controller
 FILES_DEADLINE_S: Final = 60.0
-TABLE_S: Final = 10.0  # for a table that the controller has already sent
+TABLE_S: Final = 10.0  # to receive a table that the controller has already sent
 MAX_FILES_BYTES: Final = 512 << 20
 
 logger = logging.getLogger(__name__)
 
 
 class RoutesClient:
-    """`start` it, `close` it. table and text: None until the first of each has come."""
+    """The client; `start` and `close` it. table and text: None until the first of each has arrived."""
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class RoutesClient:
     ) -> None:
         """executor: where tokenizers are built. on_table: called with each new table.
 
-        text: the base model's. adapter_tokenizers: of adapters that bring their own.
+        text: the base model's. adapter_tokenizers: those of adapters that bring their own.
         """
         self.table: RoutingTable | None = None
         self.text: ModelText | None = None
@@ -63,8 +62,8 @@ class RoutesClient:
         self._arrived = asyncio.Event()  # set, and replaced, with each new table
         self._task: asyncio.Task[None] | None = None
         self._text_task: asyncio.Task[None] | None = None
-        self._message = controller_pb2.RoutingTable()  # the last table as it came
-        self._text_digest = ""  # of the text that is loaded or being loaded
+        self._message = controller_pb2.RoutingTable()  # the last table, as received
+        self._text_digest = ""  # of the tokenizer that is loaded or being loaded
 
     def start(self) -> None:
         """Begin to watch."""
@@ -82,9 +81,9 @@ class RoutesClient:
             await self._channel.close()
 
     async def update(self, method: str, request: Any, timeout_s: float) -> controller_pb2.AdapterUpdate:
-        """Have the controller change its table, and wait until the change is here.
+        """Have the controller change its table, and wait until this gateway has the change.
 
-        Raises what the controller refused it with, `WorkerUnavailableError` when it is away or silent, `DeadlineError`.
+        Raises the controller's refusal, `WorkerUnavailableError` if it is unreachable or silent, `DeadlineError`.
         """
         stub = controller_stub(self._channel)
         try:
@@ -103,11 +102,11 @@ class RoutesClient:
                 while not self._has(done):
                     await self._arrived.wait()
         except TimeoutError:
-            raise DeadlineError("It is done, but this gateway has not heard of it yet. See GET /v1/models.") from None
+            raise DeadlineError("It is done, but this gateway has not received it yet. See GET /v1/models.") from None
         return done
 
     async def status(self, timeout_s: float) -> controller_pb2.FleetStatus:
-        """How the wanted workers are. Raises `WorkerUnavailableError` when the controller does not answer in time."""
+        """Return the wanted workers' status. Raises `WorkerUnavailableError` if the controller does not answer."""
         call = controller_stub(self._channel).GetStatus
         try:
             status: controller_pb2.FleetStatus = await call(
@@ -118,12 +117,12 @@ class RoutesClient:
         return status
 
     def _has(self, done: controller_pb2.AdapterUpdate) -> bool:
-        table = self.table  # another incarnation of the controller knows it too, or it was lost with the old one
+        table = self.table  # another incarnation's table either has the change or has lost it for good
         return table is not None and (table.incarnation != done.incarnation or table.version >= done.version)
 
     async def _run(self) -> None:
         backoff = Backoff(0.1, 2.0)
-        logged = ""  # what is the same again need not be said again
+        logged = ""  # the same reason is logged once
         while True:
             try:
                 await self._watch(controller_stub(self._channel), backoff)
@@ -132,7 +131,7 @@ class RoutesClient:
                 expected = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self.table is not None
                 reason = "" if expected else describe(error)
             if reason and reason != logged:
-                # Before the first table the controller is merely starting.
+                # Before the first table the controller is usually still starting.
                 level = logging.INFO if self.table is None else logging.WARNING
                 logger.log(level, "controller %s: %s; the last table stays valid", self._address, reason)
             logged = reason
@@ -148,7 +147,7 @@ class RoutesClient:
         try:
             async for message in call:
                 backoff.reset()
-                table = await asyncio.to_thread(RoutingTable.from_wire, message)  # of thousands it takes long
+                table = await asyncio.to_thread(RoutingTable.from_wire, message)  # slow for thousands of adapters
                 self._take(table, message)
         finally:
             call.cancel()
@@ -169,7 +168,7 @@ class RoutesClient:
         self._arrived = asyncio.Event()
 
     async def _load_text(self, digest: str) -> None:
-        """Until it succeeds, or a table with another digest cancels it."""
+        """Load the base model's tokenizer; retry until that succeeds, or a table with another digest cancels it."""
         backoff = Backoff(0.2, 5.0)
         while True:
             try:

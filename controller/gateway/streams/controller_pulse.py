@@ -1,6 +1,6 @@
-"""Waiting for a long call of the controller for as long as the controller lives.
+"""Waits for a long call to the controller while the controller lives.
 
-A load may take minutes, and a controller that hangs keeps its connection: only calls that it answers at once tell.
+A load may take minutes, and a hung controller keeps its connection. So it is pinged, and must answer at once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lorafleet.workers.errors import WorkerUnavailableError
 
 _T = TypeVar("_T")
 
-PING_S: Final = 1.0  # between two, and for an answer
+PING_S: Final = 1.0  # between two pings, and for an answer
 SILENT_S: Final = 5.0
 
 
 async def while_it_lives(stub: Any, metadata: Sequence[tuple[str, str]], call: Awaitable[_T]) -> _T:
-    """Return what `call` comes to. Raises `WorkerUnavailableError` once the controller has been silent for too long."""
+    """Return the result of `call`. Raises `WorkerUnavailableError` once the controller has been silent for too long."""
     waiting = asyncio.ensure_future(call)
     silence = asyncio.ensure_future(_silence(stub, metadata))
     try:
@@ -33,13 +33,13 @@ async def while_it_lives(stub: Any, metadata: Sequence[tuple[str, str]], call: A
             task.cancel()
         await asyncio.gather(waiting, silence, return_exceptions=True)
     raise WorkerUnavailableError(
-        f"The controller has not answered for {SILENT_S:g} s. Whether it has done this shows in GET /v1/models; "
+        f"The controller has not answered for {SILENT_S:g} s. GET /v1/models shows whether the update succeeded; "
         "try again in a moment."
     )
 
 
 async def _silence(stub: Any, metadata: Sequence[tuple[str, str]]) -> None:
-    """Wait until it has answered nothing for so long."""
+    """Wait until the controller has not answered for `SILENT_S`."""
     loop = asyncio.get_running_loop()
     answered_at = loop.time()
     while loop.time() - answered_at < SILENT_S:
@@ -47,6 +47,6 @@ async def _silence(stub: Any, metadata: Sequence[tuple[str, str]]) -> None:
             await stub.Ping(controller_pb2.PingRequest(), metadata=metadata, timeout=PING_S)
             answered_at = loop.time()
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # an earlier version's
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # an earlier version without Ping
                 answered_at = loop.time()
         await asyncio.sleep(PING_S)

@@ -1,6 +1,6 @@
-"""One engine step's columns to the queues of the choices they belong to. The hottest loop of the gateway.
+"""Delivers one engine step's columns to the queues of their choices. The hottest loop of the gateway.
 
-Owns: reading the columns. Leaves to others: the stream they came on (session.py), what tokens mean (generation.py).
+Owns: reading the columns. Leaves to others: the stream they came on (session.py), their use (generation.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _FINISH = {worker_pb2.FINISH_STOP: FinishReason.STOP, worker_pb2.FINISH_LENGTH: 
 
 
 class SessionLost(Exception):
-    """The session cannot go on; the text says why, and clients may see it."""
+    """The session has failed; the text says why, and clients may see it."""
 
 
 def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> None:
-    """Put each row into its queue; take streams that have ended out of `streams`.
+    """Put each row into its queue; remove streams that have ended from `streams`.
 
-    Rows of streams that are not there (cancelled meanwhile) are dropped. Raises SessionLost for columns that do not
-    belong together: nothing that follows could be trusted.
+    Rows of unknown streams (cancelled meanwhile) are dropped. Raises SessionLost for columns that do not belong
+    together, after which nothing on the session could be trusted.
     """
     if not len(step.stream) == len(step.token_id) == len(step.finish):
         raise SessionLost("a step with columns of different lengths")
@@ -46,7 +46,7 @@ def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> No
         queue = streams.pop(ended.stream, None)
         if queue is not None:
             error = _error_of(ended)
-            # A worker that drains refuses what was sent before its gateways knew; another one takes that.
+            # A draining worker refuses requests sent before its gateways knew; another worker takes them.
             (queue.lose if isinstance(error, DrainingError) else queue.inbox.fail)(error)
 
 
@@ -57,4 +57,4 @@ def _token_logprobs(entry: worker_pb2.Logprobs) -> TokenLogprobs:
 def _error_of(ended: worker_pb2.Ended) -> LoRAFleetError:
     if ended.error_code:
         return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
-    return WorkerLostError("The worker gave the request up. Send it again.")
+    return WorkerLostError("The worker dropped the request. Send it again.")

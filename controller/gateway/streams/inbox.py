@@ -1,9 +1,9 @@
-"""Where worker sessions put the tokens of a request, and its handler takes them out.
+"""The queue between worker sessions, which put a request's tokens, and the request's handler, which takes them.
 
-Owns: the bound, and waking the one reader. Leaves to others: what the tokens mean (generation.py).
+Owns: the bound, and waking the one reader. Leaves to others: the use of the tokens (generation.py).
 
-All of it runs on the event loop's thread, so that nothing needs a lock. Sessions only ever `put` and `fail`, which
-return at once: no client can hold up the pump.
+All of it runs on the event loop's thread, so nothing needs a lock. Sessions only `put`, `fail` and `lose`, which return
+at once, so no client can hold up a session.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorafleet.workers.scheduling.request import FinishReason, TokenLogprobs
 
 
 class Arrived(NamedTuple):
-    """What one choice got since the last look. logprobs: empty, or one for each token."""
+    """The tokens one choice got since the last call. logprobs: empty, or one for each token."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
@@ -27,18 +27,18 @@ class Arrived(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class ChoiceQueue:
-    """The tokens of one choice that its handler has not taken yet."""
+    """The tokens of one choice, from its worker session to its handler."""
 
     inbox: Inbox
-    index: int  # of the choice in the answer
+    index: int  # the choice's, in the answer
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
-    received: list[int] = field(default_factory=list)  # all its tokens ever, for a worker that goes on with it
+    received: list[int] = field(default_factory=list)  # all its tokens so far, for a worker that resumes it
     finish: FinishReason | None = None
-    num_cached_tokens: int = 0  # of the prompt, those that the worker did not compute for this choice
+    num_cached_tokens: int = 0  # prompt tokens that the worker did not compute for this choice
 
     def put(self, token_id: int, finish: FinishReason | None, logprobs: TokenLogprobs | None) -> None:
-        """One more token. Too many that nobody takes fail the request."""
+        """Add one token. Too many that are not taken fail the request."""
         inbox = self.inbox
         token_ids = self.token_ids
         if not token_ids:
@@ -53,24 +53,24 @@ class ChoiceQueue:
             inbox.fail(
                 DeadlineError(
                     f"The client read too slowly: {len(token_ids)} tokens of one choice were waiting for it. Read the "
-                    "stream as it comes, or ask without streaming."
+                    "stream as it arrives, or do not stream."
                 )
             )
         inbox.wake()
 
     def lose(self, error: LoRAFleetError) -> None:
-        """The worker that put tokens here is gone, or has given the choice up for another one."""
+        """Report that the choice's worker is lost, or has given the choice up to another one."""
         self.inbox.lose(self, error)
 
     def take(self) -> Arrived:
-        """All that is there."""
+        """Take all tokens."""
         arrived = Arrived(self.token_ids, self.logprobs, self.finish)
         self.token_ids, self.logprobs = [], []
         return arrived
 
 
 class Inbox:
-    """The choices of one request together; one reader."""
+    """The queues of one request's choices, with one reader."""
 
     __slots__ = ("_error", "_on_fail", "_on_lost", "_waiter", "max_queued_tokens", "ready")
 
@@ -80,8 +80,8 @@ class Inbox:
         on_fail: Callable[[], None],
         on_lost: Callable[[ChoiceQueue, LoRAFleetError], None] | None = None,
     ) -> None:
-        """on_fail: called once, at the first failure, from `fail`. on_lost: sees to it that another worker goes on
-        with a choice; without it a lost worker is a failure."""
+        """on_fail: called once, at the first failure, from `fail`. on_lost: has another worker resume a choice; without
+        it a lost worker is a failure."""
         self.max_queued_tokens = max_queued_tokens
         self.ready: list[ChoiceQueue] = []  # those with tokens
         self._on_fail = on_fail
@@ -90,7 +90,7 @@ class Inbox:
         self._waiter: asyncio.Future[None] | None = None
 
     def open_queue(self, index: int) -> ChoiceQueue:
-        """A queue for one more choice."""
+        """Return the queue of one more choice."""
         return ChoiceQueue(self, index, [], [])
 
     def fail(self, error: LoRAFleetError) -> None:
@@ -101,20 +101,20 @@ class Inbox:
             self.wake()
 
     def lose(self, queue: ChoiceQueue, error: LoRAFleetError) -> None:
-        """The worker of one choice is gone. Does nothing for a request that has failed."""
+        """Report that the worker of one choice is lost. Does nothing for a request that has failed."""
         if self._on_lost is None:
             self.fail(error)
         elif self._error is None:
             self._on_lost(queue, error)
 
     def wake(self) -> None:
-        """Let the reader go on, if it waits."""
+        """Wake the reader if it waits."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     async def take(self) -> list[ChoiceQueue]:
-        """The queues that hold tokens, at least one; waits for it. Raises what `fail` was given."""
+        """Wait until a queue holds tokens, and return all that do. Raises the error given to `fail`."""
         while not self.ready:
             if self._error is not None:
                 raise self._error

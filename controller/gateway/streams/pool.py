@@ -1,7 +1,7 @@
 """The sessions with all workers of the routing table.
 
-Owns: that there is one session for each worker of the table, and putting a request on the one that the router chooses.
-Leaves to others: the choice (routing/router.py), a session's life (session.py).
+Owns: one session for each worker of the table, and the booking of a request on the one the router chooses. Leaves to
+others: the choice (routing/router.py), a session's life (session.py).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lorafleet.workers.errors import (
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.5
-_SURE_S = 2.0  # after a table, workers' heartbeats have said which adapters they have
+_SURE_S = 2.0  # after a new table, by when heartbeats have told which adapters each worker has
 
 
 class WorkerPool:
-    """Sessions by worker identity. A worker that leaves the table gets nothing new; its session ends with its work."""
+    """Sessions by worker identity. The session of a worker that leaves the table ends after its last request."""
 
     def __init__(self, *, gateway_id: str, token: str, times: SessionTimes) -> None:
         self._gateway_id = gateway_id
@@ -41,17 +41,17 @@ class WorkerPool:
         self._times = times
         self._sessions: dict[tuple[str, int, str], WorkerSession] = {}
         self._demand = Demand()
-        self.line = WaitingLine()  # of those that no worker could take
+        self.line = WaitingLine()  # of requests that no worker could take
         self._sweeper: asyncio.Task[None] | None = None
-        self._applied_at = time.monotonic()  # of the last table
+        self._applied_at = time.monotonic()  # time of the last table
 
     @property
     def sessions(self) -> Iterable[WorkerSession]:
-        """All, retired ones included."""
+        """Return all sessions, including retired ones."""
         return self._sessions.values()
 
     def apply(self, endpoints: Iterable[Endpoint]) -> None:
-        """Make the sessions those of a new table."""
+        """Start and retire sessions to match a new table."""
         self._applied_at = time.monotonic()
         wanted = {endpoint.identity: endpoint for endpoint in endpoints}
         for identity, session in self._sessions.items():
@@ -73,7 +73,7 @@ class WorkerPool:
             self._sweeper = asyncio.create_task(self._sweep(), name="session sweeper")
 
     def views(self) -> list[WorkerView]:
-        """What is known of each worker in the table."""
+        """Return the view of each worker in the table."""
         return [session.view() for session in self._sessions.values() if not session.retired]
 
     @property
@@ -82,20 +82,20 @@ class WorkerPool:
 
     @property
     def num_seats(self) -> int:
-        """Of all workers that take requests."""
+        """Return the seats of all workers that take requests."""
         return sum(view.max_num_seqs for view in self.views() if view.ready)
 
     def choose(self, adapters: Sequence[str], prompt: Sequence[int], owner: str) -> WorkerSession:
-        """The session for a request, which is then to be submitted there.
+        """Choose the session for a request, which the caller then submits there.
 
-        adapters: digests; none for the base model. owner: see `prefix_hashes`. Raises WorkerUnavailableError when no
-        worker can take it now, AdapterUnavailableError when all have tried in vain to load an adapter again,
-        InvalidRequestError when none could even if all were ready.
+        adapters: digests; none for the base model. owner: see `prefix_hashes`. Raises WorkerUnavailableError if no
+        worker can take it now, AdapterUnavailableError if all have failed to load an adapter again, InvalidRequestError
+        if none could take it even if all were ready.
         """
         sessions = _with_adapters([session for session in self._sessions.values() if not session.retired], adapters)
         views = [session.view() for session in sessions]
         if adapters and time.monotonic() - self._applied_at > _SURE_S:
-            # What no name stands for any more is not in the table: a worker that has restarted may not have it.
+            # The table does not list retired versions, which a restarted worker may not have.
             having = [number for number, view in enumerate(views) if all(map(view.tier, adapters))]
             if having:
                 sessions, views = [sessions[number] for number in having], [views[number] for number in having]
@@ -118,7 +118,7 @@ class WorkerPool:
                 f"No worker has slots for {num_adapters} adapters at once. Name fewer, or start with a larger "
                 "--max-loras."
                 if num_adapters > 1
-                else "The workers take no adapters; start them with --enable-lora.",
+                else "The workers serve no adapters; start them with --enable-lora.",
                 param="model",
             )
         return WorkerUnavailableError("No worker can take the request now. Try again in a moment.")
@@ -133,7 +133,7 @@ class WorkerPool:
         await asyncio.gather(*(session.close() for session in sessions.values()))
 
     async def _sweep(self) -> None:
-        """End sessions that are retired and idle."""
+        """Close sessions that are retired and idle."""
         while True:
             await asyncio.sleep(_SWEEP_S)
             for identity, session in list(self._sessions.items()):
@@ -144,14 +144,14 @@ class WorkerPool:
 
 
 def _with_adapters(sessions: list[WorkerSession], adapters: Sequence[str]) -> list[WorkerSession]:
-    """Those whose workers have all of `adapters`. Raises AdapterUnavailableError when none has or will soon have."""
+    """Return the sessions whose workers have all of `adapters`. Raises AdapterUnavailableError if none will soon."""
     able = [session for session in sessions if session.endpoint.lacking.keys().isdisjoint(adapters)]
     if sessions and not able:
         reasons = [{session.endpoint.lacking.get(digest, "") for digest in adapters} - {""} for session in sessions]
         if all(reasons):
             raise AdapterUnavailableError(
-                f"No worker has the adapter now, since it could not be loaded again: {min(map(min, reasons))}. It is "
-                "tried again; until then unload it, or load it in place from where it is. GET /fleet says more.",
+                f"No worker has the adapter now, since it could not be loaded again: {min(map(min, reasons))}. The "
+                "load is retried; meanwhile unload it, or load it in place from its new path. GET /fleet says more.",
                 param="model",
             )
     return able

@@ -1,10 +1,10 @@
-"""The threads on which requests' text is worked on: JSON, chat templates, tokenizers.
+"""The threads that process requests' text: JSON, chat templates, tokenizers.
 
-Owns: whose turn it is. Leaves to others: the work, and how much of it one request may ask for.
+Owns: whose turn it is. Leaves to others: the work, and the bound on one request's work.
 
-A job is long if it is about more than `SHORT_BYTES`. Long jobs leave one thread to the short ones, and those of one
-tenant take half of the threads at most; one of them may always run, however many short ones come. Tenants take turns,
-among the short jobs and among the long ones.
+A job is long if it handles more than `SHORT_BYTES`. Long jobs leave one thread to the short ones, and those of one
+tenant take at most half of the threads; one long job may always run, however many short ones arrive. Tenants take
+turns, among the short jobs and among the long ones.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class _Job:
 
 
 class _Line:
-    """Jobs that wait: of each tenant in the order in which they came, of tenants in turn."""
+    """Waiting jobs: tenants in turn, each tenant's jobs in the order of arrival."""
 
     def __init__(self) -> None:
-        self._jobs: OrderedDict[str, deque[_Job]] = OrderedDict()  # who was served last is last
+        self._jobs: OrderedDict[str, deque[_Job]] = OrderedDict()  # by tenant, the last served last
 
     def add(self, job: _Job) -> None:
         self._jobs.setdefault(job.tenant, deque()).append(job)
 
     def take(self, may_run: Callable[[str], bool]) -> _Job | None:
-        """The next job of a tenant that may run one. Jobs that nobody waits for any more are dropped."""
+        """Take the next job of a tenant that may run one. Drops cancelled jobs."""
         for tenant, jobs in list(self._jobs.items()):
             while jobs and jobs[0].turn.done():
                 jobs.popleft()
@@ -55,10 +55,10 @@ class _Line:
 
 
 class TextThreads:
-    """Of one event loop; `close` it."""
+    """The threads of one event loop; `close` them."""
 
     def __init__(self, num_threads: int, executor: Executor | None = None) -> None:
-        """executor: of so many threads, in place of its own."""
+        """executor: one of `num_threads` threads, in place of its own."""
         self._num_free = num_threads
         self._max_long = max(1, num_threads - 1)
         self._max_long_of_one = max(1, num_threads // 2)
@@ -68,9 +68,9 @@ class TextThreads:
         self._executor = executor or ThreadPoolExecutor(num_threads, thread_name_prefix="text")
 
     async def run(self, tenant: str, num_bytes: int, function: Callable[[], _T]) -> _T:
-        """What `function` returns or raises, once it is the tenant's turn. num_bytes: of what it works on.
+        """Call `function` when it is the tenant's turn, and return its result. num_bytes: size of its input.
 
-        A caller that is cancelled gives up its turn; its job, once begun, goes on to its end.
+        A cancelled caller gives up its turn, but a job that has begun runs to its end.
         """
         loop = asyncio.get_running_loop()
         job = _Job(tenant, num_bytes > SHORT_BYTES, loop.create_future())
@@ -87,7 +87,7 @@ class TextThreads:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Start nothing any more."""
+        """Start no more jobs."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _call(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:

@@ -1,6 +1,6 @@
-"""Tokenizers and templates by digest: the base model's, and those of adapters that bring their own.
+"""Tokenizers and templates of adapters that bring their own, by digest.
 
-Owns: fetching and building each once, keeping those used last. Leaves to others: what a table names
+Owns: fetching and building each once, keeping the last used. Leaves to others: the base model's
 (controller_client.py).
 """
 
@@ -19,18 +19,18 @@ from lorafleet.controller.gateway.streams.wire import describe
 from lorafleet.workers.errors import LoRAFleetError, WorkerUnavailableError
 from lorafleet.workers.text.model_text import ModelText
 
-MAX_TEXTS: Final = 32  # beside the base model's
-MAX_BYTES: Final = 1 << 30  # of memory that these take, about
-_BYTES_PER_FILE_BYTE = 6  # of memory: SmolLM2's tokenizer takes 18 MB for 3.5
+MAX_TEXTS: Final = 32  # in addition to the base model's
+MAX_BYTES: Final = 1 << 30  # approximate memory of these
+_BYTES_PER_FILE_BYTE = 6  # memory; SmolLM2's tokenizer takes 18 MB for a file of 3.5 MB
 
 logger = logging.getLogger(__name__)
 
 
 class Tokenizers:
-    """Of the event loop that calls it."""
+    """The tokenizers in use; to be called on one event loop."""
 
     def __init__(self, fetch: Callable[[str], Awaitable[Mapping[str, bytes]]], executor: Executor) -> None:
-        """fetch: the files of a digest. executor: where tokenizers are built."""
+        """fetch: returns the files of a digest. executor: where tokenizers are built."""
         self._fetch = fetch
         self._executor = executor
         self._texts: OrderedDict[str, ModelText] = OrderedDict()  # least recently used first
@@ -38,7 +38,7 @@ class Tokenizers:
         self._loading: dict[str, asyncio.Task[ModelText]] = {}
 
     async def get(self, digest: str) -> ModelText:
-        """Raises `WorkerUnavailableError` when its files cannot be had now."""
+        """Return the tokenizer and template of a digest. Raises `WorkerUnavailableError` if loading fails."""
         text = self._texts.get(digest)
         if text is not None:
             self._texts.move_to_end(digest)

@@ -1,7 +1,7 @@
-"""Those that wait for a worker to take their requests.
+"""The line of requests that wait for a worker.
 
-Owns: waking them in order when there may be one, a few in each turn of the event loop, so that a thousand of them hold
-up nobody. Leaves to others: when that is (session.py, pool.py), trying again (placing.py).
+Owns: waking them in order when a worker may be free, a few in each turn of the event loop, so that a thousand of them
+delay no one else. Leaves to others: when that is (session.py, pool.py), trying again (placing.py).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ _NUM_AT_ONCE: Final = 16
 
 
 class WaitingLine:
-    """Of one gateway; on its event loop."""
+    """The line of one gateway, on its event loop."""
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], None] = {}  # in the order in which they came
-        self._num_to_wake = 0  # of these, those that wait since before the last `move`
+        self._waiting: dict[asyncio.Future[None], None] = {}  # in the order of arrival
+        self._num_to_wake = 0  # how many of these have waited since before the last `move`
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     async def wait(self, timeout_s: float) -> None:
-        """Until the line has moved. Raises TimeoutError."""
+        """Wait until the line has moved. Raises TimeoutError."""
         future = asyncio.get_running_loop().create_future()
         self._waiting[future] = None
         try:
@@ -33,7 +33,7 @@ class WaitingLine:
             self._waiting.pop(future, None)
 
     def move(self) -> None:
-        """Have all that wait now try again."""
+        """Have all requests that wait now try again."""
         is_moving = self._num_to_wake > 0
         self._num_to_wake = len(self._waiting)
         if self._waiting and not is_moving:

@@ -1,4 +1,4 @@
-"""gRPC as the gateway uses it: channels, waiting between attempts.
+"""The gateway's gRPC channels, and its waits between attempts.
 
 Owns: channel options and back-off. Leaves to others: the calls (controller_client.py, session.py) and their deadlines.
 """
@@ -16,7 +16,7 @@ from lorafleet.workers.rpc import CLIENT_OPTIONS
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     *CLIENT_OPTIONS,
-    # A channel of its own connection: a new one does not inherit an old one's wait before reconnecting.
+    # Each channel has its own connection, so a new one does not inherit an old one's wait before reconnecting.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
@@ -25,31 +25,31 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 
 
 def open_channel(address: str) -> Any:  # grpc ships no types
-    """A channel to another part of the fleet; close it when done."""
+    """Open a channel to another part of the fleet; close it when done."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 def controller_stub(channel: Any) -> Any:
-    """The controller's calls."""
+    """Return the controller's calls."""
     kind: Any = controller_pb2_grpc.ControllerStub  # generated code has no types
     return kind(channel)
 
 
 def worker_stub(channel: Any) -> Any:
-    """A worker's calls."""
+    """Return a worker's calls."""
     kind: Any = worker_pb2_grpc.WorkerStub
     return kind(channel)
 
 
 def describe(error: BaseException) -> str:
-    """A failed call in one line."""
+    """Return a failed call in one line."""
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     return str(error) or type(error).__name__
 
 
 class Backoff:
-    """Growing waits between attempts, jittered so that gateways do not return in step."""
+    """Growing waits between attempts, jittered so that gateways do not reconnect in step."""
 
     def __init__(self, first_s: float, last_s: float, uniform: Callable[[float, float], float] = random.uniform):
         self._first_s = first_s
@@ -58,11 +58,11 @@ class Backoff:
         self._next_s = first_s
 
     def reset(self) -> None:
-        """After a success."""
+        """Begin with the first wait again, after a success."""
         self._next_s = self._first_s
 
     def next_s(self) -> float:
-        """How long to wait now."""
+        """Return how long to wait now."""
         wait_s = self._next_s
         self._next_s = min(wait_s * 2, self._last_s)
         return self._uniform(wait_s / 2, wait_s)

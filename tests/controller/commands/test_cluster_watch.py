@@ -58,7 +58,7 @@ def test_what_ails_it_is_the_end() -> None:
 def test_a_process_of_rays_that_has_ended_is_the_end_at_once() -> None:
     watched = Watched()
     watched.cluster.dead = ["raylet ended with exit code -9"]
-    assert watched.look() == "Ray cannot go on: its raylet ended with exit code -9."
+    assert watched.look() == "Ray has failed: its raylet ended with exit code -9."
 
 
 def test_one_that_is_away_for_a_while_is_told_once_and_welcomed_back() -> None:
@@ -67,7 +67,7 @@ def test_one_that_is_away_for_a_while_is_told_once_and_welcomed_back() -> None:
     watched.cluster.asked[-1].set_exception(ConnectionError("nothing answers there"))
     assert watched.look(2.0) == ""
     assert watched.said == [
-        "the Ray cluster has not answered for 10 s; gateways and workers go on without it",
+        "the Ray cluster has not answered for 10 s; gateways and workers keep serving",
     ]
     watched.cluster.asked[-1].set_result("")
     assert watched.look() == ""

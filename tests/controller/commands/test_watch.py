@@ -70,7 +70,7 @@ def test_a_controller_that_is_away_ends_nothing_and_is_told_once() -> None:
     controller.answers["events"] = [(1, "a worker serves")]
     watch.look(wants_restart=False)
     assert said == [
-        "the controller has not answered for 6 s; gateways and workers go on without it until Ray has started it again",
+        "the controller has not answered for 6 s; gateways and workers keep serving; Ray restarts it",
         "the controller answers again",
         "a worker serves",
     ]

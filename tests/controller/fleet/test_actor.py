@@ -605,7 +605,7 @@ async def test_it_says_whether_it_was_started_so(fleet: Fleet) -> None:
     ("num_unfinished", "timeout_s", "outcome"),
     [
         (3, 5.0, Outcome(True, f"drained: {NAME}")),
-        (10**9, 0.1, Outcome(False, f"not all of {NAME} drained within 0.1 s; others go on with their requests")),
+        (10**9, 0.1, Outcome(False, f"not all of {NAME} drained within 0.1 s; other workers resume their requests")),
     ],
 )
 async def test_a_node_is_drained_with_the_workers_that_have_a_rank_there(

@@ -1,4 +1,4 @@
-{{/* Refusals of values that each may be, but not together. What one value may be is in values.schema.json. */}}
+{{/* Refuses values that contradict each other. values.schema.json says what each alone may be. */}}
 {{- define "lorafleet.checks" -}}
 {{- $fleet := .Values.fleet -}}
 {{- if not $fleet.model }}{{ fail "fleet.model is empty; give a directory on a volume or a Hugging Face id." }}{{ end -}}
@@ -15,7 +15,7 @@
 {{- $taken := list "--served-model-name" "--device" "--num-workers" "--tensor-parallel-size" "--drain-timeout-s" "--worker-ports" "--enable-lora" "--lora-modules" "--ray-address" "--gateways" "--controller-port" "--token-file" "--follow" "--host" "--port" "--tenants" "--api-key" -}}
 {{- range $fleet.flags }}
 {{- if has (regexFind "^--[a-z-]+" .) $taken }}
-{{- fail (printf "fleet.flags has %q, which the chart sets itself; there is a value for it, or it cannot be another." .) }}
+{{- fail (printf "fleet.flags has %q, which the chart sets itself; use the chart's value for it, if there is one." .) }}
 {{- end }}
 {{- end -}}
 {{- $takenByGateways := list "--controller" "--token-file" "--host" "--port" "--tenants" "--api-key" "--drain-timeout-s" "--reuse-port" "--exit-with-parent" -}}
@@ -32,10 +32,10 @@
 {{- fail (printf "pod.gpus is %v; fleet.numWorkers %v of fleet.tensorParallelSize %v need %v." .Values.pod.gpus $fleet.numWorkers $fleet.tensorParallelSize $ranks) }}
 {{- end -}}
 {{- if and (eq $fleet.device "cpu") (gt (int .Values.pod.gpus) 0) }}
-{{- fail (printf "pod.gpus is %v with fleet.device cpu, where nobody would use them." .Values.pod.gpus) }}
+{{- fail (printf "pod.gpus is %v with fleet.device cpu, which uses no GPUs." .Values.pod.gpus) }}
 {{- end -}}
 {{- if ne .Values.gcsFaultTolerance.backend "none" }}
-{{- fail "gcsFaultTolerance is for mode cluster: a single pod has nothing that outlives its Ray." }}
+{{- fail "gcsFaultTolerance is for mode cluster: a single pod ends with its Ray." }}
 {{- end -}}
 {{- end -}}
 {{- with .Values.gcsFaultTolerance }}
@@ -50,16 +50,16 @@
 {{- if gt (int .first) (int .last) }}{{ fail "fleet.workerPorts.first is more than last." }}{{ end }}
 {{- range $port := list (include "lorafleet.controllerPort" $) (include "lorafleet.rayAgentPort" $) }}
 {{- if and (le (int $fleet.workerPorts.first) (int $port)) (ge (int $fleet.workerPorts.last) (int $port)) }}
-{{- fail (printf "fleet.workerPorts must not include %s, which the controller or Ray has." $port) }}
+{{- fail (printf "fleet.workerPorts must not include %s, which the controller or Ray uses." $port) }}
 {{- end }}
 {{- end }}
 {{- end -}}
 {{- if and .Values.serviceMonitor.enabled .Values.tenantsSecret (not .Values.serviceMonitor.apiKeySecret) }}
-{{- fail "serviceMonitor.apiKeySecret is empty; with tenantsSecret /metrics asks for an API key." }}
+{{- fail "serviceMonitor.apiKeySecret is empty; with tenantsSecret, /metrics requires an API key." }}
 {{- end -}}
 {{- end -}}
 
-{{/* A path that no volume has would be found missing only when the fleet starts. */}}
+{{/* Refuses a path on no volume, which would fail only when the fleet starts. */}}
 {{- define "lorafleet.checkPath" -}}
 {{- if hasPrefix "/" .path -}}
 {{- $roots := list "/cache/" "/opt/lorafleet/examples/" -}}

@@ -1,4 +1,4 @@
-{{/* A word of a flags file, which is split as a shell would. */}}
+{{/* A word of a flags file, quoted as for a shell. */}}
 {{- define "lorafleet.word" -}}
 {{- if regexMatch "^[A-Za-z0-9_./:=@%+,-]+$" . -}}{{ . }}{{- else -}}'{{ . | replace "'" "'\\''" }}'{{- end -}}
 {{- end -}}
@@ -16,7 +16,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What `lorafleet up` and `lorafleet serve` read. */}}
+{{/* The flags file of `lorafleet up` and `lorafleet serve`. */}}
 {{- define "lorafleet.flags" -}}
 {{- $fleet := .Values.fleet -}}
 {{ include "lorafleet.word" $fleet.model }}

@@ -8,13 +8,13 @@
 {{ include "lorafleet.fullname" . }}-head-svc:{{ include "lorafleet.controllerPort" . }}
 {{- end -}}
 
-{{/* Ports that the code has as defaults; the tests compare. */}}
+{{/* The code's default ports; a test compares them. */}}
 {{- define "lorafleet.controllerPort" -}}50050{{- end -}}
 {{- define "lorafleet.httpPort" -}}8000{{- end -}}
 {{- define "lorafleet.gcsPort" -}}6379{{- end -}}
 {{- define "lorafleet.rayAgentPort" -}}52365{{- end -}}
 
-{{/* What pods are selected by. KubeRay sets app.kubernetes.io/name of its pods itself. */}}
+{{/* The labels that select pods. KubeRay sets app.kubernetes.io/name of its pods itself. */}}
 {{- define "lorafleet.selectorLabels" -}}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
@@ -28,7 +28,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end -}}
 
-{{/* override: an image whose empty fields are those of values.image. A digest or tag of another repository is its own. */}}
+{{/* override: an image whose empty fields default to values.image; its own repository or tag replaces that digest. */}}
 {{- define "lorafleet.image" -}}
 {{- $image := .root.Values.image -}}
 {{- $own := .override | default dict -}}
@@ -39,7 +39,7 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- if $digest -}}{{ $repository }}@{{ $digest }}{{- else -}}{{ $repository }}:{{ $tag }}{{- end -}}
 {{- end -}}
 
-{{/* Of every pod. The user is the image's. */}}
+{{/* The fields of every pod. The user is the image's. */}}
 {{- define "lorafleet.podBasics" -}}
 serviceAccountName: {{ include "lorafleet.fullname" .root }}
 automountServiceAccountToken: false
@@ -75,7 +75,7 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* Requests are limits, so that no pod is the first to go when its node is short. */}}
+{{/* Requests equal limits, so that no pod is evicted first when its node runs short. */}}
 {{- define "lorafleet.resources" -}}
 {{- $amounts := dict "cpu" .cpu "memory" .memory -}}
 {{- if .gpus }}{{ $_ := set $amounts "nvidia.com/gpu" .gpus }}{{ end -}}
@@ -85,7 +85,7 @@ limits:
   {{- toYaml $amounts | nindent 2 }}
 {{- end -}}
 
-{{/* Where a container of the image may write. */}}
+{{/* The places where a container of the image may write. */}}
 {{- define "lorafleet.scratchMounts" -}}
 - name: tmp
   mountPath: /tmp
@@ -102,7 +102,7 @@ limits:
     sizeLimit: 256Mi
 {{- end -}}
 
-{{/* What a container that reads the model or adapters needs: the same paths wherever they are read. */}}
+{{/* The mounts of a container that reads the model or adapters: the same paths everywhere. */}}
 {{- define "lorafleet.modelMounts" -}}
 - name: cache
   mountPath: /cache
@@ -203,7 +203,7 @@ initContainers:
 {{- end }}
 {{- end -}}
 
-{{/* Probes of what serves HTTP. Liveness never asks for workers: a restart would not bring them back. */}}
+{{/* Probes of HTTP servers. Liveness does not depend on workers: a restart would not bring them back. */}}
 {{- define "lorafleet.httpProbes" -}}
 startupProbe:
   httpGet: {path: /health, port: http}
@@ -221,7 +221,7 @@ readinessProbe:
   failureThreshold: 2
 {{- end -}}
 
-{{/* Ray's own health, which needs no token. On the head it covers the GCS too. */}}
+{{/* Ray's own health check, which needs no token. On the head it also covers the GCS. */}}
 {{- define "lorafleet.rayProbes" -}}
 startupProbe:
   httpGet: {path: /api/healthz, port: agent}
@@ -241,8 +241,8 @@ readinessProbe:
 {{- end -}}
 
 {{/*
-Of every Ray container. KubeRay adds RAY_AUTH_MODE and RAY_AUTH_TOKEN to the first container of a pod. Workers are not to
-run at Ray's lowest priority, and a node that is lost is to be noticed in some 8 s instead of a minute.
+The environment of every Ray container. KubeRay adds RAY_AUTH_MODE and RAY_AUTH_TOKEN to a pod's first container.
+Workers must not run at Ray's lowest priority, and a lost node is to be noticed within some 8 s instead of a minute.
 */}}
 {{- define "lorafleet.rayEnv" -}}
 - name: RAY_USAGE_STATS_ENABLED
@@ -262,8 +262,8 @@ run at Ray's lowest priority, and a node that is lost is to be noticed in some 8
 {{- end -}}
 
 {{/*
-`ray start` with fixed ports, apart from those of the controller, the workers and outgoing connections. The fleet keeps
-nothing in Ray's object store, so that it gets what Ray asks for at least; else it would want 30 % of the pod's memory.
+`ray start` with fixed ports that differ from those of the controller, the workers and outgoing connections. The fleet
+keeps nothing in Ray's object store, so the store gets Ray's minimum, not the default of 30 % of the pod's memory.
 */}}
 {{- define "lorafleet.rayStartParams" -}}
 object-store-memory: "104857600"
