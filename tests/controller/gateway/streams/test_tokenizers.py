@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorafleet.controller.gateway.streams import texts as texts_module
+from lorafleet.controller.gateway.streams import tokenizers as tokenizers_module
 from lorafleet.controller.gateway.streams.tokenizers import Tokenizers
 from lorafleet.workers.errors import WorkerUnavailableError
 
@@ -48,7 +48,7 @@ async def test_files_that_cannot_be_had_fail_the_adapters_requests_only(fleet: A
 async def test_each_is_fetched_once_and_those_used_last_are_kept(
     tokenizer_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts_module, "MAX_TEXTS", 2)
+    monkeypatch.setattr(tokenizers_module, "MAX_TEXTS", 2)
     fetched: list[str] = []
 
     async def fetch(digest: str) -> Mapping[str, bytes]:
@@ -77,11 +77,11 @@ async def test_those_that_are_kept_take_so_many_bytes_at_most(
         fetched.append(digest)
         return tokenizer_files
 
-    size = texts_module._BYTES_PER_FILE_BYTE * sum(map(len, tokenizer_files.values()))
+    size = tokenizers_module._BYTES_PER_FILE_BYTE * sum(map(len, tokenizer_files.values()))
     with ThreadPoolExecutor(1) as executor:
         texts = Tokenizers(fetch, executor)
         for num_kept in (2, 0):  # one is kept whatever it takes: it is in use
-            monkeypatch.setattr(texts_module, "MAX_BYTES", num_kept * size)
+            monkeypatch.setattr(tokenizers_module, "MAX_BYTES", num_kept * size)
             for digest in ("a", "b", "a", "b"):
                 await texts.get(f"{digest}{num_kept}")
         assert fetched == ["a2", "b2", "a0", "b0", "a0", "b0"]
