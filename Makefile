@@ -47,16 +47,16 @@ types: build/source/.beside
 	cd build/source && MYPYPATH=tests:examples ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python lorafleet tests benchmarks examples
 
-build/source/.copied: $(INSTALLED) __init__.py $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
-	rm -rf build/source && mkdir -p build/source/lorafleet
-	cp -r __init__.py controller kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
-	rm -rf build/source/lorafleet/kernels/cpu/prebuilt
-	@touch $@
-
 # Beside the package's folder, so that the wheel, which is made from that folder, neither carries nor waits for them.
 build/source/.beside: build/source/.copied $(shell find tests benchmarks examples -name '*.py')
 	rm -rf $(addprefix build/source/,tests benchmarks examples)
 	cp -r tests benchmarks examples build/source
+	@touch $@
+
+build/source/.copied: $(INSTALLED) __init__.py $(shell find controller kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
+	rm -rf build/source && mkdir -p build/source/lorafleet
+	cp -r __init__.py controller kernels proto workers pyproject.toml README.md LICENSE build/source/lorafleet
+	rm -rf build/source/lorafleet/kernels/cpu/prebuilt
 	@touch $@
 
 package: build/wheel/.built
