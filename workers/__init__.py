@@ -1,6 +1,9 @@
 """The library's face: ``from lorafleet.workers import LLM, SamplingParams, LoRARequest``.
 
 Lazy: importing this package imports nothing heavy; a name is imported when it is first used.
+
+Tested elsewhere: address in server/test_actor.py; errors in controller/gateway/api/test_bad_input.py; rpc in
+server/test_service.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
 """Where models and adapters come from: a directory, the Hugging Face hub.
 
 Imports `adapters` and `model`. Start reading in adapters.py.
+
+Tested elsewhere: hub in test_adapters.py.
 """

@@ -1,4 +1,6 @@
 """What Prometheus reads from a gateway.
 
 Imports `routing`. Start reading in instruments.py.
+
+Tested elsewhere: vllm and workers in test_instruments.py.
 """
