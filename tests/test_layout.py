@@ -108,7 +108,7 @@ def tested_elsewhere(folder: Path) -> dict[str, Path]:
     """
     docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
     _, _, claims = " ".join(docstring.split()).partition("Tested elsewhere: ")
-    found = {}
+    found: dict[str, Path] = {}
     for claim in filter(None, claims.removesuffix(".").split("; ")):
         names, _, test = claim.rpartition(" in ")
         tests = [ROOT / "tests" / place / test for place in (folder, *folder.parents)]
