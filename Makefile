@@ -57,9 +57,16 @@ lint: install
 	$(MAKE) types
 
 # Type checkers cannot follow the editable install's import hook, so they read a copy of the tree under its import name.
-types: build/source/.copied
-	cd build/source && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
-		--python-executable ../../$(BIN)/python -p lorafleet
+# Tests and examples import their own modules by bare names, as pytest's pythonpath lets them.
+types: build/source/.beside
+	cd build/source && MYPYPATH=tests:examples ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python lorafleet tests benchmarks examples
+
+# Beside the package's folder, so that the wheel, which is made from that folder, neither carries nor waits for them.
+build/source/.beside: build/source/.copied $(shell find tests benchmarks examples -name '*.py')
+	rm -rf $(addprefix build/source/,tests benchmarks examples)
+	cp -r tests benchmarks examples build/source
+	@touch $@
 
 build/source/.copied: $(INSTALLED) __init__.py $(shell find controller examples kernels proto workers -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.proto')
 	rm -rf build/source && mkdir -p build/source/lorafleet

@@ -63,7 +63,7 @@ def draw(outcomes: Sequence[Outcome], facts: Mapping[str, Any], path: Path) -> N
     if not drawn:
         return
     figure, axes = pyplot.subplots(1, len(drawn), figsize=(4.2 * len(drawn), 4.4), squeeze=False)
-    handles = {}
+    handles: dict[str, Any] = {}  # the bars of each side
     for axis, (name, groups) in zip(axes[0], drawn, strict=True):
         sides = [side for side in _COLOURS if any(side in values for values in groups.values())]
         width = 0.8 / len(sides)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,7 +77,7 @@ class Comparison:
             else:
                 self.record.fail("vllm", None, None, "not run (give --vllm PYTHON)")
         for name, side in self._running.items():
-            self._try(name, None, None, lambda name=name, side=side: self._warm_up(name, side))
+            self._try(name, None, None, partial(self._warm_up, name, side))
         # An idle side must not disturb the others' turns. Measured here: ours uses 1-3 % of a core (Ray's), vLLM 1 %, a
         # child 0, so none has to be stopped for the others. For the time just after a turn see _wait_for_quiet.
         idle = {name: round(processes.cpu_share([side.pid]), 3) for name, side in self._running.items()}
@@ -94,9 +95,7 @@ class Comparison:
                 sides = [side for side, name in self._wanted if name == workload]
                 for side in sides if number % 2 == 0 else reversed(sides):
                     if self._process(side, workload) is not None:
-                        self._try(
-                            side, workload, number, lambda s=side, w=workload, n=number: self._measure(s, w, n, repeat)
-                        )
+                        self._try(side, workload, number, partial(self._measure, side, workload, number, repeat))
         if ("ours", "memory") in self._wanted and "ours" in self._running:
             self._try("ours", "memory", 0, self._measure_memory)
 
@@ -108,7 +107,7 @@ class Comparison:
     def _wants(self, side: str) -> bool:
         return any(name == side for name, _ in self._wanted)
 
-    def _try(self, side: str, workload: str | None, number: int | None, function: Callable[[], None]) -> None:
+    def _try(self, side: str, workload: str | None, number: int | None, function: Callable[[], object]) -> None:
         try:
             function()
         except Exception as error:
@@ -135,7 +134,7 @@ class Comparison:
         workloads = {name for side, name in self._wanted if side == "vllm"}
         for name, lora in (("vllm", False), ("vllm-lora", True)):
             if any(bool(COMPARED[workload].num_adapters) == lora for workload in workloads):
-                self._try(name, None, None, lambda name=name, lora=lora: self._start_best_vllm(name, lora))
+                self._try(name, None, None, partial(self._start_best_vllm, name, lora))
 
     def _start_best_vllm(self, name: str, lora: bool) -> None:
         trials: dict[str, float] = {}

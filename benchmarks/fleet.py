@@ -284,7 +284,7 @@ class _Gateway:
         view = self.views[number]
         self.views[number] = replace(
             view,
-            expected=view.expected.union(adapters),
+            expected=view.expected | set(adapters),
             num_unreported=view.num_unreported + NUM_GATEWAYS,
             num_unreported_tokens=view.num_unreported_tokens
             + NUM_GATEWAYS * (arrival.num_prompt - cached.get(view.worker_id, 0)),

@@ -160,6 +160,7 @@ class Bench:
     ) -> None:
         """parts: ranks of the adapters in the slots, and the cases measured with them."""
         waiting = [(ranks, case) for ranks, cases in parts for case in cases]
+        model: BenchModel | None = None
         try:
             if time.monotonic() < deadline:
                 model = BenchModel(spec_of(name), limits, self.device)
@@ -176,7 +177,7 @@ class Bench:
             rest = FAILED, _why(error)
         for _, case in waiting:
             self._add(Row(name, case, *rest))
-        model = None
+        model = None  # so that its memory can be freed
         self._free()
 
     def _row(self, name: str, model: BenchModel, case: Case) -> Row:

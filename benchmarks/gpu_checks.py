@@ -240,7 +240,8 @@ def _lora(
         ranks.to(device),
         torch.full((num_slots, len(widths)), 2.0, device=device),
         torch.zeros(num_slots, len(widths), dtype=torch.int32, device=device),
-        *torch.ones(2, num_slots, num_out, device=device),
+        torch.ones(num_slots, num_out, device=device),
+        torch.ones(num_slots, num_out, device=device),
         torch.tensor(widths, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
     )
     bounds = torch.tensor([rows * part // 6 for part in range(1, 6)] + [rows], dtype=torch.int32, device=device)

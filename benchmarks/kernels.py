@@ -13,8 +13,9 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NUM_COPIES = 12
 _PAGE = 16
+_Weight = TypeVar("_Weight")
 
 
 def median_us(function: Callable[[], object], repeat: int = 30) -> float:
@@ -46,6 +48,14 @@ def fused_linears(spec: ModelSpec) -> list[tuple[int, int]]:
     return [(hidden, spec.qkv_size), (spec.q_size, hidden), (hidden, 2 * inner), (inner, hidden)]
 
 
+def _each_in_turn(
+    product: Callable[[torch.Tensor, _Weight], torch.Tensor], x: torch.Tensor, weights: Sequence[_Weight]
+) -> Callable[[], object]:
+    """x times the next weight at each call, so that no weight is in a cache."""
+    turns = itertools.cycle(weights)
+    return lambda: product(x, next(turns))
+
+
 def linears(spec: ModelSpec) -> None:
     columns = ("packed", "int8", "plain", "torch", "torch/packed", "TFLOP/s")
     print(f"{'linears of a layer, µs':<24}" + "".join(f"{column:>14}" for column in columns))
@@ -57,10 +67,8 @@ def linears(spec: ModelSpec) -> None:
             weights = [torch.randn(num_out, num_in).bfloat16() for _ in range(_NUM_COPIES)]
             forms = ({"packed": True}, {"packed": True, "int8": True}, {"packed": False})
             for place, form in enumerate(forms):
-                turns = itertools.cycle([prepare(weight, **form) for weight in weights])
-                totals[place] += median_us(lambda x=x, turns=turns: linear(x, next(turns)))
-            plain = itertools.cycle(weights)
-            totals[3] += median_us(lambda x=x, plain=plain: F.linear(x, next(plain)))
+                totals[place] += median_us(_each_in_turn(linear, x, [prepare(weight, **form) for weight in weights]))
+            totals[3] += median_us(_each_in_turn(F.linear, x, weights))
             flop += 2 * rows * num_in * num_out
         packed, int8, plain_us, torch_us = totals
         # The plain kernel is for few rows; for more, `linear` is torch's product.

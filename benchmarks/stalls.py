@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ EVERY_S = 1.0
 class Streams:
     """Requests that are sent again when they end, and the arrival times of their tokens."""
 
-    def __init__(self, engine: Engine, digests: list[str | None], num_tokens: int) -> None:
+    def __init__(self, engine: Engine, digests: Sequence[str | None], num_tokens: int) -> None:
         self._engine = engine
         self._digests = digests
         self._num_tokens = num_tokens
@@ -127,9 +128,9 @@ def main() -> None:
         config = EngineConfig(model=args.model, num_threads=args.num_threads, lora=LoRAConfig(max_loras=8))
         engine = Engine.from_config(config)
         engine.load()
-        digests: list[str | None] = [engine.register_adapter(str(path)).digest for path in own]
+        digests = [engine.register_adapter(str(path)).digest for path in own]
         half = args.streams // 2
-        streams = Streams(engine, [None] * (args.streams - half) + [digests[i % 4] for i in range(half)], 4000)
+        streams = Streams(engine, [*[None] * (args.streams - half), *(digests[i % 4] for i in range(half))], 4000)
         thread = EngineThread(engine, streams.publish, lambda error: os._exit(1))
         thread.start()
         streams.start()

@@ -1,4 +1,6 @@
 """What people start and what keeps a fleet running: commands, the controller, the HTTP gateway.
 
 Imports of `workers` only what needs no torch. Start reading in commands/cli.py.
+
+Tested elsewhere: config in commands/test_cli.py.
 """

@@ -188,10 +188,11 @@ def _batch(tokenizer: Any, examples: list[Example]) -> tuple[torch.Tensor, torch
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     labels = torch.full((len(rows), width), -100)
-    for i, (prompt, answer) in enumerate(rows):
+    for i, (prompt_ids, answer_ids) in enumerate(rows):
         # Padding is on the right: with a causal mask no token that counts can see it.
-        input_ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        length = len(prompt_ids) + len(answer_ids)
+        input_ids[i, :length] = torch.tensor(prompt_ids + answer_ids)
+        labels[i, len(prompt_ids) : length] = torch.tensor(answer_ids)
     return input_ids, labels
 
 

@@ -23,7 +23,7 @@ ROOTS = ("/adapters",)
 RESUME_S = 60.0
 
 
-class CallFailed(grpc.aio.AioRpcError):
+class CallFailed(grpc.aio.AioRpcError):  # type: ignore[misc]  # grpc has no types
     def __init__(self, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
         super().__init__(code, grpc.aio.Metadata(), grpc.aio.Metadata())
 

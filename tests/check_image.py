@@ -241,7 +241,7 @@ def try_out(steps: Steps, scratch: Path) -> None:
     (wheel,) = steps.path("/dist").glob("*.whl")
     python = steps.path("/opt/lorafleet/venv/bin/python")
     alone = scratch / "wheel"
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--no-cache-dir", "--target", alone, wheel], env={"PATH": ""}, check=True)
     subprocess.run([python, "-P", ROOT / "tests" / "check_wheel.py", alone], env={"PATH": ""}, check=True)
 

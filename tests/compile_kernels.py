@@ -88,10 +88,10 @@ def call_everything(dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, hea
         qkv = torch.empty(num_tokens, sum(widths), dtype=dtype)
         positions = torch.zeros(num_tokens, dtype=torch.int64)
         head_norm = torch.empty(1, head_dim, dtype=dtype)
-        for norms in ((None, None), (head_norm, head_norm)):
+        for norm in (None, head_norm):
             cos_sin = torch.empty(64, head_dim)
             rope_kv_write_(
-                qkv, cos_sin, positions, keys, values, positions, num_q_heads, num_kv_heads, *norms, 1e-5, None
+                qkv, cos_sin, positions, keys, values, positions, num_q_heads, num_kv_heads, norm, norm, 1e-5, None
             )
         table = torch.zeros(num_seqs, 4, dtype=torch.int32)
         starts = torch.arange(num_seqs + 1, dtype=torch.int32)
@@ -104,7 +104,8 @@ def call_everything(dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, hea
             torch.zeros(2, 3, dtype=torch.int32),
             torch.zeros(2, 3),
             torch.zeros(2, 3, dtype=torch.int32),
-            *torch.zeros(2, 2, sum(widths)),
+            torch.zeros(2, sum(widths)),
+            torch.zeros(2, sum(widths)),
             torch.tensor(widths, dtype=torch.int32).cumsum(0, dtype=torch.int32),
             is_aligned=True,
         )

@@ -223,7 +223,7 @@ class Client:
     async def read(self) -> worker_pb2.WorkerMessage:
         """One message, noted."""
         async with asyncio.timeout(TIMEOUT_S):
-            message = await self.call.read()
+            message: worker_pb2.WorkerMessage = await self.call.read()
         assert message is not grpc.aio.EOF, "the session ended"
         if message.WhichOneof("message") == "heartbeat":
             self.heartbeats.append(message.heartbeat)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lorafleet.kernels.lora import LoraSegments, LoraSlots, lora_add_
@@ -40,11 +42,16 @@ class LoraCase:
 
     def run(self, segments: list[tuple[int, int, int, float]]) -> torch.Tensor:
         """segments: (first row, behind the last, slot, weight)."""
-        columns = list(zip(*segments, strict=True)) if segments else [(), (), (), ()]
-        device = self.y.device
+        starts, ends, slots, weights = zip(*segments, strict=True) if segments else ((), (), (), ())
+
+        def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.y.device)
+
         packed = LoraSegments(
-            *(torch.tensor(column, dtype=torch.int32, device=device) for column in columns[:3]),
-            torch.tensor(columns[3], dtype=torch.float32, device=device),
+            column(starts, torch.int32),
+            column(ends, torch.int32),
+            column(slots, torch.int32),
+            column(weights, torch.float32),
         )
         y = self.y.clone()
         changes = self.is_affine, self.scale, self.shift

@@ -47,7 +47,7 @@ def _raycluster_schema(api_version: str) -> dict[str, Any]:
     (version,) = (
         version for version in definition["versions"] if f"{definition['group']}/{version['name']}" == api_version
     )
-    schema = _strict(version["schema"]["openAPIV3Schema"])
+    schema: dict[str, Any] = _strict(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}  # the API server's own, and not in the definition
     return schema
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lorafleet.kernels.sampling import sample_tokens, sample_tokens_reference
@@ -59,14 +61,16 @@ def agree(logits: torch.Tensor, *options: torch.Tensor) -> None:
     assert len(different) <= 1 + len(logits) // 20
     for row in different:
         own = [column[row].item() for column in options]
-        assert near_threshold(logits[row].float(), int(token_ids[row]), *own), (row, own)
-        assert near_threshold(logits[row].float(), int(expected_ids[row]), *own), (row, own)
+        assert near_threshold(logits[row].float(), int(token_ids[row]), own), (row, own)
+        assert near_threshold(logits[row].float(), int(expected_ids[row]), own), (row, own)
 
 
-def near_threshold(
-    logits: torch.Tensor, token: int, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float
-) -> bool:
-    """Whether the token is right for thresholds and a random number within rounding of those given. In float64."""
+def near_threshold(logits: torch.Tensor, token: int, options: Sequence[float]) -> bool:
+    """Whether the token is right for thresholds and a random number within rounding of those given. In float64.
+
+    options: a row of `Columns`.
+    """
+    temperature, top_k, top_p, min_p, uniform = options
     if temperature == 0.0:
         return False
     distance = (logits.max() - logits) / temperature
@@ -74,7 +78,7 @@ def near_threshold(
     for slack in (-ROUNDING, ROUNDING):
         weight = (-distance.double()).exp()
         weight[weight < min_p * (1 - slack)] = 0.0
-        weight[order[top_k or len(order) :]] = 0.0
+        weight[order[int(top_k) or len(order) :]] = 0.0
         before = weight[order].cumsum(0) - weight[order]
         if top_p < 1.0:
             dropped = before >= (top_p + slack) * weight.sum()

@@ -1,8 +1,9 @@
-"""The folders form a graph without cycles: each imports only what stands before it here."""
+"""The folders form a graph without cycles: each imports only what stands before it here. And each file has its test."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,42 @@ def path_of(name: str) -> str:
 def place(path: str) -> int:
     """Which line of `ORDER` a file belongs to."""
     return max((len(line), number) for number, line in enumerate(ORDER) if f"{path}/".startswith(f"{line}/"))[1]
+
+
+def has_logic(module: str) -> bool:
+    tree = ast.parse((ROOT / module).read_text())
+    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(tree))
+
+
+def own_test(module: str) -> Path:
+    path = Path(module)
+    return ROOT / "tests" / path.parent / f"test_{path.name}"
+
+
+def tested_elsewhere(folder: Path) -> dict[str, Path]:
+    """From a folder's docstring: its files whose tests have other names. A path starts in the folder's place in tests/
+    or in one above it.
+    """
+    docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
+    _, _, claims = " ".join(docstring.split()).partition("Tested elsewhere: ")
+    found: dict[str, Path] = {}
+    for claim in filter(None, claims.removesuffix(".").split("; ")):
+        names, _, test = claim.rpartition(" in ")
+        tests = [ROOT / "tests" / place / test for place in (folder, *folder.parents)]
+        path = next((path for path in tests if path.is_file()), None)
+        assert path is not None, f"{folder} names {test}, which is not there"
+        found |= dict.fromkeys((f"{name}.py" for name in re.split(", | and ", names)), path)
+    return found
+
+
+FOLDERS = sorted({Path(module).parent for module in modules("controller", "kernels", "workers")})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=str)
+def test_each_file_has_its_test_under_its_name_or_its_folder_says_which_has_it(folder: Path) -> None:
+    files = {Path(module).name: module for module in modules(str(folder)) if Path(module).parent == folder}
+    without = {name for name, module in files.items() if has_logic(module) and not own_test(module).is_file()}
+    assert set(tested_elsewhere(folder)) == without - {"__init__.py"}
 
 
 @pytest.mark.parametrize("module", modules(*PACKAGES))

@@ -70,7 +70,7 @@ def make_model(name: str, directory: Path, seed: int = 0, **changes: Any) -> Pre
     torch.manual_seed(seed)
     config = copy.deepcopy(ARCHITECTURES[name])
     config.update(changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         # Biases and norm weights start as zeros and ones, which would hide that they are read wrongly.
         if parameter.dim() == 1:
@@ -100,8 +100,9 @@ def make_adapter(
     Wraps (and changes) the given model: give it a fresh copy, or call `unload` on the result.
     """
     torch.manual_seed(seed)
-    fields = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets or ALL_TARGETS, "task_type": "CAUSAL_LM"}
-    config = LoraConfig(**fields | options)
+    fields: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets or ALL_TARGETS}
+    fields |= options
+    config = LoraConfig(task_type="CAUSAL_LM", **fields)
     peft_model = get_peft_model(model, config, adapter_name=name)
     for parameter_name, parameter in peft_model.named_parameters():
         if "magnitude" in parameter_name:
@@ -110,7 +111,7 @@ def make_adapter(
             parameter.data.normal_(1.0, 3 * strength)
         elif parameter.requires_grad:  # LoRA's, biases that are trained, embeddings and heads
             parameter.data.normal_(0.0, strength)
-    peft_model.eval().save_pretrained(directory, save_embedding_layers=save_embedding_layers)
+    peft_model.eval().save_pretrained(str(directory), save_embedding_layers=save_embedding_layers)
     return peft_model
 
 

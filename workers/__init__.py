@@ -1,6 +1,9 @@
 """Public imports of the library: ``from lorafleet.workers import LLM, SamplingParams, LoRARequest``.
 
 Lazy: importing this package loads neither torch nor Ray. A name is imported at its first use.
+
+Tested elsewhere: address in server/test_actor.py; errors in controller/gateway/api/test_bad_input.py; rpc in
+server/test_service.py.
 """
 
 from __future__ import annotations

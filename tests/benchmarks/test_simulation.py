@@ -87,18 +87,18 @@ def adversary(seed: int, machine: Machine, max_composed: int = 1) -> list[Arriva
         tenant = rng.choice(["t", "u", "v", f"w{rng.randrange(40)}"])
         num_output = rng.choice([1, 20, 300, 10_000])
         drawn = [rng.choice(adapters)] if max_composed == 1 else rng.sample(adapters, rng.randint(1, max_composed))
-        first, *others = [adapter for adapter in drawn if adapter is not None] or [None]
+        named = [adapter for adapter in drawn if adapter is not None]
         arrivals.append(
             Arrival(
                 at_s,
                 tenant,
-                first,
+                named[0] if named else None,
                 rng.choice([5, 60, 200]),
                 num_output,
                 weight=rng.choice([0.1, 1.0, 10.0]),
                 priority=rng.choice([-5, 0, 0, 9]),
                 repeats=rng.random() < 0.3,
-                others=tuple(other for other in others if other is not None),
+                others=tuple(named[1:]),
             )
         )
     return arrivals

@@ -405,7 +405,7 @@ def sayings() -> Iterator[str]:
     for node in ast.walk(ast.parse(Path(manifest_checks.__file__).read_text())):
         if isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr | ast.Constant):
             pieces = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
-            yield "".join(re.escape(piece.value) if isinstance(piece, ast.Constant) else ".*" for piece in pieces)
+            yield "".join(re.escape(str(piece.value)) if isinstance(piece, ast.Constant) else ".*" for piece in pieces)
 
 
 def test_everything_that_the_checks_can_say_has_been_said() -> None:

@@ -114,18 +114,19 @@ def panel_query(target: dict[str, Any]) -> str:
     return str(target["expr"]).replace("$__rate_interval", "5m")
 
 
-QUERIES = [pytest.param(rule["expr"], RECORDED, id=rule.get("alert") or rule["record"]) for rule in RULES] + [
-    pytest.param(panel_query(target), EXPORTED, id=f"panel {panel['id']}{target['refId']}") for panel, target in TARGETS
-]
-"""(query, series that it may read) of every rule and every target of the dashboard."""
+QUERIES = {rule.get("alert") or rule["record"]: (rule["expr"], RECORDED) for rule in RULES} | {
+    f"panel {panel['id']}{target['refId']}": (panel_query(target), EXPORTED) for panel, target in TARGETS
+}
+"""(query, series that it may read) of every rule and every target of the dashboard, by what it is for."""
+each_query = pytest.mark.parametrize(("query", "series"), QUERIES.values(), ids=QUERIES.keys())
 
 
-@pytest.mark.parametrize(("query", "series"), QUERIES)
+@each_query
 def test_a_query_reads_what_a_gateway_exports_by_labels_that_it_has(query: str, series: dict[str, set[str]]) -> None:
     assert read(query, series).selectors
 
 
-@pytest.mark.parametrize(("query", "series"), QUERIES)
+@each_query
 def test_a_query_has_vllms_name_where_there_is_one(query: str, series: dict[str, set[str]]) -> None:
     for selector in read(query, series).selectors:
         same = VLLM_NAMES.get(selector.name, selector.name.replace("lorafleet_", "vllm:", 1))
@@ -136,14 +137,14 @@ def test_vllms_other_names_are_exported() -> None:
     assert set(VLLM_NAMES) | set(VLLM_NAMES.values()) <= set(EXPORTED)
 
 
-@pytest.mark.parametrize(("query", "series"), QUERIES)
+@each_query
 def test_no_worker_is_counted_once_for_each_gateway(query: str, series: dict[str, set[str]]) -> None:
     for selector in read(query, series).selectors:
         if selector.name.startswith(OF_ALL_WORKERS):
             assert selector.aggregation in ("max", "min"), selector.name
 
 
-@pytest.mark.parametrize(("query", "series"), QUERIES)
+@each_query
 def test_a_query_selects_values_that_there_are(query: str, series: dict[str, set[str]]) -> None:
     gateway = busy_gateway()
     for selector in read(query, series).selectors:
@@ -218,10 +219,9 @@ def test_an_alerts_text_names_labels_that_it_has(rule: dict[str, Any]) -> None:
 def test_what_an_alerts_text_tells_people_to_look_at_exists(rule: dict[str, Any]) -> None:
     text = " ".join(rule["annotations"].values())
     assert set(re.findall(r"\blorafleet_\w+", text)) <= set(EXPORTED)
-    (commands,) = [action for action in make_parser()._actions if isinstance(action.choices, dict)]
-    (serve,) = [parser for name, parser in commands.choices.items() if name == "serve"]
-    assert set(re.findall(r"`lorafleet (\w+)`", text)) <= set(commands.choices)
-    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= set(serve._option_string_actions)
+    (commands,) = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
+    assert set(re.findall(r"`lorafleet (\w+)`", text)) <= set(commands)
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= set(commands["serve"]._option_string_actions)
 
 
 def test_every_alert_is_in_the_readme_and_none_else() -> None:
@@ -247,7 +247,7 @@ def test_adapters_waiting_and_running_are_one_series_whatever_their_combination(
             (labels,) = gateway.samples("vllm:lora_requests_info")
             seen.add(tuple(sorted(labels.items())))
     assert len(seen) > 6
-    used = {selector.name for query in QUERIES for selector in read(*query.values).selectors}
+    used = {selector.name for query, series in QUERIES.values() for selector in read(query, series).selectors}
     assert "vllm:lora_requests_info" in used
 
 
@@ -295,7 +295,9 @@ def test_the_dashboard_can_be_imported_and_its_variables_have_values() -> None:
     assert "id" not in DASHBOARD, "Grafana gives it"
     source, job = DASHBOARD["templating"]["list"]
     assert (source["name"], source["type"], source["query"]) == ("datasource", "datasource", "prometheus")
-    (name, label) = re.fullmatch(r"label_values\((.+), (\w+)\)", job["query"]["query"]).groups()
+    values = re.fullmatch(r"label_values\((.+), (\w+)\)", job["query"]["query"])
+    assert values is not None
+    name, label = values.groups()
     assert job["name"] == "job"
     assert label in EXPORTED[name]
 

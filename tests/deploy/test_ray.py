@@ -121,7 +121,7 @@ def test_the_head_knows_the_other_hosts(tmp_path: Path) -> None:
     prepared = prepare_config(read("onprem.yaml"))
     prepared["provider"]["worker_ips"] = ["10.0.0.2", "10.0.0.3"]
     (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(prepared))
-    command = [sys.executable, RAY / "hosts.py", "others"]
+    command = [sys.executable, str(RAY / "hosts.py"), "others"]
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     said = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
     key = tmp_path / ".ssh/id_ed25519"

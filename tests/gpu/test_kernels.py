@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from attention_case import attention_case
@@ -19,10 +17,6 @@ from lorafleet.kernels.rope import rope_kv_write_
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 DEVICE = torch.device("cuda")
-
-
-def on_device(*values: Any) -> tuple[Any, ...]:
-    return tuple(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in values)
 
 
 @dtypes
@@ -42,10 +36,15 @@ def test_attention(
     lengths: list[tuple[int, int]], q_heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype
 ) -> None:
     with forced("triton"):
-        arguments = on_device(*attention_case(lengths, q_heads, kv_heads, dim, 16, dtype))
-    ours = paged_attention(*arguments, q_heads, dim**-0.5, window)
+        case = attention_case(lengths, q_heads, kv_heads, dim, 16, dtype)
+    q, keys, values, table, starts, contexts = (tensor.to(DEVICE) for tensor in case)
+
+    def attend() -> torch.Tensor:
+        return paged_attention(q, keys, values, table, starts, contexts, q_heads, dim**-0.5, window)
+
+    ours = attend()
     with forced(None):
-        close(ours, paged_attention(*arguments, q_heads, dim**-0.5, window))
+        close(ours, attend())
 
 
 @dtypes
@@ -73,7 +72,7 @@ def test_rope_and_kv_write(num_norms: int, dtype: torch.dtype) -> None:
     angles = torch.rand(4096, dim // 2, device=DEVICE) * 6
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     positions, slots = torch.randint(4096, (rows,), device=DEVICE), torch.randperm(40 * page, device=DEVICE)[:rows]
-    norms = tuple(torch.randn(2, num_norms, dim, device=DEVICE).to(dtype)) if num_norms else (None, None)
+    q_norm, k_norm = torch.randn(2, num_norms, dim, device=DEVICE).to(dtype) if num_norms else (None, None)
     which = torch.randint(num_norms, (rows,), device=DEVICE).int() if num_norms else None
     results = []
     for version in ("triton", None):
@@ -82,7 +81,7 @@ def test_rope_and_kv_write(num_norms: int, dtype: torch.dtype) -> None:
             keys, values = paged_kv.empty(40, kv_heads, page, dim, dtype, DEVICE)
         keys.zero_(), values.zero_()
         with forced("triton" if version else None):
-            rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, *norms, 1e-6, which)
+            rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, q_norm, k_norm, 1e-6, which)
         results.append((own, keys, values))
     for ours, expected in zip(*results, strict=True):
         close(ours, expected)

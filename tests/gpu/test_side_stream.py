@@ -59,8 +59,8 @@ def test_adapters_that_take_turns_in_two_slots_are_each_applied_while_the_base_g
             results = run_engine(engine, requests)
             base = tiny.make_model("smollm2", tmp_path / "model")
             tiny.assert_agrees(results[f"{turn}"], base, PROMPT)
-            for name, model in adapted.items():
-                tiny.assert_agrees(results[f"{turn}-{name}"], model, PROMPT)
+            for name, reference in adapted.items():
+                tiny.assert_agrees(results[f"{turn}-{name}"], reference, PROMPT)
     finally:
         engine.close()
     assert len(filled) >= 2 * len(OPTIONS)

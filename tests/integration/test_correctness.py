@@ -64,7 +64,7 @@ def expected(demo_model: Path) -> dict[tuple[str | None, int], Expected]:
             )
             ids = tokenizer(text, add_special_tokens=False).input_ids
             answers[name, number] = _greedy(model, ids, tokenizer.eos_token_id)
-        if name is not None:
+        if isinstance(model, PeftModel):
             base = model.unload()
     return answers
 
@@ -153,12 +153,12 @@ def test_bfloat16_logprobs_lie_close_to_the_reference(
         engine.close()
     differences = []
     for request_id, result in results.items():
-        name, number, i = request_id.split(":")
-        answer = expected[name or None, int(number)]
+        adapter, prompt_number, position = request_id.split(":")
+        answer = expected[adapter or None, int(prompt_number)]
         top = dict(zip(result.logprobs[0].top_ids, result.logprobs[0].top_logprobs, strict=True))
-        wanted = answer.token_ids[int(i)]
+        wanted = answer.token_ids[int(position)]
         assert wanted in top, f"{request_id}: the reference's token is not among our 20 best"
-        differences.append(abs(top[wanted] - answer.logprobs[int(i)]))
+        differences.append(abs(top[wanted] - answer.logprobs[int(position)]))
     # bfloat16 has 8 bits of mantissa; thirty layers of it leave a few hundredths, seldom more.
     assert sum(differences) / len(differences) < 0.05
     assert max(differences) < 0.5

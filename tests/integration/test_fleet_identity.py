@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -52,8 +53,9 @@ def test_a_fleet_is_ended_by_its_own_command_alone(cluster: Cluster, tiny_model:
         class Stranger:
             pass
 
+        remote: Any = Stranger  # as its decorator left it
         strangers = [
-            Stranger.options(name=name, namespace=namespace, lifetime="detached").remote()
+            remote.options(name=name, namespace=namespace, lifetime="detached").remote()
             for namespace, name in (("lorafleet", "somebodys"), ("lorafleet-notes", "lorafleet-worker-0"))
         ]
         ray.get([stranger.__ray_ready__.remote() for stranger in strangers])

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Iterator
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 from prompts import JSON_PROMPTS, PIRATE_PROMPTS, SQL_PROMPTS
 from serving import ADAPTERS, Server, wait_until
 
-QUESTION = [{"role": "user", "content": SQL_PROMPTS[0]}]
+QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": SQL_PROMPTS[0]}]
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +127,18 @@ def test_logprobs_have_openais_shape(client: openai.OpenAI) -> None:
     chat = client.chat.completions.create(
         model="sql", messages=QUESTION, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
     )
-    content = chat.choices[0].logprobs.content
-    assert len(content) == 4
-    for token in content:
+    (choice,) = chat.choices
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert len(choice.logprobs.content) == 4
+    for token in choice.logprobs.content:
         assert len(token.top_logprobs) == 3 and token.top_logprobs[0].token == token.token
         assert token.logprob == token.top_logprobs[0].logprob <= 0
-        assert bytes(token.bytes).decode(errors="replace") == token.token
+        assert token.bytes is not None and bytes(token.bytes).decode(errors="replace") == token.token
     completion = client.completions.create(model="smollm2", prompt="The sea", max_tokens=3, temperature=0, logprobs=2)
     logprobs = completion.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens is not None
     assert "".join(logprobs.tokens) == completion.choices[0].text
+    assert logprobs.token_logprobs is not None and logprobs.top_logprobs is not None
     assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 3
 
 

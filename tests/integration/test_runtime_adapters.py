@@ -82,8 +82,8 @@ def test_an_adapters_own_template_is_used_for_its_chats(fleet: Fleet) -> None:
     shutil.copytree(fleet.root / "adapters" / "one", own)
     (own / "chat_template.jinja").write_text("[{{ messages[0]['content'] }}]")
     assert fleet.load("own", "own")[0] == 200
-    chat = {"messages": [{"role": "user", "content": "the fox"}]}
-    _, with_own = fleet.post("/tokenize", {"model": "own"} | chat)
+    messages = [{"role": "user", "content": "the fox"}]
+    _, with_own = fleet.post("/tokenize", {"model": "own", "messages": messages})
     _, plain = fleet.post("/tokenize", {"model": "tiny", "prompt": "[the fox]", "add_special_tokens": False})
     assert json.loads(with_own)["tokens"] == json.loads(plain)["tokens"]
     (own / "chat_template.jinja").write_text("{{ broken")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -111,14 +112,14 @@ def test_of_one_machine_each_level_needs_more_than_the_next() -> None:
 def test_a_processor_gets_the_levels_whose_needs_it_meets(
     machine: str, flags: frozenset[str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(build, "cpu_flags", lambda: flags)
     monkeypatch.setattr(build, "_request_amx", lambda: True)
     assert [level.name for level in build.supported_levels()] == names
 
 
 def test_amx_is_not_offered_where_linux_does_not_permit_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(build, "cpu_flags", lambda: LEVELS[0].needs)
     monkeypatch.setattr(build, "_request_amx", lambda: False)
     assert build.supported_levels()[0].name == "avx512bf16"
@@ -227,7 +228,7 @@ def test_a_wheels_tag_names_the_glibc_that_its_libraries_need(contents: list[byt
     paths = [tmp_path / f"{number}.so" for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    assert build.wheel_platform(paths) == f"{tag}_{build.platform.machine()}"
+    assert build.wheel_platform(paths) == f"{tag}_{platform.machine()}"
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
@@ -236,7 +237,7 @@ def test_a_wheels_tag_is_what_objdump_reads(unoptimised: Path) -> None:
     build.build(WORST, path)
     table = subprocess.run(["objdump", "-p", str(path)], capture_output=True, text=True, check=True, timeout=60).stdout
     newest = max(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", table))
-    assert build.wheel_platform([path]) == f"manylinux_2_{newest}_{build.platform.machine()}"
+    assert build.wheel_platform([path]) == f"manylinux_2_{newest}_{platform.machine()}"
 
 
 def test_building_all_levels_builds_what_is_missing_and_removes_what_is_stale(
@@ -252,11 +253,11 @@ def test_building_all_levels_builds_what_is_missing_and_removes_what_is_stale(
     monkeypatch.setattr(build, "build", note)
     monkeypatch.setattr(sys, "argv", ["build", "--out", str(tmp_path / "out")])
     build.main()
-    own = [level for level in LEVELS if level.machine == build.platform.machine()]
+    own = [level for level in LEVELS if level.machine == platform.machine()]
     assert built == own
     (tmp_path / "out" / "avx2-0123456789abcdef.so").touch()
     (tmp_path / "out" / build.file_name(WORST)).unlink()
     build.main()
     assert built == [*own, WORST]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {build.file_name(level) for level in own}
-    assert capsys.readouterr().out == f"manylinux_2_28_{build.platform.machine()}\n" * 2
+    assert capsys.readouterr().out == f"manylinux_2_28_{platform.machine()}\n" * 2

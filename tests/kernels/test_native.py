@@ -63,7 +63,7 @@ def test_threads_that_never_come_are_not_waited_for() -> None:
 def test_the_number_of_threads_changes_no_result(rows: int) -> None:
     x = torch.randn(rows, 576).bfloat16()
     weight = prepare(torch.randn(1000, 576).bfloat16(), packed=True)
-    results = []
+    results: list[torch.Tensor] = []
 
     def compute(num_threads: int) -> None:
         native.set_threads(num_threads)

@@ -24,12 +24,12 @@ def test_rope_and_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, dim:
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     positions = torch.randint(0, 100, (rows,))
     slots = torch.randperm(pages * page)[:rows]
-    norms = tuple(torch.randn(2, num_norms, dim).to(dtype)) if num_norms else (None, None)
+    q_norm, k_norm = torch.randn(2, num_norms, dim).to(dtype) if num_norms else (None, None)
     which = torch.randint(0, num_norms, (rows,), dtype=torch.int32) if num_norms > 1 else None
 
     def run() -> tuple[torch.Tensor, ...]:
         own, (keys, values) = qkv.clone(), empty_pages(pages, kv_heads, page, dim, dtype)
-        rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, *norms, 1e-6, which)
+        rope_kv_write_(own, cos_sin, positions, keys, values, slots, q_heads, kv_heads, q_norm, k_norm, 1e-6, which)
         return own, *read(keys, values, torch.arange(pages))
 
     with forced(None):

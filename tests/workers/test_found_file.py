@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.workers import found_file
 from lorafleet.workers.found_file import FoundFileError, json_object, open_found, read_found
 
 
@@ -56,7 +55,7 @@ def test_a_fifo_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monke
     """The FIFO appears between the check and the opening."""
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(found_file.os, "stat", lambda path: os.lstat(tmp_path / "file"))
+    monkeypatch.setattr(os, "stat", lambda path: os.lstat(tmp_path / "file"))
     assert fails(lambda: open_found(tmp_path / "fifo")).what == "is a FIFO, not a file"
 
 
@@ -77,7 +76,7 @@ def test_a_file_that_grows_while_it_is_read_is_not_read_on(tmp_path: Path, monke
         def __init__(self, descriptor: int) -> None:
             self.st_mode, self.st_size = real(descriptor).st_mode, 1
 
-    monkeypatch.setattr(found_file.os, "fstat", Small)
+    monkeypatch.setattr(os, "fstat", Small)
     assert fails(lambda: read_found(tmp_path / "x", 4)).reason == "file_too_large"
 
 
@@ -112,7 +111,7 @@ def test_a_link_that_is_changed_while_it_is_opened_is_refused(tmp_path: Path, mo
         (root / "x").symlink_to(root / "mine")
         return descriptor
 
-    monkeypatch.setattr(found_file.os, "open", change)
+    monkeypatch.setattr(os, "open", change)
     assert fails(lambda: open_found(root / "x", [root])).reason == "changed_while_read"
 
 

@@ -1,4 +1,7 @@
 """HTTP endpoints: what a request says, what an answer looks like, who may ask.
 
 Imports `streams`, `routing` and `metrics`. Start reading in app.py, then completions.py.
+
+Tested elsewhere: answer, logprobs, sampling and sse in test_completions.py; app, health and intake in test_faults.py;
+errors and schema in test_bad_input.py; tokenization in test_models.py.
 """

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import ray
 
 from lorafleet.controller.commands import ray_cluster as module
 from lorafleet.controller.commands.ray_cluster import FleetCluster
@@ -38,7 +39,7 @@ class FakeRay:
             placement_group_table=lambda: {name: {"name": name, "state": state} for name, state in self.groups.items()},
             remove_placement_group=self.groups.pop,
         )
-        self.exceptions = module.ray.exceptions
+        self.exceptions = ray.exceptions
 
     def init(self, **options: object) -> None:
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+import ray
 
 from lorafleet.controller.commands import ray_cluster as cluster_module
 from lorafleet.controller.commands import serve as launch
 from lorafleet.controller.config import ServeConfig
-from lorafleet.controller.fleet import gateway_processes
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.errors import ConfigError, LoRAFleetError, MemoryPlanError
 from lorafleet.workers.server.actor import WorkerFailed
@@ -80,13 +81,13 @@ def port() -> int:
 def gateways(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The gateway processes that were started."""
     started = []
-    popen = gateway_processes.subprocess.Popen
+    popen = subprocess.Popen
 
     def record(*args: Any, **kwargs: Any) -> Any:
         started.append(popen(*args, **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(gateway_processes.subprocess, "Popen", record)
+    monkeypatch.setattr(subprocess, "Popen", record)
     return started
 
 
@@ -188,9 +189,9 @@ def test_waiting_for_ray_goes_on_until_it_is_there(monkeypatch: pytest.MonkeyPat
         nonlocal waited
         waited += 1
 
-    monkeypatch.setattr(cluster_module.ray, "init", init)
-    monkeypatch.setattr(cluster_module.ray, "shutdown", lambda: threads.append(threading.current_thread()))
-    monkeypatch.setattr(cluster_module.ray.util, "list_named_actors", lambda **_: [])
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: threads.append(threading.current_thread()))
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda **_: [])
     cluster = cluster_module.FleetCluster(None, 1, while_waiting=wait)
     assert waited > 2
     assert threads[0] is not threading.main_thread() and threads[0].is_alive()

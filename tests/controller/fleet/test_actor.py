@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -563,7 +564,8 @@ async def test_the_status_of_the_fleet_names_what_is_not_there_too(fleet: Fleet,
             call = stub.GetStatus(
                 controller_pb2.StatusRequest(), metadata=bearer(TOKEN), timeout=TIMEOUT_S, wait_for_ready=True
             )
-            (only,) = (await call).workers
+            answer: controller_pb2.FleetStatus = await call
+            (only,) = answer.workers
             return only
 
         before = await status()
@@ -728,7 +730,7 @@ async def test_a_controller_that_fails_says_so_and_ends_so_that_ray_starts_it_ag
 
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     monkeypatch.setattr(actor_module, "FIRST_AGAIN_S", 0.2)
-    monkeypatch.setattr(actor_module.os, "_exit", ended.set_result)
+    monkeypatch.setattr(os, "_exit", ended.set_result)
     cluster.worker_names = fail  # type: ignore[method-assign]
     cluster.restarted_by_ray = is_restarted
     controller = ControllerActor(ServeConfig(EngineConfig(str(model_dir)), ("base",)), "127.0.0.1", free_port, TOKEN)

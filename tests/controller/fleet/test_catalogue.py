@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -62,7 +63,7 @@ def test_the_table_says_what_is_served_and_where(catalogue: Catalogue) -> None:
 
 def test_only_changes_make_a_new_version(catalogue: Catalogue) -> None:
     versions = [catalogue.table().version]
-    for act, changes in (
+    acts: list[tuple[Callable[[], bool], bool]] = [
         (lambda: catalogue.put_worker(WORKER, READY), True),
         (lambda: catalogue.put_worker(WORKER, READY), False),
         (lambda: catalogue.put_worker(WORKER, DRAINING), True),
@@ -70,7 +71,8 @@ def test_only_changes_make_a_new_version(catalogue: Catalogue) -> None:
         (lambda: catalogue.drop_worker("worker-b"), False),
         (lambda: catalogue.drop_worker("worker-a"), True),
         (lambda: catalogue.drop_worker("worker-a"), False),
-    ):
+    ]
+    for act, changes in acts:
         assert act() is changes
         versions.append(catalogue.table().version)
         assert versions[-1] - versions[-2] == changes

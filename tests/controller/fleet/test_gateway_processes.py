@@ -66,7 +66,12 @@ def pids(gateways: GatewayProcesses) -> list[int]:
 def replaced(gateways: GatewayProcesses) -> list[str]:
     """What is said of those that are replaced next."""
     said: list[str] = []
-    until(lambda: said.extend(gateways.replace_lost()) or said)
+
+    def replace() -> list[str]:
+        said.extend(gateways.replace_lost())
+        return said
+
+    until(replace)
     return said
 
 

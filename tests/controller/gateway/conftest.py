@@ -144,7 +144,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         )
         reader = asyncio.create_task(self._read(context, running))
         try:
-            beat_at, told = 0.0, {}
+            beat_at = 0.0
+            told: dict[str, worker_pb2.AdapterTier] = {}
             loop = asyncio.get_running_loop()
             while not reader.done():
                 if self.heartbeats and loop.time() >= beat_at:
@@ -275,7 +276,12 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
 
     async def UnloadAdapter(self, request: Any, context: Any) -> controller_pb2.AdapterUpdate:
         kept = [adapter for adapter in self.table.adapters if adapter.name != request.name]
-        update = await self._update(lambda: (self.table.ClearField("adapters"), self.table.adapters.extend(kept)))
+
+        def change() -> None:
+            self.table.ClearField("adapters")
+            self.table.adapters.extend(kept)
+
+        update = await self._update(change)
         update.device_bytes, update.host_bytes, update.num_draining = 1000, 300, 1
         return update
 

@@ -74,8 +74,11 @@ def test_the_locks_of_the_variants_differ_in_torch_and_cuda() -> None:
     assert {package.split("-")[0] for package in cuda.keys() - cpu.keys()} == {"cuda", "nvidia", "triton"}
 
 
-def fake_index(lock: ModuleType, monkeypatch: pytest.MonkeyPatch, packages: dict[str, dict[str, list[str]]]) -> None:
-    """An index that has these packages: what each version of them requires."""
+Packages = dict[str, dict[str, list[str]]]  # what each version of each requires
+
+
+def fake_index(lock: ModuleType, monkeypatch: pytest.MonkeyPatch, packages: Packages) -> None:
+    """An index that has these packages."""
 
     def wheels(name: str) -> tuple[Any, ...]:
         any_machine = frozenset({lock.Tag("py3", "none", "any")})
@@ -92,8 +95,13 @@ def fake_index(lock: ModuleType, monkeypatch: pytest.MonkeyPatch, packages: dict
 def test_the_newest_version_that_all_allow_is_locked_whoever_is_asked_first(
     lock: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packages = {"a": {"1": ["c"]}, "b": {"1": ["c<3", 'd; extra == "more"']}, "c": {"1": [], "2": [], "3": []}}
-    fake_index(lock, monkeypatch, packages | {"d": {"1": [], "2rc1": []}})
+    packages: Packages = {
+        "a": {"1": ["c"]},
+        "b": {"1": ["c<3", 'd; extra == "more"']},
+        "c": {"1": [], "2": [], "3": []},
+        "d": {"1": [], "2rc1": []},
+    }
+    fake_index(lock, monkeypatch, packages)
     for roots in (("a", "b[more]"), ("b[more]", "a"), ("a", "b", "b[more]")):
         chosen = lock.resolve(lock.Lock(Path(), roots, cpu=False), {}, "x86_64")
         assert {name: str(version) for name, version in chosen.items()} == {"a": "1", "b": "1", "c": "2", "d": "1"}

@@ -126,7 +126,9 @@ def test_slow_jobs_are_bounded(clock: Clock, jobs: Jobs) -> None:
 
 
 def test_a_job_over_its_limit_is_given_up_and_what_it_returns_is_dropped(clock: Clock, jobs: Jobs) -> None:
-    pool, done, dropped = pool_of(1, clock), [], []
+    pool = pool_of(1, clock)
+    done: list[Future[str]] = []
+    dropped: list[str] = []
     job = jobs.make("hung")
     hung = pool.submit(job, limit_s=5.0, what="Reading it", done=done.append, drop=dropped.append)
     jobs.wait_for("hung")

@@ -208,7 +208,7 @@ def test_patterns_say_rank_and_alpha_of_each_module_as_in_peft(tmp_path: Path) -
 def get_pattern_rank(name: str) -> int:
     """PEFT's own answer."""
     module = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
-    return PATTERNS.get(get_pattern_key(PATTERNS.keys(), module), RANK)
+    return PATTERNS.get(get_pattern_key(list(PATTERNS), module), RANK)
 
 
 def test_an_alpha_in_a_pattern_changes_the_digest(tmp_path: Path) -> None:
@@ -227,7 +227,8 @@ def test_invocation_tokens_are_part_of_the_digest_and_none_are_as_good_as_no_fie
     ]
     assert [spec.config.invocation_tokens for spec in (plain, *activated)] == [(), (3, 4), (34,)]
     assert len({spec.digest for spec in (plain, *activated)}) == 3
-    for i, nothing in enumerate((None, [])):
+    without: tuple[list[int] | None, ...] = None, []
+    for i, nothing in enumerate(without):
         assert read(write(tmp_path / f"none-{i}", {"alora_invocation_tokens": nothing})).digest == plain.digest
 
 

@@ -228,7 +228,8 @@ def test_a_hostile_weights_file_is_refused(data: bytes, tmp_path: Path) -> None:
 
 
 def test_metadata_of_other_types_does_not_matter_or_is_refused(tmp_path: Path) -> None:
-    for number, metadata in enumerate(({"x": 3}, [], None, {"x": {"y": 1}}, "text")):
+    odd: tuple[object, ...] = {"x": 3}, [], None, {"x": {"y": 1}}, "text"
+    for number, metadata in enumerate(odd):
         outcome = attempt(
             write(tmp_path / f"{number}", data=file_of(GOOD | {"__metadata__": metadata}, DATA)), tmp_path
         )

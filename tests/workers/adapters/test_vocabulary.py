@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ TOKENS_EMBEDDING = {EMBEDDING + "token_adapter.trainable_tokens_delta": (2, H)}
 TOKENS_HEAD = {HEAD + "token_adapter.trainable_tokens_delta": (2, H)}
 WIDE = {EMBEDDING + "weight": (V + 3, H), HEAD + "weight": (V + 3, H)}
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write(

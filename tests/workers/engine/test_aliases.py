@@ -203,7 +203,9 @@ def test_names_of_one_content_that_come_and_go_at_once_never_lose_it(world: Worl
     for round_ in range(200):
         adding = [world.aliases.add((name, round_), "a") for name in "xyz"]
         removing = [world.aliases.remove((name, round_)) for name in "xyz"]
-        for future in [*adding, *removing]:
-            future.result(TIMEOUT_S)
+        for added in adding:
+            added.result(TIMEOUT_S)
+        for removed in removing:
+            removed.result(TIMEOUT_S)
         world.check()
     assert world.book.registered == set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -34,11 +35,11 @@ def contents(root: Path) -> list[Path]:
     return list(write_adapters(root / "model", root / "contents", count=24, lora_rank=4, strength=0.5).values())
 
 
-def make_engine(root: Path, *, max_loras: int, **changes: object) -> Engine:
+def make_engine(root: Path, *, max_loras: int, **changes: Any) -> Engine:
     lora = LoRAConfig(max_loras=max_loras, max_cpu_loras=max(max_loras, 8))
     config = EngineConfig(
         model=str(root / "model"), dtype="float32", num_threads=1, max_model_len=96, lora=lora, **changes
-    )  # type: ignore[arg-type]
+    )
     engine = Engine.from_config(config)
     engine.load()
     engine.bind_thread()
@@ -75,8 +76,8 @@ def test_churn(seed: int, root: Path, contents: list[Path], reference: Reference
     # Everything the test is about did happen.
     ends = Counter(ask.finish for ask in result.asks)
     assert ends[FinishReason.LENGTH] > 200 and ends[FinishReason.STOP] and ends[FinishReason.CANCELLED]
-    contents = {content for ask in result.asks for content, _ in ask.contents}
-    assert len(contents) > 12, "names stood for more than one content"
+    answered = {content for ask in result.asks for content, _ in ask.contents}
+    assert len(answered) > 12, "names stood for more than one content"
     assert sum(ask.finish is not FinishReason.CANCELLED for ask in result.asks if len(ask.names) > 1) > 30
     assert result.num_reloads > 5 and result.num_retired > 2
     stats = engine.stats()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import Result, gather, run_engine
 
+from lorafleet.kernels.lora import lora_add_
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
@@ -77,7 +78,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
     model = tiny.make_model("qwen2", root / "model")
     torch.manual_seed(9)
     prompts = [torch.randint(3, 131, (length,)).tolist() for length in (1, 7, 16, 17, 33, 60)]
-    expected = {(None, i): tiny.greedy(model, prompt, NUM_OUTPUT) for i, prompt in enumerate(prompts)}
+    expected: dict[tuple[str | None, int], list[int]] = {}
+    expected |= {(None, i): tiny.greedy(model, prompt, NUM_OUTPUT) for i, prompt in enumerate(prompts)}
     adapter_dirs = {}
     for name, options in ADAPTERS.items():
         adapter_dirs[name] = root / name
@@ -294,7 +296,7 @@ def test_base_batches_run_no_lora_op(fleet: Fleet, engines: list[Engine], monkey
     from lorafleet.workers.model import lora
 
     calls = 0
-    add = lora.lora_add_
+    add = lora_add_
 
     def counted(*args: object) -> None:
         nonlocal calls
@@ -362,7 +364,7 @@ def test_one_tenants_requests_leave_others_places_in_the_queue(fleet: Fleet, eng
     engine.submit(GenerateRequest("b0", (5,), GREEDY, tenant="b"))
     while engine.has_unfinished():
         engine.step()
-    assert engine._places.num_taken == 0
+    assert engine._places is not None and engine._places.num_taken == 0
 
 
 def test_more_clients_than_the_bound_can_serve_are_refused_while_others_go_on(
@@ -373,7 +375,7 @@ def test_more_clients_than_the_bound_can_serve_are_refused_while_others_go_on(
     requests = [GenerateRequest(f"{n}", (5,), GREEDY, tenant=f"t{n}") for n in range(5)]
     for request in requests[:4]:
         engine.submit(request)
-    with pytest.raises(QueueFullError, match=r"^4 clients .* for 1 seats; --max-adapter-wait-s 1 can be kept for 4\."):
+    with pytest.raises(QueueFullError, match=r"^4 flows .* for 1 seats; --max-adapter-wait-s 1 can be kept for 4\."):
         engine.submit(requests[4])
     engine.submit(dataclasses.replace(requests[3], request_id="of one that waits anyhow"))
     engine.step()

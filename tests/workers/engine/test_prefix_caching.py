@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -134,7 +135,7 @@ def test_nothing_is_shared_between_adapters_but_by_content(new_engine: NewEngine
 
 def test_nothing_is_shared_between_tenants_or_salts(new_engine: NewEngine) -> None:
     engine = new_engine()
-    owners: list[dict[str, object]] = [{}, {"tenant": "a"}, {"tenant": "b"}, {"tenant": "a", "cache_salt": "s"}]
+    owners: list[dict[str, Any]] = [{}, {"tenant": "a"}, {"tenant": "b"}, {"tenant": "a", "cache_salt": "s"}]
     answers = [ask(engine, prompt(40), **owner) for owner in owners]
     assert hits(engine) == 0
     assert answers == [answers[0]] * 4

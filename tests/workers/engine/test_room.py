@@ -16,6 +16,7 @@ from tiny import Result, gather
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine import loop as loop_module
 from lorafleet.workers.engine.loop import Engine
+from lorafleet.workers.engine.registered import RegisteredAdapters
 from lorafleet.workers.errors import AdapterConflictError, InternalError, QueueFullError
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
@@ -220,7 +221,7 @@ def test_many_adapters_that_leave_at_once_are_freed_a_few_a_step(
 ) -> None:
     engine = make_engine()
     digests = digests_of(engine, root, "a", "b", "c", "one")
-    monkeypatch.setattr(loop_module.RegisteredAdapters, "MAX_FREED", 2)
+    monkeypatch.setattr(RegisteredAdapters, "MAX_FREED", 2)
     freed = [engine.unregister_adapter(digest) for digest in digests]
     num_steps = 0
     while not all(future.done() for future in freed):

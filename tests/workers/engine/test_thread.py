@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_engines_that_share_a_host_compute_on_cores_of_their_own(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
     monkeypatch.setattr(os, "sched_setaffinity", pin)
     monkeypatch.setattr(cores, "cpu_quota", lambda: None)
-    monkeypatch.setattr(cores.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     tiny.make_model("smollm2", tmp_path / "model")
     config = EngineConfig(str(tmp_path / "model"), device="cpu", workers_per_host=workers_per_host)
     engines = []

@@ -58,7 +58,8 @@ class AsPeft:
     invocation: list[int]
 
     def generate(self, **options: Any) -> torch.Tensor:
-        return self.model.generate(**options)
+        sequences: torch.Tensor = self.model.generate(**options)
+        return sequences
 
     def __call__(self, token_ids: torch.Tensor) -> Any:
         size = len(self.invocation)

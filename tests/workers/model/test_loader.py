@@ -35,7 +35,7 @@ def rewrite(directory: Path, change: Callable[[Tensors], None], *, shards: bool 
         return
     path.unlink()
     head = {name: tensors.pop(name) for name in [HEAD_WEIGHT] if name in tensors}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((tensors, head)):
         save_file(part, directory / f"model-{number}.safetensors", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")

@@ -96,7 +96,7 @@ def rounded(model: nn.Module, *, int8: bool) -> nn.Module:
 def differences(result: tiny.Result, prompt: torch.Tensor, reference: nn.Module) -> torch.Tensor:
     """Return |ours - the reference's| of the 20 best log-probabilities at each output position."""
     with torch.no_grad():
-        logits = reference(torch.cat([prompt, torch.tensor(result.token_ids)])[None]).logits[0]
+        logits: torch.Tensor = reference(torch.cat([prompt, torch.tensor(result.token_ids)])[None]).logits[0]
     expected = logits[NUM_PROMPT - 1 :].log_softmax(dim=-1)
     ours = torch.tensor([logprobs.top_logprobs for logprobs in result.logprobs])
     ids = torch.tensor([logprobs.top_ids for logprobs in result.logprobs])

@@ -15,8 +15,8 @@ from lorafleet.workers.scheduling.request import GenerateRequest, Request, Sampl
 VOCAB = 50
 
 
-def row(prompt: tuple[int, ...] = (3,), output: tuple[int, ...] = (), **options: object) -> Request:
-    sampling = SamplingOptions(max_tokens=100, **options)  # type: ignore[arg-type]
+def row(prompt: tuple[int, ...] = (3,), output: tuple[int, ...] = (), **options: Any) -> Request:
+    sampling = SamplingOptions(max_tokens=100, **options)
     request = Request.from_generate(GenerateRequest("r", prompt, sampling), 0)
     request.token_ids.extend(output)
     return request
@@ -30,7 +30,7 @@ def draw(logits: torch.Tensor, request: Request, eos: frozenset[int] = frozenset
     return Sampler(eos).sample(logits[None], [request]).results()[0]
 
 
-def draws(logits: torch.Tensor, count: int, **options: object) -> Counter[int]:
+def draws(logits: torch.Tensor, count: int, **options: Any) -> Counter[int]:
     requests = [row(seed=i, **options) for i in range(count)]
     return Counter(sampled.token_id for sampled in sample(logits.repeat(count, 1), requests))
 
@@ -168,7 +168,7 @@ class WatchedRequest(Request):
         return super().__getattribute__(name)
 
 
-def watched(**options: object) -> WatchedRequest:
+def watched(**options: Any) -> WatchedRequest:
     plain = row(**options)
     return WatchedRequest("r", plain.sampling, None, list(plain.token_ids), plain.num_prompt_tokens, 0)
 

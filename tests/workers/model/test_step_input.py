@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorafleet.kernels.lora import LoraSegments
 from lorafleet.workers.model.step_input import StepBuffers, StepInput
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.block_pool import BlockPool
@@ -86,6 +87,7 @@ def segments(step: StepInput) -> list[tuple[int, int, int]]:
     """Return (first row, end row, slot) of each segment."""
     if step.segments is None:
         return []
+    assert isinstance(step.segments, LoraSegments)
     columns = (step.segments.start_G, step.segments.end_G, step.segments.slot_G)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
@@ -124,7 +126,7 @@ def test_a_compositions_rows_are_in_a_segment_of_each_of_its_adapters() -> None:
     step = world.step()
     assert step.query_start_S1.tolist() == [0, 2, 5, 9, 10]
     assert segments(step) == [(0, 2, 0), (2, 9, 0), (2, 9, 1), (9, 10, 0), (9, 10, 1)]
-    assert step.segments is not None
+    assert isinstance(step.segments, LoraSegments)
     assert step.segments.weight_G.tolist() == [1.0, -2.0, 0.5, 1.0, 0.5]
     world.add(5)
     assert segments(world.step()) == [(5, 6, 0), (6, 8, 0), (6, 8, 1), (8, 9, 0), (8, 9, 1)]

@@ -15,6 +15,7 @@ from tiny import Result, run_engine
 
 from lorafleet.kernels import native
 from lorafleet.kernels.activation import silu_mul
+from lorafleet.kernels.build import supported_levels
 from lorafleet.kernels.linear import prepare
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
@@ -201,7 +202,7 @@ def test_what_a_recording_reads_is_what_its_tensors_hold_when_it_is_run() -> Non
 def test_the_engine_says_which_kernels_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = make_engine(model)
     try:
-        assert engine.describe()[-1].split() == ["CPU", "kernels", native.supported_levels()[0].name]
+        assert engine.describe()[-1].split() == ["CPU", "kernels", supported_levels()[0].name]
     finally:
         engine.close()
     with monkeypatch.context() as changed:

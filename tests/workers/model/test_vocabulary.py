@@ -26,6 +26,8 @@ from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError
 from lorafleet.workers.model import decoder
+from lorafleet.workers.model.kv_cache import KVCache
+from lorafleet.workers.model.step_input import StepInput
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
 
 V = 131
@@ -92,8 +94,10 @@ def make(base: PreTrainedModel, directory: Path, options: Options, seed: int) ->
         torch.manual_seed(seed)
         model.resize_token_embeddings(V + added, mean_resizing=False)
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            assert isinstance(table.weight, torch.nn.Parameter)
             table.weight.data[V:].normal_(0.0, 0.3)
-    return tiny.make_adapter(model, directory, seed=seed, **{"targets": ["q_proj", "down_proj"]} | options)
+    options.setdefault("targets", ["q_proj", "down_proj"])
+    return tiny.make_adapter(model, directory, seed=seed, **options)
 
 
 def load(name: str, directory: Path) -> PreTrainedModel:
@@ -224,9 +228,12 @@ def test_a_step_without_own_tables_or_norms_is_what_it_was_though_such_adapters_
         run_engine(engine, batch(engine, directory, SOME))
         steps = []
         forward = engine._runner._decoder.forward
-        monkeypatch.setattr(
-            engine._runner._decoder, "forward", lambda step, cache: (steps.append(step), forward(step, cache))[1]
-        )
+
+        def noted(step: StepInput, cache: KVCache) -> torch.Tensor:
+            steps.append(step)
+            return forward(step, cache)
+
+        monkeypatch.setattr(engine._runner._decoder, "forward", noted)
         assert run_engine(engine, batch(engine, directory, plain)) == expected
         assert steps and all(step.which_norm_T is None and not step.own_tables for step in steps)
     finally:
@@ -249,8 +256,14 @@ def test_replayed_steps_with_own_norms_and_tables_give_the_same_bits(
         finally:
             engine.close()
 
-    replay, ran = native.Recording.run, []
-    monkeypatch.setattr(native.Recording, "run", lambda recording: (ran.append(recording), replay(recording)))
+    replay = native.Recording.run
+    ran: list[native.Recording] = []
+
+    def noted(recording: native.Recording) -> None:
+        ran.append(recording)
+        replay(recording)
+
+    monkeypatch.setattr(native.Recording, "run", noted)
     kept = run()
     assert len(ran) - len({id(recording) for recording in ran}) > 10
     monkeypatch.setattr(decoder, "_MAX_KEPT_TOKENS", 0)
@@ -289,8 +302,8 @@ def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
         wide, narrow = (engine.register_adapter(str(tmp_path / name)) for name in ("wide", "narrow"))
         assert (wide.vocab_size, narrow.vocab_size, engine.vocab_size) == (V + 40, V + 1, V)
         for adapter, too_large in ((None, V), (narrow.digest, V + 1), (wide.digest, V + 40)):
-            for prompt, stop in (((5, too_large), ()), ((5,), (too_large,))):
-                sampling = SamplingOptions(max_tokens=2, stop_token_ids=frozenset(stop))
+            for prompt, stops in (((5, too_large), ()), ((5,), (too_large,))):
+                sampling = SamplingOptions(max_tokens=2, stop_token_ids=frozenset(stops))
                 with pytest.raises(InvalidRequestError, match=f"ids go from 0 to {too_large - 1}"):
                     engine.submit(GenerateRequest("refused", prompt, sampling, adapter))
         hot = SamplingOptions(max_tokens=60, temperature=5.0, num_logprobs=20, ignore_eos=True)
@@ -312,11 +325,11 @@ def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
         # The reference's answer up to its first added id, which is a stop token.
         prompts = ([first, 6, V + 3, 9, V + 39] for first in range(3, V))
         answers = ((prompt, tiny.greedy(reference, prompt, 24)) for prompt in prompts)
-        prompt, answer = next((prompt, answer) for prompt, answer in answers if max(answer) >= V)
+        asked, answer = next((prompt, answer) for prompt, answer in answers if max(answer) >= V)
         stop = next(token_id for token_id in answer if token_id >= V)
         sampling = SamplingOptions(max_tokens=24, temperature=0.0, stop_token_ids=frozenset([stop]))
-        stopped = GenerateRequest("stopped", tuple(prompt), sampling, wide.digest)
-        held = GenerateRequest("held", tuple(prompt), dataclasses.replace(sampling, min_tokens=24), wide.digest)
+        stopped = GenerateRequest("stopped", tuple(asked), sampling, wide.digest)
+        held = GenerateRequest("held", tuple(asked), dataclasses.replace(sampling, min_tokens=24), wide.digest)
         results = run_engine(engine, [stopped, held, GenerateRequest("base", (5, 6), hot)])
         assert results["stopped"].token_ids == answer[: answer.index(stop) + 1]
         assert results["stopped"].finish is FinishReason.STOP

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import tiny
 
 from lorafleet.workers import AsyncLLM, EngineArgs, LoRARequest, SamplingParams
+from lorafleet.workers.adapters.folder import AdapterFolder
 from lorafleet.workers.engine import registered
 from lorafleet.workers.errors import DrainingError, InternalError, LoRAFleetError
+from lorafleet.workers.sources.adapters import resolve_adapter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 TIMEOUT_S = 60.0
@@ -41,12 +43,11 @@ async def llm(root: Path) -> AsyncIterator[AsyncLLM]:
 def slow_b(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Adapter b is not found before this is set."""
     may_go_on = threading.Event()
-    resolve = registered.resolve_adapter
 
-    def slow(path: str, roots: object = None) -> Path:
+    def slow(path: str, roots: Sequence[str] | None = None) -> AdapterFolder:
         if path.endswith("/b"):
             assert may_go_on.wait(TIMEOUT_S)
-        return resolve(path, roots)  # type: ignore[arg-type]
+        return resolve_adapter(path, roots)
 
     monkeypatch.setattr(registered, "resolve_adapter", slow)
     yield may_go_on

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lorafleet.workers.errors import (
     LoRAFleetError,
     ModelError,
 )
+from lorafleet.workers.offline.text_requests import Prompt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -102,7 +103,8 @@ def test_one_id_stands_for_one_adapter(llm: LLM, root: Path) -> None:
 
 def test_prompts_may_be_text_ids_or_mappings(llm: LLM) -> None:
     ids = llm.get_tokenizer().encode("over the lazy dog")
-    prompts = ["over the lazy dog", ids, {"prompt": "over the lazy dog"}, {"prompt_token_ids": ids}]
+    prompts: list[Prompt | Mapping[str, Any]] = ["over the lazy dog", ids]
+    prompts += [{"prompt": "over the lazy dog"}, {"prompt_token_ids": ids}]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert len(set(texts(outputs))) == 1
     assert [output.prompt is None for output in outputs] == [False, True, False, True]
@@ -321,6 +323,7 @@ async def test_leaving_the_iteration_cancels_the_request(async_llm: AsyncLLM) ->
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     generation = async_llm.generate("the", params, "left")
     await anext(generation)
+    assert isinstance(generation, AsyncGenerator)
     await generation.aclose()
     # The id is free again, and nothing of the old request reaches the new one.
     outputs = [output async for output in async_llm.generate("the", GREEDY, "left")]
@@ -389,7 +392,6 @@ def test_any_number_of_prompts_and_choices_is_generated(root: Path) -> None:
 
 
 def test_a_bound_on_waiting_is_kept_to_by_feeding_as_many_as_it_takes(root: Path, tmp_path: Path) -> None:
-    bounded = {"max_loras": 1, "max_num_seqs": 1, "max_adapter_wait_s": 1.0, "kv_cache_memory_bytes": 4_000_000}
     requests = []
     for number in range(12):  # of as many contents
         shutil.copytree(root / "sql", tmp_path / f"{number}")
@@ -397,7 +399,15 @@ def test_a_bound_on_waiting_is_kept_to_by_feeding_as_many_as_it_takes(root: Path
         config["lora_alpha"] = number + 1
         (tmp_path / f"{number}" / "adapter_config.json").write_text(json.dumps(config))
         requests.append(LoRARequest(f"{number}", number + 1, str(tmp_path / f"{number}")))
-    with LLM(model=str(root / "model"), enable_lora=True, dtype="float32", **bounded) as llm:  # type: ignore[arg-type]
+    with LLM(
+        model=str(root / "model"),
+        enable_lora=True,
+        dtype="float32",
+        max_loras=1,
+        max_num_seqs=1,
+        max_adapter_wait_s=1.0,
+        kv_cache_memory_bytes=4_000_000,
+    ) as llm:
         outputs = llm.generate(["the fox"] * 12, GREEDY, lora_request=requests, use_tqdm=False)
     assert all(output.finished and output.error is None for output in outputs)
 

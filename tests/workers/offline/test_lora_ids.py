@@ -186,7 +186,7 @@ def test_requests_that_run_keep_the_weights_that_they_began_with(
 ) -> None:
     engine, request = llm.llm_engine, LoRARequest("policy", 9, str(policy))
     engine.add_request("old", "the fox", GREEDY, request)
-    outputs = {}
+    outputs: dict[str, list[int]] = {}
     while not engine.step():
         pass
     overwrite(policy, root / "two")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.variants import calculate_alora_offsets
 
 from lorafleet.workers.scheduling.activation import find_start
@@ -33,5 +35,5 @@ def test_the_last_whole_occurrence_counts(prompt: list[int], invocation: list[in
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=12), st.lists(st.integers(1, 3), min_size=1, max_size=3))
 def test_it_is_where_peft_finds_it(prompt: list[int], invocation: list[int]) -> None:
     config = {"default": LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=invocation)}
-    (offset,) = calculate_alora_offsets(config, "default", torch.tensor([prompt]))
+    (offset,) = calculate_alora_offsets(cast(PeftConfig, config), "default", torch.tensor([prompt]))
     assert find_start(prompt, invocation) == (None if offset is None else len(prompt) - offset)

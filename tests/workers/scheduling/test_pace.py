@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from lorafleet.workers.scheduling.pace import Pace, PaceMeter
@@ -45,7 +47,7 @@ def test_a_prompts_tokens_cost_what_a_step_takes_longer_with_them(meter: PaceMet
     meter.book_step(0.04, 0)
     meter.book_step(0.14, 100)
     meter.book_step(9.0, 3)  # too few to tell
-    assert meter.pace() == Pace(step_s=0.04, prompt_token_s=pytest.approx(0.001))
+    assert asdict(meter.pace()) == pytest.approx(asdict(Pace(step_s=0.04, prompt_token_s=0.001)))
 
 
 def test_a_worker_that_was_slow_once_is_not_called_slow_for_ever(meter: PaceMeter, clock: Clock) -> None:

@@ -31,7 +31,7 @@ class FakeEngine:
     """An engine that records the calls of a start, in order, in `done`."""
 
     max_model_len, vocab_size = 128, 300
-    plan = SimpleNamespace(max_loras=4)
+    memory = SimpleNamespace(max_loras=4)
     done: list[str]
     failure: LoRAFleetError | None
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import tiny
 
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.adapters.folder import AdapterFolder
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine import registered
 from lorafleet.workers.engine.loop import Engine
@@ -22,6 +23,7 @@ from lorafleet.workers.errors import (
     UnknownModelError,
 )
 from lorafleet.workers.server.adapter_registry import AdapterRegistry
+from lorafleet.workers.sources.adapters import resolve_adapter
 
 TIMEOUT_S = 60.0
 
@@ -69,12 +71,11 @@ def test_a_hung_read_holds_up_no_other_name(
     registry: AdapterRegistry, engine: Engine, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = threading.Event()
-    resolve = registered.resolve_adapter
 
-    def slow(path: str, roots: object = None) -> Path:
+    def slow(path: str, roots: Sequence[str] | None = None) -> AdapterFolder:
         if path.endswith("/a"):
             assert answers.wait(TIMEOUT_S)
-        return resolve(path, roots)  # type: ignore[arg-type]
+        return resolve_adapter(path, roots)
 
     monkeypatch.setattr(registered, "resolve_adapter", slow)
     requests = [worker_pb2.RegisterAdapterRequest(name=f"x{n}", version=1, root=str(root / "a")) for n in range(6)]
@@ -92,12 +93,11 @@ def test_what_was_given_up_is_not_registered_when_its_read_ends(root: Path, monk
     engine = Engine.from_config(config)
     registry = AdapterRegistry(engine)
     answers, ended = threading.Event(), threading.Event()
-    resolve = registered.resolve_adapter
 
-    def hangs(path: str, roots: object = None) -> Path:
+    def hangs(path: str, roots: Sequence[str] | None = None) -> AdapterFolder:
         assert answers.wait(TIMEOUT_S)
         ended.set()
-        return resolve(path, roots)  # type: ignore[arg-type]
+        return resolve_adapter(path, roots)
 
     monkeypatch.setattr(registered, "resolve_adapter", hangs)
     with pytest.raises(AdapterUnavailableError, match="given up"):

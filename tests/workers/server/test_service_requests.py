@@ -33,7 +33,8 @@ async def test_whose_a_request_is_and_what_it_weighs_reach_the_engine(worker: Wo
         for stream, (name, weight) in enumerate(
             [("tenant_weight", 1e9), ("tenant_weight", 0.0), ("adapter_weight", 0.0)], start=3
         ):
-            await client.generate(stream, [1], **{name: weight})
+            fields: dict[str, Any] = {name: weight}
+            await client.generate(stream, [1], **fields)
             ended = (await client.ending(stream)).ended
             assert ended is not None and ended.error_code == "invalid_request"
             assert name in ended.error_message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def test_where_no_directory_is_there_is_no_stamp(path: str) -> None:
 
 def test_a_change_that_is_too_young_proves_nothing(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory_stamp, "_TICK_NS", 10**15)
-    monkeypatch.setattr(directory_stamp.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     stamp = DirectoryStamp.of(str(adapter))
     assert stamp is not None and not stamp.is_proof
 

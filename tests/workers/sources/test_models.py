@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,12 @@ def test_a_gguf_file_is_converted_with_progress(tmp_path: Path, monkeypatch: pyt
     file = tmp_path / "Model.GGUF"
     file.touch()
     calls = []
-    monkeypatch.setattr(source, "cached_gguf", lambda path, progress: calls.append((path, progress)) or tmp_path)
+
+    def converted(path: Path, progress: Callable[[int, int], None]) -> Path:
+        calls.append((path, progress))
+        return tmp_path
+
+    monkeypatch.setattr(source, "cached_gguf", converted)
 
     def progress(done: int, total: int) -> None: ...
 

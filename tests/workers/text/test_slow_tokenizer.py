@@ -39,7 +39,8 @@ def full(files: Files) -> dict[str, Any]:
 
 def next_id(files: Files) -> int:
     tokens = full(files)
-    return max([*tokens["model"]["vocab"].values(), *(token["id"] for token in tokens["added_tokens"])]) + 1
+    ids: list[int] = [*tokens["model"]["vocab"].values(), *(token["id"] for token in tokens["added_tokens"])]
+    return max(ids) + 1
 
 
 def slow_bpe(files: Files, added: dict[str, int] | None = None, **config: Any) -> Files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
 from tokenizers_on_disk import from_dir
 
-from lorafleet.workers import found_file
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, ModelError
 from lorafleet.workers.text import TOKENIZER_FILES, ChatTemplate, Tokenizer
 
@@ -265,7 +265,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypat
     def refuse(*args: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(found_file.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read: Permission denied"):
         from_dir(tmp_path)
 

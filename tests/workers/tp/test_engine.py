@@ -42,7 +42,7 @@ def ranks_of(config: EngineConfig) -> Iterator[tuple[Engine, list[multiprocessin
     lost: list[str] = []
     leader = Leader(config, listener, TOKEN, on_lost=lambda: lost.append("a rank"))
     context = multiprocessing.get_context("spawn")
-    followers = [
+    followers: list[multiprocessing.process.BaseProcess] = [
         context.Process(target=run_follower, args=(sys.path, config, rank, address)) for rank in range(1, size)
     ]
     for follower in followers:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForCausalLM
 
 from lorafleet.workers.adapters.format import load_adapter, read_adapter_spec
@@ -50,8 +50,8 @@ def logits(model_dir: Path, adapter_dirs: list[Path], group: TensorParallelGroup
         )
     scheduled = []
     for number, ids in enumerate(added):
-        adapter = str(number) if number else None
-        generate = GenerateRequest(str(number), (*ids, *PROMPT), SamplingOptions(max_tokens=1), adapter)
+        digest = str(number) if number else None
+        generate = GenerateRequest(str(number), (*ids, *PROMPT), SamplingOptions(max_tokens=1), digest)
         request = Request.from_generate(generate, number)
         request.pages = list(range(number * 4, number * 4 + 4))
         scheduled.append(Scheduled(request, request.num_tokens, (number,) if number else ()))
@@ -117,7 +117,7 @@ def assert_ranks_agree(size: int, model_dir: Path, adapter_dirs: list[Path], out
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (size, port, model_dir, adapter_dirs, out)
-    multiprocessing.start_processes(_entry, (sys.path, *arguments), nprocs=size, start_method="spawn")
+    start_processes(_entry, (sys.path, *arguments), nprocs=size, start_method="spawn")
     for rank in range(size):
         torch.testing.assert_close(torch.load(out / f"{rank}.pt"), expected, atol=1e-4, rtol=0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorafleet.workers.config import EngineConfig
@@ -84,7 +84,7 @@ def peaks(size: int, model_dir: Path, out: Path) -> list[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (sys.path, size, port, model_dir, out)
-    multiprocessing.start_processes(_entry, arguments, nprocs=size, start_method="spawn")
+    start_processes(_entry, arguments, nprocs=size, start_method="spawn")
     return [int((out / f"{rank}-of-{size}").read_text()) for rank in range(size)]
 
 

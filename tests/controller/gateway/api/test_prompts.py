@@ -8,6 +8,7 @@ import pytest
 
 from lorafleet.controller.gateway.api import prompts as prompts_module
 from lorafleet.controller.gateway.api.prompts import echoes_of, encode_prompts, read_prompts
+from lorafleet.controller.gateway.api.schema import decode_field
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
 CONTEXT = 64
@@ -74,11 +75,10 @@ def test_more_ids_than_the_context_has_are_counted_and_not_decoded(
     raw: bytes, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_bytes = []
-    decode = prompts_module.decode_field
 
     def watch(raw: bytes, kind: Any, name: str) -> Any:
         num_bytes.append(len(raw) if kind == list[int] else 0)
-        return decode(raw, kind, name)
+        return decode_field(raw, kind, name)
 
     monkeypatch.setattr(prompts_module, "decode_field", watch)
     with pytest.raises(ContextLengthError) as caught:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+
 import pytest
 
-from lorafleet.controller.gateway.routing import near_names
 from lorafleet.controller.gateway.routing.near_names import NearNames
 
 THOUSANDS = [f"customer-{number:04}/support" for number in range(5000)]
@@ -46,7 +47,7 @@ def test_few_names_are_compared_however_many_there_are(monkeypatch: pytest.Monke
         compared.append((len(word), len(possibilities)))
         return []
 
-    monkeypatch.setattr(near_names.difflib, "get_close_matches", watch)
+    monkeypatch.setattr(difflib, "get_close_matches", watch)
     near = NearNames(THOUSANDS)
     for name in ("customer-2500/suport", "z" * 5_000_000):
         near.of(name)

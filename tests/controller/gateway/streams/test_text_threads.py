@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ class Bench:
         """A tenant's job each, called tenant and number."""
         for tenant, num_bytes in jobs:
             name = f"{tenant}{sum(other.startswith(tenant) for other in self.tasks) + 1}"
-            self.tasks[name] = asyncio.create_task(self.threads.run(tenant, num_bytes, lambda name=name: name))
+            self.tasks[name] = asyncio.create_task(self.threads.run(tenant, num_bytes, partial(str, name)))
         await self.settle()
 
     async def end(self, name: str) -> None:
@@ -138,7 +139,7 @@ async def test_on_real_threads_results_and_errors_come_back() -> None:
     def fail() -> None:
         raise ValueError("no")
 
-    assert await asyncio.gather(*(threads.run("a", LONG, lambda n=n: n) for n in range(20))) == list(range(20))
+    assert await asyncio.gather(*(threads.run("a", LONG, partial(int, n)) for n in range(20))) == list(range(20))
     with pytest.raises(ValueError, match="no"):
         await threads.run("a", SHORT, fail)
     threads.close()
