@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from lorafleet.controller.commands import cli, demo
+from lorafleet.controller.commands.command_table import make_parser
 from lorafleet.controller.commands.flags import serve_config
 
 
 def test_it_serves_the_adapters_that_come_with_the_package() -> None:
-    args = cli.make_parser().parse_args(demo.serve_arguments("model", ["--port", "8123", "--max-loras", "2"]))
+    args = make_parser().parse_args(demo.serve_arguments("model", ["--port", "8123", "--max-loras", "2"]))
     config = serve_config(args)
     assert config.served_model_names == ("smollm2",) and config.port == 8123
     assert [adapter.name for adapter in config.adapters] == list(demo.ADAPTER_NAMES)
@@ -31,7 +34,7 @@ def test_wrong_flags_are_refused_before_anything_is_fetched(
 def test_a_model_that_cannot_be_had_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo"])
     assert ended.value.code == 2
