@@ -23,7 +23,8 @@ from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.memory_plan import plan_memory
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.scheduling.batch import Scheduled, StepPlan, in_row_order
-from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 DTYPE = torch.bfloat16
 _STD = 0.02  # standard deviation of weights, A and B
@@ -231,4 +232,4 @@ class BenchModel:
                 a_RI, b_RO = flat[begin:middle].view(rank, num_in), flat[middle:end].view(rank, num_out)
                 changes[layer, name] = LinearChange(a_RI, b_RO, scaling=2.0)
                 begin = end
-        return HostAdapter(f"rank-{rank}", changes, num_elements * DTYPE.itemsize)
+        return HostAdapter(digest=f"rank-{rank}", weights=changes, num_bytes=num_elements * DTYPE.itemsize)

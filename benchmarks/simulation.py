@@ -19,7 +19,8 @@ from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.batch import StepPlan
 from lorafleet.workers.scheduling.block_pool import BlockPool
 from lorafleet.workers.scheduling.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
-from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.scheduling.scheduler import Scheduler
 from lorafleet.workers.scheduling.turns import AdmissionControl, WaitBound
 
@@ -198,8 +199,8 @@ class Simulation:
             (number,) * arrival.num_prompt,  # no two prompts share a prefix
             SamplingOptions(max_tokens=arrival.num_output),
             None if arrival.others else arrival.adapter,
-            arrival.tenant,
-            arrival.weight,
+            tenant=arrival.tenant,
+            tenant_weight=arrival.weight,
             priority=arrival.priority,
             composition=tuple((digest or "", 1.0) for digest in (arrival.adapter, *arrival.others) if arrival.others),
         )

@@ -29,7 +29,8 @@ from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.thread import EngineThread
-from lorafleet.workers.scheduling.request import GenerateRequest, RequestEvent, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, RequestEvent
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 EVERY_S = 1.0
 

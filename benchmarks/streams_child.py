@@ -14,7 +14,8 @@ from benchmarks.child import answer_calls
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.thread import EngineThread
-from lorafleet.workers.scheduling.request import GenerateRequest, RequestEvent, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, RequestEvent
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 NUM_OUTPUT_TOKENS = 500  # per stream; then another one replaces it
 START_TIMEOUT_S = 60.0

@@ -89,7 +89,7 @@ class FakeEngine:
         self.step_s = 0.001  # a step takes its time, else no event loop could keep up
         self.num_slots: int | None = None  # of the queue; None: any number
         self.num_cached_tokens = 0  # that each request finds
-        self.last_salt = ""
+        self.last_salt: str | None = ""
         self.device_adapters: tuple[str, ...] = ("digest-a",)
         self.registered_adapters: tuple[str, ...] = ("digest-a", "digest-b", "digest-c")
         self._changed = threading.Condition()
@@ -178,11 +178,13 @@ class FakeEngine:
                 token_id = (sum(request.prompt_token_ids) + position) % 1000
                 finish = FinishReason.LENGTH if position + 1 == request.sampling.max_tokens else None
                 logprobs = None
-                if request.sampling.num_logprobs is not None:
-                    num_top = request.sampling.num_logprobs
+                if request.sampling.logprobs is not None:
+                    num_top = request.sampling.logprobs
                     logprobs = TokenLogprobs(-0.5, 1, (token_id,) * num_top, (-0.5,) * num_top)
                 num_cached = self.num_cached_tokens if position == 0 else 0
-                events.append(RequestEvent(request_id, token_id, logprobs, finish, num_cached_tokens=num_cached))
+                events.append(
+                    RequestEvent(request_id, token_id, logprobs=logprobs, finish=finish, num_cached_tokens=num_cached)
+                )
                 if finish is None:
                     self._running[request_id] = (request, position + 1)
                 else:

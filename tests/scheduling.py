@@ -8,7 +8,8 @@ from typing import Any
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.batch import StepPlan
 from lorafleet.workers.scheduling.block_pool import BlockPool
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.scheduling.scheduler import Scheduler
 
 EOS = 1

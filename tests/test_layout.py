@@ -29,6 +29,7 @@ ORDER = [
     "workers/scheduling",
     "workers/config.py",
     "workers/params.py",
+    "workers/request_wire.py",
     "workers/tp",
     "workers/text",
     "workers/adapters",

@@ -40,6 +40,55 @@ def test_pyproject_lists_every_folder_with_python_files() -> None:
     )
 
 
+MODULES = [
+    str(file.relative_to(ROOT))
+    for folder in ("controller", "workers")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
+
+MAX_BY_POSITION = 5
+# Options are made of flags, by name; a kernel's op has no names for its arguments.
+OPTIONS = (
+    "workers/config.py",
+    "workers/offline/args.py",
+    "controller/config.py",
+    "controller/gateway/config.py",
+    "controller/gateway/limits.py",
+    "controller/gateway/options.py",
+)
+OPS = {"rope_kv_write_", "paged_attention", "sample_tokens", "empty"}
+VARIADIC = {"to_thread", "partial", "_reply"}  # hand on what they are given
+
+
+def fields_by_position(node: ast.ClassDef) -> int:
+    """How many arguments a dataclass takes by position."""
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    if not any(text.startswith("dataclass") and "kw_only=True" not in text for text in decorators):
+        return 0
+    fields = [ast.unparse(field) for field in node.body if isinstance(field, ast.AnnAssign)]
+    fields = [field for field in fields if "init=False" not in field and "ClassVar" not in field]
+    return fields.index("_: KW_ONLY") if "_: KW_ONLY" in fields else len(fields)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in OPTIONS])
+def test_more_than_five_arguments_are_given_by_name(module: str) -> None:
+    found = []
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.ClassDef):
+            count, name = fields_by_position(node), node.name
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+            count, name = len(names) - (names[:1] in (["self"], ["cls"])), node.name
+        elif isinstance(node, ast.Call):
+            count, name = len(node.args), ast.unparse(node.func).rpartition(".")[2]
+            count = 0 if name in OPS | VARIADIC else count
+        else:
+            continue
+        if count > MAX_BY_POSITION:
+            found.append(f"line {node.lineno}: {name} takes {count}")
+    assert found == []
+
+
 def protoc_version() -> str | None:
     try:
         return version("grpcio-tools")
@@ -86,11 +135,10 @@ def texts(module: str) -> Iterator[str]:
             yield node.value
 
 
-FILES = [file for folder in ("controller", "workers") for file in sorted((ROOT / folder).rglob("*.py"))]
-FILES.remove(ROOT / "workers/sources/demo.py")  # pip's flags
+PIPS = "workers/sources/demo.py"  # it names flags of pip
 
 
-@pytest.mark.parametrize("module", [str(file.relative_to(ROOT)) for file in FILES])
+@pytest.mark.parametrize("module", [module for module in MODULES if module != PIPS])
 def test_every_flag_that_a_message_names_is_a_flag_of_a_command(module: str) -> None:
     known = flags_of()
     assert [flag for text in texts(module) for flag in flags_in(text) if flag not in known] == []

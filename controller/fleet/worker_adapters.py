@@ -44,7 +44,7 @@ class _Problem:
     retry_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetAdapters:
     """The state and callbacks that all workers' adapters share."""
 

@@ -17,13 +17,14 @@ from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
-from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 PROMPT = list(range(7, 40))
-GREEDY = SamplingOptions(max_tokens=24, temperature=0.0, num_logprobs=5, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=24, temperature=0.0, logprobs=5, ignore_eos=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "small": {"rank": 2, "targets": ["q_proj"]},
     "large": {"rank": 16, "seed": 2},

@@ -62,8 +62,9 @@ class RegisteredAdapters:
     def __init__(
         self,
         config: EngineConfig,
+        *,
         spec: ModelSpec,
-        plan: MemoryPlan,
+        memory: MemoryPlan,
         store: AdapterStore,
         slots: AdapterSlots,
         followers: Followers,
@@ -71,7 +72,7 @@ class RegisteredAdapters:
         self._followers = followers
         self._config = config
         self._spec = spec
-        self._plan = plan
+        self._memory = memory
         self._store = store
         self._slots = slots
         self._registered: set[str] = set()
@@ -109,10 +110,10 @@ class RegisteredAdapters:
                 self._config.model,
             )
         num_bytes = self._pool_bytes(spec)
-        if num_bytes > self._plan.full_weight_bytes:
+        if num_bytes > self._memory.full_weight_bytes:
             raise AdapterRefusedError(
                 f"{folder} has {num_bytes} bytes of embedding, head or LoRA on them; the pool for these weights holds "
-                f"{self._plan.full_weight_bytes}. Raise --lora-full-weight-bytes.",
+                f"{self._memory.full_weight_bytes}. Raise --lora-full-weight-bytes.",
                 reason="larger_than_full_weight_pool",
             )
         self._followers.register(spec.path, spec.digest)
@@ -163,12 +164,12 @@ class RegisteredAdapters:
         if not self._have_slots(digests, pinned):
             raise AdapterConflictError(
                 f"This request needs {len(digests)} adapter slots, but pinned adapters hold "
-                f"{len(pinned)} of {self._plan.max_loras}. Unload a pinned adapter or raise --max-loras."
+                f"{len(pinned)} of {self._memory.max_loras}. Unload a pinned adapter or raise --max-loras."
             )
         if not self._have_pool(digests, pinned):
             raise AdapterConflictError(
                 f"This request's adapters need {self._pool_of(digests)} bytes of the pool for embeddings and heads, "
-                f"but pinned adapters hold {self._pool_of(pinned)} of {self._plan.full_weight_bytes}. Unload a "
+                f"but pinned adapters hold {self._pool_of(pinned)} of {self._memory.full_weight_bytes}. Unload a "
                 "pinned adapter or raise --lora-full-weight-bytes."
             )
 
@@ -244,26 +245,26 @@ class RegisteredAdapters:
         assert self._unused.keys() <= self._retiring.keys()
         assert self._bytes.keys() == self._registered | retiring
         assert self._pinned <= self._registered
-        assert self._pool_of(self._pinned) <= self._plan.full_weight_bytes
+        assert self._pool_of(self._pinned) <= self._memory.full_weight_bytes
 
     def _free(self, digest: str) -> FreedBytes:
         pool_bytes = self._slots.drop(digest)
-        device = 0 if pool_bytes is None else self._plan.slot_bytes + pool_bytes
+        device = 0 if pool_bytes is None else self._memory.slot_bytes + pool_bytes
         self._followers.forget(digest)
         del self._bytes[digest]
         return FreedBytes(device, self._store.forget(digest))
 
     def _check_pins(self, pinned: set[str], unfinished: Iterable[Sequence[str]]) -> None:
-        limit = self._plan.max_loras - 1
+        limit = self._memory.max_loras - 1
         if len(pinned) > limit:
             raise AdapterConflictError(
-                f"{len(self._pinned)} of {self._plan.max_loras} slots hold pinned adapters; the limit is {limit}. "
+                f"{len(self._pinned)} of {self._memory.max_loras} slots hold pinned adapters; the limit is {limit}. "
                 "Raise --max-loras or unload a pinned adapter."
             )
-        if self._pool_of(pinned) > self._plan.full_weight_bytes:
+        if self._pool_of(pinned) > self._memory.full_weight_bytes:
             raise AdapterConflictError(
                 f"Embeddings and heads of pinned adapters would take {self._pool_of(pinned)} bytes; their pool "
-                f"has {self._plan.full_weight_bytes}. Raise --lora-full-weight-bytes or unload a pinned adapter."
+                f"has {self._memory.full_weight_bytes}. Raise --lora-full-weight-bytes or unload a pinned adapter."
             )
         for digests in unfinished:
             if not self._have_slots(digests, pinned):
@@ -279,17 +280,17 @@ class RegisteredAdapters:
 
     def _have_slots(self, digests: Sequence[str], pinned: set[str]) -> bool:
         """Return whether these adapters fit into the slots together with the pinned ones."""
-        return len(pinned.union(digests)) <= self._plan.max_loras
+        return len(pinned.union(digests)) <= self._memory.max_loras
 
     def _have_pool(self, digests: Sequence[str], pinned: set[str]) -> bool:
         """Return whether their embeddings and heads fit into the pool together with the pinned ones'."""
-        return not self._pool_of(digests) or self._pool_of(pinned.union(digests)) <= self._plan.full_weight_bytes
+        return not self._pool_of(digests) or self._pool_of(pinned.union(digests)) <= self._memory.full_weight_bytes
 
     def _pool_of(self, digests: Iterable[str]) -> int:
         return sum(self._bytes[digest] for digest in digests)
 
     def _pool_bytes(self, spec: AdapterSpec) -> int:
-        return self._plan.full_weight_bytes_of(self._spec, spec.vocabulary)
+        return self._memory.full_weight_bytes_of(self._spec, spec.vocabulary)
 
 
 def unregistered(digest: str) -> AdapterUnavailableError:

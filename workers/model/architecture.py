@@ -22,7 +22,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Sizes and options of one decoder-only model."""
 

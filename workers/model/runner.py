@@ -28,7 +28,8 @@ from lorafleet.workers.model.slot_write import SlotWrite
 from lorafleet.workers.model.step_input import StepBuffers, StepInput, StepShape
 from lorafleet.workers.model.transfer import send
 from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
-from lorafleet.workers.scheduling.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import MAX_COMPOSED, GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.tp.group import TensorParallelGroup
 from lorafleet.workers.tp.plans import Change, PlanChannel, Words
 

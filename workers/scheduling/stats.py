@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lorafleet.workers.scheduling.pace import Pace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Taken between steps. Counters count from the engine's start."""
 

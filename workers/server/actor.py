@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _RAY_NICENESS = 15  # Ray's default for its workers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReady:
     """A worker that is ready to serve, and what it serves."""
 

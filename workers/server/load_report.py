@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.scheduling.pace import Pace
 from lorafleet.workers.scheduling.stats import EngineStats
 
 MAX_USES: Final = 1000
+_PACE_FIELDS = tuple(field.name for field in dataclasses.fields(Pace))
+
 Places = Mapping[str, worker_pb2.AdapterTier]  # by digest
 
 
@@ -40,7 +43,7 @@ def heartbeat(
         last_step_age_ms=int(1e3 * stats.last_step_age_s),
         load=_load(stats),
         adapters=[worker_pb2.AdapterPlace(digest=digest, tier=tier) for digest, tier in changed],
-        pace=worker_pb2.Pace(**dataclasses.asdict(stats.pace)),
+        pace=pace_to_wire(stats.pace),
         num_gateways=num_gateways,
     )
 
@@ -86,6 +89,16 @@ def _uses(stats: EngineStats, rates: Mapping[str, float]) -> list[worker_pb2.Mod
     return heapq.nlargest(
         MAX_USES, uses, key=lambda use: (use.num_requests, use.output_tokens_per_s, use.num_output_tokens)
     )
+
+
+def pace_to_wire(pace: Pace) -> worker_pb2.Pace:
+    """Its means, which both call the same."""
+    return worker_pb2.Pace(**dataclasses.asdict(pace))
+
+
+def pace_from_wire(message: worker_pb2.Pace) -> Pace:
+    """What `pace_to_wire` was given."""
+    return Pace(**{name: getattr(message, name) for name in _PACE_FIELDS})
 
 
 def _load(stats: EngineStats) -> worker_pb2.Load:

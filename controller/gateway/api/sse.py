@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from lorafleet.controller.gateway.api.answer import usage_of
 from lorafleet.controller.gateway.api.errors import REQUEST_ID, error_json, named_error
+from lorafleet.controller.gateway.api.usage import usage_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta, Generation
 
 _HEADERS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 from lorafleet.workers.errors import DeadlineError, LoRAFleetError
@@ -33,6 +33,7 @@ class ChoiceQueue:
     index: int  # the choice's, in the answer
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
+    _: KW_ONLY
     received: list[int] = field(default_factory=list)  # all its tokens so far, for a worker that resumes it
     finish: FinishReason | None = None
     num_cached_tokens: int = 0  # prompt tokens that the worker did not compute for this choice

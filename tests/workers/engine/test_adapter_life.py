@@ -19,7 +19,8 @@ from lorafleet.workers.engine.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterConflictError, AdapterUnavailableError, UnknownModelError
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = (5, 6, 7)

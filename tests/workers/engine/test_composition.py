@@ -24,9 +24,10 @@ from lorafleet.workers.errors import (
     AdapterUnavailableError,
     InvalidRequestError,
 )
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
-GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, logprobs=10, ignore_eos=True)
 # Different ranks, targets and scalings. If a sum's first adapter has rsLoRA, PEFT multiplies the sum by the root of its
 # rank, a bug; so no combination begins with "mlp".
 ADAPTERS: dict[str, dict[str, Any]] = {

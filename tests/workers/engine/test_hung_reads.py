@@ -19,7 +19,8 @@ from lorafleet.workers.adapters.open_files import OpenAdapter
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import AdapterUnavailableError, DrainingError, status_of
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, ignore_eos=True)
 HUNG = [f"hung{n}" for n in range(5)]  # more than there are reader threads

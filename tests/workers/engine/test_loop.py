@@ -28,7 +28,8 @@ from lorafleet.workers.errors import (
     NonFiniteLogitsError,
     QueueFullError,
 )
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 NUM_OUTPUT = 10
 GREEDY = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, ignore_eos=True)

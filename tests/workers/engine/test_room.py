@@ -18,7 +18,8 @@ from lorafleet.workers.engine import loop as loop_module
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import RegisteredAdapters
 from lorafleet.workers.errors import AdapterConflictError, InternalError, QueueFullError
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, ignore_eos=True)
 TIMEOUT_S = 60.0

@@ -19,7 +19,8 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.model.gguf import cached_gguf, convert_gguf
-from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 NAMES = {
     "embed_tokens": "token_embd",

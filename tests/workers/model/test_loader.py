@@ -19,7 +19,8 @@ from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model.architecture import read_model_spec
 from lorafleet.workers.model.gguf import convert_gguf
 from lorafleet.workers.model.loader import EMBEDDING_WEIGHT, HEAD_WEIGHT, CheckpointReader
-from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 Tensors = dict[str, torch.Tensor]
 PROMPT = [5, 17, 40, 88, 120, 9]
@@ -83,7 +84,7 @@ def test_a_config_that_ties_the_head_gives_way_to_a_file_with_another_one_as_in_
     engine = Engine.from_config(EngineConfig(model=str(tmp_path), dtype="float32"))
     try:
         engine.load()
-        greedy = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=5, ignore_eos=True)
+        greedy = SamplingOptions(max_tokens=8, temperature=0.0, logprobs=5, ignore_eos=True)
         results = run_engine(engine, [GenerateRequest("r", tuple(PROMPT), greedy)])
     finally:
         engine.close()

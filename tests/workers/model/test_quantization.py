@@ -23,7 +23,8 @@ from lorafleet.workers.model.decoder import Decoder
 from lorafleet.workers.model.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
-from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 NUM_PROMPT, NUM_OUTPUT = 50, 12
 # Of log-probabilities, between activations in bfloat16 (ours) and float32 (the reference's): mean and largest.
@@ -110,7 +111,7 @@ def test_the_models_linears_are_scaled_integers_and_adapters_lie_on_top(name: st
     model.save_pretrained(tmp_path / "model")
     adapted = tiny.make_adapter(copy.deepcopy(model), tmp_path / "adapter")
     prompt = torch.randint(3, model.config.vocab_size, (NUM_PROMPT,))
-    greedy = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, num_logprobs=20, ignore_eos=True)
+    greedy = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, logprobs=20, ignore_eos=True)
     engine = Engine.from_config(
         EngineConfig(
             model=str(tmp_path / "model"),

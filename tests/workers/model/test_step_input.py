@@ -12,7 +12,8 @@ from lorafleet.kernels.lora import LoraSegments
 from lorafleet.workers.model.step_input import StepBuffers, StepInput
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.block_pool import BlockPool
-from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.scheduling.scheduler import Scheduler
 
 PAGE = 4

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lorafleet.workers.errors import InvalidRequestError
-from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 
 @pytest.mark.parametrize(

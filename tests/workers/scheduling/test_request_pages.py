@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scheduling import PAGE, World
 
-from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 
 def num_found(world: World, *token_ids: int) -> int:

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.ranks.start import Leader, follow
-from lorafleet.workers.scheduling.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 TOKEN = "a token"
 PROMPTS = [list(range(3, 20)), [7], list(range(40, 100)), [5, 9, 11]]

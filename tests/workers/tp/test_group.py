@@ -21,7 +21,8 @@ from lorafleet.workers.model import architecture
 from lorafleet.workers.model.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
-from lorafleet.workers.scheduling.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.scheduling.request import GenerateRequest, Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 PROMPT = tuple(range(5, 42))
