@@ -17,7 +17,8 @@ from pathlib import Path
 
 from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import LoRAFleetError, QueueFullError
 
 NEAR_TIE = 1e-3  # of two logits: closer ones may come out either way, since kernels differ by batch size
@@ -284,7 +285,7 @@ class Reference:
                 seed=sampling.seed,
                 stop_token_ids=sampling.stop_token_ids,
                 ignore_eos=sampling.ignore_eos,
-                num_logprobs=2,
+                logprobs=2,
             )
             parts = tuple((self._digests[content], weight) for content, weight in ask.contents)
             self._engine.submit(GenerateRequest("alone", request.prompt_token_ids, options, composition=parts))

@@ -18,7 +18,8 @@ from transformers import LlamaConfig
 from lorafleet.workers.adapters.format import HostAdapter, LinearChange
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.batch import Scheduled, StepPlan, in_row_order
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.memory_plan import plan_memory
 from lorafleet.workers.model.architecture import ModelSpec, read_spec
 from lorafleet.workers.model.device import measure_memory

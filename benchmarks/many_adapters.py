@@ -25,7 +25,8 @@ from benchmarks.random_adapters import write_adapters
 from benchmarks.tiny_model import write_tiny_model
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 
 NUM_SEATS = 5
 QUEUE = 64  # requests that wait at any time: what the engine can look ahead

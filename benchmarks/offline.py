@@ -17,7 +17,8 @@ from benchmarks.random_adapters import write_adapters
 from benchmarks.workloads import WORKLOADS, BenchRequest, Workload, make_requests
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 
 
 def run(engine: Engine, workload: Workload, requests: list[BenchRequest], digests: dict[str, str]) -> dict[str, Any]:

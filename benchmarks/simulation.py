@@ -18,7 +18,8 @@ from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.batch import StepPlan
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.engine.scheduler import Scheduler
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import QueueFullError

@@ -27,7 +27,8 @@ from benchmarks.random_adapters import write_adapters
 from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, RequestEvent, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, RequestEvent
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.engine.thread import EngineThread
 
 EVERY_S = 1.0

@@ -13,7 +13,8 @@ import time
 from benchmarks.child import answer_calls
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, RequestEvent, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, RequestEvent
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.engine.thread import EngineThread
 
 NUM_OUTPUT_TOKENS = 500  # of a stream; then another one takes its place

@@ -178,8 +178,8 @@ class FakeEngine:
                 token_id = (sum(request.prompt_token_ids) + position) % 1000
                 finish = FinishReason.LENGTH if position + 1 == request.sampling.max_tokens else None
                 logprobs = None
-                if request.sampling.num_logprobs is not None:
-                    num_top = request.sampling.num_logprobs
+                if request.sampling.logprobs is not None:
+                    num_top = request.sampling.logprobs
                     logprobs = TokenLogprobs(-0.5, 1, (token_id,) * num_top, (-0.5,) * num_top)
                 num_cached = self.num_cached_tokens if position == 0 else 0
                 events.append(RequestEvent(request_id, token_id, logprobs, finish, num_cached_tokens=num_cached))

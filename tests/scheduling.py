@@ -8,7 +8,8 @@ from typing import Any
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.batch import StepPlan
 from lorafleet.workers.engine.block_pool import BlockPool
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.engine.scheduler import Scheduler
 
 EOS = 1

@@ -82,12 +82,15 @@ def test_the_controller_imports_the_light_parts_of_workers(module: str) -> None:
         "config",
         "engine.eviction",
         "engine.pace",
+        "engine.ranges",
         "engine.request",
         "engine.shares",
         "errors",
         "generation_defaults",
+        "load_report",
         "model.source",
         "params",
+        "request_wire",
         "rpc",
     ]
     own = [

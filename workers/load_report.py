@@ -9,7 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.pace import Pace
 from lorafleet.workers.engine.stats import EngineStats
+
+_PACE_FIELDS = tuple(field.name for field in dataclasses.fields(Pace))
 
 Places = Mapping[str, worker_pb2.AdapterTier]  # by digest
 
@@ -37,7 +40,7 @@ def heartbeat(
         last_step_age_ms=int(1e3 * stats.last_step_age_s),
         load=_load(stats),
         adapters=[worker_pb2.AdapterPlace(digest=digest, tier=tier) for digest, tier in changed],
-        pace=worker_pb2.Pace(**dataclasses.asdict(stats.pace)),
+        pace=pace_to_wire(stats.pace),
         num_gateways=num_gateways,
     )
 
@@ -66,6 +69,16 @@ def report(
             num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
         ),
     )
+
+
+def pace_to_wire(pace: Pace) -> worker_pb2.Pace:
+    """Its means, which both call the same."""
+    return worker_pb2.Pace(**dataclasses.asdict(pace))
+
+
+def pace_from_wire(message: worker_pb2.Pace) -> Pace:
+    """What `pace_to_wire` was given."""
+    return Pace(**{name: getattr(message, name) for name in _PACE_FIELDS})
 
 
 def _load(stats: EngineStats) -> worker_pb2.Load:

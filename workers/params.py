@@ -1,19 +1,19 @@
 """What a caller may ask of one generation: `SamplingParams`, and which adapter: `LoRARequest`.
 
-The one place where ranges are checked, for the HTTP gateway and the offline `LLM` alike. Names and meaning are vLLM's.
-No torch, no Ray, no gRPC.
+For the HTTP gateway and the offline `LLM` alike. Names and meaning are vLLM's. Leaves to others: the fields that the
+engine knows too (engine/sampling_options.py). No torch, no Ray, no gRPC.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from lorafleet.workers.engine.request import MAX_LOGPROBS, SamplingOptions
+from lorafleet.workers.engine.ranges import Range, check_integer
+from lorafleet.workers.engine.sampling_options import MAX_INT, SHARED_FIELDS, NumTokens, Sampling, SamplingOptions
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
 
-MAX_INT = 2**31 - 1
 MAX_N = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
@@ -21,7 +21,7 @@ MAX_STOP_TOKEN_IDS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Sampling):
     """How to generate. Raises `InvalidRequestError`, naming the field, for a value out of range.
 
     max_tokens: None generates up to the end of the context. temperature 0 is greedy. top_k 0 (or -1) keeps all.
@@ -30,52 +30,24 @@ class SamplingParams:
     then no EOS, stop token or stop string ends the output. stop and stop_token_ids: None is none.
     """
 
-    n: int = 1
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    n: Annotated[int, Range(1, MAX_N)] = 1
+    max_tokens: NumTokens | None = 16
+    seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = None
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    logprobs: int | None = None
     skip_special_tokens: bool = True
     stops: tuple[str, ...] = field(init=False, repr=False, default=())  # `stop` as a tuple
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())  # `stop_token_ids` as a set
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1, MAX_N)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_INT)
-        _integer("min_tokens", self.min_tokens, 0, MAX_INT)
+        Sampling.__post_init__(self)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", param="min_tokens"
             )
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _integer("top_k", self.top_k, -1, MAX_INT)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**64 - 1)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         object.__setattr__(self, "stops", _stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", _stop_token_ids(self.stop_token_ids))
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-            value = getattr(self, name)
-            if type(value) is not bool:
-                raise InvalidRequestError(f"{name} is {quoted(value)}; it must be true or false.", param=name)
 
     def options(
         self,
@@ -118,20 +90,11 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}; only {max_tokens} tokens fit behind the prompt.", param="min_tokens"
             )
         return SamplingOptions(
+            **{name: getattr(self, name) for name in SHARED_FIELDS},
             max_tokens=max_tokens,
-            temperature=float(self.temperature),
-            top_p=float(self.top_p),
-            top_k=max(self.top_k, 0),
-            min_p=float(self.min_p),
-            repetition_penalty=float(self.repetition_penalty),
-            presence_penalty=float(self.presence_penalty),
-            frequency_penalty=float(self.frequency_penalty),
             seed=(seed if self.seed is None else self.seed) & (2**64 - 1),
             choice=choice,
-            num_logprobs=self.logprobs,
             stop_token_ids=self.stop_ids if self.ignore_eos else self.stop_ids | eos_token_ids,
-            ignore_eos=self.ignore_eos,
-            min_tokens=self.min_tokens,
         )
 
 
@@ -155,25 +118,9 @@ class LoRARequest:
                 raise InvalidRequestError(f"{name} is {quoted(value)}; it must be a string.", param=name)
         if not self.lora_name:
             raise InvalidRequestError("lora_name is empty; give the adapter a name.", param="lora_name")
-        _integer("lora_int_id", self.lora_int_id, 1, 2**63 - 1)
+        check_integer("lora_int_id", self.lora_int_id, 1, 2**63 - 1)
         if not self.lora_path:
             raise InvalidRequestError("lora_path is empty; give a directory or a hub id.", param="lora_path")
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int:
-        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be an integer.", param=name)
-    if not low <= value <= high:
-        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be between {low} and {high}.", param=name)
-
-
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if type(value) not in (int, float):
-        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be a number.", param=name)
-    assert isinstance(value, int | float)
-    if not low <= value <= high or (open_low and value == low):  # false for NaN too
-        bound = f"greater than {low:g} and at most {high:g}" if open_low else f"between {low:g} and {high:g}"
-        raise InvalidRequestError(f"{name} is {quoted(value)}; it must be {bound}.", param=name)
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
@@ -195,7 +142,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 def _stop_token_ids(token_ids: object) -> frozenset[int]:
     checked = _some("stop_token_ids", token_ids, MAX_STOP_TOKEN_IDS)
     for token_id in checked:
-        _integer("stop_token_ids", token_id, 0, MAX_INT)
+        check_integer("stop_token_ids", token_id, 0, MAX_INT)
     return frozenset(checked)
 
 

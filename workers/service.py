@@ -21,7 +21,7 @@ from lorafleet.proto import worker_pb2, worker_pb2_grpc
 from lorafleet.workers.adapter_registry import AdapterRegistry
 from lorafleet.workers.adapter_use import AdapterUse
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, RequestEvent, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, RequestEvent
 from lorafleet.workers.engine.thread import EngineThread
 from lorafleet.workers.errors import (
     DrainingError,
@@ -29,9 +29,9 @@ from lorafleet.workers.errors import (
     InvalidRequestError,
     LoRAFleetError,
     UnknownModelError,
-    status_of,
 )
 from lorafleet.workers.load_report import Places, heartbeat, places_of, report
+from lorafleet.workers.request_wire import FINISH_TO_WIRE, error_to_wire, from_wire
 from lorafleet.workers.rpc import failure_of
 from lorafleet.workers.text.files import chunks
 
@@ -41,12 +41,6 @@ HEARTBEAT_S = 0.5
 HELLO_TIMEOUT_S = 5.0
 # Steps that a session may leave unread: some ten seconds of a fast model.
 MAX_UNREAD = 1024
-
-_FINISH = {
-    None: worker_pb2.FINISH_NONE,
-    FinishReason.STOP: worker_pb2.FINISH_STOP,
-    FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
-}
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -236,30 +230,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if stream <= session.last_stream:
                 raise InvalidRequestError(f"Stream {stream} was used before; a session's streams only grow.")
             session.last_stream = stream
-            self._engine.submit(
-                GenerateRequest(
-                    engine_id,
-                    tuple(generate.prompt_token_ids),
-                    _sampling(generate.sampling),
-                    generate.adapter_digest or None,
-                    tenant=generate.tenant,
-                    tenant_weight=generate.tenant_weight if generate.HasField("tenant_weight") else 1.0,
-                    adapter_weight=generate.adapter_weight if generate.HasField("adapter_weight") else 1.0,
-                    priority=generate.priority,
-                    cache_salt=generate.cache_salt,
-                    composition=tuple((part.digest, part.weight) for part in generate.composition),
-                    output_token_ids=tuple(generate.output_token_ids),
-                ),
-                waits_for_files=False,
-            )
+            request = from_wire(generate, request_id=engine_id)
+            self._engine.submit(request, waits_for_files=False)
         except LoRAFleetError as error:
             logger.info("request %s refused: %s", generate.request_id, error.message)
-            session.put(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(ended=[_ended(stream, error)])))
+            session.put(
+                worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(ended=[error_to_wire(error, stream=stream)]))
+            )
             return
         session.streams[stream] = engine_id
         self._owners[engine_id] = (session, stream)
-        digests = [part.digest for part in generate.composition] or [generate.adapter_digest]
-        self._use.begin(engine_id, [digest for digest in digests if digest])
+        self._use.begin(engine_id, request.digests)
 
     async def _heartbeats(self, session: _Session) -> None:
         told: Places = {}
@@ -310,11 +291,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     output.cached.add(stream=stream, num_tokens=event.num_cached_tokens)
                 output.stream.append(stream)
                 output.token_id.append(event.token_id)
-                output.finish.append(_FINISH[event.finish])
+                output.finish.append(FINISH_TO_WIRE[event.finish])
             elif event.finish is FinishReason.CANCELLED:
                 output.ended.add(stream=stream, cancelled=True)
             else:
-                output.ended.append(_ended(stream, event.error or InternalError("The request failed.")))
+                output.ended.append(error_to_wire(event.error or InternalError("The request failed."), stream=stream))
             if event.finish is not None:
                 del self._owners[event.request_id]
                 del session.streams[stream]
@@ -330,7 +311,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._draining = True
         failure = InternalError("The engine crashed; the worker's log says why.")
         for session in self._sessions:
-            ended = [_ended(stream, failure) for stream in session.streams]
+            ended = [error_to_wire(failure, stream=stream) for stream in session.streams]
             session.streams.clear()
             session.put(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(ended=ended)))
         self._owners.clear()
@@ -359,31 +340,3 @@ class _Session:
     async def send_to(self, context: grpc.aio.ServicerContext) -> None:
         while True:
             await context.write(await self._unread.get())
-
-
-def _sampling(sampling: worker_pb2.Sampling) -> SamplingOptions:
-    return SamplingOptions(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed,
-        choice=sampling.choice,
-        num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
-        stop_token_ids=frozenset(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        min_tokens=sampling.min_tokens,
-    )
-
-
-def _ended(stream: int, error: LoRAFleetError) -> worker_pb2.Ended:
-    return worker_pb2.Ended(
-        stream=stream,
-        error_code=status_of(error).code,
-        error_message=error.message,
-        error_reason=getattr(error, "reason", ""),
-    )

@@ -1,95 +1,55 @@
 """POST /v1/chat/completions.
 
 Owns: messages, the shape of answers and chunks. Leaves to others: templates (workers/text/chat_template.py) and
-everything that completions share (generation.py, sse.py, sampling.py).
+everything that completions share (door.py, sampling.py, answer.py).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aiohttp import web
 
-from lorafleet.controller.gateway.answer import answer, usage_of
-from lorafleet.controller.gateway.auth import TENANT
+from lorafleet.controller.gateway.answer import answer
 from lorafleet.controller.gateway.composition import resolve_model
-from lorafleet.controller.gateway.errors import REQUEST_ID
+from lorafleet.controller.gateway.door import Call, takes
 from lorafleet.controller.gateway.generation import ChoiceDelta
 from lorafleet.controller.gateway.logprobs import chat_logprobs
 from lorafleet.controller.gateway.sampling import sampling_params
-from lorafleet.controller.gateway.schema import ChatRequest, cache_salt_of, check_stream_options, decode
-from lorafleet.controller.gateway.sse import ChunkTemplate, stream_answer
-from lorafleet.controller.gateway.state import STATE
-from lorafleet.workers.engine.request import MAX_LOGPROBS, MAX_NAME_CHARS
+from lorafleet.controller.gateway.schema import ChatRequest, check_stream_options
+from lorafleet.controller.gateway.sse import ChunkTemplate
+from lorafleet.workers.engine.ranges import allowed_of
 from lorafleet.workers.errors import InvalidRequestError, quoted
-from lorafleet.workers.params import MAX_INT
+from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.tokenizer import Tokenizer
 
+_ALLOWED = allowed_of(SamplingParams)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-async def create_chat_completion(request: web.Request) -> web.StreamResponse:
-    """One request: messages, `n` choices, streamed or not."""
-    state = request.app[STATE]
-    with state.intake.enter(request) as place:
-        body = await place.read_body()
-        tenant = request[TENANT]
-        fields = await state.parse(tenant, len(body), lambda: _read(body))
-        has_usage = check_stream_options(fields)
-        table = state.table
-        model = resolve_model(table, fields)
-        text = await state.text_of(model)
-        num_logprobs = _num_logprobs(fields)
-        params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
-        place.take_choices(params.n, param="n")
-        prompt = await state.in_thread(
-            tenant,
-            len(body),
-            lambda: text.encode_chat(
-                fields.messages,
-                add_generation_prompt=fields.add_generation_prompt is not False,
-                add_special_tokens=fields.add_special_tokens is True,
-                max_tokens=table.max_model_len,
-            ),
-        )
-        head = {
-            "id": f"chatcmpl-{request[REQUEST_ID]}",
-            "object": "chat.completion.chunk" if fields.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": fields.model[:MAX_NAME_CHARS],
-        }
-        async with state.generate(
-            request_id=request[REQUEST_ID],
-            tenant=tenant,
-            priority=fields.priority,
-            cache_salt=cache_salt_of(fields),
-            table=table,
-            text=text,
-            model=model,
-            prompts=[prompt],
-            params=params,
-            prompt_field="messages",
-        ) as generation:
-            if fields.stream:
-                frames = ChatFrames(head, generation.num_choices, text.tokenizer, num_logprobs, has_usage=has_usage)
-                return await stream_answer(request, generation, frames, has_usage=has_usage)
-            deltas = await generation.gather()
-        return await answer(
-            request,
-            head,
-            deltas,
-            lambda delta: _choice(delta, text.tokenizer, num_logprobs),
-            usage=usage_of(generation),
-            num_logprobs=num_logprobs,
-        )
-
-
-def _read(body: bytes) -> ChatRequest:
-    fields = decode(body, ChatRequest)
+def _check(fields: ChatRequest) -> None:
     check_messages(fields.messages)
-    return fields
+    check_stream_options(fields)
+
+
+@takes(ChatRequest, _check)
+async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
+    """One request: messages, `n` choices, streamed or not."""
+    fields = call.fields
+    model = await call.state.served(lambda table: resolve_model(table, fields))
+    text, num_logprobs = model.text, _num_logprobs(fields)
+    params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
+    call.place.take_choices(params.n, param="n")
+    prompt = await call.in_thread(
+        lambda: text.encode_chat(
+            fields.messages,
+            add_generation_prompt=fields.add_generation_prompt is not False,
+            add_special_tokens=fields.add_special_tokens is True,
+            max_tokens=model.max_model_len,
+        )
+    )
+    return await answer(call, model, [prompt], params, ChatShape(text.tokenizer, num_logprobs))
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
@@ -115,21 +75,14 @@ def _max_tokens(fields: ChatRequest) -> int | None:
             f"max_completion_tokens is {quoted(new)} and max_tokens is {quoted(old)}. Give one of them.",
             param="max_tokens",
         )
-    if new is not None and not 1 <= new <= MAX_INT:
-        raise InvalidRequestError(
-            f"max_completion_tokens is {quoted(new)}; it must be between 1 and {MAX_INT}.",
-            param="max_completion_tokens",
-        )
+    _ALLOWED["max_tokens"].check("max_completion_tokens", new)
     return old if new is None else new
 
 
 def _num_logprobs(fields: ChatRequest) -> int | None:
     """Candidates at each position; None without `logprobs`."""
     num_top = fields.top_logprobs or 0
-    if not 0 <= num_top <= MAX_LOGPROBS:
-        raise InvalidRequestError(
-            f"top_logprobs is {quoted(num_top)}; it must be between 0 and {MAX_LOGPROBS}.", param="top_logprobs"
-        )
+    _ALLOWED["logprobs"].check("top_logprobs", num_top)
     if not fields.logprobs:
         if num_top:
             raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
@@ -144,14 +97,29 @@ def _logprobs(delta: ChoiceDelta, tokenizer: Tokenizer, num_logprobs: int | None
     return {"content": content, "refusal": None}
 
 
-def _choice(delta: ChoiceDelta, tokenizer: Tokenizer, num_logprobs: int | None) -> dict[str, Any]:
-    return {
-        "index": delta.index,
-        "message": {"role": "assistant", "content": delta.text, "refusal": None},
-        "logprobs": _logprobs(delta, tokenizer, num_logprobs),
-        "finish_reason": delta.finish_reason,
-        "stop_reason": delta.stop_reason,
-    }
+class ChatShape:
+    """What one chat answer looks like."""
+
+    id_prefix, prompt_field = "chatcmpl", "messages"
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._num_logprobs = num_logprobs
+
+    def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """One of the messages."""
+        return {
+            "index": delta.index,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": _logprobs(delta, self._tokenizer, self._num_logprobs),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+
+    def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> ChatFrames:
+        """The chunks."""
+        return ChatFrames(head, num_choices, self._tokenizer, self._num_logprobs, has_usage=has_usage)
 
 
 class ChatFrames:

@@ -12,7 +12,7 @@ from typing import Final
 
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
 from lorafleet.controller.gateway.schema import GenerateFields
-from lorafleet.workers.engine.request import MAX_COMPOSED, MAX_COMPOSED_WEIGHT, MAX_NAME_CHARS
+from lorafleet.workers.engine.request import MAX_COMPOSED, MAX_NAME_CHARS, check_composed_weight
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, UnknownModelError, quoted
 
 MAX_MODEL_CHARS: Final = MAX_COMPOSED * (MAX_NAME_CHARS + 32)
@@ -92,12 +92,7 @@ def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str
             )
             raise InvalidRequestError(f"{field} names {quoted(name)} twice{same}. Name it once.", param=field)
         names[entry.digest] = name
-        if not abs(weight) <= MAX_COMPOSED_WEIGHT:
-            raise InvalidRequestError(
-                f"The weight of {quoted(name)} is {weight:g}; it must be between {-MAX_COMPOSED_WEIGHT:g} and "
-                f"{MAX_COMPOSED_WEIGHT:g}.",
-                param=field,
-            )
+        check_composed_weight(weight, f"The weight of {quoted(name)}", field)
         composition.append((entry, weight))
     if len(composition) == 1 and composition[0][1] == 1.0:
         return composition[0][0]
@@ -117,7 +112,7 @@ def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str
             reason="different_texts",
             param=field,
         )
-    base = table.models[table.base_name]
+    base = table.base
     return ModelEntry(
         name=base.name,
         digest="",

@@ -8,9 +8,8 @@ from __future__ import annotations
 from lorafleet.controller.gateway.inbox import ChoiceQueue
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
-from lorafleet.workers.errors import DrainingError, LoRAFleetError, WorkerLostError, error_from_code
-
-_FINISH = {worker_pb2.FINISH_STOP: FinishReason.STOP, worker_pb2.FINISH_LENGTH: FinishReason.LENGTH}
+from lorafleet.workers.errors import DrainingError
+from lorafleet.workers.request_wire import FINISH_FROM_WIRE, error_from_wire
 
 
 class SessionLost(Exception):
@@ -39,22 +38,16 @@ def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> No
             del streams[stream]
         queue.put(
             token_id,
-            _FINISH.get(finish, FinishReason.LENGTH) if finish else None,
+            FINISH_FROM_WIRE.get(finish, FinishReason.LENGTH) if finish else None,
             logprobs.get(row) if logprobs else None,
         )
     for ended in step.ended:
         queue = streams.pop(ended.stream, None)
         if queue is not None:
-            error = _error_of(ended)
+            error = error_from_wire(ended)
             # A worker that drains refuses what was sent before its gateways knew; another one takes that.
             (queue.lose if isinstance(error, DrainingError) else queue.inbox.fail)(error)
 
 
 def _token_logprobs(entry: worker_pb2.Logprobs) -> TokenLogprobs:
     return TokenLogprobs(entry.logprob, entry.rank, tuple(entry.top_ids), tuple(entry.top_logprobs))
-
-
-def _error_of(ended: worker_pb2.Ended) -> LoRAFleetError:
-    if ended.error_code:
-        return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
-    return WorkerLostError("The worker gave the request up. Send it again.")

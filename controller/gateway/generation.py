@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
 from lorafleet.controller.gateway.inbox import ChoiceQueue, Inbox
 from lorafleet.controller.gateway.metrics import ModelMetrics
-from lorafleet.controller.gateway.placing import Placing, Prompt, Ticket
-from lorafleet.controller.gateway.routing_table import ModelEntry
-from lorafleet.controller.gateway.session import WorkerSession
-from lorafleet.controller.gateway.tenants import Tenant
-from lorafleet.controller.gateway.waiting_line import WaitingLine
-from lorafleet.proto import worker_pb2
-from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
+from lorafleet.controller.gateway.placing import Placing, Ticket, Workers
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest, TokenLogprobs
 from lorafleet.workers.errors import LoRAFleetError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.output import OutputText
@@ -52,31 +47,23 @@ class _Choice:
 
 
 class Generation:
-    """One request's choices. Add them, `start`, then call `next` until it returns nothing. One task uses it."""
+    """One request's choices. `start` it, then call `next` until it returns nothing. One task uses it."""
 
     def __init__(
         self,
-        *,
-        request_id: str,
-        tenant: Tenant,
-        priority: int,
-        cache_salt: str,
-        tokenizer: Tokenizer,
+        requests: Sequence[GenerateRequest],
         params: SamplingParams,
+        *,
+        tokenizer: Tokenizer,
+        workers: Workers,
         max_queued_tokens: int,
         worker_wait_s: float,
-        line: WaitingLine,
-        num_seats: Callable[[], int],
         metrics: ModelMetrics,
     ) -> None:
-        """worker_wait_s: how long a choice may wait for a worker that takes it, or goes on with it. num_seats: of all
-        workers that take requests."""
-        self.num_prompt_tokens = 0
+        """requests: one for each prompt, of which there are `params.n` choices. worker_wait_s: how long a choice may
+        wait for a worker that takes it, or goes on with it."""
+        self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
         self.num_output_tokens = 0
-        self._request_id = request_id
-        self._tenant = tenant
-        self._priority = priority
-        self._cache_salt = cache_salt
         self._tokenizer = tokenizer
         self._params = params
         self._metrics = metrics
@@ -84,16 +71,17 @@ class Generation:
         self._has_token = False
         self._inbox = Inbox(max_queued_tokens, self._cancel_all, self._lost)
         self._placing = Placing(
-            request_id=request_id,
-            line=line,
-            num_seats=num_seats,
+            request_id=requests[0].request_id,
+            workers=workers,
             worker_wait_s=worker_wait_s,
             fail=self._inbox.fail,
             on_resumed=metrics.resumed,
         )
         self._choices: list[_Choice] = []
         self._queues_by_prompt: list[list[ChoiceQueue]] = []
-        self._num_open = 0
+        for request in requests:
+            self._add(request)
+        self._num_open = len(self._choices)
 
     @property
     def num_choices(self) -> int:
@@ -122,43 +110,6 @@ class Generation:
     def fail(self, error: LoRAFleetError) -> None:
         """End the request from outside: `next` raises `error` after what has already arrived."""
         self._inbox.fail(error)
-
-    def add_prompt(
-        self,
-        choose: Callable[[], WorkerSession],
-        model: ModelEntry,
-        prompt_token_ids: Sequence[int],
-        sampling: worker_pb2.Sampling,
-        num_choices: int,
-    ) -> None:
-        """Add so many choices, which differ in their number alone.
-
-        choose: gives a worker's session, or raises WorkerUnavailableError, or why none will ever take it.
-        """
-        message = worker_pb2.Generate(
-            request_id=self._request_id,
-            adapter_digest=model.digest,
-            sampling=sampling,
-            tenant=self._tenant.name,
-            tenant_weight=self._tenant.weight,
-            adapter_weight=model.weight,
-            priority=self._priority,
-            cache_salt=self._cache_salt,
-            composition=[
-                worker_pb2.ComposedAdapter(digest=entry.digest, weight=weight) for entry, weight in model.composition
-            ],
-        )
-        prompt = Prompt(choose, prompt_token_ids, message)
-        self.num_prompt_tokens += len(prompt_token_ids)
-        queues = []
-        for number in range(num_choices):
-            queue = self._inbox.open_queue(len(self._choices))
-            ticket = Ticket(queue, prompt, number)
-            self._placing.add(ticket)
-            self._choices.append(_Choice(ticket))
-            queues.append(queue)
-        self._num_open += num_choices
-        self._queues_by_prompt.append(queues)
 
     def start(self) -> None:
         """Give the choices to workers, as these can take them. Raises what none will ever take one for."""
@@ -201,6 +152,16 @@ class Generation:
             for index in range(len(self._choices))
         ]
 
+    def _add(self, request: GenerateRequest) -> None:
+        queues = []
+        for number in range(self._params.n):
+            queue = self._inbox.open_queue(len(self._choices))
+            ticket = Ticket(queue, request, number)
+            self._placing.add(ticket)
+            self._choices.append(_Choice(ticket))
+            queues.append(queue)
+        self._queues_by_prompt.append(queues)
+
     def _advance(self, choice: _Choice) -> ChoiceDelta:
         ticket = choice.ticket
         token_ids, logprobs, finish = ticket.queue.take()
@@ -214,7 +175,7 @@ class Generation:
         choice.last_at = at
         params = self._params
         if choice.text is None:
-            choice.text = self._new_text(ticket.prompt.token_ids)
+            choice.text = self._new_text(ticket.request.prompt_token_ids)
         by_token = finish is FinishReason.STOP
         delta = choice.text.push(
             token_ids, finish is not None, hide_last=by_token and not params.include_stop_str_in_output

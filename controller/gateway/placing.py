@@ -14,14 +14,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from lorafleet.controller.gateway.inbox import ChoiceQueue
 from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.controller.gateway.waiting_line import WaitingLine
-from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.request import GenerateRequest
 from lorafleet.workers.errors import (
     AdapterUnavailableError,
     InternalError,
@@ -39,13 +39,17 @@ _BATCH_TOKENS: Final = 16_384  # of their prompts
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
-    """What some choices have in common."""
+class Workers(Protocol):
+    """Where choices go."""
 
-    choose: Callable[[], WorkerSession]  # raises WorkerUnavailableError, or why none will ever take it
-    token_ids: Sequence[int]
-    message: worker_pb2.Generate  # to a worker, without token ids and the choice's number
+    line: WaitingLine  # of those that no worker could take
+
+    @property
+    def num_seats(self) -> int:
+        """Of all workers that take requests."""
+
+    def choose(self, request: GenerateRequest) -> WorkerSession:
+        """The session for a request. Raises WorkerUnavailableError, or why none will ever take it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +57,7 @@ class Ticket:
     """One choice, as far as workers are concerned."""
 
     queue: ChoiceQueue
-    prompt: Prompt
+    request: GenerateRequest  # the prompt's, of all its choices
     number: int  # of the choice among the prompt's
     session: WorkerSession | None = None  # which has it
     stream: int = 0  # there
@@ -70,18 +74,16 @@ class Placing:
         self,
         *,
         request_id: str,
-        line: WaitingLine,
-        num_seats: Callable[[], int],
+        workers: Workers,
         worker_wait_s: float,
         fail: Callable[[LoRAFleetError], None],
         on_resumed: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """num_seats: of all workers that take requests. worker_wait_s: how long a choice may wait for one. fail: ends
-        the request. on_resumed: called when a worker goes on with a choice of one that was lost."""
+        """worker_wait_s: how long a choice may wait for a worker. fail: ends the request. on_resumed: called when a
+        worker goes on with a choice of one that was lost."""
         self._request_id = request_id
-        self._line = line
-        self._num_seats = num_seats
+        self._workers = workers
         self._worker_wait_s = worker_wait_s
         self._fail = fail
         self._on_resumed = on_resumed
@@ -98,7 +100,7 @@ class Placing:
 
     def start(self) -> None:
         """Submit the first choices; the others follow by themselves. Raises what none will ever take a choice for."""
-        self._window = max(_MIN_WINDOW, _SEATS_AHEAD * self._num_seats())
+        self._window = max(_MIN_WINDOW, _SEATS_AHEAD * self._workers.num_seats)
         with contextlib.suppress(WorkerUnavailableError):  # then it waits
             self._submit_some()
         self._go_on()
@@ -167,35 +169,31 @@ class Placing:
         try:
             if ticket.give_up_at <= now:
                 raise TimeoutError
-            await self._line.wait(ticket.give_up_at - now)
+            await self._workers.line.wait(ticket.give_up_at - now)
         except TimeoutError:
             raise (ticket.error or unavailable) from None
 
     def _submit_some(self) -> WorkerSession | None:
         """Submit what may be now without a pause; a session that has got something, if there is more left."""
         session: WorkerSession | None = None
-        prompt: Prompt | None = None
+        request: GenerateRequest | None = None
         num_tokens = 0
         for _ in range(min(_BATCH_CHOICES, len(self._left), max(0, self._window - self._num_placed))):
             ticket = self._left[0]
             if not ticket.is_over:
-                if session is None or ticket.prompt is not prompt:
-                    prompt = ticket.prompt
-                    session = prompt.choose()
+                if session is None or ticket.request is not request:
+                    request = ticket.request
+                    session = self._workers.choose(request)
                 self._submit(ticket, session)
-                num_tokens += len(ticket.prompt.token_ids) + len(ticket.queue.received)
+                num_tokens += len(ticket.request.prompt_token_ids) + len(ticket.queue.received)
             self._left.popleft()
             if num_tokens >= _BATCH_TOKENS:
                 break
         return session
 
     def _submit(self, ticket: Ticket, session: WorkerSession) -> None:
-        message = worker_pb2.Generate()
-        message.CopyFrom(ticket.prompt.message)
-        message.prompt_token_ids.extend(ticket.prompt.token_ids)
-        message.sampling.choice = ticket.number
-        message.output_token_ids.extend(ticket.queue.received)
-        ticket.stream = session.submit(ticket.queue, message)
+        request = ticket.request.of_choice(ticket.number, ticket.queue.received)
+        ticket.stream = session.submit(ticket.queue, request)
         ticket.session = session
         self._num_placed += 1
         if ticket.num_lost:

@@ -19,6 +19,7 @@ from lorafleet.controller.gateway.routing_table import Endpoint
 from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.controller.gateway.waiting_line import WaitingLine
 from lorafleet.controller.gateway.worker_view import WorkerView
+from lorafleet.workers.engine.request import GenerateRequest
 from lorafleet.workers.errors import (
     AdapterUnavailableError,
     InvalidRequestError,
@@ -85,13 +86,13 @@ class WorkerPool:
         """Of all workers that take requests."""
         return sum(view.max_num_seqs for view in self.views() if view.ready)
 
-    def choose(self, adapters: Sequence[str], prompt: Sequence[int], owner: str) -> WorkerSession:
+    def choose(self, request: GenerateRequest) -> WorkerSession:
         """The session for a request, which is then to be submitted there.
 
-        adapters: digests; none for the base model. owner: see `prefix_names`. Raises WorkerUnavailableError when no
-        worker can take it now, AdapterUnavailableError when all have tried in vain to load an adapter again,
-        InvalidRequestError when none could even if all were ready.
+        Raises WorkerUnavailableError when no worker can take it now, AdapterUnavailableError when all have tried in
+        vain to load an adapter again, InvalidRequestError when none could even if all were ready.
         """
+        adapters, prompt = request.digests, request.prompt_token_ids
         sessions = _with_adapters([session for session in self._sessions.values() if not session.retired], adapters)
         views = [session.view() for session in sessions]
         if adapters and time.monotonic() - self._applied_at > _SURE_S:
@@ -101,10 +102,11 @@ class WorkerPool:
                 sessions, views = [sessions[number] for number in having], [views[number] for number in having]
         if not any(view.ready and view.max_loras >= len(adapters) for view in views):
             raise self._refusal(views, len(adapters))
-        names = prefix_names(owner, prompt)
+        owner = (request.tenant, request.cache_salt or "", request.model_key or "")
+        names = prefix_names("\0".join(owner), prompt)
         cached = {session.endpoint.worker_id: session.num_cached_tokens(names) for session in sessions}
-        num_recent = self._demand.book(tuple(adapters)) * max(session.num_gateways for session in sessions)
-        wanted = Wanted(tuple(adapters), len(prompt), num_recent, cached)
+        num_recent = self._demand.book(adapters) * max(session.num_gateways for session in sessions)
+        wanted = Wanted(adapters, len(prompt), num_recent, cached)
         chosen = choose_worker(views, wanted, lot=self._gateway_id)
         assert chosen is not None
         session = sessions[views.index(chosen)]

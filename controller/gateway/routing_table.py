@@ -129,6 +129,11 @@ class RoutingTable:
         """The base model's canonical name."""
         return next(iter(self.models), "")
 
+    @property
+    def base(self) -> ModelEntry:
+        """The base model."""
+        return self.models[self.base_name]
+
     def unavailable(self, digest: str) -> str | None:
         """Why no worker has an adapter, a code; None where one has it or is loading it, or none is there."""
         reasons = [worker.lacking.get(digest) for worker in self.workers]

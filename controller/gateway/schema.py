@@ -1,7 +1,7 @@
 """What requests may say: one struct for each endpoint, and what is accepted or refused by name beyond them.
 
-Owns: fields and types; JSON is read here and nowhere else. Leaves to others: ranges (workers/params.py), what fields
-mean together (sampling.py, completions.py, chat.py).
+Owns: fields and types; JSON is read here and nowhere else. Leaves to others: ranges (workers/params.py,
+workers/engine/request.py), what fields mean together (sampling.py, completions.py, chat.py).
 
 A field that is not here would change the answer if it were honoured, so it is refused by name, unless its value asks
 for nothing (null, or the default). msgspec decodes strictly: true is no number, 1.0 is no integer, and JSON has no NaN.
@@ -17,7 +17,6 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from lorafleet.workers.engine.request import MAX_SALT_CHARS
 from lorafleet.workers.errors import InvalidRequestError, cut, quoted
 from lorafleet.workers.text.json_shape import check_shape
 
@@ -262,26 +261,18 @@ def _explain(problem: str, root: str | None) -> InvalidRequestError:
     return InvalidRequestError(f"The body does not fit: {detail[0].lower()}{detail[1:]}.")
 
 
-def check_stream_options(fields: GenerateFields) -> bool:
-    """Whether a chunk with the usage is asked for. Raises InvalidRequestError for options that do not fit."""
+def check_stream_options(fields: GenerateFields) -> None:
+    """Raises InvalidRequestError for options that do not fit."""
     options = fields.stream_options
     if options is None:
-        return False
+        return
     if not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
     for name in ("include_obfuscation", "continuous_usage_stats"):
         if getattr(options, name):
             raise InvalidRequestError(f"stream_options.{name} is not supported. Leave it out.", param="stream_options")
-    return bool(options.include_usage)
 
 
-def cache_salt_of(fields: GenerateFields) -> str:
-    """Empty if none is given. Raises InvalidRequestError for one that is too long, or given and empty (vLLM's rule)."""
-    salt = fields.cache_salt
-    if salt is None:
-        return ""
-    if not 0 < len(salt) <= MAX_SALT_CHARS:
-        raise InvalidRequestError(
-            f"cache_salt has {len(salt)} characters; give 1 to {MAX_SALT_CHARS}, or leave it out.", param="cache_salt"
-        )
-    return salt
+def wants_usage(fields: GenerateFields) -> bool:
+    """Whether a stream is to end with a chunk that has the usage."""
+    return fields.stream_options is not None and bool(fields.stream_options.include_usage)

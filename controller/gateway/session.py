@@ -29,7 +29,10 @@ from lorafleet.controller.gateway.wire import Backoff, describe, open_channel, w
 from lorafleet.controller.gateway.worker_view import Tier, WorkerView
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.pace import Pace
+from lorafleet.workers.engine.request import GenerateRequest
 from lorafleet.workers.errors import WorkerLostError, WorkerUnavailableError
+from lorafleet.workers.load_report import pace_from_wire
+from lorafleet.workers.request_wire import to_wire
 from lorafleet.workers.rpc import bearer
 
 MAX_UNSENT = 4096  # requests that wait for the stream to take them
@@ -100,40 +103,40 @@ class WorkerSession:
         endpoint, heartbeat = self.endpoint, self._heartbeat
         if heartbeat is None:
             return WorkerView(
-                endpoint.worker_id,
-                False,
-                True,
-                endpoint.max_num_seqs,
-                endpoint.max_loras,
-                endpoint.generation,
-                endpoint.num_ranks,
+                worker_id=endpoint.worker_id,
+                ready=False,
+                suspect=True,
+                max_num_seqs=endpoint.max_num_seqs,
+                max_loras=endpoint.max_loras,
+                generation=endpoint.generation,
+                num_ranks=endpoint.num_ranks,
             )
         load = heartbeat.load
         silent = self._clock() - self._heard_at > self._times.suspect_s
         slow = heartbeat.last_step_age_ms > self._times.slow_step_s * 1000
         ready = self._live and heartbeat.state == worker_pb2.WORKER_READY and not endpoint.draining and not self.retired
         return WorkerView(
-            endpoint.worker_id,
-            ready,
-            silent or slow,
-            endpoint.max_num_seqs,
-            endpoint.max_loras,
-            endpoint.generation,
-            endpoint.num_ranks,
-            load.num_running,
-            load.num_waiting,
-            load.num_uncomputed_tokens,
-            load.num_pages,
-            load.num_free_pages,
-            load.page_size,
-            self._pace,
-            self._residents.tiers,
-            self._residents.num_on_device,
-            load.host_cache_usage,
-            self._residents.expected,
+            worker_id=endpoint.worker_id,
+            ready=ready,
+            suspect=silent or slow,
+            max_num_seqs=endpoint.max_num_seqs,
+            max_loras=endpoint.max_loras,
+            generation=endpoint.generation,
+            num_ranks=endpoint.num_ranks,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_prompt_tokens=load.num_uncomputed_tokens,
+            num_pages=load.num_pages,
+            num_free_pages=load.num_free_pages,
+            page_size=load.page_size,
+            pace=self._pace,
+            tiers=self._residents.tiers,
+            num_device_adapters=self._residents.num_on_device,
+            host_usage=load.host_cache_usage,
+            expected=self._residents.expected,
             # Other gateways have sent about as much meanwhile, which only the worker's next heartbeat tells.
-            self._num_unreported * self.num_gateways,
-            self._num_unreported_tokens * self.num_gateways,
+            num_unreported=self._num_unreported * self.num_gateways,
+            num_unreported_tokens=self._num_unreported_tokens * self.num_gateways,
         )
 
     def num_cached_tokens(self, prefix_names: Sequence[bytes]) -> int:
@@ -148,8 +151,8 @@ class WorkerSession:
             load = self._heartbeat.load
             self._prefixes.note(prefix_names, load.num_pages * load.page_size)
 
-    def submit(self, queue: ChoiceQueue, generate: worker_pb2.Generate) -> int:
-        """Send a request whose tokens go to `queue`; fills in and returns its stream number, for `cancel`.
+    def submit(self, queue: ChoiceQueue, request: GenerateRequest) -> int:
+        """Send a request whose tokens go to `queue`; returns its stream number, for `cancel`.
 
         Raises WorkerUnavailableError when the session is not there or does not take any more.
         """
@@ -157,10 +160,9 @@ class WorkerSession:
             self._was_full = self._live
             raise WorkerUnavailableError(f"Worker {self.endpoint.worker_id} does not take requests now. Try again.")
         self._last_stream += 1  # 2^32 of them take weeks at any rate that one worker holds
-        generate.stream = self._last_stream
         self._streams[self._last_stream] = queue
         self._num_unreported += 1
-        self._send(worker_pb2.GatewayMessage(generate=generate))
+        self._send(worker_pb2.GatewayMessage(generate=to_wire(request, stream=self._last_stream)))
         return self._last_stream
 
     async def drained(self) -> None:
@@ -298,11 +300,5 @@ class WorkerSession:
                 if before is None or before.state != beat.state:
                     self._on_open()
                 self._residents.update((place.digest, Tier(place.tier)) for place in beat.adapters)
-                self._pace = Pace(
-                    beat.pace.step_s,
-                    beat.pace.prompt_token_s,
-                    beat.pace.seat_s,
-                    beat.pace.host_load_s,
-                    beat.pace.disk_load_s,
-                )
+                self._pace = pace_from_wire(beat.pace)
                 self._num_unreported = self._num_unreported_tokens = 0

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from lorafleet.controller.gateway.answer import usage_of
 from lorafleet.controller.gateway.errors import REQUEST_ID, error_json, named_error
 from lorafleet.controller.gateway.generation import ChoiceDelta, Generation
+from lorafleet.controller.gateway.usage import usage_of
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",

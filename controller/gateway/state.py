@@ -6,7 +6,6 @@ Owns: starting and closing the parts in order, what "ready" means, draining. Lea
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import random
 import uuid
@@ -24,13 +23,13 @@ from lorafleet.controller.gateway.intake import Intake
 from lorafleet.controller.gateway.metrics import Metrics
 from lorafleet.controller.gateway.metrics_page import MetricsPage, Snapshot
 from lorafleet.controller.gateway.pool import WorkerPool
-from lorafleet.controller.gateway.prompts import empty_prompt
 from lorafleet.controller.gateway.routes import RoutesClient
 from lorafleet.controller.gateway.routing_table import ModelEntry, RoutingTable
-from lorafleet.controller.gateway.sampling import wire_sampling
+from lorafleet.controller.gateway.served_model import ServedModel
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.controller.gateway.text_threads import TextThreads
 from lorafleet.controller.gateway.vllm_metrics import VllmCollector
+from lorafleet.workers.engine.request import GenerateRequest
 from lorafleet.workers.errors import DeadlineError, DrainingError, WorkerUnavailableError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.model_text import ModelText
@@ -122,12 +121,17 @@ class GatewayState:
             raise WorkerUnavailableError("The model's tokenizer is still being loaded. Try again in a moment.")
         return self.routes.text
 
-    async def text_of(self, model: ModelEntry) -> ModelText:
-        """A model's tokenizer and template: an adapter's own, if it has one. Raises WorkerUnavailableError."""
+    async def served(self, find: Callable[[RoutingTable], ModelEntry]) -> ServedModel:
+        """The model that `find` finds, with its tokenizer and template: its own, if it has some.
+
+        Raises WorkerUnavailableError, and what `find` raises.
+        """
+        table = self.table
+        entry = find(table)
         text = self.text
-        if not model.text_digest or model.text_digest == text.digest:
-            return text
-        return await self.routes.adapter_texts.get(model.text_digest)
+        if entry.text_digest and entry.text_digest != text.digest:
+            text = await self.routes.adapter_texts.get(entry.text_digest)
+        return ServedModel(entry, text, table.max_model_len)
 
     async def in_thread(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
         """Run what may take long (a tokenizer, a template) off the event loop. num_bytes: of what it works on."""
@@ -152,68 +156,28 @@ class GatewayState:
 
     @asynccontextmanager
     async def generate(
-        self,
-        *,
-        request_id: str,
-        tenant: Tenant,
-        priority: int | None,
-        cache_salt: str,
-        table: RoutingTable,
-        text: ModelText,
-        model: ModelEntry,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        prompt_field: str,
+        self, requests: Sequence[GenerateRequest], params: SamplingParams, model: ServedModel
     ) -> AsyncIterator[Generation]:
-        """Submit all choices of all prompts; what still runs at the block's end is cancelled.
-
-        priority: as the request asks for it; it adds to the tenant's.
-        Raises what is wrong with the request before any of it is submitted.
-        """
-        samplings = []
-        for prompt in prompts:
-            if not prompt:
-                raise empty_prompt(prompt_field)
-            text.tokenizer.check_ids(prompt, model.vocab_size, prompt_field)
-            samplings.append(
-                wire_sampling(
-                    params,
-                    num_prompt_tokens=len(prompt),
-                    max_model_len=table.max_model_len,
-                    vocab_size=model.vocab_size,
-                    eos_token_ids=text.tokenizer.eos_token_ids,
-                    seed=self.draw_seed(),
-                    prompt_field=prompt_field,
-                )
-            )
+        """Submit all choices of one API request's prompts; what still runs at the block's end is cancelled."""
         if self._stopped:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(
-            request_id=request_id,
-            tenant=tenant,
-            priority=tenant.priority_of(priority),
-            cache_salt=cache_salt,
-            tokenizer=text.tokenizer,
-            params=params,
+            requests,
+            params,
+            tokenizer=model.text.tokenizer,
+            workers=self._pool,
             max_queued_tokens=self.config.limits.max_queued_tokens,
             worker_wait_s=self.config.worker_wait_s,
-            line=self._pool.line,
-            num_seats=lambda: self._pool.num_seats,
-            metrics=self.metrics.model(model.name),
+            metrics=self.metrics.model(model.entry.name),
         )
         limit_s = self.config.limits.request_timeout_s
         timer = asyncio.get_running_loop().call_later(
             limit_s,
             lambda: generation.fail(DeadlineError(f"The request did not end within {limit_s:g} s, the limit.")),
         )
-        self._running[generation] = model
+        self._running[generation] = model.entry
         try:
-            digests = [entry.digest for entry in model.adapters]
-            owner = "\0".join([tenant.name, cache_salt, *map(str, model.parts)])
             with generation:
-                for prompt, sampling in zip(prompts, samplings, strict=True):
-                    choose = functools.partial(self._pool.choose, digests, prompt, owner)
-                    generation.add_prompt(choose, model, prompt, sampling, params.n)
                 generation.start()
                 yield generation
         finally:

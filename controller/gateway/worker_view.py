@@ -6,19 +6,20 @@ Owns: the shape. Leaves to others: the numbers (session.py), what follows from t
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import IntEnum
 
+from lorafleet.proto import worker_pb2
 from lorafleet.workers.engine.pace import Pace
 
 
 class Tier(IntEnum):
     """Where a worker has an adapter; the higher, the sooner it can be used."""
 
-    ABSENT = 0  # the worker does not know it
-    DISK = 1  # registered
-    HOST = 2
-    DEVICE = 3  # in a slot
+    ABSENT = worker_pb2.ADAPTER_ABSENT  # the worker does not know it
+    DISK = worker_pb2.ADAPTER_DISK  # registered
+    HOST = worker_pb2.ADAPTER_HOST
+    DEVICE = worker_pb2.ADAPTER_DEVICE  # in a slot
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +31,7 @@ class WorkerView:
     suspect: bool  # has been silent, or its engine step hangs
     max_num_seqs: int
     max_loras: int
+    _: KW_ONLY
     generation: int = 0
     num_ranks: int = 1
     num_running: int = 0

@@ -16,13 +16,14 @@ from tiny import run_engine
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.batch import Scheduled, StepPlan, in_row_order
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 PROMPTS = [tuple(range(7, 7 + length)) for length in (1, 15, 16, 17, 60)]
-GREEDY = SamplingOptions(max_tokens=20, temperature=0.0, num_logprobs=5, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=20, temperature=0.0, logprobs=5, ignore_eos=True)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 8, "seed": 1},
     "attention": {"rank": 3, "targets": ["q_proj", "v_proj"], "seed": 2},

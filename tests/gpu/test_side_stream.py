@@ -15,7 +15,8 @@ from tiny import run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
 
@@ -23,7 +24,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 PROMPT = list(range(7, 40))
-GREEDY = SamplingOptions(max_tokens=24, temperature=0.0, num_logprobs=5, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=24, temperature=0.0, logprobs=5, ignore_eos=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "small": {"rank": 2, "targets": ["q_proj"]},
     "large": {"rank": 16, "seed": 2},

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 
 PROMPTS = SQL_PROMPTS[:2] + PIRATE_PROMPTS[:2] + JSON_PROMPTS[:2] + PLAIN_PROMPTS[:2]
 NUM_TOKENS = 20
@@ -139,7 +140,7 @@ def test_bfloat16_logprobs_lie_close_to_the_reference(
 ) -> None:
     """The reference's own tokens are fed back, so that one early difference does not hide all later ones."""
     engine, digests = _engine(demo_model, "bfloat16", max_num_seqs=64)
-    options = SamplingOptions(max_tokens=1, temperature=0.0, num_logprobs=20)
+    options = SamplingOptions(max_tokens=1, temperature=0.0, logprobs=20)
     requests = {}
     for (name, number), answer in expected.items():
         for i in range(0, len(answer.token_ids), 4):

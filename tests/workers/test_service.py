@@ -123,7 +123,7 @@ async def test_a_gateway_that_does_not_read_loses_its_session_and_holds_up_nobod
     async with worker.session() as reads, worker.session() as sleeps:
         # Twenty log-probabilities a row fill gRPC's own buffers soon.
         for stream in range(1, 33):
-            await sleeps.generate(stream, [1], max_tokens=2**20, sampling={"num_logprobs": 20})
+            await sleeps.generate(stream, [1], max_tokens=2**20, sampling={"logprobs": 20})
         await eventually(lambda: worker.engine.num_running == 32)
         worker.engine.resume()
         await eventually(lambda: worker.engine.num_running == 0)

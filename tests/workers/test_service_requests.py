@@ -97,7 +97,7 @@ async def test_a_step_is_one_message_with_a_row_for_each_request(worker: Worker)
 
 async def test_logprobs_name_their_row(worker: Worker) -> None:
     async with worker.session() as client:
-        await client.generate(1, [5], max_tokens=1, sampling={"num_logprobs": 2})
+        await client.generate(1, [5], max_tokens=1, sampling={"logprobs": 2})
         await client.ending(1)
         (logprobs,) = client.logprobs
         assert (logprobs.row, logprobs.rank, list(logprobs.top_ids)) == (0, 1, [5, 5])
@@ -129,7 +129,7 @@ async def test_a_cancelled_request_ends_as_cancelled_and_only_once(worker: Worke
         pytest.param({"prompt": [1], "max_tokens": 0}, "invalid_request", id="max_tokens"),
         pytest.param({"prompt": [1], "sampling": {"temperature": -1.0}}, "invalid_request", id="temperature"),
         pytest.param({"prompt": [1], "sampling": {"min_p": float("nan")}}, "invalid_request", id="not a number"),
-        pytest.param({"prompt": [1], "sampling": {"num_logprobs": 4096}}, "invalid_request", id="logprobs"),
+        pytest.param({"prompt": [1], "sampling": {"logprobs": 4096}}, "invalid_request", id="logprobs"),
         pytest.param({"prompt": [1], "adapter_digest": "unknown"}, "model_not_found", id="adapter"),
     ],
 )

@@ -1,17 +1,20 @@
-"""What enters the engine and what leaves it: requests, sampling options, events.
+"""What enters the engine and what leaves it: requests and events.
 
 Everything here is numbers: the engine knows no text. Standard library only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import StrEnum
+from typing import Annotated
 
 from lorafleet.workers.engine.prefix import parting_name, root_name
+from lorafleet.workers.engine.ranges import Range, check_fields
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 
-MAX_LOGPROBS = 20
 MAX_TENANT_CHARS = 256
 MAX_SALT_CHARS = 1024
 MAX_NAME_CHARS = 256  # of an adapter, as callers give it
@@ -20,57 +23,7 @@ MAX_COMPOSED = 8  # adapters of one request
 MAX_COMPOSED_WEIGHT = 100.0
 MAX_PRIORITY = 2**31 - 1
 
-_RANGES = (
-    ("max_tokens", 1, 2**31),
-    ("min_tokens", 0, 2**31),
-    ("temperature", 0.0, 100.0),
-    ("top_p", 0.0, 1.0),
-    ("top_k", 0, 2**31),
-    ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 0.0, 100.0),
-    ("presence_penalty", -2.0, 2.0),
-    ("frequency_penalty", -2.0, 2.0),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """How to pick one choice's tokens, every default resolved by the front end (gateway or `LLM`).
-
-    Raises `InvalidRequestError` for a value out of range: front ends check first and say it better, but the worker's
-    gRPC face must not depend on their doing so.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # (0, 1]; 1 keeps all
-    top_k: int = 0  # 0 keeps all
-    min_p: float = 0.0  # [0, 1]; 0 keeps all
-    repetition_penalty: float = 1.0  # > 0; over prompt and output
-    presence_penalty: float = 0.0  # [-2, 2]; over output
-    frequency_penalty: float = 0.0  # [-2, 2]; over output
-    seed: int = 0  # with `choice` and the output position, all that a random number depends on
-    choice: int = 0  # index among the `n` choices of one API request
-    num_logprobs: int | None = None  # None: no log-probabilities; k: the sampled token's and the k best
-    stop_token_ids: frozenset[int] = frozenset()  # the caller's
-    ignore_eos: bool = False
-    min_tokens: int = 0  # until then neither EOS nor a stop token can be sampled
-
-    def __post_init__(self) -> None:
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if not low <= value <= high:  # false for NaN too
-                raise InvalidRequestError(f"{name} is {value}; it must be between {low:g} and {high:g}.", param=name)
-        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
-            raise InvalidRequestError("top_p and repetition_penalty must be greater than 0.", param="top_p")
-        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            raise InvalidRequestError(
-                f"logprobs is {self.num_logprobs}; it must be between 0 and {MAX_LOGPROBS}.", param="logprobs"
-            )
-
-    @property
-    def needs_penalties(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+Weight = Annotated[float, Range(MIN_WEIGHT, MAX_WEIGHT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +38,12 @@ class GenerateRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingOptions
     adapter: str | None = None  # digest of a registered adapter; None is the base model
+    _: KW_ONLY
     tenant: str = ""  # whose request it is; the gateway knows by the API key
-    tenant_weight: float = 1.0  # share of service relative to other tenants
-    adapter_weight: float = 1.0  # share relative to the tenant's other adapters
-    priority: int = 0  # lower is served earlier, whatever the shares
-    cache_salt: str = ""  # only requests of the tenant with the same one share what was computed
+    tenant_weight: Weight = 1.0  # share of service relative to other tenants
+    adapter_weight: Weight = 1.0  # share relative to the tenant's other adapters
+    priority: Annotated[int, Range(-MAX_PRIORITY, MAX_PRIORITY)] = 0  # lower is served earlier, whatever the shares
+    cache_salt: str | None = None  # only requests of the tenant with the same one share what was computed
     adapter_start: int = 0  # of the prompt, the first token that the adapter is applied to; the engine fills it in
     composition: tuple[tuple[str, float], ...] = ()  # (digest, weight), no digest twice
     # What it got from a worker that was lost. It goes on behind them as that one would have: they count as output for
@@ -97,6 +51,7 @@ class GenerateRequest:
     output_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.output_token_ids) >= self.sampling.max_tokens:
             raise InvalidRequestError(
                 f"{len(self.output_token_ids)} output tokens are there already; max_tokens is "
@@ -107,19 +62,10 @@ class GenerateRequest:
             raise InvalidRequestError(
                 f"The tenant's name has {len(self.tenant)} characters, the limit is {MAX_TENANT_CHARS}.", param="tenant"
             )
-        if len(self.cache_salt) > MAX_SALT_CHARS:
+        if self.cache_salt is not None and not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
             raise InvalidRequestError(
-                f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_SALT_CHARS}.", param="cache_salt"
-            )
-        for name in ("tenant_weight", "adapter_weight"):
-            weight = getattr(self, name)
-            if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # false for NaN too
-                raise InvalidRequestError(
-                    f"{name} is {weight}; it must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", param=name
-                )
-        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
-            raise InvalidRequestError(
-                f"priority is {self.priority}; it must be between {-MAX_PRIORITY} and {MAX_PRIORITY}.", param="priority"
+                f"cache_salt has {len(self.cache_salt)} characters; give 1 to {MAX_SALT_CHARS}, or leave it out.",
+                param="cache_salt",
             )
         if self.composition:
             self._check_composition()
@@ -142,6 +88,13 @@ class GenerateRequest:
         """What it waits for, is charged to and shares pages by: an adapter's digest or a composition's name."""
         return "+".join(f"{digest}:{weight!r}" for digest, weight in self.composition) or self.adapter
 
+    def of_choice(self, choice: int, output_token_ids: Sequence[int] = ()) -> GenerateRequest:
+        """The same for another one of the request's choices, which goes on after the tokens that it has."""
+        if choice == self.sampling.choice and not output_token_ids and not self.output_token_ids:
+            return self
+        sampling = replace(self.sampling, choice=choice)
+        return replace(self, sampling=sampling, output_token_ids=tuple(output_token_ids))
+
     def _check_composition(self) -> None:
         digests = {digest for digest, _ in self.composition}
         if self.adapter is not None or len(digests) < len(self.composition):
@@ -151,12 +104,16 @@ class GenerateRequest:
                 f"{len(digests)} adapters are named; at most {MAX_COMPOSED} may be.", param="adapters"
             )
         for _, weight in self.composition:
-            if not abs(weight) <= MAX_COMPOSED_WEIGHT:  # false for NaN too
-                raise InvalidRequestError(
-                    f"An adapter's weight is {weight}; it must be between {-MAX_COMPOSED_WEIGHT:g} and "
-                    f"{MAX_COMPOSED_WEIGHT:g}.",
-                    param="adapters",
-                )
+            check_composed_weight(weight, "An adapter's weight", "adapters")
+
+
+def check_composed_weight(weight: float, whose: str, param: str) -> None:
+    """Raises `InvalidRequestError` for what no adapter may be multiplied by."""
+    if not abs(weight) <= MAX_COMPOSED_WEIGHT:  # false for NaN too
+        raise InvalidRequestError(
+            f"{whose} is {weight:g}; it must be between {-MAX_COMPOSED_WEIGHT:g} and {MAX_COMPOSED_WEIGHT:g}.",
+            param=param,
+        )
 
 
 class FinishReason(StrEnum):
@@ -232,21 +189,21 @@ class Request:
         adapter, start = request.model_key, request.adapter_start
         parts = adapter is not None and start > 0
         return cls(
-            request.request_id,
-            request.sampling,
-            adapter,
-            [*request.prompt_token_ids, *request.output_token_ids],
-            len(request.prompt_token_ids),
-            arrival,
-            request.tenant,
-            request.tenant_weight,
-            request.adapter_weight,
-            request.priority,
-            request.digests,
-            tuple(weight for _, weight in request.composition) or (1.0,) * len(request.digests),
-            start,
-            root_name(request.tenant, request.cache_salt, None if parts else adapter),
-            parting_name(adapter, start) if adapter is not None and parts else b"",
+            request_id=request.request_id,
+            sampling=request.sampling,
+            adapter=adapter,
+            token_ids=[*request.prompt_token_ids, *request.output_token_ids],
+            num_prompt_tokens=len(request.prompt_token_ids),
+            arrival=arrival,
+            tenant=request.tenant,
+            tenant_weight=request.tenant_weight,
+            adapter_weight=request.adapter_weight,
+            priority=request.priority,
+            digests=request.digests,
+            weights=tuple(weight for _, weight in request.composition) or (1.0,) * len(request.digests),
+            adapter_start=start,
+            prefix_root=root_name(request.tenant, request.cache_salt or "", None if parts else adapter),
+            prefix_parting=parting_name(adapter, start) if adapter is not None and parts else b"",
         )
 
     @property

@@ -15,7 +15,8 @@ from lorafleet.kernels import native
 from lorafleet.kernels.dispatch import uses_triton
 from lorafleet.workers.adapters.format import HostAdapter
 from lorafleet.workers.engine.batch import Scheduled, StepPlan
-from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import MAX_COMPOSED, GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.memory_plan import MemoryPlan
 from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.decode_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes

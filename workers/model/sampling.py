@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.sampling import sample_tokens
-from lorafleet.workers.engine.request import Request, SamplingOptions, TokenLogprobs
+from lorafleet.workers.engine.request import Request, TokenLogprobs
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.model.transfer import Fetched, send
 
 
@@ -68,7 +69,7 @@ class _Batch:
             choices=[option.choice for option in options],
             penalised=[i for i, option in enumerate(options) if option.needs_penalties],
             held=[(i, option.min_tokens) for i, option in enumerate(options) if option.min_tokens],
-            logged=[i for i, option in enumerate(options) if option.num_logprobs is not None],
+            logged=[i for i, option in enumerate(options) if option.logprobs is not None],
         )
 
     def uniform_S(self) -> torch.Tensor:
@@ -140,7 +141,7 @@ class Sampler:
             token_ids_S[rows_P], _ = sample_tokens(logits_PV, *(column[rows_P] for column in columns))
         if not batch.logged:
             return PendingSamples(token_ids_S, finite_S)
-        counts = [requests[i].sampling.num_logprobs or 0 for i in batch.logged]
+        counts = [requests[i].sampling.logprobs or 0 for i in batch.logged]
         rows_P = send(torch.tensor(batch.logged), device)
         logprobs = _logprobs(logits_SV[rows_P].float().log_softmax(dim=1), token_ids_S[rows_P], max(counts))
         return PendingSamples(token_ids_S, finite_S, batch.logged, counts, logprobs)
@@ -175,7 +176,7 @@ def _penalise(logits_SV: torch.Tensor, requests: Sequence[Request]) -> None:
     prompt_PV = _counts([requests[i].token_ids[: requests[i].num_prompt_tokens] for i in rows], vocab_size, device)
 
     def column(value: Callable[[SamplingOptions], float]) -> torch.Tensor:
-        return send(torch.tensor([value(requests[i].sampling) for i in rows]), device)[:, None]
+        return send(torch.tensor([value(requests[i].sampling) for i in rows], dtype=torch.float32), device)[:, None]
 
     rows_P = send(torch.tensor(rows), device)
     logits_PV = logits_SV[rows_P]

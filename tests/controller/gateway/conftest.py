@@ -213,8 +213,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             finish = worker_pb2.FINISH_STOP
         elif running.num_output >= sampling.max_tokens:
             finish = worker_pb2.FINISH_LENGTH
-        if sampling.HasField("num_logprobs"):
-            top = [token_id, *range(10, 9 + sampling.num_logprobs)][: sampling.num_logprobs]
+        if sampling.HasField("logprobs"):
+            top = [token_id, *range(10, 9 + sampling.logprobs)][: sampling.logprobs]
             step.logprobs.append(
                 worker_pb2.Logprobs(
                     row=len(step.stream),

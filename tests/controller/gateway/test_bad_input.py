@@ -212,7 +212,7 @@ async def test_zero_is_a_value_and_not_what_is_taken_where_none_is_given(fleet: 
     generate = fleet.worker.generates[-1]
     sampling = generate.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed, generate.priority) == (0, 0, 0, 0)
-    assert sampling.HasField("num_logprobs")  # 0 candidates are asked for
+    assert sampling.HasField("logprobs")  # 0 candidates are asked for
     tiny = {"top_p": 1e-300, "repetition_penalty": 1e-300, "min_p": 1e-300}
     assert (await fleet.post("/v1/completions", {"model": "tiny", "prompt": "hello", **tiny}))[0] == 200
     sampling = fleet.worker.generates[-1].sampling
@@ -268,7 +268,7 @@ async def test_what_takes_long_runs_on_the_threads_for_text(fleet: Any, monkeypa
         monkeypatch.setattr(f"lorafleet.controller.gateway.{name}", noting)
 
     for name in (
-        "completions.decode",
+        "door.decode",
         "completions.read_prompts",
         "completions.encode_prompts",
         "completions.echoes_of",

@@ -21,7 +21,7 @@ def adapters(*parts: tuple[str, float | None]) -> dict[str, Any]:
 
 
 def sent(fleet: Any) -> tuple[str, list[tuple[str, float]]]:
-    """(adapter, composition) of the last request that a worker got."""
+    """(adapter, composition in the order of digests) of the last request that a worker got."""
     generate = fleet.worker.generates[-1]
     return generate.adapter_digest, [(part.digest, part.weight) for part in generate.composition]
 
@@ -29,15 +29,15 @@ def sent(fleet: Any) -> tuple[str, list[tuple[str, float]]]:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (adapters((SQL, 0.7), (PIRATE, 0.3)), [("d-sql", 0.7), ("d-pirate", 0.3)]),
+        (adapters((SQL, 0.7), (PIRATE, 0.3)), [("d-pirate", 0.3), ("d-sql", 0.7)]),
         (adapters((PIRATE, 2), (SQL, -0.5)), [("d-pirate", 2.0), ("d-sql", -0.5)]),
-        (adapters((SQL, None), (PIRATE, 0.0)), [("d-sql", 1.0), ("d-pirate", 0.0)]),
+        (adapters((SQL, None), (PIRATE, 0.0)), [("d-pirate", 0.0), ("d-sql", 1.0)]),
         (adapters((SQL, 0.5)), [("d-sql", 0.5)]),
         (adapters((SQL, 1.0)), "d-sql"),
         (adapters((SQL, None)) | {"model": "tiny-alias"}, "d-sql"),
-        ({"model": f"{SQL}:0.7+{PIRATE}:0.3"}, [("d-sql", 0.7), ("d-pirate", 0.3)]),
-        ({"model": f"{SQL}+{PIRATE}"}, [("d-sql", 1.0), ("d-pirate", 1.0)]),
-        ({"model": f"{SQL}:-.5+{PIRATE}:1e-2"}, [("d-sql", -0.5), ("d-pirate", 0.01)]),
+        ({"model": f"{SQL}:0.7+{PIRATE}:0.3"}, [("d-pirate", 0.3), ("d-sql", 0.7)]),
+        ({"model": f"{SQL}+{PIRATE}"}, [("d-pirate", 1.0), ("d-sql", 1.0)]),
+        ({"model": f"{SQL}:-.5+{PIRATE}:1e-2"}, [("d-pirate", 0.01), ("d-sql", -0.5)]),
         ({"model": f"{SQL}:0.5"}, [("d-sql", 0.5)]),
         ({"model": f"{SQL}:1"}, "d-sql"),
         ({"model": SQL, "adapters": None}, "d-sql"),
@@ -151,4 +151,4 @@ async def test_openais_client_sends_compositions_either_way(fleet: Any) -> None:
         max_tokens=1,
         extra_body={"adapters": [{"name": SQL, "weight": 0.7}, {"name": PIRATE, "weight": 0.3}]},
     )
-    assert sent(fleet) == by_name == ("", [("d-sql", 0.7), ("d-pirate", 0.3)])
+    assert sent(fleet) == by_name == ("", [("d-pirate", 0.3), ("d-sql", 0.7)])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from lorafleet.controller.gateway.inbox import Inbox
-from lorafleet.controller.gateway.placing import MAX_LOST, Placing, Prompt, Ticket
+from lorafleet.controller.gateway.placing import MAX_LOST, Placing, Ticket
 from lorafleet.controller.gateway.waiting_line import WaitingLine
-from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import (
     DrainingError,
     InternalError,
@@ -38,14 +39,14 @@ class Session:
         worker_id = "w"
 
     def __init__(self) -> None:
-        self.messages: list[worker_pb2.Generate] = []
+        self.requests: list[GenerateRequest] = []
         self.cancelled: list[int] = []
         self.sent = asyncio.Event()
         self.sent.set()
 
-    def submit(self, queue: Any, message: worker_pb2.Generate) -> int:
-        self.messages.append(message)
-        return len(self.messages)
+    def submit(self, queue: Any, request: GenerateRequest) -> int:
+        self.requests.append(request)
+        return len(self.requests)
 
     def cancel(self, stream: int) -> None:
         self.cancelled.append(stream)
@@ -60,25 +61,25 @@ class Request:
     def __init__(self, num_choices: int, num_tokens: int = 2, num_seats: int = 0, worker_wait_s: float = 60.0) -> None:
         self.session: Session | None = Session()
         self.line = WaitingLine()
+        self.num_seats = num_seats
         self.clock = Clock()
         self.errors: list[LoRAFleetError] = []
         self.num_resumed = 0
         self.placing = Placing(
             request_id="r",
-            line=self.line,
-            num_seats=lambda: num_seats,
+            workers=self,
             worker_wait_s=worker_wait_s,
             fail=self.errors.append,
             on_resumed=self.resumed,
             clock=self.clock,
         )
         inbox = Inbox(9, lambda: None)
-        prompt = Prompt(self.choose, [7] * num_tokens, worker_pb2.Generate(request_id="r"))
-        self.tickets = [Ticket(inbox.open_queue(number), prompt, number) for number in range(num_choices)]
+        generate = GenerateRequest("r", (7,) * num_tokens, SamplingOptions(max_tokens=64))
+        self.tickets = [Ticket(inbox.open_queue(number), generate, number) for number in range(num_choices)]
         for ticket in self.tickets:
             self.placing.add(ticket)
 
-    def choose(self) -> Any:
+    def choose(self, request: GenerateRequest) -> Any:
         if self.session is None:
             raise WorkerUnavailableError("none")
         return self.session
@@ -91,8 +92,8 @@ async def test_what_is_submitted_is_the_prompt_and_the_choices_number() -> None:
     request = Request(3, num_tokens=4)
     request.placing.start()
     assert request.session is not None
-    assert [message.sampling.choice for message in request.session.messages] == [0, 1, 2]
-    assert all(list(message.prompt_token_ids) == [7] * 4 for message in request.session.messages)
+    assert [sent.sampling.choice for sent in request.session.requests] == [0, 1, 2]
+    assert all(sent.prompt_token_ids == (7,) * 4 for sent in request.session.requests)
     assert request.placing._task is None, "a small request needs no task"
 
 
@@ -108,14 +109,14 @@ async def test_others_get_between_the_choices_of_a_large_request(
     assert session is not None
     session.sent.clear()
     request.placing.start()
-    assert len(session.messages) == at_once
+    assert len(session.requests) == at_once
     if num_choices == at_once:
         return
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert len(session.messages) <= 2 * at_once, "it does not wait until they are sent"
+    assert len(session.requests) <= 2 * at_once, "it does not wait until they are sent"
     session.sent.set()
-    await eventually(lambda: len(session.messages) == num_choices)
+    await eventually(lambda: len(session.requests) == num_choices)
 
 
 @pytest.mark.parametrize(("num_seats", "window"), [(0, 32), (8, 32), (64, 128)])
@@ -126,13 +127,13 @@ async def test_no_more_choices_are_with_workers_than_they_can_soon_begin(
     session = request.session
     assert session is not None
     request.placing.start()
-    await eventually(lambda: len(session.messages) == window)
+    await eventually(lambda: len(session.requests) == window)
     for _ in range(5):
         await asyncio.sleep(0)
-    assert len(session.messages) == window
+    assert len(session.requests) == window
     for ticket in request.tickets[:10]:
         request.placing.end(ticket)
-    await eventually(lambda: len(session.messages) == window + 10)
+    await eventually(lambda: len(session.requests) == window + 10)
     assert session.cancelled == list(range(1, 11))
     request.placing.stop()
 
@@ -148,7 +149,7 @@ async def test_without_a_worker_it_waits_for_news_and_no_longer_than_it_may(even
     request.session = session
     request.line.move()
     assert session is not None
-    await eventually(lambda: len(session.messages) == 2)
+    await eventually(lambda: len(session.requests) == 2)
     assert not request.errors
 
     late = Request(2)
@@ -170,8 +171,8 @@ async def test_a_choice_whose_worker_is_lost_goes_on_with_its_tokens(eventually:
     for number in range(1, MAX_LOST + 1):
         ticket.queue.received.append(number)
         request.placing.lose(ticket, WorkerLostError("gone"))
-        await eventually(lambda number=number: len(session.messages) == number + 1)
-        assert list(session.messages[-1].output_token_ids) == list(range(1, number + 1))
+        await eventually(lambda number=number: len(session.requests) == number + 1)
+        assert list(session.requests[-1].output_token_ids) == list(range(1, number + 1))
     assert request.num_resumed == MAX_LOST
     request.placing.lose(ticket, WorkerLostError("gone again"))
     assert [error.message for error in request.errors] == ["gone again"]
@@ -204,23 +205,20 @@ async def test_what_none_will_ever_take_is_refused_at_once_and_a_bug_ends_the_re
 ) -> None:
     request = Request(1)
 
-    def refuse() -> Any:
+    def refuse(generate: GenerateRequest) -> Any:
         raise InvalidRequestError("never")
 
     request.choose = refuse  # type: ignore[method-assign]
-    request.tickets[0] = Ticket(request.tickets[0].queue, Prompt(refuse, [7], worker_pb2.Generate()), 0)
-    request.placing._left.clear()
-    request.placing.add(request.tickets[0])
     with pytest.raises(InvalidRequestError):
         request.placing.start()
 
     broken = Request(1)
     broken.placing.start()
 
-    def fail() -> Any:
+    def fail(generate: GenerateRequest) -> Any:
         raise ZeroDivisionError
 
-    broken.tickets[0].prompt = Prompt(fail, [7], worker_pb2.Generate())
+    broken.choose = fail  # type: ignore[method-assign]
     broken.placing.lose(broken.tickets[0], WorkerLostError("gone"))
     await eventually(lambda: broken.errors)
     assert isinstance(broken.errors[0], InternalError)

@@ -13,7 +13,8 @@ from lorafleet.controller.gateway.inbox import Inbox
 from lorafleet.controller.gateway.routing_table import Endpoint
 from lorafleet.controller.gateway.session import WorkerSession
 from lorafleet.proto import worker_pb2
-from lorafleet.workers.engine.request import FinishReason
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import WorkerUnavailableError
 
 TIMES = SessionTimes(welcome_s=0.2, suspect_s=0.3, dead_s=30.0, first_backoff_s=0.02, last_backoff_s=0.1)
@@ -35,18 +36,17 @@ async def session(worker: Any) -> AsyncIterator[WorkerSession]:
     await session.close()
 
 
-def _generate() -> worker_pb2.Generate:
-    return worker_pb2.Generate(prompt_token_ids=[7, 8], sampling=worker_pb2.Sampling(max_tokens=3))
+REQUEST = GenerateRequest("r", (7, 8), SamplingOptions(max_tokens=3))
 
 
 async def test_tokens_arrive_and_the_stream_ends(session: WorkerSession, eventually: Callable[..., Any]) -> None:
     with pytest.raises(WorkerUnavailableError):
-        session.submit(Inbox(9, lambda: None).open_queue(0), _generate())
+        session.submit(Inbox(9, lambda: None).open_queue(0), REQUEST)
     session.start()
     await eventually(lambda: session.view().ready)
     queue = Inbox(9, lambda: None).open_queue(0)
-    assert session.submit(queue, _generate()) == 1
-    assert session.submit(Inbox(9, lambda: None).open_queue(0), _generate()) == 2
+    assert session.submit(queue, REQUEST) == 1
+    assert session.submit(Inbox(9, lambda: None).open_queue(0), REQUEST) == 2
     await eventually(lambda: queue.finish is FinishReason.LENGTH)
     assert queue.token_ids == [7, 8, 7]
     await eventually(lambda: session.num_streams == 0)

@@ -7,26 +7,30 @@ from typing import Any
 
 import pytest
 
+from lorafleet.controller.gateway.generate_request import generate_requests
+from lorafleet.controller.gateway.schema import GenerateFields
+from lorafleet.controller.gateway.served_model import ServedModel
 from lorafleet.controller.gateway.state import INLINE_BYTES
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
 
 
-def generate(fleet: Any, prompts: list[list[int]], **params: Any) -> Any:
+def generate(fleet: Any, prompts: list[list[int]], **options: Any) -> Any:
     state = fleet.state
-    return state.generate(
+    model = ServedModel(state.table.resolve("tiny"), state.text, state.table.max_model_len)
+    params = SamplingParams(**options)
+    requests = generate_requests(
+        prompts,
+        GenerateFields(model="tiny"),
+        params,
+        model,
         request_id="r",
         tenant=Tenant(),
-        priority=None,
-        cache_salt="",
-        table=state.table,
-        text=state.text,
-        model=state.table.resolve("tiny"),
-        prompts=prompts,
-        params=SamplingParams(**params),
+        draw_seed=state.draw_seed,
         prompt_field="prompt",
     )
+    return state.generate(requests, params, model)
 
 
 async def test_nothing_is_submitted_before_every_prompt_is_checked(fleet: Any) -> None:

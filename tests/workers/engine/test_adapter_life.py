@@ -18,7 +18,8 @@ from lorafleet.workers.adapters.aliases import Aliases
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import AdapterConflictError, AdapterUnavailableError, UnknownModelError
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True)

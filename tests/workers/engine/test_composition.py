@@ -18,7 +18,8 @@ from tiny import Result, gather, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -26,7 +27,7 @@ from lorafleet.workers.errors import (
     InvalidRequestError,
 )
 
-GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, logprobs=10, ignore_eos=True)
 # Different ranks, targets and scalings. PEFT multiplies a sum whose first adapter has rsLoRA by the root of its rank: a
 # mistake of its, so none begins with "mlp".
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,8 @@ from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
 from lorafleet.workers.adapters.open_files import OpenAdapter
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import AdapterUnavailableError, DrainingError, status_of
 
 GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, ignore_eos=True)

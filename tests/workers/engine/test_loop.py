@@ -18,7 +18,8 @@ from tiny import Result, gather, run_engine
 from lorafleet.workers.adapters.format import AdapterSpec, HostAdapter
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import (
     AdapterRefusedError,
     AdapterUnavailableError,

@@ -17,7 +17,8 @@ from tiny import Result, gather, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import NonFiniteLogitsError
 
 GREEDY = SamplingOptions(max_tokens=9, temperature=0.0, ignore_eos=True)
@@ -27,7 +28,7 @@ OPTIONS = {
     "seeded": replace(GREEDY, temperature=1.0, seed=7),
     "penalised": replace(GREEDY, repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.2),
     "held back": replace(GREEDY, temperature=1.5, seed=3, ignore_eos=False, min_tokens=6),
-    "logged": replace(GREEDY, num_logprobs=4),
+    "logged": replace(GREEDY, logprobs=4),
     "one token": replace(GREEDY, max_tokens=1),
     "stopped": replace(GREEDY, temperature=2.0, seed=11, stop_token_ids=frozenset(range(0, 131, 4))),
 }

@@ -14,7 +14,8 @@ from tiny import Result, gather, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
 PAGE = 16

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import InvalidRequestError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scheduling import PAGE, World
 
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 
 
 def num_found(world: World, *token_ids: int) -> int:

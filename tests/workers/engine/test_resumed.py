@@ -13,14 +13,15 @@ from tiny import Result, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import InvalidRequestError
 
 PROMPT = tuple(range(7, 40))
 NUM_OUTPUT = 24
 OPTIONS = {
-    "greedy": SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, ignore_eos=True, num_logprobs=3),
-    "sampled": SamplingOptions(max_tokens=NUM_OUTPUT, seed=5, choice=3, top_p=0.9, ignore_eos=True, num_logprobs=3),
+    "greedy": SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, ignore_eos=True, logprobs=3),
+    "sampled": SamplingOptions(max_tokens=NUM_OUTPUT, seed=5, choice=3, top_p=0.9, ignore_eos=True, logprobs=3),
     "penalized": SamplingOptions(
         max_tokens=NUM_OUTPUT,
         seed=6,
@@ -28,10 +29,10 @@ OPTIONS = {
         repetition_penalty=1.3,
         presence_penalty=0.8,
         frequency_penalty=0.9,
-        num_logprobs=3,
+        logprobs=3,
     ),
     "held from stopping": SamplingOptions(
-        max_tokens=NUM_OUTPUT, temperature=0.0, min_tokens=18, stop_token_ids=frozenset(range(3, 131)), num_logprobs=3
+        max_tokens=NUM_OUTPUT, temperature=0.0, min_tokens=18, stop_token_ids=frozenset(range(3, 131)), logprobs=3
     ),
 }
 

@@ -16,7 +16,8 @@ from tiny import Result, gather
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine import loop as loop_module
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import AdapterConflictError, InternalError, QueueFullError
 
 GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, ignore_eos=True)

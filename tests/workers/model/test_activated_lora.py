@@ -17,10 +17,11 @@ from tiny import Result, run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import AdapterRefusedError, AdapterUnavailableError
 
-GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, logprobs=10, ignore_eos=True)
 PAGE = 16
 INVOCATIONS: dict[str, list[int]] = {"judge": [7], "rewrite": [11, 12, 11], "cite": [11, 12]}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -16,10 +16,11 @@ from tiny import run_engine
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 
 PROMPT = list(range(7, 40))
-GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, logprobs=10, ignore_eos=True)
 PATTERNS: dict[str, Any] = {
     "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+": 7, "2.self_attn.o_proj": 1},
     "alpha_pattern": {"k_proj": 3, r".*\.0\.self_attn\.[qv]_proj": 20, "down_proj": 1.5},

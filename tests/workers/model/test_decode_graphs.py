@@ -19,11 +19,12 @@ from tiny import run_engine
 from lorafleet.kernels.dispatch import forced
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.model.decode_graphs import batch_sizes
 
 PROMPT = list(range(7, 18))
-GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, num_logprobs=3, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, logprobs=3, ignore_eos=True)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 4, "seed": 1},
     "attention": {"rank": 3, "targets": ["q_proj", "v_proj"], "seed": 2},

@@ -12,7 +12,8 @@ from tiny import run_engine
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model.architecture import read_spec
 
@@ -33,7 +34,7 @@ def test_an_architecture_agrees_with_transformers_and_peft(name: str, tmp_path: 
     )
     torch.manual_seed(5)
     prompt = torch.randint(3, model.config.vocab_size, (1, PROMPT_LENGTH))
-    greedy = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, num_logprobs=20, ignore_eos=True)
+    greedy = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, logprobs=20, ignore_eos=True)
     engine = Engine.from_config(config)
     try:
         engine.load()

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.model.architecture import read_spec
 from lorafleet.workers.model.gguf import convert_gguf
@@ -83,7 +84,7 @@ def test_a_config_that_ties_the_head_gives_way_to_a_file_with_another_one_as_in_
     engine = Engine.from_config(EngineConfig(model=str(tmp_path), dtype="float32"))
     try:
         engine.load()
-        greedy = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=5, ignore_eos=True)
+        greedy = SamplingOptions(max_tokens=8, temperature=0.0, logprobs=5, ignore_eos=True)
         results = run_engine(engine, [GenerateRequest("r", tuple(PROMPT), greedy)])
     finally:
         engine.close()

@@ -18,7 +18,8 @@ from lorafleet.workers import LLM, EngineArgs
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model import architecture
@@ -110,7 +111,7 @@ def test_the_models_linears_are_scaled_integers_and_adapters_lie_on_top(name: st
     model.save_pretrained(tmp_path / "model")
     adapted = tiny.make_adapter(copy.deepcopy(model), tmp_path / "adapter")
     prompt = torch.randint(3, model.config.vocab_size, (NUM_PROMPT,))
-    greedy = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, num_logprobs=20, ignore_eos=True)
+    greedy = SamplingOptions(max_tokens=NUM_OUTPUT, temperature=0.0, logprobs=20, ignore_eos=True)
     engine = Engine.from_config(
         EngineConfig(
             model=str(tmp_path / "model"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.model.sampling import Sampled, Sampler, uniforms
 
 VOCAB = 50
@@ -80,7 +81,7 @@ def test_a_row_does_not_depend_on_its_neighbours(logits: torch.Tensor) -> None:
         row(temperature=0.0),
         row(seed=1),
         row(seed=2, top_k=5),
-        row(seed=3, top_p=0.5, num_logprobs=4),
+        row(seed=3, top_p=0.5, logprobs=4),
         row(seed=4, min_p=0.1, temperature=2.0),
         row(seed=5, repetition_penalty=1.7, prompt=(1, 2, 3)),
         row(seed=6, presence_penalty=1.5, frequency_penalty=0.5, output=(4, 4, 9)),
@@ -128,7 +129,7 @@ def test_stop_tokens_cannot_come_before_min_tokens(logits: torch.Tensor) -> None
 
 
 def test_logprobs_are_those_of_the_raw_distribution(logits: torch.Tensor) -> None:
-    request = row(seed=11, temperature=3.0, repetition_penalty=2.0, top_k=10, num_logprobs=5)
+    request = row(seed=11, temperature=3.0, repetition_penalty=2.0, top_k=10, logprobs=5)
     sampled = draw(logits, request)
     raw = logits.log_softmax(0)
     assert sampled.logprobs is not None
@@ -136,7 +137,7 @@ def test_logprobs_are_those_of_the_raw_distribution(logits: torch.Tensor) -> Non
     assert sampled.logprobs.rank == int((raw > raw[sampled.token_id]).sum()) + 1
     assert list(sampled.logprobs.top_ids) == raw.topk(5).indices.tolist()
     assert list(sampled.logprobs.top_logprobs) == pytest.approx(raw.topk(5).values.tolist())
-    none = draw(logits, row(temperature=0.0, num_logprobs=0)).logprobs
+    none = draw(logits, row(temperature=0.0, logprobs=0)).logprobs
     assert none is not None and none.top_ids == ()
 
 
@@ -203,8 +204,8 @@ def test_a_sampler_gives_what_a_new_one_gives_whatever_it_did_before(logits: tor
             row(seed=1),
             row(seed=2, temperature=0.0, min_tokens=2),
             row(seed=3, top_k=5, min_tokens=3),
-            row(seed=4, repetition_penalty=1.3, frequency_penalty=0.4, num_logprobs=3),
-            row(seed=5, min_p=0.2, num_logprobs=0),
+            row(seed=4, repetition_penalty=1.3, frequency_penalty=0.4, logprobs=3),
+            row(seed=5, min_p=0.2, logprobs=0),
         ]
 
     requests, eos = make(), frozenset([int(logits.argmax())])
@@ -245,8 +246,8 @@ def test_logits_of_16_bits_are_sampled_as_they_are(logits: torch.Tensor, dtype: 
         row(temperature=0.0),
         row(seed=1, top_p=0.9),
         row(seed=2, repetition_penalty=1.03, temperature=0.0, prompt=(1, 2, 3)),
-        row(seed=3, presence_penalty=0.011, output=(1, 2, 3), num_logprobs=20),
-        row(seed=4, num_logprobs=5, min_tokens=3),
+        row(seed=3, presence_penalty=0.011, output=(1, 2, 3), logprobs=20),
+        row(seed=4, logprobs=5, min_tokens=3),
     ]
     rows = (logits + torch.randn(len(requests), VOCAB)).to(dtype)
     before = rows.clone()

@@ -10,7 +10,8 @@ import torch
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
 from lorafleet.workers.engine.block_pool import BlockPool
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.engine.scheduler import Scheduler
 from lorafleet.workers.model.step_input import StepBuffers, StepInput
 

@@ -18,7 +18,8 @@ from lorafleet.kernels.activation import silu_mul
 from lorafleet.kernels.linear import prepare
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.model import decoder, layers
 
 NUM_LAYERS = 3
@@ -72,7 +73,7 @@ def requests(adapters: list[str | None], num_output: int = 12) -> list[GenerateR
     made = []
     for number, adapter in enumerate(adapters):
         sampling = SamplingOptions(
-            max_tokens=num_output + number, temperature=0.0, ignore_eos=True, num_logprobs=3, seed=number
+            max_tokens=num_output + number, temperature=0.0, ignore_eos=True, logprobs=3, seed=number
         )
         prompt = tuple((7 * number + 3 * i) % 120 + 5 for i in range(5 + 6 * number))
         made.append(GenerateRequest(str(number), prompt, sampling, adapter))

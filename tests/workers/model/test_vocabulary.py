@@ -24,13 +24,14 @@ from lorafleet.workers.adapters.vocabulary import NEW_EMBEDDINGS_FILE
 from lorafleet.workers.adapters.weights_file import WEIGHTS_FILE
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import FinishReason, GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError
 from lorafleet.workers.model import decoder
 
 V = 131
 PROMPT = [*range(7, 30), 5, 9]
-GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, num_logprobs=10, ignore_eos=True)
+GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, logprobs=10, ignore_eos=True)
 BOTH = ["embed_tokens", "lm_head"]
 PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
@@ -291,7 +292,7 @@ def test_ids_that_an_adapter_adds_are_its_own(tmp_path: Path) -> None:
                 sampling = SamplingOptions(max_tokens=2, stop_token_ids=frozenset(stop))
                 with pytest.raises(InvalidRequestError, match=f"ids go from 0 to {too_large - 1}"):
                     engine.submit(GenerateRequest("refused", prompt, sampling, adapter))
-        hot = SamplingOptions(max_tokens=60, temperature=5.0, num_logprobs=20, ignore_eos=True)
+        hot = SamplingOptions(max_tokens=60, temperature=5.0, logprobs=20, ignore_eos=True)
         requests = []
         for seed in range(4):
             for name, adapter in (("base", None), ("narrow", narrow.digest), ("wide", wide.digest)):

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.engine.request import GenerateRequest, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.tp.start import Leader, follow
 
 TOKEN = "a token"

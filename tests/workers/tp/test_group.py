@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from lorafleet.workers.adapters.format import load_adapter, read_spec
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.batch import Scheduled, StepPlan
-from lorafleet.workers.engine.request import GenerateRequest, Request, SamplingOptions
+from lorafleet.workers.engine.request import GenerateRequest, Request
+from lorafleet.workers.engine.sampling_options import SamplingOptions
 from lorafleet.workers.errors import ConfigError
 from lorafleet.workers.memory_plan import DeviceMemory, plan_memory
 from lorafleet.workers.model import architecture

@@ -1,0 +1,84 @@
+"""The way into every endpoint that takes a JSON body: a place, the body, its fields, and only then the handler.
+
+Owns: the order of these steps, and what a handler has afterwards. Leaves to others: whose a request is (auth.py),
+places and bodies (intake.py), JSON (schema.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from lorafleet.controller.gateway.auth import TENANT, check_admin
+from lorafleet.controller.gateway.errors import REQUEST_ID
+from lorafleet.controller.gateway.intake import Place
+from lorafleet.controller.gateway.schema import decode
+from lorafleet.controller.gateway.state import STATE, GatewayState
+from lorafleet.controller.gateway.tenants import Tenant
+
+_T = TypeVar("_T")
+_F = TypeVar("_F", bound=msgspec.Struct)
+_F_co = TypeVar("_F_co", bound=msgspec.Struct, covariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[_F_co]):
+    """One request that has been admitted and read."""
+
+    request: web.Request
+    state: GatewayState
+    tenant: Tenant
+    place: Place
+    num_bytes: int  # of the body
+    fields: _F_co
+
+    @property
+    def request_id(self) -> str:
+        return self.request[REQUEST_ID]
+
+    async def in_thread(self, function: Callable[[], _T]) -> _T:
+        """Run what may take long on the body off the event loop, in the tenant's turn."""
+        return await self.state.in_thread(self.tenant, self.num_bytes, function)
+
+    async def parse(self, function: Callable[[], _T]) -> _T:
+        """Run what takes long only on a large body: off the event loop if it is one."""
+        return await self.state.parse(self.tenant, self.num_bytes, function)
+
+
+def takes(
+    kind: type[_F], check: Callable[[_F], object] = lambda fields: None, *, admin: bool = False
+) -> Callable[[Callable[[Call[_F]], Awaitable[web.StreamResponse]]], Handler]:
+    """Make a handler of a function that takes a body of `kind`.
+
+    check: raises what is wrong with the fields together. admin: only administrators may call it. A request keeps its
+    place until the function returns.
+    """
+
+    def open_to(answer: Callable[[Call[_F]], Awaitable[web.StreamResponse]]) -> Handler:
+        @functools.wraps(answer)
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if admin:
+                check_admin(request)
+            state, tenant = request.app[STATE], request[TENANT]
+            with state.intake.enter(request) as place:
+                body = await place.read_body()
+
+                def read() -> _F:
+                    fields = decode(body, kind)
+                    check(fields)
+                    return fields
+
+                fields = await state.parse(tenant, len(body), read)
+                return await answer(
+                    Call(request=request, state=state, tenant=tenant, place=place, num_bytes=len(body), fields=fields)
+                )
+
+        return handle
+
+    return open_to

@@ -1,0 +1,68 @@
+"""How one choice's tokens are picked: what callers ask for and what the engine does.
+
+Owns: each such field, once, with its range. Leaves to others: what only callers see (workers/params.py), the check
+(ranges.py), picking (workers/model/sampling.py). Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+from lorafleet.workers.engine.ranges import Range, check_fields
+
+MAX_INT: Final = 2**31 - 1
+MAX_LOGPROBS: Final = 20
+
+NumTokens = Annotated[int, Range(1, MAX_INT)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+Penalty = Annotated[float, Range(-2.0, 2.0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The fields that callers and the engine share. Raises `InvalidRequestError` for a value out of range.
+
+    A field that is added here is known to the offline API, to the engine and, once worker.proto has it, to the wire.
+    """
+
+    min_tokens: Annotated[int, Range(0, MAX_INT)] = 0  # until then neither EOS nor a stop token can be sampled
+    temperature: Annotated[float, Range(0.0, 100.0)] = 1.0  # 0 is greedy
+    top_p: Annotated[float, Range(0.0, 1.0, is_open=True)] = 1.0  # 1 keeps all
+    top_k: Annotated[int, Range(-1, MAX_INT)] = 0  # 0 (or -1) keeps all
+    min_p: Fraction = 0.0  # 0 keeps all
+    repetition_penalty: Annotated[float, Range(0.0, 100.0, is_open=True)] = 1.0  # over prompt and output
+    presence_penalty: Penalty = 0.0  # over output
+    frequency_penalty: Penalty = 0.0  # over output
+    logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None  # k: the sampled token's and the k best; None: none
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+SHARED_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Sampling))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions(Sampling):
+    """How to pick one choice's tokens, every default resolved by the front end (gateway or `LLM`).
+
+    Front ends have checked the ranges; they are checked again where this is made of what came over the wire, since the
+    worker must not depend on its senders.
+    """
+
+    max_tokens: NumTokens
+    seed: int = 0  # with `choice` and the output position, all that a random number depends on
+    choice: int = 0  # index among the `n` choices of one API request
+    stop_token_ids: frozenset[int] = frozenset()  # the caller's, and those that end the output like EOS
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        if self.top_k < 0:
+            object.__setattr__(self, "top_k", 0)
+
+    @property
+    def needs_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

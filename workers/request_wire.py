@@ -1,0 +1,110 @@
+"""A request and its end on the wire between gateway and worker, both ways.
+
+Owns: what of a `GenerateRequest` is which field of worker.proto. Leaves to others: streams and their numbers (the
+gateway's session.py, service.py), a step's columns (service.py, the gateway's delivery.py).
+
+A field of one value that both call the same is carried as it is: nothing here names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+
+from lorafleet.proto import worker_pb2
+from lorafleet.workers.engine.ranges import allowed_of
+from lorafleet.workers.engine.request import FinishReason, GenerateRequest
+from lorafleet.workers.engine.sampling_options import SamplingOptions
+from lorafleet.workers.errors import LoRAFleetError, WorkerLostError, error_from_code, status_of
+
+SMALLEST: Final = 2.0**-126  # of the wire's floats; what is less would arrive as 0
+FINISH_TO_WIRE: Final = {
+    None: worker_pb2.FINISH_NONE,
+    FinishReason.STOP: worker_pb2.FINISH_STOP,
+    FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
+}
+FINISH_FROM_WIRE: Final = {wire: finish for finish, wire in FINISH_TO_WIRE.items() if finish is not None}
+
+
+class _Fields:
+    """The fields that a class and a message have in common."""
+
+    def __init__(self, kind: type[Any], message: Descriptor) -> None:
+        """Those that are repeated, or messages themselves, have another form in the class: they are left out."""
+        self.all = [field.name for field in dataclasses.fields(kind) if _is_plain(message, field.name)]
+        self._optional = [name for name in self.all if message.fields_by_name[name].has_presence]
+        self._always = [name for name in self.all if name not in self._optional]
+
+    def of(self, fields: object) -> dict[str, Any]:
+        """Their values."""
+        return {name: getattr(fields, name) for name in self.all}
+
+    def read(self, message: Message) -> dict[str, Any]:
+        """Their values on the wire, without those that the sender left out."""
+        values = {name: getattr(message, name) for name in self._always}
+        values |= {name: getattr(message, name) for name in self._optional if message.HasField(name)}
+        return values
+
+
+def _is_plain(message: Descriptor, name: str) -> bool:
+    field = message.fields_by_name.get(name)
+    return field is not None and not field.is_repeated and field.message_type is None
+
+
+_REQUEST: Final = _Fields(GenerateRequest, worker_pb2.Generate.DESCRIPTOR)
+_SAMPLING: Final = _Fields(SamplingOptions, worker_pb2.Sampling.DESCRIPTOR)
+_POSITIVE: Final = [
+    name for name, allowed in allowed_of(SamplingOptions).items() if allowed.within and allowed.within.is_open
+]
+
+
+def to_wire(request: GenerateRequest, *, stream: int) -> worker_pb2.Generate:
+    """What a worker is sent. stream: the request's number in the session."""
+    sampling = request.sampling
+    message = worker_pb2.Generate(
+        stream=stream,
+        adapter_digest=request.adapter,
+        composition=[{"digest": digest, "weight": weight} for digest, weight in request.composition],
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=request.output_token_ids,
+        sampling=_SAMPLING.of(sampling) | {"stop_token_ids": sorted(sampling.stop_token_ids)},
+        **_REQUEST.of(request),
+    )
+    for name in _POSITIVE:
+        if getattr(sampling, name) < SMALLEST:
+            setattr(message.sampling, name, SMALLEST)
+    return message
+
+
+def from_wire(message: worker_pb2.Generate, *, request_id: str) -> GenerateRequest:
+    """What the engine is asked for. request_id: the engine's. Raises `InvalidRequestError` for a value out of range."""
+    sampling = message.sampling
+    values = _REQUEST.read(message) | {"request_id": request_id}
+    return GenerateRequest(
+        adapter=message.adapter_digest or None,
+        composition=tuple((part.digest, part.weight) for part in message.composition),
+        prompt_token_ids=tuple(message.prompt_token_ids[:]),  # a slice is a list, which is read faster
+        output_token_ids=tuple(message.output_token_ids),
+        sampling=SamplingOptions(**_SAMPLING.read(sampling), stop_token_ids=frozenset(sampling.stop_token_ids)),
+        **values,
+    )
+
+
+def error_to_wire(error: LoRAFleetError, *, stream: int) -> worker_pb2.Ended:
+    """How a request ends that has failed."""
+    return worker_pb2.Ended(
+        stream=stream,
+        error_code=status_of(error).code,
+        error_message=error.message,
+        error_reason=getattr(error, "reason", ""),
+    )
+
+
+def error_from_wire(ended: worker_pb2.Ended) -> LoRAFleetError:
+    """Why a request has ended, which nobody cancelled."""
+    if ended.error_code:
+        return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
+    return WorkerLostError("The worker gave the request up. Send it again.")
