@@ -232,4 +232,4 @@ class BenchModel:
                 a_RI, b_RO = flat[begin:middle].view(rank, num_in), flat[middle:end].view(rank, num_out)
                 changes[layer, name] = LinearChange(a_RI, b_RO, scaling=2.0)
                 begin = end
-        return HostAdapter(f"rank-{rank}", changes, num_elements * DTYPE.itemsize)
+        return HostAdapter(digest=f"rank-{rank}", weights=changes, num_bytes=num_elements * DTYPE.itemsize)

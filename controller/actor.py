@@ -69,6 +69,7 @@ class ControllerActor:
         host: str,
         port: int,
         token: str,
+        *,
         gateways_on: GatewayNodes = "none",
         owner: str = "",
     ) -> None:
@@ -90,7 +91,7 @@ class ControllerActor:
         self._lacks_room = False
         self._began_at = time.monotonic()
         self._gateways = GatewayPlacement(
-            self._cluster, gateways_on, config, f"{self._host}:{port}", token, self._events.add
+            self._cluster, gateways_on, config, controller=f"{self._host}:{port}", token=token, tell=self._events.add
         )
         self._gateways_started = False
         self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
@@ -194,28 +195,28 @@ class ControllerActor:
             self._catalogue,
             {digest: files},
             self._updates,
-            lambda: [life.status() for life in self._lives.values()],
-            lambda: [life.client for life in self._lives.values() if life.client is not None],
-            self._learned,
+            workers=lambda: [life.status() for life in self._lives.values()],
+            clients=lambda: [life.client for life in self._lives.values() if life.client is not None],
+            learned=self._learned,
         )
         surroundings = Surroundings(
-            self._cluster,
-            self._catalogue,
-            FleetAdapters(
-                self._catalogue,
-                self._retirement,
-                self._updates.staging,
-                self._service.changed,
-                self._learned,
-                self._all_heard,
-                self._events.add,
+            cluster=self._cluster,
+            catalogue=self._catalogue,
+            adapters=FleetAdapters(
+                catalogue=self._catalogue,
+                retirement=self._retirement,
+                staging=self._updates.staging,
+                changed=self._service.changed,
+                learned=self._learned,
+                all_heard=self._all_heard,
+                tell=self._events.add,
             ),
-            self._token,
-            self._service.changed,
-            self._events.add,
-            self._create,
-            self._started,
-            self._cannot_start,
+            token=self._token,
+            table_changed=self._service.changed,
+            tell=self._events.add,
+            create=self._create,
+            started=self._started,
+            cannot_start=self._cannot_start,
         )
         num_ranks = self._config.engine.tensor_parallel_size
         self._lives = {name: WorkerLife(name, num_ranks, surroundings) for name in self._desired}

@@ -135,7 +135,7 @@ class FleetCluster:
         self._owner = placement_group([{"node:__internal_head__": 0.001}], name=name)
         return name
 
-    def create_controller(self, actor: type, *args: object) -> None:
+    def create_controller(self, actor: type, *args: object, **options: object) -> None:
         """Start the controller, pinned to the head node. Raises `RuntimeError` when the cluster has one already, or
         parts of one."""
         if self.find_controller():
@@ -157,7 +157,7 @@ class FleetCluster:
                     num_cpus=0,
                     resources={"node:__internal_head__": 0.001},
                 )
-                .remote(*args)
+                .remote(*args, **options)
             )
         except ValueError as error:  # another command was quicker
             raise RuntimeError(_RUNS_ALREADY) from error

@@ -39,6 +39,7 @@ class GatewayPlacement:
         cluster: Cluster,
         where: GatewayNodes,
         config: ServeConfig,
+        *,
         controller: str,
         token: str,
         tell: Callable[[str, int], None],

@@ -63,7 +63,14 @@ def serve(config: ServeConfig) -> None:
             gateways = stack.enter_context(GatewayProcesses(config, f"{node}:{controller_port}", token_file))
             say(f"starting Ray, controller and {_count(config.num_workers, 'worker')} ...")
             cluster, ready = stack.enter_context(
-                _fleet(config, node, controller_port, token_file.read_text(), state_dir, signals)
+                _fleet(
+                    config,
+                    node=node,
+                    port=controller_port,
+                    token=token_file.read_text(),
+                    state_dir=state_dir,
+                    signals=signals,
+                )
             )
             _wait_for_gateways(config, gateways, signals)
             _announce(config, ready.workers, time.monotonic() - began)
@@ -141,7 +148,7 @@ def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: Signa
 
 @contextlib.contextmanager
 def _fleet(
-    config: ServeConfig, node: str, port: int, token: str, state_dir: Path, signals: Signals
+    config: ServeConfig, *, node: str, port: int, token: str, state_dir: Path, signals: Signals
 ) -> Iterator[tuple[FleetCluster, FleetReady]]:
     """Ray with controller and workers in it, ready to serve."""
     if config.ray_address is None:
@@ -169,7 +176,7 @@ def _fleet(
             # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
             told = dataclasses.replace(config, api_keys=(), admin_api_keys=())
             owner = cluster.mark_owner() if config.ray_address is not None else ""
-            cluster.create_controller(ControllerActor, told, node, port, token, "none", owner)
+            cluster.create_controller(ControllerActor, told, node, port, token, owner=owner)
             ready = wait_for_fleet(cluster, signals)
             if isinstance(ready, WorkerFailed):
                 raise error_from_code(ready.code, ready.message)

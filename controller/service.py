@@ -37,6 +37,7 @@ class ControllerService(controller_pb2_grpc.ControllerServicer):
         catalogue: Catalogue,
         files: Mapping[str, Mapping[str, bytes]],
         updates: AdapterUpdates,
+        *,
         workers: Callable[[], Sequence[controller_pb2.WorkerStatus]],
         clients: Callable[[], Sequence[WorkerClient]] = tuple,
         learned: Callable[[], None] = lambda: None,

@@ -51,7 +51,9 @@ def up(config: ServeConfig, *, controller_port: int, token_file: Path, gateways_
         said = ""
         while True:
             try:
-                fleet = _start(cluster, signals, wanted, controller_port, token, gateways_on)
+                fleet = _start(
+                    cluster, signals, wanted, controller_port=controller_port, token=token, gateways_on=gateways_on
+                )
                 break
             except NoRoomError as error:
                 if not follow:
@@ -69,6 +71,7 @@ def _start(
     cluster: FleetCluster,
     signals: Signals,
     wanted: ServeConfig,
+    *,
     controller_port: int,
     token: str,
     gateways_on: GatewayNodes,
@@ -78,7 +81,7 @@ def _start(
 
     is_new = not cluster.find_controller()
     if is_new:
-        cluster.create_controller(ControllerActor, wanted, "", controller_port, token, gateways_on)
+        cluster.create_controller(ControllerActor, wanted, "", controller_port, token, gateways_on=gateways_on)
     elif (was_told := cluster.poll("was_told", wanted, token, gateways_on, timeout_s=_ANSWER_S)) is None:
         raise ConfigError(f"{_NO_ANSWER} for {_ANSWER_S:g} s. `lorafleet status` shows what the gateways know of it.")
     elif not was_told:

@@ -43,7 +43,7 @@ class _Problem:
     retry_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetAdapters:
     """What all workers' adapters have in common."""
 

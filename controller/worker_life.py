@@ -44,7 +44,7 @@ class Cluster(Protocol):
     def restart_worker(self, name: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What all workers of a fleet have in common."""
 

@@ -160,13 +160,13 @@ class Controller:
             tell=self._tell,
         )
         self.fleet = FleetAdapters(
-            self.catalogue,
-            self.retirement,
-            self.updates.staging,
-            self._changed,
-            self._learned,
-            lambda: self.workers.keys() == self.clients.keys(),
-            self._tell,
+            catalogue=self.catalogue,
+            retirement=self.retirement,
+            staging=self.updates.staging,
+            changed=self._changed,
+            learned=self._learned,
+            all_heard=lambda: self.workers.keys() == self.clients.keys(),
+            tell=self._tell,
         )
         if is_restart:
             self.retirement.worker_lost()
@@ -198,7 +198,17 @@ class Controller:
             await asyncio.gather(*worker._loaders)
             self.catalogue.heard(name)
             self.in_table.add(name)
-            ready = WorkerReady(name, 1, name, (), (), 128, 300, 16, 4)
+            ready = WorkerReady(
+                worker_id=name,
+                generation=1,
+                address=name,
+                adapters=(),
+                plan=(),
+                max_model_len=128,
+                vocab_size=300,
+                max_num_seqs=16,
+                max_loras=4,
+            )
             self.catalogue.put_worker(ready, worker_pb2.WORKER_READY, worker.lacking)
 
     async def settle(self, rounds: int = 5) -> None:

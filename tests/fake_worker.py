@@ -182,7 +182,9 @@ class FakeEngine:
                     num_top = request.sampling.logprobs
                     logprobs = TokenLogprobs(-0.5, 1, (token_id,) * num_top, (-0.5,) * num_top)
                 num_cached = self.num_cached_tokens if position == 0 else 0
-                events.append(RequestEvent(request_id, token_id, logprobs, finish, num_cached_tokens=num_cached))
+                events.append(
+                    RequestEvent(request_id, token_id, logprobs=logprobs, finish=finish, num_cached_tokens=num_cached)
+                )
                 if finish is None:
                     self._running[request_id] = (request, position + 1)
                 else:

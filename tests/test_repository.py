@@ -133,6 +133,42 @@ def test_pyproject_lists_every_folder_with_python_files() -> None:
     assert sorted(listed) == sorted(["lorafleet"] + [".".join(["lorafleet", *folder.parts]) for folder in folders])
 
 
+MAX_BY_POSITION = 5
+# Options are made of flags, by name; a kernel's op has no names for its arguments.
+OPTIONS = ("workers/config.py", "controller/config.py", "controller/gateway/config.py", "controller/gateway/limits.py")
+OPS = {"rope_kv_write_", "paged_attention", "sample_tokens", "empty"}
+VARIADIC = {"to_thread", "partial", "_reply"}  # hand on what they are given
+
+
+def fields_by_position(node: ast.ClassDef) -> int:
+    """How many arguments a dataclass takes by position."""
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    if not any(text.startswith("dataclass") and "kw_only=True" not in text for text in decorators):
+        return 0
+    fields = [ast.unparse(field) for field in node.body if isinstance(field, ast.AnnAssign)]
+    fields = [field for field in fields if "init=False" not in field and "ClassVar" not in field]
+    return fields.index("_: KW_ONLY") if "_: KW_ONLY" in fields else len(fields)
+
+
+@pytest.mark.parametrize("module", [module for module in modules("controller", "workers") if module not in OPTIONS])
+def test_more_than_five_arguments_are_given_by_name(module: str) -> None:
+    found = []
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.ClassDef):
+            count, name = fields_by_position(node), node.name
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+            count, name = len(names) - (names[:1] in (["self"], ["cls"])), node.name
+        elif isinstance(node, ast.Call):
+            count, name = len(node.args), ast.unparse(node.func).rpartition(".")[2]
+            count = 0 if name in OPS | VARIADIC else count
+        else:
+            continue
+        if count > MAX_BY_POSITION:
+            found.append(f"line {node.lineno}: {name} takes {count}")
+    assert found == []
+
+
 def protoc_version() -> str | None:
     try:
         return version("grpcio-tools")

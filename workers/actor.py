@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _RAY_NICENESS = 15  # of its workers, by default
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReady:
     """A worker that serves, and what it serves."""
 

@@ -62,7 +62,9 @@ class AsyncLLM:
             known = await asyncio.wrap_future(self._lora_ids.find(lora_request))
             digest, tokenizer = known.spec.digest, (known.text or self._texts.model).tokenizer
             self._check_open()
-        generates = self._requests.open(request_id, prompt, sampling_params, lora_request, digest, tokenizer)
+        generates = self._requests.open(
+            request_id, prompt, sampling_params, lora=lora_request, digest=digest, tokenizer=tokenizer
+        )
         # Unbounded on purpose: an output is one shared, growing object, so a slow reader holds small references only.
         queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
         self._queues[request_id] = queue

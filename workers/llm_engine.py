@@ -68,7 +68,9 @@ class LLMEngine:
             known = self.find_lora(lora_request)
         digest = None if known is None else known.spec.digest
         tokenizer = self.text(known=known).tokenizer
-        generates = self._requests.open(request_id, prompt, params, lora_request, digest, tokenizer)
+        generates = self._requests.open(
+            request_id, prompt, params, lora=lora_request, digest=digest, tokenizer=tokenizer
+        )
         submitted = 0
         try:
             for generate in generates:

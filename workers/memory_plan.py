@@ -45,7 +45,7 @@ class DeviceMemory:
         return replace(self, host_available_bytes=host)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Bytes of one rank, and what they hold."""
 

@@ -17,7 +17,7 @@ class Logprob:
     decoded_token: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class CompletionOutput:
     """One of a request's `n` choices. Lists grow while the request runs."""
 
@@ -33,7 +33,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
     """A request and what it has produced so far."""
 

@@ -27,7 +27,7 @@ class _Choice:
     text: OutputText
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _TextRequest:
     request_id: str
     number: int  # unlike the caller's id never used again, so it names the request to the engine
@@ -49,13 +49,13 @@ class _TextRequest:
 
     def to_output(self) -> RequestOutput:
         return RequestOutput(
-            self.request_id,
-            self.prompt,
-            self.prompt_token_ids,
-            [choice.output for choice in self.choices],
-            self.finished,
-            self.lora_request,
-            self.error,
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[choice.output for choice in self.choices],
+            finished=self.finished,
+            lora_request=self.lora_request,
+            error=self.error,
         )
 
 
@@ -80,6 +80,7 @@ class TextRequests:
         request_id: str,
         prompt: Prompt,
         params: SamplingParams,
+        *,
         lora: LoRARequest | None,
         digest: str | None,
         tokenizer: Tokenizer,
@@ -99,7 +100,13 @@ class TextRequests:
         tokenizer.check_ids(ids, vocab_size, "prompt")
         seed = self._random.getrandbits(64)
         request = _TextRequest(
-            request_id, next(self._numbers), prompt if isinstance(prompt, str) else None, ids, params, lora, tokenizer
+            request_id=request_id,
+            number=next(self._numbers),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=ids,
+            params=params,
+            lora_request=lora,
+            tokenizer=tokenizer,
         )
         generates, shared_ids = [], tuple(ids)
         for index, engine_id in enumerate(request.engine_ids):
@@ -115,7 +122,11 @@ class TextRequests:
         for generate in generates:
             wants_logprobs = params.logprobs is not None
             output = CompletionOutput(
-                generate.sampling.choice, "", [], 0.0 if wants_logprobs else None, [] if wants_logprobs else None
+                index=generate.sampling.choice,
+                text="",
+                token_ids=[],
+                cumulative_logprob=0.0 if wants_logprobs else None,
+                logprobs=[] if wants_logprobs else None,
             )
             output_text = OutputText(
                 tokenizer,

@@ -27,7 +27,7 @@ from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
     """What one choice has gained. logprobs: empty, or one for each token. A delta with a finish_reason is the last."""
 
@@ -142,12 +142,12 @@ class Generation:
                 last[delta.index] = delta
         return [
             ChoiceDelta(
-                index,
-                "".join(texts[index]),
-                token_ids[index],
-                logprobs[index],
-                last[index].finish_reason,
-                last[index].stop_reason,
+                index=index,
+                text="".join(texts[index]),
+                token_ids=token_ids[index],
+                logprobs=logprobs[index],
+                finish_reason=last[index].finish_reason,
+                stop_reason=last[index].stop_reason,
             )
             for index in range(len(self._choices))
         ]
@@ -197,7 +197,14 @@ class Generation:
             self._placing.end(ticket)
         if num_used != len(token_ids):
             token_ids, logprobs = token_ids[:num_used], logprobs[:num_used]
-        return ChoiceDelta(ticket.queue.index, delta.text, token_ids, logprobs, reason, stop_reason)
+        return ChoiceDelta(
+            index=ticket.queue.index,
+            text=delta.text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
 
     def _new_text(self, prompt_token_ids: Sequence[int]) -> OutputText:
         params = self._params

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 from lorafleet.workers.engine.request import FinishReason, TokenLogprobs
@@ -33,6 +33,7 @@ class ChoiceQueue:
     index: int  # of the choice in the answer
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
+    _: KW_ONLY
     received: list[int] = field(default_factory=list)  # all its tokens ever, for a worker that goes on with it
     finish: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, those that the worker did not compute for this choice

@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Final, Protocol
 
 from lorafleet.controller.gateway.inbox import ChoiceQueue
@@ -59,6 +59,7 @@ class Ticket:
     queue: ChoiceQueue
     request: GenerateRequest  # the prompt's, of all its choices
     number: int  # of the choice among the prompt's
+    _: KW_ONLY
     session: WorkerSession | None = None  # which has it
     stream: int = 0  # there
     num_lost: int = 0  # workers that it was on

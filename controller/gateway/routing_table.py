@@ -14,7 +14,7 @@ from lorafleet.proto import controller_pb2, worker_pb2
 from lorafleet.workers.errors import UnknownModelError, quoted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
     """One name that `model` may have."""
 
@@ -43,7 +43,7 @@ class ModelEntry:
         return tuple(entry for entry, _ in self.composition) or ((self,) if self.digest else ())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """One worker's identity and address. Why it lacks an adapter is a code; empty while it is being loaded."""
 
@@ -61,7 +61,7 @@ class Endpoint:
         return self.worker_id, self.generation, self.address
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
     """One version of the controller's table. models: in the order of /v1/models, the base model's names first."""
 
@@ -82,7 +82,15 @@ class RoutingTable:
         """Of adapters with one name the highest version counts; a base model's name is never an adapter's."""
         base = table.base
         models = {
-            name: ModelEntry(name, "", 0, base.root, None, base.created, vocab_size=base.vocab_size)
+            name: ModelEntry(
+                name=name,
+                digest="",
+                version=0,
+                root=base.root,
+                parent=None,
+                created=base.created,
+                vocab_size=base.vocab_size,
+            )
             for name in base.names
         }
         num_base = len(models)
@@ -90,16 +98,16 @@ class RoutingTable:
             if not adapter.digest or adapter.name in base.names:
                 continue  # the first would be answered by the base model, the second would hide it
             models[adapter.name] = ModelEntry(
-                adapter.name,
-                adapter.digest,
-                adapter.version,
-                adapter.root,
-                adapter.parent,
-                adapter.created,
-                adapter.text_digest,
-                adapter.vocab_size or base.vocab_size,
-                adapter.weight if adapter.HasField("weight") else 1.0,
-                adapter.not_composable,
+                name=adapter.name,
+                digest=adapter.digest,
+                version=adapter.version,
+                root=adapter.root,
+                parent=adapter.parent,
+                created=adapter.created,
+                text_digest=adapter.text_digest,
+                vocab_size=adapter.vocab_size or base.vocab_size,
+                weight=adapter.weight if adapter.HasField("weight") else 1.0,
+                not_composable=adapter.not_composable,
             )
         adapters = sorted(list(models.values())[num_base:], key=lambda entry: entry.name)
         return cls(
@@ -111,14 +119,14 @@ class RoutingTable:
             models={entry.name: entry for entry in [*list(models.values())[:num_base], *adapters]},
             workers=tuple(
                 Endpoint(
-                    worker.worker_id,
-                    worker.generation,
-                    worker.address,
-                    max(worker.max_num_seqs, 1),
-                    worker.max_loras,
-                    worker.state == worker_pb2.WORKER_DRAINING,
-                    max(worker.num_ranks, 1),
-                    {lacking.digest: lacking.reason for lacking in worker.lacking},
+                    worker_id=worker.worker_id,
+                    generation=worker.generation,
+                    address=worker.address,
+                    max_num_seqs=max(worker.max_num_seqs, 1),
+                    max_loras=worker.max_loras,
+                    draining=worker.state == worker_pb2.WORKER_DRAINING,
+                    num_ranks=max(worker.num_ranks, 1),
+                    lacking={lacking.digest: lacking.reason for lacking in worker.lacking},
                 )
                 for worker in table.workers
             ),

@@ -60,7 +60,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     @property
     def ready(self) -> WorkerReady:
-        return WorkerReady(self.worker_id, 1, self.address, (), ("plan",), 128, 300, 16, 4)
+        return WorkerReady(
+            worker_id=self.worker_id,
+            generation=1,
+            address=self.address,
+            adapters=(),
+            plan=("plan",),
+            max_model_len=128,
+            vocab_size=300,
+            max_num_seqs=16,
+            max_loras=4,
+        )
 
     async def GetReport(self, request: Any, context: Any) -> worker_pb2.WorkerReport:
         await self.answering.wait()
@@ -637,13 +647,13 @@ async def test_the_fleet_is_ready_when_its_gateways_listen_and_cannot_start_if_t
 ) -> None:
     config = ServeConfig(EngineConfig(str(model_dir)), ("base",))
     cluster.answers.put_nowait((await start("worker-a")).ready)
-    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, "head")
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, gateways_on="head")
     answer = await ready(controller)
     assert isinstance(answer, FleetReady) and answer.gateway_nodes == ("10.0.0.1",)
     await stop(controller)
     cluster.gateway_failure = "the port is taken"
     cluster.answers.put_nowait((await start("worker-a")).ready)
-    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, "head")
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, gateways_on="head")
     assert await ready(controller) == WorkerFailed("bad_config", "On node 10.0.0.1: the port is taken")
     await stop(controller)
 
@@ -653,7 +663,7 @@ async def test_a_fleet_without_room_says_so_takes_no_port_for_gateways_and_start
 ) -> None:
     cluster.has_room = False
     controller = ControllerActor(
-        ServeConfig(EngineConfig(str(model_dir)), ("base",)), "127.0.0.1", free_port, TOKEN, "head"
+        ServeConfig(EngineConfig(str(model_dir)), ("base",)), "127.0.0.1", free_port, TOKEN, gateways_on="head"
     )
     assert await ready(controller) == WorkerFailed("no_room", "no room")
     assert cluster.hosting == []
@@ -673,7 +683,7 @@ class Restarted:
         cluster.restarted_by_ray = True
         cluster.names = [NAME]
         config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=2, drain_timeout_s=0)
-        self.controller = ControllerActor(config, "127.0.0.1", port, TOKEN, "none", owner)
+        self.controller = ControllerActor(config, "127.0.0.1", port, TOKEN, gateways_on="none", owner=owner)
 
     async def says(self, text: str) -> None:
         """Wait until it has."""
@@ -751,7 +761,7 @@ async def test_a_fleet_ends_with_its_owner_and_not_while_ray_does_not_answer(
     cluster.names = [NAME]
     cluster.answers.put_nowait((await start("worker-a")).ready)
     config = ServeConfig(EngineConfig(str(model_dir)), ("base",), drain_timeout_s=0)
-    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, "none", "owner")
+    controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN, gateways_on="none", owner="owner")
     assert isinstance(await ready(controller), FleetReady)
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -57,7 +57,12 @@ class Followed:
         self.said: list[tuple[str, int]] = []
         self.config = ServeConfig(EngineConfig("/model"), ("base",))
         self.placement = GatewayPlacement(
-            cluster, where, self.config, "10.0.0.1:50050", "token", lambda line, level: self.said.append((line, level))
+            cluster,
+            where,
+            self.config,
+            controller="10.0.0.1:50050",
+            token="token",
+            tell=lambda line, level: self.said.append((line, level)),
         )
         self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.task = asyncio.create_task(self.placement.follow(self.first.set_result))

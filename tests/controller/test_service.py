@@ -23,7 +23,17 @@ from lorafleet.workers.text.files import files_digest
 TOKEN = "fleet-token"
 TIMEOUT_S = 10.0
 FILES = {"tokenizer.json": b"x" * (5 << 19), "chat_template.jinja": b"", "config.json": b"{}"}
-WORKER = WorkerReady("worker-a", 1, "127.0.0.1:1", (), (), 128, 300, 16, 0)
+WORKER = WorkerReady(
+    worker_id="worker-a",
+    generation=1,
+    address="127.0.0.1:1",
+    adapters=(),
+    plan=(),
+    max_model_len=128,
+    vocab_size=300,
+    max_num_seqs=16,
+    max_loras=0,
+)
 
 STATUS = controller_pb2.WorkerStatus(name="lorafleet-worker-0", state="ready")
 
@@ -78,7 +88,11 @@ async def fleet() -> AsyncIterator[Fleet]:
         tell=print,
     )
     service = ControllerService(
-        catalogue, {files_digest(FILES): FILES}, updates, lambda: [STATUS], lambda: cast(Any, [Holder()])
+        catalogue,
+        {files_digest(FILES): FILES},
+        updates,
+        workers=lambda: [STATUS],
+        clients=lambda: cast(Any, [Holder()]),
     )
     server = create_server(TOKEN)
     cast(Any, controller_pb2_grpc.add_ControllerServicer_to_server)(service, server)

@@ -50,7 +50,7 @@ class FakeCluster:
 
 def start(cluster: FakeCluster, signals: Signals | None = None) -> FleetReady:
     config = ServeConfig(EngineConfig("/model"), ("base",))
-    return _start(cast(FleetCluster, cluster), signals or Signals(), config, 50050, "token", "head")
+    return _start(cast(FleetCluster, cluster), signals or Signals(), config, controller_port=50050, token="token", gateways_on="head")
 
 
 @pytest.mark.parametrize("has_fleet", [True, False])

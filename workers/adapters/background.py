@@ -33,7 +33,7 @@ _NICE = 10
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Job:
     work: Callable[[], Any]
     future: Future[Any]
@@ -99,7 +99,7 @@ class BackgroundThreads:
         with self._lock:
             is_closed = self._is_closed
             if not is_closed:
-                self._queue.append(_Job(work, future, limit_s, what, drop))
+                self._queue.append(_Job(work=work, future=future, limit_s=limit_s, what=what, drop=drop))
                 self._staff()
         if is_closed:
             future.set_exception(_closed())

@@ -74,7 +74,7 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LARGEST = 3.4e38  # float32, in which scalings are computed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
     """What a config says about the weights. A module is named as in the base model, `model.layers.0.mlp.up_proj`."""
 

@@ -45,7 +45,7 @@ _COMPARED_ROWS = 4096  # at a time
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
     """A verified adapter on disk; enough to load it again. Small, since thousands are kept."""
 
@@ -118,7 +118,7 @@ class Form(NamedTuple):
     config: AdapterConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostAdapter:
     """An adapter's weights in host memory of their own, by (layer, linear)."""
 
@@ -264,7 +264,9 @@ def load_adapter(
     changes: dict[tuple[int, str], LinearChange] = {}
     for (layer, linear), sides in modules.items():
         if sides:
-            changes |= _split(layer, linear, sides, spec.config.scaling(module_name(layer, linear)), base, dtype)
+            changes |= _split(
+                layer, linear, sides, scaling=spec.config.scaling(module_name(layer, linear)), base=base, dtype=dtype
+            )
     return HostAdapter(
         digest=spec.digest,
         weights=changes,
@@ -316,7 +318,9 @@ def _tables(sides_of: Mapping[str, Mapping[str, torch.Tensor]], spec: AdapterSpe
             # The embedding's A was turned so that a token's column of it is a row.
             a_RI = sides["A"].T if module == EMBEDDING else sides["A"]
             scaling = spec.config.scaling(module_name(NO_LAYER, module))
-            lora = LinearChange(a_RI, sides["B"], scaling, sides.get("B_bias"), None, sides.get("magnitude"))
+            lora = LinearChange(
+                a_RI, sides["B"], scaling, b_bias_O=sides.get("B_bias"), magnitude_O=sides.get("magnitude")
+            )
         changes[module] = TableChange(
             weight_VH=None if table.weight is None else sides_of[table.weight[0]][table.weight[1]],
             rows=tuple((rows.ids, sides_of[rows.place[0]][rows.place[1]]) for rows in table.rows),
@@ -347,7 +351,7 @@ def _is_the_bases(table_VH: torch.Tensor, place: Place, base: BaseShapes, base_r
 
 
 def _split(
-    layer: int, linear: str, sides: Mapping[str, torch.Tensor], scaling: float, base: BaseShapes, dtype: torch.dtype
+    layer: int, linear: str, sides: Mapping[str, torch.Tensor], *, scaling: float, base: BaseShapes, dtype: torch.dtype
 ) -> dict[tuple[int, str], LinearChange]:
     """By the linears that a module is made of; most are made of themselves."""
     shape = base.of(linear)
@@ -361,7 +365,12 @@ def _split(
         end = begin + base.linears[part][1]
         own = {name: sides[name][begin:end] for name in VECTORS if name in sides}
         changes[layer, part] = LinearChange(
-            a_RI, b_RO[:, begin:end], scaling, own.get("B_bias"), own.get("bias"), own.get("magnitude")
+            a_RI,
+            b_RO[:, begin:end],
+            scaling,
+            b_bias_O=own.get("B_bias"),
+            bias_O=own.get("bias"),
+            magnitude_O=own.get("magnitude"),
         )
         begin = end
     return changes

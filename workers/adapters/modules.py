@@ -27,7 +27,7 @@ def module_name(layer: int, module: str) -> str:
     return f"model.layers.{layer}.{module}" if parent is None else f"model.layers.{layer}.{parent}.{module}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseShapes:
     """What an adapter must fit."""
 

@@ -43,7 +43,7 @@ _LEAST_BYTES_A_S = 10 << 20  # a read may take a second more for each of these
 _CLOSED = "The adapter store is closed."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
     num_registered: int
     num_cached: int

@@ -152,7 +152,7 @@ def _layout(path: Path, descriptor: int, keys_of: KeysOf) -> Layout:
     for name in in_file_order:
         dtype, shape = dtypes[name], shapes[name]
         assert dtype is not None
-        places.append(_Place(*keys[name], start, dtype, shape))
+        places.append(_Place(*keys[name], start=start, dtype=dtype, shape=shape))
         start += math.prod(shape) * dtype.itemsize
     return _shared(tuple(sorted(places)), start)
 

@@ -119,13 +119,19 @@ def read_weights(
         what, reason = missing_weights(names, folder.path)
         raise AdapterRefusedError(f"{folder.shown} {what}", reason=reason)
     new_files = [name for name in names if name.startswith("new_embeddings")]
-    reads = [_read_new_embeddings(folder, new_files, base, config, max_extra_vocab, settle)] if new_files else []
+    reads = (
+        [_read_new_embeddings(folder, new_files, base, config, max_extra=max_extra_vocab, settle=settle)]
+        if new_files
+        else []
+    )
     new = {(module, side): tuple(tensor.shape) for read in reads for _, module, side, tensor in read.tensors}
     _check_saved(folder.shown_file(CONFIG_FILE), config, base)
     plan: list[tuple[Vocabulary, tuple[tuple[Place, Place], ...]]] = []
 
     def keys_of(header: Any) -> dict[str, Key]:
-        keys, own, twins = _check_header(weights_path, header, base, config, max_lora_rank, max_extra_vocab, new)
+        keys, own, twins = _check_header(
+            weights_path, header, base, config, max_lora_rank=max_lora_rank, max_extra_vocab=max_extra_vocab, new=new
+        )
         plan.append((own, twins))
         return keys
 
@@ -145,6 +151,7 @@ def _read_new_embeddings(
     files: Sequence[str],
     base: BaseShapes,
     config: AdapterConfig,
+    *,
     max_extra: int | None,
     settle: bool,
 ) -> FirstRead:
@@ -188,6 +195,7 @@ def _check_header(
     header: Any,
     base: BaseShapes,
     config: AdapterConfig,
+    *,
     max_lora_rank: int | None,
     max_extra_vocab: int | None,
     new: Mapping[Place, tuple[int, ...]],
@@ -226,9 +234,19 @@ def _check_header(
         if side in _SIDES:
             shape = in_and_out[module] if layer == NO_LAYER else base.of(module)
             assert shape is not None
-            _check_shape(weights_path, name, side, shapes[name], shape, config.rank(module_name(layer, module)), config)
+            _check_shape(
+                weights_path,
+                name,
+                side,
+                shapes[name],
+                base=shape,
+                lora_rank=config.rank(module_name(layer, module)),
+                config=config,
+            )
         elif module in base.norms:
-            _check_shape(weights_path, name, side, shapes[name], (0, base.norms[module]), 0, config)
+            _check_shape(
+                weights_path, name, side, shapes[name], base=(0, base.norms[module]), lora_rank=0, config=config
+            )
     return keys, vocabulary, (*twins, *vocabulary.twins)
 
 
@@ -371,6 +389,7 @@ def _check_shape(
     name: str,
     side: str,
     shape: list[int],
+    *,
     base: tuple[int, int],
     lora_rank: int,
     config: AdapterConfig,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import zip_longest
 
 from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN, Fairness
@@ -37,6 +37,7 @@ class Client:
     adapter: str | None  # digest, or a composition's name
     digests: tuple[str, ...]  # of the adapters whose slots its requests need
     since: float  # when it last got a token, or else when it came
+    _: KW_ONLY
     waiting: list[Request] = field(default_factory=list)  # by priority, then arrival
     num_running: int = 0
 

@@ -138,7 +138,14 @@ class Engine:
             has_read=self._look_again,
         )
         self._pace = PaceMeter()
-        self._loader = SlotLoader(self._store, self._slots, self._runner, ranks.followers, self._pace, self._post)
+        self._loader = SlotLoader(
+            store=self._store,
+            slots=self._slots,
+            runner=self._runner,
+            followers=ranks.followers,
+            pace=self._pace,
+            report=self._post,
+        )
         self._checks = RequestChecks(
             max_model_len=plan.max_model_len,
             max_loras=plan.max_loras,
@@ -148,7 +155,9 @@ class Engine:
         self._lock = threading.Lock()  # guards the eight below
         # A str is the id of a request to cancel.
         self._inbox: deque[GenerateRequest | str | Loaded | Fetched | Retire | _Pin] = deque()
-        self._adapters = RegisteredAdapters(config, spec, plan, self._store, self._slots, ranks.followers)
+        self._adapters = RegisteredAdapters(
+            config, spec=spec, plan=plan, store=self._store, slots=self._slots, followers=ranks.followers
+        )
         self._wake = threading.Condition(self._lock)
         self._unfinished: dict[str, GenerateRequest] = {}
         # For requests, by tenant; None: any number.
@@ -467,7 +476,7 @@ class Engine:
             if finish is not None:
                 self._pace.book_seat(time.monotonic() - request.started_at)
             self._num_output_tokens += 1
-            event = RequestEvent(request.request_id, sampled.token_id, sampled.logprobs, finish)
+            event = RequestEvent(request.request_id, sampled.token_id, logprobs=sampled.logprobs, finish=finish)
             if is_first and request.num_cached_tokens:
                 event = replace(event, num_cached_tokens=request.num_cached_tokens)
             events.append(event)

@@ -62,6 +62,7 @@ class RegisteredAdapters:
     def __init__(
         self,
         config: EngineConfig,
+        *,
         spec: ModelSpec,
         plan: MemoryPlan,
         store: AdapterStore,

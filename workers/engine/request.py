@@ -139,13 +139,14 @@ class RequestEvent:
 
     request_id: str
     token_id: int | None = None  # None: the request ended without a new token
+    _: KW_ONLY
     logprobs: TokenLogprobs | None = None
     finish: FinishReason | None = None
     error: LoRAFleetError | None = None  # with finish ERROR
     num_cached_tokens: int = 0  # with a request's first token: of its prompt, those that needed no computing
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Request:
     """The engine's own state of one choice. Owned by the scheduler and its parts; nobody else changes it.
 

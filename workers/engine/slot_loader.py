@@ -38,7 +38,7 @@ _MIN_COPY_S = 50e-6
 _COPY_BYTES = 128 << 10  # in one piece: ten microseconds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """A loader thread's report: an adapter that only has to be copied into its slot, or why that cannot be."""
 
@@ -67,6 +67,7 @@ class SlotLoader:
 
     def __init__(
         self,
+        *,
         store: AdapterStore,
         slots: AdapterSlots,
         runner: ModelRunner,
@@ -135,7 +136,9 @@ class SlotLoader:
         write = self._at_hand(load)
         began = time.monotonic()
         if write is not None:
-            self._copying.append((Loaded(load, number, write, 0.0, began, from_disk=False), write))
+            self._copying.append(
+                (Loaded(load=load, number=number, write=write, seconds=0.0, began=began, from_disk=False), write)
+            )
             return
         if not self._followers.are_none:  # they read it while this rank does
             self._loaders.submit(partial(self._followers.prefetch, load.digest))
@@ -218,7 +221,16 @@ class SlotLoader:
         except Exception:
             logger.exception("loading adapter %s into slot %d failed", load.digest, load.slot)
             write = InternalError("Loading the adapter failed; the worker's log says why.")
-        self._report(Loaded(load, number, write, time.monotonic() - began, began, from_disk))
+        self._report(
+            Loaded(
+                load=load,
+                number=number,
+                write=write,
+                seconds=time.monotonic() - began,
+                began=began,
+                from_disk=from_disk,
+            )
+        )
 
     def _prepare(self, load: SlotLoad, number: int, adapter: HostAdapter) -> SlotWrite:
         """When it has returned or raised, no other rank writes into the slot any more."""

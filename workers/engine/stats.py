@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from lorafleet.workers.engine.pace import Pace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Taken between steps. Counters count from the engine's start."""
 

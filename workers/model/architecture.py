@@ -23,7 +23,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Sizes and switches of one decoder-only model."""
 

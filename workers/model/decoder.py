@@ -41,7 +41,7 @@ _MAX_RECORDINGS = 256
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
     """What the layers hand on, allocated once for the widest step; all contiguous, F features of the MLP."""
 
@@ -59,12 +59,19 @@ class Activations:
         shards = linear_shards(spec, group.rank, group.size)
         q_size, kv_size = shards["q_proj"].num_outputs, shards["k_proj"].num_outputs
         hidden, inner = spec.hidden_size, shards["up_proj"].num_outputs
-        widths = (hidden, hidden, q_size + 2 * kv_size, q_size, 2 * inner, inner)
-        return cls(*(format.empty(num_tokens, width) for width in widths))
+        widths = {
+            "residual_TH": hidden,
+            "x_TH": hidden,
+            "qkv_TE": q_size + 2 * kv_size,
+            "attended_TQ": q_size,
+            "gate_up_T2F": 2 * inner,
+            "inner_TF": inner,
+        }
+        return cls(**{name: format.empty(num_tokens, width) for name, width in widths.items()})
 
     def first(self, num_tokens: int) -> Activations:
         """Views of the first rows, at the same addresses."""
-        return Activations(*(getattr(self, name)[:num_tokens] for name in self.__slots__))
+        return Activations(**{name: getattr(self, name)[:num_tokens] for name in self.__slots__})
 
 
 class DecoderLayer:

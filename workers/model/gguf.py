@@ -97,7 +97,14 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress | None = None) ->
     work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
         config = _write_config_and_tokenizer(path, work_dir, _ARCHITECTURES[architecture], reader)
-        _write_tensors(reader, names, work_dir / "model.safetensors", config, architecture == "llama", progress)
+        _write_tensors(
+            reader,
+            names,
+            work_dir / "model.safetensors",
+            config=config,
+            permuted=architecture == "llama",
+            progress=progress,
+        )
         try:
             work_dir.replace(out_dir)
         except OSError:
@@ -152,7 +159,7 @@ def _weights(reader: Any) -> list[Any]:
 
 
 def _write_tensors(
-    reader: Any, names: dict[str, str], out_path: Path, config: Any, permuted: bool, progress: Progress | None
+    reader: Any, names: dict[str, str], out_path: Path, *, config: Any, permuted: bool, progress: Progress | None
 ) -> None:
     """One safetensors file, header first, then each tensor as it is converted."""
     from gguf import dequantize

@@ -32,7 +32,7 @@ class Sampled:
     is_finite: bool  # False: the logits hold NaN or +inf, the token means nothing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
     """What the options of some requests say. Holds until the batch is another one."""
 

@@ -28,7 +28,7 @@ class OwnTables:
     samples: slice  # among the rows that sample
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
     """All of one step. Sequence s has the rows query_start[s] to query_start[s + 1]."""
 

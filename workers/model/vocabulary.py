@@ -55,7 +55,7 @@ class IdRange:
         return torch.where(token_ids >= self.vocab_size, added, own)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingPart:
     """One adapter's embedding on one rank."""
 
@@ -140,13 +140,16 @@ def make_part(
         return VocabularyPart(None, head_part)
     is_shared = own_head is not None and own.weight_VH is own_head.weight_VH
     shared = head_part.weight if head_part is not None and is_shared else None
-    return VocabularyPart(_make_embedding(adapter, own, ids, embedding, shared, lora_dtype), head_part)
+    return VocabularyPart(
+        _make_embedding(adapter, own, ids, base=embedding, shared=shared, lora_dtype=lora_dtype), head_part
+    )
 
 
 def _make_embedding(
     adapter: HostAdapter,
     change: TableChange,
     ids: IdRange,
+    *,
     base: LinearWeight,
     shared: LinearWeight | None,
     lora_dtype: torch.dtype,
@@ -170,7 +173,16 @@ def _make_embedding(
                 squares_H = _column_squares(change.lora, ids, weight or base, row_ids_N, rows_NH)
                 norm_H = adapter.norms[NO_LAYER, EMBEDDING] = squares_H.sqrt_()
             scale_H = (change.lora.magnitude_O / norm_H).to(like.device)
-    return EmbeddingPart(ids, weight, row_ids_N, rows_NH, a_XR, b_RH, scaling, scale_H)
+    return EmbeddingPart(
+        ids=ids,
+        weight=weight,
+        row_ids_N=row_ids_N,
+        rows_NH=rows_NH,
+        a_XR=a_XR,
+        b_RH=b_RH,
+        scaling=scaling,
+        scale_H=scale_H,
+    )
 
 
 def _make_head(
@@ -188,7 +200,9 @@ def _make_head(
         places_N, rows_NH = places_N[is_here_N], rows_NH[is_here_N]
     lora = None
     if change.lora is not None:
-        lora = _head_lora(adapter, change.lora, ids, weight or base, places_N, rows_NH, lora_dtype)
+        lora = _head_lora(
+            adapter, change.lora, ids, weight=weight or base, places_N=places_N, rows_NH=rows_NH, lora_dtype=lora_dtype
+        )
     return HeadPart(ids, weight, places_N, rows_NH, lora)
 
 
@@ -196,6 +210,7 @@ def _head_lora(
     adapter: HostAdapter,
     change: LinearChange,
     ids: IdRange,
+    *,
     weight: LinearWeight,
     places_N: torch.Tensor | None,
     rows_NH: torch.Tensor | None,

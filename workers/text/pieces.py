@@ -31,7 +31,7 @@ def _byte_level_alphabet() -> dict[int, int]:
 _BYTE_OF_CODE_POINT = _byte_level_alphabet()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderRules:
     """How a token's string becomes its piece, and what happens at the start of a text.
 
@@ -76,7 +76,14 @@ class DecoderRules:
                 strip_char, num_strip = step["content"], step["start"]
             else:
                 return None
-        return cls(False, tuple(replacements), byte_fallback, strip_char, num_strip, drop_from_first)
+        return cls(
+            byte_level=False,
+            replacements=tuple(replacements),
+            byte_fallback=byte_fallback,
+            strip_char=strip_char,
+            num_strip=num_strip,
+            drop_from_first=drop_from_first,
+        )
 
     def piece(self, token: str) -> Piece:
         """The piece of a token, given as the vocabulary spells it. One that is an added token follows the same rule."""

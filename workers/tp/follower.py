@@ -30,6 +30,7 @@ class Follower:
     def __init__(
         self,
         config: EngineConfig,
+        *,
         spec: ModelSpec,
         plan: MemoryPlan,
         device: torch.device,

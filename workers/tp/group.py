@@ -48,7 +48,7 @@ class Rendezvous:
     """Where the ranks of one group meet: a key-value store in rank 0's process, on its node's address."""
 
     def __init__(
-        self, host: str, port: int, rank: int, size: int, timeout_s: float, listener: socket.socket | None
+        self, host: str, port: int, *, rank: int, size: int, timeout_s: float, listener: socket.socket | None
     ) -> None:
         """listener: rank 0's, bound to (host, port); the store takes it over. Raises `RuntimeError` after that time."""
         self.rank = rank

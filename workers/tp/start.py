@@ -45,7 +45,9 @@ class Leader:
     def gather(self, plan: MemoryPlan, device: torch.device) -> Ranks:
         """A `Gather`. Raises `RuntimeError` when the other ranks do not come in time."""
         host, port = self._listener.getsockname()[:2]
-        rendezvous = Rendezvous(host, port, 0, self._size, _START_TIMEOUT_S, self._listener)
+        rendezvous = Rendezvous(
+            host, port, rank=0, size=self._size, timeout_s=_START_TIMEOUT_S, listener=self._listener
+        )
         rendezvous.put(_PLAN, json.dumps(asdict(plan)))
         group, plans = rendezvous.connect(device)
         addresses = [rendezvous.get(_address(rank)) for rank in range(1, self._size)]
@@ -66,7 +68,7 @@ async def follow(config: EngineConfig, rank: int, leader: str, host: str, token:
     device = pick_device(config)
     group, plans = await asyncio.to_thread(rendezvous.connect, device)
     spec = read_spec(Path(config.model))
-    follower = Follower(config, spec, plan, device, group, PlanChannel(plans))
+    follower = Follower(config, spec=spec, plan=plan, device=device, group=group, plans=PlanChannel(plans))
     server = create_server(token)
     add_RankServicer_to_server(RankService(follower, spec.hidden_size), server)
     own_port = server.add_insecure_port(f"{host}:0")

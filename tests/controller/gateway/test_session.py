@@ -30,7 +30,14 @@ async def worker(new_worker: Callable[..., Any]) -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def session(worker: Any) -> AsyncIterator[WorkerSession]:
-    endpoint = Endpoint(worker.worker_id, worker.generation, worker.address, 8, 2, False)
+    endpoint = Endpoint(
+        worker_id=worker.worker_id,
+        generation=worker.generation,
+        address=worker.address,
+        max_num_seqs=8,
+        max_loras=2,
+        draining=False,
+    )
     session = WorkerSession(endpoint, gateway_id="g", token="t", times=TIMES)
     yield session
     await session.close()

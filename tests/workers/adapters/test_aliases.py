@@ -22,7 +22,13 @@ TIMEOUT_S = 20.0
 
 
 def spec(digest: str) -> AdapterSpec:
-    return AdapterSpec(digest, Path("/adapters") / digest, AdapterConfig(None, 1, 1.0, False), 1, 1)
+    return AdapterSpec(
+        digest=digest,
+        path=Path("/adapters") / digest,
+        config=AdapterConfig(base_model_name=None, lora_rank=1, lora_alpha=1.0, use_rslora=False),
+        lora_rank=1,
+        num_elements=1,
+    )
 
 
 class Book:

@@ -27,7 +27,14 @@ def make_spec(directory: Path, num_files: int = 1, *, stamped: bool = True) -> A
         path.write_bytes(b"old")
         with path.open("rb") as file:
             files.append(TensorFile(path.name, Layout((), 0), FileStamp.of(file) if stamped else None))
-    return AdapterSpec("digest", directory, AdapterConfig(None, 1, 1.0, False), 1, 0, files=tuple(files))
+    return AdapterSpec(
+        digest="digest",
+        path=directory,
+        config=AdapterConfig(base_model_name=None, lora_rank=1, lora_alpha=1.0, use_rslora=False),
+        lora_rank=1,
+        num_elements=0,
+        files=tuple(files),
+    )
 
 
 def contents(adapter: OpenAdapter | None) -> list[bytes]:

@@ -31,7 +31,13 @@ BASE = BaseShapes(num_layers=1, linears={})
 
 def spec(digest: str, num_bytes: int = 10) -> AdapterSpec:
     # Two bytes an element: the stores below are of bfloat16.
-    return AdapterSpec(digest, Path("/adapters") / digest, AdapterConfig(None, 1, 1.0, False), 1, num_bytes // 2)
+    return AdapterSpec(
+        digest=digest,
+        path=Path("/adapters") / digest,
+        config=AdapterConfig(base_model_name=None, lora_rank=1, lora_alpha=1.0, use_rslora=False),
+        lora_rank=1,
+        num_elements=num_bytes // 2,
+    )
 
 
 class Disk:
@@ -65,7 +71,7 @@ class Disk:
             assert may_end.wait(TIMEOUT_S)
         if wanted.digest in self.broken:
             raise self.broken[wanted.digest]
-        return HostAdapter(wanted.digest, {}, wanted.num_elements * dtype.itemsize)
+        return HostAdapter(digest=wanted.digest, weights={}, num_bytes=wanted.num_elements * dtype.itemsize)
 
 
 class Clock:

@@ -19,7 +19,7 @@ from lorafleet.workers.model.slot_write import PreparedForms, SlotRows, SlotWrit
 
 def make_adapter(value: float) -> HostAdapter:
     change = LinearChange(torch.full((2, 8), value), torch.full((2, 4), value), 1.0)
-    return HostAdapter("digest", {(0, "q_proj"): change}, num_bytes=96)
+    return HostAdapter(digest="digest", weights={(0, "q_proj"): change}, num_bytes=96)
 
 
 def prepare(adapter: HostAdapter, places: torch.Tensor, numbers: torch.Tensor) -> SlotRows:

@@ -20,7 +20,9 @@ def channels(size: int) -> list[PlanChannel]:
     port = listener.getsockname()[1]
 
     def connect(rank: int) -> PlanChannel:
-        rendezvous = Rendezvous("127.0.0.1", port, rank, size, 30.0, listener if rank == 0 else None)
+        rendezvous = Rendezvous(
+            "127.0.0.1", port, rank=rank, size=size, timeout_s=30.0, listener=listener if rank == 0 else None
+        )
         _, plans = rendezvous.connect(torch.device("cpu"))
         return PlanChannel(plans)
 
@@ -53,6 +55,6 @@ def test_every_rank_receives_each_plan_as_it_was_sent() -> None:
 
 def test_a_rank_that_does_not_come_is_waited_for_so_long() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
-    rendezvous = Rendezvous("127.0.0.1", listener.getsockname()[1], 0, 2, 0.2, listener)
+    rendezvous = Rendezvous("127.0.0.1", listener.getsockname()[1], rank=0, size=2, timeout_s=0.2, listener=listener)
     with pytest.raises(RuntimeError):
         rendezvous.get("what nobody puts")
