@@ -46,7 +46,7 @@ class FakeCluster:
     def mark_owner(self) -> str:
         return "owner"
 
-    def create_controller(self, actor: type, *args: object) -> None:
+    def create_controller(self, actor: type, *args: object, **options: object) -> None:
         self.controller_arguments = args
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any:

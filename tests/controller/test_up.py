@@ -28,7 +28,7 @@ class FakeCluster:
     def find_controller(self) -> bool:
         return self.has_fleet
 
-    def create_controller(self, actor: type, *args: object) -> None:
+    def create_controller(self, actor: type, *args: object, **options: object) -> None:
         self.has_fleet = True
 
     def poll(self, method: str, *args: object, timeout_s: float) -> Any:
@@ -50,7 +50,14 @@ class FakeCluster:
 
 def start(cluster: FakeCluster, signals: Signals | None = None) -> FleetReady:
     config = ServeConfig(EngineConfig("/model"), ("base",))
-    return _start(cast(FleetCluster, cluster), signals or Signals(), config, controller_port=50050, token="token", gateways_on="head")
+    return _start(
+        cast(FleetCluster, cluster),
+        signals or Signals(),
+        config,
+        controller_port=50050,
+        token="token",
+        gateways_on="head",
+    )
 
 
 @pytest.mark.parametrize("has_fleet", [True, False])
