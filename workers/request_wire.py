@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from lorafleet.proto import worker_pb2
@@ -32,10 +31,10 @@ FINISH_FROM_WIRE: Final = {wire: finish for finish, wire in FINISH_TO_WIRE.items
 class _Fields:
     """The fields that a class and a message have in common."""
 
-    def __init__(self, kind: type[Any], message: Descriptor) -> None:
+    def __init__(self, kind: type[Any], message: type[Message]) -> None:
         """Those that are repeated, or messages themselves, have another form in the class: they are left out."""
         self.all = [field.name for field in dataclasses.fields(kind) if _is_plain(message, field.name)]
-        self._optional = [name for name in self.all if message.fields_by_name[name].has_presence]
+        self._optional = [name for name in self.all if message.DESCRIPTOR.fields_by_name[name].has_presence]
         self._always = [name for name in self.all if name not in self._optional]
 
     def of(self, fields: object) -> dict[str, Any]:
@@ -49,13 +48,13 @@ class _Fields:
         return values
 
 
-def _is_plain(message: Descriptor, name: str) -> bool:
-    field = message.fields_by_name.get(name)
+def _is_plain(message: type[Message], name: str) -> bool:
+    field = message.DESCRIPTOR.fields_by_name.get(name)
     return field is not None and not field.is_repeated and field.message_type is None
 
 
-_REQUEST: Final = _Fields(GenerateRequest, worker_pb2.Generate.DESCRIPTOR)
-_SAMPLING: Final = _Fields(SamplingOptions, worker_pb2.Sampling.DESCRIPTOR)
+_REQUEST: Final = _Fields(GenerateRequest, worker_pb2.Generate)
+_SAMPLING: Final = _Fields(SamplingOptions, worker_pb2.Sampling)
 _POSITIVE: Final = [
     name for name, allowed in allowed_of(SamplingOptions).items() if allowed.within and allowed.within.is_open
 ]

@@ -32,7 +32,7 @@ class Range:
 class Allowed:
     """What one field may be."""
 
-    kind: type  # int, float (an integer will do) or bool
+    kind: type[Any]  # int, float (an integer will do) or bool
     within: Range | None  # of numbers
     may_be_none: bool
 
@@ -62,23 +62,26 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 def check_fields(fields: object) -> None:
     """Raises `InvalidRequestError` that names the first field of a dataclass with a value that it must not have."""
-    get, rows = _table(type(fields))
-    for value, (name, kind, low, high, allowed) in zip(get(fields), rows, strict=True):
-        if type(value) is not kind or not low <= value <= high:  # of a kind that is as good, or wrong
+    kind: Any = type(fields)
+    read, rows = _table(kind)
+    for value, row in zip(read(fields), rows, strict=True):
+        name, usual, low, high, allowed = row
+        if type(value) is not usual or not low <= value <= high:  # of a kind that is as good, or wrong
             allowed.check(name, value)
 
 
+_Row = tuple[str, type[Any], float, float, Allowed]  # a field, and the values of its kind that are right
+
+
 @functools.cache
-def _table(
-    kind: type[Any],
-) -> tuple[Callable[[object], tuple[Any, ...]], list[tuple[str, type, float, float, Allowed]]]:
-    """What reads a dataclass's fields all at once, and for each its name, its kind, and what it certainly may be."""
-    rows: list[tuple[str, type, float, float, Allowed]] = []
+def _table(kind: Any) -> tuple[Callable[[object], tuple[Any, ...]], list[_Row]]:
+    """What reads all fields of a dataclass that say what they may be, and a row for each."""
+    rows: list[_Row] = []
     for name, allowed in allowed_of(kind).items():
         within = allowed.within or Range(False, True)
         low = math.nextafter(within.low, math.inf) if within.is_open else within.low
         rows.append((name, allowed.kind, low, within.high, allowed))
-    return operator.attrgetter(*(row[0] for row in rows)), rows
+    return operator.attrgetter(*(name for name, *_ in rows)), rows
 
 
 @functools.cache
@@ -99,5 +102,5 @@ def _allowed(hint: Any) -> Allowed | None:
     if typing.get_origin(hint) is Annotated:
         base, *notes = typing.get_args(hint)
         within = next((note for note in notes if isinstance(note, Range)), None)
-        return within and Allowed(base, within, may_be_none)
+        return None if within is None else Allowed(base, within, may_be_none)
     return None

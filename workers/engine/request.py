@@ -89,7 +89,7 @@ class GenerateRequest:
         return "+".join(f"{digest}:{weight!r}" for digest, weight in self.composition) or self.adapter
 
     def of_choice(self, choice: int, output_token_ids: Sequence[int] = ()) -> GenerateRequest:
-        """The same for another one of the request's choices, which goes on after the tokens that it has."""
+        """The same for another of the API request's choices, resumed after the tokens that it has."""
         if choice == self.sampling.choice and not output_token_ids and not self.output_token_ids:
             return self
         sampling = replace(self.sampling, choice=choice)

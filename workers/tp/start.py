@@ -62,7 +62,13 @@ async def follow(config: EngineConfig, rank: int, leader: str, host: str, token:
     """
     leader_host, _, port = leader.rpartition(":")
     rendezvous = await asyncio.to_thread(
-        Rendezvous, leader_host, int(port), rank, config.tensor_parallel_size, _START_TIMEOUT_S, None
+        Rendezvous,
+        leader_host,
+        int(port),
+        rank=rank,
+        size=config.tensor_parallel_size,
+        timeout_s=_START_TIMEOUT_S,
+        listener=None,
     )
     plan = MemoryPlan(**json.loads(await asyncio.to_thread(rendezvous.get, _PLAN)))
     device = pick_device(config)
