@@ -171,7 +171,14 @@ class WatchedRequest(Request):
 
 def watched(**options: object) -> WatchedRequest:
     plain = row(**options)
-    return WatchedRequest("r", plain.sampling, None, list(plain.token_ids), plain.num_prompt_tokens, 0)
+    return WatchedRequest(
+        request_id="r",
+        sampling=plain.sampling,
+        adapter=None,
+        token_ids=list(plain.token_ids),
+        num_prompt_tokens=plain.num_prompt_tokens,
+        arrival=0,
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
