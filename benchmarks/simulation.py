@@ -199,8 +199,8 @@ class Simulation:
             (number,) * arrival.num_prompt,  # no two prompts begin alike
             SamplingOptions(max_tokens=arrival.num_output),
             None if arrival.others else arrival.adapter,
-            arrival.tenant,
-            arrival.weight,
+            tenant=arrival.tenant,
+            tenant_weight=arrival.weight,
             priority=arrival.priority,
             composition=tuple((digest or "", 1.0) for digest in (arrival.adapter, *arrival.others) if arrival.others),
         )
