@@ -106,12 +106,16 @@ def own_test(module: str) -> Path:
     return ROOT / "tests" / path.parent / f"test_{path.name}"
 
 
-def tested_elsewhere(folder: Path) -> dict[str, Path]:
-    """From a folder's docstring: its files whose tests have other names. A path starts in the folder's place in tests/
-    or in one above it.
+def named_elsewhere(folder: Path) -> dict[str, Path]:
+    """From a folder's docstring, or its README if it is no package: its files whose tests have other names.
+
+    A test's path starts in the folder's place in tests/ or in one above it.
     """
-    docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
-    _, _, claims = " ".join(docstring.split()).partition("Tested elsewhere: ")
+    package, readme = ROOT / folder / "__init__.py", ROOT / folder / "README.md"
+    text = readme.read_text() if readme.is_file() else ""
+    if package.is_file():
+        text = ast.get_docstring(ast.parse(package.read_text())) or ""
+    _, _, claims = " ".join(text.split()).partition("Tested elsewhere: ")
     found: dict[str, Path] = {}
     for claim in filter(None, claims.removesuffix(".").split("; ")):
         names, _, test = claim.rpartition(" in ")
@@ -129,7 +133,7 @@ FOLDERS = sorted({Path(module).parent for module in modules("controller", "kerne
 def test_each_file_has_its_test_under_its_name_or_its_folder_says_which_has_it(folder: Path) -> None:
     files = {Path(module).name: module for module in modules(str(folder)) if Path(module).parent == folder}
     without = {name for name, module in files.items() if has_logic(module) and not own_test(module).is_file()}
-    assert set(tested_elsewhere(folder)) == without - {"__init__.py"}
+    assert set(named_elsewhere(folder)) == without - {"__init__.py"}
 
 
 @pytest.mark.parametrize("module", modules(*PACKAGES))
