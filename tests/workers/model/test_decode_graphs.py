@@ -70,7 +70,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tuple[Path, Any]]:
-    """By adapter name: its directory, and the answers of transformers and peft; None: the base model."""
+    """Return, by adapter name, its directory and the answers of transformers and peft; None: the base model."""
     root = tmp_path_factory.mktemp("graphs")
     base = tiny.make_model("llama2", root / "model", num_hidden_layers=2)
     found: dict[str | None, tuple[Path, Any]] = {None: (root / "model", base)}
