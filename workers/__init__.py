@@ -2,8 +2,8 @@
 
 Lazy: importing this package loads neither torch nor Ray. A name is imported at its first use.
 
-Tested elsewhere: address in server/test_actor.py; errors in controller/gateway/api/test_bad_input.py; rpc in
-server/test_service.py.
+Tested elsewhere: address in server/test_actor.py; errors in controller/gateway/api/test_bad_input.py; host_memory in
+model/test_device.py; rpc in server/test_service.py.
 """
 
 from __future__ import annotations

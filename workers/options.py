@@ -72,7 +72,7 @@ def nested(options: type) -> Any:
     return dataclasses.field(default_factory=options, metadata={_NESTED: options})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
     """An option with what its field says."""
 

@@ -2,5 +2,5 @@
 
 Imports `engine` and `text`. Start reading in llm.py.
 
-Tested elsewhere: args, llm_engine, outputs and text_requests in test_llm.py.
+Tested elsewhere: llm_engine, outputs and text_requests in test_llm.py.
 """

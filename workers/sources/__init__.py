@@ -2,5 +2,5 @@
 
 Imports `adapters` and `model`. Start reading in adapters.py.
 
-Tested elsewhere: hub in test_adapters.py.
+Tested elsewhere: demo in deploy/test_kubernetes.py; hub in test_adapters.py.
 """
