@@ -1,7 +1,7 @@
-"""checkov over what the chart and the overlay render: `check_manifests.py CHECKOV`, which is the program's path.
+"""Runs checkov over the rendered chart and overlay: `check_manifests.py CHECKOV`, the path of the program.
 
-checkov does not know RayClusters, so the pods of one are put beside it. Exit code 1 for a failed check that
-deploy/kubernetes/checkov.yaml and the list below do not explain.
+checkov does not know RayClusters, so their pods are added to them. Exits with 1 for a failed check that neither
+deploy/kubernetes/checkov.yaml nor the list below explains.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def main(root: Path) -> None:
 
 
 def run(code: str, root: Path, **environment: str) -> str:
-    """What the code prints, run away from the tree, without a compiler, with an empty cache that must stay so."""
+    """Run code outside the tree, without a compiler, with an empty cache that must stay empty. Return its output."""
     # -I: no working directory and no user site on the path; and the editable install's hook is out of the way.
     code = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]\n" + code
     with tempfile.TemporaryDirectory() as cache:

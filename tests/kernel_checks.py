@@ -1,4 +1,4 @@
-"""What tests of the kernels, on a CPU and on a GPU, compare with."""
+"""Comparisons for tests of the kernels, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
 def empty_pages(
     num_pages: int, kv_heads: int, page: int, dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of pages in which nothing has been written: all NaN."""
+    """Return keys and values of pages without any write: all NaN."""
     keys, values = paged_kv.empty(num_pages, kv_heads, page, dim, dtype, torch.device("cpu"))
     return keys.fill_(torch.nan), values.fill_(torch.nan)

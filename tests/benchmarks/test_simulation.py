@@ -1,4 +1,4 @@
-"""What the scheduler promises, on traces of minutes that a virtual clock plays in seconds."""
+"""The scheduler's guarantees, on traces of minutes that run in seconds on a virtual clock."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_tenants_get_shares_by_their_weights() -> None:
 def adversary(seed: int, machine: Machine, max_composed: int = 1) -> list[Arrival]:
     """Many clients that do what hurts: hold slots and seats for ever, come in bursts, with any priority.
 
-    max_composed: of their requests some are for so many adapters at once.
+    max_composed: some of their requests are for so many adapters at once.
     """
     rng = random.Random(seed)
     adapters = [None, *(f"a{number}" for number in range(rng.choice([12, 60, 200])))]

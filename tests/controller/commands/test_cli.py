@@ -1,4 +1,4 @@
-"""The command line: what flags become, what is refused and how, and that mistakes answer at once."""
+"""The command line: flags become settings, mistakes are refused by name and at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config(*flags: str) -> ServeConfig:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What is said of wrong flags, which must end with status 2 and no traceback."""
+    """Return the error for wrong flags, which must exit with status 2 and no traceback."""
     with pytest.raises(SystemExit) as ended:
         main(["serve", "org/base", *flags])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""Gateway processes that die or hang, with processes that stand for gateways; and what real ones are told."""
+"""Gateway processes that die or hang, with processes in their place; and the command lines of real ones."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def pids(gateways: GatewayProcesses) -> list[int]:
 
 
 def replaced(gateways: GatewayProcesses) -> list[str]:
-    """What is said of those that are replaced next."""
+    """Return the lines about the processes replaced next."""
     said: list[str] = []
     until(lambda: said.extend(gateways.replace_lost()) or said)
     return said
 
 
-def test_one_that_is_stopped_is_ended_and_replaced_and_the_others_stay(gateways: GatewayProcesses) -> None:
+def test_a_stopped_one_is_ended_and_replaced_and_the_others_stay(gateways: GatewayProcesses) -> None:
     first, second = pids(gateways)
     os.kill(first, signal.SIGSTOP)
     (said,) = replaced(gateways)
@@ -97,7 +97,7 @@ def test_while_the_fleet_starts_one_that_ends_is_a_refusal(gateways: GatewayProc
         gateways.check()
 
 
-def test_the_end_ends_stopped_ones_too(tmp_path: Path) -> None:
+def test_closing_ends_stopped_ones_too(tmp_path: Path) -> None:
     gateways = GatewayProcesses(ServeConfig(EngineConfig("/model"), ("base",)), "127.0.0.1:1", tmp_path / "token")
     gateways._command = [sys.executable, "-c", GATEWAY]
     with gateways:
@@ -107,7 +107,7 @@ def test_the_end_ends_stopped_ones_too(tmp_path: Path) -> None:
 
 
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, command: str = "serve") -> GatewayConfig:
-    """What a gateway makes of what `lorafleet serve` with these flags tells it."""
+    """Return the settings a gateway gets from `lorafleet serve` with these flags."""
     token_file = tmp_path / "token"
     token_file.write_text("fleet-token")
     config = serve_config(make_parser().parse_args([command, "org/base", *flags]))

@@ -1,4 +1,4 @@
-"""The image's locks hold what the project asks for, and what lock.py puts into them."""
+"""The image's locks hold the project's requirements; lock.py chooses the right versions and wheels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lock() -> ModuleType:
 
 
 def locked(name: str) -> dict[str, tuple[Version, int]]:
-    """The version of each package in a lock file, and how many hashes it has."""
+    """Return the version of each package in a lock file, and its number of hashes."""
     joined = (DOCKER / name).read_text().replace("\\\n", "")
     entries = [line.split() for line in joined.splitlines() if line[0].isalnum()]
     pairs = [(words[0].split("=="), sum(word.startswith("--hash=sha256:") for word in words)) for words in entries]
@@ -75,7 +75,7 @@ def test_the_locks_of_the_variants_differ_in_torch_and_cuda() -> None:
 
 
 def fake_index(lock: ModuleType, monkeypatch: pytest.MonkeyPatch, packages: dict[str, dict[str, list[str]]]) -> None:
-    """An index that has these packages: what each version of them requires."""
+    """Return an index of packages: the requirements of each version."""
 
     def wheels(name: str) -> tuple[Any, ...]:
         any_machine = frozenset({lock.Tag("py3", "none", "any")})
