@@ -47,8 +47,8 @@ class FakeClient:
     known: dict[tuple[str, int], worker_pb2.Adapter] = field(default_factory=dict)
     names: AdapterNames = field(default_factory=AdapterNames)
     reachable: bool = True
-    draining: bool = False  # what is unregistered is not free within the time
-    lose_answers: set[str] = field(default_factory=set)  # methods that do their work and are not heard of
+    draining: bool = False  # unregistered adapters are not freed in time
+    lose_answers: set[str] = field(default_factory=set)  # methods that take effect though their answers are lost
     in_use: set[str] = field(default_factory=set)  # digests
     requests: list[worker_pb2.Adapter] = field(default_factory=list)  # to register
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -138,7 +138,7 @@ class Controller:
         self.clock = clock
         self.published: list[dict[str, str]] = []  # name → digest, after each change
         self.told: list[str] = []
-        self.workers: dict[str, WorkerAdapters] = {}  # of processes that have said what they have
+        self.workers: dict[str, WorkerAdapters] = {}  # those whose process has listed its adapters
         self.in_table: set[str] = set()
         self.catalogue = Catalogue(
             names=("base",),

@@ -30,11 +30,11 @@ ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "deploy" / "docker"
 VARIANTS = ("cpu", "cuda")
 USER = 10001
-# What RUN may do besides running a script of ours. They make the user and an empty folder, which no step needs.
+# Commands that RUN may use besides our scripts. They create the user and an empty folder, which no step needs.
 TRIVIAL = ("groupadd", "useradd", "install")
-# The first that has a Python as the base images do. The system's can be used by any user.
+# The first one with the base images' Python is used. The system's can be used by any user.
 PATHS = ("/usr/bin:/bin", f"{sys.base_prefix}/bin:/usr/bin:/bin")
-# Of this machine, what says where pip finds packages; hashes hold whatever is found.
+# This machine's settings for pip's sources; hashes are checked whatever pip finds.
 PIP_SETTINGS = ("cert", "default-timeout", "find-links", "index-url")
 KERNELS = """
 import pathlib, warnings
@@ -110,7 +110,7 @@ def in_context(path: str, dockerignore: str) -> bool:
         if not pattern or pattern.startswith("#"):
             continue
         exception = pattern.startswith("!")
-        # ** is any folders, * anything within one name.
+        # ** matches any folders, * anything within one name.
         parts = re.split(r"(\*\*/|\*)", pattern.lstrip("!"))
         regex = "".join({"**/": "(?:.*/)?", "*": "[^/]*"}.get(part, re.escape(part)) for part in parts)
         if re.fullmatch(f"{regex}(?:/.*)?", path):
@@ -180,7 +180,7 @@ class Steps:
         self._dockerignore = dockerignore
         self._env = dict(env)
         self._workdir = root
-        self.env: dict[str, str] = {}  # what ENV says in the last stage, its paths below the root
+        self.env: dict[str, str] = {}  # the last stage's ENV, with paths below the root
 
     def path(self, absolute: str) -> Path:
         return self.root / absolute.lstrip("/")
@@ -298,11 +298,11 @@ def main() -> None:
     print("beside PATH and HOME the steps are given", settings or "nothing")
     with tempfile.TemporaryDirectory(prefix="lorafleet-image-") as name:
         scratch = Path(name)
-        scratch.chmod(0o755)  # the other user is to find what is below
+        scratch.chmod(0o755)  # readable for the other user
         home = scratch / "home"
         home.mkdir()
-        # No pip.conf of this machine counts. One retry, since PyTorch's server may be out of reach where PIP_FIND_LINKS
-        # has the file.
+        # This machine's pip.conf does not count. One retry, since PyTorch's server may be unreachable where
+        # PIP_FIND_LINKS has the file.
         path = next(filter(has_python, PATHS), None)
         if path is None:
             print(f"skipped: the locks are for Python 3.11 with venv, which is in none of {PATHS}")

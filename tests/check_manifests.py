@@ -16,8 +16,8 @@ import yaml
 from manifests import KUBERNETES, SETS, as_pods, kustomized, read, rendered
 
 HEADS_EXCEPTIONS = {
-    # Of its container `fleet`, which serves nothing: it ends when the fleet or Ray has, and Kubernetes starts it again.
-    # That all others have probes is a test.
+    # For its container `fleet`, which serves nothing: it ends with the fleet or Ray, and Kubernetes starts it again.
+    # A test checks that all others have probes.
     "CKV_K8S_8": "no liveness probe",
     "CKV_K8S_9": "no readiness probe",
 }
@@ -40,7 +40,7 @@ def main(checkov: str) -> int:
         command = [checkov, "--directory", folder, "--config-file", str(KUBERNETES / "checkov.yaml")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     print(done.stdout, done.stderr, sep="", end="")
-    # It says nothing of its sum when it has found nothing to check, and is content.
+    # It prints no summary, and succeeds, if it has found nothing to check.
     if "Passed checks:" not in done.stdout:
         print("checkov has checked nothing", file=sys.stderr)
         return 1

@@ -36,7 +36,7 @@ assert same is LLM
 assert LLM.__module__ == "lorafleet.workers.offline.llm"
 assert LLM.__init__.__code__.co_filename.startswith({root!r}), "imported from elsewhere"
 """
-# The wheel carries one library a level, and the one asked for computes, without a warning and as the reference does.
+# The wheel has a library for each level, and the chosen one computes without a warning and like the reference.
 KERNELS = """
 import os, pathlib, platform, sys, warnings
 sys.path.insert(0, {root!r})

@@ -129,7 +129,7 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-# Llama-3-8B's heads, Llama-2-7B's, a small model's, and the largest heads that are served.
+# Llama-3-8B's heads, Llama-2-7B's, a small model's, and the largest heads supported.
 SHAPES = ((32, 8, 128), (32, 32, 128), (9, 3, 64), (8, 1, 512))
 
 

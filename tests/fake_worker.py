@@ -86,9 +86,9 @@ class FakeEngine:
         self.config = SimpleNamespace(threads=1)
         self.paused = False
         self.crash = False
-        self.step_s = 0.001  # a step takes its time, else no event loop could keep up
+        self.step_s = 0.001  # so that the event loop can keep up
         self.num_slots: int | None = None  # of the queue; None: any number
-        self.num_cached_tokens = 0  # that each request finds
+        self.num_cached_tokens = 0  # cached tokens of each request
         self.last_salt = ""
         self.device_adapters: tuple[str, ...] = ("digest-a",)
         self.registered_adapters: tuple[str, ...] = ("digest-a", "digest-b", "digest-c")

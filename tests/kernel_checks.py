@@ -18,7 +18,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     atol, rtol = TOLERANCE[expected.dtype]
     if expected.dtype == torch.bfloat16 and expected.device.type == "cpu" and uses_triton(expected.device):
-        atol, rtol = 2 * atol, 2 * rtol  # Triton's interpreter cuts off what hardware rounds to nearest
+        atol, rtol = 2 * atol, 2 * rtol  # Triton's interpreter truncates where hardware rounds to nearest
     torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol, equal_nan=True)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import openai
 from serving import Server
 
-NUM_TOKENS = 700  # of each choice; so many that none has them before all eight streams have begun
+NUM_TOKENS = 700  # per choice; so many that none is complete before all eight streams have begun
 PROMPTS = ["the quick", "over the lazy dog", "then", "brown fox"]
 
 Answer = dict[int, tuple[str, list[str], str]]
@@ -32,7 +32,7 @@ def stream(server: Server, model: str, number: int, prepared: threading.Barrier,
     is_first = True
     texts, tokens, reasons = {0: "", 1: ""}, {0: list[str](), 1: list[str]()}, {0: "", 1: ""}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        prepared.wait(timeout=60)  # a client takes longer to make than hundreds of tokens
+        prepared.wait(timeout=60)  # creating a client takes longer than hundreds of tokens
         for chunk in client.completions.create(
             model=model,
             prompt=PROMPTS[number % len(PROMPTS)],

@@ -72,7 +72,7 @@ def make_model(name: str, directory: Path, seed: int = 0, **changes: Any) -> Pre
     config.update(changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
-        # Biases and norm weights start as zeros and ones, which would hide that they are read wrongly.
+        # Biases and norm weights start as zeros and ones, which would hide errors in reading them.
         if parameter.dim() == 1:
             parameter.data.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
         else:

@@ -108,7 +108,7 @@ def adversary(seed: int, machine: Machine, max_composed: int = 1) -> list[Arriva
 @pytest.mark.parametrize("seed", range(8))
 def test_no_client_waits_longer_than_the_bound_for_its_first_token(seed: int, max_composed: int) -> None:
     rng = random.Random(seed)
-    # Loads within a fifth of a turn, prompts and recomputation within a turn: that is what the bound supposes.
+    # The wait limit assumes loads within a fifth of a turn, prompts and recomputation within a turn.
     machine = Machine(
         num_slots=rng.choice([max(2, max_composed), 8]),
         num_seats=rng.choice([8, 32]),

@@ -82,7 +82,7 @@ def cluster_set(request: pytest.FixtureRequest) -> list[Manifest]:
     return read(rendered(request.param))
 
 
-# What is rendered is valid.
+# The rendered manifests are valid.
 
 
 def test_the_readme_explains_all_value_sets() -> None:
@@ -165,7 +165,7 @@ def test_the_overlay_can_give_all_pods_another_image(tmp_path: Path) -> None:
     assert images == {"example.com/other:cpu"}
 
 
-# What is rendered hangs together.
+# The rendered manifests are consistent.
 
 
 def test_the_manifests_hang_together(manifests: list[Manifest]) -> None:
@@ -418,7 +418,7 @@ def test_every_message_of_the_checks_is_tested() -> None:
     assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, problem) for problem in said)] == []
 
 
-# What values may be.
+# Valid values.
 
 REFUSED = [
     ("cpu-demo", "fleet.numWorkers=3", "workerGroups have room for 2"),
@@ -511,7 +511,7 @@ def test_words_with_spaces_and_quotes_reach_the_fleet_as_they_are() -> None:
     assert fleet_args(made).served_model_name == ["it's mine", "b c"]
 
 
-# The code has what the manifests ask for.
+# The manifests match the code.
 
 
 def subparsers() -> dict[str, ArgumentParser]:
@@ -566,7 +566,7 @@ def test_the_fleets_flags_are_those_of_the_values(cluster_set: list[Manifest], t
     args = make_parser().parse_args(with_flags(cluster_set, words, tmp_path))
     assert args.follow and args.gateways == "none" and args.enable_lora
     assert args.worker_ports == manifest_checks.worker_ports(cluster_set)
-    # A fleet is known by its flags. They must be the same when the head has moved.
+    # A fleet is identified by its flags, which must be the same after the head has moved.
     assert args.ray_address == "127.0.0.1:6379"
 
 
@@ -593,7 +593,7 @@ def gateway_paths() -> set[str]:
 
 
 def test_what_probes_and_prometheus_ask_for_are_paths_of_the_gateway_or_of_ray(manifests: list[Manifest]) -> None:
-    ray = "/api/healthz"  # of its agent, since Ray 2.53; KubeRay asks for it too
+    ray = "/api/healthz"  # of Ray's agent, since Ray 2.53; KubeRay uses it too
     known = gateway_paths()
     for pod in pods(manifests):
         for each in pod.spec["containers"]:
@@ -663,7 +663,7 @@ def test_pods_are_the_user_of_the_image_and_mount_what_it_names(manifests: list[
 def test_the_demo_model_is_where_the_script_puts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORAFLEET_CACHE", str(tmp_path))
     folder = tmp_path / "models" / f"{demo_model.MODEL_NAME}-{demo_model.GGUF_SHA256[:12]}"
-    folder.mkdir(parents=True)  # as if it were there already, so that nothing is fetched
+    folder.mkdir(parents=True)  # as if it existed already, so that nothing is fetched
     demo = read(rendered("cpu-demo"))
     assert fleet_args(demo).model == f"/cache/{demo_model.demo_model_dir().relative_to(tmp_path)}"
     scripts = [each["command"] for pod in pods(demo) for each in pod.spec.get("initContainers", ())]

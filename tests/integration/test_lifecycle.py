@@ -104,7 +104,7 @@ def test_a_killed_worker_restarts_and_resumes_its_requests(server: Server) -> No
 def test_a_killed_serve_takes_gateway_and_worker_with_it(server: Server) -> None:
     def serving() -> set[str]:
         names = {Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in server.survivors()}
-        # Ray's two monitoring agents look for their parent once in a while only, and end some time later.
+        # Ray's two monitoring agents check their parent rarely, and so end some time later.
         return {name for name in names if "Agent" not in name}
 
     server.children()

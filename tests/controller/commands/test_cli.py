@@ -138,7 +138,7 @@ def test_the_bound_on_waiting_is_on_unless_it_is_turned_off() -> None:
     ],
 )
 def test_sizes(text: str, num_bytes: int) -> None:
-    # A KV cache of no bytes is refused later on, by name.
+    # A KV cache of no bytes is refused later, by name.
     assert make_parser().parse_args(["serve", "m", "--kv-cache-memory-bytes", text]).kv_cache_memory_bytes == num_bytes
 
 

@@ -30,7 +30,7 @@ class FakeRay:
         self.groups: dict[str, str] = {}  # states by name
         self.next_fleet = MINE
         self.on_kill: Callable[[tuple[str, str]], None] = lambda place: None
-        self.is_quicker = False  # another command takes the controller's name when we are about to
+        self.is_quicker = False  # another command takes the controller's name just before us
         self.util = types.SimpleNamespace(
             list_named_actors=lambda all_namespaces: [
                 {"namespace": namespace, "name": name} for namespace, name in self.actors

@@ -110,7 +110,7 @@ class FakeCluster:
         self.answers: asyncio.Queue[WorkerReady | WorkerFailed | WorkerLost] = asyncio.Queue()
         self.ranks: dict[str, set[str]] = {}  # nodes of workers
         self.gateway_failure = ""
-        self.hosting: list[str] = []  # nodes that were to have gateways
+        self.hosting: list[str] = []  # nodes on which gateways were started
         self.has_room = True
         self.restarted_by_ray = False
         self.owners: set[str] = set()
@@ -408,7 +408,7 @@ async def test_a_restarted_controller_learns_everything_from_the_workers(
     await controller._updates.unload("start-up")
     await stop(controller)
     await workers[1].kill()
-    blank = await start("c", adapters=started())  # takes the other's place, and is met first
+    blank = await start("c", adapters=started())  # replaces the other one, and is asked first
     cluster.answers.put_nowait(blank.ready)
     cluster.answers.put_nowait(workers[0].ready)
     controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)

@@ -47,10 +47,10 @@ class History(RuleBasedStateMachine):
         self.patch.setattr(retirement_module, "GRACE_S", 0.0)
         self.patch.setattr(adapters_module, "KNOW_S", 0.0)
         self.clock = Clock()
-        self.contents: dict[tuple[str, int], str] = {}  # of all versions that ever were
+        self.contents: dict[tuple[str, int], str] = {}  # of all versions ever created
         self.clients = {name: self.start_worker() for name in WORKERS}
         self.controller = Controller(self.clients, self.clock, of_start=["start"])
-        self.gateway = AdapterNames(["start"])  # what its last table said
+        self.gateway = AdapterNames(["start"])  # as in its last table
         self.allowed: dict[str, set[str | None]] = {"start": {"content a"}, "sql": {None}, "legal": {None}}
         self.do(self.controller.settle(1))
 
@@ -156,7 +156,7 @@ class History(RuleBasedStateMachine):
     @rule()
     def all_is_well_again(self) -> None:
         """Check that every worker has exactly the adapters that names stand for."""
-        self.clock.now += 10_000.0  # whatever was waited for
+        self.clock.now += 10_000.0  # longer than any wait
         for client in self.clients.values():
             client.reachable = True
             client.lose_answers.clear()

@@ -21,7 +21,7 @@ class FakeCluster:
 
     def __init__(self, *nodes: Node) -> None:
         self.alive = list(nodes)
-        self.hosts: dict[str, tuple[object, ...]] = {}  # by node id, what their actors were told
+        self.hosts: dict[str, tuple[object, ...]] = {}  # by node id, the arguments of their actors
         self.failures: dict[str, str] = {}
         self.drained: list[str] = []
         self.is_away = False

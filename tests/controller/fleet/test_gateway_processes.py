@@ -25,7 +25,7 @@ from lorafleet.controller.gateway.tenants import tenants_of
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.errors import AuthenticationError, ConfigError
 
-# Signs of life ten times a second; it ends when its stdin does, and with 7 when it is asked to.
+# Gives signs of life ten times a second; it exits when its stdin is closed, and with 7 on command.
 GATEWAY = """
 import signal, sys, threading, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))

@@ -51,10 +51,10 @@ NOTHING = AdapterActions((), (), (), ())
         (sql(5), [], [sql(4), sql(5)], 5, [], True, AdapterActions((), (), (), (sql(4),))),
         (sql(5), [sql(4)], [sql(4), sql(5)], 5, [], True, NOTHING),
         (sql(5), [sql(4)], [sql(5)], 5, [], True, AdapterActions((), (sql(4),), (), ())),
-        # Unloaded: nothing is loaded, and what is there goes the same way.
+        # Unloaded: nothing is loaded, and existing versions are retired in the same way.
         (GONE, [], [sql(5)], 5, [], True, AdapterActions((GONE,), (), (), (sql(5),))),
         (GONE, [], [], 9, [], True, NOTHING),
-        # Nobody has noted it: it is a load under way, or left over from one, or the newest that is not heard of yet.
+        # No worker has noted it: a load in progress, or left over from one, or the newest version, not heard of yet.
         (sql(5), [], [sql(5), sql(6)], 5, [("sql", 6)], True, NOTHING),
         (sql(5), [], [sql(5), sql(6)], 5, [], True, AdapterActions((), (), (("sql", 6),), ())),
         (sql(5), [], [sql(5), sql(6)], 5, [], False, NOTHING),

@@ -69,7 +69,7 @@ def test_a_process_whose_loop_hangs_is_ended(watched: subprocess.Popen[str]) -> 
     assert watched.wait(30) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("watched", [30.0], indirect=True)  # a machine that is busy must not decide this
+@pytest.mark.parametrize("watched", [30.0], indirect=True)  # long, so that a busy machine does not matter
 def test_a_running_process_is_not_killed_and_its_watchdog_ends_with_it(watched: subprocess.Popen[str]) -> None:
     (watchdog,) = watchdogs(watched.pid)
     os.kill(watchdog, signal.SIGKILL)

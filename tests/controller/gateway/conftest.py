@@ -70,7 +70,7 @@ class Running:
     """One request on the fake worker."""
 
     generate: worker_pb2.Generate
-    num_output: int = 0  # those of an earlier life included
+    num_output: int = 0  # including those before a resume
 
     def __post_init__(self) -> None:
         self.num_output = len(self.generate.output_token_ids)
@@ -87,7 +87,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     answer: list[int] | None = None  # None: repeats the prompt
     permits: int | None = None  # steps that may still be taken; None: any number
     error: worker_pb2.Ended | None = None  # how each request ends at once
-    num_cached: list[int] = field(default_factory=list)  # tokens that the next requests find, one after the other
+    num_cached: list[int] = field(default_factory=list)  # cached tokens of the next requests, in order
     heartbeats: bool = True
     welcome: bool = True
     device_adapters: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     tokens: list[str] = field(default_factory=list)  # bearer tokens seen
     address: str = ""
     num_steps: int = 0
-    sessions: list[dict[int, Running]] = field(default_factory=list)  # what runs, by session and stream
+    sessions: list[dict[int, Running]] = field(default_factory=list)  # running requests, by session and stream
     server: Any = None
 
     async def start(self, port: int = 0) -> None:

@@ -62,7 +62,7 @@ async def test_a_head_that_arrives_byte_by_byte_gets_no_longer(new_fleet: Any) -
 
     dripping = asyncio.create_task(drip())
     writer.write(b"GET /health HTTP/1.1\r\nx: ")
-    with contextlib.suppress(ConnectionResetError):  # of one that goes on writing
+    with contextlib.suppress(ConnectionResetError):  # of a client that keeps writing
         assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 408 ")
     dripping.cancel()
     writer.close()
@@ -99,7 +99,7 @@ async def test_data_that_is_not_http_gets_one_answer_and_no_traceback(
     reader, writer = await connect(fleet)
     writer.write(garbage)
     answer = await asyncio.wait_for(reader.read(), 5)
-    assert answer.startswith(b"HTTP/1.0 400 ")  # of what version it might be is not known
+    assert answer.startswith(b"HTTP/1.0 400 ")  # its version is unknown
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert error["code"] == "invalid_request" and "HTTP/1.1" in error["message"] and len(error["message"]) < 400
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.WARNING]
@@ -107,7 +107,7 @@ async def test_data_that_is_not_http_gets_one_answer_and_no_traceback(
 
 
 async def test_connections_over_the_limit_are_refused_and_places_become_free_again(new_fleet: Any) -> None:
-    fleet = await new_fleet(max_connections=8)  # one of them kept back for other addresses
+    fleet = await new_fleet(max_connections=8)  # one of them is reserved for other addresses
     open_ones = [await connect(fleet) for _ in range(7)]
     await fleet.until(lambda: fleet.listener.connections.shares.num_taken == 7)
     reader, writer = await connect(fleet)
@@ -161,7 +161,7 @@ async def test_a_client_that_does_not_read_is_disconnected_and_its_request_is_ov
         await fleet.until(lambda: fleet.worker.generates, 20)
         await fleet.until(lambda: fleet.state.intake.num_in_flight == 0, 40)
         await fleet.until(lambda: fleet.listener.connections.shares.held("127.0.0.1") == 0, 20)
-        # At once, and not after what the system has for it.
+        # At once, not only after the system has sent its buffer.
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
     await fleet.until(lambda: fleet.worker.cancels == ([1] if stream else []))
 
@@ -188,7 +188,7 @@ async def test_a_client_that_reads_slowly_but_reads_is_kept(new_fleet: Any) -> N
         client.setblocking(False)
         while not received.endswith(b"}}}"):
             received += await loop.sock_recv(client, 2048)
-            await asyncio.sleep(0.002)  # some 500 KB a second, where 1 KiB is asked for
+            await asyncio.sleep(0.002)  # some 500 KB a second; the minimum is 1 KiB
     assert received.startswith(b"HTTP/1.1 200 ") and len(received) > 100_000
 
 

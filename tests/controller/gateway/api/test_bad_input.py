@@ -114,7 +114,7 @@ CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "hello"}, "prompt", "not a known field"),
 ]
 
-# (body as it stands, a part of the message)
+# (raw body, a part of the message)
 MALFORMED: list[tuple[bytes, str]] = [
     (b"", "JSON"),
     (b"{", "JSON"),
@@ -212,7 +212,7 @@ async def test_zero_is_a_value_and_not_what_is_taken_where_none_is_given(fleet: 
     generate = fleet.worker.generates[-1]
     sampling = generate.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed, generate.priority) == (0, 0, 0, 0)
-    assert sampling.HasField("num_logprobs")  # 0 candidates are asked for
+    assert sampling.HasField("num_logprobs")  # 0 candidates are requested
     tiny = {"top_p": 1e-300, "repetition_penalty": 1e-300, "min_p": 1e-300}
     assert (await fleet.post("/v1/completions", {"model": "tiny", "prompt": "hello", **tiny}))[0] == 200
     sampling = fleet.worker.generates[-1].sampling

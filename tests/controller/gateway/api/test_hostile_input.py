@@ -20,7 +20,7 @@ HUGE = "9" * 200_000
 LONG = "x" * 300_000
 DEEP = 50_000
 
-# Written as JSON, since some cannot be had from json.dumps.
+# Written as JSON, since json.dumps cannot produce some of them.
 VALUES: dict[str, str] = {
     "null": "null",
     "true": "true",

@@ -80,7 +80,7 @@ async def test_the_memory_of_those_kept_is_bounded(
     size = tokenizers_module._BYTES_PER_FILE_BYTE * sum(map(len, tokenizer_files.values()))
     with ThreadPoolExecutor(1) as executor:
         texts = Tokenizers(fetch, executor)
-        for num_kept in (2, 0):  # one is kept whatever it takes: it is in use
+        for num_kept in (2, 0):  # one is always kept, since it is in use
             monkeypatch.setattr(tokenizers_module, "MAX_BYTES", num_kept * size)
             for digest in ("a", "b", "a", "b"):
                 await texts.get(f"{digest}{num_kept}")
