@@ -88,7 +88,7 @@ class FakeEngine:
         self.crash = False
         self.step_s = 0.001  # so that the event loop can keep up
         self.num_slots: int | None = None  # of the queue; None: any number
-        self.num_cached_tokens = 0  # cached tokens of each request
+        self.num_cached_tokens = 0  # that each request finds
         self.last_salt = ""
         self.device_adapters: tuple[str, ...] = ("digest-a",)
         self.registered_adapters: tuple[str, ...] = ("digest-a", "digest-b", "digest-c")

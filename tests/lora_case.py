@@ -39,7 +39,7 @@ class LoraCase:
         self.is_aligned = all(width % 16 == 0 for width in widths)
 
     def run(self, segments: list[tuple[int, int, int, float]]) -> torch.Tensor:
-        """segments: (first row, row after the last, slot, weight)."""
+        """segments: (first row, behind the last, slot, weight)."""
         columns = list(zip(*segments, strict=True)) if segments else [(), (), (), ()]
         device = self.y.device
         packed = LoraSegments(

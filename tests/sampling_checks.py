@@ -66,7 +66,7 @@ def agree(logits: torch.Tensor, *options: torch.Tensor) -> None:
 def near_threshold(
     logits: torch.Tensor, token: int, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float
 ) -> bool:
-    """Return whether a token is right within rounding of the thresholds and the random number, in float64."""
+    """Whether the token is right for thresholds and a random number within rounding of those given. In float64."""
     if temperature == 0.0:
         return False
     distance = (logits.max() - logits) / temperature

@@ -1,4 +1,4 @@
-"""The folders form a graph without cycles: each imports only folders listed before it here."""
+"""The folders form a graph without cycles: each imports only what stands before it here."""
 
 from __future__ import annotations
 

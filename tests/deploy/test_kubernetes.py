@@ -663,7 +663,7 @@ def test_pods_are_the_user_of_the_image_and_mount_what_it_names(manifests: list[
 def test_the_demo_model_is_where_the_script_puts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORAFLEET_CACHE", str(tmp_path))
     folder = tmp_path / "models" / f"{demo_model.MODEL_NAME}-{demo_model.GGUF_SHA256[:12]}"
-    folder.mkdir(parents=True)  # as if it existed already, so that nothing is fetched
+    folder.mkdir(parents=True)  # as if it were there already, so that nothing is fetched
     demo = read(rendered("cpu-demo"))
     assert fleet_args(demo).model == f"/cache/{demo_model.demo_model_dir().relative_to(tmp_path)}"
     scripts = [each["command"] for pod in pods(demo) for each in pod.spec.get("initContainers", ())]

@@ -75,7 +75,7 @@ def test_the_locks_of_the_variants_differ_in_torch_and_cuda() -> None:
 
 
 def fake_index(lock: ModuleType, monkeypatch: pytest.MonkeyPatch, packages: dict[str, dict[str, list[str]]]) -> None:
-    """Return an index of packages: the requirements of each version."""
+    """An index that has these packages: what each version of them requires."""
 
     def wheels(name: str) -> tuple[Any, ...]:
         any_machine = frozenset({lock.Tag("py3", "none", "any")})

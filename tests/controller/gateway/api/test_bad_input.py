@@ -212,7 +212,7 @@ async def test_zero_is_a_value_and_not_what_is_taken_where_none_is_given(fleet: 
     generate = fleet.worker.generates[-1]
     sampling = generate.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed, generate.priority) == (0, 0, 0, 0)
-    assert sampling.HasField("num_logprobs")  # 0 candidates are requested
+    assert sampling.HasField("num_logprobs")  # 0 candidates are asked for
     tiny = {"top_p": 1e-300, "repetition_penalty": 1e-300, "min_p": 1e-300}
     assert (await fleet.post("/v1/completions", {"model": "tiny", "prompt": "hello", **tiny}))[0] == 200
     sampling = fleet.worker.generates[-1].sampling

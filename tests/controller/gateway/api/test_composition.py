@@ -21,7 +21,7 @@ def adapters(*parts: tuple[str, float | None]) -> dict[str, Any]:
 
 
 def sent(fleet: Any) -> tuple[str, list[tuple[str, float]]]:
-    """Return (adapter, composition) of the last request that a worker got."""
+    """(adapter, composition) of the last request that a worker got."""
     generate = fleet.worker.generates[-1]
     return generate.adapter_digest, [(part.digest, part.weight) for part in generate.composition]
 
