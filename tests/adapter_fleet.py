@@ -1,4 +1,4 @@
-"""A controller's adapters and its workers without gRPC, Ray or time: workers are dictionaries, calls can be lost."""
+"""A controller's adapters and workers without gRPC, Ray or time: workers are dictionaries, and calls can be lost."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Clock:
 
 @dataclass(eq=False)
 class FakeClient:
-    """A worker process, as `WorkerClient` calls it: what its disk holds at each root, what it has registered."""
+    """A worker process behind `WorkerClient`'s calls: the content of its disk by root, and its registered adapters."""
 
     disk: dict[str, str] = field(default_factory=lambda: {f"/adapters/{name}": f"content {name}" for name in "abc"})
     known: dict[tuple[str, int], worker_pb2.Adapter] = field(default_factory=dict)
     names: AdapterNames = field(default_factory=AdapterNames)
     reachable: bool = True
-    draining: bool = False  # what is unregistered is not free within the time
-    lose_answers: set[str] = field(default_factory=set)  # methods that do their work and are not heard of
+    draining: bool = False  # unregistered adapters are not freed in time
+    lose_answers: set[str] = field(default_factory=set)  # methods that take effect though their answers are lost
     in_use: set[str] = field(default_factory=set)  # digests
     requests: list[worker_pb2.Adapter] = field(default_factory=list)  # to register
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -99,7 +99,7 @@ class FakeClient:
         return worker_pb2.UnregisterAdapterReply(found=found, device_bytes=10 * found, host_bytes=3 * found)
 
     def serves(self) -> dict[str, set[str]]:
-        """Digests that it has, by name."""
+        """Return its digests by name."""
         served: dict[str, set[str]] = {}
         for (name, _), adapter in self.known.items():
             served.setdefault(name, set()).add(adapter.digest)
@@ -123,7 +123,7 @@ class FakeClient:
 
 
 class Controller:
-    """One run of a controller over worker processes, by their places' names. What happens in time is stepped."""
+    """One run of a controller over worker processes, by worker name. Time passes in steps."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Controller:
         self.clock = clock
         self.published: list[dict[str, str]] = []  # name → digest, after each change
         self.told: list[str] = []
-        self.workers: dict[str, WorkerAdapters] = {}  # of processes that have said what they have
+        self.workers: dict[str, WorkerAdapters] = {}  # those whose process has listed its adapters
         self.in_table: set[str] = set()
         self.catalogue = Catalogue(
             names=("base",),
@@ -173,18 +173,18 @@ class Controller:
             self.catalogue.await_word(clients)
 
     def names(self) -> dict[str, str]:
-        """What the table says that names stand for."""
+        """Return the digest of each name in the table."""
         return {adapter.name: adapter.digest for adapter in self.catalogue.table().adapters}
 
     def lacking(self, name: str) -> dict[str, str]:
-        """What the table says that a worker lacks, and why."""
+        """Return the adapters a worker lacks in the table, with reasons."""
         for worker in self.catalogue.table().workers:
             if worker.worker_id == name:
                 return {lacking.name: lacking.reason for lacking in worker.lacking}
         raise KeyError(name)
 
     async def step(self) -> None:
-        """Each worker once: seen, reconciled, in the table when it answers."""
+        """Look at each worker once: reconcile it, and put it into the table if it answers."""
         for name, client in self.clients.items():
             worker = self.workers.get(name)
             if worker is None:
@@ -212,7 +212,7 @@ class Controller:
             self.catalogue.put_worker(ready, worker_pb2.WORKER_READY, worker.lacking)
 
     async def settle(self, rounds: int = 5) -> None:
-        """Until nothing is left to do; a minute goes by with each round."""
+        """Step until nothing is left to do; a minute passes in each round."""
         for _ in range(rounds):
             self.clock.now += 61.0
             await self.step()
@@ -220,7 +220,7 @@ class Controller:
             await asyncio.gather(*self.retirement._dropping)
 
     def lose(self, name: str, *, is_dead: bool = True) -> None:
-        """A worker is not in the table any more; of a dead one all is forgotten."""
+        """Take a worker out of the table; a dead one has forgotten everything."""
         if name in self.in_table:
             self.in_table.discard(name)
             self.catalogue.drop_worker(name)
@@ -230,7 +230,7 @@ class Controller:
             self.catalogue.heard(name)
 
     async def kill(self) -> None:
-        """What it was doing stops where it is."""
+        """Stop the controller in the middle of its work."""
         await self.updates.close()
         await self.retirement.close()
         for worker in self.workers.values():

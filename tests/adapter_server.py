@@ -1,4 +1,4 @@
-"""A real server whose adapters come and go, and what transformers + peft answer through each."""
+"""A real server whose adapters are loaded and unloaded, and transformers' and peft's answers through each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_OUTPUT = 8
 
 @dataclass
 class Fleet:
-    """A server; its adapters on disk; what transformers + peft answer through each (and "tiny", the base model)."""
+    """A server; its adapters on disk; transformers' and peft's answers through each (and "tiny", the base model)."""
 
     server: Server
     root: Path

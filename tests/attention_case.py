@@ -11,9 +11,9 @@ from lorafleet.kernels.paged_kv import write_
 def attention_case(
     lengths: list[tuple[int, int]], q_heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """lengths: (queries, context) of each sequence. Pages are scattered; what no sequence owns is NaN.
+    """lengths: (queries, context) of each sequence. Pages are scattered; memory that no sequence owns is NaN.
 
-    In the table, numbers behind a sequence's last page are of no page.
+    In the table, entries after a sequence's last page are no valid pages.
     """
     needed = [-(-context // page) for _, context in lengths]
     total = sum(needed) + 3

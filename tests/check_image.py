@@ -1,11 +1,11 @@
-"""Checks the image without a Docker engine. Run by `make image-check`; the quick half is in tests/deploy too.
+"""Checks the image without a Docker engine. Run by `make image-check`; tests/deploy also runs the quick half.
 
     python tests/check_image.py
 
-First the Dockerfile itself: `problems` says what in it is not as the image promises. Then its steps are run, with the
-files that its COPY instructions take and no others, in an environment that is empty but for PATH, HOME and what this
-machine's pip needs to find packages. The installed program is then tried without a compiler, as a user who may write
-nowhere. What stays untried: the base images, and what Docker does itself (layers, mounts, users).
+First `problems` checks the Dockerfile itself. Then its steps are run, with only the files that its COPY instructions
+take, in an environment with only PATH, HOME and the settings that this machine's pip needs to find packages. Then the
+installed program is tried without a compiler, as a user who may write nowhere. Not tried: the base images, and Docker's
+own part (layers, mounts, users).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "deploy" / "docker"
 VARIANTS = ("cpu", "cuda")
 USER = 10001
-# What RUN may do besides running a script of ours. They make the user and an empty folder, which no step needs.
+# Commands that RUN may use besides our scripts. They create the user and an empty folder, which no step needs.
 TRIVIAL = ("groupadd", "useradd", "install")
-# The first that has a Python as the base images do. The system's can be used by any user.
+# The first one with the base images' Python is used. The system's can be used by any user.
 PATHS = ("/usr/bin:/bin", f"{sys.base_prefix}/bin:/usr/bin:/bin")
-# Of this machine, what says where pip finds packages; hashes hold whatever is found.
+# This machine's settings for pip's sources; hashes are checked whatever pip finds.
 PIP_SETTINGS = ("cert", "default-timeout", "find-links", "index-url")
 KERNELS = """
 import pathlib, warnings
@@ -48,7 +48,7 @@ print(native.describe())
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction: RUN --mount=... sh x.sh has the flag and the text behind it."""
+    """One instruction: for RUN --mount=... sh x.sh, the flag and the text after it."""
 
     keyword: str
     flags: tuple[str, ...]
@@ -60,7 +60,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What follows a FROM."""
+    """A stage: the instructions after a FROM."""
 
     name: str
     base: str
@@ -68,7 +68,7 @@ class Stage:
 
 
 def parse(dockerfile: str, variant: str) -> list[Stage]:
-    """The stages, with ARGs put in. Knows what our Dockerfile uses: no heredocs, no ONBUILD, no other escapes."""
+    """Return the stages, with ARGs replaced. Covers only what our Dockerfile uses: no heredocs, no ONBUILD."""
     lines = [line for line in dockerfile.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     outside: dict[str, str] = {}  # ARGs before the first FROM: FROM sees them, a stage those that it names again
     inside: dict[str, str] = {}
@@ -98,19 +98,19 @@ def commands(run: Instruction) -> list[list[str]]:
 
 
 def options(mount: str) -> dict[str, str]:
-    """Of --mount=type=bind,from=..."""
+    """Return the options of --mount=type=bind,from=... by name."""
     return dict(option.split("=", 1) for option in mount.partition("=")[2].split(","))
 
 
 def in_context(path: str, dockerignore: str) -> bool:
-    """Whether Docker sends a file to the builder: the last pattern that matches it, or a folder above it, decides."""
+    """Return whether Docker sends a file to the builder: the last pattern that matches it or a folder above decides."""
     sent = True
     for line in dockerignore.splitlines():
         pattern = line.strip()
         if not pattern or pattern.startswith("#"):
             continue
         exception = pattern.startswith("!")
-        # ** is any folders, * anything within one name.
+        # ** matches any folders, * anything within one name.
         parts = re.split(r"(\*\*/|\*)", pattern.lstrip("!"))
         regex = "".join({"**/": "(?:.*/)?", "*": "[^/]*"}.get(part, re.escape(part)) for part in parts)
         if re.fullmatch(f"{regex}(?:/.*)?", path):
@@ -119,7 +119,7 @@ def in_context(path: str, dockerignore: str) -> bool:
 
 
 def problems(dockerfile: str, dockerignore: str, variant: str) -> Iterator[str]:
-    """What in a Dockerfile is not as the image promises, a line each."""
+    """Return a line for each promise of the image that a Dockerfile breaks."""
     stages = parse(dockerfile, variant)
     names = [stage.name for stage in stages]
     for number, stage in enumerate(stages):
@@ -169,10 +169,10 @@ def _final_problems(stage: Stage) -> Iterator[str]:
 
 
 class Steps:
-    """Carries a Dockerfile out below a folder that stands for every stage's root.
+    """Runs a Dockerfile below a folder that stands for every stage's root.
 
-    One folder is enough since a path means the same in each stage, which is asserted: so what is copied or mounted from
-    an earlier stage is there already.
+    One folder is enough since a path means the same in each stage, which is asserted: so files copied or mounted from
+    an earlier stage are there already.
     """
 
     def __init__(self, root: Path, dockerignore: str, env: Mapping[str, str]) -> None:
@@ -180,7 +180,7 @@ class Steps:
         self._dockerignore = dockerignore
         self._env = dict(env)
         self._workdir = root
-        self.env: dict[str, str] = {}  # what ENV says in the last stage, its paths below the root
+        self.env: dict[str, str] = {}  # the last stage's ENV, with paths below the root
 
     def path(self, absolute: str) -> Path:
         return self.root / absolute.lstrip("/")
@@ -237,7 +237,7 @@ class Steps:
 
 
 def try_out(steps: Steps, scratch: Path) -> None:
-    """The wheel is whole; what was installed starts and loads its kernels, without compiler, in read-only folders."""
+    """Check that the wheel is whole, and the installed program starts and loads its kernels without a compiler."""
     (wheel,) = steps.path("/dist").glob("*.whl")
     python = steps.path("/opt/lorafleet/venv/bin/python")
     alone = scratch / "wheel"
@@ -249,7 +249,7 @@ def try_out(steps: Steps, scratch: Path) -> None:
     for folder in (home, steps.path("/cache")):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o555)
-    # No /usr/bin behind it: no compiler, nor anything else that the image might not have.
+    # No /usr/bin after it: no compiler, nor anything else that the image might lack.
     env = steps.env | {"PATH": steps.env["PATH"].split(":")[0]}
     other_user: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []} if os.geteuid() == 0 else {}
     try:
@@ -271,7 +271,7 @@ def try_out(steps: Steps, scratch: Path) -> None:
 
 
 def pip_settings() -> dict[str, str]:
-    """Those of this machine, of a file or of the environment, as the environment variables that say the same."""
+    """Return this machine's pip settings, from its files and environment, as environment variables."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     listed = subprocess.run([*pip, "config", "list"], stdout=subprocess.PIPE, text=True, check=True).stdout
     settings = dict(re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
@@ -279,7 +279,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def has_python(path: str) -> bool:
-    """Whether its python3 is one that the locks are for, and can make environments."""
+    """Return whether its python3 has the locks' version and can create environments."""
     program = shutil.which("python3", path=path)
     test = "import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 11))"
     return program is not None and subprocess.run([program, "-c", test], stderr=subprocess.DEVNULL).returncode == 0
@@ -298,11 +298,11 @@ def main() -> None:
     print("beside PATH and HOME the steps are given", settings or "nothing")
     with tempfile.TemporaryDirectory(prefix="lorafleet-image-") as name:
         scratch = Path(name)
-        scratch.chmod(0o755)  # the other user is to find what is below
+        scratch.chmod(0o755)  # readable for the other user
         home = scratch / "home"
         home.mkdir()
-        # No pip.conf of this machine counts. One retry, since PyTorch's server may be out of reach where PIP_FIND_LINKS
-        # has the file.
+        # This machine's pip.conf does not count. One retry, since PyTorch's server may be unreachable where
+        # PIP_FIND_LINKS has the file.
         path = next(filter(has_python, PATHS), None)
         if path is None:
             print(f"skipped: the locks are for Python 3.11 with venv, which is in none of {PATHS}")

@@ -1,7 +1,7 @@
-"""checkov over what the chart and the overlay render: `check_manifests.py CHECKOV`, which is the program's path.
+"""Runs checkov over the rendered chart and overlay: `check_manifests.py CHECKOV`, the path of the program.
 
-checkov does not know RayClusters, so the pods of one are put beside it. Exit code 1 for a failed check that
-deploy/kubernetes/checkov.yaml and the list below do not explain.
+checkov does not know RayClusters, so their pods are added to them. Exits with 1 for a failed check that neither
+deploy/kubernetes/checkov.yaml nor the list below explains.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import yaml
 from manifests import KUBERNETES, SETS, as_pods, kustomized, read, rendered
 
 HEADS_EXCEPTIONS = {
-    # Of its container `fleet`, which serves nothing: it ends when the fleet or Ray has, and Kubernetes starts it again.
-    # That all others have probes is a test.
+    # For its container `fleet`, which serves nothing: it ends with the fleet or Ray, and Kubernetes starts it again.
+    # A test checks that all others have probes.
     "CKV_K8S_8": "no liveness probe",
     "CKV_K8S_9": "no readiness probe",
 }
@@ -40,7 +40,7 @@ def main(checkov: str) -> int:
         command = [checkov, "--directory", folder, "--config-file", str(KUBERNETES / "checkov.yaml")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     print(done.stdout, done.stderr, sep="", end="")
-    # It says nothing of its sum when it has found nothing to check, and is content.
+    # It prints no summary, and succeeds, if it has found nothing to check.
     if "Passed checks:" not in done.stdout:
         print("checkov has checked nothing", file=sys.stderr)
         return 1

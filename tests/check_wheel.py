@@ -38,7 +38,7 @@ assert same is LLM
 assert LLM.__module__ == "lorafleet.workers.offline.llm"
 assert LLM.__init__.__code__.co_filename.startswith({root!r}), "imported from elsewhere"
 """
-# The wheel carries one library a level, and the one asked for computes, without a warning and as the reference does.
+# The wheel has a library for each level, and the chosen one computes without a warning and like the reference.
 KERNELS = """
 import os, pathlib, platform, sys, warnings
 sys.path.insert(0, {root!r})
@@ -80,7 +80,7 @@ def main(root: Path) -> None:
 
 
 def run(code: str, root: Path, **environment: str) -> str:
-    """What the code prints, run away from the tree, without a compiler, with an empty cache that must stay so."""
+    """Run code outside the tree, without a compiler, with an empty cache that must stay empty. Return its output."""
     # -I: no working directory and no user site on the path; and the editable install's hook is out of the way.
     code = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]\n" + code
     with tempfile.TemporaryDirectory() as cache:

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not here, as calls of the ops would, and says what each takes.
+"""Compiles the Triton kernels, as the ops' calls would, for GPUs that are not here, and prints their resources.
 
     python tests/compile_kernels.py [--capability 90] [--dtypes bfloat16 ...]
 
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 class _NoDevice:
-    """Stands in for Triton's driver: enough to compile, nothing to run on."""
+    """Stands in for Triton's driver: enough to compile, but not to run."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -55,7 +55,7 @@ class _NoDevice:
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[Any]]:
-    """Within the block launches compile and do nothing else; the list fills with (name, kernel)."""
+    """Make launches only compile within the block; the list fills with (name, kernel)."""
     kernels: list[Any] = []
     run = JITFunction.run
 
@@ -74,7 +74,7 @@ def compiling(capability: int) -> Iterator[list[Any]]:
 
 
 def call_everything(dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Each op in a decode step and in one with prompts; of the memory behind the arguments nothing is read."""
+    """Call each op for a decode step and for one with prompts; the arguments' memory is not read."""
     hidden, inner, page, vocab_size = num_q_heads * head_dim, 2 * num_q_heads * head_dim, 16, 4096
     widths = num_q_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim
     keys, values = paged_kv.empty(8, num_kv_heads, page, head_dim, dtype, CPU)
@@ -116,7 +116,7 @@ def call_everything(dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, hea
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """What ptxas gave a compiled kernel."""
+    """Return the resources that ptxas gave a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -130,7 +130,7 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-# Llama-3-8B's heads, Llama-2-7B's, a small model's, and the largest heads that are served.
+# Llama-3-8B's heads, Llama-2-7B's, a small model's, and the largest heads supported.
 SHAPES = ((32, 8, 128), (32, 32, 128), (9, 3, 64), (8, 1, 512))
 
 

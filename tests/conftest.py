@@ -1,4 +1,4 @@
-"""What tests of every folder share."""
+"""Fixtures that tests of every folder share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Triton's kernels run in its interpreter where there is no GPU. It decides when it is imported, which torch may do.
+# Without a GPU, Triton's kernels run in its interpreter. Triton decides that at its import, which torch may trigger.
 if not Path("/proc/driver/nvidia").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -37,7 +37,7 @@ def expected_tokens(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 class FakeRegistry:
-    """Adapters without files; what is freed is freed when the test says so."""
+    """Adapters without files; memory is freed when the test says so."""
 
     def __init__(self) -> None:
         self.adapters: dict[str, worker_pb2.Adapter] = {}
@@ -80,13 +80,13 @@ class FakeRegistry:
 
 
 class FakeEngine:
-    """The face that the service and `EngineThread` use. `paused` holds requests back; `crash` fails the next step."""
+    """The interface the service and `EngineThread` use. `paused` holds requests back; `crash` fails the next step."""
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(threads=1)
         self.paused = False
         self.crash = False
-        self.step_s = 0.001  # a step takes its time, else no event loop could keep up
+        self.step_s = 0.001  # so that the event loop can keep up
         self.num_slots: int | None = None  # of the queue; None: any number
         self.num_cached_tokens = 0  # that each request finds
         self.last_salt: str | None = ""
@@ -142,7 +142,7 @@ class FakeEngine:
         )
 
     def take_cores(self) -> None:
-        """It computes nothing."""
+        """Do nothing, since it computes nothing."""
 
     def fail(self) -> None:
         pass
@@ -194,7 +194,7 @@ class FakeEngine:
 
 @dataclass
 class Ending:
-    """How a stream ended."""
+    """The end of a stream."""
 
     finish: int = worker_pb2.FINISH_NONE
     ended: worker_pb2.Ended | None = None
@@ -202,7 +202,7 @@ class Ending:
 
 @dataclass
 class Client:
-    """A gateway's end of one session, gathering what comes."""
+    """A gateway's end of one session; it collects messages."""
 
     call: Any
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -223,7 +223,7 @@ class Client:
         )
 
     async def read(self) -> worker_pb2.WorkerMessage:
-        """One message, noted."""
+        """Read and keep one message."""
         async with asyncio.timeout(TIMEOUT_S):
             message: worker_pb2.WorkerMessage = await self.call.read()
         assert message is not grpc.aio.EOF, "the session ended"

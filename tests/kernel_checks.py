@@ -1,4 +1,4 @@
-"""What tests of the kernels, on a CPU and on a GPU, compare with."""
+"""Comparisons for tests of the kernels, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     atol, rtol = TOLERANCE[expected.dtype]
     if expected.dtype == torch.bfloat16 and expected.device.type == "cpu" and uses_triton(expected.device):
-        atol, rtol = 2 * atol, 2 * rtol  # Triton's interpreter cuts off what hardware rounds to nearest
+        atol, rtol = 2 * atol, 2 * rtol  # Triton's interpreter truncates where hardware rounds to nearest
     torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol, equal_nan=True)
 
 
 def empty_pages(
     num_pages: int, kv_heads: int, page: int, dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of pages in which nothing has been written: all NaN."""
+    """Return keys and values of pages without any write: all NaN."""
     keys, values = paged_kv.empty(num_pages, kv_heads, page, dim, dtype, torch.device("cpu"))
     return keys.fill_(torch.nan), values.fill_(torch.nan)

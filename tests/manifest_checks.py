@@ -1,7 +1,7 @@
-"""What schemas do not see in manifests: names that nobody has, selectors that select nothing, pods that are too open.
+"""Faults in manifests that schemas do not see: unknown names, selectors that select nothing, pods that are too open.
 
-Owns: checks of manifests against each other. Leaves to others: types and fields (manifest_schemas.py), what is let
-through between pods (network_policies.py), what the code knows (tests/deploy/test_kubernetes.py).
+Owns: checks of manifests against each other. Leaves to others: types and fields (manifest_schemas.py), connections
+between pods (network_policies.py), agreement with the code (tests/deploy/test_kubernetes.py).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _volumes(manifests: Sequence[Manifest]) -> Iterator[str]:
                 if count > 1:
                     yield f"{where} mounts {count} volumes at {path}"
         for name in volumes.keys() - mounted:
-            yield f"{pod.name} has the volume {name}, which nobody mounts"
+            yield f"{pod.name} has the volume {name}, which no container mounts"
         for name, volume in volumes.items():
             wanted = volume.get("configMap", {}).get("name")
             if wanted is not None and wanted not in config_maps:
@@ -139,7 +139,7 @@ def _secrets(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _ray_token(where: str, pod: Pod, container: dict[str, Any], clusters: set[str]) -> Iterator[str]:
-    """KubeRay gives Ray's token to Ray's containers; what joins Ray beside them must take it from where that is."""
+    """Check the token: KubeRay gives it to Ray's containers; others that join Ray must take it from the same Secret."""
     environment = {variable["name"]: variable.get("value") for variable in container["env"]}
     token = PurePosixPath(environment.get("RAY_AUTH_TOKEN_PATH") or "/")
     volumes = {volume["name"]: volume.get("secret", {}).get("secretName") for volume in pod.spec["volumes"]}
@@ -257,7 +257,7 @@ def _network(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _declared(policies: Sequence[Manifest], there: Sequence[Pod]) -> Iterator[str]:
-    """Ports that policies open to others are ports that the pods say they have; of a range the first one."""
+    """Check that ports opened by policies are declared by the pods; of a range only the first."""
     for policy in policies:
         selected = [pod for pod in there if selects(policy["spec"]["podSelector"], pod.labels)]
         declared = {
@@ -274,7 +274,7 @@ def _declared(policies: Sequence[Manifest], there: Sequence[Pod]) -> Iterator[st
 
 
 def _flows(manifests: Sequence[Manifest], part: dict[str, Pod]) -> Iterator[tuple[str, Pod | None, Pod, int, bool]]:
-    """(what, from, to, port, whether it must be let through)."""
+    """Return (what, from, to, port, whether it must be allowed)."""
     if "server" in part:
         yield "a single pod's Ray", None, part["server"], 6379, False
         return
@@ -294,7 +294,7 @@ def _flows(manifests: Sequence[Manifest], part: dict[str, Pod]) -> Iterator[tupl
 
 
 def worker_ports(manifests: Sequence[Manifest]) -> tuple[int, int]:
-    """Those that the fleet's flags give the workers."""
+    """Return the workers' ports from the fleet's flags."""
     (flags,) = of_kind(manifests, "ConfigMap")
     found = re.search(r"--worker-ports (\d+)-(\d+)", flags["data"]["fleet.flags"])
     assert found, "without them the workers' ports cannot be opened"
@@ -334,7 +334,7 @@ def _resources(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _ray(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """What KubeRay refuses or ignores without its schema saying so, and what the fleet needs of Ray."""
+    """Check what KubeRay refuses or ignores beyond its schema, and what the fleet needs of Ray."""
     for cluster in of_kind(manifests, "RayCluster"):
         spec, head = cluster["spec"], cluster["spec"]["headGroupSpec"]
         for group in spec["workerGroupSpecs"]:
@@ -361,7 +361,7 @@ def _mounted_at(container: dict[str, Any], path: str) -> list[str]:
 
 
 def _room(manifests: Sequence[Manifest], cluster: Manifest) -> Iterator[str]:
-    """The pods hold the ranks that the flags ask for."""
+    """Check that the pods have room for the flags' ranks."""
     (flags,) = of_kind(manifests, "ConfigMap")
     text = flags["data"]["fleet.flags"]
     asked = {name: re.search(rf"--{name} (\S+)", text) for name in ("num-workers", "tensor-parallel-size", "device")}

@@ -23,7 +23,7 @@ RAYCLUSTER = _FOLDER / "ray.io_rayclusters.yaml"
 
 
 def problems(manifest: Manifest) -> list[str]:
-    """What the schema of its kind has against a manifest."""
+    """Return a manifest's violations of its kind's schema."""
     kind = manifest["kind"]
     if kind in WITHOUT_SCHEMA:
         return []
@@ -53,7 +53,7 @@ def _raycluster_schema(api_version: str) -> dict[str, Any]:
 
 
 def _strict(schema: Any) -> Any:
-    """As an API server reads it: unknown fields are errors, a number may be a quantity, defaults need not be given."""
+    """Return a schema as an API server applies it: no unknown fields, numbers may be quantities, defaults optional."""
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
     if not isinstance(schema, dict):

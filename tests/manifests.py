@@ -1,4 +1,4 @@
-"""Kubernetes manifests as Helm and Kustomize make them, and the pods that come of them."""
+"""Kubernetes manifests rendered by Helm and Kustomize, and the pods they create."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RenderError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod that will be there, or several alike."""
+    """A pod that will run, or several alike."""
 
     name: str
     labels: dict[str, str]  # those that KubeRay adds among them
@@ -42,7 +42,7 @@ class Pod:
 
 
 def helm() -> str:
-    """The program that the package helm-binary brings, else one on PATH."""
+    """Return the program of the package helm-binary, else the one on PATH."""
     try:
         package = distribution("helm-binary")
     except PackageNotFoundError:
@@ -55,7 +55,7 @@ def helm() -> str:
 
 
 def render(values: str, settings: Sequence[str] = (), *, release: str = RELEASE) -> str:
-    """The manifests of a value set, as text; settings: `key=value`, for --set. Raises RenderError."""
+    """Return the manifests of a value set, as text. settings: `key=value`, for --set. Raises RenderError."""
     command = [helm(), "template", release, str(CHART), "--namespace", NAMESPACE]
     command += ["--values", str(KUBERNETES / "values" / f"{values}.yaml")]
     command += [f"--set={setting}" for setting in settings]
@@ -71,7 +71,7 @@ def rendered(values: str) -> str:
 
 
 def kustomized() -> str:
-    """The manifests of the overlay, as text. Needs kubectl."""
+    """Return the manifests of the overlay, as text. Needs kubectl."""
     command = ["kubectl", "kustomize", str(OVERLAY)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
@@ -109,7 +109,7 @@ def pods(manifests: Sequence[Manifest]) -> Iterator[Pod]:
 
 
 def as_pods(manifests: Sequence[Manifest]) -> list[Manifest]:
-    """The manifests, each with a namespace, and the pods of a RayCluster beside it, for tools that do not know that."""
+    """Return the manifests, each with a namespace, and a RayCluster's pods for tools that do not know RayClusters."""
     extracted: list[Manifest] = []
     for manifest in manifests:
         manifest = manifest | {"metadata": {"namespace": NAMESPACE} | manifest["metadata"]}

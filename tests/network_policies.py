@@ -1,4 +1,4 @@
-"""What NetworkPolicies let through between pods."""
+"""The connections between pods that NetworkPolicies allow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manifests import Manifest, Pod
 
 
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    """A label selector; an empty one selects everything."""
+    """Return whether a label selector matches; an empty one selects everything."""
     if any(labels.get(key) != value for key, value in selector.get("matchLabels", {}).items()):
         return False
     for expression in selector.get("matchExpressions", ()):
@@ -20,13 +20,13 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 
 
 def may_talk(policies: Sequence[Manifest], source: Pod | None, target: Pod | None, port: int) -> bool:
-    """Over TCP. None is somebody outside the namespace, whom no selector of pods knows."""
+    """Return whether a TCP connection is allowed. None: a peer outside the namespace, which no pod selector matches."""
     leaves = source is None or _passes(policies, "Egress", source, target, port)
     return leaves and (target is None or _passes(policies, "Ingress", target, source, port))
 
 
 def _passes(policies: Sequence[Manifest], direction: str, pod: Pod, other: Pod | None, port: int) -> bool:
-    """Whether the policies of a pod let this direction through. Without any everything passes."""
+    """Return whether the policies of a pod allow this direction. Without any, all is allowed."""
     concerned = [
         policy["spec"]
         for policy in policies

@@ -1,4 +1,4 @@
-"""Streams from the openai client that ask for all that has a state, while something happens to the fleet."""
+"""Streams of the openai client with all stateful options, during a fault of the fleet."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable
 import openai
 from serving import Server
 
-NUM_TOKENS = 700  # of each choice; so many that none has them before all eight streams have begun
+NUM_TOKENS = 700  # per choice; so many that none is complete before all eight streams have begun
 PROMPTS = ["the quick", "over the lazy dog", "then", "brown fox"]
 
 Answer = dict[int, tuple[str, list[str], str]]
 
 
 def streams(server: Server, fault: Callable[[], None]) -> list[Answer]:
-    """Eight at once, of the base model and an adapter; the fault comes when all have their first tokens."""
+    """Run eight at once, of the base model and an adapter; the fault comes when all have their first tokens."""
     prepared, begun = threading.Barrier(8), threading.Barrier(9)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = [
@@ -28,11 +28,11 @@ def streams(server: Server, fault: Callable[[], None]) -> list[Answer]:
 
 
 def stream(server: Server, model: str, number: int, prepared: threading.Barrier, begun: threading.Barrier) -> Answer:
-    """Of each choice: text, tokens as the log-probabilities name them, finish reason. Asks for all that has a state."""
+    """Stream with all stateful options. Return each choice's text, tokens (by log-probabilities), finish reason."""
     is_first = True
     texts, tokens, reasons = {0: "", 1: ""}, {0: list[str](), 1: list[str]()}, {0: "", 1: ""}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        prepared.wait(timeout=60)  # a client takes longer to make than hundreds of tokens
+        prepared.wait(timeout=60)  # creating a client takes longer than hundreds of tokens
         for chunk in client.completions.create(
             model=model,
             prompt=PROMPTS[number % len(PROMPTS)],

@@ -1,7 +1,7 @@
-"""As much of PromQL as monitoring uses: which series a query reads, and which labels its answer has.
+"""The part of PromQL that monitoring uses: the series a query reads, and the labels of its answer.
 
-Owns: reading a query; refusing names, labels and functions that are not there, and vectors that could never match.
-Leaves to others: which series there are, and everything about values (promtool knows that).
+Owns: parsing a query; refusing unknown names, labels and functions, and vectors that could never match. Leaves to
+others: the existing series, and all about values (promtool).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Labels = frozenset[str]
 
 
 class QueryError(ValueError):
-    """The query is none, or reads what is not there."""
+    """The query is invalid, or reads an unknown series."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What a query reads, and the labels of its answer; None for a scalar."""
+    """The series a query reads, and the labels of its answer; None for a scalar."""
 
     selectors: tuple[Selector, ...]
     labels: Labels | None
 
 
 def read(text: str, series: Mapping[str, Set[str]]) -> Query:
-    """series: the labels of each. Raises QueryError."""
+    """Parse a query. series: the labels of each. Raises QueryError."""
     reader = _Reader(text, series)
     labels = reader.expression()
     reader.expect("")
@@ -85,14 +85,14 @@ class _Reader:
         return self._tokens.pop()
 
     def expect(self, token: str) -> None:
-        """Take it; an empty one is the end."""
+        """Consume a token; an empty one is the end."""
         if self._next != token:
             raise QueryError(f"{self._next!r} where {token!r} should be")
         if token:
             self._take()
 
     def expression(self) -> Labels | None:
-        """Operators from left to right: for the labels their precedence is the same."""
+        """Parse operators from left to right, since their precedence does not matter for the labels."""
         left = self._operand()
         while self._next in _OPERATORS:
             operator = self._take()

@@ -1,4 +1,4 @@
-"""What the sampling kernels are held against, in each of their versions."""
+"""Checks for every version of the sampling kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 def columns(
     uniform: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Columns:
-    """The same options for every random number."""
+    """Return the same options for every random number."""
     rows = len(uniform)
     return (
         torch.full((rows,), temperature),
@@ -46,14 +46,14 @@ def grid(count: int) -> torch.Tensor:
 
 
 def drawn(logits: torch.Tensor, count: int = 2000, **options: float) -> set[int]:
-    """The tokens that a row's equally spaced random numbers give."""
+    """Return the tokens drawn by a row's equally spaced random numbers."""
     token_ids, finite = sample_tokens(logits.expand(count, -1), *columns(grid(count), **options))  # type: ignore[arg-type]
     assert finite.all()
     return set(token_ids.tolist())
 
 
 def agree(logits: torch.Tensor, *options: torch.Tensor) -> None:
-    """Kernel and reference give the same, except where rounding decides, which must be rare."""
+    """Check that kernel and reference agree, except where rounding decides, which must be rare."""
     token_ids, finite = sample_tokens(logits, *options)
     expected_ids, expected_finite = sample_tokens_reference(logits, *options)
     assert torch.equal(finite, expected_finite)
@@ -92,7 +92,7 @@ def near_threshold(logits: torch.Tensor, token: int, options: Sequence[float]) -
 
 
 def distribution(shape: str, rows: int, vocab_size: int) -> torch.Tensor:
-    """Random logits of one of `SHAPES`."""
+    """Return random logits of one of `SHAPES`."""
     noise = torch.randn(rows, vocab_size)
     return {
         "flat": noise * 0.01 + 5.0,

@@ -1,4 +1,4 @@
-"""A scheduler with a model that says nothing: what the tests of the engine's decisions play."""
+"""A scheduler without a model, for tests of the engine's decisions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = 4
 
 
 class World:
-    """A scheduler with a model that always says token 7 (or EOS where told) and adapters that load at once or later."""
+    """A scheduler, a model that always gives token 7 (or EOS on request), and adapters that load at once or later."""
 
     def __init__(
         self,
@@ -34,8 +34,8 @@ class World:
         prefix_caching: bool = False,
         host: set[str] | None = None,
     ) -> None:
-        """`sizes`: bytes of adapters with an embedding or a head of their own, of which there may be `max_bytes`.
-        `host`: the adapters in host memory, which the test may change; None is all.
+        """sizes: bytes of adapters with their own embedding or head, in all at most `max_bytes`.
+        host: the adapters in host memory, which the test may change; None: all.
         """
         self.now = 0.0
         self.step_s = step_s
@@ -59,7 +59,7 @@ class World:
         self._arrivals = 0
 
     def add(self, name: str, prompt: int, max_tokens: int = 4, adapter: str | None = None, **fields: Any) -> Request:
-        """fields: of GenerateRequest."""
+        """Add a request. fields: those of GenerateRequest."""
         self._arrivals += 1
         generate = GenerateRequest(name, (7,) * prompt, SamplingOptions(max_tokens=max_tokens), adapter, **fields)
         request = Request.from_generate(generate, self._arrivals)
@@ -98,5 +98,5 @@ def tokens(plan: StepPlan) -> dict[str, int]:
 
 
 def pair(*digests: str, weight: float = 0.5) -> dict[str, Any]:
-    """A composition, as fields of a request."""
+    """Return a composition as fields of a request."""
     return {"composition": tuple((digest, weight) for digest in digests)}

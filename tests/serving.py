@@ -1,4 +1,4 @@
-"""Real servers, started as a user would, on free ports, and stopped again."""
+"""Real servers, started like a user would, on free ports, and stopped again."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Endpoint:
             return error.code, error.read().decode()
 
     def series(self, name: str) -> list[float]:
-        """A metric's values, one for each set of labels, in the gateway that answers."""
+        """Return a metric's values, one per set of labels, in the gateway that answers."""
         lines = self.get("/metrics")[1].splitlines()
         return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's series."""
+        """Return the sum of a metric's series."""
         values = self.series(name)
         assert values, f"no metric {name}"
         return sum(values)
 
     def complete(self, model: str, prompts: list[str]) -> list[str]:
-        """Twelve greedy tokens behind each prompt, all in one request."""
+        """Return twelve greedy tokens after each prompt, all in one request."""
         body = {"model": model, "prompt": prompts, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
         return [choice["text"] for choice in self._choices("/v1/completions", body)]
 
@@ -106,7 +106,7 @@ class Server(Endpoint):
         raise AssertionError(f"not ready in time:\n{self.output}")
 
     def processes(self, name: bytes) -> set[int]:
-        """Pids of those below this one that have a name in their command line."""
+        """Return pids of descendants with a name in their command line."""
         pids = set()
         for pid in self.children():
             try:
@@ -118,7 +118,7 @@ class Server(Endpoint):
         return pids
 
     def children(self) -> set[int]:
-        """Pids of all processes below this one."""
+        """Return pids of all descendants."""
         parents: dict[int, list[int]] = {}
         for entry in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -136,7 +136,7 @@ class Server(Endpoint):
         return found
 
     def survivors(self) -> set[int]:
-        """Of all processes ever seen below this one, those that still run."""
+        """Return the descendants seen so far that still run."""
         return {pid for pid, started in self._seen if started is not None and _started(pid) == started}
 
     def _watch(self) -> None:
@@ -145,7 +145,7 @@ class Server(Endpoint):
             time.sleep(0.2)
 
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
-        """End it as a user or an orchestrator would; its exit code."""
+        """End it like a user or an orchestrator would. Return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
@@ -157,7 +157,7 @@ class Server(Endpoint):
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in clock ticks; None when there is none, or only its remains."""
+    """Return when a process began, in clock ticks; None if there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):

@@ -64,13 +64,13 @@ HEAVY = {"torch", "transformers", "triton", "safetensors", "numpy"}
 
 
 def modules(*folders: str) -> list[str]:
-    """The hand-written Python files below some folders, as paths in the repository."""
+    """Return the hand-written Python files below some folders, as paths in the repository."""
     files = (file for folder in folders for file in (ROOT / folder).rglob("*.py"))
     return sorted(str(file.relative_to(ROOT)) for file in files if "_pb2" not in file.name)
 
 
 def imports(module: str) -> Iterator[str]:
-    """Full names of what a file imports, anywhere in it. `from a import b` is a.b: b may be a module."""
+    """Yield the full names that a file imports, anywhere in it. `from a import b` is a.b, since b may be a module."""
     for node in ast.walk(ast.parse((ROOT / module).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -80,7 +80,7 @@ def imports(module: str) -> Iterator[str]:
 
 
 def path_of(name: str) -> str:
-    """The file of an imported name of ours: a module's, or of a name within one."""
+    """Return the file of an imported name of ours: a module, or a name in one."""
     parts = name.split(".")[1:]
     for length in range(len(parts), 0, -1):
         path = Path(*parts[:length])
@@ -92,7 +92,7 @@ def path_of(name: str) -> str:
 
 
 def place(path: str) -> int:
-    """Which line of `ORDER` a file belongs to."""
+    """Return the index in `ORDER` of the line a file belongs to."""
     return max((len(line), number) for number, line in enumerate(ORDER) if f"{path}/".startswith(f"{line}/"))[1]
 
 

@@ -1,4 +1,4 @@
-"""The repository keeps its own rules: what is written twice agrees, nothing is left undone. Imports: test_layout.py."""
+"""The repository keeps its own rules: copies agree, nothing is left undone. Imports: test_layout.py."""
 
 from __future__ import annotations
 

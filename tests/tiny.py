@@ -1,4 +1,4 @@
-"""Tiny random models and adapters, made with transformers and peft: the live reference of the correctness tests."""
+"""Tiny random models and adapters of transformers and peft: the live reference of the correctness tests."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 
 
 def make_model(name: str, directory: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random float32 model of the named architecture, also saved into `directory`; `changes` are of its config."""
+    """Return a random float32 model of an architecture, saved into `directory`. changes: of its config."""
     torch.manual_seed(seed)
     config = copy.deepcopy(ARCHITECTURES[name])
     config.update(changes)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
-        # Biases and norm weights start as zeros and ones, which would hide that they are read wrongly.
+        # Biases and norm weights start as zeros and ones, which would hide errors in reading them.
         if parameter.dim() == 1:
             parameter.data.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
         else:
@@ -93,9 +93,9 @@ def make_adapter(
     save_embedding_layers: bool | str = "auto",
     **options: Any,
 ) -> PeftModel:
-    """A random PEFT adapter with non-zero B, saved into `directory`; the PEFT model for reference outputs.
+    """Save a random PEFT adapter with non-zero B into `directory`. Return the PEFT model for reference outputs.
 
-    `options`: more fields of LoraConfig. What they say to train is random, too.
+    options: further fields of LoraConfig. Everything they train is random too.
 
     Wraps (and changes) the given model: give it a fresh copy, or call `unload` on the result.
     """
@@ -116,7 +116,7 @@ def make_adapter(
 
 
 def fuse(adapted: PeftModel, adapter: Path, fused: str, parts: list[str]) -> None:
-    """Let the parts share the first one's A, and save them as one module, as for a base that has it so."""
+    """Let the parts share the first one's A, and save them as one module, as for a base model with fused parts."""
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
     layers = {name.split(f".{parts[0]}.")[0] for name in weights if f".{parts[0]}." in name}
@@ -133,7 +133,7 @@ def fuse(adapted: PeftModel, adapter: Path, fused: str, parts: list[str]) -> Non
 
 
 def save_config(name: str, directory: Path, change: dict[str, object]) -> None:
-    """Write a config.json of the named architecture with some fields changed."""
+    """Write a config.json of an architecture with some fields changed."""
     ARCHITECTURES[name].save_pretrained(directory)
     path = directory / "config.json"
     config = json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLM"]} | change
@@ -149,7 +149,7 @@ def drop_tensor(directory: Path, name: str) -> None:
 
 
 def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
-    """The reference's greedy continuation, EOS ignored."""
+    """Return the reference's greedy continuation, ignoring EOS."""
     with torch.no_grad():
         output = model.generate(
             input_ids=torch.tensor([prompt]),
@@ -164,7 +164,7 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
 
 @dataclass
 class Result:
-    """All events of one request, gathered."""
+    """All events of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -198,7 +198,7 @@ def gather(events: list[RequestEvent], results: dict[str, Result]) -> None:
 
 
 def assert_agrees(result: Result, reference: Any, prompt: list[int]) -> None:
-    """A greedy answer with log-probabilities, computed in float32, is the reference's."""
+    """Check that a greedy answer with log-probabilities, computed in float32, is the reference's."""
     assert result.token_ids == greedy(reference, prompt, len(result.token_ids))
     with torch.no_grad():
         expected = reference(torch.tensor([prompt + result.token_ids])).logits[0].log_softmax(dim=-1)
@@ -218,7 +218,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(directory: Path, vocab_size: int = 131) -> None:
-    """A byte-level BPE tokenizer for the tiny models' vocabulary, with a chat template. Ids 0, 1, 2: pad, EOS, BOS."""
+    """Save a byte-level BPE tokenizer with a chat template for the tiny models. Ids 0, 1, 2: pad, EOS, BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Tokenizers as the product reads them: the files of a directory, then what is in them."""
+"""Reads tokenizers like the product: the files of a directory, then their contents."""
 
 from __future__ import annotations
 

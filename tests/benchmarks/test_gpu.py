@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end, on a tiny model in Triton's interpreter, and judges by the worst row."""
+"""The GPU benchmark runs end to end on a tiny model in Triton's interpreter, and judges by the worst row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from streams measured quiet and beside neighbours."""
+"""The comparison of streams measured alone and with neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.neighbours import Figures, Scene, measure, summarise
 
 
 class Played:
-    """A subject whose figures are given, one measurement after the other; notes who was there."""
+    """A subject whose figures are given, one per measurement; it notes which neighbours ran."""
 
     def __init__(self, *tok_per_s: float) -> None:
         self._figures = [{"tok_per_s": own, "longest_gap_ms": 1e3 / own} for own in tok_per_s]

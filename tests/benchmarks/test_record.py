@@ -1,4 +1,4 @@
-"""The comparison's arithmetic: what counts as reached, and what a line says when there is nothing to say."""
+"""The comparison's arithmetic: when a target counts as reached, and a line without a value."""
 
 from __future__ import annotations
 

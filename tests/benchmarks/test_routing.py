@@ -1,4 +1,4 @@
-"""The simulated fleet: what it is made of adds up, and the gateway's router is the best policy there is in it."""
+"""The simulated fleet: its times add up, and the gateway's router is the best policy in it."""
 
 from __future__ import annotations
 

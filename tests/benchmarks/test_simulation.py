@@ -1,4 +1,4 @@
-"""What the scheduler promises, on traces of minutes that a virtual clock plays in seconds."""
+"""The scheduler's guarantees, on traces of minutes that run in seconds on a virtual clock."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_tenants_get_shares_by_their_weights() -> None:
 def adversary(seed: int, machine: Machine, max_composed: int = 1) -> list[Arrival]:
     """Many clients that do what hurts: hold slots and seats for ever, come in bursts, with any priority.
 
-    max_composed: of their requests some are for so many adapters at once.
+    max_composed: some of their requests are for so many adapters at once.
     """
     rng = random.Random(seed)
     adapters = [None, *(f"a{number}" for number in range(rng.choice([12, 60, 200])))]
@@ -108,7 +108,7 @@ def adversary(seed: int, machine: Machine, max_composed: int = 1) -> list[Arriva
 @pytest.mark.parametrize("seed", range(8))
 def test_no_client_waits_longer_than_the_bound_for_its_first_token(seed: int, max_composed: int) -> None:
     rng = random.Random(seed)
-    # Loads within a fifth of a turn, prompts and recomputation within a turn: that is what the bound supposes.
+    # The wait limit assumes loads within a fifth of a turn, prompts and recomputation within a turn.
     machine = Machine(
         num_slots=rng.choice([max(2, max_composed), 8]),
         num_seats=rng.choice([8, 32]),

@@ -12,7 +12,7 @@ from lorafleet.controller.heartbeat import Pulse, beat
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """(read end, write end)"""
+    """Return (read end, write end) of a pipe."""
     ends = os.pipe()
     yield ends
     for end in ends:
@@ -35,7 +35,7 @@ def test_time_in_which_the_reader_did_not_run_is_no_silence(pipe: tuple[int, int
     assert pulse.look(3600.0) == 1.0
 
 
-def test_what_is_said_between_the_signs_is_kept(pipe: tuple[int, int]) -> None:
+def test_words_between_the_signs_are_kept(pipe: tuple[int, int]) -> None:
     pulse = Pulse(pipe[0], now=0.0)
     for text in (b"\n", b"gateway listen", b"ing on 8000\n", b"\n" * 10_000):
         os.write(pipe[1], text)

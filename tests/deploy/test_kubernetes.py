@@ -1,4 +1,4 @@
-"""The chart and the overlay: what they render is valid, hangs together, and asks of the code what the code has."""
+"""The chart and the overlay: the manifests are valid, consistent, and match the code."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def cluster_set(request: pytest.FixtureRequest) -> list[Manifest]:
     return read(rendered(request.param))
 
 
-# What is rendered is valid.
+# The rendered manifests are valid.
 
 
-def test_the_value_sets_are_those_that_the_readme_explains() -> None:
+def test_the_readme_explains_all_value_sets() -> None:
     assert set(SETS) == {"cpu-demo", "gpu", "production", "single-pod"}
     assert all(f"values/{name}.yaml" in README for name in SETS)
 
@@ -130,7 +130,7 @@ def test_the_schema_sees_a_misspelt_field_of_a_deployment() -> None:
     assert any("readynessProbe" in problem for problem in manifest_schemas.problems(deployment))
 
 
-def test_no_kind_is_rendered_that_nobody_checks(manifests: list[Manifest]) -> None:
+def test_every_rendered_kind_is_checked(manifests: list[Manifest]) -> None:
     assert {manifest["kind"] for manifest in manifests} <= {
         *("ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Namespace", "NetworkPolicy", "PodDisruptionBudget"),
         *("RayCluster", "Service", "ServiceAccount", "ServiceMonitor"),
@@ -166,7 +166,7 @@ def test_the_overlay_can_give_all_pods_another_image(tmp_path: Path) -> None:
     assert images == {"example.com/other:cpu"}
 
 
-# What is rendered hangs together.
+# The rendered manifests are consistent.
 
 
 def test_the_manifests_hang_together(manifests: list[Manifest]) -> None:
@@ -179,7 +179,7 @@ def find(manifests: Sequence[Manifest], kind: str, ending: str = "") -> dict[str
 
 
 def template(manifests: Sequence[Manifest], part: str) -> dict[str, Any]:
-    """The pod template of a part, to be changed."""
+    """Return the pod template of a part, to be changed."""
     if part in ("gateway", "server"):
         found: dict[str, Any] = find(manifests, "Deployment", part)["spec"]["template"]
         return found
@@ -194,7 +194,7 @@ def container(manifests: Sequence[Manifest], part: str, number: int = 0) -> dict
 
 
 def mount(container: dict[str, Any], name: str) -> dict[str, Any]:
-    """A mount of a container, to be changed."""
+    """Return a mount of a container, to be changed."""
     found: dict[str, Any]
     (found,) = (each for each in container["volumeMounts"] if each["name"] == name)
     return found
@@ -248,7 +248,7 @@ BREAKS: list[tuple[str, str, Break]] = [
         ),
     ),
     ("gpu", "which is no volume of the pod", lambda m: template(m, "head")["spec"]["volumes"].pop(0)),
-    ("gpu", "which nobody mounts", lambda m: container(m, "head", 1)["volumeMounts"].pop()),
+    ("gpu", "which no container mounts", lambda m: container(m, "head", 1)["volumeMounts"].pop()),
     ("gpu", "two volumes of one name", lambda m: template(m, "head")["spec"]["volumes"][0].update(name="home")),
     ("gpu", "mounts 2 volumes at", lambda m: mount(container(m, "worker"), "home").update(mountPath="/tmp")),
     ("gpu", "which is not there", lambda m: find(m, "ConfigMap")["metadata"].update(name="other")),
@@ -401,14 +401,14 @@ def test_a_broken_manifest_is_named(values: str, named: str, damage: Break) -> N
 
 
 def sayings() -> Iterator[str]:
-    """Patterns of everything that the checks can say."""
+    """Return patterns of all messages of the checks."""
     for node in ast.walk(ast.parse(Path(manifest_checks.__file__).read_text())):
         if isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr | ast.Constant):
             pieces = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
             yield "".join(re.escape(str(piece.value)) if isinstance(piece, ast.Constant) else ".*" for piece in pieces)
 
 
-def test_everything_that_the_checks_can_say_has_been_said() -> None:
+def test_every_message_of_the_checks_is_tested() -> None:
     said = []
     for values, _, damage in BREAKS:
         broken = copy.deepcopy(read(rendered(values)))
@@ -419,7 +419,7 @@ def test_everything_that_the_checks_can_say_has_been_said() -> None:
     assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, problem) for problem in said)] == []
 
 
-# What values may be.
+# Valid values.
 
 REFUSED = [
     ("cpu-demo", "fleet.numWorkers=3", "workerGroups have room for 2"),
@@ -453,7 +453,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("values", "setting", "why"), REFUSED, ids=[setting for _, setting, _ in REFUSED])
-def test_values_that_cannot_be_are_refused(values: str, setting: str, why: str) -> None:
+def test_invalid_values_are_refused(values: str, setting: str, why: str) -> None:
     with pytest.raises(RenderError, match=f"(?i){re.escape(why)}"):
         render(values, [setting])
 
@@ -512,11 +512,11 @@ def test_words_with_spaces_and_quotes_reach_the_fleet_as_they_are() -> None:
     assert fleet_args(made).served_model_names == ["it's mine", "b c"]
 
 
-# The code has what the manifests ask for.
+# The manifests match the code.
 
 
 def with_flags(manifests: Sequence[Manifest], words: Sequence[str], folder: Path) -> list[str]:
-    """A command line whose @FILE is the ConfigMap's, as `lorafleet` sees it."""
+    """Return a command line with the ConfigMap's flags in place of @FILE."""
     path = folder / "fleet.flags"
     path.write_text(find(manifests, "ConfigMap")["data"]["fleet.flags"])
     mounted = "/etc/lorafleet/fleet.flags"
@@ -529,7 +529,7 @@ def fleet_args(manifests: Sequence[Manifest]) -> Any:
 
 
 def commands(manifests: Sequence[Manifest]) -> Iterator[tuple[Pod, dict[str, Any], list[str]]]:
-    """All `lorafleet` commands: those of containers and those of their hooks."""
+    """Return all `lorafleet` commands: those of containers and of their hooks."""
     for pod in pods(manifests):
         for each in pod.containers:
             hook = each.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
@@ -557,12 +557,12 @@ def test_the_code_takes_every_command_with_its_flags(manifests: list[Manifest], 
     assert ran == ({"up", "gateway", "drain"} if is_cluster else {"serve"})
 
 
-def test_the_fleet_is_told_what_the_values_say(cluster_set: list[Manifest], tmp_path: Path) -> None:
+def test_the_fleets_flags_are_those_of_the_values(cluster_set: list[Manifest], tmp_path: Path) -> None:
     (words,) = (words for _, each, words in commands(cluster_set) if each["name"] == "fleet")
     args = make_parser().parse_args(with_flags(cluster_set, words, tmp_path))
     assert args.follow and args.gateways == "none" and args.enable_lora
     assert args.worker_ports == manifest_checks.worker_ports(cluster_set)
-    # A fleet is known by its flags. They must be the same when the head has moved.
+    # A fleet is identified by its flags, which must be the same after the head has moved.
     assert args.ray_address == "127.0.0.1:6379"
 
 
@@ -589,7 +589,7 @@ def gateway_paths() -> set[str]:
 
 
 def test_what_probes_and_prometheus_ask_for_are_paths_of_the_gateway_or_of_ray(manifests: list[Manifest]) -> None:
-    ray = "/api/healthz"  # of its agent, since Ray 2.53; KubeRay asks for it too
+    ray = "/api/healthz"  # of Ray's agent, since Ray 2.53; KubeRay uses it too
     known = gateway_paths()
     for pod in pods(manifests):
         for each in pod.spec["containers"]:
@@ -694,7 +694,7 @@ def test_ray_start_has_the_parameters_that_it_is_given_and_their_ports_are_apart
 
 
 def secrets(manifests: Sequence[Manifest]) -> set[str]:
-    """Those that somebody must make. KubeRay makes one with the cluster's name."""
+    """Return the Secrets the user must create. KubeRay creates one with the cluster's name."""
     found = {volume["secret"]["secretName"] for volume in _secret_volumes(manifests)} - {RELEASE}
     for monitor in of_kind(manifests, "ServiceMonitor"):
         found |= {end["authorization"]["credentials"]["name"] for end in monitor["spec"]["endpoints"]}
@@ -731,7 +731,7 @@ def test_only_the_named_clients_reach_the_gateways_in_production() -> None:
     assert namespaces == ["ingress", "monitoring"]
 
 
-def test_only_who_reads_models_reaches_the_world_and_only_where_values_say_so() -> None:
+def test_only_pods_that_read_models_reach_the_internet_and_only_as_the_values_allow() -> None:
     reach = {}
     for values in ("cpu-demo", "production"):
         made = read(rendered(values))
@@ -748,7 +748,7 @@ def test_only_who_reads_models_reaches_the_world_and_only_where_values_say_so() 
     }
 
 
-def test_redis_is_reached_from_the_head_and_the_job_that_empties_it_and_from_nobody_else() -> None:
+def test_only_the_head_and_the_job_that_empties_it_reach_redis() -> None:
     made = read(rendered("production"))
     policies = of_kind(made, "NetworkPolicy")
     by_part = {pod.labels["app.kubernetes.io/component"]: pod for pod in pods(made)}

@@ -1,4 +1,4 @@
-"""Prometheus rules and the dashboard ask only for what a gateway exports, and ask for it in a way that can be right."""
+"""Prometheus rules and the dashboard read only series that a gateway exports, in queries that can be right."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VLLM_NAMES = {"lorafleet_cached_prompt_tokens_total": "vllm:prefix_cache_hits_to
 
 
 class Gateway:
-    """A gateway's registry without the gateway."""
+    """The registry of a gateway, without the gateway."""
 
     def __init__(self) -> None:
         self.views: list[WorkerView] = []
@@ -55,7 +55,7 @@ class Gateway:
         registry.register(VllmCollector(self.metrics, lambda: Snapshot(self.views, table, self.waiting)))
 
     def samples(self, name: str) -> list[dict[str, str]]:
-        """The labels of each series with this name."""
+        """Return the labels of each series with this name."""
         return [
             sample.labels
             for family in self.metrics.registry.collect()
@@ -70,7 +70,7 @@ def view(worker_id: str, **tiers: Tier) -> WorkerView:
 
 
 def busy_gateway() -> Gateway:
-    """Every counter has counted and every gauge has something to show."""
+    """Return a registry in which every counter and gauge has a value."""
     gateway = Gateway()
     gateway.views = [view("w-1", sql=Tier.DEVICE), view("w-2", json=Tier.HOST)]
     gateway.waiting = ["pirate"]
@@ -86,7 +86,7 @@ def busy_gateway() -> Gateway:
 
 
 def exported() -> dict[str, set[str]]:
-    """The labels of each series that Prometheus has of a gateway: those of the target, and the gateway's own."""
+    """Return the labels of each series as Prometheus stores them: the target's, and the gateway's own."""
     found: dict[str, set[str]] = {"up": set(TARGET_LABELS)}
     for family in busy_gateway().metrics.registry.collect():
         for sample in family.samples:
@@ -98,7 +98,7 @@ EXPORTED = exported()
 
 
 def recorded() -> dict[str, set[str]]:
-    """What is exported and what the rules record; a record is known to the rules that follow it."""
+    """Return the exported and recorded series; a record is known to the rules after it."""
     series = dict(EXPORTED)
     for rule in RULES:
         if "record" in rule:
@@ -110,7 +110,7 @@ RECORDED = recorded()
 
 
 def panel_query(target: dict[str, Any]) -> str:
-    """Its query with Grafana's interval filled in; variables inside strings are values of labels."""
+    """Return its query with Grafana's interval filled in; variables inside strings are label values."""
     return str(target["expr"]).replace("$__rate_interval", "5m")
 
 
@@ -197,7 +197,7 @@ def test_a_querys_labels_are_those_of_its_answer() -> None:
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
-def test_an_alert_says_what_is_the_matter_and_what_to_do(rule: dict[str, Any]) -> None:
+def test_an_alert_says_what_is_wrong_and_what_to_do(rule: dict[str, Any]) -> None:
     assert set(rule) == {"alert", "expr", "for", "labels", "annotations"}
     assert re.fullmatch(r"LoRAFleet([A-Z][A-Za-z]+)", rule["alert"])
     assert re.fullmatch(r"\d+[sm]", rule["for"])
@@ -216,7 +216,7 @@ def test_an_alerts_text_names_labels_that_it_has(rule: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
-def test_what_an_alerts_text_tells_people_to_look_at_exists(rule: dict[str, Any]) -> None:
+def test_series_and_flags_named_in_an_alerts_text_exist(rule: dict[str, Any]) -> None:
     text = " ".join(rule["annotations"].values())
     assert set(re.findall(r"\blorafleet_\w+", text)) <= set(EXPORTED)
     (commands,) = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
@@ -238,7 +238,7 @@ def test_a_record_is_named_after_the_labels_that_it_has() -> None:
 
 
 def test_adapters_waiting_and_running_are_one_series_whatever_their_combination() -> None:
-    """What a real gateway says of its workers is in tests/controller/gateway/test_metrics.py."""
+    """tests/controller/gateway/metrics tests what a real gateway exports of its workers."""
     gateway = Gateway()
     seen = set()
     for waiting in ([], ["sql"], ["sql", "pirate"], ["json"]):

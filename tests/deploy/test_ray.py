@@ -1,6 +1,6 @@
-"""The files of `ray up`: Ray takes them, what they name exists, and what the head tells the fleet can be.
+"""The files of `ray up`: Ray accepts them, the files they name exist, and the fleet's flags are valid.
 
-Run for real, on two hosts, they are in deploy/ray/two_hosts.py.
+deploy/ray/two_hosts.py runs them for real, on two hosts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_ray_takes_it_and_refuses_a_misspelt_key(config: dict[str, Any]) -> None
         validate_config(prepare_config(config | {"file_mount": {}}))
 
 
-def test_what_it_brings_to_the_hosts_exists_or_is_made_by_a_command_that_it_names(config: dict[str, Any]) -> None:
+def test_files_copied_to_the_hosts_exist_or_are_built_by_a_command_that_it_names(config: dict[str, Any]) -> None:
     for path in config["file_mounts"].values():
         if path not in MADE_BY_OTHERS:
             assert (REPOSITORY / path).exists(), path
@@ -57,7 +57,7 @@ def test_what_it_brings_to_the_hosts_exists_or_is_made_by_a_command_that_it_name
     assert all(command in text for command in MADE_BY_OTHERS.values())
 
 
-def test_its_commands_use_what_it_has_brought_or_made(config: dict[str, Any]) -> None:
+def test_its_commands_use_only_files_it_has_copied_or_created(config: dict[str, Any]) -> None:
     mounts = config["file_mounts"]
     for command in commands(config):
         for path in re.findall(r"~/lorafleet/([\w./-]+)", command):
@@ -76,7 +76,7 @@ def test_both_start_the_hosts_in_the_same_way() -> None:
         assert onprem[key] == aws[key]
 
 
-def test_the_fleets_flags_can_be() -> None:
+def test_the_fleets_flags_are_valid() -> None:
     args = make_parser().parse_args(with_flags_file(["up", f"@{RAY / 'fleet.flags'}", "--follow"]))
     config = serve_config(args)
     assert config.engine.model == f"{HOME}model"
@@ -86,7 +86,7 @@ def test_the_fleets_flags_can_be() -> None:
 
 
 def settings(**variables: str) -> dict[str, str]:
-    """What node.env sets for a host's shells."""
+    """Return the variables node.env sets for a host's shells."""
     done = subprocess.run(
         ["bash", "-euc", f". {RAY / 'node.env'}; set -a; RAY_PORT=$RAY_PORT; RAY_PORTS=$RAY_PORTS; env -0"],
         capture_output=True,
@@ -137,7 +137,7 @@ def test_the_head_knows_the_other_hosts(tmp_path: Path) -> None:
     assert hosts.others(prepare_config(read("aws.yaml"))) == []
 
 
-def test_node_sh_says_how_it_is_used_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+def test_node_sh_prints_its_usage_and_refuses_unknown_commands(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
         return subprocess.run([RAY / "node.sh", *arguments], capture_output=True, text=True, env=env, check=False)

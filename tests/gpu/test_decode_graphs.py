@@ -1,4 +1,4 @@
-"""The engine on a CUDA device: steps overlap, decode steps are graphs, and all is as transformers and peft say."""
+"""The engine on a CUDA device: steps overlap, decode steps are graphs, and results equal transformers' and peft's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_overlapping_replayed_steps_equal_transformers_and_peft(
         tiny.assert_agrees(results[request_id], references[name][1], list(request.prompt_token_ids))
 
 
-def test_seeds_stops_and_penalties_bring_what_they_bring_step_by_step(
+def test_seeds_stops_and_penalties_give_the_same_as_step_by_step(
     engine: Engine, references: dict[str | None, tuple[Path, Any]]
 ) -> None:
     options = [
@@ -90,7 +90,7 @@ def test_seeds_stops_and_penalties_bring_what_they_bring_step_by_step(
 
 
 def test_a_replay_equals_the_same_step_without_graphs(engine: Engine) -> None:
-    """Every size, also those that are filled up, with other lengths than when it was captured."""
+    """Every size, also padded ones, with other lengths than at the capture."""
     runner = engine._runner
     graphs = runner._graphs
     for num_seqs in range(1, 13):

@@ -1,6 +1,6 @@
-"""Adapters that reach a CUDA device while steps run on it.
+"""Adapters loaded to a CUDA device while steps run on it.
 
-The engine's other tests, too, run on a device where there is one, since they leave `device` at auto.
+The engine's other tests also run on a device if there is one, since they leave `device` at auto.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fleet on a Ray cluster of three raylets, which stand for nodes: up, status, more gateways, a lost node, down."""
+"""A fleet on a Ray cluster of three raylets that act as nodes: up, status, more gateways, a lost node, down."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = ["the quick", "over the lazy dog", "then"]
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without CPUs and two nodes with one each, so that a worker of two ranks needs both."""
+    """Start a head without CPUs and two nodes with one each, so that a worker of two ranks needs both."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=1)
@@ -37,7 +37,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def drain(address: str, node_id: str) -> str:
-    """What `lorafleet drain` asks for, of any node: all of them are this machine."""
+    """Drain any node like `lorafleet drain` does, though all nodes are this machine."""
     ray.init(address=address, namespace="lorafleet", log_to_driver=False)
     try:
         outcome = ray.get(ray.get_actor("lorafleet-controller").drain_node.remote(node_id, 30.0), timeout=60)

@@ -1,6 +1,6 @@
 """The demo model and adapters against transformers + peft, token for token.
 
-"The same tokens" holds up to a place where the reference's two best logits lie closer than 1e-3: kernels sum in another
+Tokens are equal up to a place where the reference's two best logits differ by less than 1e-3: kernels sum in another
 order, and there either token is right.
 """
 
@@ -52,7 +52,7 @@ class Expected:
 
 @pytest.fixture(scope="module")
 def expected(demo_model: Path) -> dict[tuple[str | None, int], Expected]:
-    """By (adapter, prompt number); made live by transformers + peft in float32."""
+    """Return the answers by (adapter, prompt number), computed now by transformers + peft in float32."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
     answers: dict[tuple[str | None, int], Expected] = {}
@@ -138,7 +138,7 @@ def test_float32_tokens_equal_transformers_and_peft(
 def test_bfloat16_logprobs_lie_close_to_the_reference(
     demo_model: Path, expected: dict[tuple[str | None, int], Expected]
 ) -> None:
-    """The reference's own tokens are fed back, so that one early difference does not hide all later ones."""
+    """The reference's own tokens are the input, so that an early difference does not hide later ones."""
     engine, digests = _engine(demo_model, "bfloat16", max_num_seqs=64)
     options = SamplingOptions(max_tokens=1, temperature=0.0, logprobs=20)
     requests = {}

@@ -1,4 +1,4 @@
-"""The examples, run as a reader would, and what they print."""
+"""The examples, run like a reader would, and their output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serving import REPOSITORY, Server
 
 
 def run(name: str, *arguments: str) -> list[str]:
-    """The lines that an example prints."""
+    """Run an example. Return the lines it prints."""
     command = [sys.executable, str(REPOSITORY / "examples" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

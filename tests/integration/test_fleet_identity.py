@@ -1,4 +1,4 @@
-"""Fleets on a Ray cluster that several commands use: nothing ends, or takes, what it has not made."""
+"""Fleets on a Ray cluster that several commands use: no fleet ends, or uses, another one's actors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def actors() -> set[tuple[str, str]]:
-    """(namespace, name) of all of the cluster's."""
+    """Return (namespace, name) of all actors of the cluster."""
     return {(actor["namespace"], actor["name"]) for actor in ray.util.list_named_actors(all_namespaces=True)}
 
 
@@ -107,7 +107,7 @@ def test_a_fleet_is_ended_by_its_own_command_alone(cluster: Cluster, tiny_model:
         ray.shutdown()
 
 
-def test_what_a_killed_controller_leaves_is_named_and_ended_by_down(
+def test_actors_of_a_killed_controller_are_named_and_ended_by_down(
     cluster: Cluster, tiny_model: Path, tmp_path: Path
 ) -> None:
     address = ("--ray-address", cluster.address)

@@ -1,4 +1,4 @@
-"""Ends and deaths: a drain finishes what runs, nothing is left behind, a killed worker comes back."""
+"""Ends and deaths: a drain finishes running requests, no process remains, a killed worker restarts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def complete(server: Server, **options: object) -> tuple[int, dict[str, object]]
 
 
 class Background(threading.Thread):
-    """A request on its way."""
+    """A request in progress."""
 
     def __init__(self, server: Server, **options: object) -> None:
         super().__init__(daemon=True)
@@ -80,7 +80,7 @@ def test_a_signal_drains_and_leaves_no_process(server: Server, number: int) -> N
     assert "Traceback" not in server.output
 
 
-def test_a_killed_worker_comes_back_and_goes_on_with_its_requests(server: Server) -> None:
+def test_a_killed_worker_restarts_and_resumes_its_requests(server: Server) -> None:
     long: dict[str, object] = {"prompt": ["the", "quick", "brown", "fox"] * 4, "max_tokens": 250, "n": 16}
     long |= {"temperature": 1, "seed": 3}
     _, expected = complete(server, **long)
@@ -104,7 +104,7 @@ def test_a_killed_worker_comes_back_and_goes_on_with_its_requests(server: Server
 def test_a_killed_serve_takes_gateway_and_worker_with_it(server: Server) -> None:
     def serving() -> set[str]:
         names = {Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in server.survivors()}
-        # Ray's two monitoring agents look for their parent once in a while only, and end some time later.
+        # Ray's two monitoring agents check their parent rarely, and so end some time later.
         return {name for name in names if "Agent" not in name}
 
     server.children()

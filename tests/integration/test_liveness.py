@@ -1,4 +1,4 @@
-"""What hangs or is lost: said by `serve`, mended or ended with a reason, and no request waits for ever."""
+"""Hung and lost processes: `serve` reports them, and recovers or ends with a reason; no request waits forever."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gateways(server: Server) -> set[int]:
 
 
 def load(server: Server, model: Path) -> tuple[int, float]:
-    """The status of a load, and how long it took."""
+    """Load an adapter. Return the status, and how long it took."""
     began = time.monotonic()
     body = {"lora_name": "again", "lora_path": str(model.parent / "good"), "load_inplace": True}
     request = urllib.request.Request(
@@ -70,7 +70,7 @@ def serves_again(server: Server, answer: list[str]) -> bool:
 
 
 def connects(server: Server) -> bool:
-    """Whether a new connection is answered."""
+    """Return whether a new connection is answered."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=2)
     try:
         connection.request("GET", "/ready")
@@ -132,7 +132,7 @@ def test_without_one_of_rays_processes_serve_ends_with_a_reason(tiny_model: Path
 
 
 def serving(server: Server) -> set[str]:
-    """Command lines of what has outlived it, but Ray's two agents, which look for their parent once in a while only."""
+    """Return command lines of processes that outlive it, but for Ray's two agents, which check their parent rarely."""
     commands = set()
     for pid in server.survivors():
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Whatever is killed, what was loaded, replaced and unloaded stays so, as long as one process that was told lives."""
+"""Loads, replacements and unloads last whatever is killed, while one process that knows them lives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorafleet.controller.fleet.retirement import GRACE_S
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Two workers. Of the start-up's adapters one is replaced, one is unloaded; another one is loaded."""
+    """Start two workers; replace one adapter of the start-up, unload one, and load another one."""
     root = tmp_path_factory.mktemp("memory")
     model = tiny.make_model("smollm2", root / "model")
     tiny.save_tokenizer(root / "model")
@@ -52,7 +52,7 @@ def kill(fleet: Fleet, *names: bytes, num_workers: int = 2) -> None:
 
 
 def kill_busiest_worker(fleet: Fleet) -> None:
-    """The one that has the requests: others' may all be with the other."""
+    """Kill the worker with the requests: the other one may have none."""
 
     def ticks(pid: int) -> int:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -69,7 +69,7 @@ def workers(fleet: Fleet) -> list[dict[str, object]]:
 
 
 def num_lacking(fleet: Fleet) -> list[int]:
-    """How many adapters each worker lacks, least first."""
+    """Return how many adapters each worker lacks, in ascending order."""
     return sorted(len(worker["lacking"]) for worker in workers(fleet))  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def all_is_as_it_was(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_the_controller_is_killed_with_some_or_all_workers(fleet: Fleet, num_workers: int) -> None:
-    """With all of them it has everything back from the gateway."""
+    """If all are killed, it learns everything from the gateway."""
     all_is_as_it_was(fleet)
     kill(fleet, b"ray::ControllerActor", num_workers=num_workers)
     heal(fleet, time.monotonic())
@@ -108,7 +108,7 @@ def test_the_controller_is_killed_with_some_or_all_workers(fleet: Fleet, num_wor
 
 
 def test_requests_on_a_replaced_version_outlive_their_worker(fleet: Fleet) -> None:
-    """The other worker has no request for it, and keeps it all the same."""
+    """The other worker keeps it though it has no request for it."""
     all_is_as_it_was(fleet)
     assert fleet.load("changing", "one")[0] == 200
     body = {"model": "changing", "prompt": [PROMPT] * 100, "max_tokens": 240, "temperature": 0, "ignore_eos": True}

@@ -1,4 +1,4 @@
-"""Two workers behind two gateways on one port: what dies, hangs or is restarted, no client notices, and it heals."""
+"""Two workers and two gateways on one port: no client notices a death, hang or restart, and the fleet recovers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def num_in_table(server: Server) -> int:
 
 
 def heal(server: Server) -> None:
-    """All gateways know two workers, since each is asked several times."""
+    """Wait until all gateways know two workers; each is asked several times."""
     wait_until(lambda: all(num_in_table(server) == 2 for _ in range(6)), "the table has both", timeout_s=120)
 
 
@@ -110,7 +110,7 @@ def test_the_controller_dies(server: Server, undisturbed: list[Answer], texts: d
     before, (first,) = workers(server), controller(server)
     assert streams(server, lambda: os.kill(first, signal.SIGKILL)) == undisturbed
     assert answers_as_before(server, texts)
-    wait_until(lambda: bool(controller(server) - {first}), "Ray starts it anew", timeout_s=60)
+    wait_until(lambda: bool(controller(server) - {first}), "Ray starts it again", timeout_s=60)
     wait_until(lambda: status(server).count(" ready ") == 2, "it has found the workers", timeout_s=60)
     heal(server)
     assert workers(server) == before, "they went on"
@@ -159,14 +159,14 @@ def test_the_status_shows_every_worker(server: Server) -> None:
 
 
 def status(server: Server) -> str:
-    """What `lorafleet status` prints; nothing while the controller is away."""
+    """Return the output of `lorafleet status`; empty while the controller is down."""
     command = [str(Path(sys.executable).parent / "lorafleet"), "status", "--url", server.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout
 
 
 def has_ended(pid: int) -> bool:
-    """All its threads: its command line, and its first thread, are gone earlier than its sockets."""
+    """Return whether all its threads have ended: command line and first thread vanish before the sockets."""
     try:
         is_over = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
         return is_over and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Adapters come and go on a running server, as vLLM's clients would have it; a worker's death forgets none."""
+"""Adapters are loaded and unloaded on a running server with vLLM's API; a worker's death loses none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot start says why, on one line, and leaves no process behind."""
+"""A server that cannot start says why on one line, and leaves no process."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def failed(server: Server, timeout_s: float = 90.0) -> str:
-    """What a server that cannot start said; asserts that it ended by itself with code 1 and left nothing."""
+    """Return the output of a server that cannot start; asserts that it exited with code 1 and left no process."""
     try:
         assert server.process.wait(timeout_s) == 1, server.output
     finally:
         server.stop()
     assert "Traceback" not in server.output
-    assert not server.survivors(), "processes were left behind"
+    assert not server.survivors(), "processes were left"
     return server.output
 
 

@@ -1,4 +1,4 @@
-"""A worker of two ranks behind the whole fleet: the answers of one rank, and replaced as a whole when a rank dies."""
+"""A worker of two ranks in a whole fleet: it answers like one rank, and is replaced as a whole when a rank dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server(tiny_model: Path) -> Iterator[Server]:
 
 
 def ranks(server: Server) -> dict[str, int]:
-    """Pids of the ranks' processes by their names."""
+    """Return pids of the ranks' processes by name."""
     pids = {}
     for pid in server.children():
         try:

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes with units."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_size_has_a_number_and_perhaps_a_unit(text: str, num_bytes: int) -> No
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1.5.5", "1e9", "9" * 5000, "1 GiB GiB"])
-def test_what_is_no_size_is_refused_in_short(text: str) -> None:
+def test_an_invalid_size_is_refused_briefly(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as refused:
         byte_size(text)
     assert len(str(refused.value)) < 300

@@ -1,4 +1,4 @@
-"""What a mistyped command line is told: the command's own usage, and the nearest flag or command."""
+"""The error for a mistyped command line: the command's own usage, and the nearest flag or command."""
 
 from __future__ import annotations
 

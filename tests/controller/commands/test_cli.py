@@ -1,4 +1,4 @@
-"""The command line: what flags become, what is refused and how, and that mistakes answer at once."""
+"""The command line: flags become settings, mistakes are refused by name and at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(*flags: str) -> ServeConfig:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What is said of wrong flags, which must end with status 2 and no traceback."""
+    """Return the error for wrong flags, which must exit with status 2 and no traceback."""
     with pytest.raises(SystemExit) as ended:
         main(["serve", "org/base", *flags])
     assert ended.value.code == 2
@@ -140,7 +140,7 @@ def test_the_bound_on_waiting_is_on_unless_it_is_turned_off() -> None:
     ],
 )
 def test_sizes(text: str, num_bytes: int) -> None:
-    # A KV cache of no bytes is refused later on, by name.
+    # A KV cache of no bytes is refused later, by name.
     assert make_parser().parse_args(["serve", "m", "--kv-cache-memory-bytes", text]).kv_cache_memory_bytes == num_bytes
 
 

@@ -1,4 +1,4 @@
-"""What a command makes of a Ray cluster that is away, gone, or another one."""
+"""A command's reaction to a Ray cluster that is silent, lost, or another one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorafleet.controller.commands.cluster_watch import AWAY_S, FLEET_ENDED, SIL
 
 
 class FakeCluster:
-    """Answers when it is told to."""
+    """Answers on command."""
 
     def __init__(self) -> None:
         self.dead: list[str] = []
@@ -30,7 +30,7 @@ class Watched:
         self.watch = ClusterWatch(self.cluster, self.said.append, lambda: self.now)
 
     def look(self, seconds: float = 0.5) -> str:
-        """For so long; what the first word of an end is."""
+        """Look for so long. Return the first reason for an end."""
         until = self.now + seconds
         while self.now < until:
             self.now += 0.5
@@ -39,7 +39,7 @@ class Watched:
         return ""
 
 
-def test_one_that_answers_is_asked_again_and_nothing_is_said() -> None:
+def test_one_that_answers_is_asked_again_and_nothing_is_printed() -> None:
     watched = Watched()
     for number in range(10):
         assert watched.look(3.0) == ""
@@ -48,7 +48,7 @@ def test_one_that_answers_is_asked_again_and_nothing_is_said() -> None:
     assert watched.said == []
 
 
-def test_what_ails_it_is_the_end() -> None:
+def test_an_answer_that_the_fleet_is_lost_is_the_end() -> None:
     watched = Watched()
     watched.look()
     watched.cluster.asked[0].set_result(FLEET_ENDED)
@@ -61,7 +61,7 @@ def test_a_process_of_rays_that_has_ended_is_the_end_at_once() -> None:
     assert watched.look() == "Ray has failed: its raylet ended with exit code -9."
 
 
-def test_one_that_is_away_for_a_while_is_told_once_and_welcomed_back() -> None:
+def test_silence_and_its_end_are_each_reported_once() -> None:
     watched = Watched()
     assert watched.look(SILENT_S + 5.0) == ""
     watched.cluster.asked[-1].set_exception(ConnectionError("nothing answers there"))
@@ -74,12 +74,12 @@ def test_one_that_is_away_for_a_while_is_told_once_and_welcomed_back() -> None:
     assert watched.said[1:] == ["the Ray cluster answers again"]
 
 
-def test_one_that_stays_away_is_the_end() -> None:
+def test_lasting_silence_is_the_end() -> None:
     watched = Watched()
     assert watched.look(AWAY_S + 5.0) == "The Ray cluster has not answered for 50 s."
 
 
-def test_a_command_that_was_stopped_blames_nobody() -> None:
+def test_time_in_which_the_command_was_stopped_is_no_silence() -> None:
     watched = Watched()
     watched.look()
     watched.now += 3600

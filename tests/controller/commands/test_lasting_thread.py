@@ -1,4 +1,4 @@
-"""A thread for calls that may never come back."""
+"""A thread for calls that may never return."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_it_does_one_thing_after_the_other_on_one_thread_until_it_is_ended() -> 
     assert not any(alive.name == "t" for alive in threading.enumerate())
 
 
-def test_a_call_that_never_comes_back_keeps_no_process_from_ending() -> None:
+def test_a_call_that_never_returns_keeps_no_process_from_ending() -> None:
     program = (
         "import threading\nfrom lorafleet.controller.commands.lasting_thread import LastingThread\n"
         "LastingThread('t').submit(threading.Event().wait)"

@@ -1,4 +1,4 @@
-"""Whose a fleet is: what commands end of a Ray cluster that others use too. Ray is replaced."""
+"""Ownership of fleets: commands end only their own on a shared Ray cluster. Ray is replaced."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class FakeActor:
 
 
 class FakeRay:
-    """A cluster's actors and placement groups. `next_fleet` is the identity of the controller that is made next."""
+    """A cluster's actors and placement groups. `next_fleet` is the identity of the next controller created."""
 
     def __init__(self) -> None:
         self.actors: dict[tuple[str, str], FakeActor] = {place: FakeActor("") for place in STRANGERS}
         self.groups: dict[str, str] = {}  # states by name
         self.next_fleet = MINE
         self.on_kill: Callable[[tuple[str, str]], None] = lambda place: None
-        self.is_quicker = False  # another command takes the controller's name when we are about to
+        self.is_quicker = False  # another command takes the controller's name just before us
         self.util = types.SimpleNamespace(
             list_named_actors=lambda all_namespaces: [
                 {"namespace": namespace, "name": name} for namespace, name in self.actors
@@ -93,7 +93,7 @@ def joined() -> FleetCluster:
     return FleetCluster("10.0.0.1", 0, while_waiting=lambda: None)
 
 
-def test_a_command_that_is_refused_leaves_the_fleet_that_runs(fake: FakeRay) -> None:
+def test_a_refused_command_leaves_the_running_fleet(fake: FakeRay) -> None:
     fake.add_fleet(ANOTHER, "lorafleet-worker-0")
     fake.groups[group_name("lorafleet-worker-0", ANOTHER)] = "CREATED"
     before, groups = dict(fake.actors), dict(fake.groups)
@@ -117,7 +117,7 @@ def test_a_command_that_loses_a_race_leaves_the_winners_fleet(fake: FakeRay) -> 
     assert (fleet_namespace(ANOTHER), "lorafleet-worker-0") in fake.actors
 
 
-def test_a_command_ends_what_it_has_made_with_what_its_controller_was_just_making(fake: FakeRay) -> None:
+def test_a_command_ends_its_fleet_with_actors_that_the_controller_was_just_creating(fake: FakeRay) -> None:
     cluster = joined()
     owner = cluster.mark_owner()
     assert owner in fake.groups
@@ -137,7 +137,7 @@ def test_a_command_ends_what_it_has_made_with_what_its_controller_was_just_makin
     assert fake.groups.keys() == {group_name("lorafleet-worker-0", ANOTHER)}
 
 
-def test_a_fleet_that_has_taken_the_place_of_ours_is_left(fake: FakeRay) -> None:
+def test_a_fleet_that_has_replaced_ours_is_left(fake: FakeRay) -> None:
     cluster = joined()
     cluster.create_controller(object)
     fake.add_fleet(ANOTHER, "lorafleet-worker-0")  # ours was ended meanwhile, and another one started
@@ -146,7 +146,7 @@ def test_a_fleet_that_has_taken_the_place_of_ours_is_left(fake: FakeRay) -> None
     assert len(fake.actors) == len(STRANGERS) + 2
 
 
-def test_what_a_lost_controller_has_left_is_named_and_ended_only_when_that_is_asked_for(fake: FakeRay) -> None:
+def test_actors_of_a_lost_controller_are_named_and_ended_only_on_request(fake: FakeRay) -> None:
     fake.add_fleet(ANOTHER, "lorafleet-worker-0", "lorafleet-worker-1", has_controller=False)
     cluster = joined()
     with pytest.raises(RuntimeError, match=r"2 actors of a fleet whose controller is gone, .*`lorafleet down`"):

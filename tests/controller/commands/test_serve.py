@@ -1,4 +1,4 @@
-"""Bringing a fleet up and down, with Ray replaced and a real gateway process."""
+"""Starting and ending a fleet, with Ray replaced and a real gateway process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorafleet.workers.server.actor import WorkerFailed
 
 
 class FakeCluster:
-    """Stands in for `FleetCluster`. What the controller says is `answer()`."""
+    """Stands in for `FleetCluster`; the controller's answer is `answer()`."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         self.answer = answer
@@ -60,7 +60,7 @@ class FakeCluster:
 
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
-    """What `serve` changes of its process."""
+    """Restore the state of the process that `serve` changes."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
     yield
@@ -79,7 +79,7 @@ def port() -> int:
 
 @pytest.fixture
 def gateways(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The gateway processes that were started."""
+    """The gateway processes started."""
     started = []
     popen = subprocess.Popen
 
@@ -178,7 +178,7 @@ def test_keys_are_not_in_the_gateways_command_line_nor_in_the_controllers_argume
 
 
 def test_waiting_for_ray_goes_on_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our signal handlers are set again and again meanwhile, and Ray starts on a thread that stays."""
+    """Our signal handlers are set repeatedly meanwhile, and Ray starts on a lasting thread."""
     threads, waited = [], 0
 
     def init(**options: Any) -> None:

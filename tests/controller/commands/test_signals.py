@@ -1,4 +1,4 @@
-"""Signals that come while one is being handled."""
+"""Signals that arrive while one is being handled."""
 
 from __future__ import annotations
 

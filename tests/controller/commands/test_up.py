@@ -1,4 +1,4 @@
-"""Whose fleet `lorafleet up` ends when it does not come to serve. Ray is replaced."""
+"""`lorafleet up` and fleets that fail to start: which it ends, and which it leaves. Ray is replaced."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_fleet_that_serves_is_left(has_fleet: bool) -> None:
 
 
 @pytest.mark.parametrize("has_fleet", [True, False])
-def test_one_that_has_never_served_and_cannot_is_ended_though_an_earlier_command_made_it(has_fleet: bool) -> None:
+def test_one_that_cannot_start_is_ended_even_if_an_earlier_command_created_it(has_fleet: bool) -> None:
     cluster = FakeCluster(WorkerFailed("no_room", "no room"), has_fleet=has_fleet)
     with pytest.raises(NoRoomError):
         start(cluster)
@@ -77,7 +77,7 @@ def test_one_that_has_never_served_and_cannot_is_ended_though_an_earlier_command
 
 @pytest.mark.parametrize("has_fleet", [True, False])
 @pytest.mark.parametrize("interruption", ["a signal", "the controller is lost"])
-def test_an_interruption_ends_what_this_command_has_made(has_fleet: bool, interruption: str) -> None:
+def test_an_interruption_ends_what_this_command_has_started(has_fleet: bool, interruption: str) -> None:
     signals = Signals()
     cluster = FakeCluster(RuntimeError("The controller died."), has_fleet=has_fleet)
     signals.count = int(interruption == "a signal")

@@ -1,4 +1,4 @@
-"""What the launcher prints and asks for while the fleet serves."""
+"""A command's output and requests while its fleet serves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorafleet.controller.fleet.actor import Outcome
 
 
 class FakeController:
-    """Answers what it is told to; None stands for an answer that takes longer."""
+    """Gives the answers set; None stands for an answer that takes longer."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {"events": None, "restart_workers": None}
@@ -25,7 +25,7 @@ class FakeController:
 
 
 class Clock:
-    """Each look is a second after the one before."""
+    """A clock that advances a second with each look."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -46,7 +46,7 @@ def test_events_are_printed_once_and_asked_for_from_the_last_one_on() -> None:
     assert controller.asked == [("events", (2,)), ("events", (2,)), ("events", (4,))]
 
 
-def test_a_restart_begins_once_and_says_what_came_of_it() -> None:
+def test_a_restart_begins_once_and_its_outcome_is_printed() -> None:
     controller, said = FakeController(), list[str]()
     watch = FleetWatch(controller, 0, said.append, Clock())
     assert watch.look(wants_restart=True)
@@ -58,7 +58,7 @@ def test_a_restart_begins_once_and_says_what_came_of_it() -> None:
     assert [method for method, _ in controller.asked].count("restart_workers") == 3
 
 
-def test_a_controller_that_is_away_ends_nothing_and_is_told_once() -> None:
+def test_a_silent_controller_ends_nothing_and_is_reported_once() -> None:
     controller, said = FakeController(), list[str]()
     watch = FleetWatch(controller, 0, said.append, Clock())
     controller.answers["events"] = RuntimeError("The controller died.")
@@ -76,7 +76,7 @@ def test_a_controller_that_is_away_ends_nothing_and_is_told_once() -> None:
     ]
 
 
-def test_a_command_that_was_stopped_blames_nobody() -> None:
+def test_time_in_which_the_command_was_stopped_is_no_silence() -> None:
     controller, said, clock = FakeController(), list[str](), Clock()
     watch = FleetWatch(controller, 0, said.append, clock)
     watch.look(wants_restart=False)

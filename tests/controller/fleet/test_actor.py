@@ -35,7 +35,7 @@ NAME = "lorafleet-worker-0"
 
 @dataclass(eq=False)
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
-    """Answers reports. `silent` holds the answers back, as a process that hangs does."""
+    """Answers reports. `silent` holds the answers back, like a hung process."""
 
     worker_id: str
     state: worker_pb2.WorkerState = worker_pb2.WORKER_READY
@@ -111,7 +111,7 @@ StartWorker = Callable[..., Awaitable[FakeWorker]]
 
 
 class FakeCluster:
-    """Stands in for `WorkerCluster`. `answers` are what the workers' starts come to, in order."""
+    """Stands in for `WorkerCluster`; `answers` are the outcomes of the workers' starts, in order."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -121,7 +121,7 @@ class FakeCluster:
         self.answers: asyncio.Queue[WorkerReady | WorkerFailed | WorkerLost] = asyncio.Queue()
         self.ranks: dict[str, set[str]] = {}  # nodes of workers
         self.gateway_failure = ""
-        self.hosting: list[str] = []  # nodes that were to have gateways
+        self.hosting: list[str] = []  # nodes on which gateways were started
         self.has_room = True
         self.restarted_by_ray = False
         self.owners: set[str] = set()
@@ -206,14 +206,14 @@ class Fleet:
                 yield table
 
     async def workers_become(self, *worker_ids: str) -> controller_pb2.RoutingTable:
-        """The first table with just these workers."""
+        """Return the first table with exactly these workers."""
         async for table in self.tables():
             if [worker.worker_id for worker in table.workers] == list(worker_ids):
                 return table
         raise AssertionError("the stream ended")
 
     async def serves(self, *worker_ids: str) -> None:
-        """Wait for a table with just these workers, in whatever order."""
+        """Wait for a table with exactly these workers, in any order."""
         async for table in self.tables():
             if sorted(worker.worker_id for worker in table.workers) == sorted(worker_ids):
                 return
@@ -295,7 +295,7 @@ async def test_a_missing_worker_is_created_and_gets_into_the_table(fleet: Fleet,
     assert table.base.max_model_len == 128
 
 
-async def test_several_workers_start_side_by_side_and_fail_alone(
+async def test_several_workers_start_in_parallel_and_fail_alone(
     start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
 ) -> None:
     config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=3)
@@ -327,7 +327,7 @@ async def test_workers_that_run_already_are_kept_and_unwanted_ones_removed(
     await stop(controller)
 
 
-async def test_a_worker_that_died_leaves_the_table_and_its_next_self_enters_it(
+async def test_a_worker_that_died_leaves_the_table_and_its_successor_enters_it(
     fleet: Fleet, start: StartWorker
 ) -> None:
     first = await start("worker-a")
@@ -367,7 +367,7 @@ async def test_another_worker_at_the_same_address_is_not_taken_for_the_old_one(
     await fleet.workers_become("worker-b")
 
 
-async def test_a_worker_whose_actor_is_gone_is_created_anew(fleet: Fleet, start: StartWorker) -> None:
+async def test_a_worker_whose_actor_is_gone_is_created_again(fleet: Fleet, start: StartWorker) -> None:
     worker = await start("worker-a")
     fleet.cluster.answers.put_nowait(worker.ready)
     await fleet.workers_become("worker-a")
@@ -405,7 +405,7 @@ async def test_a_restarted_worker_is_in_the_table_when_it_knows_what_was_loaded(
     assert {adapter.name: adapter.unloaded for adapter in again.names.all()} == {"start-up": True, "sql": False}
 
 
-async def test_a_controller_that_starts_again_has_everything_back_from_the_workers(
+async def test_a_restarted_controller_learns_everything_from_the_workers(
     start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
 ) -> None:
     config = ServeConfig(EngineConfig(str(model_dir)), ("base",), num_workers=2)
@@ -419,7 +419,7 @@ async def test_a_controller_that_starts_again_has_everything_back_from_the_worke
     await controller._updates.unload("start-up")
     await stop(controller)
     await workers[1].kill()
-    blank = await start("c", adapters=started())  # takes the other's place, and is met first
+    blank = await start("c", adapters=started())  # replaces the other one, and is asked first
     cluster.answers.put_nowait(blank.ready)
     cluster.answers.put_nowait(workers[0].ready)
     controller = ControllerActor(config, "127.0.0.1", free_port, TOKEN)
@@ -432,7 +432,7 @@ async def test_a_controller_that_starts_again_has_everything_back_from_the_worke
     await stop(controller)
 
 
-async def test_a_worker_that_cannot_have_an_adapter_serves_the_rest_and_the_table_says_so(
+async def test_a_worker_that_cannot_load_an_adapter_serves_the_rest_and_the_table_says_so(
     fleet: Fleet, start: StartWorker
 ) -> None:
     worker = await start("worker-a")
@@ -468,7 +468,7 @@ async def test_a_restarted_controller_takes_a_worker_whose_start_up_is_gone_with
     await stop(controller)
 
 
-async def test_an_adapter_of_the_start_up_that_is_gone_does_not_keep_a_worker_from_coming_back(
+async def test_a_missing_adapter_of_the_start_up_does_not_keep_a_worker_from_restarting(
     fleet: Fleet, start: StartWorker
 ) -> None:
     worker = await start("worker-a")
@@ -565,7 +565,7 @@ async def test_a_worker_that_stays_silent_is_ended(
     assert fleet.cluster.restarted == [NAME]
 
 
-async def test_the_status_of_the_fleet_names_what_is_not_there_too(fleet: Fleet, start: StartWorker) -> None:
+async def test_the_status_of_the_fleet_includes_missing_workers(fleet: Fleet, start: StartWorker) -> None:
     worker = await start("worker-a")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{fleet.port}", options=CLIENT_OPTIONS) as channel:
         stub = cast(Any, controller_pb2_grpc.ControllerStub)(channel)
@@ -605,7 +605,7 @@ async def test_a_worker_that_could_not_be_reached_for_a_moment_has_not_started_a
     assert fleet.controller._lives[NAME].status().num_starts == 1
 
 
-async def test_it_says_whether_it_was_started_so(fleet: Fleet) -> None:
+async def test_it_tells_whether_it_was_started_with_these_arguments(fleet: Fleet) -> None:
     config = fleet.controller._config
     assert await fleet.controller.was_told(config, TOKEN, "none")
     assert not await fleet.controller.was_told(config, "another", "none")
@@ -660,7 +660,7 @@ async def test_the_fleet_is_ready_when_its_gateways_listen_and_cannot_start_if_t
     await stop(controller)
 
 
-async def test_a_fleet_without_room_says_so_takes_no_port_for_gateways_and_starts_when_there_is_room(
+async def test_a_fleet_without_room_reports_it_starts_no_gateways_and_starts_once_there_is_room(
     start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
 ) -> None:
     cluster.has_room = False
@@ -679,7 +679,7 @@ async def test_a_fleet_without_room_says_so_takes_no_port_for_gateways_and_start
 
 
 class Restarted:
-    """A controller of two workers, of which `worker-a` runs, that Ray has just started again."""
+    """A controller of two workers that Ray has just restarted; `worker-a` runs."""
 
     def __init__(self, cluster: FakeCluster, model_dir: Path, port: int, owner: str = "") -> None:
         cluster.restarted_by_ray = True
@@ -688,7 +688,7 @@ class Restarted:
         self.controller = ControllerActor(config, "127.0.0.1", port, TOKEN, gateways_on="none", owner=owner)
 
     async def says(self, text: str) -> None:
-        """Wait until it has."""
+        """Wait until the controller has reported this."""
         number, lines = 0, [""]
         async with asyncio.timeout(TIMEOUT_S):
             while not any(text in line for line in lines):
@@ -696,7 +696,7 @@ class Restarted:
                 number, lines = max([number, *(new for new, _ in events)]), [line for _, line in events]
 
 
-async def test_a_restarted_controller_serves_what_is_there_and_mends_the_rest_when_there_is_room(
+async def test_a_restarted_controller_serves_with_running_workers_and_starts_the_others_once_there_is_room(
     start: StartWorker, model_dir: Path, cluster: FakeCluster, free_port: int
 ) -> None:
     cluster.has_room = False
@@ -787,7 +787,7 @@ async def test_a_fleet_ends_with_its_owner_and_not_while_ray_does_not_answer(
     await stop(controller)
 
 
-async def test_what_happens_to_workers_is_told_once(fleet: Fleet, start: StartWorker) -> None:
+async def test_each_event_of_a_worker_is_reported_once(fleet: Fleet, start: StartWorker) -> None:
     worker = await start("worker-a")
     fleet.cluster.answers.put_nowait(worker.ready)
     await fleet.workers_become("worker-a")

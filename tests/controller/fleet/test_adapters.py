@@ -65,7 +65,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def refused(fleet: Fleet, name: str, root: str, kind: type[LoRAFleetError], match: str) -> LoRAFleetError:
-    """Loading fails and changes nothing."""
+    """Return the error of a load that must fail and change nothing."""
     names, known = fleet.names(), [dict(worker.known) for worker in fleet.workers]
     with pytest.raises(kind, match=match) as caught:
         await fleet.load(name, root)
@@ -75,7 +75,7 @@ async def refused(fleet: Fleet, name: str, root: str, kind: type[LoRAFleetError]
 
 
 async def unload(fleet: Fleet, name: str) -> tuple[int, int, int]:
-    """Device bytes, host bytes, workers that drain."""
+    """Unload. Return device bytes, host bytes, number of draining workers."""
     return await freed(fleet, asyncio.ensure_future(fleet.controller.updates.unload(name)))
 
 
@@ -105,13 +105,13 @@ async def test_an_adapter_is_on_every_worker_and_noted_before_its_name_is_publis
         assert [tuple(request.allowed_roots) for request in worker.requests] == [ROOTS]
 
 
-async def test_what_one_worker_refuses_is_on_none(fleet: Fleet) -> None:
+async def test_an_adapter_that_one_worker_refuses_is_on_none(fleet: Fleet) -> None:
     del fleet.workers[1].disk["/adapters/a"]
     error = await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "is not there")
     assert isinstance(error, AdapterRefusedError) and error.reason == "missing_directory"
 
 
-async def test_what_several_workers_refuse_is_answered_once_and_leaves_no_complaint(
+async def test_a_refusal_by_several_workers_is_answered_once_and_leaves_no_warning(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     for worker in fleet.workers:
@@ -121,18 +121,18 @@ async def test_what_several_workers_refuse_is_answered_once_and_leaves_no_compla
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
-async def test_what_one_worker_refuses_is_answered_while_another_one_still_reads(fleet: Fleet) -> None:
+async def test_a_refusal_is_answered_while_another_worker_still_reads(fleet: Fleet) -> None:
     fleet.workers[0].gate.clear()
     del fleet.workers[1].disk["/adapters/a"]
     await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "is not there")
 
 
-async def test_workers_that_see_different_files_are_no_fleet(fleet: Fleet) -> None:
+async def test_an_adapter_that_differs_between_workers_is_refused(fleet: Fleet) -> None:
     fleet.workers[1].disk["/adapters/a"] = "other content"
     await refused(fleet, "sql", "/adapters/a", AdapterRefusedError, "not the same on all workers")
 
 
-async def test_a_worker_that_is_lost_meanwhile_gets_it_when_it_is_back(fleet: Fleet) -> None:
+async def test_a_worker_lost_during_a_load_gets_the_adapter_when_it_is_back(fleet: Fleet) -> None:
     fleet.workers[1].reachable = False
     adapter = await fleet.load("sql", "/adapters/a")
     assert fleet.controller.lacking("w1") == {"sql": ""}, "no request goes there for it"
@@ -150,7 +150,7 @@ async def test_a_worker_that_leaves_the_table_while_it_reads_is_not_waited_for(f
     assert (await loading).digest == "content a"
 
 
-async def test_a_load_that_all_workers_are_lost_in_changes_nothing(fleet: Fleet) -> None:
+async def test_a_load_during_which_all_workers_are_lost_changes_nothing(fleet: Fleet) -> None:
     for worker in fleet.workers:
         worker.reachable = False
     await refused(fleet, "sql", "/adapters/a", WorkerUnavailableError, "Nothing changed")
@@ -179,7 +179,7 @@ async def test_without_workers_nothing_can_be_loaded_or_unloaded(fleet: Fleet) -
         ("x" * 5_000_000, "x" * 5_000_000, InvalidRequestError, "printable"),
     ],
 )
-async def test_name_and_path_must_be_some(
+async def test_name_and_path_are_required(
     name: str, root: str, kind: type[LoRAFleetError], match: str, fleet: Fleet
 ) -> None:
     error = await refused(fleet, name, root, kind, match)
@@ -187,7 +187,7 @@ async def test_name_and_path_must_be_some(
     assert not any(worker.requests for worker in fleet.workers)
 
 
-async def test_a_taken_name_is_replaced_only_in_place_and_the_old_version_goes(fleet: Fleet) -> None:
+async def test_a_name_in_use_is_replaced_only_in_place_and_the_old_version_is_freed(fleet: Fleet) -> None:
     first = await fleet.load("sql", "/adapters/a")
     await refused(fleet, "sql", "/adapters/b", AdapterConflictError, "already been loaded")
     second = await fleet.load("sql", "/adapters/b", load_inplace=True)
@@ -260,7 +260,7 @@ async def test_an_unload_waits_for_the_load_of_its_name(fleet: Fleet) -> None:
     assert fleet.names() == {}
 
 
-async def test_a_turn_that_does_not_come_is_said_to_be_taken(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_update_without_a_turn_in_time_is_a_conflict(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_turns, "TURN_S", 0.01)
     fleet.workers[0].gate.clear()
     loading = asyncio.ensure_future(fleet.load("sql", "/adapters/a"))
@@ -270,7 +270,7 @@ async def test_a_turn_that_does_not_come_is_said_to_be_taken(fleet: Fleet, monke
     loading.cancel()
 
 
-async def test_a_caller_who_goes_away_leaves_nothing_half_done(fleet: Fleet) -> None:
+async def test_a_caller_who_disconnects_leaves_nothing_half_done(fleet: Fleet) -> None:
     fleet.workers[0].gate.clear()
     loading = asyncio.ensure_future(fleet.load("sql", "/adapters/a"))
     await until(lambda: fleet.workers[1].known)
@@ -280,7 +280,7 @@ async def test_a_caller_who_goes_away_leaves_nothing_half_done(fleet: Fleet) -> 
     await until(lambda: fleet.names() == {"sql": "content a"})
 
 
-async def test_unloading_takes_the_name_away_first_and_says_what_it_freed(fleet: Fleet) -> None:
+async def test_unloading_removes_the_name_first_and_returns_what_it_freed(fleet: Fleet) -> None:
     await fleet.load("sql", "/adapters/a")
     assert await unload(fleet, "sql") == (20, 6, 0)
     assert fleet.controller.published[-1] == {}
@@ -300,7 +300,7 @@ async def test_unloading_says_which_workers_still_drain_and_forgets_those_that_a
     assert await unload(fleet, "sql") == (0, 0, 1)
 
 
-async def test_nothing_is_changed_where_that_is_not_allowed() -> None:
+async def test_without_permission_nothing_can_be_changed() -> None:
     fleet = Fleet(allowed=False)
     with pytest.raises(NotFoundError, match="--allow-runtime-lora-updates"):
         await fleet.load("sql", "/adapters/a")
@@ -308,7 +308,7 @@ async def test_nothing_is_changed_where_that_is_not_allowed() -> None:
         await fleet.controller.updates.unload("sql")
 
 
-async def test_a_restarted_controller_deletes_nothing_that_the_first_worker_does_not_know(fleet: Fleet) -> None:
+async def test_a_restarted_controller_deletes_nothing_because_the_first_worker_does_not_know_it(fleet: Fleet) -> None:
     await fleet.load("sql", "/adapters/a")
     await fleet.load("legal", "/adapters/b")
     first, second = fleet.workers
@@ -323,7 +323,7 @@ async def test_a_restarted_controller_deletes_nothing_that_the_first_worker_does
     assert second.serves() == {"sql": {"content a"}, "legal": {"content b"}}
 
 
-async def test_the_newest_version_is_the_truth_whichever_worker_is_heard_first(fleet: Fleet) -> None:
+async def test_the_newest_version_counts_whichever_worker_is_heard_first(fleet: Fleet) -> None:
     start = worker_pb2.Adapter(name="sql", version=1, root="/adapters/a", place="/adapters/a", digest="content a")
     await fleet.load("sql", "/adapters/b")
     for number in range(2):
@@ -336,7 +336,7 @@ async def test_the_newest_version_is_the_truth_whichever_worker_is_heard_first(f
         assert all(worker.serves() == {"sql": {"content b"}} for worker in fleet.workers)
 
 
-async def test_an_unload_that_was_acknowledged_stays_when_all_but_one_worker_are_lost(fleet: Fleet) -> None:
+async def test_an_acknowledged_unload_lasts_when_all_but_one_worker_are_lost(fleet: Fleet) -> None:
     start = worker_pb2.Adapter(name="sql", version=1, root="/adapters/a", place="/adapters/a", digest="content a")
     for worker in fleet.workers:
         worker.known["sql", 1] = start
@@ -366,7 +366,7 @@ async def test_a_load_whose_answer_was_lost_leaves_no_content_for_the_next(fleet
     assert all(worker.known.keys() == {("sql", adapter.version)} for worker in fleet.workers)
 
 
-async def test_what_a_load_has_staged_is_left_alone_by_reconciling(fleet: Fleet) -> None:
+async def test_reconciling_keeps_what_a_load_has_staged(fleet: Fleet) -> None:
     fleet.workers[1].gate.clear()
     loading = asyncio.ensure_future(fleet.load("new", "/adapters/a"))
     await until(lambda: fleet.workers[0].known)
@@ -389,7 +389,7 @@ async def test_a_load_that_no_worker_has_noted_is_not_acknowledged(
         await fleet.load("sql", "/adapters/a")
 
 
-async def test_a_clock_that_is_set_back_gives_no_version_twice(fleet: Fleet) -> None:
+async def test_a_clock_set_back_assigns_no_version_twice(fleet: Fleet) -> None:
     first = await fleet.load("sql", "/adapters/a")
     fleet.clock.now -= 600.0
     await fleet.restart_controller()

@@ -1,7 +1,7 @@
-"""Any history of loads, unloads and losses: what was acknowledged holds, for as long as one part of the fleet lives.
+"""Any history of loads, unloads and losses: an acknowledged change lasts while a part of the fleet that knows it lives.
 
-A loss takes all that a process knew. None is made that would take the last memory of something acknowledged: with the
-controller and every worker that was told, the start-up's configuration is all that is left.
+A lost process forgets everything. No loss here takes the last memory of an acknowledged change: without the controller
+and every worker that was told, only the start-up's configuration remains.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NEVER_DONE = "Nothing changed|No worker is there|just starting"
 
 
 class History(RuleBasedStateMachine):
-    """allowed: what each name may stand for, by digest; None: nothing. More than one after an unknown outcome."""
+    """allowed: the digests each name may stand for; None: nothing. Several after an unknown outcome."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,10 +47,10 @@ class History(RuleBasedStateMachine):
         self.patch.setattr(retirement_module, "GRACE_S", 0.0)
         self.patch.setattr(adapters_module, "KNOW_S", 0.0)
         self.clock = Clock()
-        self.contents: dict[tuple[str, int], str] = {}  # of all versions that ever were
+        self.contents: dict[tuple[str, int], str] = {}  # of all versions ever created
         self.clients = {name: self.start_worker() for name in WORKERS}
         self.controller = Controller(self.clients, self.clock, of_start=["start"])
-        self.gateway = AdapterNames(["start"])  # what its last table said
+        self.gateway = AdapterNames(["start"])  # as in its last table
         self.allowed: dict[str, set[str | None]] = {"start": {"content a"}, "sql": {None}, "legal": {None}}
         self.do(self.controller.settle(1))
 
@@ -68,7 +68,7 @@ class History(RuleBasedStateMachine):
         return client
 
     def registered(self, adapter: worker_pb2.Adapter) -> None:
-        """No version ever stands for two contents."""
+        """Check that no version ever stands for two contents."""
         key = adapter.name, adapter.version
         assert self.contents.setdefault(key, adapter.digest) == adapter.digest
 
@@ -155,8 +155,8 @@ class History(RuleBasedStateMachine):
 
     @rule()
     def all_is_well_again(self) -> None:
-        """Every worker has just what the names stand for."""
-        self.clock.now += 10_000.0  # whatever was waited for
+        """Check that every worker has exactly the adapters that names stand for."""
+        self.clock.now += 10_000.0  # longer than any wait
         for client in self.clients.values():
             client.reachable = True
             client.lose_answers.clear()
@@ -180,7 +180,7 @@ class History(RuleBasedStateMachine):
                 assert served.get(name) in allowed
 
     def is_remembered(self, holders: Any) -> bool:
-        """Whether what is allowed is known to one of `holders`, for each name: the newest that anybody knows."""
+        """Return whether, for each name, the newest version known to any of `holders` is an allowed one."""
 
         def names(holder: Any) -> AdapterNames:
             found = holder.catalogue.names if isinstance(holder, Controller) else getattr(holder, "names", holder)

@@ -1,4 +1,4 @@
-"""The routing table: what changes it, and what stays known while no worker is up."""
+"""The routing table: its changes, and what it keeps while no worker is up."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_lost_worker_leaves_the_table_and_the_models_stay(catalogue: Catalogue
     assert table.base.max_model_len == 128
 
 
-def test_a_restarted_worker_takes_the_place_of_its_old_self(catalogue: Catalogue) -> None:
+def test_a_restarted_worker_replaces_its_former_process(catalogue: Catalogue) -> None:
     catalogue.put_worker(WORKER, READY)
     catalogue.drop_worker("worker-a")
     catalogue.put_worker(replace(WORKER, worker_id="worker-b", address="127.0.0.1:2000"), READY)
@@ -107,7 +107,7 @@ def test_every_run_of_the_controller_is_an_incarnation_of_its_own(catalogue: Cat
     assert catalogue.table().incarnation and catalogue.table().incarnation != other.table().incarnation
 
 
-def test_of_what_is_told_the_newest_counts_in_whatever_order(catalogue: Catalogue) -> None:
+def test_the_newest_version_counts_in_whatever_order_versions_are_told(catalogue: Catalogue) -> None:
     before = catalogue.version
     old = worker_pb2.Adapter(name="json", version=1, digest="old")
     assert not catalogue.note([old, worker_pb2.Adapter(name="sql", version=1, digest="digest-1")])
@@ -125,7 +125,7 @@ def test_a_name_of_the_base_model_is_never_an_adapters(catalogue: Catalogue) -> 
     assert catalogue.adapter("base-alias") is None
 
 
-def test_a_version_is_never_given_again() -> None:
+def test_a_version_is_never_assigned_again() -> None:
     catalogue = make_catalogue(now_ms=5000)
     assert [catalogue.next_version(), catalogue.next_version()] == [5000, 5001]
     catalogue.see([9000, 3])

@@ -1,4 +1,4 @@
-"""Where gateways run, over nodes that come and go. Ray is replaced."""
+"""The placement of gateways on nodes that join and leave. Ray is replaced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FakeCluster:
 
     def __init__(self, *nodes: Node) -> None:
         self.alive = list(nodes)
-        self.hosts: dict[str, tuple[object, ...]] = {}  # by node id, what their actors were told
+        self.hosts: dict[str, tuple[object, ...]] = {}  # by node id, the arguments of their actors
         self.failures: dict[str, str] = {}
         self.drained: list[str] = []
         self.is_away = False
@@ -50,7 +50,7 @@ class FakeCluster:
 
 
 class Followed:
-    """A placement that is followed, and what it says."""
+    """A running placement, and its events."""
 
     def __init__(self, cluster: FakeCluster, where: GatewayNodes) -> None:
         self.cluster = cluster
@@ -68,7 +68,7 @@ class Followed:
         self.task = asyncio.create_task(self.placement.follow(self.first.set_result))
 
     async def look(self) -> None:
-        """Until it has looked at the nodes anew and acted on it."""
+        """Wait until it has looked at the nodes again and acted on that."""
         looks = self.cluster.num_looks
         async with asyncio.timeout(10):
             while self.cluster.num_looks < looks + 2:  # noqa: ASYNC110 (a plain thread calls the fake)
@@ -91,7 +91,7 @@ async def test_without_gateways_no_node_is_looked_at() -> None:
     assert followed.cluster.num_looks == 0
 
 
-async def test_the_head_alone_has_some_unless_all_nodes_are_to() -> None:
+async def test_only_the_head_gets_gateways_unless_all_nodes_are_to() -> None:
     cluster = FakeCluster(HEAD, SECOND)
     followed = Followed(cluster, "head")
     assert await followed.first == ""
@@ -101,7 +101,7 @@ async def test_the_head_alone_has_some_unless_all_nodes_are_to() -> None:
     assert followed.placement.addresses == ["10.0.0.1"]
 
 
-async def test_nodes_that_join_later_get_some_and_those_that_leave_are_forgotten() -> None:
+async def test_nodes_that_join_later_get_gateways_and_nodes_that_leave_are_forgotten() -> None:
     cluster = FakeCluster(HEAD, SECOND)
     followed = Followed(cluster, "all")
     assert await followed.first == ""
@@ -126,7 +126,7 @@ async def test_a_failure_at_the_start_is_reported_and_tried_again() -> None:
     assert followed.placement.addresses == ["10.0.0.1", "10.0.0.2"]
 
 
-async def test_a_head_that_is_away_changes_nothing() -> None:
+async def test_an_unreachable_head_changes_nothing() -> None:
     cluster = FakeCluster(HEAD)
     followed = Followed(cluster, "all")
     await followed.first
@@ -139,7 +139,7 @@ async def test_a_head_that_is_away_changes_nothing() -> None:
     assert followed.placement.addresses == ["10.0.0.1", "10.0.0.2"]
 
 
-async def test_a_drained_node_gets_none_until_it_is_to_have_some_again() -> None:
+async def test_a_drained_node_gets_no_gateways_until_it_is_undrained() -> None:
     cluster = FakeCluster(HEAD, SECOND)
     followed = Followed(cluster, "all")
     await followed.first

@@ -1,4 +1,4 @@
-"""Gateway processes that die or hang, with processes that stand for gateways; and what real ones are told."""
+"""Gateway processes that die or hang, with processes in their place; and the command lines of real ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorafleet.controller.gateway.tenants import tenants_of
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.errors import AuthenticationError, ConfigError
 
-# Signs of life ten times a second; it ends when its stdin does, and with 7 when it is asked to.
+# Gives signs of life ten times a second; it exits when its stdin is closed, and with 7 on command.
 GATEWAY = """
 import signal, sys, threading, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
@@ -64,7 +64,7 @@ def pids(gateways: GatewayProcesses) -> list[int]:
 
 
 def replaced(gateways: GatewayProcesses) -> list[str]:
-    """What is said of those that are replaced next."""
+    """Return the lines about the processes replaced next."""
     said: list[str] = []
 
     def replace() -> list[str]:
@@ -75,7 +75,7 @@ def replaced(gateways: GatewayProcesses) -> list[str]:
     return said
 
 
-def test_one_that_is_stopped_is_ended_and_replaced_and_the_others_stay(gateways: GatewayProcesses) -> None:
+def test_a_stopped_one_is_ended_and_replaced_and_the_others_stay(gateways: GatewayProcesses) -> None:
     first, second = pids(gateways)
     os.kill(first, signal.SIGSTOP)
     (said,) = replaced(gateways)
@@ -102,7 +102,7 @@ def test_while_the_fleet_starts_one_that_ends_is_a_refusal(gateways: GatewayProc
         gateways.check()
 
 
-def test_the_end_ends_stopped_ones_too(tmp_path: Path) -> None:
+def test_closing_ends_stopped_ones_too(tmp_path: Path) -> None:
     gateways = GatewayProcesses(ServeConfig(EngineConfig("/model"), ("base",)), "127.0.0.1:1", tmp_path / "token")
     gateways._command = [sys.executable, "-c", GATEWAY]
     with gateways:
@@ -112,7 +112,7 @@ def test_the_end_ends_stopped_ones_too(tmp_path: Path) -> None:
 
 
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, command: str = "serve") -> GatewayConfig:
-    """What a gateway makes of what `lorafleet serve` with these flags tells it."""
+    """Return the settings a gateway gets from `lorafleet serve` with these flags."""
     token_file = tmp_path / "token"
     token_file.write_text("fleet-token")
     config = serve_config(make_parser().parse_args([command, "org/base", *flags]))

@@ -1,4 +1,4 @@
-"""Desired against observed workers and adapters, as tables."""
+"""Desired and observed workers and adapters compared, as tables."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ NOTHING = AdapterActions((), (), (), ())
         (sql(5), [], [], 0, [], True, AdapterActions((sql(5),), (sql(5),), (), ())),
         (sql(5), [], [], 5, [], False, AdapterActions((), (sql(5),), (), ())),
         (sql(5), [], [sql(5)], 4, [], True, AdapterActions((sql(5),), (), (), ())),
-        # An older one may still be needed anywhere; whoever has it keeps it until it is dropped everywhere.
+        # An older one may still be needed anywhere; each worker keeps it until it is dropped everywhere.
         (sql(5), [], [sql(4), sql(5)], 5, [], True, AdapterActions((), (), (), (sql(4),))),
         (sql(5), [sql(4)], [sql(4), sql(5)], 5, [], True, NOTHING),
         (sql(5), [sql(4)], [sql(5)], 5, [], True, AdapterActions((), (sql(4),), (), ())),
-        # Unloaded: nothing is loaded, and what is there goes the same way.
+        # Unloaded: nothing is loaded, and existing versions are retired in the same way.
         (GONE, [], [sql(5)], 5, [], True, AdapterActions((GONE,), (), (), (sql(5),))),
         (GONE, [], [], 9, [], True, NOTHING),
-        # Nobody has noted it: it is a load under way, or left over from one, or the newest that is not heard of yet.
+        # No worker has noted it: a load in progress, or left over from one, or the newest version, not heard of yet.
         (sql(5), [], [sql(5), sql(6)], 5, [("sql", 6)], True, NOTHING),
         (sql(5), [], [sql(5), sql(6)], 5, [], True, AdapterActions((), (), (("sql", 6),), ())),
         (sql(5), [], [sql(5), sql(6)], 5, [], False, NOTHING),
@@ -64,7 +64,7 @@ NOTHING = AdapterActions((), (), (), ())
         (sql(1), [], [sql(1, "other")], 1, [], True, AdapterActions((), (), (("sql", 1),), ())),
     ],
 )
-def test_what_makes_a_workers_adapters_the_fleets(
+def test_actions_that_make_a_workers_adapters_those_of_the_fleet(
     newest: worker_pb2.Adapter | None,
     needed: list[worker_pb2.Adapter],
     registered: list[worker_pb2.Adapter],

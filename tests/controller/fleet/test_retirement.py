@@ -41,7 +41,7 @@ async def fleet() -> AsyncIterator[Fleet]:
     await fleet.controller.kill()
 
 
-async def test_a_replaced_version_goes_after_the_requests_that_were_just_resolved(fleet: Fleet) -> None:
+async def test_a_replaced_version_is_freed_after_requests_just_resolved_to_it(fleet: Fleet) -> None:
     await fleet.pass_time(GRACE_S / 2)
     assert fleet.have_both() == [True, True]
     await fleet.pass_time(GRACE_S / 2)
@@ -73,7 +73,7 @@ async def test_when_the_worker_of_such_a_request_dies_the_other_one_still_has_it
     assert fleet.have_both() == [False, False]
 
 
-async def test_nothing_goes_while_a_lost_workers_requests_may_be_on_their_way(fleet: Fleet) -> None:
+async def test_nothing_is_freed_while_a_lost_workers_requests_may_be_moving(fleet: Fleet) -> None:
     fleet.controller.lose("w0")
     await fleet.pass_time(RESUME_S)
     assert fleet.have_both()[1]
@@ -81,7 +81,7 @@ async def test_nothing_goes_while_a_lost_workers_requests_may_be_on_their_way(fl
     assert not fleet.have_both()[1]
 
 
-async def test_a_worker_that_does_not_say_may_need_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_does_not_answer_may_need_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silent(digests: object, cut_s: float) -> set[str]:
         client.reachable = False
         await client._arrive()
@@ -116,7 +116,7 @@ async def test_a_restarted_controller_holds_what_it_finds(fleet: Fleet) -> None:
     assert fleet.have_both() == [False, False]
 
 
-async def test_an_unload_that_cannot_free_yet_says_where_it_drains(
+async def test_an_unload_that_cannot_free_yet_returns_how_many_workers_drain(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retirement_module, "FREE_S", 0.0)

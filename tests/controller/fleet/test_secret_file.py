@@ -1,4 +1,4 @@
-"""Secrets that nobody else can read."""
+"""Secrets that only their owner can read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from lorafleet.controller.fleet.secret_file import write_secret
 
 
-def test_a_secret_is_its_owners_alone_and_never_replaces_another(tmp_path: Path) -> None:
+def test_only_its_owner_can_read_a_secret_and_it_replaces_no_file(tmp_path: Path) -> None:
     path = write_secret(tmp_path / "token", "secret")
     assert path.read_text() == "secret"
     assert path.stat().st_mode & 0o777 == 0o600

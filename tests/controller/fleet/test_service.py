@@ -1,4 +1,4 @@
-"""The controller's gRPC face over real gRPC: tables to watchers, files by digest."""
+"""The controller's service over real gRPC: tables to watchers, files by digest."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ async def test_a_watcher_gets_the_table_and_then_every_change(fleet: Fleet) -> N
     assert first.incarnation == third.incarnation
 
 
-async def test_all_watchers_are_told(fleet: Fleet) -> None:
+async def test_all_watchers_get_a_change(fleet: Fleet) -> None:
     fleet.put()
     calls = [fleet.watch() for _ in range(5)]
     for call in calls:
@@ -128,7 +128,7 @@ async def test_all_watchers_are_told(fleet: Fleet) -> None:
 
 
 async def test_a_controller_that_has_just_begun_does_not_say_that_there_are_no_workers(fleet: Fleet) -> None:
-    """Gateways would leave the workers that they have."""
+    """Gateways would drop their workers."""
     call = fleet.watch()
     reading = asyncio.ensure_future(call.read())
     done, _ = await asyncio.wait([reading], timeout=0.1)
@@ -182,7 +182,7 @@ async def test_files_of_an_unknown_digest_are_not_found(fleet: Fleet) -> None:
     assert failed.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_what_is_refused_comes_back_as_the_error_that_it_is(fleet: Fleet) -> None:
+async def test_a_refusal_comes_back_as_its_own_error(fleet: Fleet) -> None:
     call = {"metadata": bearer(TOKEN), "timeout": TIMEOUT_S}
     load = controller_pb2.LoadAdapterRequest(name="base", root="/adapters/a")
     assert (await fleet.stub.LoadAdapter(load, **call)).failure.code == "adapter_conflict"
@@ -219,7 +219,7 @@ def test_the_digest_is_of_names_and_contents() -> None:
     assert files_digest({"b": b"2", "a": b"1"}) == files_digest(files[0])
 
 
-async def test_the_status_has_the_table_and_the_wanted_workers(fleet: Fleet) -> None:
+async def test_the_status_has_the_tables_version_and_the_wanted_workers(fleet: Fleet) -> None:
     fleet.put()
     status = await fleet.stub.GetStatus(controller_pb2.StatusRequest(), metadata=bearer(TOKEN), timeout=TIMEOUT_S)
     assert (status.incarnation, status.version) == (fleet.catalogue.incarnation, fleet.catalogue.version)

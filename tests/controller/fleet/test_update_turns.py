@@ -1,4 +1,4 @@
-"""Names wait for themselves alone, and not without bound."""
+"""Updates wait only for others of their name, and not without bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorafleet.controller.fleet.update_turns import UpdateTurns
 from lorafleet.workers.errors import AdapterConflictError, QueueFullError
 
 
-async def test_one_name_is_changed_by_one_at_a_time_and_others_beside_it() -> None:
+async def test_one_name_is_changed_once_at_a_time_and_others_in_parallel() -> None:
     turns = UpdateTurns()
     order: list[str] = []
 
@@ -34,7 +34,7 @@ async def test_one_name_is_changed_by_one_at_a_time_and_others_beside_it() -> No
     assert order[3:] == ["a ends", "a begins", "a ends"]
 
 
-async def test_so_many_wait_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_waiting_updates_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_turns, "MAX_OF_NAME", 2)
     monkeypatch.setattr(update_turns, "MAX_UPDATES", 3)
     turns = UpdateTurns()
@@ -55,7 +55,7 @@ async def test_so_many_wait_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None
             pass
 
 
-async def test_a_load_waits_for_a_place_and_says_so_when_none_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_load_waits_for_a_place_and_is_refused_if_none_becomes_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_turns, "MAX_SIDE_BY_SIDE", 1)
     monkeypatch.setattr(update_turns, "TURN_S", 0.01)
     turns = UpdateTurns()

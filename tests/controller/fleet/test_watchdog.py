@@ -1,4 +1,4 @@
-"""A process that is under watch: it is ended when it is stopped or its loop hangs, and not otherwise."""
+"""A watched process is killed when it is stopped or its loop hangs, and not otherwise."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_a_process_whose_loop_hangs_is_ended(watched: subprocess.Popen[str]) -> 
     assert watched.wait(30) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("watched", [30.0], indirect=True)  # a machine that is busy must not decide this
-def test_a_process_that_runs_is_left_alone_and_takes_its_watchdog_with_it(watched: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize("watched", [30.0], indirect=True)  # long, so that a busy machine does not matter
+def test_a_running_process_is_not_killed_and_its_watchdog_ends_with_it(watched: subprocess.Popen[str]) -> None:
     (watchdog,) = watchdogs(watched.pid)
     os.kill(watchdog, signal.SIGKILL)
     deadline = time.monotonic() + 30

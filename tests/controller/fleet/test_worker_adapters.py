@@ -1,4 +1,4 @@
-"""What a worker lacks, why, and how it is tried again."""
+"""The adapters a worker lacks, the reasons, and the retries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafleet.proto import worker_pb2
 
 
 class Fleet:
-    """A worker that has sql, and one that joins later."""
+    """A worker with sql, and one that joins later."""
 
     def __init__(self) -> None:
         self.clients = {"w0": FakeClient()}
@@ -45,7 +45,7 @@ async def fleet() -> AsyncIterator[Fleet]:
     ("disk", "reason"),
     [({}, "missing_directory"), ({"/adapters/a": "other content"}, "changed")],
 )
-async def test_what_cannot_be_had_is_said_and_tried_again_ever_more_rarely(
+async def test_a_failed_load_is_reported_and_retried_with_growing_waits(
     disk: dict[str, str], reason: str, fleet: Fleet
 ) -> None:
     client = await fleet.join(FakeClient(disk=disk))
@@ -67,7 +67,7 @@ async def test_what_cannot_be_had_is_said_and_tried_again_ever_more_rarely(
     assert client.serves() == {"sql": {"content a"}}
 
 
-async def test_it_is_asked_for_by_place_and_digest_within_the_roots_of_its_load(fleet: Fleet) -> None:
+async def test_it_is_requested_by_place_and_digest_within_the_roots_of_its_load(fleet: Fleet) -> None:
     (adapter,) = fleet.controller.catalogue.adapters()
     client = await fleet.join(FakeClient())
     (request,) = client.requests
@@ -76,7 +76,7 @@ async def test_it_is_asked_for_by_place_and_digest_within_the_roots_of_its_load(
     assert request.version == adapter.version
 
 
-async def test_one_that_cannot_be_had_is_unloaded_and_not_tried_any_more(fleet: Fleet) -> None:
+async def test_an_unloaded_adapter_is_not_retried(fleet: Fleet) -> None:
     client = await fleet.join(FakeClient(disk={}))
     task = asyncio.ensure_future(fleet.controller.updates.unload("sql"))
     while fleet.controller.names():  # noqa: ASYNC110 - what is waited for has no event
@@ -87,7 +87,7 @@ async def test_one_that_cannot_be_had_is_unloaded_and_not_tried_any_more(fleet: 
     await task
 
 
-async def test_adapters_are_loaded_side_by_side_within_a_bound_and_a_hung_one_holds_up_none(fleet: Fleet) -> None:
+async def test_adapters_are_loaded_in_parallel_within_a_bound_and_a_hung_one_holds_up_none(fleet: Fleet) -> None:
     catalogue = fleet.controller.catalogue
     for number in range(30):
         letter = "c" if number == 0 else "b"
@@ -128,7 +128,7 @@ async def test_adapters_are_loaded_side_by_side_within_a_bound_and_a_hung_one_ho
     await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_thousands_are_not_a_table_each(fleet: Fleet) -> None:
+async def test_thousands_of_loads_do_not_publish_a_table_each(fleet: Fleet) -> None:
     catalogue = fleet.controller.catalogue
     for number in range(2000):
         catalogue.put_adapter(
@@ -142,13 +142,13 @@ async def test_thousands_are_not_a_table_each(fleet: Fleet) -> None:
     assert len(fleet.controller.published) - before < 50
 
 
-async def test_a_call_that_failed_is_looked_after(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it may have left is seen at the next look."""
+async def test_the_effect_of_a_failed_call_is_found(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next look finds what it may have left."""
     client = fleet.clients["w0"]
     stray = worker_pb2.Adapter(name="stray", version=7, digest="content c")
     client.known["stray", 7] = stray
     await fleet.step_after(worker_adapters.LOOK_S)
-    assert ("stray", 7) not in client.known, "nobody has noted it, and all were heard"
+    assert ("stray", 7) not in client.known, "no worker has noted it, and all were heard"
     client.known["stray", 8] = stray
     fleet.clients["w1"] = FakeClient(reachable=False)
     await fleet.step_after(worker_adapters.LOOK_S)
@@ -157,7 +157,7 @@ async def test_a_call_that_failed_is_looked_after(fleet: Fleet, monkeypatch: pyt
 
 @pytest.mark.parametrize("num_turns", range(5))
 async def test_following_ends_when_it_is_cancelled_as_something_wakes_it(num_turns: int) -> None:
-    """A lost worker fails a load, which wakes it, and is taken from the table, which cancels it, at the same time."""
+    """A lost worker fails a load, which wakes `follow`, and leaves the table, which cancels it, at the same time."""
     controller = Controller({}, Clock())
     adapters = WorkerAdapters("w0", cast(Any, FakeClient()), controller.fleet, clock=controller.clock)
     following = asyncio.create_task(adapters.follow())

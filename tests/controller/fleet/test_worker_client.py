@@ -1,4 +1,4 @@
-"""A call to a worker ends as a call, whatever happens to its connection."""
+"""A call to a worker ends like a call, whatever happens to its connection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorafleet.workers.rpc import create_server
 
 
 class Silent(worker_pb2_grpc.WorkerServicer):
-    """Takes calls and answers none."""
+    """Accepts calls and answers none."""
 
     def __init__(self) -> None:
         self.called = asyncio.Event()
@@ -49,10 +49,10 @@ async def silent() -> AsyncIterator[tuple[Silent, str]]:
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_connection_that_is_closed_under_a_call_is_a_lost_worker(
+async def test_a_connection_closed_during_a_call_is_a_lost_worker(
     call: Callable[[WorkerClient], Awaitable[object]], silent: tuple[Silent, str]
 ) -> None:
-    """Not a cancelled caller: who calls several workers would end with the first."""
+    """Not as a cancellation, which would end a caller of several workers with the first."""
     worker, address = silent
     async with asyncio.timeout(10.0):
         async with WorkerClient(address, "token") as client:

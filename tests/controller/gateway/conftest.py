@@ -1,4 +1,4 @@
-"""A fleet in the test's own process: a real gateway over real gRPC, with a worker and a controller that are scripted.
+"""A fleet in the test's own process: a real gateway over real gRPC, with a scripted worker and controller.
 
 A fake worker's tokens are a checkable function of the prompt: it repeats the prompt, unless `answer` says otherwise.
 """
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tokenizer_files() -> dict[str, bytes]:
-    """A byte-level BPE that knows a few words, with ids for the parts of characters."""
+    """Return a byte-level BPE tokenizer of a few words, with ids for parts of characters."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -70,7 +70,7 @@ class Running:
     """One request on the fake worker."""
 
     generate: worker_pb2.Generate
-    num_output: int = 0  # those of an earlier life included
+    num_output: int = 0  # including those before a resume
 
     def __post_init__(self) -> None:
         self.num_output = len(self.generate.output_token_ids)
@@ -78,7 +78,7 @@ class Running:
 
 @dataclass(eq=False)
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
-    """Answers each request one token a step; `gate` holds the steps back, `permits` counts them."""
+    """Answers each request with one token per step; `gate` holds the steps back, `permits` counts them."""
 
     eos: int
     worker_id: str = "worker-a"
@@ -87,7 +87,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     answer: list[int] | None = None  # None: repeats the prompt
     permits: int | None = None  # steps that may still be taken; None: any number
     error: worker_pb2.Ended | None = None  # how each request ends at once
-    num_cached: list[int] = field(default_factory=list)  # tokens that the next requests find, one after the other
+    num_cached: list[int] = field(default_factory=list)  # cached tokens of the next requests, in order
     heartbeats: bool = True
     welcome: bool = True
     device_adapters: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     tokens: list[str] = field(default_factory=list)  # bearer tokens seen
     address: str = ""
     num_steps: int = 0
-    sessions: list[dict[int, Running]] = field(default_factory=list)  # what runs, by session and stream
+    sessions: list[dict[int, Running]] = field(default_factory=list)  # running requests, by session and stream
     server: Any = None
 
     async def start(self, port: int = 0) -> None:
@@ -117,7 +117,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     @property
     def running(self) -> list[Running]:
-        """All requests that have not ended."""
+        """Return the requests that have not ended."""
         return [running for session in self.sessions for running in session.values()]
 
     @property
@@ -233,7 +233,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
 @dataclass(eq=False)
 class FakeController(controller_pb2_grpc.ControllerServicer):
-    """Publishes `table`, whole, at every `publish`."""
+    """Publishes the whole `table` at every `publish`."""
 
     files: dict[str, dict[str, bytes]]
     table: controller_pb2.RoutingTable
@@ -289,7 +289,7 @@ class FakeController(controller_pb2_grpc.ControllerServicer):
         return self.status
 
     async def _update(self, change: Callable[[], object]) -> controller_pb2.AdapterUpdate:
-        """Answers first and publishes a moment later, as may happen on two streams."""
+        """Answer first and publish a moment later, as may happen on two streams."""
         if self.update_failure is not None:
             return controller_pb2.AdapterUpdate(failure=self.update_failure)
         change()
@@ -321,7 +321,7 @@ class Fleet:
         return self.workers[0]
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
-        """(status, JSON) of a request."""
+        """Post a request. Return (status, JSON)."""
         data = {"json": body} if not isinstance(body, bytes) else {"data": io.BytesIO(body)}
         options.setdefault("headers", {"Content-Type": "application/json"} if isinstance(body, bytes) else {})
         async with self.http.post(path, **data, **options) as response:
@@ -339,7 +339,7 @@ class Fleet:
 
 
 async def until(check: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Wait until `check()` is true; fail the test if it does not become so in time."""
+    """Wait until `check()` is true; fail the test if it is not in time."""
     try:
         async with asyncio.timeout(timeout_s):
             while not check():  # noqa: ASYNC110 - what is waited for has no event

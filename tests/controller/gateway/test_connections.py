@@ -1,4 +1,4 @@
-"""Connections: heads that do not come, readers that do not read, too many of them, and what is no HTTP."""
+"""Connections: heads that do not arrive, clients that do not read, too many of them, and data that is not HTTP."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def post(body: dict[str, Any]) -> bytes:
     [b"", b"G", b"GET /health HTTP/1.1\r\nHost: x\r\n", REQUEST + b"POST /v1/compl"],
     ids=["silence", "a letter", "half a head", "half of the second head"],
 )
-async def test_a_head_that_does_not_come_is_not_waited_for(new_fleet: Any, begun: bytes) -> None:
+async def test_a_head_that_does_not_arrive_is_not_waited_for(new_fleet: Any, begun: bytes) -> None:
     fleet = await new_fleet(header_timeout_s=0.1)
     reader, writer = await connect(fleet)
     if begun.startswith(REQUEST):
@@ -51,7 +51,7 @@ async def test_a_head_that_does_not_come_is_not_waited_for(new_fleet: Any, begun
     writer.close()
 
 
-async def test_a_head_that_comes_letter_by_letter_has_no_longer_either(new_fleet: Any) -> None:
+async def test_a_head_that_arrives_byte_by_byte_gets_no_longer(new_fleet: Any) -> None:
     fleet = await new_fleet(header_timeout_s=0.2)
     reader, writer = await connect(fleet)
 
@@ -62,7 +62,7 @@ async def test_a_head_that_comes_letter_by_letter_has_no_longer_either(new_fleet
 
     dripping = asyncio.create_task(drip())
     writer.write(b"GET /health HTTP/1.1\r\nx: ")
-    with contextlib.suppress(ConnectionResetError):  # of one that goes on writing
+    with contextlib.suppress(ConnectionResetError):  # of a client that keeps writing
         assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 408 ")
     dripping.cancel()
     writer.close()
@@ -92,22 +92,22 @@ async def test_a_request_and_a_kept_connection_outlive_the_time_for_a_head(new_f
     ],
     ids=["TLS", "ssh", "a header without a colon"],
 )
-async def test_what_is_no_http_gets_one_answer_and_no_traceback(
+async def test_data_that_is_not_http_gets_one_answer_and_no_traceback(
     fleet: Any, garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     reader, writer = await connect(fleet)
     writer.write(garbage)
     answer = await asyncio.wait_for(reader.read(), 5)
-    assert answer.startswith(b"HTTP/1.0 400 ")  # of what version it might be is not known
+    assert answer.startswith(b"HTTP/1.0 400 ")  # its version is unknown
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert error["code"] == "invalid_request" and "HTTP/1.1" in error["message"] and len(error["message"]) < 400
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.WARNING]
     writer.close()
 
 
-async def test_connections_beyond_the_bound_are_told_so_and_places_come_back(new_fleet: Any) -> None:
-    fleet = await new_fleet(max_connections=8)  # one of them kept back for other addresses
+async def test_connections_over_the_limit_are_refused_and_places_become_free_again(new_fleet: Any) -> None:
+    fleet = await new_fleet(max_connections=8)  # one of them is reserved for other addresses
     open_ones = [await connect(fleet) for _ in range(7)]
     await fleet.until(lambda: fleet.listener.connections.shares.num_taken == 7)
     reader, writer = await connect(fleet)
@@ -135,14 +135,14 @@ async def test_another_address_finds_a_place_when_one_has_taken_all_it_could(new
 
 
 async def long_context(fleet: Any) -> None:
-    """Let answers be long."""
+    """Make long answers possible."""
     fleet.controller.table.base.max_model_len = 1_000_000
     fleet.controller.publish()
     await fleet.until(lambda: fleet.state.table.max_model_len == 1_000_000)
 
 
 def slow_reader(fleet: Any, request: bytes) -> socket.socket:
-    """A client that has a small buffer and does not read."""
+    """A client with a small buffer that does not read."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", port_of(fleet)))
@@ -161,13 +161,13 @@ async def test_a_client_that_does_not_read_is_disconnected_and_its_request_is_ov
         await fleet.until(lambda: fleet.worker.generates, 20)
         await fleet.until(lambda: fleet.state.intake.num_in_flight == 0, 40)
         await fleet.until(lambda: fleet.listener.connections.shares.held("127.0.0.1") == 0, 20)
-        # At once, and not after what the system has for it.
+        # At once, not only after the system has sent its buffer.
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
     await fleet.until(lambda: fleet.worker.cancels == ([1] if stream else []))
 
 
-async def test_a_connection_that_closes_does_not_wait_for_its_client_for_ever(new_fleet: Any) -> None:
-    """What is left to send is too little for its writer to wait; the answer is complete, and nobody takes it."""
+async def test_closing_a_connection_does_not_wait_forever_for_its_client(new_fleet: Any) -> None:
+    """The rest to send is too little for its writer to wait; the answer is complete, but the client does not read."""
     fleet = await new_fleet(write_timeout_s=0.2)
     await long_context(fleet)
     body = BODY | {"max_tokens": 1000, "logprobs": 5}
@@ -188,7 +188,7 @@ async def test_a_client_that_reads_slowly_but_reads_is_kept(new_fleet: Any) -> N
         client.setblocking(False)
         while not received.endswith(b"}}}"):
             received += await loop.sock_recv(client, 2048)
-            await asyncio.sleep(0.002)  # some 500 KB a second, where 1 KiB is asked for
+            await asyncio.sleep(0.002)  # some 500 KB a second; the minimum is 1 KiB
     assert received.startswith(b"HTTP/1.1 200 ") and len(received) > 100_000
 
 

@@ -1,4 +1,4 @@
-"""What requests hold: bodies too large or too slow, too many choices, shares of tenants, readers that do not read."""
+"""Limits on requests: bodies too large or too slow, too many choices, shares of tenants, clients that do not read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ TENANTS = {"key-a": Tenant("a"), "key-b": Tenant("b")}
 A, B = {"Authorization": "Bearer key-a"}, {"Authorization": "Bearer key-b"}
 
 
-async def test_choices_beyond_the_bound_get_429_and_when_to_come_back(new_fleet: Any) -> None:
+async def test_choices_over_the_limit_get_429_with_retry_after(new_fleet: Any) -> None:
     fleet = await new_fleet(max_in_flight=2)
     fleet.worker.permits = 0
     first = asyncio.create_task(fleet.post("/v1/completions", BODY | {"n": 2}))
@@ -86,7 +86,7 @@ async def test_choices_beyond_the_bound_get_429_and_when_to_come_back(new_fleet:
     ids=["n", "prompts", "both"],
 )
 async def test_one_tenants_choices_leave_others_a_share(new_fleet: Any, flood: dict[str, Any]) -> None:
-    """16 choices at a time: one alone may have 14 of them, and none of what it gives back while another wants more."""
+    """16 choices at a time: a tenant alone may have 14, and gets none back while another wants more."""
     fleet = await new_fleet(max_in_flight=16, tenants=TENANTS, headers=A)
     fleet.worker.permits = 0
     many = asyncio.create_task(fleet.post("/v1/completions", flood, headers=A))

@@ -1,4 +1,4 @@
-"""Tenants: the file that names them, and what of it reaches the workers."""
+"""Tenants: the file that names them, and the fields that reach the workers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_file_names_tenants_by_their_keys(tmp_path: Path) -> None:
         ([{"name": "a", "api_keys": [SECRET], "priority": 2147483648}], "priority is 2147483648"),
     ],
 )
-def test_what_cannot_be_is_refused_without_naming_a_key(tmp_path: Path, content: object, said: str) -> None:
+def test_an_invalid_file_is_refused_without_quoting_a_key(tmp_path: Path, content: object, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_tenants(write(tmp_path, content))
     assert said in caught.value.message and "tenants.json" in caught.value.message
@@ -80,14 +80,14 @@ def test_each_key_by_itself_is_a_tenant_named_by_its_hash() -> None:
 def test_a_requests_priority_adds_to_its_tenants() -> None:
     assert Tenant("a", priority=2).priority_of(None) == 2
     assert Tenant("a", priority=2).priority_of(5) == 7
-    assert Tenant(priority=0).priority_of(-5) == -5, "without keys there is nobody to get ahead of"
+    assert Tenant(priority=0).priority_of(-5) == -5, "without keys there is no other tenant to overtake"
     with pytest.raises(InvalidRequestError, match="0 or more"):
         Tenant("a", priority=2).priority_of(-5)
     with pytest.raises(InvalidRequestError, match="priority"):
         Tenant("a", priority=2).priority_of(2**31 - 1)
 
 
-async def test_the_keys_owner_is_what_the_worker_hears(new_fleet: Any) -> None:
+async def test_the_worker_gets_the_owner_of_the_key(new_fleet: Any) -> None:
     fleet = await new_fleet(tenants={"key-a": Tenant("acme", 2.0, 1)}, api_keys=("key-b",))
     for key in ("key-a", "key-b"):
         status, _ = await fleet.post(

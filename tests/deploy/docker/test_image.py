@@ -1,4 +1,4 @@
-"""The Dockerfile keeps its promises, as far as that can be read. `make image-check` carries it out."""
+"""The Dockerfile keeps its promises, as far as its text shows. `make image-check` runs it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_last_pattern_that_matches_a_path_or_its_folder_decides_whether_it_i
 
 
 @pytest.mark.parametrize("path", [".git/config", ".venv/bin/python", "tests/conftest.py", "kernels/cpu/prebuilt/a.so"])
-def test_what_is_no_part_of_the_image_is_not_sent(path: str) -> None:
+def test_files_that_are_no_part_of_the_image_are_not_sent(path: str) -> None:
     assert not in_context(path, DOCKERIGNORE)
 
 

@@ -1,4 +1,4 @@
-"""The image's locks hold what the project asks for, and what lock.py puts into them."""
+"""The image's locks hold the project's requirements; lock.py chooses the right versions and wheels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lock() -> ModuleType:
 
 
 def locked(name: str) -> dict[str, tuple[Version, int]]:
-    """The version of each package in a lock file, and how many hashes it has."""
+    """Return the version of each package in a lock file, and its number of hashes."""
     joined = (DOCKER / name).read_text().replace("\\\n", "")
     entries = [line.split() for line in joined.splitlines() if line[0].isalnum()]
     pairs = [(words[0].split("=="), sum(word.startswith("--hash=sha256:") for word in words)) for words in entries]

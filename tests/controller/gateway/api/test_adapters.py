@@ -1,4 +1,4 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter as vLLM's clients call them."""
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, called like vLLM's clients do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_an_unloaded_adapter_is_gone_for_the_very_next_request(fleet: Any)
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_what_is_asked_for_is_passed_on(fleet: Any) -> None:
+async def test_the_fields_of_a_load_are_passed_on(fleet: Any) -> None:
     body = {"lora_name": "new", "lora_path": "x", "load_inplace": True, "is_3d_lora_weight": False}
     await text(fleet, LOAD, body | {"weight": 3, "pin": True})
     await text(fleet, LOAD, {"lora_name": "plain", "lora_path": "x"})
@@ -85,9 +85,7 @@ async def test_a_body_that_does_not_fit_names_its_field(
     ("code", "reason", "status"),
     [("adapter_conflict", "", 409), ("adapter_refused", "rank_too_large", 422), ("model_not_found", "", 404)],
 )
-async def test_what_the_controller_refuses_is_answered_with_its_status(
-    code: str, reason: str, status: int, fleet: Any
-) -> None:
+async def test_a_refusal_by_the_controller_keeps_its_status(code: str, reason: str, status: int, fleet: Any) -> None:
     fleet.controller.update_failure = worker_pb2.Failure(code=code, message="Because.", reason=reason)
     for path, body in ((LOAD, {"lora_name": "new", "lora_path": "/x"}), (UNLOAD, {"lora_name": "new"})):
         got, answer = await fleet.post(path, body)

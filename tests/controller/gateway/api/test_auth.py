@@ -15,17 +15,17 @@ CLOSED = ("/v1/models", "/v1/models/tiny", "/metrics", "/version", "/no/such/pat
 
 
 @pytest.mark.parametrize("header", [None, "", "key-1", "Basic key-1", "Bearer", "Bearer ", "Bearer key-3", "Bearer é"])
-def test_what_is_no_known_key_is_refused(header: str | None) -> None:
+def test_an_unknown_key_is_refused(header: str | None) -> None:
     with pytest.raises(AuthenticationError):
         ApiKeys(KEYS).check(header)
 
 
 @pytest.mark.parametrize("header", ["Bearer key-1", "bearer key-2", "Bearer  key-1 "])
-def test_each_of_several_keys_is_good(header: str) -> None:
+def test_each_of_several_keys_is_accepted(header: str) -> None:
     ApiKeys(KEYS).check(header)
 
 
-async def test_all_but_the_health_paths_ask_for_a_key(new_fleet: Any) -> None:
+async def test_all_but_the_health_paths_require_a_key(new_fleet: Any) -> None:
     fleet = await new_fleet(api_keys=("key-1", "key-2"))
     wrong = {"Authorization": "Bearer wrong"}
     for path in ("/health", "/ready", "/ping"):
@@ -41,6 +41,6 @@ async def test_all_but_the_health_paths_ask_for_a_key(new_fleet: Any) -> None:
     assert (await fleet.openai.completions.create(model="tiny", prompt="a")).choices
 
 
-async def test_without_keys_nothing_is_asked_for(fleet: Any) -> None:
+async def test_without_keys_none_is_required(fleet: Any) -> None:
     for path in CLOSED[:-1]:
         assert (await fleet.get(path))[0] == 200

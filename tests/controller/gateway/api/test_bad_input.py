@@ -1,4 +1,4 @@
-"""Every mistake of a caller that the gateway decides: status, code, the field's name, and no worker troubled."""
+"""Every mistake of a caller that the gateway detects: status, code, the field's name, and no request to a worker."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "hello"}, "prompt", "not a known field"),
 ]
 
-# (body as it stands, a part of the message)
+# (raw body, a part of the message)
 MALFORMED: list[tuple[bytes, str]] = [
     (b"", "JSON"),
     (b"{", "JSON"),
@@ -254,7 +254,7 @@ async def test_long_names_and_paths_of_adapters_do_not_reach_the_controller(flee
     assert fleet.controller.loads == []
 
 
-async def test_what_takes_long_runs_on_the_threads_for_text(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_work_runs_on_the_threads_for_text(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     where: list[tuple[str, bool]] = []
 
     def watch(name: str) -> None:

@@ -50,7 +50,7 @@ async def test_a_stream_ends_with_done_and_is_never_cached(fleet: Any) -> None:
     assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2])
 
 
-async def test_the_default_is_sixteen_tokens_and_gives_way_to_a_long_prompt(fleet: Any) -> None:
+async def test_the_default_is_sixteen_tokens_or_what_a_long_prompt_leaves(fleet: Any) -> None:
     await fleet.openai.completions.create(model="tiny", prompt="hello")
     await fleet.openai.completions.create(model="tiny", prompt=[5] * 60)
     assert [generate.sampling.max_tokens for generate in fleet.worker.generates] == [16, 4]
@@ -183,7 +183,7 @@ async def test_logprobs_end_with_the_stop_string(fleet: Any) -> None:
 
 
 async def _complete(fleet: Any, stream: bool, **body: Any) -> dict[str, Any]:
-    """One completion's text, reasons and count, from a stream or not."""
+    """Return one completion's text, reasons and count, streamed or not."""
     body = {"model": "tiny", "stream": stream, **body}
     if not stream:
         status, answer = await fleet.post("/v1/completions", body)
@@ -210,7 +210,7 @@ async def _complete(fleet: Any, stream: bool, **body: Any) -> dict[str, Any]:
     }
 
 
-async def test_usage_tells_how_much_of_the_prompts_needed_no_computing(fleet: Any) -> None:
+async def test_usage_tells_how_many_prompt_tokens_were_cached(fleet: Any) -> None:
     body = {"model": "tiny", "prompt": "hello world", "max_tokens": 3, "cache_salt": "abc"}
     _, answer = await fleet.post("/v1/completions", body)
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}

@@ -13,7 +13,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
 
 def adapters(*parts: tuple[str, float | None]) -> dict[str, Any]:
-    """The field, with the base model's name. None: no weight is given."""
+    """Return the field, with the base model's name. None: without a weight."""
     return {
         "model": "tiny",
         "adapters": [{"name": name} | ({} if weight is None else {"weight": weight}) for name, weight in parts],
@@ -53,7 +53,7 @@ async def test_both_ways_to_name_several_adapters_say_the_same(fleet: Any, body:
         assert sent(fleet) == ((expected, []) if isinstance(expected, str) else ("", expected))
 
 
-async def test_a_model_of_that_very_name_is_never_taken_apart(fleet: Any) -> None:
+async def test_a_model_of_that_very_name_is_not_parsed(fleet: Any) -> None:
     names = {f"{SQL}+{PIRATE}": "d-plus", f"{SQL}:0.5": "d-colon", "a+b": "d-ab"}
     for name, digest in names.items():
         fleet.controller.table.adapters.add(name=name, digest=digest, version=1, parent="tiny")

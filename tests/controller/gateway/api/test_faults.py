@@ -88,7 +88,7 @@ async def test_a_silent_worker_is_left_and_its_requests_fail(fleet: Any) -> None
     assert "silent" in answer["error"]["message"]
 
 
-async def test_another_worker_takes_over_what_comes_after_a_death(new_fleet: Any) -> None:
+async def test_another_worker_takes_requests_sent_after_a_death(new_fleet: Any) -> None:
     fleet = await new_fleet(num_workers=2)
     await fleet.until(lambda: all(worker.hellos for worker in fleet.workers))
     await fleet.workers[0].kill()
@@ -98,7 +98,7 @@ async def test_another_worker_takes_over_what_comes_after_a_death(new_fleet: Any
     assert len(fleet.workers[1].generates) == 4
 
 
-async def test_the_dead_workers_requests_go_on_with_the_other(new_fleet: Any) -> None:
+async def test_the_other_worker_resumes_a_dead_workers_requests(new_fleet: Any) -> None:
     fleet = await new_fleet(num_workers=2)
     await fleet.until(lambda: all(view.ready for view in fleet.state._pool.views()))
     for worker in fleet.workers:
@@ -116,7 +116,7 @@ async def test_the_dead_workers_requests_go_on_with_the_other(new_fleet: Any) ->
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
-async def test_a_stream_that_outlives_its_worker_has_no_seam(new_fleet: Any, num_tokens: int) -> None:
+async def test_a_stream_that_outlives_its_worker_shows_no_interruption(new_fleet: Any, num_tokens: int) -> None:
     """Text, log-probabilities and usage of several choices are those of a stream without the fault."""
     body = BODY | {"n": 2, "logprobs": 3, "stop": ["held back"], "stream": True}
     body["stream_options"] = {"include_usage": True}
@@ -213,7 +213,7 @@ async def test_a_request_that_waited_in_vain_gets_503(new_fleet: Any, stream: bo
 
 
 def lack(fleet: Any, number: int, digest: str, reason: str) -> None:
-    """The table says that a worker has not got an adapter."""
+    """Publish a table in which a worker lacks an adapter."""
     fleet.controller.table.workers[number].lacking.add(name="x", digest=digest, reason=reason)
 
 
@@ -273,10 +273,10 @@ async def test_a_stream_whose_worker_died_waits_for_another_one_with_its_adapter
     assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
 
 
-async def test_a_version_that_no_name_stands_for_any_more_is_looked_for_where_it_still_is(
+async def test_a_retired_version_is_looked_for_where_it_still_is(
     new_fleet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second worker has restarted; the streams of the first, which dies, go on with the third."""
+    """The second worker has restarted; the third one resumes the streams of the first, which dies."""
     monkeypatch.setattr(pool_module, "_SURE_S", 0.0)
     fleet = await new_fleet(num_workers=3)
     for number in (0, 2):
@@ -376,7 +376,7 @@ async def test_a_stranger_at_the_address_is_refused(new_fleet: Any) -> None:
     assert (await fleet.post("/v1/completions", BODY))[0] == 200
 
 
-async def test_the_gateway_serves_on_while_the_controller_is_away(fleet: Any) -> None:
+async def test_the_gateway_keeps_serving_while_the_controller_is_down(fleet: Any) -> None:
     port = int(fleet.controller.address.rpartition(":")[2])
     await fleet.controller.kill()
     assert (await fleet.post("/v1/completions", BODY))[0] == 200
@@ -423,7 +423,7 @@ async def test_before_the_controller_answers_the_gateway_is_alive_but_not_ready(
     assert (status, answer["error"]["code"]) == (503, "no_worker")
 
 
-async def test_draining_finishes_what_runs_and_refuses_what_comes(new_fleet: Any) -> None:
+async def test_draining_finishes_running_requests_and_refuses_new_ones(new_fleet: Any) -> None:
     fleet = await new_fleet(drain_timeout_s=20.0)
     fleet.worker.permits = 0
     running = asyncio.create_task(fleet.post("/v1/completions", BODY))

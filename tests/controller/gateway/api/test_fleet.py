@@ -134,7 +134,7 @@ async def test_it_needs_the_controller(fleet: Any) -> None:
     assert status == 503
 
 
-async def test_it_is_found_wherever_somebody_would_look_for_it(fleet: Any) -> None:
+async def test_the_gateways_address_may_take_any_form(fleet: Any) -> None:
     for path in ("/fleet", "/fleet/", "/v1/fleet", "/v1/fleet/"):
         status, text = await fleet.get(path)
         assert (status, json.loads(text)["object"]) == (200, "fleet")
@@ -145,7 +145,7 @@ async def test_it_is_found_wherever_somebody_would_look_for_it(fleet: Any) -> No
 
 
 @pytest.mark.parametrize("url", ["", "http://", "ftp://a", "http://a:port", "http://127.0.0.1:1/\x00", "http://[::1"])
-def test_an_address_that_is_none_is_said_to_be_so(url: str) -> None:
+def test_an_invalid_address_is_named(url: str) -> None:
     with pytest.raises(LoRAFleetError, match="--url"):
         fetch_fleet(url, None)
 

@@ -1,6 +1,6 @@
-"""Every field of every endpoint with every kind of value that somebody sends to see what happens.
+"""Every field of every endpoint, with every kind of value an attacker may send.
 
-Whatever it is: an answer below 500 that names the field and is short, and no worker is asked for what was refused.
+The answer is below 500, short, and names the field; no worker gets a refused request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HUGE = "9" * 200_000
 LONG = "x" * 300_000
 DEEP = 50_000
 
-# Written as JSON, since some cannot be had from json.dumps.
+# Written as JSON, since json.dumps cannot produce some of them.
 VALUES: dict[str, str] = {
     "null": "null",
     "true": "true",
@@ -150,7 +150,7 @@ async def ask(fleet: Any, path: str, body: bytes) -> tuple[int, bytes]:
 
 
 def check(status: int, answer: bytes, what: str, param: str | None) -> None:
-    """A short answer; a refusal that names the field, where the field could be read at all."""
+    """Check that the answer is short, and that a refusal names the field if the field could be read."""
     assert status < 500, (what, answer[:500])
     assert status in (200, 400, 404, 409, 413, 422), (what, status)
     if status == 200:

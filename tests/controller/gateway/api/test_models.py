@@ -58,7 +58,7 @@ async def test_tokenize_and_detokenize_are_each_others_reverse(fleet: Any, token
     assert await fleet.post("/detokenize", {"model": "tiny", "tokens": ids}) == (200, {"prompt": "hello world"})
 
 
-async def test_messages_are_tokenized_behind_the_template(fleet: Any) -> None:
+async def test_messages_are_tokenized_through_the_template(fleet: Any) -> None:
     _, answer = await fleet.post("/tokenize", {"messages": HI, "add_generation_prompt": False})
     _, text = await fleet.post("/detokenize", {"tokens": answer["tokens"]})
     assert text["prompt"] == "<|im_start|>user\nhello<|im_end|>\n"

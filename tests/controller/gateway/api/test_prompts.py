@@ -1,4 +1,4 @@
-"""Prompts in their four forms, as they stand in a body."""
+"""Prompts in their four forms, as in a request's body."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_each_form_is_read(raw: bytes, wanted: list[Any]) -> None:
         (b"[" + b",".join([b"[1]"] * 129) + b"]", "129 prompts, the limit is 128"),
     ],
 )
-def test_what_is_no_prompt_is_refused(raw: bytes, part: str) -> None:
+def test_an_invalid_prompt_is_refused(raw: bytes, part: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         read_prompts(raw, CONTEXT)
     assert part in caught.value.message

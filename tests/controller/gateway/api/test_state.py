@@ -1,4 +1,4 @@
-"""What a gateway's handlers ask of its parts together."""
+"""The parts of a gateway together, as its handlers use them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_choices_share_all_but_their_number(fleet: Any) -> None:
     }
 
 
-async def test_a_few_bytes_are_worked_on_where_they_are(fleet: Any) -> None:
+async def test_small_inputs_are_handled_on_the_event_loop(fleet: Any) -> None:
     where = threading.current_thread
     assert await fleet.state.parse(Tenant(), INLINE_BYTES, where) is threading.current_thread()
     assert await fleet.state.parse(Tenant(), INLINE_BYTES + 1, where) is not threading.current_thread()

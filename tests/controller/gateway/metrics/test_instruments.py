@@ -79,7 +79,7 @@ async def test_heartbeats_become_gauges(fleet: Any) -> None:
     assert samples["vllm:cache_config_info"] == [({"block_size": "16", "num_gpu_blocks": "100"}, 1.0)]
 
 
-async def test_the_cache_info_is_of_all_workers_and_missing_while_none_has_told(new_fleet: Any) -> None:
+async def test_the_cache_info_covers_all_workers_and_is_missing_before_the_first_report(new_fleet: Any) -> None:
     fleet = await new_fleet(num_workers=2)
     view = fleet.state._pool.views
     await fleet.until(lambda: all(one.num_pages for one in view()))
@@ -91,7 +91,7 @@ async def test_the_cache_info_is_of_all_workers_and_missing_while_none_has_told(
     assert "vllm:cache_config_info" not in await _samples(fleet)
 
 
-async def test_prompt_tokens_that_were_found_are_prefix_cache_hits(fleet: Any, tokenizer: Any) -> None:
+async def test_cached_prompt_tokens_are_prefix_cache_hits(fleet: Any, tokenizer: Any) -> None:
     fleet.worker.num_cached = [0, 1]
     for _ in range(2):
         await fleet.post("/v1/completions", BODY)
@@ -112,7 +112,7 @@ async def test_errors_are_counted_by_code_and_stand_at_0_before(fleet: Any) -> N
     assert errors == {"model_not_found": 1.0}
 
 
-async def test_a_load_that_is_refused_counts_as_an_error_of_that_kind(fleet: Any) -> None:
+async def test_a_refused_load_counts_as_an_error_of_that_kind(fleet: Any) -> None:
     fleet.controller.update_failure = worker_pb2.Failure(code="adapter_refused", message="No.", reason="rank_too_large")
     status, _ = await fleet.post("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "/adapters/new"})
     assert status == 422

@@ -1,4 +1,4 @@
-"""The text of /metrics: off the event loop, from one moment, not more often than it is worth."""
+"""The text of /metrics: rendered off the event loop, from one snapshot, and rarely enough to stay cheap."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Clock:
 
 
 class SlowMetrics(Metrics):
-    """Takes as long as the test likes to render."""
+    """Metrics whose rendering takes as long as the test wants."""
 
     def __init__(self, cost: Clock, cost_s: float) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SlowMetrics(Metrics):
         return b"%d" % self.num_rendered
 
 
-async def test_the_event_loop_goes_on_while_a_page_is_rendered_and_all_who_ask_get_that_one() -> None:
+async def test_the_event_loop_runs_while_a_page_is_rendered_and_all_callers_get_that_page() -> None:
     metrics = SlowMetrics(Clock(), 0.0)
     page = MetricsPage(metrics, Snapshot, cost_clock=metrics.cost)
     metrics.may_go_on.clear()

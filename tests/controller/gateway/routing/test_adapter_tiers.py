@@ -1,4 +1,4 @@
-"""Where a worker has adapters, told and expected."""
+"""The tiers of a worker's adapters, reported and expected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_heartbeats_tell_what_has_changed() -> None:
     assert residents.num_on_device == 0
 
 
-def test_what_a_request_brings_in_is_expected_until_two_heartbeats_have_come() -> None:
+def test_a_requests_adapter_is_expected_in_a_slot_until_two_heartbeats_have_arrived() -> None:
     residents = AdapterTiers()
     residents.update([("a", Tier.DISK)])
     residents.expect(["a", "b"])

@@ -1,4 +1,4 @@
-"""How often something is asked for of late."""
+"""The fading count of requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_requests_add_up_and_fade() -> None:
     assert demand.book("a") == pytest.approx(2 / math.e)
 
 
-def test_what_nobody_asks_for_is_forgotten() -> None:
+def test_a_key_without_requests_is_forgotten() -> None:
     now = 0.0
     demand = Demand(lambda: now)
     for number in range(1000):

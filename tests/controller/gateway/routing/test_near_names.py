@@ -1,4 +1,4 @@
-"""Names that look like one that is not there."""
+"""Names similar to an unknown one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_they_are_found_among_thousands(name: str) -> None:
     assert "customer-0042/support" in near
 
 
-def test_the_likest_comes_first_and_the_case_is_the_names_own() -> None:
+def test_the_most_similar_comes_first_in_its_own_case() -> None:
     assert NearNames(["Pirate", "pirates", "base"]).of("PIRATE") == ["Pirate", "pirates"]
 
 

@@ -1,4 +1,4 @@
-"""What a worker is thought to have computed."""
+"""The prefixes a worker has probably cached."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lorafleet.controller.gateway.routing.prefix_memory import BLOCK, PrefixMemo
 PROMPT = list(range(4 * BLOCK + 7))
 
 
-def test_names_are_those_of_whole_blocks_and_of_all_before_them() -> None:
+def test_a_hash_covers_whole_blocks_and_all_tokens_before_them() -> None:
     hashes = prefix_hashes("anyone", PROMPT)
     assert len(hashes) == len(set(hashes)) == 4
     assert prefix_hashes("anyone", PROMPT[: 2 * BLOCK]) == hashes[:2]
@@ -16,11 +16,11 @@ def test_names_are_those_of_whole_blocks_and_of_all_before_them() -> None:
     assert prefix_hashes("anyone", PROMPT[: BLOCK - 1]) == []
 
 
-def test_nobody_finds_what_another_owner_has() -> None:
+def test_an_owner_does_not_find_another_ones_prefixes() -> None:
     assert not set(prefix_hashes("one", PROMPT)) & set(prefix_hashes("another", PROMPT))
 
 
-def test_what_begins_like_a_prompt_that_was_sent_is_found() -> None:
+def test_the_prefix_of_an_earlier_prompt_is_found() -> None:
     memory = PrefixMemory()
     hashes = prefix_hashes("anyone", PROMPT)
     assert memory.num_found(hashes) == 0
@@ -32,7 +32,7 @@ def test_what_begins_like_a_prompt_that_was_sent_is_found() -> None:
     assert memory.num_found(hashes) == 0
 
 
-def test_the_longest_unused_goes_first_and_of_one_prompt_its_end() -> None:
+def test_the_least_recently_used_prompt_is_dropped_first_from_its_end() -> None:
     memory = PrefixMemory()
     old, new = prefix_hashes("old", PROMPT), prefix_hashes("new", PROMPT)
     memory.note(old, max_tokens=6 * BLOCK)

@@ -106,7 +106,7 @@ def test_gateways_do_not_all_send_the_base_models_requests_to_one_idle_worker() 
     assert len(chosen) == 5
 
 
-def test_what_a_worker_has_not_measured_is_as_with_the_others() -> None:
+def test_times_a_worker_has_not_measured_are_the_others() -> None:
     measured = [Pace(step_s=0.01), Pace(step_s=0.05, seat_s=2.0), Pace(step_s=0.02, seat_s=4.0), Pace()]
     paces = complete_paces([replace(IDLE, pace=pace) for pace in measured])
     assert [pace.step_s for pace in paces] == [0.01, 0.05, 0.02, 0.02]
@@ -114,7 +114,7 @@ def test_what_a_worker_has_not_measured_is_as_with_the_others() -> None:
     assert {pace.disk_load_s for pace in paces} == {TYPICAL_PACE.disk_load_s}
 
 
-def test_a_prompt_goes_where_its_beginning_is_computed() -> None:
+def test_a_prompt_goes_where_its_prefix_is_cached() -> None:
     wanted = Wanted(num_prompt_tokens=1000, num_cached={"a": 960})
     chosen = choose_worker([B, replace(IDLE, num_running=6)], wanted)
     assert chosen is not None
@@ -125,7 +125,7 @@ def test_a_prompt_goes_where_its_beginning_is_computed() -> None:
 
 
 def test_a_hot_adapter_gets_a_second_home_while_a_cold_one_keeps_its_only_one() -> None:
-    """Requests come to three workers, most of them for one adapter, and none ends."""
+    """Requests are sent to three workers, most of them for one adapter, and none ends."""
     workers = [replace(IDLE, worker_id=f"w{number}", tiers=DISK) for number in range(3)]
     homes: list[str] = []
     for _ in range(16):

@@ -38,7 +38,7 @@ def test_a_workers_identity_is_id_generation_and_address() -> None:
     assert worker.draining
 
 
-def test_an_unknown_name_is_refused_with_what_it_may_have_meant() -> None:
+def test_an_unknown_name_is_refused_with_similar_names() -> None:
     table = _table(("sql-adapter", "d", 1), ("pirate", "e", 1))
     with pytest.raises(UnknownModelError, match=r"no model 'sql_adapter'.*'sql-adapter'.*GET /v1/models"):
         table.resolve("sql_adapter")
@@ -54,7 +54,7 @@ def test_an_error_quotes_little_of_an_unknown_name() -> None:
         assert len(failure.value.message) < 1200
 
 
-def test_the_weight_is_what_it_says_and_1_if_it_says_nothing() -> None:
+def test_the_weight_is_1_unless_the_table_has_one() -> None:
     message = controller_pb2.RoutingTable(base=controller_pb2.BaseModel(names=["base"]))
     message.adapters.add(name="a", digest="d", version=1, weight=0.25)
     message.adapters.add(name="b", digest="e", version=1)
@@ -62,7 +62,7 @@ def test_the_weight_is_what_it_says_and_1_if_it_says_nothing() -> None:
     assert (models["a"].weight, models["b"].weight) == (0.25, 1.0)
 
 
-def test_an_adapter_without_a_digest_is_not_there_rather_than_the_base_model() -> None:
+def test_an_adapter_without_a_digest_is_left_out_lest_the_base_model_answer() -> None:
     assert list(_table(("a", "", 1)).models) == ["base", "alias"]
 
 

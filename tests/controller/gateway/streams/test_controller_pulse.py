@@ -1,4 +1,4 @@
-"""How long a long call of the controller is waited for."""
+"""The wait for a long call to the controller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafleet.workers.errors import WorkerUnavailableError
 
 
 class FakeStub:
-    """Answers pings with what it is told to; by default not in time."""
+    """Answers pings as set; by default not in time."""
 
     def __init__(self, code: grpc.StatusCode | None = grpc.StatusCode.DEADLINE_EXCEEDED) -> None:
         self.code = code
@@ -47,7 +47,7 @@ async def test_a_silent_controller_is_not_waited_for(code: grpc.StatusCode) -> N
 
 
 @pytest.mark.parametrize("code", [None, grpc.StatusCode.UNIMPLEMENTED])
-async def test_one_that_answers_is_waited_for_an_earlier_version_too(code: grpc.StatusCode | None) -> None:
+async def test_one_that_answers_is_waited_for_even_an_earlier_version(code: grpc.StatusCode | None) -> None:
     stub = FakeStub(code)
     call: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     waiting = asyncio.create_task(while_it_lives(stub, (), call))
@@ -61,14 +61,14 @@ async def test_one_that_answers_is_waited_for_an_earlier_version_too(code: grpc.
     assert stub.num_pings == num_pings, "nobody waits now"
 
 
-async def test_what_the_call_fails_with_is_the_callers() -> None:
+async def test_the_calls_error_reaches_the_caller() -> None:
     call: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     call.set_exception(KeyError("refused"))
     with pytest.raises(KeyError, match="refused"):
         await while_it_lives(FakeStub(None), (), call)
 
 
-async def test_a_caller_who_goes_away_ends_the_call() -> None:
+async def test_a_cancelled_caller_ends_the_call() -> None:
     call: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     waiting = asyncio.create_task(while_it_lives(FakeStub(None), (), call))
     await asyncio.sleep(0)

@@ -11,7 +11,7 @@ from lorafleet.workers.errors import DeadlineError, InternalError, WorkerLostErr
 from lorafleet.workers.scheduling.request import FinishReason
 
 
-async def test_what_has_piled_up_is_taken_at_once() -> None:
+async def test_queued_tokens_are_taken_at_once() -> None:
     inbox = Inbox(10, lambda: None)
     first, second = inbox.open_queue(0), inbox.open_queue(1)
     for token_id in (5, 6):
@@ -54,7 +54,7 @@ async def test_a_reader_that_waits_gets_the_failure() -> None:
         await reader
 
 
-async def test_too_much_that_nobody_takes_fails_the_request() -> None:
+async def test_too_many_tokens_that_are_not_taken_fail_the_request() -> None:
     calls: list[None] = []
     inbox = Inbox(2, lambda: calls.append(None))
     queue = inbox.open_queue(0)

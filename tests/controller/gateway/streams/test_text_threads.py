@@ -1,4 +1,4 @@
-"""Whose turn it is on the threads for text, with an executor that ends its jobs when it is told to."""
+"""The turns on the threads for text, with an executor that ends its jobs on command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scripted(Executor):
 
 
 class Bench:
-    """Text threads and what was asked of them."""
+    """Text threads and the jobs requested."""
 
     def __init__(self, num_threads: int) -> None:
         self.executor = Scripted()
@@ -37,7 +37,7 @@ class Bench:
         self.tasks: dict[str, asyncio.Task[str]] = {}
 
     async def ask(self, *jobs: tuple[str, int]) -> None:
-        """A tenant's job each, called tenant and number."""
+        """Request jobs for tenants, each named by tenant and number."""
         for tenant, num_bytes in jobs:
             name = f"{tenant}{sum(other.startswith(tenant) for other in self.tasks) + 1}"
             self.tasks[name] = asyncio.create_task(self.threads.run(tenant, num_bytes, partial(str, name)))
@@ -107,7 +107,7 @@ async def test_long_jobs_on_a_single_thread_let_short_ones_in_between() -> None:
     assert bench.running == ["a2"]
 
 
-async def test_who_is_cancelled_gives_up_its_turn_and_what_has_begun_keeps_its_thread() -> None:
+async def test_a_cancelled_caller_gives_up_its_turn_and_a_begun_job_keeps_its_thread() -> None:
     bench = Bench(1)
     await bench.ask(("a", SHORT), ("b", SHORT), ("c", SHORT))
     bench.tasks["b1"].cancel()
@@ -123,7 +123,7 @@ async def test_who_is_cancelled_gives_up_its_turn_and_what_has_begun_keeps_its_t
     assert bench.running == ["d1"]  # nothing leaked
 
 
-async def test_a_turn_that_comes_as_its_owner_is_cancelled_goes_to_the_next() -> None:
+async def test_a_turn_granted_while_its_owner_is_cancelled_goes_to_the_next() -> None:
     bench = Bench(1)
     await bench.ask(("a", SHORT), ("b", SHORT), ("c", SHORT))
     bench.executor.running.pop("a1").set_result("a1")

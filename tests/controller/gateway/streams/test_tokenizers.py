@@ -1,4 +1,4 @@
-"""Adapters with a tokenizer or template of their own: theirs is used for their requests, and for no others."""
+"""Adapters with their own tokenizer or template, which is used for their requests and no others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_a_chat_goes_through_the_adapters_template(fleet: Any, adapter: st
     assert own["tokens"] == tokenizer.encode("[hello]")
 
 
-async def test_files_that_cannot_be_had_fail_the_adapters_requests_only(fleet: Any) -> None:
+async def test_files_that_cannot_be_fetched_fail_only_the_adapters_requests(fleet: Any) -> None:
     fleet.controller.table.adapters.add(name="lost", digest="d-lost", version=1, parent="tiny", text_digest="tok-lost")
     fleet.controller.publish()
     await fleet.until(lambda: "lost" in fleet.state.table.models)
@@ -45,7 +45,7 @@ async def test_files_that_cannot_be_had_fail_the_adapters_requests_only(fleet: A
     assert (await fleet.openai.chat.completions.create(model="tiny", messages=HI, max_tokens=1)).choices
 
 
-async def test_each_is_fetched_once_and_those_used_last_are_kept(
+async def test_each_is_fetched_once_and_the_last_used_are_kept(
     tokenizer_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizers_module, "MAX_TEXTS", 2)
@@ -68,7 +68,7 @@ async def test_each_is_fetched_once_and_those_used_last_are_kept(
         await texts.close()
 
 
-async def test_those_that_are_kept_take_so_many_bytes_at_most(
+async def test_the_memory_of_those_kept_is_bounded(
     tokenizer_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched: list[str] = []
@@ -80,7 +80,7 @@ async def test_those_that_are_kept_take_so_many_bytes_at_most(
     size = tokenizers_module._BYTES_PER_FILE_BYTE * sum(map(len, tokenizer_files.values()))
     with ThreadPoolExecutor(1) as executor:
         texts = Tokenizers(fetch, executor)
-        for num_kept in (2, 0):  # one is kept whatever it takes: it is in use
+        for num_kept in (2, 0):  # one is always kept, since it is in use
             monkeypatch.setattr(tokenizers_module, "MAX_BYTES", num_kept * size)
             for digest in ("a", "b", "a", "b"):
                 await texts.get(f"{digest}{num_kept}")

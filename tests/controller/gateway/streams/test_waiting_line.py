@@ -1,4 +1,4 @@
-"""Waiting for a worker without asking again and again."""
+"""Waiting for a worker without polling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from lorafleet.controller.gateway.streams.waiting_line import WaitingLine
 
 
-async def test_who_waits_goes_on_in_order_a_few_at_a_time_and_later_comers_stay() -> None:
+async def test_waiting_requests_are_woken_in_order_a_few_at_a_time_and_later_ones_stay() -> None:
     line, woken, ticks = WaitingLine(), list[int](), list[int]()
 
     async def wait(number: int) -> None:
@@ -31,7 +31,7 @@ async def test_who_waits_goes_on_in_order_a_few_at_a_time_and_later_comers_stay(
     await late
 
 
-async def test_who_leaves_or_has_waited_long_enough_is_forgotten() -> None:
+async def test_cancelled_and_timed_out_requests_are_forgotten() -> None:
     line = WaitingLine()
     gone = asyncio.create_task(line.wait(60))
     other = asyncio.create_task(line.wait(60))
@@ -47,8 +47,8 @@ async def test_who_leaves_or_has_waited_long_enough_is_forgotten() -> None:
     line.move()
 
 
-async def test_nobody_runs_while_all_wait() -> None:
-    """A thousand that wait cost nothing: the loop has nothing to do."""
+async def test_nothing_runs_while_all_wait() -> None:
+    """A thousand waiting requests cost nothing: the loop is idle."""
     line = WaitingLine()
     tasks = [asyncio.create_task(line.wait(60)) for _ in range(1000)]
     await asyncio.sleep(0)
