@@ -24,6 +24,7 @@ ORDER = [
     "workers/cores.py",
     "workers/found_file.py",
     "workers/rpc.py",
+    "workers/switch_interval.py",
     "workers/host_memory.py",
     "workers/options.py",
     "workers/scheduling",

@@ -48,6 +48,7 @@ from lorafleet.workers.model.sampling import PendingSamples
 from lorafleet.workers.ranks.ranks import Gather, Ranks, alone
 from lorafleet.workers.scheduling.activation import find_start
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
+from lorafleet.workers.scheduling.backlog import Backlog
 from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
 from lorafleet.workers.scheduling.block_pool import BlockPool
 from lorafleet.workers.scheduling.eviction import make_eviction
@@ -57,11 +58,13 @@ from lorafleet.workers.scheduling.request_checks import RequestChecks
 from lorafleet.workers.scheduling.scheduler import Scheduler
 from lorafleet.workers.scheduling.shares import Shares
 from lorafleet.workers.scheduling.stats import EngineStats
+from lorafleet.workers.scheduling.step_budget import StepBudget
 from lorafleet.workers.scheduling.turns import AdmissionControl, WaitBound
 
 logger = logging.getLogger(__name__)
 
-_MAX_PLANNED = 4096  # waiting requests that the scheduler knows; others wait before it, in the order they came
+_MAX_PLANNED = 4096  # waiting requests that the scheduler knows; others wait before it (scheduling/backlog.py)
+_MAX_ARRIVALS = 256  # that it gets to know in one step, which takes some 10 ms
 # When nothing runs, loads or is read, and yet nobody who waits can begin: how long until a step looks again, and how
 # long until the one that has waited longest is ended.
 _LOOK_AGAIN_S = 0.1
@@ -74,7 +77,8 @@ class _InFlight:
 
     samples: PendingSamples
     requests: list[Request]  # that sample, in the order of its rows
-    num_in_prompts: int  # tokens beside the one of each request that has some already
+    num_tokens: int
+    num_in_prompts: int  # of these: beside the one of each request that has some already
     launched_at: float
 
 
@@ -117,6 +121,7 @@ class Engine:
             bytes_of=self._full_weight_bytes,
             eviction=make_eviction(eviction),
         )
+        self._step_budget = StepBudget(memory.max_num_batched_tokens)
         self._scheduler = Scheduler(
             self._pool,
             self._slots,
@@ -127,6 +132,7 @@ class Engine:
             max_wait_s=config.max_adapter_wait_s,
             enable_prefix_caching=config.enable_prefix_caching,
             is_in_host=lambda digest: self._store.is_resident(digest),
+            max_shared_tokens=lambda: self._step_budget.num_tokens,
         )
         self._store = adapter_store(
             spec,
@@ -167,7 +173,7 @@ class Engine:
         self._failure: LoRAFleetError | None = None  # a step has raised; there are no more
         self._looks_again = False  # the last step found requests that wait, and nothing to do for any of them
         self._stuck_since: float | None = None  # the first of such steps, one after the other
-        self._backlog: dict[str, GenerateRequest] = {}  # that the scheduler does not know yet, by id, in order
+        self._backlog = Backlog()
         self._is_warm = False
         self._cores: CoreClaim | None = None
         self._arrivals = 0
@@ -457,7 +463,7 @@ class Engine:
             if entry.samples:
                 requests.append(request)
             self._scheduler.advance(entry)
-        return _InFlight(samples, requests, num_in_prompts, launched_at)
+        return _InFlight(samples, requests, plan.num_tokens, num_in_prompts, launched_at)
 
     def _settle(self, events: list[RequestEvent]) -> None:
         """Wait for the step that is in flight, if one is, and say what came of it."""
@@ -489,6 +495,7 @@ class Engine:
         self._settled_at, self._step_began = now, None
         self._loader.book_step(step_s)
         self._pace.book_step(step_s, step.num_in_prompts)
+        self._step_budget.book(step_s, step.num_tokens)
 
     def check_integrity(self) -> None:
         """Nothing is leaked. For tests, between steps."""
@@ -497,7 +504,7 @@ class Engine:
             queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
             queued.update(self._backlog)
             assert all(request_id in self._scheduler or request_id in queued for request_id in self._unfinished)
-            assert self._backlog.keys() <= self._unfinished.keys()
+            assert self._unfinished.keys() >= set(self._backlog)
             self._adapters.check_integrity([message for message in self._inbox if isinstance(message, Retire)])
 
     def _accept(self, request: GenerateRequest) -> None:
@@ -574,6 +581,7 @@ class Engine:
             bool(self._inbox)
             or self._in_flight is not None
             or self._loader.is_copying
+            or (len(self._backlog) > 0 and self._scheduler.num_waiting < _MAX_PLANNED)
             or self._scheduler.num_running > 0
             or (self._scheduler.num_waiting > 0 and self._loader.num_coming == 0 and not self._looks_again)
             or self._scheduler.is_overdue
@@ -586,7 +594,7 @@ class Engine:
             self._inbox.clear()
         for message in messages:
             if isinstance(message, GenerateRequest):
-                self._backlog[message.request_id] = message
+                self._backlog.add(message)
             elif isinstance(message, Loaded):
                 self._take_loaded(message, events)
             elif isinstance(message, Fetched):
@@ -595,12 +603,14 @@ class Engine:
                 self._adapters.retire(message)
             elif isinstance(message, _Pin):
                 self._loader.pin(message.digest, message.is_pinned)
-            elif self._backlog.pop(message, None) is not None or self._scheduler.remove(message):
+            elif self._backlog.discard(message) or self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
     def _fill_scheduler(self) -> None:
-        while self._backlog and self._scheduler.num_waiting < _MAX_PLANNED:
-            request = self._backlog.pop(next(iter(self._backlog)))
+        for _ in range(min(_MAX_ARRIVALS, _MAX_PLANNED - self._scheduler.num_waiting)):
+            request = self._backlog.take()
+            if request is None:
+                return
             self._arrivals += 1
             self._scheduler.add(Request.from_generate(request, self._arrivals))
 

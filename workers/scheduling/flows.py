@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import zip_longest
 
@@ -73,6 +73,15 @@ class Flows:
         """Of the turns that adapters would need for all their flows, those that nobody waits for."""
         return self._num_turns - self.slot_line.num_turns
 
+    @property
+    def num_tenants(self) -> int:
+        """With requests that wait or run."""
+        return self._fairness.num_tenants
+
+    def has_waiting_beside(self, tenants: Set[str]) -> bool:
+        """Whether requests of other tenants wait."""
+        return self._fairness.has_waiting_beside(tenants)
+
     def add(self, request: Request, now: float) -> None:
         """A new request waits."""
         flow = self._flows.get((request.tenant, request.adapter))
@@ -121,6 +130,18 @@ class Flows:
         """Of the flows with requests that wait for this adapter, the one that is served next."""
         flows = self._by_adapter.get(adapter)
         return None if flows is None else flows.first()
+
+    def num_flows_for(self, adapter: str | None) -> int:
+        """Flows with requests that wait for this adapter."""
+        return len(self._by_adapter.get(adapter, ()))
+
+    def first_beside(self, tenants: Set[str], adapter: str | None) -> Flow | None:
+        """The same without some tenants."""
+        if not tenants:
+            return self.first(adapter)
+        flows = self._by_adapter.get(adapter)
+        firsts = [] if flows is None else flows.take(len(tenants) + 1)  # a tenant has one of them at most
+        return next((flow for flow in firsts if flow.tenant not in tenants), None)
 
     def served_by_turn(self, adapter: str) -> list[Flow]:
         """Of the flows with requests that only wait, for this adapter, those that its turn is for, longest first."""
@@ -205,7 +226,8 @@ class Flows:
         assert flow is not None
         return self.rank(flow)
 
-    def _rank_in_tenant(self, flow: Flow) -> tuple[int, float, int]:
+    def rank_in_tenant(self, flow: Flow) -> tuple[int, float, int]:
+        """Of a flow with waiting requests, among its tenant's."""
         priority, _, counter, arrival = self.rank(flow)
         return priority, counter, arrival
 
@@ -213,7 +235,7 @@ class Flows:
         """Put a flow into the ranking of cold ones, or take it out."""
         tenant = flow.tenant
         if flow.waiting and not self._hot.issuperset(flow.digests):
-            self._cold.setdefault(tenant, Ranking(self._rank_in_tenant)).push(flow)
+            self._cold.setdefault(tenant, Ranking(self.rank_in_tenant)).push(flow)
             self._cold_tenants.push(tenant)
         elif (flows := self._cold.get(tenant)) is not None:
             flows.discard(flow)
