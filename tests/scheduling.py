@@ -32,9 +32,11 @@ class World:
         sizes: dict[str, int] | None = None,
         prefix_caching: bool = False,
         host: set[str] | None = None,
+        shared_budget: int | None = None,
     ) -> None:
         """`sizes`: bytes of adapters with an embedding or a head of their own, of which there may be `max_bytes`.
-        `host`: the adapters in host memory, which the test may change; None is all.
+        `host`: the adapters in host memory, which the test may change; None is all. `shared_budget`: tokens of a step
+        while several tenants have requests; None is `budget`.
         """
         self.now = 0.0
         self.step_s = step_s
@@ -50,6 +52,7 @@ class World:
             max_wait_s=max_wait_s,
             enable_prefix_caching=prefix_caching,
             is_in_host=lambda digest: host is None or digest in host,
+            max_shared_tokens=None if shared_budget is None else lambda: shared_budget,
             clock=lambda: self.now,
         )
         self.auto_load = auto_load

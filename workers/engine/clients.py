@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -72,6 +72,15 @@ class Clients:
         """Of the turns that adapters would need for all their clients, those that nobody waits for."""
         return self._num_turns - self.slot_line.num_turns
 
+    @property
+    def num_tenants(self) -> int:
+        """With requests that wait or run."""
+        return self._fairness.num_tenants
+
+    def has_waiting_beside(self, tenants: Set[str]) -> bool:
+        """Whether requests of other tenants wait."""
+        return self._fairness.has_waiting_beside(tenants)
+
     def add(self, request: Request, now: float) -> None:
         """A new request waits."""
         client = self._clients.get((request.tenant, request.adapter))
@@ -120,6 +129,12 @@ class Clients:
         """Of the clients with requests that wait for this adapter, the one that is served next."""
         clients = self._by_adapter.get(adapter)
         return None if clients is None else clients.first()
+
+    def first_beside(self, tenants: Set[str], adapter: str | None) -> Client | None:
+        """The same without some tenants."""
+        clients = self._by_adapter.get(adapter)
+        firsts = [] if clients is None else clients.take(len(tenants) + 1)  # a tenant has one of them at most
+        return next((client for client in firsts if client.tenant not in tenants), None)
 
     def served_by_turn(self, adapter: str) -> list[Client]:
         """Of the clients with requests that only wait, for this adapter, those that its turn is for, longest first."""

@@ -10,7 +10,7 @@ Here: what counts as service and the counters. Who is charged, and when, is clie
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from typing import Generic, TypeVar
 
 from lorafleet.workers.engine.ranking import Ranking
@@ -48,6 +48,10 @@ class Counters(Generic[K]):
     @property
     def has_running(self) -> bool:
         return len(self._running) > 0
+
+    def has_waiting_beside(self, clients: Set[K]) -> bool:
+        """Whether others wait."""
+        return any(client not in clients for client in self._waiting.take(len(clients) + 1))
 
     def update(self, client: K, *, waits: bool, runs: bool) -> None:
         """Say what a client does from now on: it waits if it has a request that waits, and runs if one runs."""
@@ -103,6 +107,15 @@ class Fairness:
     def __init__(self) -> None:
         self._tenants: Counters[str] = Counters()
         self._adapters: dict[str, Counters[str | None]] = {}  # of tenants that wait or run
+
+    @property
+    def num_tenants(self) -> int:
+        """That wait or run."""
+        return len(self._adapters)
+
+    def has_waiting_beside(self, tenants: Set[str]) -> bool:
+        """Whether other tenants wait."""
+        return self._tenants.has_waiting_beside(tenants)
 
     def update(self, tenant: str, adapter: str | None, *, waits: bool, runs: bool) -> None:
         """Say what one tenant's requests for one adapter do from now on."""

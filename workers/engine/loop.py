@@ -42,6 +42,7 @@ from lorafleet.workers.engine.scheduler import Scheduler
 from lorafleet.workers.engine.shares import Shares
 from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
 from lorafleet.workers.engine.stats import EngineStats
+from lorafleet.workers.engine.step_budget import StepBudget
 from lorafleet.workers.engine.turns import Entrance, WaitBound
 from lorafleet.workers.errors import (
     DrainingError,
@@ -74,7 +75,8 @@ class _InFlight:
 
     samples: PendingSamples
     requests: list[Request]  # that sample, in the order of its rows
-    num_in_prompts: int  # tokens beside the one of each request that has some already
+    num_tokens: int
+    num_in_prompts: int  # of these: beside the one of each request that has some already
     launched_at: float
 
 
@@ -117,6 +119,7 @@ class Engine:
             bytes_of=self._full_weight_bytes,
             eviction=make_eviction(eviction),
         )
+        self._step_budget = StepBudget(plan.max_num_batched_tokens)
         self._scheduler = Scheduler(
             self._pool,
             self._slots,
@@ -127,6 +130,7 @@ class Engine:
             max_wait_s=config.max_adapter_wait_s,
             enable_prefix_caching=config.enable_prefix_caching,
             is_in_host=lambda digest: self._store.is_resident(digest),
+            max_shared_tokens=lambda: self._step_budget.num_tokens,
         )
         self._store = adapter_store(
             spec,
@@ -446,7 +450,7 @@ class Engine:
             if entry.samples:
                 requests.append(request)
             self._scheduler.advance(entry)
-        return _InFlight(samples, requests, num_in_prompts, launched_at)
+        return _InFlight(samples, requests, plan.num_tokens, num_in_prompts, launched_at)
 
     def _settle(self, events: list[RequestEvent]) -> None:
         """Wait for the step that is in flight, if one is, and say what came of it."""
@@ -476,6 +480,7 @@ class Engine:
         self._settled_at, self._step_began = now, None
         self._loader.book_step(step_s)
         self._pace.book_step(step_s, step.num_in_prompts)
+        self._step_budget.book(step_s, step.num_tokens)
 
     def check_integrity(self) -> None:
         """Nothing is leaked. For tests, between steps."""

@@ -226,6 +226,7 @@ class Request:
     is_urgent: bool = False  # it began to run because its client had waited for too long
     started_at: float = 0.0  # when it last began to run
     num_tokens_at_start: int = 0  # tokens that were known then
+    last_step: int = 0  # the number of the step that had its newest single token
 
     @classmethod
     def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:

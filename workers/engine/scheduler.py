@@ -12,6 +12,10 @@ running requests give way (preemption.py).
 Slots come free one by one, but a composition takes all of its own at once (residency.py): while one is the first that
 waits for slots, nobody that ranks behind it gets one, and those that it claims take nobody new, idle ones first.
 
+Where several tenants have requests, a step is kept short and its tokens are shared between them (step_budget.py,
+step_shares.py): streams that find no room have their turn in the next step, and a prompt of a tenant that has none
+under way need not wait until another's is done.
+
 No step is left with nobody to run for want of pages: only a request that has got a token needs more of them, so it may
 give way itself, and the last one finds all that it needs.
 
@@ -30,10 +34,11 @@ from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.claims import Claims
 from lorafleet.workers.engine.clients import Clients
 from lorafleet.workers.engine.preemption import Preemption, Reserved
-from lorafleet.workers.engine.request import FinishReason, Request
+from lorafleet.workers.engine.request import MAX_PRIORITY, FinishReason, Request
 from lorafleet.workers.engine.request_pages import RequestPages
 from lorafleet.workers.engine.residency import Residency
 from lorafleet.workers.engine.running import Running
+from lorafleet.workers.engine.step_shares import NEWCOMERS, StepShares, Wanted
 from lorafleet.workers.engine.turns import SlotPace, WaitBound
 
 _NEVER = (-1, -1, -1)
@@ -57,13 +62,16 @@ class Scheduler:
         max_wait_s: float = 0.0,
         enable_prefix_caching: bool = True,
         is_in_host: Callable[[str], bool] = lambda _: True,
+        max_shared_tokens: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_wait_s: how long a client may get no token; 0 is no bound. is_in_host: whether an adapter can be copied
         into a slot now; of those that cannot, those that plans name in `prefetches` are to be reported by `come`.
+        max_shared_tokens: of a step while several tenants have requests; None is `max_num_batched_tokens`.
         clock: seconds that never go back.
         """
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_shared_tokens = max_shared_tokens or (lambda: max_num_batched_tokens)
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._now = clock()
@@ -83,6 +91,7 @@ class Scheduler:
         self._last_look_at = self._now
         self._give_up_s = max_wait_s - bound.turn_s / 4
         self._overdue_at = self._now  # when to look again for some
+        self._num_steps = 0  # planned
         self._num_put_off = 0  # tokens of running prompts that are left to later steps
 
     @property
@@ -185,12 +194,20 @@ class Scheduler:
         self._now = self._clock()
         self.slot_turn_s = self._residency.update_clients(self._now)
         reserved = self._preemption.give_turns(self._now)
+        self._num_steps += 1
         scheduled: dict[Request, int] = {}
-        budget, preempted = self._go_on(scheduled)
+        rows, prompts = self._running_requests()
+        shares = self._shares(rows, prompts)
+        preempted = self._go_on(rows, prompts, scheduled, shares)
+        may_let_in = not preempted and not reserved.is_blocked
+        if shares.are_shared:
+            if may_let_in:
+                self._let_in_beside(prompts, scheduled, shares, reserved)
+            self._use_up(rows, prompts, scheduled, shares)
         prefetches: tuple[str, ...] = ()
         if reserved.keep or not scheduled or self._has_news():
-            if not preempted and not reserved.is_blocked:
-                self._let_in(scheduled, budget, reserved)
+            if may_let_in:
+                self._let_in(scheduled, shares, reserved)
             due = self._clients.slot_line.due(self._now)
             prefetches = self._residency.announce(due, self._now, self.slot_turn_s)
         slots_of = self._residency.slots_of
@@ -231,39 +248,68 @@ class Scheduler:
     def _name_known(self, request: Request) -> None:
         self._pages.name(request, min(request.num_computed_tokens, request.num_known_tokens))
 
-    def _go_on(self, scheduled: dict[Request, int]) -> tuple[int, bool]:
-        """Schedule running requests, single tokens before prompts; the budget that is left, and whether pages ran out.
+    def _running_requests(self) -> tuple[list[Request], list[Request]]:
+        """Those that have a token to compute, and those with more: prompts, urgent ones first."""
+        rows, prompts = [], []
+        for request in self._running:
+            if not request.is_ending:  # else only its last token is still to be known
+                (prompts if request.num_uncomputed_tokens > 1 else rows).append(request)
+        prompts.sort(key=lambda request: not request.is_urgent)
+        return rows, prompts
+
+    def _shares(self, rows: list[Request], prompts: list[Request]) -> StepShares:
+        if self._clients.num_tenants < 2:
+            return StepShares(self._max_num_batched_tokens)
+        rows.sort(key=lambda request: request.last_step)  # whoever found no room is first
+        wanted: dict[str | None, Wanted] = {}
+        for request in rows:
+            wanted.setdefault(request.tenant, Wanted(request.tenant_weight)).num_rows += 1
+        for request in prompts:
+            entry = wanted.setdefault(request.tenant, Wanted(request.tenant_weight))
+            entry.num_prompt_tokens += request.num_uncomputed_tokens
+        may_start = self._running.num_free_seats and self._has_news()
+        if may_start and self._clients.has_waiting_beside({request.tenant for request in prompts}):
+            wanted[NEWCOMERS] = Wanted(num_prompt_tokens=self._clients.num_waiting_tokens)
+        return StepShares(min(self._max_shared_tokens(), self._max_num_batched_tokens), wanted)
+
+    def _go_on(
+        self, rows: list[Request], prompts: list[Request], scheduled: dict[Request, int], shares: StepShares
+    ) -> bool:
+        """Schedule running requests, single tokens before prompts; whether pages ran out.
 
         When they do, the request that ranks last gives way, of those that have got a token since they began.
         """
         grow = self._pages.grow
-        budget = self._max_num_batched_tokens
         preempted = False
-        prompts = []
-        self._num_put_off = 0
-        for request in list(self._running):
-            if not request.pages or request.is_ending:
-                continue  # preempted in this very loop, or only its last token is still to be known
-            if request.num_uncomputed_tokens > 1:
-                prompts.append(request)
-                continue
+        for request in rows:
+            if not request.pages or shares.room_for_rows(request.tenant) <= 0:
+                continue  # preempted in this very loop, or its turn is in the next step
             while not grow(request, request.num_tokens):
                 preempted = True
                 victim = self._preemption.free_pages()
-                budget += scheduled.pop(victim, 0)
+                if victim in scheduled:
+                    shares.take(victim.tenant, -scheduled.pop(victim))
                 if victim is request:
                     break
             else:
-                if budget:
-                    scheduled[request] = 1
-                    budget -= 1
-        prompts.sort(key=lambda request: not request.is_urgent)
+                self._schedule_row(request, scheduled, shares)
+        self._num_put_off = sum(request.num_uncomputed_tokens for request in prompts)
         for request in prompts:
-            if budget:
-                budget -= self._schedule_prompt(request, budget, scheduled)
-            else:
-                self._num_put_off += request.num_uncomputed_tokens
-        return budget, preempted
+            self._schedule_prompt(request, request.tenant, scheduled, shares)
+        return preempted
+
+    def _use_up(
+        self, rows: list[Request], prompts: list[Request], scheduled: dict[Request, int], shares: StepShares
+    ) -> None:
+        """Give what others have left of their shares to running requests that had too little."""
+        shares.open()
+        for request in rows:
+            if not shares.num_left:
+                return
+            if request.pages and request not in scheduled and self._pages.grow(request, request.num_tokens):
+                self._schedule_row(request, scheduled, shares)
+        for request in prompts:
+            self._schedule_prompt(request, request.tenant, scheduled, shares)
 
     def _has_news(self) -> bool:
         """Whether another look at those that wait might let one in, or start a load.
@@ -276,21 +322,40 @@ class Scheduler:
     def _changes(self) -> tuple[int, int, int]:
         return self._clients.num_changes, self._slots.num_changes, self._residency.num_come
 
-    def _let_in(self, scheduled: dict[Request, int], budget: int, reserved: Reserved) -> None:
+    def _let_in_beside(
+        self, prompts: list[Request], scheduled: dict[Request, int], shares: StepShares, reserved: Reserved
+    ) -> None:
+        """Start requests of tenants that have no prompt under way, in the newcomers' share.
+
+        Where others' prompts rank before them all by priority, they wait.
+        """
+        tenants = {request.tenant for request in prompts}
+        last_priority = max((request.priority for request in prompts), default=MAX_PRIORITY)
+        adapters = self._ready(self._unclaimed(reserved)) if shares.room(NEWCOMERS) else []
+        while self._running.num_free_seats and shares.room(NEWCOMERS):
+            firsts = [self._clients.first_beside(tenants, adapter) for adapter in adapters]
+            best = min((client for client in firsts if client is not None), key=self._clients.rank, default=None)
+            if best is None or best.waiting[0].num_pending_tokens or best.waiting[0].priority > last_priority:
+                return
+            request = best.waiting[0]
+            if not self._start(request):
+                return
+            prompts.append(request)
+            self._schedule_prompt(request, NEWCOMERS, scheduled, shares)
+
+    def _let_in(self, scheduled: dict[Request, int], shares: StepShares, reserved: Reserved) -> None:
         """Start waiting requests in the order of service until budget, seats or pages run out.
 
         One whose adapter is in host memory but in no slot starts a load if a slot can be had; if none can, those that
         rank behind it pass.
         """
         clients = self._clients
-        hot = clients.hot()
-        claimed = reserved.claimed | self._claims.find(hot, reserved.claimed, self._now)
-        unclaimed = {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
-        ready = [adapter for adapter, digests in unclaimed.items() if self._residency.are_ready(digests)]
+        unclaimed = self._unclaimed(reserved)
+        ready = self._ready(unclaimed)
         keep = reserved.keep.union(*unclaimed.values())
         has_slot = not reserved.is_gathering
         while True:
-            warm = [client for adapter in (None, *ready) if (client := clients.first(adapter)) is not None]
+            warm = [client for adapter in ready if (client := clients.first(adapter)) is not None]
             best = min(warm, key=clients.rank, default=None)
             while has_slot and (cold := next(iter(self._residency.next_at_hand()), None)) is not None:
                 if best is not None and clients.rank(best) < clients.rank(cold):
@@ -300,7 +365,7 @@ class Scheduler:
                     keep.update(cold.digests)
                 elif any(map(self._slots.lacks_bytes, cold.digests)):
                     self._load_beside(keep)
-            if best is not None and budget == 0:
+            if best is not None and not shares.num_left:
                 self._last_look = _NEVER
                 return
             if best is None or not self._running.num_free_seats:
@@ -309,10 +374,20 @@ class Scheduler:
             if request.num_pending_tokens:  # preempted amid a step; the next one will find its token
                 self._last_look = _NEVER
                 return
-            if not self._running.start(request, self._now):
+            if not self._start(request):
                 break
-            budget -= self._schedule_prompt(request, budget, scheduled)
+            self._schedule_prompt(request, request.tenant, scheduled, shares)
         self._last_look, self._last_look_at = self._changes(), self._now
+
+    def _unclaimed(self, reserved: Reserved) -> dict[str, tuple[str, ...]]:
+        """The adapters that requests wait for and that are hot and take somebody new, with their digests."""
+        hot = self._clients.hot()
+        claimed = reserved.claimed | self._claims.find(hot, reserved.claimed, self._now)
+        return {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
+
+    def _ready(self, unclaimed: dict[str, tuple[str, ...]]) -> list[str | None]:
+        """Of these, those whose requests may start; and the base model."""
+        return [None, *(adapter for adapter, digests in unclaimed.items() if self._residency.are_ready(digests))]
 
     def _load_beside(self, keep: set[str]) -> None:
         """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""
@@ -323,16 +398,34 @@ class Scheduler:
                 return
             keep.update(client.digests)
 
-    def _schedule_prompt(self, request: Request, budget: int, scheduled: dict[Request, int]) -> int:
-        """Schedule as many of a request's tokens as the budget allows; returns how many.
+    def _start(self, request: Request) -> bool:
+        """Let a waiting request run whose adapters are ready. False: pages are too few."""
+        if not self._running.start(request, self._now):
+            return False
+        self._num_put_off += request.num_uncomputed_tokens
+        return True
+
+    def _schedule_row(self, request: Request, scheduled: dict[Request, int], shares: StepShares) -> None:
+        scheduled[request] = 1
+        shares.take(request.tenant, 1)
+        request.last_step = self._num_steps
+
+    def _schedule_prompt(
+        self, request: Request, holder: str | None, scheduled: dict[Request, int], shares: StepShares
+    ) -> None:
+        """Schedule as many more of a request's tokens as there is room for. holder: of the share.
 
         Its full pages get their names at once: a step writes all keys and values of a layer before it reads any, so
         whoever starts later in this step may have them.
         """
-        num_tokens = scheduled[request] = min(request.num_uncomputed_tokens, budget)
-        self._num_put_off += request.num_uncomputed_tokens - num_tokens
-        self._pages.name(request, request.num_computed_tokens + num_tokens)
-        return num_tokens
+        num_before = scheduled.get(request, 0)
+        num_more = min(request.num_uncomputed_tokens - num_before, shares.room(holder))
+        if not num_more:
+            return
+        scheduled[request] = num_before + num_more
+        shares.take(holder, num_more)
+        self._num_put_off -= num_more
+        self._pages.name(request, request.num_computed_tokens + num_before + num_more)
 
     def check_integrity(self) -> None:
         """Every request waits or runs, holds what it should, and nothing else is held. For tests."""

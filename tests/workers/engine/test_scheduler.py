@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +64,73 @@ def test_a_removed_request_gives_everything_back() -> None:
     world.scheduler.check_integrity()
     assert not world.slots.is_pinned("x")
     assert world.scheduler.num_running == world.scheduler.num_waiting == 0
+
+
+def test_one_tenants_prompt_takes_all_of_a_step_while_it_is_alone() -> None:
+    world = World(budget=64, shared_budget=8)
+    world.add("stream", 2, max_tokens=9, tenant="one")
+    world.step()
+    world.add("long", 40, tenant="one")
+    assert tokens(world.step()) == {"stream": 1, "long": 40}
+
+
+def test_a_strangers_prompt_is_computed_in_small_pieces_beside_a_stream() -> None:
+    world = World(budget=64, shared_budget=8)
+    world.add("stream", 2, max_tokens=9, tenant="one")
+    world.step()
+    world.add("long", 20, tenant="two")
+    assert [tokens(world.step()) for _ in range(3)] == [
+        {"stream": 1, "long": 7},
+        {"stream": 1, "long": 7},
+        {"stream": 1, "long": 6},
+    ]
+
+
+def test_a_strangers_prompts_do_not_keep_a_request_from_starting() -> None:
+    world = World(budget=64, shared_budget=8)
+    world.add("stream", 2, max_tokens=9, tenant="one")
+    world.step()
+    for number in range(3):
+        world.add(f"long{number}", 40, tenant="two")
+    world.step()
+    world.add("short", 2, max_tokens=1, tenant="one")
+    assert tokens(world.step()) == {"stream": 1, "long0": 5, "short": 2}, "a newcomer's share, and the rest"
+    assert world.finished == {"short": FinishReason.LENGTH}
+    assert tokens(world.step()) == {"stream": 1, "long0": 7}, "what nobody else wants is used"
+
+
+def test_a_newcomer_of_lower_priority_waits_for_prompts_under_way() -> None:
+    world = World(budget=64, shared_budget=8)
+    world.add("long", 30, tenant="two")
+    world.add("late", 2, tenant="one", priority=1)
+    assert [tokens(world.step()) for _ in range(3)] == [{"long": 8}] * 3
+
+
+def test_streams_of_a_tenant_that_has_many_take_turns_beside_a_strangers() -> None:
+    world = World(max_num_seqs=8, budget=64, shared_budget=4, pages=128)
+    for number in range(6):
+        world.add(f"many{number}", 2, max_tokens=100, tenant="many")
+    world.step()
+    world.add("one", 2, max_tokens=100, tenant="one")
+    while not world.finished.keys() and "one" not in world.order:
+        world.step()
+    plans = [tokens(world.step()) for _ in range(6)]
+    assert all(plan.get("one") == 1 and sum(plan.values()) == 4 for plan in plans)
+    counts = Counter(name for plan in plans for name in plan if name != "one")
+    assert set(counts.values()) == {3}, "six streams in three places, for six steps"
+
+
+def test_a_tenant_with_many_streams_can_begin_one_more() -> None:
+    world = World(max_num_seqs=16, budget=64, shared_budget=8, pages=256)
+    for number in range(12):
+        world.add(f"many{number}", 2, max_tokens=100, tenant="many")
+    world.step()
+    world.add("one", 2, max_tokens=100, tenant="one")
+    world.add("another", 20, max_tokens=100, tenant="many")
+    for _ in range(30):
+        world.step()
+    assert "another" in world.order
+    assert world.scheduler.num_uncomputed_tokens == 0
 
 
 def test_lower_priority_is_served_earlier_whoever_came_first() -> None:
