@@ -130,8 +130,14 @@ class Clients:
         clients = self._by_adapter.get(adapter)
         return None if clients is None else clients.first()
 
+    def num_clients_for(self, adapter: str | None) -> int:
+        """Clients with requests that wait for this adapter."""
+        return len(self._by_adapter.get(adapter, ()))
+
     def first_beside(self, tenants: Set[str], adapter: str | None) -> Client | None:
         """The same without some tenants."""
+        if not tenants:
+            return self.first(adapter)
         clients = self._by_adapter.get(adapter)
         firsts = [] if clients is None else clients.take(len(tenants) + 1)  # a tenant has one of them at most
         return next((client for client in firsts if client.tenant not in tenants), None)
@@ -219,7 +225,8 @@ class Clients:
         assert client is not None
         return self.rank(client)
 
-    def _rank_in_tenant(self, client: Client) -> tuple[int, float, int]:
+    def rank_in_tenant(self, client: Client) -> tuple[int, float, int]:
+        """Of a client with waiting requests, among its tenant's."""
         priority, _, counter, arrival = self.rank(client)
         return priority, counter, arrival
 
@@ -227,7 +234,7 @@ class Clients:
         """Put a client into the ranking of cold ones, or take it out."""
         tenant = client.tenant
         if client.waiting and not self._hot.issuperset(client.digests):
-            self._cold.setdefault(tenant, Ranking(self._rank_in_tenant)).push(client)
+            self._cold.setdefault(tenant, Ranking(self.rank_in_tenant)).push(client)
             self._cold_tenants.push(tenant)
         elif (clients := self._cold.get(tenant)) is not None:
             clients.discard(client)

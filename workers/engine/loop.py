@@ -31,6 +31,7 @@ from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.cores import CoreClaim, claim_cores
 from lorafleet.workers.engine.activation import find_start
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.backlog import Backlog
 from lorafleet.workers.engine.batch import Scheduled, StepPlan
 from lorafleet.workers.engine.block_pool import BlockPool
 from lorafleet.workers.engine.eviction import make_eviction
@@ -62,7 +63,8 @@ from lorafleet.workers.tp.ranks import Gather, Ranks, alone
 
 logger = logging.getLogger(__name__)
 
-_MAX_PLANNED = 4096  # waiting requests that the scheduler knows; others wait before it, in the order they came
+_MAX_PLANNED = 4096  # waiting requests that the scheduler knows; others wait before it (backlog.py)
+_MAX_ARRIVALS = 256  # that it gets to know in one step, which takes some 10 ms
 # When nothing runs, loads or is read, and yet nobody who waits can begin: how long until a step looks again, and how
 # long until the one that has waited longest is ended.
 _LOOK_AGAIN_S = 0.1
@@ -162,7 +164,7 @@ class Engine:
         self._failure: LoRAFleetError | None = None  # a step has raised; there are no more
         self._looks_again = False  # the last step found requests that wait, and nothing to do for any of them
         self._stuck_since: float | None = None  # the first of such steps, one after the other
-        self._backlog: dict[str, GenerateRequest] = {}  # that the scheduler does not know yet, by id, in order
+        self._backlog = Backlog()
         self._is_warm = False
         self._cores: CoreClaim | None = None
         self._arrivals = 0
@@ -489,7 +491,7 @@ class Engine:
             queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
             queued.update(self._backlog)
             assert all(request_id in self._scheduler or request_id in queued for request_id in self._unfinished)
-            assert self._backlog.keys() <= self._unfinished.keys()
+            assert self._unfinished.keys() >= set(self._backlog)
             self._adapters.check_integrity([message for message in self._inbox if isinstance(message, Retire)])
 
     def _accept(self, request: GenerateRequest) -> None:
@@ -566,6 +568,7 @@ class Engine:
             bool(self._inbox)
             or self._in_flight is not None
             or self._loader.is_copying
+            or (len(self._backlog) > 0 and self._scheduler.num_waiting < _MAX_PLANNED)
             or self._scheduler.num_running > 0
             or (self._scheduler.num_waiting > 0 and self._loader.num_coming == 0 and not self._looks_again)
             or self._scheduler.is_overdue
@@ -578,7 +581,7 @@ class Engine:
             self._inbox.clear()
         for message in messages:
             if isinstance(message, GenerateRequest):
-                self._backlog[message.request_id] = message
+                self._backlog.add(message)
             elif isinstance(message, Loaded):
                 self._take_loaded(message, events)
             elif isinstance(message, Fetched):
@@ -587,12 +590,14 @@ class Engine:
                 self._adapters.retire(message)
             elif isinstance(message, _Pin):
                 self._loader.pin(message.digest, message.stays)
-            elif self._backlog.pop(message, None) is not None or self._scheduler.remove(message):
+            elif self._backlog.discard(message) or self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
     def _fill_scheduler(self) -> None:
-        while self._backlog and self._scheduler.num_waiting < _MAX_PLANNED:
-            request = self._backlog.pop(next(iter(self._backlog)))
+        for _ in range(min(_MAX_ARRIVALS, _MAX_PLANNED - self._scheduler.num_waiting)):
+            request = self._backlog.take()
+            if request is None:
+                return
             self._arrivals += 1
             self._scheduler.add(Request.from_generate(request, self._arrivals))
 

@@ -38,6 +38,7 @@ from lorafleet.workers.engine.request import MAX_PRIORITY, FinishReason, Request
 from lorafleet.workers.engine.request_pages import RequestPages
 from lorafleet.workers.engine.residency import Residency
 from lorafleet.workers.engine.running import Running
+from lorafleet.workers.engine.start_order import StartOrder
 from lorafleet.workers.engine.step_shares import NEWCOMERS, StepShares, Wanted
 from lorafleet.workers.engine.turns import SlotPace, WaitBound
 
@@ -201,7 +202,7 @@ class Scheduler:
         preempted = self._go_on(rows, prompts, scheduled, shares)
         may_let_in = not preempted and not reserved.is_blocked
         if shares.are_shared:
-            if may_let_in:
+            if may_let_in and shares.room(NEWCOMERS):
                 self._let_in_beside(prompts, scheduled, shares, reserved)
             self._use_up(rows, prompts, scheduled, shares)
         prefetches: tuple[str, ...] = ()
@@ -331,15 +332,12 @@ class Scheduler:
         """
         tenants = {request.tenant for request in prompts}
         last_priority = max((request.priority for request in prompts), default=MAX_PRIORITY)
-        adapters = self._ready(self._unclaimed(reserved)) if shares.room(NEWCOMERS) else []
-        while self._running.num_free_seats and shares.room(NEWCOMERS):
-            firsts = [self._clients.first_beside(tenants, adapter) for adapter in adapters]
-            best = min((client for client in firsts if client is not None), key=self._clients.rank, default=None)
-            if best is None or best.waiting[0].num_pending_tokens or best.waiting[0].priority > last_priority:
+        order = StartOrder(self._clients, self._ready(self._unclaimed(reserved)), without=tenants)
+        while self._running.num_free_seats and shares.room(NEWCOMERS) and (client := order.first()) is not None:
+            request = client.waiting[0]
+            if request.num_pending_tokens or request.priority > last_priority or not self._start(request):
                 return
-            request = best.waiting[0]
-            if not self._start(request):
-                return
+            order.started(client)
             prompts.append(request)
             self._schedule_prompt(request, NEWCOMERS, scheduled, shares)
 
@@ -350,13 +348,15 @@ class Scheduler:
         rank behind it pass.
         """
         clients = self._clients
+        if not shares.num_left and clients.num_waiting and not any(self._residency.next_at_hand()):
+            self._last_look = _NEVER
+            return
         unclaimed = self._unclaimed(reserved)
-        ready = self._ready(unclaimed)
+        order = StartOrder(clients, self._ready(unclaimed))
         keep = reserved.keep.union(*unclaimed.values())
         has_slot = not reserved.is_gathering
         while True:
-            warm = [client for adapter in ready if (client := clients.first(adapter)) is not None]
-            best = min(warm, key=clients.rank, default=None)
+            best = order.first()
             while has_slot and (cold := next(iter(self._residency.next_at_hand()), None)) is not None:
                 if best is not None and clients.rank(best) < clients.rank(cold):
                     break
@@ -376,6 +376,7 @@ class Scheduler:
                 return
             if not self._start(request):
                 break
+            order.started(best)
             self._schedule_prompt(request, request.tenant, scheduled, shares)
         self._last_look, self._last_look_at = self._changes(), self._now
 

@@ -204,6 +204,27 @@ def test_without_a_limit_any_number_waits_and_the_scheduler_knows_a_part(
     assert {result.finish for name, result in results.items() if name != "37"} == {FinishReason.LENGTH}
 
 
+def test_a_step_takes_in_so_many_requests_and_those_of_another_tenant_among_the_first(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "_MAX_ARRIVALS", 4)
+    engine = make_engine(max_waiting=None, max_num_seqs=2)
+    results = {f"{number}": Result() for number in range(20)} | {"other": Result()}
+    for number in range(20):
+        engine.submit(GenerateRequest(f"{number}", (5, 6), GREEDY, tenant="many"))
+    engine.submit(GenerateRequest("other", (5, 6), GREEDY, tenant="other"))
+    for num_taken in (4, 8, 12):
+        gather(engine.step(), results)
+        assert engine._scheduler.num_running + engine._scheduler.num_waiting == num_taken
+        assert "other" in engine._scheduler
+        assert engine.stats().num_waiting + engine.stats().num_running == 21
+        assert engine.wait_for_work(timeout_s=0.0)
+    engine.cancel("19")
+    gather(engine.step(), results)
+    assert results["19"].finish is FinishReason.CANCELLED
+    run(engine, results)
+
+
 def test_with_a_limit_more_are_refused(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_waiting=1, max_num_seqs=1)
     for number in range(2):

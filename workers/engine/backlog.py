@@ -1,0 +1,51 @@
+"""Requests that the engine has accepted and the scheduler does not know yet.
+
+Owns: their order: a tenant's as they came, tenants in turn, so that nobody waits for all that another has sent at once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from lorafleet.workers.engine.request import GenerateRequest
+
+
+class Backlog:
+    """Of the stepping thread."""
+
+    def __init__(self) -> None:
+        self._tenants: OrderedDict[str, dict[str, GenerateRequest]] = OrderedDict()  # who gave one last is last
+        self._tenant_of: dict[str, str] = {}  # by request id
+
+    def __len__(self) -> int:
+        return len(self._tenant_of)
+
+    def __iter__(self) -> Iterator[str]:
+        """Request ids, in no particular order."""
+        return iter(self._tenant_of)
+
+    def add(self, request: GenerateRequest) -> None:
+        self._tenants.setdefault(request.tenant, {})[request.request_id] = request
+        self._tenant_of[request.request_id] = request.tenant
+
+    def take(self) -> GenerateRequest | None:
+        """The next one."""
+        if not self._tenants:
+            return None
+        tenant, requests = next(iter(self._tenants.items()))
+        request = requests[next(iter(requests))]
+        self._tenants.move_to_end(tenant)
+        self.discard(request.request_id)
+        return request
+
+    def discard(self, request_id: str) -> bool:
+        """Forget a request; False: it is not here."""
+        tenant = self._tenant_of.pop(request_id, None)
+        if tenant is None:
+            return False
+        requests = self._tenants[tenant]
+        del requests[request_id]
+        if not requests:
+            del self._tenants[tenant]
+        return True
