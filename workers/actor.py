@@ -22,6 +22,7 @@ from lorafleet.proto import worker_pb2
 from lorafleet.workers.address import own_address
 from lorafleet.workers.config import EngineConfig, LoRAModule
 from lorafleet.workers.errors import InternalError, LoRAFleetError, status_of
+from lorafleet.workers.switch_interval import shorten_switch_interval
 
 if TYPE_CHECKING:
     from lorafleet.workers.adapter_registry import AdapterRegistry
@@ -86,6 +87,7 @@ class WorkerActor:
 
     def __init__(self, config: EngineConfig, adapters: Sequence[LoRAModule], fleet: FleetSettings) -> None:
         leave_ray_niceness()
+        shorten_switch_interval()
         logging.basicConfig(level=fleet.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
         self._adapters = adapters

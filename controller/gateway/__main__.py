@@ -20,6 +20,7 @@ from lorafleet.controller.gateway.limits import Limits, flag_of
 from lorafleet.controller.gateway.server import serve
 from lorafleet.controller.gateway.tenants import read_tenants
 from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.switch_interval import shorten_switch_interval
 
 
 def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, argparse.Namespace]:
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if num := num_weak([*config.api_keys, *config.tenants, *config.admin_api_keys]):
         logging.warning("%d API keys have fewer than %d characters and may be guessed", num, WEAK_KEY_CHARS)
+    shorten_switch_interval()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is told once, by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours (text_threads.py)
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,6 +23,7 @@ from lorafleet.workers.engine import loop as loop_module
 from lorafleet.workers.engine.stats import EngineStats
 from lorafleet.workers.errors import AdapterRefusedError, LoRAFleetError, MemoryPlanError
 from lorafleet.workers.rpc import bearer
+from lorafleet.workers.switch_interval import SWITCH_INTERVAL_S
 
 TOKEN = "fleet-token"
 CONFIG = EngineConfig("/model", max_num_seqs=16, num_threads=1, lora=LoRAConfig(max_loras=4))
@@ -92,6 +94,14 @@ class FakeEngine:
 
 
 @pytest.fixture(autouse=True)
+def switch_interval() -> Iterator[None]:
+    """An actor sets its process's; this one gets its own back."""
+    before = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     FakeEngine.done, FakeEngine.failure = [], None
     monkeypatch.setattr(loop_module, "Engine", FakeEngine)
@@ -115,6 +125,11 @@ async def start(
     actors.append(WorkerActor(CONFIG, adapters, fleet or FleetSettings("127.0.0.1", TOKEN)))
     async with asyncio.timeout(10):
         return await actors[-1].ready()
+
+
+async def test_its_loop_gets_the_interpreter_from_the_engine_soon(actors: list[WorkerActor]) -> None:
+    await start(actors)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
 
 
 async def test_a_worker_says_what_it_serves_and_answers_there(actors: list[WorkerActor]) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+from lorafleet.controller.gateway import __main__ as gateway_main
 from lorafleet.controller.gateway.__main__ import main, parse
 from lorafleet.controller.gateway.api_keys import API_KEY_VARIABLE
 from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.switch_interval import SWITCH_INTERVAL_S
 
 LINE = "lorafleet gateway listening on http://127.0.0.1:"
 
@@ -173,6 +175,23 @@ def test_bad_values_are_refused_by_flag(
 ) -> None:
     assert main(["--controller", "h:1", "--token-file", token_file, *flags]) == 2
     assert part in capsys.readouterr().err
+
+
+def test_its_loop_gets_the_interpreter_from_computing_threads_soon(
+    token_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    async def serve(*_: object, **__: object) -> None:
+        seen.append(sys.getswitchinterval())
+
+    monkeypatch.setattr(gateway_main, "serve", serve)
+    before = sys.getswitchinterval()
+    try:
+        assert main(["--controller", "h:1", "--token-file", token_file]) == 0
+    finally:
+        sys.setswitchinterval(before)
+    assert seen == [pytest.approx(SWITCH_INTERVAL_S)]
 
 
 def test_keys_come_from_flags_or_else_from_the_environment(token_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
