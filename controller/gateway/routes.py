@@ -53,7 +53,7 @@ class RoutesClient:
         """
         self.table: RoutingTable | None = None
         self.text: ModelText | None = None
-        self.adapter_texts = Texts(self._fetch, executor)
+        self.adapter_texts = Texts(self._fetch, executor, lambda: self.text)
         self._address = address
         self._metadata = bearer(token)
         self._gateway_id = gateway_id

@@ -28,9 +28,15 @@ logger = logging.getLogger(__name__)
 class Texts:
     """Of the event loop that calls it."""
 
-    def __init__(self, fetch: Callable[[str], Awaitable[Mapping[str, bytes]]], executor: Executor) -> None:
-        """fetch: the files of a digest. executor: where tokenizers are built."""
+    def __init__(
+        self,
+        fetch: Callable[[str], Awaitable[Mapping[str, bytes]]],
+        executor: Executor,
+        base: Callable[[], ModelText | None] = lambda: None,
+    ) -> None:
+        """fetch: the files of a digest. executor: where tokenizers are built. base: the base model's, if it is here."""
         self._fetch = fetch
+        self._base = base
         self._executor = executor
         self._texts: OrderedDict[str, ModelText] = OrderedDict()  # least recently used first
         self._bytes: dict[str, int] = {}
@@ -59,7 +65,11 @@ class Texts:
 
     async def _load(self, digest: str) -> ModelText:
         files = await self._fetch(digest)
-        text = await asyncio.get_running_loop().run_in_executor(self._executor, ModelText.from_files, digest, files)
+        base = self._base()
+        known = [*([] if base is None else [base]), *self._texts.values()]
+        text = await asyncio.get_running_loop().run_in_executor(
+            self._executor, ModelText.from_files, digest, files, known
+        )
         self._texts[digest] = text
         self._bytes[digest] = _BYTES_PER_FILE_BYTE * sum(map(len, files.values()))
         while len(self._texts) > 1 and (len(self._texts) > MAX_TEXTS or sum(self._bytes.values()) > MAX_BYTES):

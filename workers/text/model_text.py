@@ -7,7 +7,7 @@ Owns: building them from the files that the controller sends. Leaves to others: 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,9 @@ class ModelText:
     sampling_defaults: Mapping[str, float | int]
 
     @classmethod
-    def from_files(cls, digest: str, files: Mapping[str, bytes]) -> ModelText:
-        """Raises ModelError for files that are no tokenizer."""
-        tokenizer = Tokenizer.from_files(files)
+    def from_files(cls, digest: str, files: Mapping[str, bytes], known: Iterable[ModelText] = ()) -> ModelText:
+        """known: whose tokenizers may be used again. Raises ModelError for files that are no tokenizer."""
+        tokenizer = Tokenizer.from_files(files, [text.tokenizer for text in known])
         return cls(digest, tokenizer, ChatTemplate.from_tokenizer(tokenizer), sampling_defaults(files))
 
     def encode_chat(

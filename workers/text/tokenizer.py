@@ -16,7 +16,9 @@ the other files declare are added, as transformers' ``AutoTokenizer`` does. Two 
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -74,7 +76,9 @@ class Tokenizer:
         )
         self.bos_token_id: int | None = self._id_of("bos_token")
         own_eos = self._id_of("eos_token")
-        self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids) | ({own_eos} if own_eos is not None else set())
+        self._own_eos_token_ids: frozenset[int] = frozenset() if own_eos is None else frozenset({own_eos})
+        self.eos_token_ids: frozenset[int] = self._own_eos_token_ids.union(eos_token_ids)
+        self._source: str | None = None  # of files: what stands for all but eos_token_ids and chat_templates
         decoder = backend.decoder
         rules = DecoderRules.parse(None if decoder is None else json.loads(decoder.__getstate__()))
         self._pieces: PieceTable | None = None
@@ -84,8 +88,11 @@ class Tokenizer:
             self._visible_pieces = PieceTable(rules, backend.id_to_token, self.special_token_ids)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:
+    def from_files(cls, files: Mapping[str, bytes], known: Iterable[Tokenizer] = ()) -> Tokenizer:
         """Read a tokenizer from contents by name (`TOKENIZER_FILES`); other names are ignored.
+
+        known: others. One of them with the same vocabulary, rules and tokens lends it these: reading them takes long,
+        holds the GIL meanwhile, and would put them into memory once more.
 
         Raises ModelError for a missing or bad file.
         """
@@ -96,26 +103,35 @@ class Tokenizer:
             )
         if files["tokenizer.json"].startswith(LFS_POINTER):
             raise ModelError(f"tokenizer.json {LFS_ADVICE}.")
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # the library raises bare Exception or ValueError
-            raise ModelError(f"tokenizer.json is not a tokenizer: {cut(str(error))}.") from error
         config = _json_object(files, "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= _json_object(files, "special_tokens_map.json")
-        special_tokens = _declare_tokens(backend, config)
         templates = _chat_templates(config)
         if "chat_template.jinja" in files:
             try:
                 templates = {"default": files["chat_template.jinja"].decode()}
             except UnicodeDecodeError as error:
                 raise ModelError(f"chat_template.jinja is not UTF-8: {error}.") from error
-        return cls(
-            backend,
-            special_tokens=special_tokens,
-            eos_token_ids=_eos_ids(files, "generation_config.json") | _eos_ids(files, "config.json"),
-            chat_templates=templates,
-        )
+        eos_token_ids = _eos_ids(files, "generation_config.json") | _eos_ids(files, "config.json")
+        source = _digest(files["tokenizer.json"], {key: config[key] for key in config.keys() - {"chat_template"}})
+        like = next((other for other in known if other._source == source), None)
+        if like is not None:
+            return like._with(eos_token_ids, templates)
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        except Exception as error:  # the library raises bare Exception or ValueError
+            raise ModelError(f"tokenizer.json is not a tokenizer: {cut(str(error))}.") from error
+        special_tokens = _declare_tokens(backend, config)
+        tokenizer = cls(backend, special_tokens=special_tokens, eos_token_ids=eos_token_ids, chat_templates=templates)
+        tokenizer._source = source
+        return tokenizer
+
+    def _with(self, eos_token_ids: Iterable[int], chat_templates: Mapping[str, str]) -> Tokenizer:
+        """The same vocabulary, rules and tokens."""
+        other = copy.copy(self)
+        other.chat_templates = dict(chat_templates)
+        other.eos_token_ids = self._own_eos_token_ids.union(eos_token_ids)
+        return other
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -262,6 +278,10 @@ def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         return json_object(files.get(name, b"{}"))
     except ValueError as error:
         raise ModelError(f"{name} {error}.") from error
+
+
+def _digest(tokenizer_json: bytes, config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + b"\0" + tokenizer_json).hexdigest()
 
 
 def _eos_ids(files: Mapping[str, bytes], name: str) -> set[int]:

@@ -86,3 +86,12 @@ async def test_those_that_are_kept_take_so_many_bytes_at_most(
                 await texts.get(f"{digest}{num_kept}")
         assert fetched == ["a2", "b2", "a0", "b0", "a0", "b0"]
         await texts.close()
+
+
+async def test_an_adapter_with_only_a_template_has_the_base_models_tokenizer_in_memory(
+    fleet: Any, adapter: str
+) -> None:
+    await fleet.until(lambda: adapter in fleet.state.table.models)
+    own = await fleet.state.text_of(fleet.state.table.models[adapter])
+    assert own.template is not fleet.state.text.template
+    assert own.tokenizer._backend is fleet.state.text.tokenizer._backend

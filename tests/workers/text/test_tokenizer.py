@@ -166,6 +166,28 @@ def test_from_files_equals_from_dir(byte_level_dir: Path, byte_level: Tokenizer)
     assert other.chat_templates == byte_level.chat_templates
 
 
+def test_one_that_differs_in_its_template_alone_is_not_read_again(byte_level_dir: Path, byte_level: Tokenizer) -> None:
+    files = {name: (byte_level_dir / name).read_bytes() for name in TOKENIZER_FILES if (byte_level_dir / name).exists()}
+    known = Tokenizer.from_files(files)
+    config = json.loads(files["tokenizer_config.json"]) | {"chat_template": "own"}
+    own = Tokenizer.from_files(files | {"tokenizer_config.json": json.dumps(config, indent=1).encode()}, [known])
+    assert own._backend is known._backend
+    assert own.encode("hello wörld") == known.encode("hello wörld")
+    template = Tokenizer.from_files(files | {"chat_template.jinja": b"own"}, [known])
+    assert template._backend is known._backend
+    assert template.chat_templates == {"default": "own"} != known.chat_templates
+    other_eos = Tokenizer.from_files(files | {"generation_config.json": b'{"eos_token_id": 3}'}, [known])
+    assert 3 in other_eos.eos_token_ids and known.eos_token_ids == byte_level.eos_token_ids
+
+
+def test_one_that_declares_another_token_is_read(byte_level_dir: Path) -> None:
+    files = {name: (byte_level_dir / name).read_bytes() for name in TOKENIZER_FILES if (byte_level_dir / name).exists()}
+    known = Tokenizer.from_files(files)
+    config = json.loads(files["tokenizer_config.json"]) | {"additional_special_tokens": ["<|new|>"]}
+    own = Tokenizer.from_files(files | {"tokenizer_config.json": json.dumps(config).encode()}, [known])
+    assert own.token_to_id("<|new|>") is not None and known.token_to_id("<|new|>") is None
+
+
 def test_token_bytes_join_to_the_text(byte_level: Tokenizer) -> None:
     text = "Grüße 日本語 👩‍👩‍👧‍👦 <tool call><|im_end|>"
     ids = byte_level.encode(text)
