@@ -268,10 +268,13 @@ class Scheduler:
         for request in prompts:
             entry = wanted.setdefault(request.tenant, Wanted(request.tenant_weight))
             entry.num_prompt_tokens += request.num_uncomputed_tokens
-        may_start = self._running.num_free_seats and self._has_news()
-        if may_start and self._clients.has_waiting_beside({request.tenant for request in prompts}):
+        num_tokens = min(self._max_shared_tokens(), self._max_num_batched_tokens)
+        is_full = sum(entry.num_tokens for entry in wanted.values()) >= num_tokens
+        tenants = {request.tenant for request in prompts}
+        may_start = self._running.num_free_seats and self._has_news() and self._clients.has_waiting_beside(tenants)
+        if is_full and may_start:
             wanted[NEWCOMERS] = Wanted(num_prompt_tokens=self._clients.num_waiting_tokens)
-        return StepShares(min(self._max_shared_tokens(), self._max_num_batched_tokens), wanted)
+        return StepShares(num_tokens, wanted)
 
     def _go_on(
         self, rows: list[Request], prompts: list[Request], scheduled: dict[Request, int], shares: StepShares
