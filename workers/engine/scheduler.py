@@ -251,7 +251,8 @@ class Scheduler:
 
     def _running_requests(self) -> tuple[list[Request], list[Request]]:
         """Those that have a token to compute, and those with more: prompts, urgent ones first."""
-        rows, prompts = [], []
+        rows: list[Request] = []
+        prompts: list[Request] = []
         for request in self._running:
             if not request.is_ending:  # else only its last token is still to be known
                 (prompts if request.num_uncomputed_tokens > 1 else rows).append(request)
