@@ -34,7 +34,7 @@ class Events:
         self._added = asyncio.Event()
 
     async def after(self, number: int) -> list[tuple[int, str]]:
-        """Return the events after `number` (all, if it is from before a restart); wait up to 1 s for the first."""
+        """Return the events after `number`, or all if it is unknown; wait up to 1 s for the first."""
         if number > self.last:
             number = 0
         if number == self.last:

@@ -100,7 +100,7 @@ def all_is_as_it_was(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_the_controller_is_killed_with_some_or_all_workers(fleet: Fleet, num_workers: int) -> None:
-    """If all are killed, it learns everything from the gateway."""
+    """It learns everything from the gateway if all are killed."""
     all_is_as_it_was(fleet)
     kill(fleet, b"ray::ControllerActor", num_workers=num_workers)
     heal(fleet, time.monotonic())

@@ -1,4 +1,4 @@
-"""Where invocation tokens last begin in a prompt."""
+"""The last place in a prompt where the invocation tokens begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slots and the pool beside them as tables: who is evicted for whom, and what is freed."""
+"""Slots and the pool next to them as tables: which adapter is evicted for another, and the memory freed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIZES = {"half": 5, "third": 3, "all": 10}
 
 
 def filled(num_slots: int, *digests: str) -> AdapterSlots:
-    """All ready, the first the least recently used."""
+    """Return slots that are all ready, the first the least recently used."""
     slots = AdapterSlots(num_slots, max_bytes=10, bytes_of=lambda digest: SIZES.get(digest, 0))
     for digest in digests:
         assert slots.start_load(digest) is not None

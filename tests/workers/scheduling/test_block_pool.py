@@ -1,4 +1,4 @@
-"""Pages: held by many, found by page_hash, handed out in the right order, never lost."""
+"""Pages: shared, found by hash, handed out in the right order, never lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def page_hash(text: str) -> bytes:
 
 
 def filled(pool: BlockPool, text: str) -> list[int]:
-    """Pages hashed a0, a1, ... for "a2"."""
+    """Return a pool with pages hashed a0, a1, ... for "a2"."""
     pages = pool.allocate(int(text[1:]))
     assert pages is not None
     for number, page in enumerate(pages):

@@ -1,4 +1,4 @@
-"""Adapters that hold slots do not keep others out for ever, even where nobody is promised a turn in time."""
+"""Adapters that hold slots do not keep others out forever, even without a wait limit."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_one_that_waits_for_memory_beside_its_slot_holds_nobody_back() -> None:
 def test_a_stream_of_requests_for_resident_adapters_does_not_starve_one_that_needs_all_of_the_pool(
     max_wait_s: float,
 ) -> None:
-    """Two others share the pool, and neither is idle for long; slots there are enough."""
+    """Two others share the pool, and neither is idle for long; there are enough slots."""
     sizes = {"half": 3, "other half": 2, "whole": 5}
     world = World(slots=8, max_num_seqs=8, pages=200, max_wait_s=max_wait_s, max_bytes=5, sizes=sizes)
     for step in range(200):

@@ -1,4 +1,4 @@
-"""Which adapter goes first: the least recently used, or the one that is cheapest to do without."""
+"""The adapter evicted first: the least recently used, or the cheapest to load again."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_nothing_is_remembered_of_what_is_gone() -> None:
 
 
 def misses(name: str, trace: list[str], room: int, sizes: dict[str, int]) -> float:
-    """Seconds of loading over a trace, in a cache of `room` bytes; a load takes a time as its size."""
+    """Return the seconds of loading over a trace, in a cache of `room` bytes; a load takes time by its size."""
     eviction, held, seconds = make_eviction(name), dict[str, None](), 0.0
     for digest in trace:
         reload_s = 0.005 + sizes[digest] / (500 * MB)
@@ -85,7 +85,7 @@ def misses(name: str, trace: list[str], room: int, sizes: dict[str, int]) -> flo
 
 
 def test_on_a_skewed_trace_with_scans_cost_loads_less_than_lru() -> None:
-    """Popular small adapters, and once in a while a sweep over large ones that nobody asks for again soon."""
+    """Popular small adapters, and now and then a scan over large ones that are not requested again soon."""
     rng = random.Random(0)
     sizes = {f"small-{i}": MB for i in range(50)} | {f"large-{i}": 8 * MB for i in range(20)}
     names = list(sizes)[:50]

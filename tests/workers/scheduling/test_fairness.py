@@ -1,4 +1,4 @@
-"""Virtual token counters: what they promise two flows that always wait, and what idleness earns (nothing)."""
+"""Virtual token counters: their guarantee for two flows that always wait; idleness earns nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running means, and how long they count."""
+"""Running means, and how long a measurement counts."""
 
 from __future__ import annotations
 

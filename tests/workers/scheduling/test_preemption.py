@@ -1,4 +1,4 @@
-"""Who gives way: when pages run out, and for those whose time is running out."""
+"""The choice of requests to preempt: if pages run out, and for flows near their wait limit."""
 
 from __future__ import annotations
 
@@ -133,4 +133,4 @@ def test_a_composition_whose_time_is_running_out_has_all_its_slots_in_one_step()
         world.step()
         counts.append(world.scheduler.num_preemptions)
         assert world.now - began <= 8.0
-    assert set(counts) == {0, 4}, "nobody gives way for a part of what it lacks"
+    assert set(counts) == {0, 4}, "none is preempted for a part of what it lacks"

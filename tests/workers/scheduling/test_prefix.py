@@ -1,4 +1,4 @@
-"""Names of pages: the same for the same content of the same owner, and for nothing else."""
+"""Hashes of pages: the same for the same content of the same owner, and for nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heap whose keys grow under it, against sorting."""
+"""The heap whose keys may grow while they are in it, compared with sorting."""
 
 from __future__ import annotations
 

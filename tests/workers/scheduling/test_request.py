@@ -1,4 +1,4 @@
-"""What a request may say of itself."""
+"""The fields a request may have, and their limits."""
 
 from __future__ import annotations
 

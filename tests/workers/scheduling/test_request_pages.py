@@ -1,4 +1,4 @@
-"""When others may find a request's pages: not before what is in them is computed, or will be in the very step."""
+"""Sharing a request's pages: others find them once their content is computed, or is computed in the same step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 
 def num_found(world: World, *token_ids: int) -> int:
-    """Of a prompt, the tokens that another request would find now."""
+    """Return how many tokens of a prompt another request would find now."""
     probe = Request.from_generate(GenerateRequest("probe", token_ids, SamplingOptions(max_tokens=1)), 0)
     return world.scheduler._pages.num_found_tokens(probe)
 

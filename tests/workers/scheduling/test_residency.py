@@ -1,4 +1,4 @@
-"""What is loaded and when, what is announced to the host cache, and compositions, which get all their slots or none."""
+"""Loads and their order, announcements to the host cache, and compositions, which get all their slots or none."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_adapters_that_wait_for_a_slot_are_prefetched_once_oldest_first() -> Non
     assert world.step().prefetches == ("b",), "the next one moves up"
     world.add("a2", 2, max_tokens=20, adapter="a")
     world.scheduler.remove("b1")
-    assert world.step().prefetches == ("a",), "nobody waited for it in between"
+    assert world.step().prefetches == ("a",), "no request waited for it in between"
 
 
 def test_an_adapter_that_gets_its_slot_in_this_step_is_not_prefetched() -> None:
@@ -101,7 +101,7 @@ def test_a_composition_takes_all_slots_at_once_or_none() -> None:
     assert [load.digest for load in world.step().loads] == ["x"]
     world.slots.finish_load("x")
     while "single" not in world.finished:
-        assert world.step().loads == (), "the slot that is empty is not for one that ranks behind"
+        assert world.step().loads == (), "the empty slot is not for a request of lower rank"
     plan = world.step()
     assert [load.digest for load in plan.loads] == ["a", "b"]
     world.slots.finish_load("b")
@@ -187,7 +187,7 @@ def test_an_adapter_gets_a_slot_when_it_is_in_host_memory_and_not_before() -> No
 
 
 def test_an_adapter_that_came_and_had_to_go_again_gets_its_slot_all_the_same() -> None:
-    """Host memory may have too little room for all adapters of a composition at once."""
+    """Host memory may be too small for all adapters of a composition at once."""
     host: set[str] = set()
     world = World(slots=2, host=host)
     world.add("both", 2, **pair("a", "b"))
@@ -226,7 +226,7 @@ def test_adapters_whose_reads_hang_take_neither_slots_nor_the_places_of_others()
     for _ in range(60):
         plan = world.step()
         asked.update(plan.prefetches)
-        assert {"hot0", "hot1", "base"} <= tokens(plan).keys(), "nobody gives way"
+        assert {"hot0", "hot1", "base"} <= tokens(plan).keys(), "none is preempted"
         assert not plan.loads
     assert world.scheduler.num_preemptions == 0
     assert asked == {f"hung{number}" for number in range(6)}, "those that take long do not keep others from being read"

@@ -1,4 +1,4 @@
-"""The scheduler as tables, and fuzzed: whatever arrives, everything ends, in bounded steps, and nothing leaks."""
+"""The scheduler as tables, and fuzzed: whatever arrives, all requests end in bounded steps, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
 
 
 def test_those_that_wait_are_looked_at_again_only_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With thousands of adapters the look costs more than all else, and in most steps nobody can be let in."""
+    """With thousands of adapters the look costs more than all else, and in most steps no request can be admitted."""
     world = World(slots=1, max_num_seqs=2, step_s=0.001)
     looks = 0
     hot = Flows.hot

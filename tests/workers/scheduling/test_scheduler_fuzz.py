@@ -1,6 +1,6 @@
-"""The scheduler under everything at once: arrivals, cancels, loads that fail, time, errors. Nothing may be amiss.
+"""The scheduler under everything at once: arrivals, cancels, failing loads, time, errors. All invariants must hold.
 
-Few pages, slots and seats, so that requests get in each other's way all the time.
+Pages, slots and seats are few, so that requests compete all the time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EOS = 1
 
 
 class Machine(RuleBasedStateMachine):
-    """Rules are what the loop, the loaders and the clock may do, in any order."""
+    """The rules are the possible actions of the loop, the loaders and the clock, in any order."""
 
     @initialize(
         pages=st.integers(10, 30),
@@ -45,7 +45,7 @@ class Machine(RuleBasedStateMachine):
         prefix_caching: bool,
         overlaps: bool,
     ) -> None:
-        """overlaps: a step is planned before the tokens of the one before are known."""
+        """overlaps: whether a step is planned before the previous step's tokens are known."""
         self.now = 0.0
         self.overlaps = overlaps
         self.in_flight: list[tuple[Request, int | None]] = []  # what was sampled; None: not finite
@@ -98,7 +98,7 @@ class Machine(RuleBasedStateMachine):
         start: int,
         **fields: Any,
     ) -> None:
-        """start: where the adapter begins."""
+        """start: the position where the adapter begins."""
         parts = tuple(composition.items())[: self.slots.num_slots]
         if not self.slots.num_slots or parts:
             adapter = None
@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.01, 0.2]), results=st.lists(st.sampled_from("7777E!"), min_size=5, max_size=5))
     def step(self, seconds: float, results: list[str]) -> None:
-        """results: a token, EOS, or logits that are not finite, for each that samples."""
+        """results: a token, EOS, or non-finite logits, for each request that samples."""
         plan = self.scheduler.schedule()
         self.now += seconds
         self.scheduler.check_integrity()
@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
         self.loading += [load.digest for load in plan.loads]
         self._compute(plan)
         has_work = plan.scheduled or self.loading or self.in_flight or not self.requests
-        assert has_work, "there is work that nobody does"
+        assert has_work, "there is work that is not done"
         launched: list[tuple[Request, int | None]] = []
         for entry, result in zip(plan.scheduled, results, strict=False):
             request = entry.request
@@ -210,7 +210,7 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
 
     def _compute(self, plan: StepPlan) -> None:
-        """As the model does: write all of the step, then read. Everybody must read what is its own, or as good."""
+        """Act like the model: write all of the step, then read. Each request must read its own values or equal ones."""
         for entry in plan.scheduled:
             first = entry.request.num_computed_tokens
             for position in range(first, first + entry.num_tokens):
@@ -228,7 +228,7 @@ class Machine(RuleBasedStateMachine):
         return self.owners[request.request_id], computed_by, tuple(self.tokens[request.request_id][: position + 1])
 
     def _check_order(self, plan: StepPlan) -> None:
-        """An adapter's rows are next to each other, but for base rows before its first ones in a request."""
+        """Check that an adapter's rows are adjacent, but for base rows before its first ones in a request."""
         rows: list[object] = []  # of each run of rows, the slots and weights
         num_parted: Counter[object] = Counter()
         for entry in plan.scheduled:

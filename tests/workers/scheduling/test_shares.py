@@ -1,4 +1,4 @@
-"""Who may take places that several share."""
+"""Shares of places among several holders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clock() -> Clock:
         pytest.param([("a", 56, True), ("b", 8, True), ("b", 1, False)], id="a newcomer finds an eighth"),
         pytest.param(
             [("a", 56, True), ("b", 28, False), ("a", -20, True), ("a", 1, False), ("b", 28, True)],
-            id="what is given back goes to whoever was refused below its share",
+            id="a returned place goes to a holder that was refused below its share",
         ),
         pytest.param(
             [("a", 40, True), ("b", 10, True), ("a", 6, True), ("a", 1, False), ("b", 8, True)],
@@ -41,7 +41,7 @@ def clock() -> Clock:
         ),
         pytest.param(
             [("a", 56, True), ("b", 50, False), ("a", -10, True), ("a", 10, True)],
-            id="who asks for more than its share holds nobody up",
+            id="a holder over its share holds up no other",
         ),
         pytest.param(
             [("a", 28, True), ("b", 28, True), ("c", 8, True), ("c", 1, False), ("b", -1, True), ("b", 1, False)],
@@ -85,7 +85,7 @@ def test_a_limit_of_one_place_is_a_place(clock: Clock) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_a_holder_that_asks_again_gets_its_share(seed: int, clock: Clock) -> None:
-    """One that takes all it can, others that come and go: the one that holds nothing is served in the end."""
+    """One takes all it can, others come and go: one that holds nothing is served in the end."""
     draw = random.Random(seed)
     shares = Shares(48, clock)
     held = dict.fromkeys("abcd", 0)

@@ -1,4 +1,4 @@
-"""The bound's arithmetic: when somebody's time is running out, and how many may wait."""
+"""The wait limit's arithmetic: when a flow is near its limit, and how many may wait."""
 
 from __future__ import annotations
 
