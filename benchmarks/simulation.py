@@ -251,7 +251,8 @@ class Simulation:
         outcome.history.append((self.now, dict(outcome.service)))
         self._admission.num_served_flows = self.scheduler.num_served_flows
         self._admission.num_served_turns = self.scheduler.num_served_turns
-        self._admission.turn_s = self.scheduler.slot_turn_s
+        self._admission.slot_turns = self.scheduler.slot_turns
+        self._admission.num_base_seats = self.scheduler.num_base_seats
         self._admission.hot = self._slots.occupants()
 
     def _finish(self, key: Key, arrival: Arrival) -> None:

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Set
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import zip_longest
 
+from lorafleet.workers.scheduling.base_seats import BaseSeats
 from lorafleet.workers.scheduling.fairness import OUTPUT_TOKEN, PROMPT_TOKEN, Fairness
 from lorafleet.workers.scheduling.ranking import Ranking
 from lorafleet.workers.scheduling.request import Request
-from lorafleet.workers.scheduling.turns import Line, SlotPace, WaitBound
+from lorafleet.workers.scheduling.turns import Line, WaitBound
 
 Rank = tuple[
     int, float, float, int
@@ -64,6 +65,8 @@ class Flows:
         self._num_flows: Counter[str] = Counter()  # by adapter
         self._num_turns = 0  # that they would need if none of them were served
         self._unserved: dict[str, Ranking[Flow]] = {}  # by adapter: none of the flow's requests runs
+        self._num_waiting: Counter[str | None] = Counter()  # requests by adapter
+        self.base_seats = BaseSeats(bound.num_seats)
         self.num_served_flows = 0
         self.slot_line: Line[str] = Line(bound.num_adapter_places, bound)
         self.seat_line: Line[Flow] = Line(bound.num_seats, bound)
@@ -96,6 +99,7 @@ class Flows:
         flow = self._flow_of(request)
         self._dequeue(flow, request)
         flow.num_running += 1
+        self.base_seats.num_running += flow.adapter is None
         self.num_served_flows += flow.num_running == 1
         self._changed(flow)
 
@@ -148,6 +152,26 @@ class Flows:
         unserved = self._unserved.get(adapter)
         return [] if unserved is None else unserved.take(self._bound.num_flows_a_turn)
 
+    @property
+    def num_kept_seats(self) -> int:
+        """More seats that the base model's requests need and may have as its part."""
+        return self.base_seats.num_kept(self._num_waiting[None])
+
+    @property
+    def num_warm(self) -> int:
+        """Requests that lack no more than a seat."""
+        return sum(self._num_waiting[adapter] for adapter in (None, *self.hot()))
+
+    @property
+    def mean_cold(self) -> float:
+        """How many requests wait for each of the adapters that are cold."""
+        num_cold = len(self._by_adapter) - len(self.hot()) - (None in self._by_adapter)
+        return (self.num_waiting - self.num_warm) / num_cold if num_cold else 0.0
+
+    def num_waiting_for(self, adapter: str | None) -> int:
+        """Requests, alone for an adapter or a composition."""
+        return self._num_waiting[adapter]
+
     def wants(self, digest: str) -> bool:
         """Whether requests wait for an adapter, alone or with others."""
         return digest in self._by_adapter or digest in self._composed
@@ -163,13 +187,6 @@ class Flows:
             if name in self._by_adapter:
                 hot[name] = self._compositions[name]
         return hot
-
-    def set_pinned(self, num_pinned: int, pace: SlotPace) -> float:
-        """Say how many slots change hands no more; how long each of the others is kept at least."""
-        num_places = self._bound.places_left(num_pinned)
-        turn_s = pace.turn_s(num_places)
-        self.slot_line.set_places(num_places, turn_s)
-        return turn_s
 
     def set_hot(self, adapters: frozenset[str]) -> None:
         """Say which adapters are in slots or on the way there; all others are cold."""
@@ -258,6 +275,7 @@ class Flows:
     def _enqueue(self, flow: Flow, request: Request) -> None:
         insort(flow.waiting, request, key=_in_flow)
         self.num_waiting += 1
+        self._num_waiting[request.adapter] += 1
         self.num_waiting_tokens += request.num_tokens
         self._changed(flow)
 
@@ -266,15 +284,20 @@ class Flows:
         assert flow.waiting[place] is request
         del flow.waiting[place]
         self.num_waiting -= 1
+        self._num_waiting[request.adapter] -= 1
+        if not self._num_waiting[request.adapter]:
+            del self._num_waiting[request.adapter]
         self.num_waiting_tokens -= request.num_tokens
 
     def _end_run(self, flow: Flow) -> None:
         flow.num_running -= 1
+        self.base_seats.num_running -= flow.adapter is None
         self.num_served_flows -= flow.num_running == 0
 
     def _count(self, flow: Flow, change: int) -> None:
         """A flow has come or gone."""
         adapter, digests = flow.adapter, flow.digests
+        self.base_seats.count(flow.tenant, is_base=adapter is None, change=change)
         if adapter is None:
             return
         num_turns = self._bound.num_turns
@@ -355,6 +378,9 @@ class Flows:
         assert self.num_waiting == len(waiting)
         assert self.num_waiting_tokens == sum(request.num_tokens for request in waiting)
         assert self.num_served_flows == len(num_running)
+        assert self._num_waiting == Counter(request.adapter for request in waiting)
+        assert self.base_seats.num_running == sum(num for (_, adapter), num in num_running.items() if adapter is None)
+        self.base_seats.check_integrity(self._flows)
         adapters = {request.adapter for request in waiting}
         assert self._by_adapter.keys() == adapters
         cold = {flow for flow in self._flows.values() if flow.waiting}

@@ -23,7 +23,7 @@ from lorafleet.workers.scheduling.batch import SlotLoad
 from lorafleet.workers.scheduling.flows import Flow, Flows
 from lorafleet.workers.scheduling.request import Request
 from lorafleet.workers.scheduling.request_pages import RequestPages
-from lorafleet.workers.scheduling.turns import SlotPace
+from lorafleet.workers.scheduling.turns import SlotPace, SlotTurns
 
 _OVERDUE = 2.0  # turns after which an announced adapter that has not come counts no more among those that may
 _SIDE_BY_SIDE = 4  # reads that a host tier makes at a time, at least
@@ -56,14 +56,24 @@ class Residency:
         self.num_come = 0  # so far
         self._num_overdue = 0  # of those that were announced
 
-    def update_flows(self, now: float) -> float:
-        """Tell the flows what has come of loads and uses since the last step; how long a slot is kept at least."""
+    def update_flows(self, now: float, num_places: float) -> SlotTurns:
+        """Tell the flows what has come of loads since the last step, and how slots change hands from now on.
+
+        num_places: of `SlotPace.turns`.
+        """
         for digest in [digest for digest in self._loading_since if not self._slots.is_loading(digest)]:
             since = self._loading_since.pop(digest)
             if self._slots.slot_of(digest) is not None:
                 self._pace.book(empty_s=now - since)
         self._flows.set_hot(self._slots.occupants())
-        return self._flows.set_pinned(self._slots.num_pinned, self._pace)
+        turns = self._pace.turns(num_places)
+        self._flows.slot_line.set_turns(turns)
+        return turns
+
+    @property
+    def empty_share(self) -> float:
+        """The part of a turn in which its slot stands empty, since its adapter is on the way."""
+        return self._pace.empty_share
 
     def come(self, digest: str, now: float) -> None:
         """An announced adapter is in host memory."""
@@ -79,10 +89,10 @@ class Residency:
         """Whether all that a flow's adapter lacks is or was in host memory, which may lack room for several."""
         return all(digest in self._come or self._is_in_host(digest) for digest in self.missing(flow))
 
-    def could_run(self, adapter: str) -> bool:
-        """Whether all adapters that flows of `adapter` need are in slots, on the way there, or at hand."""
+    def could_load(self, adapter: str) -> bool:
+        """Whether what flows of `adapter` lack is in no slot, and all of that at hand."""
         flow = self._flows.first(adapter)
-        return flow is not None and self.are_at_hand(flow)
+        return flow is not None and bool(self.missing(flow)) and self.are_at_hand(flow)
 
     def next_at_hand(self) -> list[Flow]:
         """Of the flows of cold adapters that are likely to be served next, those whose adapters are at hand."""

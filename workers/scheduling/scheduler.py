@@ -40,7 +40,7 @@ from lorafleet.workers.scheduling.residency import Residency
 from lorafleet.workers.scheduling.running import Running
 from lorafleet.workers.scheduling.start_order import StartOrder
 from lorafleet.workers.scheduling.step_shares import NEWCOMERS, StepShares, Wanted
-from lorafleet.workers.scheduling.turns import SlotPace, WaitBound
+from lorafleet.workers.scheduling.turns import SlotPace, SlotTurns, WaitBound
 
 _NEVER = (-1, -1, -1)
 
@@ -83,10 +83,10 @@ class Scheduler:
         self._residency = residency = Residency(slots, flows, pages, SlotPace(bound), is_in_host)
         self._running = running = Running(flows, pages, residency, max_num_seqs=max_num_seqs)
         self._claims = Claims(slots, flows, residency, turn_s=bound.turn_s)
-        self._preemption = Preemption(slots, flows, pages, residency, running, turn_s=bound.turn_s)
+        self._preemption = Preemption(slots, flows, pages, residency, running, bound)
         self._requests: dict[str, Request] = {}
         self._bound = bound
-        self.slot_turn_s = bound.turn_s  # how long a slot is kept at least
+        self.slot_turns = SlotTurns(bound.num_adapter_places, bound.turn_s, bound.turn_s)  # of late
         self._look_again_s = bound.turn_s / 16
         self._last_look = _NEVER  # what had changed before the last look that left nobody who could be let in
         self._last_look_at = self._now
@@ -94,6 +94,7 @@ class Scheduler:
         self._overdue_at = self._now  # when to look again for some
         self._num_steps = 0  # planned
         self._num_put_off = 0  # tokens of running prompts that are left to later steps
+        self._redone = 0.0  # of the last step's tokens, the part that had been computed before
 
     @property
     def num_running(self) -> int:
@@ -117,6 +118,11 @@ class Scheduler:
     def num_served_turns(self) -> int:
         """What `AdmissionControl` needs to know of adapters whose flows are served."""
         return self._flows.num_served_turns
+
+    @property
+    def num_base_seats(self) -> int:
+        """Seats that are kept for the base model from adapters' turns."""
+        return self._flows.base_seats.part
 
     @property
     def num_preemptions(self) -> int:
@@ -193,14 +199,15 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Choose the next step: those that run go on, then waiting ones are let in."""
         self._now = self._clock()
-        self.slot_turn_s = self._residency.update_flows(self._now)
-        reserved = self._preemption.give_turns(self._now)
+        num_places = self._preemption.book(self._now, self._redone)
+        self.slot_turns = self._residency.update_flows(self._now, num_places)
+        reserved = self._preemption.give_turns(self._now, self.slot_turns.hold_s)
         self._num_steps += 1
         scheduled: dict[Request, int] = {}
         rows, prompts = self._running_requests()
         shares = self._shares(rows, prompts)
         preempted = self._go_on(rows, prompts, scheduled, shares)
-        may_let_in = not preempted and not reserved.is_blocked
+        may_let_in = not preempted and not reserved.lacks_pages
         if shares.are_shared:
             if may_let_in and shares.room(NEWCOMERS):
                 self._let_in_beside(prompts, scheduled, shares, reserved)
@@ -210,7 +217,9 @@ class Scheduler:
             if may_let_in:
                 self._let_in(scheduled, shares, reserved)
             due = self._flows.slot_line.due(self._now)
-            prefetches = self._residency.announce(due, self._now, self.slot_turn_s)
+            prefetches = self._residency.announce(due, self._now, self.slot_turns.turn_s)
+        num_redone = sum(num for request, num in scheduled.items() if num > 1 and request.has_given_way)
+        self._redone = num_redone / sum(scheduled.values()) if num_redone else 0.0
         slots_of = self._residency.slots_of
         entries = [Scheduled(request, num, slots_of(request.digests)) for request, num in scheduled.items()]
         return StepPlan(in_row_order(entries), self._residency.take_started(), prefetches)
@@ -336,8 +345,10 @@ class Scheduler:
         """
         tenants = {request.tenant for request in prompts}
         last_priority = max((request.priority for request in prompts), default=MAX_PRIORITY)
-        order = StartOrder(self._flows, self._ready(self._unclaimed(reserved)), without=tenants)
+        order = StartOrder(self._flows, self._ready(self._unclaimed(reserved), reserved), without=tenants)
         while self._running.num_free_seats and shares.room(NEWCOMERS) and (flow := order.first()) is not None:
+            if reserved.lacks_seats and not self._flows.num_kept_seats:
+                return
             request = flow.waiting[0]
             if request.num_pending_tokens or request.priority > last_priority or not self._start(request):
                 return
@@ -349,16 +360,17 @@ class Scheduler:
         """Start waiting requests in the order of service until budget, seats or pages run out.
 
         One whose adapter is in host memory but in no slot starts a load if a slot can be had; if none can, those that
-        rank behind it pass.
+        rank behind it pass. While someone's turn lacks a seat, only the base model's requests start, in the seats that
+        are kept for them.
         """
         flows = self._flows
         if not shares.num_left and flows.num_waiting and not any(self._residency.next_at_hand()):
             self._last_look = _NEVER
             return
         unclaimed = self._unclaimed(reserved)
-        order = StartOrder(flows, self._ready(unclaimed))
+        order = StartOrder(flows, self._ready(unclaimed, reserved))
         keep = reserved.keep.union(*unclaimed.values())
-        has_slot = not reserved.is_gathering
+        has_slot = not (reserved.is_gathering or reserved.lacks_seats)
         while True:
             best = order.first()
             while has_slot and (cold := next(iter(self._residency.next_at_hand()), None)) is not None:
@@ -374,6 +386,8 @@ class Scheduler:
                 return
             if best is None or not self._running.num_free_seats:
                 break
+            if reserved.lacks_seats and not flows.num_kept_seats:
+                break
             request = best.waiting[0]
             if request.num_pending_tokens:  # preempted amid a step; the next one will find its token
                 self._last_look = _NEVER
@@ -385,13 +399,17 @@ class Scheduler:
         self._last_look, self._last_look_at = self._changes(), self._now
 
     def _unclaimed(self, reserved: Reserved) -> dict[str, tuple[str, ...]]:
-        """The adapters that requests wait for and that are hot and take somebody new, with their digests."""
+        """Return the hot adapters that have waiting requests and accept them, with their digests."""
         hot = self._flows.hot()
-        claimed = reserved.claimed | self._claims.find(hot, reserved.claimed, self._now)
+        # A request preempted for a turn resumes as if it had never stopped: its adapter takes it whoever else waits.
+        claimable = {adapter: digests for adapter, digests in hot.items() if adapter not in self._running.given_way}
+        claimed = reserved.claimed | self._claims.find(claimable, reserved.claimed, self._now)
         return {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
 
-    def _ready(self, unclaimed: dict[str, tuple[str, ...]]) -> list[str | None]:
-        """Of these, those whose requests may start; and the base model."""
+    def _ready(self, unclaimed: dict[str, tuple[str, ...]], reserved: Reserved) -> list[str | None]:
+        """Return the adapters whose requests may start now, and the base model."""
+        if reserved.lacks_seats:
+            return [None]
         return [None, *(adapter for adapter, digests in unclaimed.items() if self._residency.are_ready(digests))]
 
     def _load_beside(self, keep: set[str]) -> None:
