@@ -2,7 +2,8 @@
 
 python -m benchmarks.simulate_scheduler prints a table; --out FILE.png draws each scenario's waits, with the bound and
 without. It needs no model and no GPU, and is over in a minute. --slow prints what the bound costs where adapters take
-long to read; that takes ten.
+long to read, or take slots from those that use them better: never more than a fifth of the throughput. That takes
+twenty.
 """
 
 from __future__ import annotations
@@ -108,35 +109,84 @@ class Slow:
             for number in range(self.num_adapters)
             for tenant in tenants
         ]
-        return arrivals + [
-            Arrival(0.0, f"b{number % 4}", None, 20, 100, repeats=True) for number in range(self.num_base)
+        return arrivals + _base(self.num_base)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """All slots are held by long outputs, as many of each adapter, and a hundred other adapters want one."""
+
+    num_slots: int
+    num_each: int  # requests for each adapter that holds a slot
+    num_output: int  # of those that want one
+    num_base: int
+
+    def make(self) -> list[Arrival]:
+        arrivals = [
+            Arrival(0.0, "holds", f"hot-{number}", 100, 10_000, repeats=True)
+            for number in range(self.num_slots)
+            for _ in range(self.num_each)
         ]
+        arrivals += [
+            Arrival(1.0 + 0.1 * number, "wants", f"cold-{number}", 100, self.num_output) for number in range(100)
+        ]
+        return arrivals + _base(self.num_base)
+
+
+def _base(num_requests: int) -> list[Arrival]:
+    return [Arrival(0.0, f"b{number % 4}", None, 20, 100, repeats=True) for number in range(num_requests)]
 
 
 SLOW = tuple(
     Slow(read_s, num_adapters, num_tenants, num_base)
     for read_s, num_adapters, num_tenants, num_base in product((0.01, 0.1, 1.0, 10.0), (10, 100, 500), (1, 8), (0, 128))
 )
+HELD = tuple(
+    Held(num_slots, num_each, num_output, num_base)
+    for (num_slots, num_each), num_output, num_base in product(
+        ((2, 32), (8, 1), (8, 8), (32, 2)), (20, 10_000), (0, 128)
+    )
+)
+_READ_HELD_S = 0.1
 
 
-def run_slow(slow: Slow, max_wait_s: float, until_s: float) -> Outcome:
-    return Simulation(Machine(read_s=slow.read_s, load_s=min(slow.read_s, 0.02)), max_wait_s).run(slow.make(), until_s)
+def run_slow(load: Slow | Held, max_wait_s: float, until_s: float) -> Outcome:
+    read_s = load.read_s if isinstance(load, Slow) else _READ_HELD_S
+    num_slots = load.num_slots if isinstance(load, Held) else 8
+    machine = Machine(num_slots=num_slots, num_host=2 * num_slots, read_s=read_s, load_s=min(read_s, 0.02))
+    return Simulation(machine, max_wait_s).run(load.make(), until_s)
 
 
-def slow_line(slow: Slow) -> str:
+def slow_line(load: Slow | Held) -> str:
     """With the bound against without, for a minute and a half."""
-    plain, bounded = (run_slow(slow, max_wait_s, 90.0) for max_wait_s in (0.0, MAX_SLOW_WAIT_S))
+    plain, bounded = (run_slow(load, max_wait_s, 90.0) for max_wait_s in (0.0, MAX_SLOW_WAIT_S))
     rates = [outcome.num_tokens / outcome.seconds for outcome in (plain, bounded)]
+    base = [base_rate(outcome) for outcome in (plain, bounded)]
+    if isinstance(load, Slow):
+        name = f"{load.read_s:g} s, {load.num_adapters} x {load.num_tenants}, {load.num_base} base"
+    else:
+        name = f"{load.num_slots} slots x {load.num_each}, {load.num_output} tokens, {load.num_base} base"
     return (
-        f"{slow.read_s:>7g}{slow.num_adapters:>9}{slow.num_tenants:>8}{slow.num_base:>6}{rates[0]:>9.0f}{rates[1]:>8.0f}"
-        f"{rates[1] / rates[0]:>7.2f}{max(plain.waits.values()):>9.1f}{max(bounded.first_waits.values()):>11.1f}"
-        f"{max(bounded.waits.values()):>9.1f}{bounded.num_refused:>9}{bounded.num_given_up:>9}{bounded.num_preemptions:>9}"
+        f"{name:<36}{rates[0]:>9.0f}{rates[1]:>8.0f}{rates[1] / rates[0]:>7.2f}{base[0]:>8.0f}{base[1]:>7.0f}"
+        f"{max(plain.waits.values()):>9.1f}{max(bounded.first_waits.values()):>11.1f}{max(bounded.waits.values()):>9.1f}"
+        f"{bounded.num_refused:>9}{bounded.num_given_up:>9}{bounded.num_preemptions:>9}"
     )
 
 
+def base_rate(outcome: Outcome) -> float:
+    """Of the service a second, what the tenants of the base model got, in output tokens."""
+    return sum(service for tenant, service in outcome.service.items() if tenant.startswith("b")) / 2 / outcome.seconds
+
+
 SLOW_HEADER = (
-    f"{'read s':>7}{'adapters':>9}{'tenants':>8}{'base':>6}{'no bound':>9}{'tok/s':>8}{'ratio':>7}{'longest':>9}"
+    f"{'load':<36}{'no bound':>9}{'tok/s':>8}{'ratio':>7}{'base':>8}{'tok/s':>7}{'longest':>9}"
     f"{'first wait':>11}{'longest':>9}{'refused':>9}{'given up':>9}{'preempt.':>9}"
+)
+SLOW_LEGEND = (
+    "load: seconds to read an adapter, adapters x tenants of each, requests for the base model; or who holds slots,\n"
+    "and what a hundred other adapters want. First without the bound, then with one of 30 s: tokens a second, in all\n"
+    "and of the base model; the longest wait, before the first token and at all; refused at once, and after the wait.\n"
+    "ratio: to be 0.8 at least."
 )
 
 
@@ -195,12 +245,13 @@ def draw(outcomes: dict[str, dict[float, Outcome]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Play traces to the scheduler on a virtual clock.")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the waits")
-    parser.add_argument("--slow", action="store_true", help="what the bound costs where adapters take long to read")
+    parser.add_argument("--slow", action="store_true", help="what the bound costs where it may cost much")
     args = parser.parse_args()
     if args.slow:
         print(SLOW_HEADER)
-        for slow in SLOW:
-            print(slow_line(slow), flush=True)
+        for load in (*HELD, *SLOW):
+            print(slow_line(load), flush=True)
+        print(SLOW_LEGEND)
         return
     if args.out and (reason := chart.missing()) is not None:
         sys.exit(reason)

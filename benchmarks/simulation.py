@@ -250,7 +250,8 @@ class Simulation:
         outcome.history.append((self.now, dict(outcome.service)))
         self._entrance.num_served_clients = self.scheduler.num_served_clients
         self._entrance.num_served_turns = self.scheduler.num_served_turns
-        self._entrance.turn_s = self.scheduler.slot_turn_s
+        self._entrance.slot_turns = self.scheduler.slot_turns
+        self._entrance.num_base_seats = self.scheduler.num_base_seats
         self._entrance.hot = self._slots.occupants()
 
     def _finish(self, key: Key, arrival: Arrival) -> None:

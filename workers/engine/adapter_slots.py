@@ -66,6 +66,12 @@ class AdapterSlots:
     def is_pinned(self, digest: str) -> bool:
         return digest in self._pins
 
+    @property
+    def usual_pins(self) -> float:
+        """How many running requests the adapter of a running request has, on average."""
+        num_pins = sum(self._pins.values())
+        return sum(num * num for num in self._pins.values()) / num_pins if num_pins else 0.0
+
     def obstacles(self, digest: str) -> tuple[str, ...]:
         """Pinned adapters that `digest` could be loaded in place of, if their requests gave way."""
         return tuple(blocker for blocker in self.blockers(digest) if blocker in self._pins)

@@ -22,7 +22,7 @@ from itertools import zip_longest
 from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN, Fairness
 from lorafleet.workers.engine.ranking import Ranking
 from lorafleet.workers.engine.request import Request
-from lorafleet.workers.engine.turns import Line, SlotPace, WaitBound
+from lorafleet.workers.engine.turns import Line, WaitBound
 
 Rank = tuple[
     int, float, float, int
@@ -63,6 +63,10 @@ class Clients:
         self._num_clients: Counter[str] = Counter()  # by adapter
         self._num_turns = 0  # that they would need if none of them were served
         self._unserved: dict[str, Ranking[Client]] = {}  # by adapter: none of the client's requests runs
+        self._num_waiting: Counter[str | None] = Counter()  # requests by adapter
+        self.num_running_base = 0  # requests for the base model
+        self._uses: dict[str, list[int]] = {}  # tenants → their clients of the base model, and of adapters
+        self._num_base_halves = 0  # of tenants: two where the base model is all they use, one where it is not
         self.num_served_clients = 0
         self.slot_line: Line[str] = Line(bound.num_adapter_places, bound)
         self.seat_line: Line[Client] = Line(bound.num_seats, bound)
@@ -86,6 +90,7 @@ class Clients:
         client = self._client_of(request)
         self._dequeue(client, request)
         client.num_running += 1
+        self.num_running_base += client.adapter is None
         self.num_served_clients += client.num_running == 1
         self._changed(client)
 
@@ -126,6 +131,31 @@ class Clients:
         unserved = self._unserved.get(adapter)
         return [] if unserved is None else unserved.take(self._bound.num_clients_a_turn)
 
+    @property
+    def num_base_seats(self) -> int:
+        """The base model's part of the seats, that of the tenants that use it; half of theirs if they use adapters."""
+        return self._bound.num_seats * self._num_base_halves // (2 * len(self._uses) or 1)
+
+    @property
+    def num_kept_seats(self) -> int:
+        """More seats that the base model's requests need and may have as its part."""
+        return max(0, min(self.num_base_seats - self.num_running_base, self._num_waiting[None]))
+
+    @property
+    def num_warm(self) -> int:
+        """Requests that lack no more than a seat."""
+        return sum(self._num_waiting[adapter] for adapter in (None, *self.hot()))
+
+    @property
+    def mean_cold(self) -> float:
+        """How many requests wait for each of the adapters that are cold."""
+        num_cold = len(self._by_adapter) - len(self.hot()) - (None in self._by_adapter)
+        return (self.num_waiting - self.num_warm) / num_cold if num_cold else 0.0
+
+    def num_waiting_for(self, adapter: str | None) -> int:
+        """Requests, alone for an adapter or a composition."""
+        return self._num_waiting[adapter]
+
     def wants(self, digest: str) -> bool:
         """Whether requests wait for an adapter, alone or with others."""
         return digest in self._by_adapter or digest in self._composed
@@ -141,13 +171,6 @@ class Clients:
             if name in self._by_adapter:
                 hot[name] = self._compositions[name]
         return hot
-
-    def set_pinned(self, num_pinned: int, pace: SlotPace) -> float:
-        """Say how many slots change hands no more; how long each of the others is kept at least."""
-        num_places = self._bound.places_left(num_pinned)
-        turn_s = pace.turn_s(num_places)
-        self.slot_line.set_places(num_places, turn_s)
-        return turn_s
 
     def set_hot(self, adapters: frozenset[str]) -> None:
         """Say which adapters are in slots or on the way there; all others are cold."""
@@ -235,6 +258,7 @@ class Clients:
     def _enqueue(self, client: Client, request: Request) -> None:
         insort(client.waiting, request, key=_in_client)
         self.num_waiting += 1
+        self._num_waiting[request.adapter] += 1
         self.num_waiting_tokens += request.num_tokens
         self._changed(client)
 
@@ -243,15 +267,25 @@ class Clients:
         assert client.waiting[place] is request
         del client.waiting[place]
         self.num_waiting -= 1
+        self._num_waiting[request.adapter] -= 1
+        if not self._num_waiting[request.adapter]:
+            del self._num_waiting[request.adapter]
         self.num_waiting_tokens -= request.num_tokens
 
     def _end_run(self, client: Client) -> None:
         client.num_running -= 1
+        self.num_running_base -= client.adapter is None
         self.num_served_clients -= client.num_running == 0
 
     def _count(self, client: Client, change: int) -> None:
         """A client has come or gone."""
         adapter, digests = client.adapter, client.digests
+        uses = self._uses.setdefault(client.tenant, [0, 0])
+        self._num_base_halves -= _base_halves(uses)
+        uses[adapter is not None] += change
+        self._num_base_halves += _base_halves(uses)
+        if uses == [0, 0]:
+            del self._uses[client.tenant]
         if adapter is None:
             return
         num_turns = self._bound.num_turns
@@ -332,6 +366,12 @@ class Clients:
         assert self.num_waiting == len(waiting)
         assert self.num_waiting_tokens == sum(request.num_tokens for request in waiting)
         assert self.num_served_clients == len(num_running)
+        assert self._num_waiting == Counter(request.adapter for request in waiting)
+        assert self.num_running_base == sum(num for (_, adapter), num in num_running.items() if adapter is None)
+        uses = {tenant: [0, 0] for tenant, _ in self._clients}
+        for tenant, adapter in self._clients:
+            uses[tenant][adapter is not None] += 1
+        assert self._uses == uses and self._num_base_halves == sum(map(_base_halves, uses.values()))
         adapters = {request.adapter for request in waiting}
         assert self._by_adapter.keys() == adapters
         cold = {client for client in self._clients.values() if client.waiting}
@@ -367,6 +407,11 @@ class Clients:
         self.seat_line.check_integrity()
         self._fairness.check_integrity()
         return waiting
+
+
+def _base_halves(uses: list[int]) -> int:
+    num_base, num_others = uses
+    return (2 if not num_others else 1) if num_base else 0
 
 
 def _in_client(request: Request) -> tuple[int, int]:

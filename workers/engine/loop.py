@@ -420,8 +420,8 @@ class Engine:
                 self._adapters.leave(gone.digests)
             self._entrance.num_served_clients = self._scheduler.num_served_clients
             self._entrance.num_served_turns = self._scheduler.num_served_turns
-            self._entrance.num_pinned = self._slots.num_staying
-            self._entrance.turn_s = self._scheduler.slot_turn_s
+            self._entrance.slot_turns = self._scheduler.slot_turns
+            self._entrance.num_base_seats = self._scheduler.num_base_seats
             self._entrance.hot = self._slots.occupants()
         for gone in ended:
             self._release_files(gone)

@@ -6,14 +6,19 @@ nobody to give way (scheduler.py). Times are the caller's.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lorafleet.workers.engine.adapter_slots import AdapterSlots
+from lorafleet.workers.engine.budget import TurnBudget
 from lorafleet.workers.engine.clients import Client, Clients
 from lorafleet.workers.engine.request import Request
 from lorafleet.workers.engine.request_pages import RequestPages
 from lorafleet.workers.engine.residency import Residency
 from lorafleet.workers.engine.running import Running
+from lorafleet.workers.engine.turns import WaitBound
 
 
 @dataclass(slots=True)
@@ -22,9 +27,11 @@ class Reserved:
 
     adapters: list[str]  # that must have a slot, longest wait first
     keep: set[str]  # adapters of all that must have a turn: they are not evicted
+    fresh: set[str] = field(default_factory=set)  # adapters that no turn is taken from yet, though nobody uses them
     claimed: set[str] = field(default_factory=set)  # adapters that take nobody new
     is_gathering: bool = False  # slots come free for a composition: nobody else may take them
-    is_blocked: bool = False  # someone waits for a seat or pages: nobody else may take them
+    lacks_pages: bool = False  # someone waits for pages: nobody else may take them
+    lacks_seats: bool = False  # someone waits for a seat: nobody else may take one that is not the base model's
 
 
 class Preemption:
@@ -37,16 +44,19 @@ class Preemption:
         pages: RequestPages,
         residency: Residency,
         running: Running,
-        *,
-        turn_s: float,
+        bound: WaitBound,
     ) -> None:
-        """turn_s: how long a seat is kept at least."""
         self._slots = slots
         self._clients = clients
         self._pages = pages
         self._residency = residency
         self._running = running
-        self._turn_s = turn_s
+        self._bound = bound
+        self._budget = TurnBudget(bound.num_seats, bound.turn_s)
+        self._taken: dict[int, float] = {}  # slots that were taken for turns → how many requests they served before
+        self._estimate = 0.0  # seats that a turn in another slot would leave empty
+        self._estimated_at = -math.inf  # a look at all slots costs more than a step decides otherwise
+        self._num_shut_out = 0  # requests that wait for adapters that take nobody new
 
     def free_pages(self) -> Request:
         """Preempt the request that ranks last, for its pages."""
@@ -54,17 +64,82 @@ class Preemption:
         self._running.preempt(victim)
         return victim
 
-    def give_turns(self, now: float) -> Reserved:
-        """Give places to those whose time is running out. Who has run for less than a turn is left alone."""
-        adapters = self._clients.slot_line.due(now, self._residency.could_run)
+    def book(self, now: float, redone: float) -> float:
+        """Book what turns have cost since the last step; in how many slots they may be taken.
+
+        redone: of what that step computed, the part that those that gave way had computed before.
+        """
+        num_places = self._bound.places_left(self._slots.num_staying)
+        if not self._bound.max_wait_s:
+            return num_places
+        if now >= self._estimated_at + self._bound.turn_s / 16:
+            self._estimated_at = now
+            num_users = self._slots.usual_pins * (1 + self._residency.empty_share)
+            num_filling = max(0, self._clients.num_warm - self._running.num_free_seats)
+            self._estimate = max(0.0, num_users - self._clients.mean_cold - num_filling)
+        self._budget.book(
+            now, num_running=len(self._running), num_lost=self._lost_seats(), redone=redone, cost=self._estimate
+        )
+        return self._budget.places(num_places)
+
+    def _lost_seats(self) -> int:
+        """Seats that stand empty for those that gave way, or were not let in.
+
+        At most as many as their slots serve less than before.
+        """
+        num_less = 0.0
+        if not self._running.given_way:
+            self._taken.clear()
+        if self._taken:
+            num_served = self._num_served(self._running)
+            self._taken = {slot: num for slot, num in self._taken.items() if num_served[slot] < num}
+            num_less = sum(num - num_served[slot] for slot, num in self._taken.items())
+        num_waiting = min(round(num_less), self._running.given_way.total()) + self._num_shut_out
+        return min(self._running.num_free_seats, num_waiting)
+
+    def _num_served(self, requests: Iterable[Request]) -> dict[int, float]:
+        """How many of these requests each slot serves; of one that uses two slots, each a half."""
+        num_served: dict[int, float] = defaultdict(float)
+        for request in requests:
+            for slot in self._residency.slots_of(request.digests):
+                num_served[slot] += 1 / len(request.digests)
+        return num_served
+
+    def give_turns(self, now: float, hold_s: float) -> Reserved:
+        """Give places to those whose time is running out. Who has run for less than a turn is left alone.
+
+        hold_s: how long a slot is kept at least.
+        """
+        adapters = self._clients.slot_line.due(now, self._can_have_turn)
         due = self._due(adapters, now)
         reserved = Reserved(adapters, {digest for client in due for digest in client.digests})
+        gives_back = self._budget.is_overdrawn and self._lost_seats() > 0
+        if due or gives_back:
+            reserved.fresh = self._fresh(now - hold_s)
+        if gives_back:
+            self._give_back(reserved, now, now - hold_s)
         for client in due:
             if self._residency.are_ready(client.digests):
-                reserved.is_blocked |= not self._start(client, now)
+                self._start(client, reserved, now)
             else:
-                self._load(client, reserved, now)
+                self._load(client, reserved, now, now - hold_s)
+        self._num_shut_out = sum(map(self._clients.num_waiting_for, reserved.claimed))
         return reserved
+
+    def _can_have_turn(self, adapter: str) -> bool:
+        """Whether all that its clients need is at hand; while too much is lost, only those that gave way."""
+        client = self._clients.first(adapter)
+        is_affordable = not self._budget.is_overdrawn or self._running.given_way[adapter] > 0
+        return client is not None and is_affordable and self._residency.are_at_hand(client)
+
+    def _fresh(self, before: float) -> set[str]:
+        """Adapters that came into their slots after `before`, and whose requests have not had the time to start."""
+        hot = {digest for digests in self._clients.hot().values() for digest in digests}
+        return {
+            digest
+            for digest in hot
+            if not self._slots.is_pinned(digest) and not self._residency.was_held_at(digest, before)
+        }
 
     def _due(self, adapters: list[str], now: float) -> list[Client]:
         """Of the clients of adapters that must have a slot the first ones, those that must have a seat, the others."""
@@ -76,36 +151,60 @@ class Preemption:
         due |= dict.fromkeys(client for _, *others in served for client in others)
         return list(due)
 
-    def _start(self, client: Client, now: float) -> bool:
+    def _start(self, client: Client, reserved: Reserved, now: float) -> None:
         """Start a client's next request before all others, in place of running ones if need be.
 
         Nobody gives way if it would not suffice.
         """
         request = client.waiting[0]
-        before = now - self._turn_s
+        others = self._may_give_way(client, now - self._bound.turn_s)
+        num_kept = 0 if client.adapter is None else self._clients.num_kept_seats
+        if self._running.num_free_seats + len(others) <= num_kept:
+            reserved.lacks_seats = True
+            return
+        reserved.lacks_pages |= not self._pages.could_place(request, without=others)
+        if reserved.lacks_pages:
+            return
+        while self._running.num_free_seats <= num_kept or not self._running.start(request, now, is_urgent=True):
+            if not others or (self._running.num_free_seats > num_kept and self._budget.is_overdrawn):
+                reserved.lacks_pages = True
+                return
+            self._running.preempt(others.pop(), gives_way=True)
+
+    def _may_give_way(self, client: Client, before: float) -> list[Request]:
+        """Requests that have run since `before`, best rank first; for an adapter's client not the base model's part."""
         others = [other for other in self._running if other.has_progressed and other.started_at <= before]
         others.sort(key=self._clients.rank_of)
-        if not self._pages.could_place(request, without=others):
-            return False
-        while not self._running.num_free_seats or not self._running.start(request, now, is_urgent=True):
-            if not others:
-                return False
-            self._running.preempt(others.pop())
-        return True
+        if client.adapter is None:
+            return others
+        num_more = max(0, self._clients.num_running_base - self._clients.num_base_seats)
+        base = [other for other in others if other.adapter is None]
+        stay = set(base[: max(0, len(base) - num_more)])
+        return [other for other in others if other not in stay]
 
-    def _load(self, client: Client, reserved: Reserved, now: float) -> None:
+    def _load(self, client: Client, reserved: Reserved, now: float, before: float) -> None:
         """Load what a client's adapter lacks, in place of adapters whose requests give way if need be.
 
-        If that would not suffice, as many as it lacks take nobody new, those first that have their slots the longest.
+        If too few have held their slots since `before`, as many as it lacks take nobody new, those first that have had
+        theirs the longest.
         """
         missing = self._residency.missing(client)
         if not missing or reserved.is_gathering:
             return
-        while not self._residency.start_load(client, reserved.keep, now):
-            others = [other for other in self._slots.obstacles(missing[0]) if other not in reserved.keep]
-            num_lacking = max(1, self._slots.num_lacking(len(missing), reserved.keep))
-            if self._free_slots(others, num_lacking, now):
+        keep = reserved.keep | reserved.fresh
+        while not self._residency.start_load(client, keep, now):
+            others = [other for other in self._slots.obstacles(missing[0]) if other not in keep]
+            num_lacking = max(1, self._slots.num_lacking(len(missing), keep))
+            held = self._users(others, before)
+            if len(held) >= num_lacking:
+                victims = self._affordable(client, held, num_lacking, now)
+                if victims is None:
+                    return
+                self._budget.take()
+                self._free_slots(victims, held)
                 continue
+            if self._budget.is_overdrawn and not self._is_owed(client, now):
+                return
             unclaimed = [other for other in others if other not in reserved.claimed]
             reserved.claimed.update(sorted(unclaimed, key=self._residency.held_since)[:num_lacking])
             if len(missing) > 1:
@@ -114,27 +213,79 @@ class Preemption:
                 reserved.claimed.update(other for other in idle if other not in reserved.keep)
             return
 
-    def _free_slots(self, adapters: list[str], num_slots: int, now: float) -> bool:
-        """Take the slots from the adapters whose requests rank last, of those that have held theirs for a turn.
+    def _give_back(self, reserved: Reserved, now: float, before: float) -> None:
+        """Load the adapter that most requests wait for that gave way, in place of one that fewer use if need be."""
+        given_way = self._running.given_way
+        cold = [adapter for adapter in given_way if adapter is not None and self._residency.could_load(adapter)]
+        client = self._clients.first(max(cold, key=given_way.__getitem__)) if cold else None
+        if client is None:
+            return
+        reserved.keep.update(client.digests)
+        keep = reserved.keep | reserved.fresh
+        while not self._residency.start_load(client, keep, now):
+            missing = self._residency.missing(client)
+            others = [other for other in self._slots.obstacles(missing[0]) if other not in keep]
+            num_lacking = max(1, self._slots.num_lacking(len(missing), keep))
+            held = self._users(others, before)
+            victims = sorted(held, key=lambda digest: len(held[digest]))[:num_lacking]
+            num_users = len({request for digest in victims for request in held[digest]})
+            if len(victims) < num_lacking or num_users >= given_way[client.adapter]:
+                return
+            self._free_slots(victims, held)
 
-        An adapter with a request that has got no token yet is left alone. False, and nothing is taken: there are fewer.
+    def _users(self, adapters: list[str], before: float) -> dict[str, list[Request]]:
+        """The running requests of the adapters that have held their slots since `before`, that which ranks last at the
+        end.
+
+        An adapter with a request that has got no token yet is left alone.
         """
-        before = now - self._clients.slot_line.turn_s
         held = {digest for digest in adapters if self._residency.held_since(digest) <= before}
-        running: dict[str, list[Request]] = {}
+        users: dict[str, list[Request]] = {}
         for request in self._running:
             for digest in request.digests:
                 if digest in held:
-                    running.setdefault(digest, []).append(request)
+                    users.setdefault(digest, []).append(request)
         ranks = {
             digest: min(map(self._clients.rank_of, requests))
-            for digest, requests in running.items()
+            for digest, requests in users.items()
             if all(request.has_progressed for request in requests)
         }
-        if len(ranks) < num_slots:
-            return False
-        for digest in sorted(ranks, key=ranks.__getitem__)[-num_slots:]:
-            for request in running[digest]:
+        return {digest: users[digest] for digest in sorted(ranks, key=ranks.__getitem__)}
+
+    def _affordable(
+        self, client: Client, users: dict[str, list[Request]], num_slots: int, now: float
+    ) -> list[str] | None:
+        """Whose slots a client's adapter is to have: those that rank last, or if that costs, the least used.
+
+        None if that costs too much. What has begun is not refused any more, so it gets its turn in time all the same.
+        """
+        victims = list(users)[-num_slots:]
+        cost = self._cost(client, users, victims)
+        if cost > 0:
+            victims = sorted(users, key=lambda digest: len(users[digest]))[:num_slots]
+            cost = self._cost(client, users, victims)
+        if self._budget.allows(self._lost_seats(), cost):
+            return victims
+        return victims if self._is_owed(client, now) else None
+
+    def _is_owed(self, client: Client, now: float) -> bool:
+        """Whether a client's turn must come now, whatever it costs: a request of its has begun, and is not refused."""
+        is_last_moment = client.since <= self._clients.slot_line.latest(now)
+        return is_last_moment and any(request.num_output_tokens for request in client.waiting)
+
+    def _cost(self, client: Client, users: dict[str, list[Request]], victims: list[str]) -> int:
+        """How many more seats would stand empty if a client's adapter had the slots of others."""
+        leaving = {request for digest in victims for request in users[digest]}
+        num_waiting = self._clients.num_warm - sum(map(self._clients.num_waiting_for, victims))
+        num_filling = max(0, num_waiting - self._running.num_free_seats)
+        cost = len(leaving) - self._clients.num_waiting_for(client.adapter)
+        return max(0, cost - num_filling) if cost > 0 else cost
+
+    def _free_slots(self, victims: list[str], users: dict[str, list[Request]]) -> None:
+        for digest in victims:
+            (slot,) = self._residency.slots_of((digest,))
+            num_served = sum(1 / len(request.digests) for request in users[digest])
+            self._taken[slot] = max(self._taken.get(slot, 0.0), num_served)
+            for request in users[digest]:
                 if request.pages:  # a composition may be preempted for several
-                    self._running.preempt(request)
-        return True
+                    self._running.preempt(request, gives_way=True)

@@ -23,7 +23,7 @@ from lorafleet.workers.engine.batch import SlotLoad
 from lorafleet.workers.engine.clients import Client, Clients
 from lorafleet.workers.engine.request import Request
 from lorafleet.workers.engine.request_pages import RequestPages
-from lorafleet.workers.engine.turns import SlotPace
+from lorafleet.workers.engine.turns import SlotPace, SlotTurns
 
 _OVERDUE = 2.0  # turns after which an announced adapter that has not come counts no more among those that may
 _SIDE_BY_SIDE = 4  # reads that a host tier makes at a time, at least
@@ -56,14 +56,24 @@ class Residency:
         self.num_come = 0  # so far
         self._num_overdue = 0  # of those that were announced
 
-    def update_clients(self, now: float) -> float:
-        """Tell the clients what has come of loads and pins since the last step; how long a slot is kept at least."""
+    def update_clients(self, now: float, num_places: float) -> SlotTurns:
+        """Tell the clients what has come of loads since the last step, and how slots change hands from now on.
+
+        num_places: of `SlotPace.turns`.
+        """
         for digest in [digest for digest in self._loading_since if not self._slots.is_loading(digest)]:
             since = self._loading_since.pop(digest)
             if self._slots.slot_of(digest) is not None:
                 self._pace.book(empty_s=now - since)
         self._clients.set_hot(self._slots.occupants())
-        return self._clients.set_pinned(self._slots.num_staying, self._pace)
+        turns = self._pace.turns(num_places)
+        self._clients.slot_line.set_turns(turns)
+        return turns
+
+    @property
+    def empty_share(self) -> float:
+        """The part of a turn in which its slot stands empty, since its adapter is on the way."""
+        return self._pace.empty_share
 
     def come(self, digest: str, now: float) -> None:
         """An announced adapter is in host memory."""
@@ -79,10 +89,10 @@ class Residency:
         """Whether all that a client's adapter lacks is or was in host memory, which may lack room for several."""
         return all(digest in self._come or self._is_in_host(digest) for digest in self.missing(client))
 
-    def could_run(self, adapter: str) -> bool:
-        """Whether all adapters that clients of `adapter` need are in slots, on the way there, or at hand."""
+    def could_load(self, adapter: str) -> bool:
+        """Whether what clients of `adapter` lack is in no slot, and all of that at hand."""
         client = self._clients.first(adapter)
-        return client is not None and self.are_at_hand(client)
+        return client is not None and bool(self.missing(client)) and self.are_at_hand(client)
 
     def next_at_hand(self) -> list[Client]:
         """Of the clients of cold adapters that are likely to be served next, those whose adapters are at hand."""

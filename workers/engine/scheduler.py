@@ -34,7 +34,7 @@ from lorafleet.workers.engine.request import FinishReason, Request
 from lorafleet.workers.engine.request_pages import RequestPages
 from lorafleet.workers.engine.residency import Residency
 from lorafleet.workers.engine.running import Running
-from lorafleet.workers.engine.turns import SlotPace, WaitBound
+from lorafleet.workers.engine.turns import SlotPace, SlotTurns, WaitBound
 
 _NEVER = (-1, -1, -1)
 
@@ -74,16 +74,17 @@ class Scheduler:
         self._residency = residency = Residency(slots, clients, pages, SlotPace(bound), is_in_host)
         self._running = running = Running(clients, pages, residency, max_num_seqs=max_num_seqs)
         self._claims = Claims(slots, clients, residency, turn_s=bound.turn_s)
-        self._preemption = Preemption(slots, clients, pages, residency, running, turn_s=bound.turn_s)
+        self._preemption = Preemption(slots, clients, pages, residency, running, bound)
         self._requests: dict[str, Request] = {}
         self._bound = bound
-        self.slot_turn_s = bound.turn_s  # how long a slot is kept at least
+        self.slot_turns = SlotTurns(bound.num_adapter_places, bound.turn_s, bound.turn_s)  # of late
         self._look_again_s = bound.turn_s / 16
         self._last_look = _NEVER  # what had changed before the last look that left nobody who could be let in
         self._last_look_at = self._now
         self._give_up_s = max_wait_s - bound.turn_s / 4
         self._overdue_at = self._now  # when to look again for some
         self._num_put_off = 0  # tokens of running prompts that are left to later steps
+        self._redone = 0.0  # of the last step's tokens, the part that had been computed before
 
     @property
     def num_running(self) -> int:
@@ -107,6 +108,11 @@ class Scheduler:
     def num_served_turns(self) -> int:
         """What `Entrance` needs to know of adapters whose clients are served."""
         return self._clients.num_served_turns
+
+    @property
+    def num_base_seats(self) -> int:
+        """Seats that are kept for the base model from adapters' turns."""
+        return self._clients.num_base_seats
 
     @property
     def num_preemptions(self) -> int:
@@ -183,16 +189,19 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Choose the next step: those that run go on, then waiting ones are let in."""
         self._now = self._clock()
-        self.slot_turn_s = self._residency.update_clients(self._now)
-        reserved = self._preemption.give_turns(self._now)
+        num_places = self._preemption.book(self._now, self._redone)
+        self.slot_turns = self._residency.update_clients(self._now, num_places)
+        reserved = self._preemption.give_turns(self._now, self.slot_turns.hold_s)
         scheduled: dict[Request, int] = {}
         budget, preempted = self._go_on(scheduled)
         prefetches: tuple[str, ...] = ()
         if reserved.keep or not scheduled or self._has_news():
-            if not preempted and not reserved.is_blocked:
+            if not preempted and not reserved.lacks_pages:
                 self._let_in(scheduled, budget, reserved)
             due = self._clients.slot_line.due(self._now)
-            prefetches = self._residency.announce(due, self._now, self.slot_turn_s)
+            prefetches = self._residency.announce(due, self._now, self.slot_turns.turn_s)
+        num_redone = sum(num for request, num in scheduled.items() if num > 1 and request.has_given_way)
+        self._redone = num_redone / sum(scheduled.values()) if num_redone else 0.0
         slots_of = self._residency.slots_of
         entries = [Scheduled(request, num, slots_of(request.digests)) for request, num in scheduled.items()]
         return StepPlan(in_row_order(entries), self._residency.take_started(), prefetches)
@@ -280,15 +289,18 @@ class Scheduler:
         """Start waiting requests in the order of service until budget, seats or pages run out.
 
         One whose adapter is in host memory but in no slot starts a load if a slot can be had; if none can, those that
-        rank behind it pass.
+        rank behind it pass. While someone's turn lacks a seat, only the base model's requests start, in the seats that
+        are kept for them.
         """
         clients = self._clients
         hot = clients.hot()
         claimed = reserved.claimed | self._claims.find(hot, reserved.claimed, self._now)
         unclaimed = {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
         ready = [adapter for adapter, digests in unclaimed.items() if self._residency.are_ready(digests)]
+        if reserved.lacks_seats:
+            ready = []
         keep = reserved.keep.union(*unclaimed.values())
-        has_slot = not reserved.is_gathering
+        has_slot = not (reserved.is_gathering or reserved.lacks_seats)
         while True:
             warm = [client for adapter in (None, *ready) if (client := clients.first(adapter)) is not None]
             best = min(warm, key=clients.rank, default=None)
@@ -304,6 +316,8 @@ class Scheduler:
                 self._last_look = _NEVER
                 return
             if best is None or not self._running.num_free_seats:
+                break
+            if reserved.lacks_seats and not clients.num_kept_seats:
                 break
             request = best.waiting[0]
             if request.num_pending_tokens:  # preempted amid a step; the next one will find its token

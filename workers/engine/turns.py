@@ -11,9 +11,13 @@ An adapter's turn serves its share of the seats, so one that more tenants wait f
 lose a slot with all that ran there are in line again, at its end, with at most 2 * S turns: so of all that wait at most
 S * (B / q - 4) can be served in time.
 
-A seat changes hands between two steps. A slot's turn is longer where slots cannot change hands that often, or where it
-would cost too much: `COST` times as long as a slot stands empty while an adapter is copied into it, and `AGAIN` times
-as long as host memory takes to get S adapters ready. Both are measured (`SlotPace`).
+A seat changes hands between two steps. A slot's turn is longer where slots cannot change hands that often: `COST` times
+as long as a slot stands empty while an adapter is copied into it, and `AGAIN` times as long as host memory takes to get
+S adapters ready. Both are measured (`SlotPace`). And where those that give way would leave seats empty, turns are taken
+in fewer slots (budget.py). So S and q are what has been measured of late (`SlotTurns`).
+
+What needs no slot gives no seat up for an adapter's turn while the base model has no more than its part of the seats:
+that of the tenants that use it, half of it if they use adapters too. An eighth is left to it in any case.
 
 A composition needs the slots of all its adapters at once, k of them: up to k - 1 places before it may be left empty in
 a turn. So it counts as 2 * k - 1 in line, whatever slots it shares with others, and the promise is the same. What is
@@ -70,21 +74,26 @@ class WaitBound:
         """How many turns an adapter needs for so many clients, or a composition of `num_adapters`."""
         return -(-num_clients // self.num_clients_a_turn) * (2 * num_adapters - 1)
 
-    def max_turns(self, num_pinned: int = 0, turn_s: float = 0.0) -> int:
-        """How many turns adapters may wait for, when some slots change hands no more: two each at least.
-
-        turn_s: of a slot, if it is longer than a seat's.
-        """
-        return self.places_left(num_pinned) * max(2, int(self.max_wait_s / max(turn_s, self.turn_s) - 4))
-
     def places_left(self, num_pinned: int) -> int:
-        """For adapters to take turns in."""
+        """For adapters to take turns in, when some slots change hands no more."""
         return min(max(1, self.num_slots - num_pinned), self.num_seats)
 
-    @property
-    def max_clients(self) -> int:
-        """How many clients may wait for a seat."""
-        return self.num_seats * int(self.max_wait_s / self.turn_s - 4)
+    def max_clients(self, num_kept: int = 0) -> int:
+        """How many clients may wait for a seat, when some seats are kept for others."""
+        return (self.num_seats - num_kept) * int(self.max_wait_s / self.turn_s - 4)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTurns:
+    """How slots change hands at present."""
+
+    num_places: int  # slots that adapters take turns in
+    turn_s: float  # how often each changes hands at most
+    hold_s: float  # how long each is kept at least
+
+    def max_turns(self, max_wait_s: float) -> int:
+        """How many turns adapters may wait for: two in each place at least."""
+        return self.num_places * max(2, int(max_wait_s / self.turn_s - 4))
 
 
 class SlotPace:
@@ -102,17 +111,25 @@ class SlotPace:
         if ready_s is not None:
             self._ready_s += (ready_s - self._ready_s) / 4
 
-    def turn_s(self, num_places: int) -> float:
-        """How long a slot is kept at least."""
-        return max(self._bound.turn_s, COST * self._empty_s, AGAIN * num_places * self._ready_s)
+    @property
+    def empty_share(self) -> float:
+        """The part of a turn in which its slot stands empty."""
+        return self._empty_s / self.turns(1).hold_s
+
+    def turns(self, num_places: float) -> SlotTurns:
+        """num_places: slots that turns may be taken in; below 1: in one, for so much of the time."""
+        whole = max(1, int(num_places))
+        hold_s = max(self._bound.turn_s, COST * self._empty_s, AGAIN * whole * self._ready_s)
+        return SlotTurns(whole, hold_s * max(1.0, whole / num_places), hold_s)
 
 
 class Line(Generic[T]):
     """Those that wait for one kind of place, longest wait first."""
 
     def __init__(self, num_places: int, bound: WaitBound) -> None:
-        self.num_places = num_places
-        self.turn_s = bound.turn_s  # how long a place is kept at least
+        self._max_places = self.num_places = num_places
+        self.turn_s = bound.turn_s  # how often a place changes hands at most
+        self.hold_s = bound.turn_s  # how long it is kept at least
         self._bound = bound
         self._numbers = count()
         self._entries: list[tuple[float, int, T]] = []  # (since when, number, item), sorted
@@ -139,10 +156,11 @@ class Line(Generic[T]):
         """When an item that is in line began to wait."""
         return self._known[item][0]
 
-    def set_places(self, num_places: int, turn_s: float) -> None:
+    def set_turns(self, turns: SlotTurns) -> None:
         """Say how many places there are from now on, and how long each is kept at least."""
-        if (num_places, turn_s) != (self.num_places, self.turn_s):
-            self.num_places, self.turn_s = num_places, turn_s
+        new = turns.num_places, turns.turn_s, turns.hold_s
+        if new != (self.num_places, self.turn_s, self.hold_s):
+            self.num_places, self.turn_s, self.hold_s = new
             self._is_changed = True
 
     def put(self, item: T, since: float, num_turns: int = 1, width: int = 1) -> None:
@@ -168,6 +186,10 @@ class Line(Generic[T]):
             del self._widths[item]
             self._is_changed = True
 
+    def latest(self, now: float) -> float:
+        """Who waits since then must have a place, even at the line's head."""
+        return now - self._bound.max_wait_s + 2 * self.hold_s
+
     def longest(self, before: float) -> Iterator[T]:
         """Those that wait since `before` or longer, longest first. The line must not change meanwhile."""
         for since, _, item in self._entries:
@@ -182,16 +204,16 @@ class Line(Generic[T]):
         """
         if not self._bound.max_wait_s or not self._entries:
             return []
-        latest = now - self._bound.max_wait_s + 2 * self.turn_s  # who waits since then is due at the line's head
+        latest = self.latest(now)
         is_late = now >= self._find_late_at(now)
         items = []
-        num_left = self.num_places
-        for since, _, item in islice(self._entries, _MAX_PASSED * self.num_places):
+        num_left = self._max_places
+        for since, _, item in islice(self._entries, _MAX_PASSED * num_left):
             if since > latest and not is_late:
                 break
             if not can_have(item):
                 continue
-            num_left -= min(self._widths[item], self.num_places)
+            num_left -= min(self._widths[item], self._max_places)
             if num_left < 0:
                 break
             items.append(item)
@@ -212,7 +234,7 @@ class Line(Generic[T]):
             if k >= places:
                 earliest = min(earliest, since - k // places * turn_s)
             k += self._turns[item] - (width - 1)
-        self._late_at = earliest + self._bound.max_wait_s - 2 * turn_s
+        self._late_at = earliest + self._bound.max_wait_s - 2 * self.hold_s
         return self._late_at
 
     def check_integrity(self) -> None:
@@ -234,8 +256,8 @@ class Entrance:
         # Of all this, what is not in line since it is served. The owner sets them after each step.
         self.num_served_clients = 0
         self.num_served_turns = 0
-        self.num_pinned = 0  # adapters whose slots change hands no more
-        self.turn_s = bound.turn_s  # of a slot
+        self.slot_turns = SlotTurns(bound.num_adapter_places, bound.turn_s, bound.turn_s)
+        self.num_base_seats = 0  # that are kept for the base model
         self.hot: frozenset[str] = frozenset()  # adapters in slots or on the way there
 
     @property
@@ -259,7 +281,7 @@ class Entrance:
                 num_clients = self._clients[adapter]
                 num_more = bound.num_turns(num_clients + 1, num_adapters) - bound.num_turns(num_clients, num_adapters)
             if bound.max_wait_s:
-                self._check_room(0 if is_hot else num_more, tenant)
+                self._check_room(0 if is_hot else num_more, tenant, adapter)
             if adapter is not None:
                 self._clients[adapter] += 1
                 self._turns_of[tenant] += bound.num_turns(1, num_adapters)
@@ -285,20 +307,22 @@ class Entrance:
             if not self._turns_of[tenant]:
                 del self._turns_of[tenant]
 
-    def _check_room(self, num_more_turns: int, tenant: str) -> None:
+    def _check_room(self, num_more_turns: int, tenant: str, adapter: str | None) -> None:
         bound = self._bound
         max_turns = self.max_turns_for(tenant)
         if num_more_turns and self.num_waiting_turns >= max_turns:
             raise QueueFullError(
-                f"{self.num_waiting_turns} adapters wait for {bound.places_left(self.num_pinned)} slots (one that many "
-                f"tenants want counts several times); --max-adapter-wait-s {bound.max_wait_s:g} can be kept for "
-                f"{max_turns}. Try again later; a larger --max-adapter-wait-s or --max-loras lets more wait."
+                f"{self.num_waiting_turns} adapters wait for {self.slot_turns.num_places} slots (one that many tenants "
+                f"want counts several times); --max-adapter-wait-s {bound.max_wait_s:g} can be kept for {max_turns}. "
+                "Try again later; a larger --max-adapter-wait-s or --max-loras lets more wait."
             )
-        if self.num_waiting_clients >= bound.max_clients:
+        num_kept = 0 if adapter is None else max(self.num_base_seats, bound.num_seats // RESERVE)
+        max_clients = bound.max_clients(num_kept)
+        if self.num_waiting_clients >= max_clients:
             raise QueueFullError(
-                f"{self.num_waiting_clients} clients (a tenant's requests for one model) wait for {bound.num_seats} "
-                f"seats; --max-adapter-wait-s {bound.max_wait_s:g} can be kept for {bound.max_clients}. Try again "
-                "later; a larger --max-adapter-wait-s or --max-num-seqs lets more wait."
+                f"{self.num_waiting_clients} clients (a tenant's requests for one model) wait for "
+                f"{bound.num_seats - num_kept} seats; --max-adapter-wait-s {bound.max_wait_s:g} can be kept for "
+                f"{max_clients}. Try again later; a larger --max-adapter-wait-s or --max-num-seqs lets more wait."
             )
 
     def max_turns_for(self, tenant: str) -> int:
@@ -307,7 +331,7 @@ class Entrance:
         A tenant that has its share of all turns leaves an eighth to those that have not: many adapters, or weights of
         one, are no reason to refuse another's first.
         """
-        max_turns = self._bound.max_turns(self.num_pinned, self.turn_s)
+        max_turns = self.slot_turns.max_turns(self._bound.max_wait_s)
         reserve = max_turns // RESERVE if tenant else 0
         num_tenants = len(self._turns_of) + (tenant not in self._turns_of)
         has_share = self._turns_of[tenant] >= max(1, (max_turns - reserve) // num_tenants)

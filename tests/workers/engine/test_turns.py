@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorafleet.workers.engine.turns import COST, Entrance, Line, SlotPace, WaitBound
+from lorafleet.workers.engine.turns import COST, Entrance, Line, SlotPace, SlotTurns, WaitBound
 from lorafleet.workers.errors import QueueFullError
 
 BOUND = WaitBound(max_wait_s=10.0, num_slots=2, num_seats=4)  # turns of a second; two adapters a turn
@@ -70,11 +70,14 @@ def test_a_turn_is_a_second_or_an_eighth_of_the_bound(max_wait_s: float, turn_s:
 
 
 def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
-    assert (BOUND.max_turns(), BOUND.max_clients, BOUND.num_clients_a_turn) == (2 * 6, 4 * 6, 2)
-    assert WaitBound(60.0, 8, 64).max_turns() == 448
-    assert WaitBound(60.0, 8, 64).max_turns(num_pinned=3) == 280
-    assert WaitBound(1.0, 8, 64).max_turns() == 32
-    assert WaitBound(10.0, 8, 1).max_turns() == 6, "one seat is one place, however many slots there are"
+    assert (BOUND.num_adapter_places, BOUND.max_clients(), BOUND.num_clients_a_turn) == (2, 4 * 6, 2)
+    assert BOUND.max_clients(num_kept=1) == 3 * 6
+    assert SlotTurns(8, 1.0, 1.0).max_turns(60.0) == 448
+    assert SlotTurns(8, 4.0, 4.0).max_turns(60.0) == 8 * 11
+    assert SlotTurns(8, 40.0, 40.0).max_turns(60.0) == 16, "one in each slot and one that waits for it"
+    assert SlotTurns(1, 1.5, 1.0).max_turns(60.0) == 36
+    assert WaitBound(60.0, 8, 64).places_left(num_pinned=3) == 5
+    assert WaitBound(10.0, 8, 1).num_adapter_places == 1, "one seat is one place, however many slots there are"
     assert [BOUND.num_turns(num) for num in range(5)] == [0, 1, 1, 2, 2]
 
 
@@ -108,8 +111,25 @@ def test_clients_beyond_what_the_bound_can_serve_are_refused() -> None:
     entrance.enter("new", None)
 
 
+def test_adapters_clients_leave_the_base_models_part_of_the_seats() -> None:
+    entrance = Entrance(WaitBound(max_wait_s=10.0, num_slots=8, num_seats=16))
+    entrance.num_base_seats = 4
+    for number in range(12 * 6):
+        entrance.enter(f"t{number}", f"a{number % 40}")
+    with pytest.raises(QueueFullError, match=r"72 clients .* 12 seats; .* can be kept for 72\."):
+        entrance.enter("new", "a0")
+    for number in range(4 * 6):
+        entrance.enter(f"b{number}", None)
+    with pytest.raises(QueueFullError, match=r"96 clients .* 16 seats"):
+        entrance.enter("new", None)
+    entrance.num_base_seats = 0
+    entrance.leave("b0", None)
+    with pytest.raises(QueueFullError, match=r"14 seats; .* can be kept for 84"):
+        entrance.enter("new", "a0")
+
+
 def test_one_tenants_many_adapters_leave_room_for_anothers_first() -> None:
-    entrance = Entrance(WaitBound(max_wait_s=10.0, num_slots=8, num_seats=8))
+    entrance = Entrance(WaitBound(max_wait_s=10.0, num_slots=8, num_seats=16))
     for number in range(42):
         entrance.enter("many", f"weight {number}")
     with pytest.raises(QueueFullError, match="can be kept for 42"):
@@ -171,25 +191,33 @@ def test_a_composition_counts_for_what_may_be_left_empty_before_it() -> None:
 
 
 def test_a_slots_turn_is_as_long_as_slots_take_to_change_hands() -> None:
-    bound = WaitBound(60.0, 8, 64)
-    pace = SlotPace(bound)
-    assert pace.turn_s(8) == 1.0
+    pace = SlotPace(WaitBound(60.0, 8, 64))
+    assert pace.turns(8) == SlotTurns(8, 1.0, 1.0) and pace.empty_share == 0.0
     for _ in range(40):
         pace.book(empty_s=0.1, ready_s=0.0)
-    assert pace.turn_s(8) == 1.0, "a seat's turn is enough"
+    assert pace.turns(8).turn_s == 1.0, "a seat's turn is enough"
+    assert pace.empty_share == pytest.approx(0.1, rel=0.01)
     for _ in range(40):
         pace.book(empty_s=2.0)
-    assert pace.turn_s(8) == pytest.approx(COST * 2.0, rel=0.01), "a fifth of it stands empty"
+    assert pace.turns(8).turn_s == pytest.approx(COST * 2.0, rel=0.01), "a fifth of it stands empty"
     for _ in range(40):
         pace.book(empty_s=0.0, ready_s=0.5)
-    assert pace.turn_s(8) == pytest.approx(8.0, rel=0.01), "two adapters a second come into eight slots"
-    assert bound.max_turns(turn_s=4.0) == 8 * 11
-    assert bound.max_turns(turn_s=40.0) == 16, "one in each slot and one that waits for it"
+    assert pace.turns(8).turn_s == pytest.approx(8.0, rel=0.01), "two adapters a second come into eight slots"
+
+
+@pytest.mark.parametrize(
+    ("num_places", "turns"),
+    [(8.0, (8, 1.0)), (3.7, (3, 1.0)), (1.0, (1, 1.0)), (0.5, (1, 2.0)), (0.1, (1, 10.0))],
+)
+def test_turns_that_may_be_taken_part_of_the_time_in_one_slot_are_longer(
+    num_places: float, turns: tuple[int, float]
+) -> None:
+    assert SlotPace(WaitBound(60.0, 8, 64)).turns(num_places) == SlotTurns(*turns, hold_s=1.0)
 
 
 def test_slow_loads_let_fewer_adapters_wait_and_those_in_slots_come_in() -> None:
     entrance = Entrance(BOUND)
-    entrance.turn_s = 5.0
+    entrance.slot_turns = SlotTurns(2, 5.0, 5.0)
     for number in range(4):
         entrance.enter("t", f"a{number}")
     with pytest.raises(QueueFullError, match="4 adapters wait"):
