@@ -22,6 +22,7 @@ from itertools import zip_longest
 from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN, Fairness
 from lorafleet.workers.engine.ranking import Ranking
 from lorafleet.workers.engine.request import Request
+from lorafleet.workers.engine.shares import RESERVE
 from lorafleet.workers.engine.turns import Line, WaitBound
 
 Rank = tuple[
@@ -133,8 +134,13 @@ class Clients:
 
     @property
     def num_base_seats(self) -> int:
-        """The base model's part of the seats, that of the tenants that use it; half of theirs if they use adapters."""
-        return self._bound.num_seats * self._num_base_halves // (2 * len(self._uses) or 1)
+        """The base model's part of the seats: that of the tenants that use it, half of theirs if they use adapters.
+
+        An eighth, and one at least, is left to adapters.
+        """
+        num_seats = self._bound.num_seats
+        part = num_seats * self._num_base_halves // (2 * len(self._uses) or 1)
+        return min(part, num_seats - max(1, num_seats // RESERVE))
 
     @property
     def num_kept_seats(self) -> int:

@@ -27,6 +27,7 @@ import torch
 
 from lorafleet.kernels import native
 from lorafleet.workers.adapters.format import AdapterSpec
+from lorafleet.workers.adapters.open_files import OpenAdapter
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.cores import CoreClaim, claim_cores
 from lorafleet.workers.engine.activation import find_start
@@ -280,13 +281,7 @@ class Engine:
         and has no events.
         """
         self._checks.check(request)
-        request = self._activated(request)
-        opened = [self._store.hold_files(digest) for digest in request.digests]
-        try:
-            self._accept(request)
-        except BaseException:
-            self._release_files(request)
-            raise
+        opened = self._accept(self._activated(request))
         if waits_for_files and opened:
             wait(opened)
 
@@ -487,7 +482,8 @@ class Engine:
             assert self._backlog.keys() <= self._unfinished.keys()
             self._adapters.check_integrity([message for message in self._inbox if isinstance(message, Retire)])
 
-    def _accept(self, request: GenerateRequest) -> None:
+    def _accept(self, request: GenerateRequest) -> list[Future[OpenAdapter | None]]:
+        """The files of its adapters, which are opened for it from now on; for one that is refused, none are."""
         with self._lock:
             self._check_open()
             # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
@@ -506,10 +502,12 @@ class Engine:
             except QueueFullError:
                 self._give_back_place(request)
                 raise
+            opened = [self._store.hold_files(digest) for digest in request.digests]  # on other threads
             self._adapters.use(request.digests)
             self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()
+        return opened
 
     def _check_open(self) -> None:
         """The lock is held. Raises `DrainingError`, or `InternalError`."""
