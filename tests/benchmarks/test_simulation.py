@@ -128,10 +128,9 @@ def test_no_client_waits_longer_than_the_bound_and_that_costs_at_most_a_fifth(se
         Simulation(machine, bound_s).run(adversary(seed, machine, max_composed), 60.0) for bound_s in (0.0, max_wait_s)
     )
     assert max(bounded.first_waits.values()) <= max_wait_s, "or it was refused"
-    late = [wait for wait in bounded.waits.values() if wait > max_wait_s]
-    assert not late or (max_composed > 1 and len(late) <= 3), "compositions that gave way may come back later"
+    assert max(bounded.waits.values()) <= max_wait_s
     assert bounded.num_preemptions > 0
-    assert bounded.num_given_up <= 0.1 * (bounded.num_accepted + bounded.num_refused) if max_composed == 1 else True
+    assert bounded.num_given_up < 0.2 * bounded.num_accepted or max_composed > 1
     assert bounded.num_tokens >= 0.8 * plain.num_tokens
 
 

@@ -116,13 +116,13 @@ class Preemption:
         gives_back = self._budget.is_overdrawn and self._lost_seats() > 0
         if due or gives_back:
             reserved.fresh = self._fresh(now - hold_s)
-        if gives_back:
-            self._give_back(reserved, now, now - hold_s)
         for client in due:
             if self._residency.are_ready(client.digests):
                 self._start(client, reserved, now)
             else:
                 self._load(client, reserved, now, now - hold_s)
+        if gives_back and not reserved.is_gathering:
+            self._give_back(reserved, now, now - hold_s)
         self._num_shut_out = sum(map(self._clients.num_waiting_for, reserved.claimed))
         return reserved
 
@@ -191,7 +191,7 @@ class Preemption:
         missing = self._residency.missing(client)
         if not missing or reserved.is_gathering:
             return
-        keep = reserved.keep | reserved.fresh
+        keep = reserved.keep if self._is_owed(client, now) else reserved.keep | reserved.fresh
         while not self._residency.start_load(client, keep, now):
             others = [other for other in self._slots.obstacles(missing[0]) if other not in keep]
             num_lacking = max(1, self._slots.num_lacking(len(missing), keep))
