@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+from lorafleet.workers.engine.base_seats import BaseSeats
 from lorafleet.workers.engine.fairness import OUTPUT_TOKEN, PROMPT_TOKEN, Fairness
 from lorafleet.workers.engine.ranking import Ranking
 from lorafleet.workers.engine.request import Request
-from lorafleet.workers.engine.shares import RESERVE
 from lorafleet.workers.engine.turns import Line, WaitBound
 
 Rank = tuple[
@@ -65,9 +65,7 @@ class Clients:
         self._num_turns = 0  # that they would need if none of them were served
         self._unserved: dict[str, Ranking[Client]] = {}  # by adapter: none of the client's requests runs
         self._num_waiting: Counter[str | None] = Counter()  # requests by adapter
-        self.num_running_base = 0  # requests for the base model
-        self._uses: dict[str, list[int]] = {}  # tenants → their clients of the base model, and of adapters
-        self._num_base_halves = 0  # of tenants: two where the base model is all they use, one where it is not
+        self.base_seats = BaseSeats(bound.num_seats)
         self.num_served_clients = 0
         self.slot_line: Line[str] = Line(bound.num_adapter_places, bound)
         self.seat_line: Line[Client] = Line(bound.num_seats, bound)
@@ -91,7 +89,7 @@ class Clients:
         client = self._client_of(request)
         self._dequeue(client, request)
         client.num_running += 1
-        self.num_running_base += client.adapter is None
+        self.base_seats.num_running += client.adapter is None
         self.num_served_clients += client.num_running == 1
         self._changed(client)
 
@@ -133,19 +131,9 @@ class Clients:
         return [] if unserved is None else unserved.take(self._bound.num_clients_a_turn)
 
     @property
-    def num_base_seats(self) -> int:
-        """The base model's part of the seats: that of the tenants that use it, half of theirs if they use adapters.
-
-        An eighth, and one at least, is left to adapters.
-        """
-        num_seats = self._bound.num_seats
-        part = num_seats * self._num_base_halves // (2 * len(self._uses) or 1)
-        return min(part, num_seats - max(1, num_seats // RESERVE))
-
-    @property
     def num_kept_seats(self) -> int:
         """More seats that the base model's requests need and may have as its part."""
-        return max(0, min(self.num_base_seats - self.num_running_base, self._num_waiting[None]))
+        return self.base_seats.num_kept(self._num_waiting[None])
 
     @property
     def num_warm(self) -> int:
@@ -280,18 +268,13 @@ class Clients:
 
     def _end_run(self, client: Client) -> None:
         client.num_running -= 1
-        self.num_running_base -= client.adapter is None
+        self.base_seats.num_running -= client.adapter is None
         self.num_served_clients -= client.num_running == 0
 
     def _count(self, client: Client, change: int) -> None:
         """A client has come or gone."""
         adapter, digests = client.adapter, client.digests
-        uses = self._uses.setdefault(client.tenant, [0, 0])
-        self._num_base_halves -= _base_halves(uses)
-        uses[adapter is not None] += change
-        self._num_base_halves += _base_halves(uses)
-        if uses == [0, 0]:
-            del self._uses[client.tenant]
+        self.base_seats.count(client.tenant, is_base=adapter is None, change=change)
         if adapter is None:
             return
         num_turns = self._bound.num_turns
@@ -373,11 +356,8 @@ class Clients:
         assert self.num_waiting_tokens == sum(request.num_tokens for request in waiting)
         assert self.num_served_clients == len(num_running)
         assert self._num_waiting == Counter(request.adapter for request in waiting)
-        assert self.num_running_base == sum(num for (_, adapter), num in num_running.items() if adapter is None)
-        uses = {tenant: [0, 0] for tenant, _ in self._clients}
-        for tenant, adapter in self._clients:
-            uses[tenant][adapter is not None] += 1
-        assert self._uses == uses and self._num_base_halves == sum(map(_base_halves, uses.values()))
+        assert self.base_seats.num_running == sum(num for (_, adapter), num in num_running.items() if adapter is None)
+        self.base_seats.check_integrity(self._clients)
         adapters = {request.adapter for request in waiting}
         assert self._by_adapter.keys() == adapters
         cold = {client for client in self._clients.values() if client.waiting}
@@ -413,11 +393,6 @@ class Clients:
         self.seat_line.check_integrity()
         self._fairness.check_integrity()
         return waiting
-
-
-def _base_halves(uses: list[int]) -> int:
-    num_base, num_others = uses
-    return (2 if not num_others else 1) if num_base else 0
 
 
 def _in_client(request: Request) -> tuple[int, int]:

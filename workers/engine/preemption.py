@@ -177,7 +177,8 @@ class Preemption:
         others.sort(key=self._clients.rank_of)
         if client.adapter is None:
             return others
-        num_more = max(0, self._clients.num_running_base - self._clients.num_base_seats)
+        seats = self._clients.base_seats
+        num_more = max(0, seats.num_running - seats.part)
         base = [other for other in others if other.adapter is None]
         stay = set(base[: max(0, len(base) - num_more)])
         return [other for other in others if other not in stay]

@@ -112,7 +112,7 @@ class Scheduler:
     @property
     def num_base_seats(self) -> int:
         """Seats that are kept for the base model from adapters' turns."""
-        return self._clients.num_base_seats
+        return self._clients.base_seats.part
 
     @property
     def num_preemptions(self) -> int:

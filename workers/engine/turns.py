@@ -16,8 +16,8 @@ as long as a slot stands empty while an adapter is copied into it, and `AGAIN` t
 S adapters ready. Both are measured (`SlotPace`). And where those that give way would leave seats empty, turns are taken
 in fewer slots (budget.py). So S and q are what has been measured of late (`SlotTurns`).
 
-What needs no slot gives no seat up for an adapter's turn while the base model has no more than its part of the seats:
-that of the tenants that use it, half of it if they use adapters too. Either has an eighth in any case.
+The base model needs no slot. It gives up no seat for an adapter's turn while it has no more than its part of the seats
+(base_seats.py), and an eighth is left to its clients in any case.
 
 A composition needs the slots of all its adapters at once, k of them: up to k - 1 places before it may be left empty in
 a turn. So it counts as 2 * k - 1 in line, whatever slots it shares with others, and the promise is the same. What is
