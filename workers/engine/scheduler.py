@@ -294,7 +294,9 @@ class Scheduler:
         """
         clients = self._clients
         hot = clients.hot()
-        claimed = reserved.claimed | self._claims.find(hot, reserved.claimed, self._now)
+        # What gave way for a turn goes on as if it had never stopped, so its adapter takes it whoever else waits.
+        claimable = {adapter: digests for adapter, digests in hot.items() if adapter not in self._running.given_way}
+        claimed = reserved.claimed | self._claims.find(claimable, reserved.claimed, self._now)
         unclaimed = {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
         ready = [adapter for adapter, digests in unclaimed.items() if self._residency.are_ready(digests)]
         if reserved.lacks_seats:

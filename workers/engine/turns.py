@@ -92,8 +92,9 @@ class SlotTurns:
     hold_s: float  # how long each is kept at least
 
     def max_turns(self, max_wait_s: float) -> int:
-        """How many turns adapters may wait for: two in each place at least."""
-        return self.num_places * max(2, int(max_wait_s / self.turn_s - 4))
+        """How many turns adapters may wait for: two in each place at least, one where that is taken at times only."""
+        least = 1 if self.turn_s > self.hold_s else 2
+        return self.num_places * max(least, int(max_wait_s / self.turn_s - 4))
 
 
 class SlotPace:

@@ -119,3 +119,14 @@ def test_several_are_loaded_all_or_none() -> None:
     slots.check_integrity()
     assert loaded is not None and len(set(loaded)) == 2
     assert slots.resident() == ("a",) and slots.occupants() == {"a", "x", "y"}
+
+
+def test_busy_adapters_weigh_more_in_how_many_requests_an_adapter_usually_has() -> None:
+    slots = AdapterSlots(2)
+    assert slots.usual_pins == 0.0
+    for digest, num_pins in (("busy", 7), ("idle", 1)):
+        slots.start_load(digest)
+        slots.finish_load(digest)
+        for _ in range(num_pins):
+            slots.pin(digest)
+    assert slots.usual_pins == (49 + 1) / 8

@@ -149,3 +149,30 @@ def test_a_composition_whose_time_is_running_out_has_all_its_slots_in_one_step()
         counts.append(world.scheduler.num_preemptions)
         assert world.now - began <= 8.0
     assert set(counts) == {0, 4}, "nobody gives way for a part of what it lacks"
+
+
+def test_adapters_turns_leave_the_base_model_its_part_of_the_seats() -> None:
+    world = World(slots=3, max_num_seqs=4, max_wait_s=8.0, pages=800, step_s=0.125)
+    for number in range(4):
+        world.add(f"base{number}", 2, max_tokens=500, tenant="b")
+    world.step()
+    for number in range(3):
+        world.add(f"a{number}", 2, max_tokens=500, tenant="t", adapter=f"a{number}")
+    plans = [world.step() for _ in range(300)]
+    num_base = [sum(entry.request.adapter is None for entry in plan.scheduled) for plan in plans]
+    assert min(num_base) == 2, "one of two tenants"
+    assert all(f"a{number}" in world.order for number in range(3))
+
+
+def test_turns_of_adapters_with_one_request_cost_busier_ones_at_most_a_fifth() -> None:
+    world = World(slots=2, max_num_seqs=16, max_wait_s=16.0, pages=4000, budget=2048, step_s=0.125)
+    for number in range(16):
+        world.add(f"holds{number}", 2, max_tokens=2000, adapter=f"hot{number % 2}", tenant="holds")
+    for _ in range(3):
+        world.step()
+    for number in range(2):
+        world.add(f"cold{number}", 2, max_tokens=2000, adapter=f"cold{number}", tenant="wants")
+    num_scheduled = [len(world.step().scheduled) for _ in range(400)]
+    assert sum(num_scheduled) >= 0.8 * 16 * len(num_scheduled)
+    assert {"cold0", "cold1"} <= set(world.order)
+    assert min(num_scheduled) < 16, "there were turns"

@@ -76,6 +76,7 @@ def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
     assert SlotTurns(8, 4.0, 4.0).max_turns(60.0) == 8 * 11
     assert SlotTurns(8, 40.0, 40.0).max_turns(60.0) == 16, "one in each slot and one that waits for it"
     assert SlotTurns(1, 1.5, 1.0).max_turns(60.0) == 36
+    assert SlotTurns(1, 40.0, 1.0).max_turns(60.0) == 1, "the slot is taken at times only"
     assert WaitBound(60.0, 8, 64).places_left(num_pinned=3) == 5
     assert WaitBound(10.0, 8, 1).num_adapter_places == 1, "one seat is one place, however many slots there are"
     assert [BOUND.num_turns(num) for num in range(5)] == [0, 1, 1, 2, 2]
