@@ -67,7 +67,7 @@ class AdapterSlots:
         return digest in self._uses
 
     @property
-    def usual_pins(self) -> float:
+    def usual_uses(self) -> float:
         """How many running requests the adapter of a running request has, on average."""
         num_pins = sum(self._uses.values())
         return sum(num * num for num in self._uses.values()) / num_pins if num_pins else 0.0

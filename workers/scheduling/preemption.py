@@ -44,6 +44,7 @@ class Preemption:
         pages: RequestPages,
         residency: Residency,
         running: Running,
+        *,
         bound: WaitBound,
     ) -> None:
         self._slots = slots
@@ -74,7 +75,7 @@ class Preemption:
             return num_places
         if now >= self._estimated_at + self._bound.turn_s / 16:
             self._estimated_at = now
-            num_users = self._slots.usual_pins * (1 + self._residency.empty_share)
+            num_users = self._slots.usual_uses * (1 + self._residency.empty_share)
             num_filling = max(0, self._flows.num_warm - self._running.num_free_seats)
             self._estimate = max(0.0, num_users - self._flows.mean_cold - num_filling)
         self._budget.book(

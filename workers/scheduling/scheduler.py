@@ -83,7 +83,7 @@ class Scheduler:
         self._residency = residency = Residency(slots, flows, pages, SlotPace(bound), is_in_host)
         self._running = running = Running(flows, pages, residency, max_num_seqs=max_num_seqs)
         self._claims = Claims(slots, flows, residency, turn_s=bound.turn_s)
-        self._preemption = Preemption(slots, flows, pages, residency, running, bound)
+        self._preemption = Preemption(slots, flows, pages, residency, running, bound=bound)
         self._requests: dict[str, Request] = {}
         self._bound = bound
         self.slot_turns = SlotTurns(bound.num_adapter_places, bound.turn_s, bound.turn_s)  # of late
