@@ -35,7 +35,6 @@ from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
 from lorafleet.workers.errors import (
     DrainingError,
     InternalError,
-    InvalidRequestError,
     LoRAFleetError,
     NonFiniteLogitsError,
     QueueFullError,
@@ -47,6 +46,7 @@ from lorafleet.workers.model.memory_plan import MemoryPlan, plan_memory
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.sampling import PendingSamples
 from lorafleet.workers.ranks.ranks import Gather, Ranks, alone
+from lorafleet.workers.scheduling.accepted import AcceptedRequests
 from lorafleet.workers.scheduling.activation import find_start
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.backlog import Backlog
@@ -57,19 +57,15 @@ from lorafleet.workers.scheduling.pace import PaceMeter
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, Request, RequestEvent
 from lorafleet.workers.scheduling.request_checks import RequestChecks
 from lorafleet.workers.scheduling.scheduler import Scheduler
-from lorafleet.workers.scheduling.shares import Shares
 from lorafleet.workers.scheduling.stats import EngineStats
 from lorafleet.workers.scheduling.step_budget import StepBudget
-from lorafleet.workers.scheduling.turns import AdmissionControl, WaitBound
+from lorafleet.workers.scheduling.stuck_watch import LOOK_AGAIN_S, StuckWatch
+from lorafleet.workers.scheduling.turns import WaitBound
 
 logger = logging.getLogger(__name__)
 
 _MAX_PLANNED = 4096  # waiting requests that the scheduler knows; others wait before it (scheduling/backlog.py)
 _MAX_ARRIVALS = 256  # that it gets to know in one step, which takes some 10 ms
-# When nothing runs, loads or is read, and yet nobody who waits can begin: how long until a step looks again, and how
-# long until the one that has waited longest is ended.
-_LOOK_AGAIN_S = 0.1
-_STUCK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +162,13 @@ class Engine:
             config, spec=spec, memory=memory, store=self._store, slots=self._slots, followers=ranks.followers
         )
         self._wake = threading.Condition(self._lock)
-        self._unfinished: dict[str, GenerateRequest] = {}
-        # For requests, by tenant; None: any number.
-        self._places = None if config.max_waiting is None else Shares(config.max_waiting + config.max_num_seqs)
-        self._admission = AdmissionControl(WaitBound(config.max_adapter_wait_s, memory.max_loras, config.max_num_seqs))
+        self._accepted = AcceptedRequests(
+            WaitBound(config.max_adapter_wait_s, memory.max_loras, config.max_num_seqs), max_waiting=config.max_waiting
+        )
         self._closed = False
         self._failure: LoRAFleetError | None = None  # a step has raised; there are no more
         self._looks_again = False  # the last step found requests that wait, and nothing to do for any of them
-        self._stuck_since: float | None = None  # the first of such steps, one after the other
+        self._stuck_watch = StuckWatch()
         self._backlog = Backlog()
         self._is_warm = False
         self._cores: CoreClaim | None = None
@@ -269,8 +264,7 @@ class Engine:
         stay as they are then."""
         with self._lock:
             self._check_open()
-            unfinished = [request.digests for request in self._unfinished.values() if request.digests]
-            changes = self._adapters.repin(pin, unpin, unfinished)
+            changes = self._adapters.repin(pin, unpin, self._accepted.adapters())
             self._inbox += [_Pin(digest, is_pinned) for digest, is_pinned in changes]
             self._wake.notify()
 
@@ -328,7 +322,7 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         with self._lock:
-            return bool(self._unfinished)
+            return len(self._accepted) > 0
 
     def close(self) -> None:
         """Take no more requests and stop the threads; a read that hangs is left to itself. Nobody steps any more."""
@@ -376,9 +370,9 @@ class Engine:
     def wait_for_work(self, timeout_s: float | None = None) -> bool:
         """Sleep until there is something to do: a message, or a request that can run. False on timeout or close."""
         with self._lock:
-            looks_again = self._looks_again and (timeout_s is None or timeout_s >= _LOOK_AGAIN_S)
+            looks_again = self._looks_again and (timeout_s is None or timeout_s >= LOOK_AGAIN_S)
             has_work = self._wake.wait_for(
-                lambda: self._closed or self._has_work(), _LOOK_AGAIN_S if looks_again else timeout_s
+                lambda: self._closed or self._has_work(), LOOK_AGAIN_S if looks_again else timeout_s
             )
             return (has_work or looks_again) and not self._closed
 
@@ -425,16 +419,15 @@ class Engine:
         self._give_up(events)
         self._look_for_stuck(plan, events)
         with self._lock:
-            ended = [self._unfinished.pop(event.request_id) for event in events if event.finish is not None]
+            ended = [self._accepted.end(event.request_id) for event in events if event.finish is not None]
             for gone in ended:
-                self._admission.leave(gone.tenant, gone.model_key, len(gone.digests))
-                self._give_back_place(gone)
                 self._adapters.leave(gone.digests)
-            self._admission.num_served_flows = self._scheduler.num_served_flows
-            self._admission.num_served_turns = self._scheduler.num_served_turns
-            self._admission.slot_turns = self._scheduler.slot_turns
-            self._admission.num_base_seats = self._scheduler.num_base_seats
-            self._admission.hot = self._slots.occupants()
+            admission = self._accepted.admission
+            admission.num_served_flows = self._scheduler.num_served_flows
+            admission.num_served_turns = self._scheduler.num_served_turns
+            admission.slot_turns = self._scheduler.slot_turns
+            admission.num_base_seats = self._scheduler.num_base_seats
+            admission.hot = self._slots.occupants()
         for gone in ended:
             self._release_files(gone)
         self._free_retired()
@@ -498,8 +491,8 @@ class Engine:
         with self._lock:
             queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
             queued.update(self._backlog)
-            assert all(request_id in self._scheduler or request_id in queued for request_id in self._unfinished)
-            assert self._unfinished.keys() >= set(self._backlog)
+            assert all(request_id in self._scheduler or request_id in queued for request_id in self._accepted)
+            assert set(self._accepted) >= set(self._backlog)
             self._adapters.check_integrity([message for message in self._inbox if isinstance(message, Retire)])
 
     def _accept(self, request: GenerateRequest) -> list[Future[OpenAdapter | None]]:
@@ -508,23 +501,9 @@ class Engine:
             self._check_open()
             # Under the lock that the inbox has, so that every request for an adapter comes before its retirement.
             self._adapters.check(*request.digests)
-            if request.request_id in self._unfinished:
-                raise InvalidRequestError(f"Request id {request.request_id!r} is in use.", param="request_id")
-            full = None if self._places is None else self._places.take(request.tenant)
-            if full is not None:
-                raise QueueFullError(
-                    f"{full.num_taken} requests run or wait, the limit is {full.limit} (--max-waiting and "
-                    f"--max-num-seqs); {full.num_held} are yours, your share is {full.share}. Try again later."
-                )
-            is_hot = self._admission.hot.issuperset(request.digests)
-            try:
-                self._admission.enter(request.tenant, request.model_key, len(request.digests), is_hot=is_hot)
-            except QueueFullError:
-                self._give_back_place(request)
-                raise
+            self._accepted.add(request)
             opened = [self._store.hold_files(digest) for digest in request.digests]  # on other threads
             self._adapters.use(request.digests)
-            self._unfinished[request.request_id] = request
             self._inbox.append(request)
             self._wake.notify()
         return opened
@@ -540,7 +519,7 @@ class Engine:
         """Tell those who wait for the stepping thread that it does nothing any more. The lock is held."""
         self._adapters.close([message for message in self._inbox if isinstance(message, Retire)], error)
         self._inbox.clear()
-        self._unfinished.clear()
+        self._accepted.clear()
         self._wake.notify_all()
 
     def _look_again(self) -> None:
@@ -548,11 +527,6 @@ class Engine:
         with self._lock:
             self._looks_again = False
             self._wake.notify_all()
-
-    def _give_back_place(self, request: GenerateRequest) -> None:
-        """The lock is held."""
-        if self._places is not None:
-            self._places.give_back(request.tenant)
 
     def _release_files(self, request: GenerateRequest) -> None:
         for digest in request.digests:
@@ -613,23 +587,21 @@ class Engine:
             self._scheduler.add(Request.from_generate(request, self._arrivals))
 
     def _look_for_stuck(self, plan: StepPlan, events: list[RequestEvent]) -> None:
-        """End a request for which nobody does anything: what could never run should not have been accepted."""
+        """End the request that has waited longest, if all have been stuck for too long."""
         is_idle = not (plan.scheduled or plan.loads or self._in_flight or self._loader.num_coming)
         looks_again = is_idle and self._scheduler.num_waiting > 0
         with self._lock:
             self._looks_again = looks_again
-        if not looks_again or self._store.num_reading:
-            self._stuck_since = None
-            return
-        now = time.monotonic()
-        self._stuck_since = self._stuck_since or now
-        if now < self._stuck_since + _STUCK_S:
+        watch = self._stuck_watch
+        if not watch.is_stuck(time.monotonic(), is_idle=looks_again and not self._store.num_reading):
             return
         with self._lock:
-            request_id = next(known for known in self._unfinished if known in self._scheduler)
+            request_id = next(known for known in self._accepted if known in self._scheduler)
         logger.error("request %s waits though nothing runs, loads or is read; it is ended", request_id)
         self._scheduler.remove(request_id)
-        error = InternalError(f"For {_STUCK_S:g} s the request could not begin though nothing else ran. Try again.")
+        error = InternalError(
+            f"For {watch.stuck_s:g} s the request could not begin though nothing else ran. Try again."
+        )
         events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=error))
 
     def _take_loaded(self, loaded: Loaded, events: list[RequestEvent]) -> None:

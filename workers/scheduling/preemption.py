@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.budget import TurnBudget
@@ -27,6 +27,7 @@ class Reserved:
 
     adapters: list[str]  # that must have a slot, longest wait first
     keep: set[str]  # adapters of all that must have a turn: they are not evicted
+    _: KW_ONLY
     fresh: set[str] = field(default_factory=set)  # adapters that no turn is taken from yet, though nobody uses them
     claimed: set[str] = field(default_factory=set)  # adapters that take nobody new
     is_gathering: bool = False  # slots come free for a composition: nobody else may take them

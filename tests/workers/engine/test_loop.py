@@ -365,7 +365,7 @@ def test_one_tenants_requests_leave_others_places_in_the_queue(fleet: Fleet, eng
     engine.submit(GenerateRequest("b0", (5,), GREEDY, tenant="b"))
     while engine.has_unfinished():
         engine.step()
-    assert engine._places is not None and engine._places.num_taken == 0
+    assert engine._accepted.places is not None and engine._accepted.places.num_taken == 0
 
 
 def test_more_clients_than_the_bound_can_serve_are_refused_while_others_go_on(
@@ -383,7 +383,8 @@ def test_more_clients_than_the_bound_can_serve_are_refused_while_others_go_on(
     engine.submit(requests[4])
     while engine.has_unfinished():
         engine.step()
-    assert not engine._admission.num_waiting_flows and not engine._admission._requests
+    admission = engine._accepted.admission
+    assert not admission.num_waiting_flows and not admission._requests
 
 
 def test_tenants_and_priorities_reach_the_order_of_service(fleet: Fleet, engines: list[Engine]) -> None:

@@ -20,6 +20,7 @@ from lorafleet.workers.engine.registered import RegisteredAdapters
 from lorafleet.workers.errors import AdapterConflictError, InternalError, QueueFullError
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
+from lorafleet.workers.scheduling.stuck_watch import StuckWatch
 
 GREEDY = SamplingOptions(max_tokens=4, temperature=0.0, ignore_eos=True)
 TIMEOUT_S = 60.0
@@ -143,8 +144,8 @@ def test_an_unpinned_adapter_makes_room_again(make_engine: Callable[..., Engine]
 def test_what_can_never_begin_is_ended_and_the_engine_sleeps_until_then(
     make_engine: Callable[..., Engine], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_module, "_STUCK_S", 0.5)
-    monkeypatch.setattr(loop_module, "_LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(loop_module, "StuckWatch", lambda: StuckWatch(0.5))
+    monkeypatch.setattr(loop_module, "LOOK_AGAIN_S", 0.05)
     engine = make_engine(max_loras=1)
     (digest,) = digests_of(engine, root, "a")
     engine._slots.start_load("a stranger")  # bypassing all memory checks
