@@ -70,9 +70,7 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
     for number, entry in enumerate(entries):
         where = f"--tenants {path}: tenant {number}"
         if not 0 < len(entry.name) <= MAX_TENANT_CHARS:
-            raise ConfigError(
-                f"{where} has a name of {len(entry.name)} characters; give 1 to {MAX_TENANT_CHARS}."
-            )
+            raise ConfigError(f"{where} has a name of {len(entry.name)} characters; give 1 to {MAX_TENANT_CHARS}.")
         if entry.name in names:
             raise ConfigError(f"{where}: the name {entry.name!r} is given twice.")
         names.add(entry.name)
