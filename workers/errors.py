@@ -41,7 +41,7 @@ def quoted(value: object) -> str:
 class LoRAFleetError(Exception):
     """Base of all named errors.
 
-    message: for the caller, complete sentences. param: the request field at fault, if one is.
+    message: for the caller, in complete sentences. param: the request field at fault, if any.
     """
 
     retry_after_s: ClassVar[float | None] = None
