@@ -1,4 +1,4 @@
-"""What the commands on fleets were told: built and validated once by the CLI, frozen, passed whole.
+"""The configuration of the commands on fleets: built and validated once by the CLI, frozen, passed whole.
 
 Owns: the options of a fleet and of a Ray cluster, their defaults and checks. Leaves to others: those of gateways
 (gateway/options.py), of engines and LoRA (workers/config.py).
@@ -53,13 +53,13 @@ class ServeConfig(GatewayOptions):
         help="serve POST /v1/load_lora_adapter and /v1/unload_lora_adapter; "
         f"${VLLM_UPDATES_VARIABLE}=1 turns it on too",
     )
-    lora_roots: tuple[str, ...] = option(  # workers/sources/adapters.py keeps to them
+    lora_roots: tuple[str, ...] = option(  # workers/sources/adapters.py enforces them
         (),
         group=LORA,
         flag="--lora-root",
         metavar="ROOT",
-        help="where adapters that are loaded at run time may come from: directories, hf:// for any Hugging Face id, "
-        "hf://ORG for one organisation's",
+        help="sources of adapters loaded at run time: directories, hf:// for any Hugging Face id, "
+        "hf://ORG for those of one organisation",
         default_text="nowhere",
     )
     num_workers: int = option(
@@ -75,7 +75,7 @@ class ServeConfig(GatewayOptions):
         group=FLEET,
         minimum=1,
         maximum=1024,
-        help="processes that share the port and the work of HTTP, tokenizing and streaming",
+        help="gateway processes, which share the port and the work of HTTP, tokenizing and streaming",
     )
     hung_step_s: float = option(
         60.0,
@@ -90,7 +90,7 @@ class ServeConfig(GatewayOptions):
         group=FLEET,
         metavar="LOW-HIGH",
         parse=port_range,
-        help="ports that gateways and controller reach workers on, for firewalls",
+        help="ports of the workers for gateways and controller, for firewalls",
         default_text="any",
     )
     ray_address: str | None = option(
@@ -132,7 +132,7 @@ class ServeConfig(GatewayOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
-    """A command on a running Ray cluster."""
+    """The cluster of a command on a running Ray cluster."""
 
     ray_address: str = option(
         "auto",
@@ -148,13 +148,13 @@ class ClusterOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpOptions(ClusterOptions):
-    """How `lorafleet up` places a fleet on a cluster, and whether it stays."""
+    """The placement of a fleet by `lorafleet up`, and whether the command stays."""
 
     gateways: GatewayNodes = option(
         "head",
         group=CLUSTER,
-        help="nodes that --gateway-processes run on, those that join later too; for other machines than the node "
-        "itself give --host 0.0.0.0",
+        help="nodes that run --gateway-processes, including those that join later; for access from other machines "
+        "give --host 0.0.0.0",
     )
     controller_port: int = option(
         50050, group=CLUSTER, minimum=1, maximum=65535, help="port of the controller, on the head node"
@@ -163,7 +163,7 @@ class UpOptions(ClusterOptions):
         Path("~/.lorafleet/token"),
         group=CLUSTER,
         metavar="FILE",
-        help="holds the token that gateways show the controller and the workers; made if it is not there",
+        help="holds the token that gateways show the controller and the workers; created if missing",
     )
     follow: bool = option(
         False,
@@ -175,7 +175,7 @@ class UpOptions(ClusterOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopOptions(ClusterOptions):
-    """How long requests on a cluster may run on."""
+    """The drain of a cluster's requests."""
 
     drain_timeout_s: float = option_of(
         GatewayOptions, "drain_timeout_s", group=CLUSTER, help="time that running requests get"
@@ -184,7 +184,7 @@ class StopOptions(ClusterOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusOptions:
-    """Which gateway is asked, and how its answer is shown."""
+    """The gateway to ask, and the form of the output."""
 
     url: str = option("http://127.0.0.1:8000", metavar="URL", help="address of a gateway, with or without /v1")
     api_key: str | None = option(
@@ -192,10 +192,10 @@ class StatusOptions:
         metavar="KEY",
         is_secret=True,
         fallback=lambda: next(iter(keys_of_variable(API_KEY_VARIABLE)), None),
-        help="key that the gateway knows",
+        help="API key for the gateway",
         default_text=f"${API_KEY_VARIABLE}",
     )
-    json: bool = option(False, help="print what the gateway says, for programs")
+    json: bool = option(False, help="print the gateway's JSON, for programs")
     watch: bool = option(False, help="show it again every two seconds, until Ctrl-C")
 
     def __post_init__(self) -> None:

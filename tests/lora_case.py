@@ -41,7 +41,7 @@ class LoraCase:
         self.is_aligned = all(width % 16 == 0 for width in widths)
 
     def run(self, segments: list[tuple[int, int, int, float]]) -> torch.Tensor:
-        """segments: (first row, behind the last, slot, weight)."""
+        """segments: (first row, after the last, slot, weight)."""
         starts, ends, slots, weights = zip(*segments, strict=True) if segments else ((), (), (), ())
 
         def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:

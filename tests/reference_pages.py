@@ -48,17 +48,17 @@ def error_codes() -> str:
 
 
 def gateway_metrics() -> str:
-    """What a gateway counts."""
+    """Return the metrics that a gateway counts."""
     return _metrics(_counted().registry.collect())
 
 
 def worker_metrics() -> str:
-    """What a gateway tells of the workers."""
+    """Return a gateway's metrics of the workers."""
     return _metrics(FleetCollector(list).collect())
 
 
 def vllm_metrics() -> str:
-    """What it exports under vLLM's names."""
+    """Return the metrics exported under vLLM's names."""
     table: Any = SimpleNamespace(base_name="model", models={})
     return _metrics(VllmCollector(_counted(), lambda: Snapshot(table=table)).collect())
 

@@ -66,7 +66,7 @@ def agree(logits: torch.Tensor, *options: torch.Tensor) -> None:
 
 
 def near_threshold(logits: torch.Tensor, token: int, options: Sequence[float]) -> bool:
-    """Whether the token is right for thresholds and a random number within rounding of those given. In float64.
+    """Return whether the token is right for thresholds and a random number within rounding of those given. In float64.
 
     options: a row of `Columns`.
     """

@@ -108,7 +108,7 @@ def own_test(module: str) -> Path:
 
 
 def named_elsewhere(folder: Path) -> dict[str, Path]:
-    """From a folder's docstring, or its README if it is no package: its files whose tests have other names.
+    """Return the files whose tests have other names, by a folder's docstring, or its README if it is not a package.
 
     A test's path starts in the folder's place in tests/ or in one above it.
     """

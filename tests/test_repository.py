@@ -61,7 +61,7 @@ VARIADIC = {"to_thread", "partial", "_reply"}  # hand on what they are given
 
 
 def fields_by_position(node: ast.ClassDef) -> int:
-    """How many arguments a dataclass takes by position."""
+    """Return how many arguments a dataclass takes by position."""
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
     if not any(text.startswith("dataclass") and "kw_only=True" not in text for text in decorators):
         return 0
@@ -120,7 +120,7 @@ def flags_of(*names: str) -> set[str]:
 
 
 def flags_in(text: str) -> list[str]:
-    """What a text calls flags, but for those of `ray start`."""
+    """Return the flags named in a text, except those of `ray start`."""
     named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", text)
     return [flag for flag in named if not ("ray start" in text and flag in ("--head", "--address"))]
 

@@ -99,7 +99,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What a caller chooses for any engine, LoRA aside. `None` means: derived from the model or the memory plan."""
+    """Options of any engine, LoRA aside. `None` means: derived from the model or the memory plan."""
 
     # model/source.py resolves it to a directory with safetensors and tokenizer.json.
     model: str = option(

@@ -3,7 +3,7 @@
 Raise these for a caller's mistake or an outside failure, with a message that names the value, the limit and the
 next step. A bug of ours is an ``assert`` and ends as `InternalError`.
 
-Owns: the exception types and the table. Leaves to others: HTTP rendering (gateway/errors.py), gRPC
+Owns: the exception types and the table. Leaves to others: HTTP rendering (gateway/api/errors.py), gRPC
 (server/service.py). Imports only the standard library.
 """
 
@@ -41,7 +41,7 @@ def quoted(value: object) -> str:
 class LoRAFleetError(Exception):
     """Base of all named errors.
 
-    message: for the caller, complete sentences. param: the request field at fault, if one is.
+    message: for the caller, in complete sentences. param: the request field at fault, if any.
     """
 
     retry_after_s: ClassVar[float | None] = None

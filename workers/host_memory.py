@@ -1,4 +1,4 @@
-"""The host's memory, within the container's limit where there is one."""
+"""The host's memory, within the container's limit if there is one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def host_memory() -> tuple[int, int]:
 
 
 def _cgroup_bytes(name: str) -> int | None:
-    """A number of the cgroup (v2) that this process sees as its root; None where there is no limit."""
+    """Return a value of the cgroup (v2) that this process sees as its root; None if it has no limit."""
     try:
         text = (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:

@@ -34,27 +34,27 @@ _KINDS: Final[dict[Any, tuple[type, str]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What is said of a field beside its name, type and default."""
+    """A field's declaration, besides its name, type and default."""
 
     help: str
-    group: str = ""  # the title that commands list it under
-    flag: str = ""  # where it is another than the field's name
+    group: str = ""  # title under which commands list it
+    flag: str = ""  # if it differs from the field's name
     metavar: str = ""
-    minimum: float | None = None  # numbers have this or `above`, and a maximum
+    minimum: float | None = None  # numbers need this or `above`, and a maximum
     above: float | None = None  # the value must be more than this
     maximum: float | None = None
-    off: float | None = None  # a value outside the bounds that is taken too
+    off: float | None = None  # an additional value outside the bounds
     choices: tuple[Any, ...] = ()
-    default_text: str = ""  # what a default of None or () comes to
+    default_text: str = ""  # the meaning of a default of None or ()
     parse: Callable[[str], Any] | None = None  # text of a command line → value; raises argparse.ArgumentTypeError
-    fallback: Callable[[], Any] | None = None  # of a command without the flag, such as an environment variable
+    fallback: Callable[[], Any] | None = None  # value without the flag, such as an environment variable's
     is_positional: bool = False
     is_required: bool = False
     is_secret: bool = False  # never on the command line of a process that we start
 
 
 def option(default: Any = dataclasses.MISSING, **said: Any) -> Any:
-    """Return a dataclass field that is an option. said: the fields of `Option`."""
+    """Return a dataclass field that is an option. said: fields of `Option`."""
     declared = Option(**said)
     return dataclasses.field(default=default, metadata={_OPTION: declared}, repr=not declared.is_secret)
 
@@ -74,13 +74,13 @@ def nested(options: type) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
-    """An option with what its field says."""
+    """An option together with its field's name, type and default."""
 
     name: str
     kind: Any  # the type without None: int, or tuple for any tuple
     takes_none: bool
     takes_several: bool  # a tuple of any length
-    default: Any  # None also where there is none
+    default: Any  # None also if there is none
     says: Option
     path: tuple[str, ...] = ()  # of the nested fields that it lies in
 
@@ -93,7 +93,7 @@ class Declared:
         return self.name.endswith("_bytes")
 
     def bounds(self, write: Callable[[float], str] | None = None) -> str:
-        """Return 'from 1 to 512', or '' where there are none. write: a number as text."""
+        """Return 'from 1 to 512', or '' if there are none. write: formats a number."""
         it, write = self.says, write or _plain
         if it.maximum is None:
             return ""
@@ -102,14 +102,14 @@ class Declared:
 
     @property
     def expected(self) -> str:
-        """What a value must be, for the end of a sentence."""
+        """Return the valid values, for the end of a sentence."""
         if self.says.choices:
             return f"one of {', '.join(map(str, self.says.choices))}"
         kind = "a number of bytes" if self.is_size else _KINDS.get(self.kind, (object, "another value"))[1]
         return f"{kind} {self.bounds()}".rstrip()
 
     def takes(self, value: Any) -> bool:
-        """Whether the value is one that the declaration allows."""
+        """Return whether the declaration allows the value."""
         if value is None:
             return self.takes_none
         if self.kind in _KINDS and not _is_a(value, _KINDS[self.kind][0]):
@@ -126,7 +126,7 @@ class Declared:
 
 @cache
 def options_of(owner: type) -> tuple[Declared, ...]:
-    """Return the options of a dataclass in the order of its fields, those of nested ones in their place."""
+    """Return the options of a dataclass in field order, with those of nested dataclasses in their place."""
     hints = typing.get_type_hints(owner)
     found: list[Declared] = []
     for entry in dataclasses.fields(owner):

@@ -1,7 +1,7 @@
 """Parameters of one generation: `SamplingParams`, and the adapter to use: `LoRARequest`.
 
 For the HTTP gateway and the offline `LLM` alike. Names and meaning are vLLM's. Leaves to others: the fields that the
-engine knows too (engine/sampling_options.py). No torch, no Ray, no gRPC.
+engine knows too (scheduling/sampling_options.py). No torch, no Ray, no gRPC.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class SamplingParams(Sampling):
 class LoRARequest:
     """The adapter to use: `LoRARequest("sql_adapter", 1, "/path/or/hub-id")`, as in vLLM.
 
-    lora_int_id: the caller's, > 0; an id stands for one adapter until that is removed. load_inplace: from now on the id
-    stands for this name and path, whatever it stood for before.
+    lora_int_id: chosen by the caller, > 0; an id stands for one adapter until that is removed. load_inplace: from now
+    on the id stands for this name and path, whatever it stood for before.
     """
 
     lora_name: str

@@ -1,9 +1,9 @@
-"""A request and its end on the wire between gateway and worker, both ways.
+"""A request and its end as messages between gateway and worker, both ways.
 
-Owns: what of a `GenerateRequest` is which field of worker.proto. Leaves to others: streams and their numbers (the
-gateway's session.py, server/service.py), a step's columns (server/service.py, the gateway's delivery.py).
+Owns: the mapping of `GenerateRequest` to worker.proto. Leaves to others: streams and their numbers (the gateway's
+session.py, server/service.py), a step's columns (server/service.py, the gateway's delivery.py).
 
-A field of one value that both call the same is carried as it is: nothing here names it.
+A single-valued field with the same name in both is copied; it is not named here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorafleet.workers.scheduling.ranges import allowed_of
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
-SMALLEST: Final = 2.0**-126  # of the wire's floats; what is less would arrive as 0
+SMALLEST: Final = 2.0**-126  # of the wire's floats; anything smaller would arrive as 0
 FINISH_TO_WIRE: Final = {
     None: worker_pb2.FINISH_NONE,
     FinishReason.STOP: worker_pb2.FINISH_STOP,
@@ -32,17 +32,17 @@ class _Fields:
     """The fields that a class and a message have in common."""
 
     def __init__(self, kind: type[Any], message: type[Message]) -> None:
-        """Those that are repeated, or messages themselves, have another form in the class: they are left out."""
+        """Leaves out repeated fields and messages, which have another form in the class."""
         self.all = [field.name for field in dataclasses.fields(kind) if _is_plain(message, field.name)]
         self._optional = [name for name in self.all if message.DESCRIPTOR.fields_by_name[name].has_presence]
         self._always = [name for name in self.all if name not in self._optional]
 
     def of(self, fields: object) -> dict[str, Any]:
-        """Their values."""
+        """Return their values."""
         return {name: getattr(fields, name) for name in self.all}
 
     def read(self, message: Message) -> dict[str, Any]:
-        """Their values on the wire, without those that the sender left out."""
+        """Return their values in the message, without those that the sender left out."""
         values = {name: getattr(message, name) for name in self._always}
         values |= {name: getattr(message, name) for name in self._optional if message.HasField(name)}
         return values
@@ -61,7 +61,7 @@ _POSITIVE: Final = [
 
 
 def to_wire(request: GenerateRequest, *, stream: int) -> worker_pb2.Generate:
-    """What a worker is sent. stream: the request's number in the session."""
+    """Return a request as a message. stream: its number in the session."""
     sampling = request.sampling
     message = worker_pb2.Generate(
         stream=stream,
@@ -79,7 +79,7 @@ def to_wire(request: GenerateRequest, *, stream: int) -> worker_pb2.Generate:
 
 
 def from_wire(message: worker_pb2.Generate, *, request_id: str) -> GenerateRequest:
-    """What the engine is asked for. request_id: the engine's. Raises `InvalidRequestError` for a value out of range."""
+    """Return the request in a message. request_id: the engine's. Raises `InvalidRequestError` for a bad value."""
     sampling = message.sampling
     values = _REQUEST.read(message) | {"request_id": request_id}
     return GenerateRequest(
@@ -93,7 +93,7 @@ def from_wire(message: worker_pb2.Generate, *, request_id: str) -> GenerateReque
 
 
 def error_to_wire(error: LoRAFleetError, *, stream: int) -> worker_pb2.Ended:
-    """How a request ends that has failed."""
+    """Return the end of a failed request as a message."""
     return worker_pb2.Ended(
         stream=stream,
         error_code=status_of(error).code,
@@ -103,7 +103,7 @@ def error_to_wire(error: LoRAFleetError, *, stream: int) -> worker_pb2.Ended:
 
 
 def error_from_wire(ended: worker_pb2.Ended) -> LoRAFleetError:
-    """Why a request has ended, which nobody cancelled."""
+    """Return the error with which a request ended. It was not cancelled."""
     if ended.error_code:
         return error_from_code(ended.error_code, ended.error_message, reason=ended.error_reason)
     return WorkerLostError("The worker gave the request up. Send it again.")

@@ -1,7 +1,7 @@
-"""How long a thread keeps Python's lock while another one waits for it.
+"""Python's switch interval: how long a thread keeps the interpreter lock while another waits for it.
 
-For processes in which an event loop, which nobody may wait for, shares the lock with threads that compute. By default
-it is 5 ms: of two busy threads a loop waits for each in turn, for every event that wakes it up.
+For processes in which an event loop shares the lock with computing threads. With the default of 5 ms, an event loop
+waits for each of two busy threads in turn at every event that wakes it up.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ SWITCH_INTERVAL_S: Final = 0.0005
 
 
 def shorten_switch_interval() -> None:
-    """Of this process."""
+    """Shorten the interval of this process."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -23,7 +23,7 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 
 
 def byte_size(text: str) -> int:
-    """'2GiB', '500MB', '1048576' → bytes. For argparse."""
+    """Return '2GiB', '500MB' or '1048576' in bytes. For argparse."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is not a size; write it like 2GiB, 500MB or 1048576")
@@ -31,7 +31,7 @@ def byte_size(text: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """Return a size as `byte_size` reads it, in the largest unit that it is a multiple of."""
+    """Return a size as `byte_size` reads it, in the largest unit that divides it."""
     for unit in ("ti", "gi", "mi", "ki"):
         if size and not size % _UNITS[unit]:
             return f"{size // _UNITS[unit]}{unit.capitalize()}B"

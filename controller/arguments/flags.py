@@ -1,4 +1,4 @@
-"""Options as flags: for a parser, from what it parsed, and on the command line of a process that we start.
+"""Options as flags: added to a parser, read from its result, and written for a process that we start.
 
 Owns: how an option's declaration looks on a command line. Leaves to others: declarations and checks
 (workers/options.py), which commands there are (commands/command_table.py).
@@ -29,7 +29,7 @@ class Command:
 
     @property
     def groups(self) -> dict[str, list[Declared]]:
-        """The options of its classes by title. Where two have the same flag, the last one counts."""
+        """Return the options of its classes by title. If two have the same flag, the last one counts."""
         found: dict[str, Declared] = {}
         for owner in self.owners:
             for option in options_of(owner):
@@ -49,9 +49,9 @@ class Command:
 
 
 def values_of(owner: type, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments that make `owner` of what was given; the rest is left to its defaults.
+    """Return the keyword arguments for `owner` from the given flags; options not given keep their defaults.
 
-    Raises `ConfigError` for a value of a nested class, or of a fallback, that cannot be.
+    Raises `ConfigError` for an invalid value of a nested class or of a fallback.
     """
     values: dict[str, Any] = {name: made(kind, args) for name, kind in nested_in(owner).items()}
     for option in options_of(owner):
@@ -66,12 +66,12 @@ def values_of(owner: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def made(owner: type[_Options], args: argparse.Namespace) -> _Options:
-    """Return the configuration that was given. Raises `ConfigError`."""
+    """Return the configuration built from the given flags. Raises `ConfigError`."""
     return owner(**values_of(owner, args))
 
 
 def command_line(config: Any, owner: type) -> list[str]:
-    """Return the flags that give a command the options of `owner`, as `config` has them, but for secret ones."""
+    """Return the flags that give a command the options of `owner`, as `config` has them, except secret ones."""
     words: list[str] = []
     for option in options_of(owner):
         value = config
@@ -89,7 +89,7 @@ def command_line(config: Any, owner: type) -> list[str]:
 
 
 def default_text(option: Declared) -> str:
-    """Return an option's default as people read it; empty where there is none."""
+    """Return an option's default for help texts; empty if there is none."""
     if option.says.default_text or option.says.is_required:
         return option.says.default_text
     if option.kind is bool:
@@ -100,12 +100,12 @@ def default_text(option: Declared) -> str:
 
 
 def bounds_text(option: Declared) -> str:
-    """Return an option's bounds as people read them; empty where there are none."""
+    """Return an option's bounds for help texts; empty if there are none."""
     return option.bounds(lambda number: size_text(int(number))) if option.is_size else option.bounds()
 
 
 def metavar(option: Declared) -> str | None:
-    """Return what stands for the value; None where the choices do, or where there is no value."""
+    """Return the value's placeholder; None if the choices replace it, or if the flag takes no value."""
     if option.says.metavar or option.says.choices or option.kind is bool:
         return option.says.metavar or None
     if option.is_size:
@@ -116,7 +116,7 @@ def metavar(option: Declared) -> str | None:
 def _add_flag(group: Any, option: Declared) -> None:
     it, default = option.says, default_text(option)
     said = "; ".join(text for text in (bounds_text(option), default and f"default: {default}") if text)
-    # No default: what is None was not given.
+    # No argparse default: None means not given.
     about: dict[str, Any] = {"help": (f"{it.help} ({said})" if said else it.help).replace("%", "%%"), "default": None}
     if option.kind is bool:
         about["action"] = argparse.BooleanOptionalAction if option.default else "store_true"
@@ -131,7 +131,7 @@ def _add_flag(group: Any, option: Declared) -> None:
 
 
 def _reader(option: Declared) -> Callable[[str], Any]:
-    """Return what makes a value of a text. It raises `argparse.ArgumentTypeError` with what the value must be."""
+    """Return the function from text to value. It raises `argparse.ArgumentTypeError` with the expected form."""
     convert = option.says.parse or (byte_size if option.is_size else str if option.takes_several else option.kind)
 
     def read(text: str) -> Any:

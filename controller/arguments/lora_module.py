@@ -12,7 +12,7 @@ from lorafleet.workers.errors import ConfigError
 
 
 def lora_module(text: str) -> LoRAModule:
-    """Return what NAME=PATH says, or vLLM's JSON form. Raises `argparse.ArgumentTypeError`."""
+    """Return the adapter of NAME=PATH, or of vLLM's JSON form. Raises `argparse.ArgumentTypeError`."""
     if text.lstrip().startswith("{"):
         return _lora_module_from_json(text)
     name, equals, path = text.partition("=")
@@ -32,7 +32,7 @@ def _lora_module_from_json(text: str) -> LoRAModule:
     if not all(isinstance(fields.get(key), str) and fields[key] for key in ("name", "path")):
         raise argparse.ArgumentTypeError(f"{quoted(text)} needs a name and a path")
     if not isinstance(fields.get("base_model_name"), str | None):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} must have a text as base_model_name")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} must have a string as base_model_name")
     weight, pin = fields.get("weight", 1.0), fields.get("pin", False)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not isinstance(pin, bool):
         raise argparse.ArgumentTypeError(f"{quoted(text)} must have a number as weight, and true or false as pin")

@@ -1,4 +1,4 @@
-"""Command lines whose mistakes are answered with the command's own usage and the nearest flag or command there is."""
+"""Command lines whose mistakes are answered with the command's own usage and the nearest existing flag or command."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _MAX_QUOTED = 200  # characters of a value in a message
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Refuses what it does not know itself; argparse leaves that to the program, whose usage lists no flags."""
+    """Refuses unknown flags itself; argparse leaves them to the program, whose usage lists no flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Leave nothing over. Unknown flags are told first: a mistyped one is often why another is missing."""
+        """Leave nothing over. Unknown flags are reported first: a mistyped one is often why another is missing."""
         for flag in self._flags_of(args or ()):
             if flag not in self._option_string_actions:
                 self.error(self._unknown(flag))
@@ -27,7 +27,7 @@ class CommandParser(argparse.ArgumentParser):
         return known, []
 
     def command(self, name: str) -> CommandParser:
-        """Return the parser of one of its commands; itself where it has no such command."""
+        """Return the parser of one of its commands; the parser itself if it has no such command."""
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction) and name in action.choices:
                 parser: CommandParser = action.choices[name]
@@ -35,7 +35,7 @@ class CommandParser(argparse.ArgumentParser):
         return self
 
     def _flags_of(self, args: Sequence[str]) -> Iterable[str]:
-        """What argparse takes for long flags: up to a command, which has flags of its own, or to --."""
+        """Return what argparse takes for long flags: up to a command, which has flags of its own, or to --."""
         has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
         for text in args:
             if text == "--" or (has_commands and not text.startswith("-")):
@@ -48,7 +48,7 @@ class CommandParser(argparse.ArgumentParser):
         if any(action.metavar == bare for action in self._actions if not action.option_strings):
             return f"There is no flag {flag}: give {bare} without one."
         flags = [name for action in self._actions for name in action.option_strings]
-        hint = _nearest(flag, flags) or f" `{self.prog} --help` lists those there are."
+        hint = _nearest(flag, flags) or f" `{self.prog} --help` lists them."
         return f"There is no flag {quoted(flag)}.{hint}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -68,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def quoted(text: str) -> str:
-    """Return a value as messages show it."""
+    """Return a value as messages quote it, cut to `_MAX_QUOTED` characters."""
     return repr(text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}...")
 
 

@@ -22,7 +22,7 @@ from lorafleet.workers.errors import ConfigError, LoRAFleetError
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command; the exit code is 0, 1 for what cannot run, 2 for wrong usage."""
+    """Run a command. Exit code 0: success; 1: it cannot run; 2: wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["gateway"]:
         from lorafleet.controller.gateway.__main__ import main as gateway
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         run()
     except LoRAFleetError as error:
         sys.exit(f"lorafleet: error: {error.message}")
-    except KeyboardInterrupt:  # before there was anything to drain
+    except KeyboardInterrupt:  # nothing to drain yet
         sys.exit(130)
     sys.exit(0)
 
 
 def _told(args: argparse.Namespace) -> Callable[[], None]:
-    """Check what the command was told and return what it does. Raises `ConfigError`."""
+    """Check the command's options and return the call that runs it. Raises `ConfigError`."""
     match args.command:
         case "serve":
             return partial(_serve, serve_config(args))
@@ -108,7 +108,7 @@ def _status(options: StatusOptions) -> None:
 
 
 def _demo(parser: CommandParser, flags: Sequence[str]) -> list[str]:
-    """Return the demo's `serve` command. The model is fetched only for flags that can be served."""
+    """Return the demo's `serve` command. The flags are checked before the model is fetched."""
     from lorafleet.controller.commands.demo import demo_model, serve_arguments
 
     parser.parse_args(with_flags_file(serve_arguments("the demo model", flags)))
@@ -116,7 +116,7 @@ def _demo(parser: CommandParser, flags: Sequence[str]) -> list[str]:
 
 
 def _check_gateway_flags(args: argparse.Namespace) -> None:
-    """Raises `ConfigError` for flags of gateways that nobody would take."""
+    """Raises `ConfigError` for gateway flags if the command starts no gateways."""
     flags = {"--api-key": args.api_keys, "--admin-api-key": args.admin_api_keys, "--tenants": args.tenants_file}
     given = [flag for flag, value in flags.items() if value]
     if (args.gateway_processes or 1) > 1:

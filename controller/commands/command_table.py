@@ -1,4 +1,4 @@
-"""The commands of `lorafleet`, each with the options that it takes. The parser and their reference follow from it."""
+"""The commands of `lorafleet`, each with its options. The parser and the reference derive from it."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ COMMANDS = (
     ),
     Command(
         "drain",
-        "make a node of a Ray cluster ready to be taken away",
+        "drain a node of a Ray cluster before it is removed",
         (StopOptions,),
-        "Make a node of a Ray cluster ready to be taken away: workers with a rank on this node, and its gateways, take "
-        "no more requests and finish theirs. `lorafleet restart` has them back.",
+        "Drain a node of a Ray cluster before it is removed: workers with a rank on this node, and its gateways, take "
+        "no more requests and finish theirs. `lorafleet restart` starts them again.",
     ),
     GATEWAY,
     Command(

@@ -1,7 +1,7 @@
 """`lorafleet demo`: serve a small real model with three adapters that come with the package.
 
-Owns: which model, which adapters and under what names. Leaves to others: getting the model (workers/sources/demo.py),
-all else (`lorafleet serve`, whose flags it takes).
+Owns: which model, which adapters, their names. Leaves to others: getting the model (workers/sources/demo.py),
+everything else (`lorafleet serve`, whose flags it takes).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ADAPTER_NAMES = ("sql", "pirate", "json")
 
 
 def serve_arguments(model: str, flags: Sequence[str]) -> list[str]:
-    """Return the arguments of `lorafleet serve` for the demo. flags: the user's, which win."""
+    """Return the arguments of `lorafleet serve` for the demo. flags: the user's, which take precedence."""
     demo = ["--served-model-name", MODEL_NAME, "--enable-lora"]
     demo += ["--allow-runtime-lora-updates", "--lora-root", str(ADAPTERS)]
     demo += ["--lora-modules", *(f"{name}={ADAPTERS / name}" for name in ADAPTER_NAMES)]
@@ -27,9 +27,9 @@ def serve_arguments(model: str, flags: Sequence[str]) -> list[str]:
 
 
 def demo_model() -> str:
-    """Return the model's directory; get the model and compile the CPU kernels first, at the same time, if need be.
+    """Return the model's directory. If needed, get the model and compile the CPU kernels first, at the same time.
 
-    In a process of its own, so that this one stays small. Raises `ConfigError`.
+    Runs in a process of its own, so that this one stays small. Raises `ConfigError`.
     """
     command = [sys.executable, "-m", "lorafleet.workers.sources.demo", "compile"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

@@ -1,7 +1,7 @@
 """The flags of `lorafleet serve` and `lorafleet up` as one checked configuration.
 
-Owns: what several flags come to together, flags in a file. Leaves to others: their declarations (controller/config.py),
-how argparse reads them (arguments/flags.py).
+Owns: checks across flags, flags in a file. Leaves to others: their declarations (controller/config.py), how argparse
+reads them (arguments/flags.py).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     engine = EngineConfig(**values_of(EngineConfig, args), lora=LoRAConfig(**lora) if args.enable_lora else None)
     given = values_of(ServeConfig, args)
     given.setdefault("served_model_names", (engine.model,))
-    # Whoever has the variable set for vLLM may well start servers without LoRA too.
+    # With the variable set for vLLM, servers without LoRA may be started too.
     if args.enable_lora and os.environ.get(VLLM_UPDATES_VARIABLE, "").lower() in ("1", "true"):
         given["allow_runtime_lora_updates"] = True
-    # Workers on other nodes, or in Ray's own directories, know nothing of this one.
+    # Workers on other nodes, or in Ray's own directories, do not know this one.
     given["lora_roots"] = tuple(map(_lora_root, given.get("lora_roots", ())))
     if tenants_file := given.get("tenants_file"):
         given["tenants_file"] = str(Path(tenants_file).absolute())
     config = ServeConfig(engine=engine, **given)
-    if tenants_file:  # refuses now what the gateway would refuse
+    if tenants_file:  # refused now rather than by the gateway
         tenants_of(config.api_keys, read_tenants(Path(tenants_file)), config.admin_api_keys)
     return config
 
@@ -48,21 +48,21 @@ def _lora_root(root: str) -> str:
 
 
 def with_flags_file(argv: Sequence[str]) -> list[str]:
-    """The command line, with the flags of FILE in the place of @FILE after the command.
+    """Return the command line with the flags of FILE in place of @FILE after the command.
 
-    Only there: anywhere else a value may begin with @. Raises `ConfigError`.
+    Elsewhere a value may begin with @. Raises `ConfigError`.
     """
     if len(argv) < 2 or argv[0] not in ("serve", "up") or not argv[1].startswith("@"):
         return list(argv)
     path = Path(argv[1][1:]).expanduser()
     try:
         return [argv[0], *shlex.split(path.read_text(), comments=True), *argv[2:]]
-    except (OSError, ValueError) as error:  # ValueError: an open quotation, or no text
+    except (OSError, ValueError) as error:  # ValueError: an open quotation, or not UTF-8
         raise ConfigError(f"The flags of {path} cannot be read: {error}.") from error
 
 
 def resolved(config: ServeConfig, *, is_own_ray: bool) -> ServeConfig:
-    """Return it with the model and local adapters as absolute paths, once their small files have been looked at.
+    """Return the configuration with the model and local adapters as absolute paths, after checking their small files.
 
     is_own_ray: the workers run on this machine. Raises `ModelError`, `MemoryPlanError` or `AdapterRefusedError`.
     """
@@ -70,7 +70,7 @@ def resolved(config: ServeConfig, *, is_own_ray: bool) -> ServeConfig:
     from lorafleet.workers.sources.preflight import check_files
 
     model = str(resolve_model(config.engine.model))
-    # Workers on other nodes, or in Ray's own directories, know nothing of this one.
+    # Workers on other nodes, or in Ray's own directories, do not know this one.
     adapters = tuple(
         dataclasses.replace(adapter, path=str(Path(adapter.path).expanduser().absolute()))
         if Path(adapter.path).expanduser().exists()

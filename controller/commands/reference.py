@@ -1,4 +1,4 @@
-"""The reference of the command line, docs/reference/cli.md, as the options are declared: `make docs-cli` writes it.
+"""The reference of the command line, docs/reference/cli.md, from the options' declarations: `make docs-cli` writes it.
 
 python -m lorafleet.controller.commands.reference > docs/reference/cli.md
 """
@@ -25,7 +25,7 @@ def reference() -> str:
 
 
 def _section(command: Command) -> str:
-    """Return what a command has; where it has all options of another one, only what it has beside them."""
+    """Return a command's section. If it has all options of another command, only the additional ones are listed."""
     base = next((other for other in COMMANDS if other.owners and set(other.owners) < set(command.owners)), None)
     known = [option for options in base.groups.values() for option in options] if base else []
     positional = "".join(f" {option.flag}" for option in command.groups.get("", ()) if option.says.is_positional)

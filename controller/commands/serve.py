@@ -1,7 +1,6 @@
-"""Brings a fleet up on one command, watches it, and takes it down: Ray, controller, workers, gateways.
+"""Starts a fleet on one command, watches it, and stops it: Ray, controller, workers, gateways.
 
-Everything that was started is stopped again, in whatever way `serve` ends: drained on the first signal, at once on the
-second.
+Everything that was started is stopped again, however `serve` ends: drained on the first signal, at once on the second.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ if TYPE_CHECKING:
 
 _GATEWAY_START_S = 60.0
 _POLL_S = 0.1
-_DRAINED_S = 5.0  # beyond the drain
-_LOST_S = 0.0  # for requests of a fleet that is lost
-_CUT_S = 3.0  # for the answers to requests that are cut short
+_DRAINED_S = 5.0  # after the drain's time limit
+_LOST_S = 0.0  # drain time when the fleet is lost
+_CUT_S = 3.0  # for the answers to aborted requests
 
 
 def serve(config: ServeConfig) -> None:
-    """Run a fleet until a signal ends it. Raises `LoRAFleetError` when it cannot start; nothing is left then."""
+    """Run a fleet until a signal ends it. Raises `LoRAFleetError` if it cannot start; nothing is left running then."""
     signals = Signals()
     signals.install()
     _check_port(config.host, config.port)
@@ -57,8 +56,8 @@ def serve(config: ServeConfig) -> None:
             token_file = write_secret(state_dir / "token", secrets.token_urlsafe(32))
             node = "127.0.0.1" if config.ray_address is None else _node_address()
             controller_port = _free_port(node)
-            # Gateways start and the weights come off the disk while Ray starts; until there is a worker a gateway that
-            # is alone answers /ready with 503.
+            # Gateways start, and the weights are read from disk, while Ray starts; without a worker a single gateway
+            # answers /ready with 503.
             read_ahead(Path(config.engine.model))
             gateways = stack.enter_context(GatewayProcesses(config, f"{node}:{controller_port}", token_file))
             say(f"starting Ray, controller and {_count(config.num_workers, 'worker')} ...")
@@ -91,7 +90,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def _stay(cluster: FleetCluster, ready: FleetReady, gateways: GatewayProcesses, signals: Signals) -> str:
-    """Tell what happens, until a signal comes or the fleet can serve no longer; then why."""
+    """Print events until a signal comes or the fleet can no longer serve. Return why it cannot, or an empty string."""
     fleet, ray = FleetWatch(cluster, ready.last_event, say), ClusterWatch(cluster, say)
     while not signals.count:
         if lost := ray.look():
@@ -108,7 +107,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Refuse early, before Ray has started, what the gateway could not listen on."""
+    """Raise `ConfigError`, before Ray starts, if the gateway could not listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,15 +126,15 @@ def _free_port(host: str) -> int:
 
 
 def _node_address() -> str:
-    """This node's as others see it: where the way to the world begins."""
+    """Return this node's address as others see it: the local address of the default route."""
     try:
         return own_address("192.0.2.1")
-    except OSError:  # there is no way
+    except OSError:  # no route
         return "127.0.0.1"
 
 
 def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: Signals) -> None:
-    """Let them finish their requests for so long, or until a second signal; then end these, each with an answer."""
+    """Drain the gateways for `timeout_s` or until a second signal, then abort the rest, each with an answer."""
     gateways.terminate()
     deadline = time.monotonic() + timeout_s + _DRAINED_S
     while not gateways.have_ended and time.monotonic() < deadline and signals.count < 2:
@@ -150,12 +149,12 @@ def _drain_gateways(gateways: GatewayProcesses, timeout_s: float, signals: Signa
 def _fleet(
     config: ServeConfig, *, node: str, port: int, token: str, state_dir: Path, signals: Signals
 ) -> Iterator[tuple[FleetCluster, FleetReady]]:
-    """Ray with controller and workers in it, ready to serve."""
+    """Run Ray with controller and workers, ready to serve."""
     if config.ray_address is None:
-        # A Ray of our own, closed to everybody else on the machine. Set before Ray is imported.
+        # A Ray of our own, closed to other users of the machine. Set before Ray is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(write_secret(state_dir / "ray-token", secrets.token_hex(32)))
-        # Ray would give workers the lowest priority (nice 15), and whatever else runs here would hold up each step.
+        # Ray would give workers the lowest priority (nice 15), so any other load here would delay each step.
         os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -165,7 +164,7 @@ def _fleet(
 
     signals.check()
     try:
-        # Ray's C++ half puts a handler in the place of ours that aborts the process, so ours is set again and again.
+        # Ray's C++ part replaces our signal handler by one that aborts the process, so ours is set repeatedly.
         num_actors = config.num_workers * config.engine.tensor_parallel_size
         cluster = FleetCluster(config.ray_address, num_actors, while_waiting=signals.install)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -173,7 +172,7 @@ def _fleet(
     try:
         signals.check()
         try:
-            # Ray keeps an actor's arguments, and the controller has no use for the clients' keys.
+            # Ray keeps an actor's arguments, and the controller does not need the clients' keys.
             told = dataclasses.replace(config, api_keys=(), admin_api_keys=())
             owner = cluster.mark_owner() if config.ray_address is not None else ""
             cluster.create_controller(ControllerActor, told, node, port, token, owner=owner)
@@ -189,7 +188,7 @@ def _fleet(
 
 def _wait_for_gateways(config: ServeConfig, gateways: GatewayProcesses, signals: Signals) -> None:
     deadline = time.monotonic() + _GATEWAY_START_S
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # $http_proxy is not for our own gateway
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no $http_proxy: the gateway is our own
     while time.monotonic() < deadline:
         signals.check()
         gateways.check()
@@ -207,7 +206,7 @@ def _url(config: ServeConfig) -> str:
 
 
 def _announce(config: ServeConfig, workers: tuple[WorkerReady, ...], seconds: float) -> None:
-    """The memory plan, what is served, and commands to paste."""
+    """Print the memory plan, the adapters served, and commands to paste."""
     url, base = _url(config), config.served_model_names[0]
     if len(workers) > 1:
         print(f"{_count(len(workers), 'worker')}, each with this")

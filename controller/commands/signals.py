@@ -1,4 +1,4 @@
-"""The signals to a running command: they ask for its end, or for a restart of the workers."""
+"""The signals to a running command: they stop it, or restart the workers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """A signal asked for the end."""
+    """A signal asked the command to stop."""
 
 
 class Signals:
-    """Counts of signals. Of SIGINT, SIGTERM and SIGHUP the first asks for the end, the second cuts a drain short;
-    SIGUSR1 asks for a restart of the workers.
+    """Counts of signals. The first SIGINT, SIGTERM or SIGHUP stops the command, the second ends its drain; SIGUSR1
+    restarts the workers.
 
     Handlers only count: any lock, even an Event's, may be held by the code that the next signal interrupts.
     """

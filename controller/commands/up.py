@@ -36,7 +36,7 @@ _ROOM_S = 5.0  # between attempts to start a fleet that has no room yet
 def up(config: ServeConfig, options: UpOptions) -> None:
     """Start the fleet and leave it running. Idempotent: if it runs with the same flags, wait for it.
 
-    Raises `ConfigError`; then ends what this call has started, unless the fleet has served.
+    Raises `ConfigError`, after ending what this call has started, unless the fleet has served.
     """
     token_file = options.token_file.expanduser()
     token = _token(token_file)

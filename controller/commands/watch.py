@@ -1,4 +1,4 @@
-"""A command's work while its fleet serves: it prints events, and has workers restarted.
+"""A command's work while its fleet serves: printing events, and restarting workers on request.
 
 Owns: asking the controller for both without blocking, and reporting that it does not answer. Leaves to others: signals
 (serve.py, up.py), the events (fleet/events.py), the restart (fleet/actor.py), the cluster (cluster_watch.py).

@@ -1,4 +1,4 @@
-"""``lorafleet gateway``, or ``python -m lorafleet.controller.gateway``: flags to a running gateway.
+"""``lorafleet gateway``, or ``python -m lorafleet.controller.gateway``: starts a gateway from its flags.
 
 Owns: the process. Leaves to others: its options (command.py), their checks (config.py), running (server.py).
 """
@@ -24,14 +24,14 @@ from lorafleet.workers.switch_interval import shorten_switch_interval
 
 
 def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, ProcessOptions]:
-    """Raises ConfigError for a value that cannot be; argparse itself exits for unknown flags."""
+    """Return the configuration. Raises ConfigError for an invalid value; argparse itself exits for unknown flags."""
     parser = CommandParser(prog=f"lorafleet {GATEWAY.name}", description=GATEWAY.description)
     GATEWAY.add_flags(parser)
     args = parser.parse_args(argv)
     process = made(ProcessOptions, args)
     try:
         token = process.token_file.read_text().strip()
-    except (OSError, ValueError) as error:  # ValueError: no text
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise ConfigError(f"--token-file {process.token_file} cannot be read: {error}.") from error
     given = values_of(GatewayConfig, args)
     if tenants_file := given.get("tenants_file"):
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> tuple[GatewayConfig, ProcessOptions]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after a drain, 1 if the port cannot be had, 2 for a bad flag."""
+    """Return the exit status: 0 after a drain, 1 if the port is not available, 2 for a bad flag."""
     try:
         config, process = parse(argv)
     except ConfigError as error:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if num := num_weak([*config.api_keys, *config.tenants, *config.admin_api_keys]):
         logging.warning("%d API keys have fewer than %d characters and may be guessed", num, WEAK_KEY_CHARS)
     shorten_switch_interval()
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is told once, by us
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a lost connection is logged once, by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours (streams/text_threads.py)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
-    """uvloop where there is one: it halves the cost of a token."""
+    """Return uvloop's factory where it is installed: it halves the cost of a token."""
     try:
         import uvloop
     except ImportError:

@@ -12,14 +12,13 @@ from lorafleet.workers.options import option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessOptions:
-    """What the process is told beside its configuration."""
+    """Options of the process, apart from the gateway's configuration."""
 
     token_file: Path = option(group=FLEET, is_required=True, metavar="FILE", help="holds the fleet's token")
     exit_with_parent: bool = option(
         False,
         group=FLEET,
-        help="stdin and stdout are pipes held by the parent: drain when the one closes, write a line a second to the "
-        "other",
+        help="stdin and stdout are pipes held by the parent: drain when stdin closes, write a line a second to stdout",
     )
 
 

@@ -1,6 +1,6 @@
-"""What a gateway process is told: built and validated once by ``__main__.py``, frozen, passed whole.
+"""The configuration of a gateway process: built and validated once by ``__main__.py``, frozen, passed whole.
 
-Owns: what only the process has, and its checks. Leaves to others: the options that the fleet's commands share
+Owns: the options only the process has, and their checks. Leaves to others: options that the fleet's commands share
 (options.py).
 """
 
@@ -18,11 +18,11 @@ FLEET = "fleet"
 
 @dataclass(frozen=True, slots=True)
 class SessionTimes:
-    """How patient a worker session is, in seconds. Workers send a heartbeat every 0.5 s."""
+    """Time limits of a worker session, in seconds. Workers send a heartbeat every 0.5 s."""
 
     welcome_s: float = 5.0  # from the start of a connection to the worker's Welcome
-    suspect_s: float = 1.5  # of silence: no new requests while others can take them
-    dead_s: float = 5.0  # of silence: its requests fail and the session starts again
+    suspect_s: float = 1.5  # of silence, after which it gets no new requests while others can take them
+    dead_s: float = 5.0  # of silence, after which its requests fail and the session starts again
     slow_step_s: float = option(
         20.0,
         group=FLEET,
@@ -43,7 +43,7 @@ class GatewayConfig(GatewayOptions):
 
     controller: str = option(group=FLEET, is_required=True, metavar="HOST:PORT", help="the controller's gRPC address")
     token: str = field(repr=False)  # the fleet's bearer token, for gRPC
-    tenants: dict[str, Tenant] = field(default_factory=dict, repr=False)  # by API key, as `tenants_file` has them
+    tenants: dict[str, Tenant] = field(default_factory=dict, repr=False)  # by API key, read from `tenants_file`
     port: int = option_of(GatewayOptions, "port", minimum=0, help="port to listen on; 0: any free one")
     log_level: LogLevel = option_of(GatewayOptions, "log_level", default="info")
     num_tokenizer_threads: int = option(
@@ -68,7 +68,7 @@ class GatewayConfig(GatewayOptions):
 
 
 def check_address(flag: str, address: str) -> None:
-    """Raises ConfigError unless `address` is host:port."""
+    """Raises ConfigError unless `address` is HOST:PORT."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
         raise ConfigError(f"{flag} is {quoted(address)}; it must be HOST:PORT.")

@@ -1,10 +1,10 @@
-"""Connections of clients: how many there are, how long a request's head may take, who reads nothing.
+"""Client connections: their number, the time for a request's head, disconnecting clients that read nothing.
 
-Owns: what of these aiohttp leaves open. Leaves to others: bodies (api/intake.py), what a request is (aiohttp,
+Owns: these limits, which aiohttp lacks. Leaves to others: bodies (api/intake.py), parsing requests (aiohttp,
 api/app.py).
 
-The operating system takes part of what is for a client that does not read. It is told to take little beyond what it can
-send, so that such a client is noticed.
+The operating system also buffers output for a client that does not read. Its buffer is kept small so that such a client
+is noticed.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from lorafleet.controller.gateway.limits import Limits
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, QueueFullError
 from lorafleet.workers.scheduling.shares import Shares
 
-KEEP_ALIVE_S: Final = 75.0  # longer than what proxies and clients keep connections for, so that they end them
-MIN_BYTES_A_SECOND: Final = 1024  # that a client must read while more waits for it
-_SYSTEM_BYTES: Final = 4 << 10  # of one connection, not sent, in the operating system
-_BUFFER_BYTES: Final = 16 << 10  # of one connection, here, before its client counts as one that does not read
-_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER, for no time
-_LINGER_S: Final = 1.0  # for a refusal to arrive
+KEEP_ALIVE_S: Final = 75.0  # longer than proxies and clients keep connections, so that they close them first
+MIN_BYTES_A_SECOND: Final = 1024  # minimum read rate of a client while output waits for it
+_SYSTEM_BYTES: Final = 4 << 10  # unsent, of one connection, in the operating system
+_BUFFER_BYTES: Final = 16 << 10  # of one connection, here, before its client counts as not reading
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER with a timeout of 0
+_LINGER_S: Final = 1.0  # time for a refusal to arrive
 _MAX_LINGERING: Final = 100
 
 logger = logging.getLogger(__name__)
 
 
 class Connections:
-    """All that are open. Call it for the next one's protocol."""
+    """All open connections. Calling it returns the protocol for a new one."""
 
     def __init__(self, server: web.Server, limits: Limits) -> None:
-        """server: which takes their requests."""
+        """server: handles their requests."""
         self.limits = limits
         self.shares = Shares(limits.max_connections)
-        self.num_lingering = 0  # refused, and not yet gone
+        self.num_lingering = 0  # refused and not yet closed
         self._server = server
         self._loop = asyncio.get_running_loop()
 
@@ -51,25 +51,25 @@ class Connections:
 
 
 class Connection(web.RequestHandler):
-    """One of them."""
+    """One client connection."""
 
     __slots__ = ("_all", "_holder", "_open", "_refused", "_timer", "_unread_bytes", "_write_timer")
 
     def __init__(self, connections: Connections, server: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
-        options: dict[str, Any] = {"access_log": None}  # which aiohttp takes for none at all
+        options: dict[str, Any] = {"access_log": None}  # aiohttp then writes none
         super().__init__(
             server,
             loop=loop,
             keepalive_timeout=KEEP_ALIVE_S,
-            lingering_time=2.0,  # how long the rest of a refused body is read and dropped, so that its answer arrives
+            lingering_time=2.0,  # time for reading and dropping a refused body, so that the answer arrives
             auto_decompress=False,  # a small body must not become a large one (api/intake.py refuses encodings)
             **options,
         )
         self._all = connections
-        self._holder = ""  # of its place: the client's address
-        self._open: asyncio.Transport | None = None  # until it is lost; aiohttp's own ends with the will to close it
+        self._holder = ""  # of its place: the client's network
+        self._open: asyncio.Transport | None = None  # until it is lost; aiohttp drops its own on starting to close
         self._refused = False
-        self._timer: asyncio.TimerHandle | None = None  # for the head that is being received
+        self._timer: asyncio.TimerHandle | None = None  # for the head being received
         self._unread_bytes = 0  # when the client was last seen to read
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -104,11 +104,11 @@ class Connection(web.RequestHandler):
         super().data_received(data)
         if self._request_count != num_heads:
             self._head_came()
-        elif self._waiter is not None and self._timer is None:  # no request runs: this is the next one's beginning
+        elif self._waiter is not None and self._timer is None:  # no request runs: the next one begins
             self._await_head()
 
     async def start(self) -> None:
-        """Serve its requests. When that is over it closes, as soon as the client has read what waits for it."""
+        """Serve requests. Afterwards close the connection once the client has read what waits for it."""
         try:
             await super().start()
         finally:
@@ -128,13 +128,13 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """What is no HTTP gets an answer and no traceback; what is left is a bug of ours."""
+        """Answer what is not HTTP, without a traceback; any other error is a bug of ours."""
         if not isinstance(exc, HttpProcessingError) or request.writer.output_size:
             return super().handle_error(request, status, exc, message)
         said = " ".join(exc.message.split())[:200]
-        logger.debug("a client at %s sent what is no HTTP: %s", self._holder, said)
+        logger.debug("a client at %s sent something other than HTTP: %s", self._holder, said)
         response = error_response(
-            InvalidRequestError(f"This is not a valid HTTP/1.1 request: {said}. (TLS is not spoken on this port.)")
+            InvalidRequestError(f"This is not a valid HTTP/1.1 request: {said}. (This port does not speak TLS.)")
         )
         response.force_close()
         return response
@@ -152,7 +152,7 @@ class Connection(web.RequestHandler):
         if self.transport is None or self._waiter is None:
             return
         timeout_s = self._all.limits.header_timeout_s
-        error = InvalidRequestError(f"No whole request head came within {timeout_s:g} s, --header-timeout-s.")
+        error = InvalidRequestError(f"The request's head did not arrive within {timeout_s:g} s, --header-timeout-s.")
         self.transport.write(_closing("408 Request Timeout", error))
         self.force_close()
 
@@ -166,7 +166,7 @@ class Connection(web.RequestHandler):
             self._write_timer = None
 
     def _check_reader(self) -> None:
-        """End the connection if its client has read next to nothing; its requests end with it."""
+        """Disconnect the client if it has read next to nothing; its requests end too."""
         self._write_timer = None
         transport = self._open
         if transport is None or not (left := transport.get_write_buffer_size()):
@@ -176,12 +176,12 @@ class Connection(web.RequestHandler):
             return
         logger.info("a client at %s is disconnected: %d bytes wait for it to read", self._holder, left)
         sock = transport.get_extra_info("socket")
-        if sock is not None:  # reset it: else the system would go on offering the client what it has
+        if sock is not None:  # reset it, or the system would keep its buffer for the client
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         transport.abort()
 
     def _refuse(self, transport: asyncio.Transport) -> None:
-        """Say that there are too many, and close when the client has heard it."""
+        """Report that there are too many connections, and close this one once the client has the answer."""
         self._refused = True
         self._all.num_lingering += 1
         error = QueueFullError(
@@ -197,19 +197,19 @@ class Connection(web.RequestHandler):
 
 
 def _closing(status: str, error: LoRAFleetError, headers: str = "") -> bytes:
-    """An answer to no request."""
+    """Return an answer that belongs to no request."""
     body = error_json(error)
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{headers}"
     return head.encode() + b"Connection: close\r\n\r\n" + body
 
 
 def _network(address: str) -> str:
-    """Whose address it is: of version 6 everybody has a network full of them."""
+    """Return the client's address, or its /64 network for IPv6, in which one client has many addresses."""
     if ":" not in address:
         return address
     try:
         parsed = ipaddress.IPv6Address(address.partition("%")[0])
     except ValueError:
         return address
-    mapped = parsed.ipv4_mapped  # one of version 4 that came in at a socket for both
+    mapped = parsed.ipv4_mapped  # an IPv4 client on a socket for both versions
     return str(mapped if mapped is not None else ipaddress.ip_network((parsed, 64), strict=False))

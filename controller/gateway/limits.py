@@ -1,6 +1,6 @@
-"""Bounds on what clients may make a gateway hold, as an operator gives them: defaults, ranges, checks.
+"""Limits on the resources that clients use in a gateway: defaults, ranges, checks.
 
-Owns: that each is declared once. Leaves to others: keeping to them (connections.py, api/intake.py, streams/inbox.py).
+Owns: declaring each once. Leaves to others: enforcing them (connections.py, api/intake.py, streams/inbox.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _MAX = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one gateway process."""
+    """The limits of one gateway process."""
 
     max_connections: int = option(
-        4096, group=LIMITS, minimum=1, maximum=_MAX, help="connections of clients at a time; more get 503"
+        4096, group=LIMITS, minimum=1, maximum=_MAX, help="client connections at a time; more get 503"
     )
     header_timeout_s: float = option(
         10.0, group=LIMITS, above=0.0, maximum=DAY_S, help="time for a request's head to arrive"
@@ -43,17 +43,17 @@ class Limits:
         group=LIMITS,
         minimum=1,
         maximum=MAX_BYTES,
-        help="size of all requests' bodies together, at least twice --max-body-bytes; more get 429",
+        help="total size of all requests' bodies, at least twice --max-body-bytes; more get 429",
     )
     max_in_flight: int = option(
         8192,
         group=LIMITS,
         minimum=1,
         maximum=_MAX,
-        help="choices (prompts times n) of all requests together; more get 429",
+        help="total choices (prompts times n) of all requests; more get 429",
     )
     max_queued_tokens: int = option(
-        2048, group=LIMITS, minimum=1, maximum=_MAX, help="tokens of one choice that a client may be late with reading"
+        2048, group=LIMITS, minimum=1, maximum=_MAX, help="unread tokens of one choice that a client may have"
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
-"""The HTTP application behind a port.
+"""Serves the HTTP application on a port.
 
-Owns: its start and end, that there are enough file descriptors for its connections. Leaves to others: paths
-(api/app.py), connections (connections.py), when it starts and ends (server.py).
+Owns: its start and end, enough file descriptors for its connections. Leaves to others: paths (api/app.py),
+connections (connections.py), when it starts and ends (server.py).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ logger = logging.getLogger(__name__)
 
 
 class Listener:
-    """`set_up` it, let it `listen`, `close` it; `set_up` starts `state` and `close` closes it."""
+    """Call `set_up`, then `listen`, then `close`; `set_up` also starts `state` and `close` closes it."""
 
     def __init__(self, state: GatewayState, access_log: AccessLog | None = None) -> None:
         self._limits = state.config.limits
-        # handler_cancellation: a client that goes away cancels its handler, which cancels the request on its worker
-        # even before there was anything to write.
+        # handler_cancellation: when a client disconnects, its handler is cancelled, and thereby its request on the
+        # worker, even before anything was written.
         self._runner = web.AppRunner(
             make_app(state, access_log), handler_cancellation=True, shutdown_timeout=ABORT_GRACE_S
         )
         self._server: asyncio.Server | None = None
-        self.connections: Connections | None = None  # from `listen` on
+        self.connections: Connections | None = None  # set by `listen`
 
     async def set_up(self) -> None:
-        """Start everything but listening."""
+        """Start everything except listening."""
         await self._runner.setup()
 
     async def listen(self, host: str, port: int, *, reuse_port: bool = False) -> int:
-        """Take requests; the port that it is. Raises OSError when it cannot be had."""
+        """Accept connections. Return the port. Raises OSError if it is not available."""
         server = self._runner.server
         assert server is not None
         limits = dataclasses.replace(self._limits, max_connections=_allowed(self._limits.max_connections))
@@ -61,7 +61,7 @@ class Listener:
 
 
 def _allowed(num_connections: int) -> int:
-    """So many of them as the process may have files open for; it may have as many as the system lets it."""
+    """Raise the limit on open files if needed. Return how many of the connections it then allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = num_connections + _OWN_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -69,5 +69,5 @@ def _allowed(num_connections: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < wanted:
             num_connections = max(1, soft - _OWN_FILES)
-            logger.warning("--max-connections is taken as %d: no more files may be open (ulimit -n)", num_connections)
+            logger.warning("--max-connections is reduced to %d by the limit on open files (ulimit -n)", num_connections)
     return num_connections

@@ -1,7 +1,7 @@
-"""What an operator chooses for a gateway, whichever command starts it: `lorafleet serve`, `up` or `gateway`.
+"""The options of a gateway, for each command that starts one: `lorafleet serve`, `up` or `gateway`.
 
 Owns: the options that these commands share, their defaults and checks. A new one is declared here and used where it
-matters; it reaches gateway processes by itself (gateway_processes.py). Imports nothing that takes long.
+matters; it reaches gateway processes by itself (gateway_processes.py). Imports nothing slow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
-    """Of each gateway process of a fleet."""
+    """The options of each gateway process of a fleet."""
 
     host: str = option("127.0.0.1", group=HTTP, metavar="HOST", help="address to listen on")
     port: int = option(8000, group=HTTP, minimum=1, maximum=65535, help="port to listen on")
@@ -32,9 +32,8 @@ class GatewayOptions:
         metavar="KEY",
         is_secret=True,
         fallback=partial(keys_of_variable, API_KEY_VARIABLE),
-        help="keys that clients must send as a bearer token, each a tenant of its own",
-        default_text=f"${API_KEY_VARIABLE}: one, several with commas between them, or a JSON array; else none is "
-        "asked for",
+        help="keys, one of which a client must send as a bearer token; each is a tenant of its own",
+        default_text=f"${API_KEY_VARIABLE}: one, several separated by commas, or a JSON array; else no key is required",
     )
     admin_api_keys: tuple[str, ...] = option(
         (),
@@ -45,7 +44,7 @@ class GatewayOptions:
         fallback=partial(keys_of_variable, ADMIN_KEY_VARIABLE),
         help="keys that may load and unload adapters over HTTP",
         default_text=f"${ADMIN_KEY_VARIABLE} in the same forms; else the first key of --api-key, or of --tenants; "
-        "without any keys everybody",
+        "without any keys, everybody may",
     )
     tenants_file: str | None = option(
         None,
@@ -64,12 +63,12 @@ class GatewayOptions:
         group=HTTP,
         minimum=0.0,
         maximum=DAY_S,
-        help="maximum time a request waits while no worker can take or resume it; then it gets 503",
+        help="maximum time a request waits while no worker can take or resume it; after it, 503",
     )
     seed: int | None = option_of(EngineArgs, "seed", group=HTTP)
     log_level: LogLevel = option("warning", group=HTTP, help="least severe messages that are logged")
     access_log: bool = option(
-        True, group=HTTP, help="log a line for each request that was answered, health checks, metrics and status aside"
+        True, group=HTTP, help="log a line for each answered request, except health checks, metrics and status"
     )
     limits: Limits = nested(Limits)
 

@@ -1,4 +1,4 @@
-"""One gateway process from its first line to its last.
+"""One gateway process from start to end.
 
 Owns: signals, the order of shutting down. Leaves to others: flags (__main__.py), listening (listener.py).
 """
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
     """Listen until a signal (or the parent's death), then drain. A second signal ends the drain.
 
-    Raises OSError when the port cannot be had.
+    Raises OSError if the port is not available.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -42,7 +42,7 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
     await listener.set_up()
     try:
         if exit_with_parent:
-            _watch_parent(loop, lambda: None if state.intake.draining else stop.set())  # no second signal
+            _watch_parent(loop, lambda: None if state.intake.draining else stop.set())  # never ends a drain
         if config.reuse_port and not await _can_serve(state, stop):
             return
         port = await listener.listen(config.host, config.port, reuse_port=config.reuse_port)
@@ -61,16 +61,16 @@ async def serve(config: GatewayConfig, *, exit_with_parent: bool) -> None:
 
 
 async def _beat() -> None:
-    """Show the parent, which reads our stdout, that this loop turns."""
+    """Tell the parent, through stdout, that this event loop is running."""
     while True:
         beat(sys.stdout.fileno())
         await asyncio.sleep(BEAT_S)
 
 
 async def _can_serve(state: GatewayState, stop: asyncio.Event) -> bool:
-    """Wait until requests can be answered; False when `stop` comes first.
+    """Wait until requests can be answered; return False if `stop` comes first.
 
-    Of those that listen on one port the kernel chooses blindly, so one that could not answer must not be among them.
+    The kernel balances over all listeners on the port, so do not listen before this process can answer.
     """
     while state.not_ready_reason is not None:
         with contextlib.suppress(TimeoutError):
@@ -81,7 +81,7 @@ async def _can_serve(state: GatewayState, stop: asyncio.Event) -> bool:
 
 
 async def _first(*parts: Coroutine[Any, Any, object]) -> None:
-    """Run until one of them is done."""
+    """Run until one of the parts is done."""
     tasks = [asyncio.create_task(part) for part in parts]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -90,7 +90,7 @@ async def _first(*parts: Coroutine[Any, Any, object]) -> None:
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, on_death: Callable[[], None]) -> None:
-    """The parent holds the other end of our stdin: its end-of-file means that the parent is gone."""
+    """Call `on_death` when the parent is gone: it holds the other end of our stdin, which then ends."""
 
     def watch() -> None:
         try:
@@ -101,5 +101,5 @@ def _watch_parent(loop: asyncio.AbstractEventLoop, on_death: Callable[[], None])
         if not loop.is_closed():
             loop.call_soon_threadsafe(on_death)
 
-    # A thread, because any kind of stdin can be read in one; a daemon, because the read may never return.
+    # A thread can read any kind of stdin; a daemon, because the read may never return.
     threading.Thread(target=watch, name="parent watch", daemon=True).start()

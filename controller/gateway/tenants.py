@@ -1,6 +1,6 @@
-"""Tenants: who sends a request, by its API key, and what share of the workers is theirs.
+"""Tenants: the sender of a request, by its API key, and its share of the workers.
 
-Owns: the file that names them, and what a key stands for. Leaves to others: the check of a request's key (api/auth.py),
+Owns: the file of tenants, the tenant of each key. Leaves to others: the check of a request's key (api/auth.py),
 sharing (workers/scheduling/fairness.py).
 """
 
@@ -20,7 +20,7 @@ from lorafleet.workers.scheduling.request import MAX_PRIORITY, MAX_TENANT_CHARS,
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whose a request is. Without keys everybody is the one without a name."""
+    """The sender of a request. Without API keys, all requests belong to the tenant without a name."""
 
     name: str = ""
     weight: float = 1.0  # share of service relative to other tenants
@@ -28,9 +28,9 @@ class Tenant:
     is_admin: bool = False  # may load and unload adapters
 
     def priority_of(self, asked: int | None) -> int:
-        """Of a request that asks for `asked`, which adds to the tenant's. Raises InvalidRequestError.
+        """Return a request's priority: `asked` plus the tenant's. Raises InvalidRequestError.
 
-        Where there are tenants a request may fall behind others, not get ahead of other tenants'.
+        A tenant's request may rank after others, but not ahead of other tenants'.
         """
         if self.name and asked is not None and asked < 0:
             raise InvalidRequestError(
@@ -53,16 +53,16 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_tenants(path: Path) -> dict[str, Tenant]:
-    """API key → tenant, of a JSON file: `[{"name": ..., "api_keys": [...], "weight": 1.0, "priority": 0}, ...]`.
+    """Read API key → tenant from a JSON file: `[{"name": ..., "api_keys": [...], "weight": 1.0, "priority": 0}, ...]`.
 
-    Raises ConfigError, whose text names no key.
+    Raises ConfigError, whose text contains no key.
     """
     try:
         entries = msgspec.json.decode(path.read_bytes(), type=list[_Entry])
     except OSError as error:
         raise ConfigError(f"--tenants {path} cannot be read: {error.strerror}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        # A decode error of msgspec has types and places in it, never values.
+        # A decode error of msgspec contains types and places, never values.
         said = str(error) if isinstance(error, msgspec.DecodeError) else "it is not UTF-8"
         raise ConfigError(f"--tenants {path}: {said.rstrip('.')}.") from None
     tenants: dict[str, Tenant] = {}
@@ -70,7 +70,7 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
     for number, entry in enumerate(entries):
         where = f"--tenants {path}: tenant {number}"
         if not 0 < len(entry.name) <= MAX_TENANT_CHARS:
-            raise ConfigError(f"{where} has a name of {len(entry.name)} characters; 1 to {MAX_TENANT_CHARS} may be.")
+            raise ConfigError(f"{where} has a name of {len(entry.name)} characters; give 1 to {MAX_TENANT_CHARS}.")
         if entry.name in names:
             raise ConfigError(f"{where}: the name {entry.name!r} is given twice.")
         names.add(entry.name)
@@ -79,11 +79,11 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
         if not -MAX_PRIORITY <= entry.priority <= MAX_PRIORITY:
             raise ConfigError(f"{where}: priority is {entry.priority}; it must be {-MAX_PRIORITY} to {MAX_PRIORITY}.")
         if not entry.api_keys:
-            raise ConfigError(f"{where} has no api_keys; nobody could be this tenant.")
+            raise ConfigError(f"{where} has no api_keys, so no request could be its own.")
         check_keys(where, entry.api_keys)
         for key in entry.api_keys:
             if key in tenants:
-                raise ConfigError(f"{where} has an API key that is given before.")
+                raise ConfigError(f"{where} repeats an earlier API key.")
             tenants[key] = Tenant(entry.name, entry.weight, entry.priority)
     if not tenants:
         raise ConfigError(f"--tenants {path} names no tenant.")
@@ -93,8 +93,8 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
 def tenants_of(
     api_keys: Sequence[str], tenants: Mapping[str, Tenant], admin_api_keys: Sequence[str] = ()
 ) -> dict[str, Tenant]:
-    """API key → tenant, of all three flags: each key of --api-key and of --admin-api-key is a tenant of its own, unless
-    it is known before. Without the last the first of all keys is the administrator's. Raises ConfigError.
+    """Return API key → tenant: each key of --api-key and of --admin-api-key is a tenant of its own, unless `tenants`
+    has it. Without --admin-api-key the first of all keys is the administrator's. Raises ConfigError.
     """
     if not tenants.keys().isdisjoint(api_keys):
         raise ConfigError("A key of --api-key is also in the file of --tenants. Leave it out of one of them.")

@@ -109,7 +109,7 @@ def json_types(hint: Any) -> set[str]:
 
 
 def is_required(name: str, kinds: list[type[msgspec.Struct]]) -> bool:
-    """Whether a body without it is refused."""
+    """Return whether a body without the field is refused."""
     found = [field for kind in kinds for field in msgspec.structs.fields(kind) if field.name == name]
     return all(field.required for field in found)
 

@@ -28,7 +28,7 @@ BETWEEN = "---- the block that is tested ----"
 
 @pytest.fixture(scope="module")
 def places(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What stands for each placeholder of the documents."""
+    """Return the value of each placeholder in the documents."""
     scratch = tmp_path_factory.mktemp("docs")
     for name, source in (("sql", "sql"), ("support", "pirate")):
         shutil.copytree(REPOSITORY / "examples" / "adapters" / source, scratch / "adapters" / name)
@@ -65,7 +65,7 @@ def programs(page: str, word: str) -> list[list[Block]]:
 
 
 def run(program: list[Block], places: dict[str, str]) -> list[str]:
-    """What is wrong with how a program runs; nothing if it runs as its page says."""
+    """Return the faults of a program's run; none if it runs as its page says."""
     texts = [filled(block.text, places) for block in program]
     if program[0].language == "bash":
         command = ["bash", "-e", "-c", texts[0].replace("curl ", "curl -sS --fail-with-body ")]
@@ -82,7 +82,7 @@ def run(program: list[Block], places: dict[str, str]) -> list[str]:
 
 
 def what_it_prints(block: Block) -> str | None:
-    """What its page says that a block prints; None if it does not say."""
+    """Return the output of a block as its page gives it; None if it gives none."""
     known = blocks(block.page)
     following = known[known.index(block) + 1 :][:1]
     return following[0].text if following and following[0].mark == "prints" else None
@@ -113,7 +113,7 @@ def started(name: str, places: dict[str, str]) -> Iterator[Server]:
 
 
 def ask(server: Server, word: str, places: dict[str, str]) -> list[str]:
-    """What is wrong with the pages' blocks for that server."""
+    """Return the faults of the pages' blocks for that server."""
     own = places | {"http://127.0.0.1:8000": server.url, "status\n": f"status --url {server.url}\n"}
     asked = [program for page in PAGES for program in programs(page, word)]
     assert asked, "a server that no page asks anything"
@@ -149,7 +149,7 @@ def table_of_the_readme() -> Sequence[tuple[str, str, str]]:
 
 
 def answers(server: Server) -> dict[str, str]:
-    """What the demo's adapters answer to the README's prompts."""
+    """Return the answers of the demo's adapters to the README's prompts."""
     return {model: server.chat(model, prompt) for model, prompt, _ in table_of_the_readme() if model != "smollm2"}
 
 

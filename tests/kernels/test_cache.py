@@ -1,4 +1,4 @@
-"""Where what is kept between runs lies."""
+"""The directory of caches that are kept between runs."""
 
 from __future__ import annotations
 

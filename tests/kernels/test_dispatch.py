@@ -1,4 +1,4 @@
-"""Which version of an op a device gets, and that a test's wish for another one ends with its block."""
+"""The version of an op for each device; a test's choice of another version ends with its block."""
 
 from __future__ import annotations
 

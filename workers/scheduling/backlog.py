@@ -1,6 +1,7 @@
-"""Requests that the engine has accepted and the scheduler does not know yet.
+"""Requests that the engine has accepted but not yet given to the scheduler.
 
-Owns: their order: a tenant's as they came, tenants in turn, so that nobody waits for all that another has sent at once.
+Owns: their order: first come, first served within a tenant, and tenants in turn, so that none waits for another's
+burst.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from lorafleet.workers.scheduling.request import GenerateRequest
 
 
 class Backlog:
-    """Of the stepping thread."""
+    """The accepted requests. Used by the stepping thread only."""
 
     def __init__(self) -> None:
-        self._tenants: OrderedDict[str, dict[str, GenerateRequest]] = OrderedDict()  # who gave one last is last
+        self._tenants: OrderedDict[str, dict[str, GenerateRequest]] = OrderedDict()  # the tenant served last is last
         self._tenant_of: dict[str, str] = {}  # by request id
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class Backlog:
         self._tenant_of[request.request_id] = request.tenant
 
     def take(self) -> GenerateRequest | None:
-        """The next one."""
+        """Remove and return the next request."""
         if not self._tenants:
             return None
         tenant, requests = next(iter(self._tenants.items()))
@@ -40,7 +41,7 @@ class Backlog:
         return request
 
     def discard(self, request_id: str) -> bool:
-        """Forget a request; False: it is not here."""
+        """Forget a request. Return whether it was here."""
         tenant = self._tenant_of.pop(request_id, None)
         if tenant is None:
             return False

@@ -1,7 +1,7 @@
-"""The pages of the KV cache as numbers: who may write where, and what is in them. The memory is model/kv_cache.py's.
+"""The pages of the KV cache as numbers: their holders and contents. The memory belongs to model/kv_cache.py.
 
-A page is held by any number of requests, or free. One that is full may have a hash (prefix.py); a page that is freed
-keeps its hash and content until it is handed out as an empty one, so a free page may be found and held again.
+A page is held by any number of requests, or free. A full page may have a hash (prefix.py). A freed page keeps its hash
+and content until it is handed out as an empty one, so it may be found and held again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence, Set
 
 
 class BlockPool:
-    """A fixed number of pages. Hashed pages are never written again while they have their hashes."""
+    """A fixed number of pages. A page is never written while it has a hash."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
@@ -24,11 +24,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds, hashed ones included."""
+        """Return the number of pages that no request holds, hashed ones included."""
         return len(self._free)
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """The pages of the longest beginning of `hashes` that is here."""
+        """Return the pages of the longest prefix of `hashes` in the pool."""
         pages = []
         for page_hash in hashes:
             page = self._page_of.get(page_hash)
@@ -38,7 +38,7 @@ class BlockPool:
         return pages
 
     def allocate(self, num_pages: int, shared: Sequence[int] = ()) -> list[int] | None:
-        """Hold `shared`, which were found, and `num_pages` empty pages; None, and nothing held, if there are fewer."""
+        """Hold the pages found (`shared`) and `num_pages` empty ones, or nothing and return None if there are fewer."""
         if num_pages > len(self._free) - sum(page in self._free for page in shared):
             return None
         for page in shared:
@@ -54,8 +54,8 @@ class BlockPool:
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Let go of pages; the caller's list is emptied, so that nothing can be freed twice through it."""
-        for page in reversed(pages):  # a later page is of use only to those that have the earlier ones
+        """Release pages. The caller's list is emptied, so that nothing can be freed twice through it."""
+        for page in reversed(pages):  # a later page is useful only together with the earlier ones
             self._num_holders[page] -= 1
             if not self._num_holders[page]:
                 self._free[page] = None
@@ -64,18 +64,18 @@ class BlockPool:
         pages.clear()
 
     def set_hash(self, page: int, page_hash: bytes) -> None:
-        """Say what is in a full page that somebody holds. If another page has the hash, this one stays without."""
+        """Set the hash of a full, held page. If another page has the hash, this one stays without."""
         assert self._num_holders[page] and self._hashes[page] in (None, page_hash)
         if self._page_of.setdefault(page_hash, page) == page:
             self._hashes[page] = page_hash
 
     def spoil(self, pages: Iterable[int]) -> None:
-        """Let nobody find these pages any more."""
+        """Remove the pages' hashes, so that no request finds them any more."""
         for page in pages:
             self._forget(page)
 
     def num_free_without(self, holders: Iterable[Sequence[int]], but: Set[int]) -> int:
-        """How many pages, not counting `but`, would be free if these holders let go of theirs."""
+        """Return how many pages, not counting `but`, would be free if these holders released theirs."""
         released = Counter(page for pages in holders for page in pages)
         freed = sum(num == self._num_holders[page] and page not in but for page, num in released.items())
         return freed + len(self._free) - sum(page in self._free for page in but)
@@ -87,7 +87,8 @@ class BlockPool:
             self._hashes[page] = None
 
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
-        """Pages are free or held, by exactly so many; hashes are of one page each, handed out last. For tests."""
+        """Check that each page has as many holders as counted, no hash has two pages, and hashed pages are handed out
+        last. For tests."""
         held = Counter(page for pages in holders for page in pages)
         assert [held[page] for page in range(self.num_pages)] == self._num_holders
         assert self._free.keys() == {page for page in range(self.num_pages) if not held[page]}
@@ -99,5 +100,5 @@ class BlockPool:
         assert has_hash == sorted(has_hash)
 
     def hash_of(self, page: int) -> bytes | None:
-        """For tests."""
+        """Return a page's hash. For tests."""
         return self._hashes[page]

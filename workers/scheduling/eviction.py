@@ -1,4 +1,4 @@
-"""Which adapter makes room for another: the same question in the device slots and in the host cache. Pure."""
+"""Eviction policies: which adapter makes room for another, in the device slots and in the host cache alike. Pure."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ EVICTIONS = ("lru", "cost")
 
 
 class Eviction(ABC):
-    """What is known of the adapters in one tier. Whoever holds them says when one is used and when one goes."""
+    """An eviction policy and its data on one tier's adapters. The tier reports each use and each removal."""
 
     @abstractmethod
     def use(self, digest: str, *, num_bytes: int, reload_s: float) -> None:
-        """It is used now. It takes `num_bytes` of the tier's room, and getting it again would take `reload_s`."""
+        """Record a use. The adapter takes `num_bytes` of the tier's room, and reloading it would take `reload_s`."""
 
     @abstractmethod
     def drop(self, digest: str) -> None:
-        """It left the tier without having had to make room."""
+        """Record that an adapter left the tier without being evicted."""
 
     @abstractmethod
     def evict(self, digest: str) -> None:
-        """It was chosen to make room."""
+        """Record that an adapter was evicted."""
 
     @abstractmethod
     def order(self, digests: Iterable[str]) -> list[str]:
-        """`digests`, least recently used first, in the order in which they should go."""
+        """Return `digests`, given least recently used first, in the order of eviction."""
 
 
 class LeastRecentlyUsed(Eviction):
@@ -45,8 +45,8 @@ class LeastRecentlyUsed(Eviction):
 class GreedyDualSizeFrequency(Eviction):
     """Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", 1998.
 
-    An adapter's priority is L + uses · reload time ÷ bytes, set anew at each use; the lowest goes first, and L becomes
-    what it had. So what is small, slow to get, or often used stays longer, and what is not used any more is overtaken.
+    An adapter's priority is L + uses · reload time ÷ bytes, computed at each use; the lowest is evicted, and L becomes
+    its priority. So small, slow to reload and often used adapters stay longer, and those no longer used are overtaken.
     """
 
     def __init__(self) -> None:
@@ -67,10 +67,10 @@ class GreedyDualSizeFrequency(Eviction):
         self.drop(digest)
 
     def order(self, digests: Iterable[str]) -> list[str]:
-        # Stable: between equals the least recently used goes first.
+        # The sort is stable: among equals the least recently used goes first.
         return sorted(digests, key=lambda digest: self._priority.get(digest, 0.0))
 
 
 def make_eviction(name: str) -> Eviction:
-    """One of `EVICTIONS`."""
+    """Return a new policy by its name in `EVICTIONS`."""
     return {"lru": LeastRecentlyUsed, "cost": GreedyDualSizeFrequency}[name]()

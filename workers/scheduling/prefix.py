@@ -1,12 +1,12 @@
-"""What a full page is called: the hashes under which requests find the keys and values that others have computed.
+"""Page hashes, by which requests find keys and values that others have computed.
 
-A page's content depends on all tokens up to its end, on the adapter, and on nothing else. Its hash is a SHA-256 over
-the hash of the page before it and its own tokens; the chain begins with a root that says whose content it is. Tenants
-and salts are in the root although the content does not depend on them: whether a prompt is computed fast tells that
-somebody sent it before, and that is not for others to learn.
+A page's content depends on all tokens up to its end and on the adapter, and on nothing else. Its hash is a SHA-256 over
+the previous page's hash and its own tokens; the chain starts with a root that identifies the owner. Tenant and salt are
+part of the root although the content does not depend on them: a fast prompt would reveal that another tenant had sent
+it before.
 
-The pages before the place where an activated adapter begins (activation.py) are the base model's and hashed as such, so
-that they are shared with it and with other such adapters. The page of that place and all behind it are the adapter's.
+Pages before the start of an activated adapter (activation.py) are the base model's and hashed as such, so they are
+shared with it and with other such adapters. The page with the start and all after it are the adapter's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from hashlib import sha256
 
 
 def root_hash(tenant: str, cache_salt: str, adapter: str | None) -> bytes:
-    """What a request's pages have in common with those that it may share."""
+    """Return the root of a request's hash chain, equal for requests that may share pages."""
     return sha256(repr((tenant, cache_salt, adapter)).encode()).digest()
 
 
 def parting_hash(adapter: str, start: int) -> bytes:
-    """What tells the pages of an adapter that begins at `start`, greater than 0, from the base model's.
+    """Return the hash that separates an adapter's pages, from its start on, from the base model's. start: above 0.
 
-    The place is part of it: tokens that one request has in its prompt, another may have in its output.
+    It covers the start: the same tokens may be in one request's prompt and in another's output.
     """
     return sha256(repr((adapter, start)).encode()).digest()
 
@@ -40,7 +40,7 @@ def extend_hashes(
 ) -> None:
     """Append the hashes of the pages of `token_ids` until there are `num_pages`, all of which must be full.
 
-    parting: goes into the hash of the page that token `start` is in, and so into those behind it.
+    parting: goes into the hash of the page that contains token `start`, and thereby into those after it.
     """
     assert num_pages * page_size <= len(token_ids)
     for page in range(len(hashes), num_pages):

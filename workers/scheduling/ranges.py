@@ -1,7 +1,7 @@
-"""The values that a caller's numbers may have: declared in a field's type, checked in one place.
+"""Valid ranges of a caller's numbers: declared in a field's type, checked here.
 
-`Annotated[int, Range(1, 16)]` is such a type; with `| None` it may be None. Owns: the check and its words. Leaves to
-others: which field has which range (sampling_options.py, request.py, workers/params.py). Standard library only.
+`Annotated[int, Range(1, 16)]` is such a type; with `| None` it may be None. Owns: the check and its messages. Leaves to
+others: each field's range (sampling_options.py, request.py, workers/params.py). Standard library only.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class Range:
 
     low: float
     high: float
-    is_open: bool = False  # `low` itself is not among them
+    is_open: bool = False  # excludes `low` itself
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What one field may be."""
+    """The valid values of one field."""
 
-    kind: type[Any]  # int, float (an integer will do) or bool
-    within: Range | None  # of numbers
+    kind: type[Any]  # int, float (integers included) or bool
+    within: Range | None  # for numbers
     may_be_none: bool
 
     def check(self, name: str, value: object) -> None:
-        """Raises `InvalidRequestError` for what `name` must not be."""
+        """Raises `InvalidRequestError`, which names the field, for an invalid value."""
         if value is None and self.may_be_none:
             return
         if self.kind is bool:
@@ -56,26 +56,26 @@ class Allowed:
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Raises `InvalidRequestError` for what is no integer from `low` to `high`."""
+    """Raises `InvalidRequestError` unless `value` is an integer from `low` to `high`."""
     Allowed(int, Range(low, high), may_be_none=False).check(name, value)
 
 
 def check_fields(fields: object) -> None:
-    """Raises `InvalidRequestError` that names the first field of a dataclass with a value that it must not have."""
+    """Raises `InvalidRequestError` for the first field of a dataclass with an invalid value."""
     kind: Any = type(fields)
     read, rows = _table(kind)
     for value, row in zip(read(fields), rows, strict=True):
         name, usual, low, high, allowed = row
-        if type(value) is not usual or not low <= value <= high:  # of a kind that is as good, or wrong
+        if type(value) is not usual or not low <= value <= high:  # of another kind, maybe valid, or out of range
             allowed.check(name, value)
 
 
-_Row = tuple[str, type[Any], float, float, Allowed]  # a field, and the values of its kind that are right
+_Row = tuple[str, type[Any], float, float, Allowed]  # a field with its usual kind and bounds
 
 
 @functools.cache
 def _table(kind: Any) -> tuple[Callable[[object], tuple[Any, ...]], list[_Row]]:
-    """What reads all fields of a dataclass that say what they may be, and a row for each."""
+    """Return a function that reads all fields of a dataclass with declared ranges, and a row for each."""
     rows: list[_Row] = []
     for name, allowed in allowed_of(kind).items():
         within = allowed.within or Range(False, True)
@@ -86,7 +86,7 @@ def _table(kind: Any) -> tuple[Callable[[object], tuple[Any, ...]], list[_Row]]:
 
 @functools.cache
 def allowed_of(kind: type[Any]) -> Mapping[str, Allowed]:
-    """What a dataclass's fields may be; fields whose type says nothing of it are left out."""
+    """Return the valid values of a dataclass's fields; fields whose type declares none are left out."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = ((entry.name, _allowed(hints[entry.name])) for entry in dataclasses.fields(kind))
     return {name: allowed for name, allowed in found if allowed is not None}

@@ -1,6 +1,6 @@
-"""The first of many items, by a key that grows while they wait: a heap that is put right where it is looked at.
+"""The first of many items, by a key that grows while they wait: a heap that is corrected when it is read.
 
-Keys may grow at any time without a word (a counter of service does, with every token). One that falls needs a `push`.
+Keys may grow at any time without notice (a service counter does, with every token). After one falls, call `push`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Ranking(Generic[T]):
-    """A set of items in the order of `key`, whose values compare; between equals the earlier pushed one is first."""
+    """A set of items ordered by `key`, whose values compare; among equals the one pushed earlier is first."""
 
     def __init__(self, key: Callable[[T], Any]) -> None:
         self._key = key
         self._numbers = count()
-        # (key when last looked at, number, item). An entry counts if `_entries` has it; others are dropped on sight.
+        # (key when last looked at, number, item). An entry is valid if `_entries` has it; others are dropped on sight.
         self._heap: list[tuple[Any, int, T]] = []
         self._entries: dict[T, tuple[Any, int, T]] = {}
 
@@ -27,14 +27,14 @@ class Ranking(Generic[T]):
         return len(self._entries)
 
     def __iter__(self) -> Iterator[T]:
-        """In no particular order."""
+        """Iterate in no particular order."""
         return iter(self._entries)
 
     def __contains__(self, item: T) -> bool:
         return item in self._entries
 
     def push(self, item: T) -> None:
-        """Put an item in, or put one right whose key has fallen."""
+        """Insert an item, or update one whose key has fallen."""
         key = self._key(item)
         old = self._entries.get(item)
         if old is not None and old[0] <= key:
@@ -49,7 +49,7 @@ class Ranking(Generic[T]):
         self._entries.pop(item, None)
 
     def first(self) -> T | None:
-        """The item with the least key."""
+        """Return the item with the least key."""
         heap = self._heap
         while heap:
             entry = heap[0]
@@ -66,7 +66,7 @@ class Ranking(Generic[T]):
         return None
 
     def take(self, num_items: int) -> list[T]:
-        """The first `num_items`, in order. They stay in."""
+        """Return the first `num_items`, in order, without removing them."""
         entries: list[tuple[Any, int, T]] = []
         while len(entries) < num_items and self.first() is not None:
             entries.append(heappop(self._heap))
@@ -75,7 +75,7 @@ class Ranking(Generic[T]):
         return [item for _, _, item in entries]
 
     def check_integrity(self) -> None:
-        """Every item has an entry in the heap that is no larger than its key. For tests."""
+        """Check that every item has an entry in the heap that is no larger than its key. For tests."""
         live = [entry for entry in self._heap if self._entries.get(entry[2]) is entry]
         assert len(live) == len(self._entries)
         assert all(entry[0] <= self._key(entry[2]) for entry in live)

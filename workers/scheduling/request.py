@@ -1,4 +1,4 @@
-"""What enters the engine and what leaves it: requests and events.
+"""The engine's input and output: requests and events.
 
 Everything here is numbers: the engine knows no text. Standard library only.
 """
@@ -17,7 +17,7 @@ from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 MAX_TENANT_CHARS = 256
 MAX_SALT_CHARS = 1024
-MAX_NAME_CHARS = 256  # of an adapter, as callers give it
+MAX_NAME_CHARS = 256  # of an adapter's name, as callers give it
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
 MAX_COMPOSED = 8  # adapters of one request
 MAX_COMPOSED_WEIGHT = 100.0
@@ -30,8 +30,8 @@ Weight = Annotated[float, Range(MIN_WEIGHT, MAX_WEIGHT)]
 class GenerateRequest:
     """One choice to generate. Raises `InvalidRequestError` for a field that is out of range.
 
-    A composition stands in place of an adapter: the sum of several, each times its weight. It is kept sorted; of one
-    adapter with the weight 1 it becomes `adapter`.
+    A composition replaces `adapter`: a weighted sum of several adapters. It is kept sorted; a single adapter with the
+    weight 1 becomes `adapter`.
     """
 
     request_id: str  # unique within the engine; the front end's
@@ -39,15 +39,15 @@ class GenerateRequest:
     sampling: SamplingOptions
     adapter: str | None = None  # digest of a registered adapter; None is the base model
     _: KW_ONLY
-    tenant: str = ""  # whose request it is; the gateway knows by the API key
+    tenant: str = ""  # set by the gateway from the API key
     tenant_weight: Weight = 1.0  # share of service relative to other tenants
     adapter_weight: Weight = 1.0  # share relative to the tenant's other adapters
     priority: Annotated[int, Range(-MAX_PRIORITY, MAX_PRIORITY)] = 0  # lower is served earlier, whatever the shares
-    cache_salt: str | None = None  # only requests of the tenant with the same one share what was computed
-    adapter_start: int = 0  # of the prompt, the first token that the adapter is applied to; the engine fills it in
+    cache_salt: str | None = None  # only the tenant's requests with the same salt share pages
+    adapter_start: int = 0  # first prompt token that the adapter is applied to; set by the engine
     composition: tuple[tuple[str, float], ...] = ()  # (digest, weight), no digest twice
-    # What it got from a worker that was lost. It goes on behind them as that one would have: they count as output for
-    # max_tokens, penalties and random numbers.
+    # Output from a worker that was lost. Generation resumes after it as that worker would have: it counts as output
+    # for max_tokens, penalties and random numbers.
     output_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class GenerateRequest:
             )
         if self.composition:
             self._check_composition()
-            # 0.0 for -0.0, so that equal ones have one name.
+            # 0.0 for -0.0, so that equal compositions have one name.
             composition = tuple(sorted((digest, float(weight) + 0.0) for digest, weight in self.composition))
             if len(composition) == 1 and composition[0][1] == 1.0:
                 object.__setattr__(self, "adapter", composition[0][0])
@@ -78,18 +78,18 @@ class GenerateRequest:
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """The adapters that it needs, all at once."""
+        """Return the adapters that it needs, all at once."""
         if self.composition:
             return tuple(digest for digest, _ in self.composition)
         return () if self.adapter is None else (self.adapter,)
 
     @property
     def model_key(self) -> str | None:
-        """What it waits for, is charged to and shares pages by: an adapter's digest or a composition's name."""
+        """Return its key for waiting, service and page sharing: an adapter's digest or a composition's name."""
         return "+".join(f"{digest}:{weight!r}" for digest, weight in self.composition) or self.adapter
 
     def of_choice(self, choice: int, output_token_ids: Sequence[int] = ()) -> GenerateRequest:
-        """The same for another of the API request's choices, resumed after the tokens that it has."""
+        """Return the same request for another of the API request's choices, resumed after its output so far."""
         if choice == self.sampling.choice and not output_token_ids and not self.output_token_ids:
             return self
         sampling = replace(self.sampling, choice=choice)
@@ -108,7 +108,7 @@ class GenerateRequest:
 
 
 def check_composed_weight(weight: float, whose: str, param: str) -> None:
-    """Raises `InvalidRequestError` for what no adapter may be multiplied by."""
+    """Raises `InvalidRequestError` for an invalid weight in a composition."""
     if not abs(weight) <= MAX_COMPOSED_WEIGHT:  # false for NaN too
         raise InvalidRequestError(
             f"{whose} is {weight:g}; it must be between {-MAX_COMPOSED_WEIGHT:g} and {MAX_COMPOSED_WEIGHT:g}.",
@@ -135,7 +135,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """What one engine step says about one request. An event with a `finish` is the request's last."""
+    """The result of one engine step for one request. An event with a `finish` is the request's last."""
 
     request_id: str
     token_id: int | None = None  # None: the request ended without a new token
@@ -143,19 +143,19 @@ class RequestEvent:
     logprobs: TokenLogprobs | None = None
     finish: FinishReason | None = None
     error: LoRAFleetError | None = None  # with finish ERROR
-    num_cached_tokens: int = 0  # with a request's first token: of its prompt, those that needed no computing
+    num_cached_tokens: int = 0  # with a request's first token: prompt tokens not computed
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """The engine's own state of one choice. Owned by the scheduler and its parts; nobody else changes it.
+    """The engine's state of one choice. Owned by the scheduler and its parts; nothing else changes it.
 
     Invariant: 0 <= num_computed_tokens <= len(token_ids), and `pages` hold the keys and values of exactly the
-    computed tokens. After a preemption num_computed_tokens is 0; when the request starts again, what its pages still
-    hold is found, and the rest is recomputed with the outputs so far.
+    computed tokens. After a preemption num_computed_tokens is 0; when the request resumes, cached pages are found
+    again, and the rest is recomputed with the output so far.
 
-    Of a step that is under way the tokens are computed, and what it samples is in `token_ids` as a 0 that counts as
-    pending until it is known.
+    During a step its tokens count as computed, and the token to be sampled is in `token_ids` as a 0, pending until
+    it is known.
     """
 
     request_id: str
@@ -168,24 +168,24 @@ class Request:
     tenant_weight: float = 1.0
     adapter_weight: float = 1.0
     priority: int = 0
-    digests: tuple[str, ...] = ()  # of the adapters whose slots it uses when it runs: all of them or none
-    weights: tuple[float, ...] = ()  # of each
+    digests: tuple[str, ...] = ()  # adapters whose slots it needs to run, all at once
+    weights: tuple[float, ...] = ()  # of each adapter
     adapter_start: int = 0  # the tokens before it are computed with the base model
-    prefix_root: bytes = b""  # prefix.py; other requests with it may have the same pages
-    prefix_parting: bytes = b""  # from the page of adapter_start on, only those with this one, too
-    prefix_hashes: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
+    prefix_root: bytes = b""  # prefix.py; requests with the same root may share pages
+    prefix_parting: bytes = b""  # from the page of adapter_start on, this must be equal too
+    prefix_hashes: list[bytes] = field(default_factory=list)  # of its full pages, computed as needed
     num_computed_tokens: int = 0
-    num_pending_tokens: int = 0  # the last ones of token_ids
+    num_pending_tokens: int = 0  # at the end of token_ids
     pages: list[int] = field(default_factory=list)
-    num_hashed_pages: int = 0  # of `pages`, those that the pool knows by their names or need not know
-    num_cached_tokens: int | None = None  # of the prompt, those that were found at its first start
+    num_hashed_pages: int = 0  # leading `pages` whose hashes need not be given to the pool any more
+    num_cached_tokens: int | None = None  # prompt tokens found in the cache at its first start
     num_preemptions: int = 0
-    has_given_way: bool = False  # when it was preempted last, for others' turn
-    is_charged: bool = False  # the prompt is in the counters of service; recomputing it is not charged again
-    is_urgent: bool = False  # it began to run because its flow had waited for too long
-    started_at: float = 0.0  # when it last began to run
-    num_tokens_at_start: int = 0  # tokens that were known then
-    last_step: int = 0  # the number of the step that had its newest single token
+    has_given_way: bool = False  # its last preemption was for the turn of others
+    is_charged: bool = False  # the prompt is in the service counters; recomputing it is not charged again
+    is_urgent: bool = False  # started because its flow had waited too long
+    started_at: float = 0.0  # time of its last start
+    num_tokens_at_start: int = 0  # known tokens at its last start
+    last_step: int = 0  # number of the step that had its newest single token
 
     @classmethod
     def from_generate(cls, request: GenerateRequest, arrival: int) -> Request:
@@ -223,7 +223,7 @@ class Request:
 
     @property
     def is_ending(self) -> bool:
-        """Whether its last token is sampled, if not known yet."""
+        """Return whether its last token is sampled, even if not known yet."""
         return self.num_output_tokens >= self.sampling.max_tokens
 
     @property
@@ -232,5 +232,5 @@ class Request:
 
     @property
     def has_progressed(self) -> bool:
-        """Whether it has got a token since it last began to run."""
+        """Return whether it has got a token since its last start."""
         return len(self.token_ids) > self.num_tokens_at_start

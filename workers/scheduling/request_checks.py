@@ -1,7 +1,7 @@
-"""What a request must keep to so that it can be computed at all, told to its sender before it is accepted.
+"""Checks that a request can be computed at all, made before it is accepted.
 
-Owns: the rules. Leaves to others: what a GenerateRequest rules out by itself (request.py), whether there is room for
-one more (engine/loop.py, turns.py).
+Owns: the rules. Leaves to others: a GenerateRequest's own checks (request.py), whether there is room for one more
+(engine/loop.py, turns.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lorafleet.workers.scheduling.request import MAX_COMPOSED, GenerateRequest
 
 
 class RequestChecks:
-    """Of one engine. Any thread."""
+    """The checks of one engine. Thread-safe."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class RequestChecks:
         vocab_size_of: Callable[[str | None], int],
         not_composable: Callable[[str], str],
     ) -> None:
-        """vocab_size_of: by adapter, None is the base model. not_composable: what of an adapter has no weighted sum.
+        """vocab_size_of: by adapter, None for the base model. not_composable: an adapter's parts that cannot be summed.
 
         Both raise `AdapterUnavailableError` for an adapter that is not registered.
         """
@@ -58,7 +58,7 @@ class RequestChecks:
                 )
 
     def _check_composition(self, request: GenerateRequest) -> None:
-        """Adapters that are applied together have LoRA on linears alone: of what else there is no weighted sum."""
+        """Check that adapters of a composition have only LoRA on linears: other parts have no weighted sum."""
         if len(request.composition) > self._max_composed:
             raise InvalidRequestError(
                 f"{len(request.composition)} adapters are named; at most {self._max_composed} may be.", param="adapters"

@@ -1,11 +1,10 @@
-"""The KV pages of requests: how many each needs, which it finds computed already, and what its own are called.
+"""The KV pages of requests: how many each needs, which are computed already, and the hashes of its own.
 
 Owns: a request's `pages`, `num_hashed_pages`, `prefix_hashes`, and its `num_computed_tokens` where pages come and go.
-Leaves to others: which pages are free (block_pool.py), what hashes are made of (prefix.py), who gets pages
-(scheduler.py).
+Leaves to others: free pages (block_pool.py), computing hashes (prefix.py), which requests get pages (scheduler.py).
 
-What the first pages of a request hold may have been computed for another one, or for itself before it was preempted;
-then it starts behind that. At least one token is left to compute.
+A request's first pages may have been computed for another request, or for itself before a preemption; then it starts
+after them. At least one token is left to compute.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lorafleet.workers.scheduling.request import Request
 
 
 class RequestPages:
-    """Hands the pages of a pool, `page_size` tokens each, to requests and takes them back."""
+    """Gives pages of a pool, `page_size` tokens each, to requests and takes them back."""
 
     def __init__(self, pool: BlockPool, *, page_size: int, enable_prefix_caching: bool) -> None:
         self._pool = pool
@@ -26,15 +25,15 @@ class RequestPages:
         self._enable_prefix_caching = enable_prefix_caching
 
     def can_ever_hold(self, num_tokens: int) -> bool:
-        """Whether a request with so many tokens fits when it is alone."""
+        """Return whether a request of `num_tokens` fits when it is alone."""
         return self._num_for(num_tokens) <= self._pool.num_pages
 
     def num_found_tokens(self, request: Request) -> int:
-        """Of a waiting request's tokens the first ones, which need no computing if it starts now."""
+        """Return how many leading tokens of a waiting request need no computing if it starts now."""
         return len(self._find(request)) * self._page_size
 
     def place(self, request: Request) -> bool:
-        """Give a waiting request pages for all that is known, so that no prompt is preempted half way, or nothing."""
+        """Give a waiting request pages for all its known tokens, so that no prompt is preempted half way, or none."""
         found = self._find(request)
         pages = self._pool.allocate(self._num_for(request.num_tokens) - len(found), found)
         if pages is None:
@@ -45,13 +44,13 @@ class RequestPages:
         return True
 
     def could_place(self, request: Request, without: Iterable[Request]) -> bool:
-        """Whether a waiting request could have its pages if these running ones gave up theirs."""
+        """Return whether a waiting request could have its pages if these running ones released theirs."""
         found = self._find(request)
         num_free = self._pool.num_free_without((other.pages for other in without), set(found))
         return num_free >= self._num_for(request.num_tokens) - len(found)
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        """Give the request pages for its first `num_tokens` tokens, or nothing."""
+        """Give the request pages for its first `num_tokens` tokens, or none."""
         pages = self._pool.allocate(max(0, self._num_for(num_tokens) - len(request.pages)))
         if pages is None:
             return False
@@ -59,7 +58,7 @@ class RequestPages:
         return True
 
     def hash_full(self, request: Request, num_tokens: int) -> None:
-        """Let others find the pages that the first `num_tokens` tokens of a request fill."""
+        """Let other requests find the pages that the first `num_tokens` tokens of a request fill."""
         num_pages = num_tokens // self._page_size
         if num_pages <= request.num_hashed_pages or not self._enable_prefix_caching:
             return
@@ -69,14 +68,14 @@ class RequestPages:
         request.num_hashed_pages = num_pages
 
     def free(self, request: Request, *, is_spoiled: bool = False) -> None:
-        """Take a request's pages back. is_spoiled: they hold what nobody should find."""
+        """Take a request's pages back. is_spoiled: their content must not be found again."""
         if is_spoiled:
             self._pool.spoil(request.pages)
         self._pool.free(request.pages)
         request.num_computed_tokens = request.num_hashed_pages = 0
 
     def _find(self, request: Request) -> list[int]:
-        """Pages that hold a waiting request's tokens already, all but the last token at most: that one is computed."""
+        """Return pages that already hold a waiting request's tokens; its last token is left to compute."""
         if not self._enable_prefix_caching:
             return []
         num_pages = (request.num_tokens - 1) // self._page_size
@@ -99,7 +98,7 @@ class RequestPages:
         return -(-num_tokens // self._page_size)
 
     def check_integrity(self, running: Sequence[Request], waiting: Sequence[Request]) -> None:
-        """Those that run hold all pages that are held, enough of them, and by their own hashes if any. For tests."""
+        """Check that running requests hold all held pages, each enough, under their own hashes if any. For tests."""
         self._pool.check_integrity(request.pages for request in running)
         for request in running:
             assert request.num_computed_tokens <= len(request.pages) * self._page_size

@@ -1,7 +1,7 @@
-"""How one choice's tokens are picked: what callers ask for and what the engine does.
+"""The sampling options of one choice, for callers and for the engine.
 
-Owns: each such field, once, with its range. Leaves to others: what only callers see (workers/params.py), the check
-(ranges.py), picking (workers/model/sampling.py). Standard library only.
+Owns: each such field, once, with its range. Leaves to others: fields for callers only (workers/params.py), the check
+(ranges.py), sampling (workers/model/sampling.py). Standard library only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Penalty = Annotated[float, Range(-2.0, 2.0)]
 class Sampling:
     """The fields that callers and the engine share. Raises `InvalidRequestError` for a value out of range.
 
-    A field that is added here is known to the offline API, to the engine and, once worker.proto has it, to the wire.
+    A field added here is known to the offline API, to the engine and, once worker.proto has it, to the wire.
     """
 
     min_tokens: Annotated[int, Range(0, MAX_INT)] = 0  # until then neither EOS nor a stop token can be sampled
@@ -47,16 +47,16 @@ SHARED_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions(Sampling):
-    """How to pick one choice's tokens, every default resolved by the front end (gateway or `LLM`).
+    """One choice's sampling options, with every default resolved by the front end (gateway or `LLM`).
 
-    Front ends have checked the ranges; they are checked again where this is made of what came over the wire, since the
-    worker must not depend on its senders.
+    Front ends check the ranges; they are checked again when this is built from a message, since the worker must not
+    depend on its senders.
     """
 
     max_tokens: NumTokens
-    seed: int = 0  # with `choice` and the output position, all that a random number depends on
+    seed: int = 0  # random numbers depend only on this, `choice` and the output position
     choice: int = 0  # index among the `n` choices of one API request
-    stop_token_ids: frozenset[int] = frozenset()  # the caller's, and those that end the output like EOS
+    stop_token_ids: frozenset[int] = frozenset()  # the caller's, and the model's and tokenizer's end tokens
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)

@@ -1,12 +1,12 @@
-"""Places that several share (choices, connections, bytes): how many each holds, and who may take more.
+"""Places shared by several holders (choices, connections, bytes): how many each holds, and which may take more.
 
-Owns: the rule. Leaves to others: what a place is, and what a refusal says.
+Owns: the rule. Leaves to others: what a place is, and the message of a refusal.
 
-An eighth of the places is kept back for whoever holds few. What is left, divided by those that hold or want some, is
-the share of each: up to it places are given as long as there are any. Beyond it they are given too, since places that
-nobody uses help nobody, but only out of what is not kept back, and not while somebody below their share was refused of
-late. So one alone may have seven eighths, a newcomer finds an eighth free, and who wants more than that has it as soon
-as the others have given it back, since meanwhile they get nothing new.
+An eighth of the places is reserved for holders of few. The rest, divided by the number of holders (including those
+refused recently), is the share of each. Up to its share a holder gets places as long as there are any. Beyond it,
+since unused places help no one, it gets more, but only unreserved ones and only while no holder below its share was
+refused recently. So one holder alone may have seven eighths, and a newcomer finds an eighth free. If the newcomer wants
+more, it gets that as soon as the others have given it back, since meanwhile they get nothing new.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from dataclasses import dataclass
 from typing import Final
 
 RESERVE: Final = 8  # an eighth
-CLAIM_S: Final = 5.0  # for which a refusal counts
+CLAIM_S: Final = 5.0  # time for which a refusal counts
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """How things stood for one that got nothing."""
+    """The state at the time of a refusal."""
 
-    limit: int  # places in all
-    num_taken: int  # of these
-    num_held: int  # by the one that asked
-    share: int  # of the one that asked
-    num_holders: int  # that hold or want some, the one that asked included
+    limit: int  # all places
+    num_taken: int  # places taken
+    num_held: int  # by the refused holder
+    share: int  # of the refused holder
+    num_holders: int  # that hold or want places, the refused one included
 
 
 class Shares:
-    """The holders' names are the caller's. The holder without a name has nobody to share with: nothing is kept back."""
+    """The places of all holders, by name. For the holder '' nothing is reserved: it has no others to share with."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
         self.num_taken = 0
         self._clock = clock
         self._held: dict[str, int] = {}
-        self._claims: dict[str, float] = {}  # holders refused below their share → until when that counts; oldest first
-        self._num_claims_only = 0  # of these, those that hold nothing
+        self._claims: dict[str, float] = {}  # holders refused below their share → expiry; oldest first
+        self._num_claims_only = 0  # of these, holders without a place
 
     def held(self, holder: str) -> int:
-        """How many places it has."""
+        """Return the number of places that it holds."""
         return self._held.get(holder, 0)
 
     def most(self, holder: str) -> int:
-        """How many places it may have while nobody else has any."""
+        """Return the number of places that it may hold while there is no other holder."""
         return self.limit - (self.limit // RESERVE if holder else 0)
 
     def take(self, holder: str, num_places: int = 1) -> Refusal | None:
-        """Give `holder` more places, to be given back; or say how things stand."""
+        """Give `holder` more places, to be given back later; or return the refusal."""
         self._expire_claims()
         most = self.most(holder)
         is_new = holder not in self._held and holder not in self._claims
@@ -74,7 +74,7 @@ class Shares:
         return None
 
     def give_back(self, holder: str, num_places: int = 1) -> None:
-        """What `take` gave."""
+        """Give back places that `take` gave."""
         left = self._held[holder] - num_places
         assert left >= 0
         if left:
@@ -85,7 +85,7 @@ class Shares:
         self.num_taken -= num_places
 
     def check_integrity(self) -> None:
-        """For tests."""
+        """Check the counters. For tests."""
         assert self.num_taken == sum(self._held.values()) <= self.limit
         assert all(count > 0 for count in self._held.values())
         assert self._num_claims_only == len(self._claims.keys() - self._held.keys())

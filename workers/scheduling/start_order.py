@@ -1,11 +1,11 @@
-"""Which of the requests that may start comes next, while one after another does.
+"""The order in which waiting requests start within a step.
 
-Owns: that order over flows of many adapters, in little time for each start. Leaves to others: what a flow's rank is
-(flows.py), which adapters are ready (residency.py).
+Owns: that order over flows of many adapters, cheaply for each start. Leaves to others: a flow's rank (flows.py), the
+ready adapters (residency.py).
 
-Every start lets its tenant's counter grow, and with it the rank of all its flows. So flows that are alone in
-waiting for their adapter are ranked within their tenant, which has one key. Of an adapter for which several wait only
-the first one counts, whoever that is then.
+Every start increases its tenant's counter, and thereby the rank of all its flows. So a flow that is the only one
+waiting for its adapter is ranked within its tenant, which has one key. Of an adapter with several waiting flows, only
+the current first one counts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _Head = str | tuple[str | None]  # a tenant, or an adapter in a tuple
 
 
 class StartOrder:
-    """Of one step. Look at the `first`; when its request has started, say so."""
+    """The start order of one step. Start a request of `first`, then call `started`."""
 
     def __init__(self, flows: Flows, adapters: Iterable[str | None], without: Set[str] = frozenset()) -> None:
-        """adapters: that are ready; None is the base model. without: tenants that are left out."""
+        """adapters: those that are ready; None is the base model. without: tenants to leave out."""
         self._flows = flows
         self._without = without
         self._alone: dict[str, Ranking[Flow]] = {}  # by tenant
@@ -39,12 +39,12 @@ class StartOrder:
             self._heads.push(tenant)
 
     def first(self) -> Flow | None:
-        """The flow that is served next."""
+        """Return the flow that is served next."""
         head = self._heads.first()
         return None if head is None else self._flow(head)
 
     def started(self, flow: Flow) -> None:
-        """A request of the first flow does not wait any more."""
+        """Record that a request of the first flow has started."""
         alone = self._alone.get(flow.tenant)
         if alone is not None and flow in alone:
             if not flow.waiting:

@@ -1,4 +1,4 @@
-"""Current meaning of each adapter's name, as far as known: its newest version, or that it is unloaded.
+"""The current meaning of each adapter's name, as far as known: its newest version, or that it is unloaded.
 
 Controller, workers and gateways each keep this, so that one which lost its memory recovers it from the others. Messages
 may come twice, late and in any order; the outcome is the same. Leaves to others: what is loaded where.

@@ -1,6 +1,6 @@
 """The adapters of one worker by (name, version), as the controller registered them.
 
-Owns: the data of each, and the meaning of names as the controller reported it. Leaves to others: content behind an
+Owns: the data of each, and the meaning of names as the controller reported it. Leaves to others: the content of an
 alias (engine/aliases.py), tokenizers and templates (registered_tokenizers.py), gRPC (service.py).
 """
 
@@ -144,8 +144,8 @@ class AdapterRegistry:
 def _is_known(known: worker_pb2.Adapter, request: worker_pb2.RegisterAdapterRequest) -> bool:
     """Return whether `known` answers the request.
 
-    Without a digest the request must equal the one that loaded it: the answer to any other load was lost, so nobody
-    uses it.
+    Without a digest the request must equal the one that loaded it: the answer to any other load was lost, so it is
+    unused.
     """
     if request.digest:
         return (known.digest, known.text_digest) == (request.digest, request.text_digest)

@@ -51,7 +51,7 @@ def heartbeat(
 def report(
     stats: EngineStats, state: worker_pb2.WorkerState, worker_id: str, generation: int, rates: Mapping[str, float]
 ) -> worker_pb2.WorkerReport:
-    """All of it at once. rates: output tokens a second by digest, "" for the base model."""
+    """Return the whole report. rates: output tokens a second by digest, "" for the base model."""
     return worker_pb2.WorkerReport(
         worker_id=worker_id,
         generation=generation,
@@ -76,7 +76,7 @@ def report(
 
 
 def _uses(stats: EngineStats, rates: Mapping[str, float]) -> list[worker_pb2.ModelUse]:
-    """Return the busiest: those with requests first, then those with the most tokens."""
+    """Return the busiest models: those with requests first, then those with the most tokens."""
     uses = [
         worker_pb2.ModelUse(
             digest=digest,
@@ -92,12 +92,12 @@ def _uses(stats: EngineStats, rates: Mapping[str, float]) -> list[worker_pb2.Mod
 
 
 def pace_to_wire(pace: Pace) -> worker_pb2.Pace:
-    """Its means, which both call the same."""
+    """Return the means as a message."""
     return worker_pb2.Pace(**dataclasses.asdict(pace))
 
 
 def pace_from_wire(message: worker_pb2.Pace) -> Pace:
-    """What `pace_to_wire` was given."""
+    """Return the means in a message."""
     return Pace(**{name: getattr(message, name) for name in _PACE_FIELDS})
 
 

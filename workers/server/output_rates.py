@@ -1,4 +1,4 @@
-"""Tokens a second of each adapter, from counts that are looked at now and then."""
+"""Tokens a second of each adapter, from its counts at successive looks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ WINDOW_S: Final = 5.0
 
 
 class OutputRates:
-    """Means over the last seconds, or since the look before if that is longer ago."""
+    """Means over the last seconds, or since the previous look if that is longer ago."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._looks: deque[tuple[float, Mapping[str, int]]] = deque()
 
     def look(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """Return the rates of what has been counted so far; none the first time. A count that fell began again."""
+        """Return the rates up to now; none the first time. A count that fell has restarted."""
         now = self._clock()
         while len(self._looks) > 1 and now - self._looks[1][0] >= WINDOW_S:
             self._looks.popleft()

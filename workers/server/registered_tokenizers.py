@@ -1,4 +1,4 @@
-"""Tokenizers and templates of a worker's adapters: gateways get what was registered, whatever happens to the files.
+"""Tokenizers and templates of a worker's adapters: gateways get those registered, whatever happens to the files.
 
 Equal ones are kept once, by digest; files that equal the base model's take no extra memory. Beyond a limit of bytes
 they are read again from their place and used only if unchanged.

@@ -1,7 +1,7 @@
-"""What the small files of a model and of adapters tell at once, before Ray or torch is loaded.
+"""Checks of the small files of a model and of adapters, before Ray or torch is loaded.
 
-Owns: refusing in milliseconds what a worker would refuse after its start. Never more than that: what is not certain yet
-is left to the worker, such as the weights (adapters/format.py) and what memory is free (model/device.py).
+Owns: refusing in milliseconds what a worker would certainly refuse after its start. Anything uncertain is left to the
+worker, such as the weights (adapters/format.py) and the free memory (model/device.py).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _MAY_HAVE_CUDA: Final = Path("/dev/nvidiactl")
 
 
 def check_files(config: EngineConfig, modules: Sequence[LoRAModule], *, are_here: bool) -> None:
-    """Check a resolved model and its adapters. Nothing is downloaded for that.
+    """Check a resolved model and its adapters, without downloading anything.
 
-    are_here: the workers run on this machine, so what is not here is nowhere. Raises `ModelError`, `MemoryPlanError`,
-    and `AdapterRefusedError` with the adapter's name.
+    are_here: the workers run on this machine, so a missing file is missing for them too. Raises `ModelError`,
+    `MemoryPlanError`, and `AdapterRefusedError` with the adapter's name.
     """
     architecture, raw = read_architecture(Path(config.model))
     if isinstance(max_position := raw.get("max_position_embeddings"), int):
@@ -60,7 +60,7 @@ def check_files(config: EngineConfig, modules: Sequence[LoRAModule], *, are_here
 
 
 def _check_plan(config: EngineConfig, spec: ModelSpec) -> None:
-    """Refuse what would not fit if all of the memory were free."""
+    """Refuse what would not fit even if all of the memory were free."""
     total, _ = host_memory()
     dtype = config.compute_dtype(spec.dtype, on_cpu=True)
     memory = DeviceMemory(total, total, total, is_cpu=True)
@@ -68,7 +68,7 @@ def _check_plan(config: EngineConfig, spec: ModelSpec) -> None:
 
 
 def _sizes(architecture: str, raw: Mapping[str, Any]) -> ModelSpec | None:
-    """Return a spec for arithmetic with sizes; None where config.json leaves some to defaults that others know."""
+    """Return a spec with enough sizes for arithmetic; None if config.json leaves some to defaults not known here."""
     sizes: list[Any] = [raw.get(name) for name in _SIZES]
     sizes.append(raw.get("head_dim") or 1)
     if not all(type(size) is int and size > 0 for size in sizes) or sizes[1] < sizes[4]:
@@ -85,7 +85,7 @@ def _sizes(architecture: str, raw: Mapping[str, Any]) -> ModelSpec | None:
         vocab_size=vocab,
         max_position=max_position,
         norm_eps=0.0,
-        tie_embeddings=raw.get("tie_word_embeddings") is not False,  # if it is not said: the smaller one
+        tie_embeddings=raw.get("tie_word_embeddings") is not False,  # if unset: the smaller one
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
@@ -113,6 +113,6 @@ def _check_adapter(folder: AdapterFolder, max_lora_rank: int) -> None:
 
 
 def _is_rank_of_all(folder: AdapterFolder) -> bool:
-    """Whether `r` is certainly some module's rank; with patterns the tensors decide."""
+    """Return whether `r` is certainly some module's rank; with patterns the tensors decide."""
     fields = json_object(folder.read(CONFIG_FILE, MAX_CONFIG_BYTES) or b"{}")
     return bool(fields.get("target_modules")) and not fields.get("rank_pattern")

@@ -1,6 +1,6 @@
-"""A line for each request that was answered, for people who watch a server.
+"""A log line for each answered request.
 
-Owns: what a line says, writing it. Leaves to others: what is counted (metrics/instruments.py), errors and their traces
+Owns: the line's content, writing it. Leaves to others: metrics (metrics/instruments.py), errors and their traces
 (errors.py).
 """
 
@@ -21,14 +21,14 @@ from lorafleet.controller.gateway.api.auth import OPEN_PATHS, TENANT
 from lorafleet.controller.gateway.api.errors import REQUEST_ID
 from lorafleet.workers.errors import cut
 
-MAX_LINES: Final = 10_000  # that wait to be written
+MAX_LINES: Final = 10_000  # waiting to be written
 _END_S = 1.0
-_UNLOGGED: Final = OPEN_PATHS | {"/metrics", "/fleet", "/v1/fleet"}  # what machines ask for all the time
+_UNLOGGED: Final = OPEN_PATHS | {"/metrics", "/fleet", "/v1/fleet"}  # polled by machines
 
 
 class AccessLog:
-    """Lines written by a thread of their own: where they go nowhere (a stopped terminal), they are lost, and no request
-    waits for that. Close it."""
+    """Writes lines in a thread of its own. If the output blocks (a stopped terminal), lines are lost and no request
+    waits. Call `close` at the end."""
 
     def __init__(self, fd: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._fd = fd
@@ -40,20 +40,20 @@ class AccessLog:
         self._thread.start()
 
     def add(self, line: str) -> None:
-        """Never waits."""
+        """Queue a line. Never waits."""
         try:
             self._lines.put_nowait(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except queue.Full:
             self._num_lost += 1
 
     def close(self) -> None:
-        """Write what waits, for at most a second."""
+        """Write the queued lines, for at most a second."""
         self._closing.set()
         self._thread.join(_END_S)
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Outermost: a stream is over when its line is written; 499 for a client that did not wait."""
+        """Log each answer. Outermost, so a stream's line is written at its end; 499 if the client disconnected."""
         began, status = self._clock(), 500
         try:
             response = await handler(request)
@@ -81,12 +81,12 @@ class AccessLog:
             try:
                 while data:
                     data = data[os.write(self._fd, data) :]
-            except OSError:  # nobody reads them any more
+            except OSError:  # the output is closed
                 return
 
 
 def _line(request: web.Request, status: int, seconds: float) -> str:
-    # A path is what a client chose: no character of it may end the line, or begin another one.
+    # The client chose the path: none of its characters may end the line or begin another one.
     path = cut(ascii(request.rel_url.raw_path)[1:-1])
     tenant = request.get(TENANT)
     whose = f" {ascii(tenant.name)[1:-1]}" if tenant is not None and tenant.name else ""

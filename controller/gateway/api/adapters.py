@@ -1,7 +1,7 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, in vLLM's shapes.
 
-Owns: the two endpoints; an answer means that this gateway's next request sees the change. Leaves to others: doing it
-(the controller's adapters.py).
+Owns: the two endpoints; an answer means that this gateway's next request sees the change. Leaves to others: the change
+itself (the controller's adapters.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.scheduling.request import MAX_NAME_CHARS
 
 LOAD_S: Final = 600.0  # an adapter may have to be downloaded
-UNLOAD_S: Final = 90.0  # its turn and the end of its requests
+UNLOAD_S: Final = 90.0  # earlier changes and the end of its requests
 MAX_PATH_CHARS: Final = 4096  # Linux's
 
 
@@ -57,7 +57,7 @@ async def load_adapter(call: Call[LoadAdapterBody]) -> web.Response:
 
 @takes(UnloadAdapterBody, _check_name, admin=True)
 async def unload_adapter(call: Call[UnloadAdapterBody]) -> web.Response:
-    """Take `lora_name` away; its running requests end as they would have. The headers say what memory is free now."""
+    """Unload `lora_name`; its running requests finish. The headers give the memory that is free now."""
     name = call.fields.lora_name
     update = controller_pb2.UnloadAdapterRequest(name=name)
     done = await call.state.routes.update("UnloadAdapter", update, UNLOAD_S)

@@ -1,8 +1,7 @@
-"""What chat and completions answer with once their prompts are known: a stream, or one JSON object.
+"""The answer of chat and completions once the prompts are known: a stream, or one JSON object.
 
-Owns: the fields of both endpoints' answers that do not depend on which it is, and that a large object is made off the
-event loop. Leaves to others: what a choice says (chat.py, completions.py), streams (sse.py), tokens
-(streams/generation.py).
+Owns: the fields that both endpoints' answers share, and encoding large objects off the event loop. Leaves to others:
+a choice's fields (chat.py, completions.py), streams (sse.py), tokens (streams/generation.py).
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.scheduling.request import MAX_NAME_CHARS
 
-_LOGPROB_BYTES: Final = 100  # about so much JSON is one candidate
+_LOGPROB_BYTES: Final = 100  # approximate JSON size of one candidate
 
 
 class Shape(Protocol):
-    """What one endpoint's answers look like."""
+    """The shape of one endpoint's answers."""
 
     id_prefix: str
     whole_object: str  # `object` of an answer that is not streamed
     chunk_object: str
-    prompt_field: str  # of the request; errors about its prompts name it
+    prompt_field: str  # the request field that errors about prompts name
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
-        """A whole choice in JSON's types."""
+        """Return a whole choice in JSON's types."""
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> Frames:
-        """The chunks of a streamed answer."""
+        """Return the chunks of a streamed answer."""
 
 
 async def answer(
@@ -49,7 +48,7 @@ async def answer(
     params: SamplingParams,
     shape: Shape,
 ) -> web.StreamResponse:
-    """Generate `params.n` choices of each prompt and answer with them. Raises what is wrong with the request."""
+    """Generate `params.n` choices of each prompt and answer with them. Raises the request's errors."""
     fields, has_usage = call.fields, wants_usage(call.fields)
     requests = generate_requests(
         prompts,

@@ -1,6 +1,6 @@
-"""The HTTP application: routes, middlewares, and the parts' life tied to the application's.
+"""The HTTP application: routes, middlewares, start and end.
 
-Owns: which path goes where. Leaves to others: listening (gateway/listener.py), signals (gateway/server.py).
+Owns: the handler of each path. Leaves to others: listening (gateway/listener.py), signals (gateway/server.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorafleet.controller.gateway.tenants import tenants_of
 
 
 def make_app(state: GatewayState, access_log: AccessLog | None = None) -> web.Application:
-    """The application; it starts and closes `state`."""
+    """Return the application, which starts and closes `state`."""
     config = state.config
     keys = ApiKeys(
         tenants_of(config.api_keys, config.tenants, config.admin_api_keys),
@@ -43,7 +43,7 @@ def make_app(state: GatewayState, access_log: AccessLog | None = None) -> web.Ap
         (web.get, "/version", health.show_version),
         (web.get, "/metrics", health.show_metrics),
         (web.get, "/fleet", fleet.show_fleet),
-        (web.get, "/v1/fleet", fleet.show_fleet),  # found too by whoever knows only the API's base URL
+        (web.get, "/v1/fleet", fleet.show_fleet),  # for those who know only the API's base URL
         (web.get, "/v1/models", models.list_models),
         (web.post, "/v1/completions", completions.create_completion),
         (web.post, "/v1/chat/completions", chat.create_chat_completion),
@@ -65,7 +65,7 @@ async def _life(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def _count_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every answer by route and status; 499 for a client that did not wait."""
+    """Count every answer by route and status; 499 if the client disconnected."""
     resource = request.match_info.route.resource
     route = resource.canonical.rstrip("/") if resource is not None else "unmatched"
     status = "500"

@@ -1,6 +1,6 @@
-"""API keys: every path asks for one, if there are any, except those that say whether the process is well.
+"""API keys: if there are any, every path requires one, except health checks.
 
-Owns: the check, and whose a request is. Leaves to others: where keys come from (gateway/__main__.py,
+Owns: the check, and the tenant of a request. Leaves to others: where keys come from (gateway/__main__.py,
 gateway/tenants.py).
 """
 
@@ -17,30 +17,30 @@ from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.workers.errors import AuthenticationError, PermissionDeniedError
 
 TENANT: Final = web.RequestKey("tenant", Tenant)
-"""Of every request that is not for one of `OPEN_PATHS`."""
+"""Set for every request to a path outside `OPEN_PATHS`."""
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/ping"})
 
 
 class ApiKeys:
-    """Keys known by their SHA-256; the keys themselves are not kept."""
+    """API keys, stored only as their SHA-256."""
 
     def __init__(self, tenants: Mapping[str, Tenant], *, is_open: bool | None = None) -> None:
-        """tenants: by key. is_open: no key is asked for: there are none, or administrators' only."""
+        """tenants: by key. is_open: no key is required (administrators may have one); by default, if there are none."""
         self._tenants = {_digest(key): tenant for key, tenant in tenants.items()}
         self._is_open = not tenants if is_open is None else is_open
         self._anybody = Tenant(is_admin=not tenants)
 
     def check(self, header: str | None) -> Tenant:
-        """Whose key `header`, of `Authorization`, has. Raises AuthenticationError."""
+        """Return the tenant whose key is in the `Authorization` header. Raises AuthenticationError."""
         scheme, _, key = (header or "").partition(" ")
-        # Looked up by its digest, so that how long it takes says nothing of the keys.
+        # Looked up by digest, so that the time it takes reveals nothing about the keys.
         tenant = self._tenants.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
         if tenant is not None:
             return tenant
         if self._is_open:
             return self._anybody
         if scheme.lower() != "bearer" or not key.strip():
-            raise AuthenticationError("This server asks for an API key. Send it as 'Authorization: Bearer KEY'.")
+            raise AuthenticationError("This server requires an API key. Send it as 'Authorization: Bearer KEY'.")
         raise AuthenticationError("The API key is not known to this server.")
 
 
@@ -49,7 +49,7 @@ def _digest(key: str) -> bytes:
 
 
 def check_admin(request: web.Request) -> None:
-    """Raises PermissionDeniedError for a client that may not change what the server serves."""
+    """Raises PermissionDeniedError if the client may not change what the server serves."""
     if not request[TENANT].is_admin:
         raise PermissionDeniedError(
             "This API key may not load or unload adapters. Send a key of --admin-api-key or, if the server has none, "
@@ -58,7 +58,7 @@ def check_admin(request: web.Request) -> None:
 
 
 def auth_middleware(keys: ApiKeys) -> Middleware:
-    """Refuse by default; `OPEN_PATHS` is all that goes without a key."""
+    """Return the middleware that requires a key on every path outside `OPEN_PATHS`."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions.
 
-Owns: messages, the shape of answers and chunks. Leaves to others: templates (workers/text/chat_template.py) and
-everything that completions share (door.py, sampling.py, answer.py).
+Owns: messages, the shape of answers and chunks. Leaves to others: templates (workers/text/chat_template.py), everything
+shared with completions (door.py, sampling.py, answer.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _check(fields: ChatRequest) -> None:
 
 @takes(ChatRequest, _check)
 async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
-    """One request: messages, `n` choices, streamed or not."""
+    """Answer one request: messages, `n` choices, streamed or not."""
     fields = call.fields
     model = await call.state.served(lambda table: resolve_model(table, fields))
     text, num_logprobs = model.text, _num_logprobs(fields)
@@ -53,7 +53,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
-    """Raises InvalidRequestError for a message without a known role, or without anything to say."""
+    """Raises InvalidRequestError for a message without a known role or without content."""
     if not messages:
         raise InvalidRequestError("messages is empty; there must be at least one message.", param="messages")
     for number, message in enumerate(messages):
@@ -68,7 +68,7 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def _max_tokens(fields: ChatRequest) -> int | None:
-    """None: the rest of the context."""
+    """Return the limit on output tokens; None: the rest of the context."""
     new, old = fields.max_completion_tokens, fields.max_tokens
     if new is not None and old is not None and new != old:
         raise InvalidRequestError(
@@ -80,7 +80,7 @@ def _max_tokens(fields: ChatRequest) -> int | None:
 
 
 def _num_logprobs(fields: ChatRequest) -> int | None:
-    """Candidates at each position; None without `logprobs`."""
+    """Return the number of candidates at each position; None without `logprobs`."""
     num_top = fields.top_logprobs or 0
     _ALLOWED["logprobs"].check("top_logprobs", num_top)
     if not fields.logprobs:
@@ -98,7 +98,7 @@ def _logprobs(delta: ChoiceDelta, tokenizer: Tokenizer, num_logprobs: int | None
 
 
 class ChatShape:
-    """What one chat answer looks like."""
+    """The shape of one chat answer."""
 
     id_prefix, prompt_field = "chatcmpl", "messages"
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
@@ -108,7 +108,7 @@ class ChatShape:
         self._num_logprobs = num_logprobs
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
-        """One of the messages."""
+        """Return a choice with its message."""
         return {
             "index": delta.index,
             "message": {"role": "assistant", "content": delta.text, "refusal": None},
@@ -118,7 +118,7 @@ class ChatShape:
         }
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> ChatFrames:
-        """The chunks."""
+        """Return the chunks of the answer."""
         return ChatFrames(head, num_choices, self._tokenizer, self._num_logprobs, has_usage=has_usage)
 
 
@@ -140,16 +140,16 @@ class ChatFrames:
         self._num_logprobs = num_logprobs
 
     def opening(self) -> Iterable[bytes]:
-        """Each choice's role."""
+        """Yield each choice's role."""
         fields = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return (self._template.choice(index, fields) for index in range(self._num_choices))
 
     def delta(self, delta: ChoiceDelta) -> bytes:
-        """One choice's gain."""
+        """Return a chunk with one choice's new tokens."""
         if delta.finish_reason is None and self._num_logprobs is None:
             return self._template.text(delta.index, delta.text)
         return self._template.full(delta, _logprobs(delta, self._tokenizer, self._num_logprobs))
 
     def usage(self, usage: dict[str, Any]) -> bytes:
-        """The chunk with the usage."""
+        """Return the chunk with the usage."""
         return self._template.usage(usage)

@@ -1,6 +1,6 @@
 """POST /v1/completions.
 
-Owns: the shape of answers and chunks. Leaves to others: prompts and echo (prompts.py), everything that chat shares
+Owns: the shape of answers and chunks. Leaves to others: prompts and echo (prompts.py), everything shared with chat
 (door.py, sampling.py, answer.py).
 """
 
@@ -36,7 +36,7 @@ def _check(fields: CompletionRequest) -> None:
 
 @takes(CompletionRequest, _check)
 async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse:
-    """One request: any number of prompts, `n` choices of each, streamed or not."""
+    """Answer one request: any number of prompts, `n` choices of each, streamed or not."""
     fields = call.fields
     model = await call.state.served(lambda table: resolve_model(table, fields))
     text, max_len = model.text, model.max_model_len
@@ -47,7 +47,7 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
     prompts = await call.in_thread(
         lambda: encode_prompts(text.tokenizer, asked, fields.add_special_tokens is not False, max_len)
     )
-    if fields.max_tokens is None:  # the default gives way to a long prompt
+    if fields.max_tokens is None:  # a long prompt reduces the default
         room = max_len - max(map(len, prompts))
         params = dataclasses.replace(params, max_tokens=max(min(max_tokens, room), 1))
     echoes: list[str] = []
@@ -57,19 +57,19 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
 
 
 class CompletionShape:
-    """What one completion looks like."""
+    """The shape of one completion."""
 
     id_prefix, prompt_field = "cmpl", "prompt"
     whole_object = chunk_object = "text_completion"
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, echoes: list[str]) -> None:
-        """echoes: what each choice's text begins with; empty for none."""
+        """echoes: the prompt in front of each choice's text; empty for none."""
         self._tokenizer = tokenizer
         self._params = params
         self._echoes = echoes
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
-        """One of the texts."""
+        """Return a choice with its text."""
         logprobs: CompletionLogprobs | None = None
         if self._params.logprobs is not None:
             logprobs = self._columns().add(delta.token_ids, delta.logprobs)
@@ -82,7 +82,7 @@ class CompletionShape:
         }
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> CompletionFrames:
-        """The chunks."""
+        """Return the chunks of the answer."""
         columns = [self._columns() for _ in range(num_choices)] if self._params.logprobs is not None else []
         return CompletionFrames(head, num_choices, columns, self._echoes, has_usage=has_usage)
 
@@ -102,22 +102,22 @@ class CompletionFrames:
         *,
         has_usage: bool,
     ) -> None:
-        """columns: of each choice's log-probabilities; empty for none. echoes: as `CompletionShape` has them."""
+        """columns: each choice's log-probabilities; empty for none. echoes: as in `CompletionShape`."""
         self._template = ChunkTemplate(head, num_choices, b'"text":', b"", has_usage=has_usage)
         self._echoes = echoes
         self._columns = columns
 
     def opening(self) -> Iterable[bytes]:
-        """The echoed prompts, if any."""
+        """Yield the echoed prompts, if any."""
         return (self._template.text(index, echo) for index, echo in enumerate(self._echoes))
 
     def delta(self, delta: ChoiceDelta) -> bytes:
-        """One choice's gain."""
+        """Return a chunk with one choice's new tokens."""
         if delta.finish_reason is None and not self._columns:
             return self._template.text(delta.index, delta.text)
         logprobs = self._columns[delta.index].add(delta.token_ids, delta.logprobs) if self._columns else None
         return self._template.full(delta, logprobs)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
-        """The chunk with the usage."""
+        """Return the chunk with the usage."""
         return self._template.usage(usage)

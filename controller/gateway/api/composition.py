@@ -1,7 +1,7 @@
-"""Requests for several adapters at once: which, and with what weights.
+"""Requests for several adapters at once: their names and weights.
 
-Owns: the two ways to write them, what may be applied together. Leaves to others: names (routing/routing_table.py),
-computing the sum (workers).
+Owns: the two ways to write them, the rules for composing. Leaves to others: names (routing/routing_table.py), computing
+the sum (workers).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, U
 from lorafleet.workers.scheduling.request import MAX_COMPOSED, MAX_NAME_CHARS, check_composed_weight
 
 MAX_MODEL_CHARS: Final = MAX_COMPOSED * (MAX_NAME_CHARS + 32)
-"""Of `model`: so many names with their weights."""
+"""Limit of `model`: `MAX_COMPOSED` names with their weights."""
 
 _WEIGHT = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]-?[0-9]+)?")
 
 
 def resolve_model(table: RoutingTable, fields: GenerateFields) -> ModelEntry:
-    """What a request is to be answered by. Raises `UnknownModelError`, `InvalidRequestError`, `AdapterRefusedError`."""
+    """Return the model for a request. Raises `UnknownModelError`, `InvalidRequestError`, `AdapterRefusedError`."""
     if fields.adapters is None:
         return resolve_name(table, fields.model)
     if table.resolve(fields.model).digest:
@@ -35,9 +35,9 @@ def resolve_model(table: RoutingTable, fields: GenerateFields) -> ModelEntry:
 
 
 def resolve_name(table: RoutingTable, name: str) -> ModelEntry:
-    """A model by its name, or several as `name:weight+name:weight`, where `:weight` may be left out.
+    """Return a model by its name, or several as `name:weight+name:weight`, where `:weight` is optional.
 
-    What is the name of a model is never taken apart. Raises as `resolve_model`.
+    The name of a model is never split. Raises as `resolve_model`.
     """
     if name in table.models:
         return table.models[name]
@@ -61,7 +61,7 @@ def _part(table: RoutingTable, text: str) -> tuple[str, float]:
 
 
 def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str) -> ModelEntry:
-    """One entry for all. Its name, for metrics, is the base model's: callers could make up any number of others."""
+    """Return one entry for all. Metrics use the base model's name: callers could make up any number of others."""
     max_loras = max((worker.max_loras for worker in table.workers), default=MAX_COMPOSED)
     limit = max(1, min(MAX_COMPOSED, max_loras))
     if not 0 < len(parts) <= limit:
@@ -80,8 +80,7 @@ def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str
             raise
         if not entry.digest:
             raise InvalidRequestError(
-                f"{field} names {quoted(name)}, the base model, to which adapters are added anyway. Name adapters "
-                "alone.",
+                f"{field} names {quoted(name)}, the base model, which every adapter is added to. Name adapters alone.",
                 param=field,
             )
         if entry.digest in names:
@@ -122,6 +121,6 @@ def _compose(table: RoutingTable, parts: Sequence[tuple[str, float]], field: str
         created=base.created,
         text_digest=texts.pop(),
         vocab_size=table.vocab_size,
-        weight=min(entry.weight for entry, _ in composition),  # so that nobody has a larger share by composing
+        weight=min(entry.weight for entry, _ in composition),  # so that composing gives no larger share
         composition=tuple(composition),
     )

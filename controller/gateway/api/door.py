@@ -1,7 +1,7 @@
-"""The way into every endpoint that takes a JSON body: a place, the body, its fields, and only then the handler.
+"""The entry to every endpoint that takes a JSON body: admission, the body, its fields, then the handler.
 
-Owns: the order of these steps, and what a handler has afterwards. Leaves to others: whose a request is (auth.py),
-places and bodies (intake.py), JSON (schema.py).
+Owns: the order of these steps, and the handler's argument. Leaves to others: the tenant (auth.py), admission and bodies
+(intake.py), JSON (schema.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _F_co = TypeVar("_F_co", bound=msgspec.Struct, covariant=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[_F_co]):
-    """One request that has been admitted and read."""
+    """One request after admission and decoding."""
 
     request: web.Request
     state: GatewayState
@@ -43,11 +43,11 @@ class Call(Generic[_F_co]):
         return self.request[REQUEST_ID]
 
     async def in_thread(self, function: Callable[[], _T]) -> _T:
-        """Run what may take long on the body off the event loop, in the tenant's turn."""
+        """Run a call that may take long on this body off the event loop, in the tenant's turn."""
         return await self.state.in_thread(self.tenant, self.num_bytes, function)
 
     async def parse(self, function: Callable[[], _T]) -> _T:
-        """Run what takes long only on a large body: off the event loop if it is one."""
+        """Run a call that takes long only on a large body: off the event loop if it is one."""
         return await self.state.parse(self.tenant, self.num_bytes, function)
 
 
@@ -56,8 +56,8 @@ def takes(
 ) -> Callable[[Callable[[Call[_F]], Awaitable[web.StreamResponse]]], Handler]:
     """Make a handler of a function that takes a body of `kind`.
 
-    check: raises what is wrong with the fields together. admin: only administrators may call it. A request keeps its
-    place until the function returns.
+    check: raises the errors of fields that contradict each other. admin: only administrators may call it. The request
+    keeps its place until the function returns.
     """
 
     def open_to(answer: Callable[[Call[_F]], Awaitable[web.StreamResponse]]) -> Handler:

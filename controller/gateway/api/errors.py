@@ -1,7 +1,7 @@
-"""Errors as HTTP answers: OpenAI's JSON, the request's id, when to come back.
+"""Errors as HTTP answers: OpenAI's JSON, the request's id, when to retry.
 
-Owns: the middleware that turns every exception into such an answer, counting them. Leaves to others: which error has
-which status (workers/errors.py), errors in mid-stream (sse.py, which sends the same JSON).
+Owns: the middleware that turns every exception into such an answer and counts it. Leaves to others: the status of each
+error (workers/errors.py), errors in mid-stream (sse.py, which sends the same JSON).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def error_json(error: LoRAFleetError) -> bytes:
-    """``{"error": {...}}`` as OpenAI writes it; `reason` only where an adapter was refused."""
+    """Return ``{"error": {...}}`` as OpenAI writes it; `reason` only where an adapter was refused."""
     status = status_of(error)
     message = error.message[:MAX_MESSAGE_CHARS].encode(errors="replace").decode()
     body = {"message": message, "type": status.openai_type, "param": error.param, "code": status.code}
@@ -49,25 +49,25 @@ def error_json(error: LoRAFleetError) -> bytes:
 
 
 def error_response(error: LoRAFleetError) -> web.Response:
-    """The answer for a request that failed before its first byte."""
+    """Return the answer for a request that failed before its first byte."""
     status = status_of(error)
     response = web.Response(status=status.http, body=error_json(error), content_type="application/json")
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     elif status.http >= 500 or status.http == 409:
-        response.headers["x-should-retry"] = "false"  # OpenAI's clients would; it would only fail again
+        response.headers["x-should-retry"] = "false"  # OpenAI's clients would retry, and fail again
     if isinstance(error, AuthenticationError):
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 
 def internal_error(request_id: str) -> InternalError:
-    """What a client learns of a bug: nothing but where to look."""
+    """Return a bug as clients see it: only a pointer to the log."""
     return InternalError(f"Internal error. The server's log has the details under request id {request_id}.")
 
 
 def named_error(error: Exception, request: web.Request) -> LoRAFleetError:
-    """The named error for anything a handler raised. Counts it; logs what is a bug of ours."""
+    """Return the named error for an exception of a handler. Counts it; logs bugs of ours."""
     named = _named(error, request)
     request.app[STATE].metrics.errors.labels(status_of(named).code).inc()
     return named
@@ -93,19 +93,19 @@ def _named(error: Exception, request: web.Request) -> LoRAFleetError:
 
 
 def _path(request: web.Request) -> str:
-    """As it was sent: decoded, it may be no Unicode."""
+    """Return the path as it was sent; decoded, it may not be valid Unicode."""
     return cut(request.rel_url.raw_path)
 
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Outermost but one: gives each request its id and each failure its answer."""
+    """Give each request its id and each failure its answer. Outermost but for the access log."""
     given = request.headers.get("x-request-id", "")
     request[REQUEST_ID] = given if _REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
     response: web.StreamResponse
     try:
         response = await handler(request)
-    except ConnectionError:  # the client is gone; nothing of this answer is sent
+    except ConnectionError:  # the client has disconnected; this answer is not sent
         if request.transport is not None:
             request.transport.abort()
         return web.Response(status=499)

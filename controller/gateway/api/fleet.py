@@ -1,4 +1,4 @@
-"""GET /fleet: workers and models as the controller knows them, what `lorafleet status` prints.
+"""GET /fleet: workers and models as the controller knows them, as printed by `lorafleet status`.
 
 Owns: the JSON's shape. Leaves to others: the numbers (the controller's worker_life.py), the table of it (status.py).
 """
@@ -17,12 +17,12 @@ from lorafleet.controller.gateway.routing.routing_table import RoutingTable
 from lorafleet.proto import controller_pb2, worker_pb2
 
 STATUS_S: Final = 5.0
-MAX_LACKING: Final = 100  # adapters that are named for each worker
-MAX_MODELS: Final = 100  # that are named, busiest first
+MAX_LACKING: Final = 100  # adapters named for each worker
+MAX_MODELS: Final = 100  # models named, busiest first
 
 
 async def show_fleet(request: web.Request) -> web.Response:
-    """One object for each wanted worker; load, kv_usage and adapters are null while it starts."""
+    """Return one object for each wanted worker; load, kv_usage and adapters are null while it starts."""
     state = request.app[STATE]
     status = await state.routes.status(STATUS_S)
     return web.json_response(
@@ -37,9 +37,9 @@ async def show_fleet(request: web.Request) -> web.Response:
 
 
 def _models(table: RoutingTable, reports: Sequence[worker_pb2.WorkerReport]) -> list[dict[str, Any]]:
-    """One object for each set of weights, which may have several names; the base model's is always there.
+    """Return one object for each set of weights, which may have several names; the base model's is always included.
 
-    tier: the fastest in which a worker has it; workers: how many have it there; null for the base model.
+    tier: the fastest in which a worker has it. workers: how many have it there. Both are null for the base model.
     """
     names: dict[str, list[str]] = {}
     for entry in table.models.values():

@@ -1,9 +1,9 @@
-"""From a request's fields to what the engine is asked for: one `GenerateRequest` for each prompt.
+"""A request's fields as the engine's input: one `GenerateRequest` for each prompt.
 
-Owns: what comes from where (the fields, the tenant, the model). Leaves to others: ranges (workers/params.py,
+Owns: the source of each field (the body, the tenant, the model). Leaves to others: ranges (workers/params.py,
 workers/scheduling/request.py), each choice's own part (streams/placing.py), the wire (workers/request_wire.py).
 
-A field that the API and `GenerateRequest` call the same is carried as it is: nothing here names it.
+A field with the same name in the API and in `GenerateRequest` is copied; it is not named here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def generate_requests(
     draw_seed: Callable[[], int],
     prompt_field: str,
 ) -> list[GenerateRequest]:
-    """One for each prompt, as its first choice. draw_seed: for prompts of a request that gives none. prompt_field: what
-    an error about a prompt names. Raises what is wrong with any of them."""
+    """Return one request for each prompt, as its first choice. draw_seed: returns a seed for a prompt without one.
+    prompt_field: the field that errors about a prompt name. Raises the errors of any of them."""
     carried: dict[str, Any] = {name: value for name in _CARRIED if (value := getattr(fields, name)) is not None}
     carried["priority"] = tenant.priority_of(fields.priority)
     entry = model.entry

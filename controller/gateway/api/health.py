@@ -1,6 +1,6 @@
-"""How the process is: /health, /ping, /ready, /version, /metrics.
+"""The state of the process: /health, /ping, /ready, /version, /metrics.
 
-Owns: these endpoints. Leaves to others: what "ready" means (state.py), the numbers (metrics/page.py).
+Owns: these endpoints. Leaves to others: the meaning of "ready" (state.py), the numbers (metrics/page.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from lorafleet.controller.gateway.api.state import STATE
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 for as long as the process answers at all."""
+    """Answer 200 as long as the process answers at all."""
     return web.Response()
 
 
 async def ready(request: web.Request) -> web.Response:
-    """200 if a worker can answer a request now, else 503 and why not."""
+    """Answer 200 if a worker can serve a request now, else 503 and the reason."""
     reason = request.app[STATE].not_ready_reason
     if reason is None:
         return web.Response(body=b'{"ready":true}', content_type="application/json")
@@ -29,11 +29,11 @@ async def ready(request: web.Request) -> web.Response:
 
 
 async def show_version(request: web.Request) -> web.Response:
-    """The installed version."""
+    """Return the installed version."""
     body = msgspec.json.encode({"version": version("lorafleet")})
     return web.Response(body=body, content_type="application/json")
 
 
 async def show_metrics(request: web.Request) -> web.Response:
-    """Prometheus' text format."""
+    """Return the metrics in Prometheus' text format."""
     return web.Response(body=await request.app[STATE].metrics_page.get(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,8 +1,8 @@
-"""What requests hold of this gateway from their first byte to their last: a place, their body's bytes, their choices.
+"""Admission control, and what a request holds of this gateway until it ends: a place, its body's bytes, its choices.
 
-Owns: reading a body within its size and time, counting all that by tenant, refusing what is over a bound or a tenant's
-share, waiting until nothing is left. Leaves to others: the rule of shares (engine/shares.py), connections
-(gateway/connections.py), bounds on fields (schema.py, workers/params.py), on what a slow reader leaves unread
+Owns: reading a body within its size and time, counting all this by tenant, refusing what exceeds a limit or a tenant's
+share, waiting until all requests have ended. Leaves to others: the rule of shares (scheduling/shares.py), connections
+(gateway/connections.py), limits on fields (schema.py, workers/params.py) and on tokens a slow reader has not read
 (streams/inbox.py).
 """
 
@@ -21,13 +21,13 @@ from lorafleet.workers.scheduling.shares import Refusal, Shares
 
 
 class Intake:
-    """Of one gateway."""
+    """The admission control of one gateway."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.num_in_flight = 0  # requests
         self.draining = False
-        # A quarter of the connections is for those that wait for their turn or ask how the server is.
+        # A quarter of the connections is left to those that wait for their turn or check the server's state.
         self.requests = Shares(max(1, limits.max_connections * 3 // 4))
         self.choices = Shares(limits.max_in_flight)
         self.bytes = Shares(limits.max_buffered_bytes)
@@ -35,7 +35,7 @@ class Intake:
         self._idle.set()
 
     def enter(self, request: web.Request) -> Place:
-        """A place for the whole of one request: a context. Raises DrainingError or QueueFullError."""
+        """Return a place for one request, as a context. Raises DrainingError or QueueFullError."""
         if self.draining:
             raise DrainingError("This gateway is shutting down and takes no new requests. Send it again.")
         tenant = request[TENANT].name
@@ -47,14 +47,14 @@ class Intake:
         return Place(self, request, tenant)
 
     def leave(self, tenant: str) -> None:
-        """One request is over."""
+        """Release one request's place."""
         self.requests.give_back(tenant)
         self.num_in_flight -= 1
         if not self.num_in_flight:
             self._idle.set()
 
     async def idle(self, timeout_s: float) -> bool:
-        """Wait until nothing is in flight; False if that takes too long."""
+        """Wait until no request is in flight; return False after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -64,7 +64,7 @@ class Intake:
 
 
 class Place:
-    """What one request holds. All is given back when the context ends."""
+    """The resources of one request, released when the context ends."""
 
     def __init__(self, intake: Intake, request: web.Request, tenant: str) -> None:
         self._intake = intake
@@ -87,7 +87,7 @@ class Place:
         intake.leave(self._tenant)
 
     async def read_body(self) -> bytes:
-        """A JSON body. Raises BodyTooLargeError before anything is read where the length is declared."""
+        """Read a JSON body. Raises BodyTooLargeError, before reading if the length is declared."""
         request, limits = self._request, self._intake.limits
         encoding = request.headers.get("Content-Encoding", "identity").lower()
         if encoding != "identity":
@@ -114,8 +114,8 @@ class Place:
         return b"".join(parts)
 
     def take_choices(self, num_choices: int, *, param: str) -> None:
-        """Count what the request asks to be generated. param: the field that says how much. Raises QueueFullError, or
-        InvalidRequestError for more than anybody may have."""
+        """Count the choices that the request asks for. param: the field that says how many. Raises QueueFullError, or
+        InvalidRequestError for more than one client may ever have."""
         most = self._intake.choices.most(self._tenant)
         if num_choices > most:
             raise InvalidRequestError(

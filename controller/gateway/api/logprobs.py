@@ -1,8 +1,8 @@
-"""Log-probabilities in the two shapes that OpenAI gives them.
+"""Log-probabilities in OpenAI's two shapes.
 
 Owns: the shapes. Leaves to others: which tokens count (streams/generation.py).
 
-Some tokens are no text by themselves (a part of a character); they are written as escaped bytes, as OpenAI does.
+A token that is only part of a character is written as escaped bytes, as OpenAI does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorafleet.workers.scheduling.request import TokenLogprobs
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 LOWEST: Final = -9999.0
-"""What OpenAI gives for minus infinity, which JSON lacks."""
+"""OpenAI's value for minus infinity, which JSON lacks."""
 
 
 class ChatTop(TypedDict):
@@ -44,7 +44,7 @@ class CompletionLogprobs(TypedDict):
 def chat_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], num_top: int
 ) -> list[ChatToken]:
-    """`logprobs.content` of a chat choice. num_top: candidates at each position."""
+    """Return `logprobs.content` of a chat choice. num_top: candidates at each position."""
     content = []
     for token_id, entry in zip(token_ids, logprobs, strict=False):
         top = zip(entry.top_ids[:num_top], entry.top_logprobs, strict=False)
@@ -59,9 +59,9 @@ def _chat_top(tokenizer: Tokenizer, token_id: int, logprob: float) -> ChatTop:
 
 
 class CompletionColumns:
-    """The columns of one completion choice, which a stream sends a piece at a time.
+    """The columns of one completion choice, which a stream sends in pieces.
 
-    text_offset: where a token's text begins in the answer; a token that is not shown (EOS) is as long as nothing.
+    text_offset: the start of each token in the answer's text; a token that is not shown (EOS) has no length.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -71,7 +71,7 @@ class CompletionColumns:
         self._offset = 0
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> CompletionLogprobs:
-        """The columns for the next tokens. The sampled token is among the candidates even where it is not the best."""
+        """Return the columns for the next tokens. The sampled token is always among the candidates."""
         columns = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for token_id, entry in zip(token_ids, logprobs, strict=False):
             data = self._tokenizer.token_bytes(token_id) or b""

@@ -19,7 +19,7 @@ _CARD_BYTES = 256
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """All names that `model` may have."""
+    """List all valid values of `model`."""
     state = request.app[STATE]
     table = state.table
     body = await state.parse(request[TENANT], _CARD_BYTES * len(table.models), lambda: _list(table))
@@ -27,7 +27,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def get_model(request: web.Request) -> web.Response:
-    """One of them; its name may hold slashes."""
+    """Return one model; its name may contain slashes."""
     table = request.app[STATE].table
     name = request.match_info["id"]
     entry = table.models.get(name) or table.resolve(name.rstrip("/"))

@@ -1,6 +1,6 @@
 """The prompts of a completion, in their four forms.
 
-Owns: reading them, that what cannot be used is refused before it is decoded, echo. Leaves to others: room for an answer
+Owns: reading them, refusing unusable ones before they are decoded, echo. Leaves to others: room for an answer
 (workers/params.py).
 """
 
@@ -17,15 +17,15 @@ from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 MAX_PROMPTS: Final = 128
-MAX_ECHO_CHARS: Final = 1 << 24  # of all choices together
+MAX_ECHO_CHARS: Final = 1 << 24  # of all choices
 
 Prompt = str | list[int]
 _LISTS = re.compile(rb"\[\s*\[")
 
 
 def read_prompts(raw: bytes, max_model_len: int) -> list[Prompt]:
-    """Texts, or lists of token ids. Raises InvalidRequestError for none, too many, an empty one, or several kinds
-    together, ContextLengthError for more ids than the context has."""
+    """Return texts, or lists of token ids. Raises InvalidRequestError for none, too many, an empty one, or mixed kinds,
+    ContextLengthError for more ids than the context holds."""
     items: Any
     if _LISTS.match(raw):
         items = decode_field(raw, list[msgspec.Raw], "prompt")
@@ -48,7 +48,7 @@ def read_prompts(raw: bytes, max_model_len: int) -> list[Prompt]:
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool, max_model_len: int
 ) -> list[list[int]]:
-    """Each as token ids. Raises ContextLengthError for a text that has certainly more than the context."""
+    """Return each prompt's token ids. Raises ContextLengthError for a text that certainly exceeds the context."""
     return [
         tokenizer.encode(prompt, add_special_tokens, max_tokens=max_model_len) if isinstance(prompt, str) else prompt
         for prompt in prompts
@@ -56,13 +56,12 @@ def encode_prompts(
 
 
 def echoes_of(tokenizer: Tokenizer, prompts: Sequence[Prompt], n: int) -> list[str]:
-    """What each choice's text begins with where prompts are echoed. Raises InvalidRequestError for too much of it."""
+    """Return the prompt to echo in each choice. Raises InvalidRequestError if they exceed the limit."""
     texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
     num_chars = n * sum(map(len, texts))
     if num_chars > MAX_ECHO_CHARS:
         raise InvalidRequestError(
-            f"echo would repeat {num_chars} characters in all choices together; the limit is {MAX_ECHO_CHARS}. Ask "
-            "without it.",
+            f"echo would repeat {num_chars} characters in all choices; the limit is {MAX_ECHO_CHARS}. Ask without it.",
             param="echo",
         )
     return [text for text in texts for _ in range(n)]
@@ -90,5 +89,5 @@ def _check_num_prompts(items: Sequence[object]) -> None:
 
 
 def empty_prompt(field: str) -> InvalidRequestError:
-    """What to raise for a field that gives no token."""
+    """Return the error for a prompt without tokens."""
     return InvalidRequestError(f"{field} is empty; there must be at least one token.", param=field)

@@ -1,6 +1,6 @@
-"""How a request wants its tokens picked, from the fields that chat and completions share.
+"""A request's sampling parameters, from the fields that chat and completions share.
 
-Owns: which default counts (the request's, the model's, OpenAI's). Leaves to others: ranges and the context's length
+Owns: the order of defaults (the request's, the model's, OpenAI's). Leaves to others: ranges and the context's length
 (workers/params.py).
 """
 
@@ -18,7 +18,7 @@ _FIELDS = SamplingFields.__struct_fields__
 def sampling_params(
     fields: SamplingFields, defaults: Mapping[str, float | int], *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    """defaults: of the model, for what the request leaves open. Raises InvalidRequestError for a value out of range."""
+    """Return the parameters. defaults: the model's. Raises InvalidRequestError for a value out of range."""
     values: dict[str, Any] = dict(defaults)
     values |= {name: value for name in _FIELDS if (value := getattr(fields, name)) is not None}
     return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)

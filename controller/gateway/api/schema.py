@@ -1,11 +1,11 @@
-"""What requests may say: one struct for each endpoint, and what is accepted or refused by name beyond them.
+"""The fields of requests: one struct for each endpoint, and what else is accepted, or refused by name.
 
-Owns: fields and types; JSON is read here and nowhere else. Leaves to others: ranges (workers/params.py,
-workers/scheduling/request.py), what fields mean together (sampling.py, completions.py, chat.py).
+Owns: fields and types; JSON is read only here. Leaves to others: ranges (workers/params.py,
+workers/scheduling/request.py), combinations of fields (sampling.py, completions.py, chat.py).
 
-A field that is not here would change the answer if it were honoured, so it is refused by name, unless its value asks
-for nothing (null, or the default). msgspec decodes strictly: true is no number, 1.0 is no integer, and JSON has no NaN.
-How much a body holds is counted before it is decoded.
+A field missing here would change the answer if it were honoured, so it is refused by name, unless its value asks for
+nothing (null, or the default). msgspec decodes strictly: true is not a number, 1.0 is not an integer, and JSON has no
+NaN. The number of elements in a body is checked before it is decoded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import msgspec
 from lorafleet.workers.errors import InvalidRequestError, cut, quoted
 from lorafleet.workers.text.json_shape import check_shape
 
-MAX_FIELD_BYTES: Final = 1 << 17  # of any field but those whose size is the request's
+MAX_FIELD_BYTES: Final = 1 << 17  # of any field except those that carry the request's content
 SIZEABLE: Final = frozenset({"prompt", "messages", "tokens"})
-_MAX_DEFAULT_BYTES = 256  # no value of `DEFAULTS` is as long
+_MAX_DEFAULT_BYTES = 256  # longer than any value of `DEFAULTS`
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
-    """What completions and chat share; names and meaning are those of `SamplingParams`. None: not given."""
+    """Fields of completions and chat, with the names and meaning of `SamplingParams`. None: not given."""
 
     n: int | None = None
     min_tokens: int | None = None
@@ -49,7 +49,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """include_usage: a last chunk with the usage and no choices."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # false is what happens
+    include_obfuscation: bool | None = None  # false is this server's behaviour
     continuous_usage_stats: bool | None = None
 
 
@@ -61,10 +61,10 @@ class ComposedAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class GenerateFields(SamplingFields, kw_only=True):
-    """What completions and chat share besides sampling.
+    """Fields of completions and chat besides sampling.
 
-    priority: lower is served earlier; it adds to the tenant's. cache_salt: only requests of the same tenant with the
-    same one share what was computed for their prompts. adapters: applied together; `model` then is the base model.
+    priority: lower is served earlier; it is added to the tenant's. cache_salt: only requests of the same tenant with
+    the same salt share cached prefixes. adapters: applied together; `model` is the base model then.
     """
 
     model: str
@@ -119,7 +119,7 @@ class LoadAdapterBody(msgspec.Struct, kw_only=True):
     lora_name: str
     lora_path: str
     load_inplace: bool = False  # replace the adapter that has this name
-    weight: float | None = None  # its share of service among a tenant's adapters; 1 unless given
+    weight: float | None = None  # its share of service among a tenant's adapters; by default 1
     pin: bool = False  # keep it in a device slot
 
 
@@ -130,7 +130,7 @@ class UnloadAdapterBody(msgspec.Struct, kw_only=True):
 
 
 ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
-"""Fields that do not bear on the answer, whatever they say."""
+"""Fields that do not affect the answer, whatever their value."""
 
 DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "add_generation_prompt": (True,),
@@ -177,14 +177,14 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-"""Fields that OpenAI or vLLM know and this server does not honour: the values, besides null, that ask for nothing."""
+"""Fields of OpenAI or vLLM that this server does not honour: the values, besides null, that ask for nothing."""
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
 
 
 def decode(body: bytes, kind: type[_T]) -> _T:
-    """A request's body. Raises InvalidRequestError that names the field."""
+    """Decode a request's body. Raises InvalidRequestError that names the field."""
     _check_shape(body, kind)
     fields = _decode(body, dict[str, msgspec.Raw])
     known = kind.__struct_fields__
@@ -201,7 +201,7 @@ def decode(body: bytes, kind: type[_T]) -> _T:
 
 
 def decode_field(raw: bytes, kind: Any, name: str) -> Any:
-    """The value of one field, or of a part of it. Raises InvalidRequestError that names the field."""
+    """Decode the value of one field, or of a part of it. Raises InvalidRequestError that names the field."""
     return _decode(raw, kind, name)
 
 
@@ -210,7 +210,7 @@ def _check_shape(body: bytes, kind: type[msgspec.Struct]) -> None:
         check_shape(body, "The body")
     except InvalidRequestError as error:
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            parts = msgspec.json.decode(body, type=_parts_of(kind))  # makes nothing of what is in them
+            parts = msgspec.json.decode(body, type=_parts_of(kind))  # leaves the fields undecoded
             for name in kind.__struct_fields__:
                 check_shape(bytes(getattr(parts, name)), name, param=name)
         raise error
@@ -218,7 +218,7 @@ def _check_shape(body: bytes, kind: type[msgspec.Struct]) -> None:
 
 @functools.cache
 def _parts_of(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
-    """`kind` with all of its fields as they stand in the body."""
+    """Return `kind` with all of its fields left as raw JSON."""
     return msgspec.defstruct(
         f"{kind.__name__}Parts", [(name, msgspec.Raw, msgspec.Raw(b"")) for name in kind.__struct_fields__]
     )
@@ -245,7 +245,7 @@ def _decode(body: bytes, kind: Any, name: str | None = None) -> Any:
 
 
 def _explain(problem: str, root: str | None) -> InvalidRequestError:
-    """msgspec's message in ours. Of the body it holds nothing but types, places and unknown names."""
+    """Return msgspec's message in our words. It contains only types, places and unknown names of the body."""
     where = _WHERE.search(problem)
     detail = problem[: where.start()] if where else problem
     detail = cut(detail.replace(" | null", "")).rstrip(".")
@@ -257,12 +257,12 @@ def _explain(problem: str, root: str | None) -> InvalidRequestError:
         return InvalidRequestError(f"{name}{place}: {detail[0].lower()}{detail[1:]}.", param=name)
     missing = re.match(r"Object missing required field `(\w+)`", detail)
     if missing:
-        return InvalidRequestError(f"{missing.group(1)!r} is missing. Give it.", param=missing.group(1))
+        return InvalidRequestError(f"{missing.group(1)!r} is required.", param=missing.group(1))
     return InvalidRequestError(f"The body does not fit: {detail[0].lower()}{detail[1:]}.")
 
 
 def check_stream_options(fields: GenerateFields) -> None:
-    """Raises InvalidRequestError for options that do not fit."""
+    """Raises InvalidRequestError for stream options that do not fit the request."""
     options = fields.stream_options
     if options is None:
         return
@@ -274,5 +274,5 @@ def check_stream_options(fields: GenerateFields) -> None:
 
 
 def wants_usage(fields: GenerateFields) -> bool:
-    """Whether a stream is to end with a chunk that has the usage."""
+    """Return whether a stream ends with a chunk that has the usage."""
     return fields.stream_options is not None and bool(fields.stream_options.include_usage)

@@ -1,4 +1,4 @@
-"""What a request is answered by: a model of the routing table, with its tokenizer and template."""
+"""The model of a request: an entry of the routing table, with its tokenizer and template."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lorafleet.workers.text.model_text import ModelText
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Of the table that was the newest when the request came."""
+    """A model of the routing table that was current when the request came."""
 
     entry: ModelEntry
     text: ModelText
     max_model_len: int
 
     def check_prompt(self, token_ids: Sequence[int], field: str) -> None:
-        """Raises InvalidRequestError that names the field, for an empty prompt or an id that is no token's."""
+        """Raises InvalidRequestError that names the field, for an empty prompt or an unknown token id."""
         if not token_ids:
             raise empty_prompt(field)
         self.text.tokenizer.check_ids(token_ids, self.entry.vocab_size, field)

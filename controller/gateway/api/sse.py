@@ -1,10 +1,10 @@
 """Server-sent events: one answer as a stream of chunks.
 
-Owns: the headers, the frames, failures in mid-stream. Leaves to others: what a chunk says
-(completions.py, chat.py), where deltas come from (streams/generation.py).
+Owns: the headers, the frames, failures in mid-stream. Leaves to others: a chunk's content (completions.py, chat.py),
+deltas (streams/generation.py).
 
-A stream that ends well ends with ``data: [DONE]``. One that fails ends with ``data: {"error": ...}`` and nothing after
-it: OpenAI's clients raise on that.
+A successful stream ends with ``data: [DONE]``. A failed one ends with ``data: {"error": ...}`` and nothing after it:
+OpenAI's clients raise on that.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-_SLICE_BYTES = 1 << 16  # of one answer, written before others have their turn on the event loop
-_LARGE_BYTES = 1 << 15  # a write of so much may have to wait by itself
+_SLICE_BYTES = 1 << 16  # of one answer, written before others get their turn on the event loop
+_LARGE_BYTES = 1 << 15  # a write this large may have to wait by itself
 
 _json = msgspec.json.Encoder().encode
 
 
 class Frames(Protocol):
-    """An endpoint's chunks, framed."""
+    """One endpoint's chunks, framed."""
 
     def opening(self) -> Iterable[bytes]:
-        """What comes before the first tokens, in pieces."""
+        """Yield what precedes the first tokens, in pieces."""
 
     def delta(self, delta: ChoiceDelta) -> bytes:
-        """One choice's gain."""
+        """Return a chunk with one choice's new tokens."""
 
     def usage(self, usage: dict[str, Any]) -> bytes:
-        """The chunk that holds the usage and no choices."""
+        """Return the chunk with the usage and no choices."""
 
 
 class ChunkTemplate:
-    """Chunks of one answer, built ahead as far as they are the same, so that a token costs one small JSON string.
+    """Chunks of one answer, whose constant parts are built once, so that a token costs one small JSON string.
 
-    head: fields of every chunk. before, after: what encloses the text within a choice.
+    head: fields of every chunk. before, after: the JSON around the text within a choice.
     """
 
     def __init__(self, head: dict[str, Any], num_choices: int, before: bytes, after: bytes, *, has_usage: bool) -> None:
@@ -61,11 +61,11 @@ class ChunkTemplate:
         self._plain = after + b',"logprobs":null,"finish_reason":null' + self._tail
 
     def text(self, index: int, text: str) -> bytes:
-        """A chunk of text and nothing else: the common one."""
+        """Return a chunk with only text, the common one."""
         return self._texts[index] + _json(text) + self._plain
 
     def full(self, delta: ChoiceDelta, logprobs: object) -> bytes:
-        """A chunk with log-probabilities, or a finish reason, or both."""
+        """Return a chunk with log-probabilities, or a finish reason, or both."""
         parts = [
             self._texts[delta.index],
             _json(delta.text),
@@ -80,11 +80,11 @@ class ChunkTemplate:
         return b"".join([*parts, self._tail])
 
     def choice(self, index: int, fields: dict[str, Any]) -> bytes:
-        """A chunk of one choice with any fields."""
+        """Return a chunk of one choice with any fields."""
         return self._choices[index] + _json(fields)[1:-1] + self._tail
 
     def usage(self, usage: dict[str, Any]) -> bytes:
-        """The chunk after all choices."""
+        """Return the chunk after all choices."""
         return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
 
 
@@ -100,9 +100,9 @@ class EventStream:
         await self._response.prepare(self._request)
 
     async def write(self, data: bytes) -> None:
-        """Waits for a client that has not read what came before. Raises ConnectionResetError when it is gone."""
+        """Write data after the client has read the previous data. Raises ConnectionResetError if it disconnected."""
         if self._request.transport is None:
-            raise ConnectionResetError("the client is gone")
+            raise ConnectionResetError("the client has disconnected")
         await self._response.write(data)
 
     async def close(self) -> web.StreamResponse:
@@ -114,7 +114,7 @@ class EventStream:
 async def stream_answer(
     request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool
 ) -> web.StreamResponse:
-    """Send a generation as it comes. An error before its first token is raised, and so gets its own HTTP status."""
+    """Send a generation as it arrives. An error before its first token is raised, so it gets its own HTTP status."""
     deltas = await generation.next()
     stream = EventStream(request)
     await stream.open()

@@ -1,6 +1,6 @@
-"""One gateway's parts and what its handlers ask of them together.
+"""One gateway's parts, and what its handlers need of several parts together.
 
-Owns: starting and closing the parts in order, what "ready" means, draining. Leaves to others: each part's work.
+Owns: starting and closing the parts in order, the meaning of "ready", draining. Leaves to others: each part's work.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.scheduling.request import GenerateRequest
 from lorafleet.workers.text.model_text import ModelText
 
-INLINE_BYTES: Final = 1 << 15  # of JSON, which are decoded or encoded in less than a millisecond
-ABORT_GRACE_S: Final = 2.0  # for handlers to tell their clients that the shutdown ended them
+INLINE_BYTES: Final = 1 << 15  # of JSON; decoding or encoding them takes less than a millisecond
+ABORT_GRACE_S: Final = 2.0  # for handlers to report the shutdown to their clients
 
 _T = TypeVar("_T")
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class GatewayState:
-    """Made on the event loop; `start` it, `close` it."""
+    """All parts of one gateway. Created on the event loop; call `start`, then `close`."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
@@ -62,7 +62,7 @@ class GatewayState:
         )
         self._random = random.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._running: dict[Generation, ModelEntry] = {}
-        self._stopped = False  # the drain's time is over
+        self._stopped = False  # the drain has timed out
         self.metrics.in_flight.set_function(lambda: self.intake.num_in_flight)
         self.metrics_page = MetricsPage(self.metrics, self._snapshot)
         self.metrics.registry.register(FleetCollector(lambda: self.metrics_page.snapshot.views))
@@ -70,11 +70,11 @@ class GatewayState:
             self.metrics.registry.register(VllmCollector(self.metrics, lambda: self.metrics_page.snapshot))
 
     def start(self) -> None:
-        """Begin to watch the controller; sessions follow from what it says."""
+        """Start watching the controller; its routing table starts the sessions."""
         self.routes.start()
 
     async def close(self) -> None:
-        """End every connection to the fleet."""
+        """Close every connection to the fleet."""
         await self.metrics_page.close()
         await self.routes.close()
         await self._pool.close()
@@ -82,7 +82,7 @@ class GatewayState:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self) -> None:
-        """Refuse new requests; let the running ones finish, for as long as the configuration allows."""
+        """Refuse new requests; let the running ones finish, within the configured time."""
         self.intake.draining = True
         logger.info("draining: %d requests in flight", self.intake.num_in_flight)
         if await self.intake.idle(self.config.drain_timeout_s):
@@ -91,12 +91,12 @@ class GatewayState:
         if self._running:
             logger.warning("ending %d requests after %g s", len(self._running), self.config.drain_timeout_s)
         for generation in list(self._running):
-            generation.fail(DrainingError("This gateway is shutting down and could not wait for the request's end."))
+            generation.fail(DrainingError("This gateway is shutting down and could not wait for the request to end."))
         await self.intake.idle(ABORT_GRACE_S)
 
     @property
     def not_ready_reason(self) -> str | None:
-        """Why no request can be answered now; None if one can."""
+        """Return why no request can be answered now; None if one can."""
         if self.intake.draining:
             return "draining"
         if self.routes.table is None:
@@ -109,22 +109,22 @@ class GatewayState:
 
     @property
     def table(self) -> RoutingTable:
-        """The routing table. Raises WorkerUnavailableError before the first."""
+        """Return the routing table. Raises WorkerUnavailableError before the first."""
         if self.routes.table is None:
             raise WorkerUnavailableError("The gateway has not heard from its controller yet. Try again in a moment.")
         return self.routes.table
 
     @property
     def text(self) -> ModelText:
-        """The base model's tokenizer and template. Raises WorkerUnavailableError before the first."""
+        """Return the base model's tokenizer and template. Raises WorkerUnavailableError before the first."""
         if self.routes.text is None:
             raise WorkerUnavailableError("The model's tokenizer is still being loaded. Try again in a moment.")
         return self.routes.text
 
     async def served(self, find: Callable[[RoutingTable], ModelEntry]) -> ServedModel:
-        """The model that `find` finds, with its tokenizer and template: its own, if it has some.
+        """Return the model that `find` finds, with its tokenizer and template (its own, if it has one).
 
-        Raises WorkerUnavailableError, and what `find` raises.
+        Raises WorkerUnavailableError, and the errors of `find`.
         """
         table = self.table
         entry = find(table)
@@ -134,17 +134,17 @@ class GatewayState:
         return ServedModel(entry, text, table.max_model_len)
 
     async def in_thread(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
-        """Run what may take long (a tokenizer, a template) off the event loop. num_bytes: of what it works on."""
+        """Run a call that may take long (a tokenizer, a template) off the event loop. num_bytes: its input's."""
         return await self._text_threads.run(tenant.name, num_bytes, function)
 
     async def parse(self, tenant: Tenant, num_bytes: int, function: Callable[[], _T]) -> _T:
-        """Run what takes long only if it works on much: on the event loop for a few bytes, else off it."""
+        """Run a call that takes long only on a large input: on the event loop for a few bytes, else off it."""
         if num_bytes <= INLINE_BYTES:
             return function()
         return await self.in_thread(tenant, num_bytes, function)
 
     def draw_seed(self) -> int:
-        """For a request that gave none."""
+        """Return a random seed for a request without one."""
         return self._random.getrandbits(64)
 
     def _snapshot(self) -> Snapshot:
@@ -158,7 +158,7 @@ class GatewayState:
     async def generate(
         self, requests: Sequence[GenerateRequest], params: SamplingParams, model: ServedModel
     ) -> AsyncIterator[Generation]:
-        """Submit all choices of one API request's prompts; what still runs at the block's end is cancelled."""
+        """Submit all choices of one API request's prompts; those still running when the block ends are cancelled."""
         if self._stopped:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(

@@ -18,7 +18,7 @@ from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.controller.gateway.routing.routing_table import ModelEntry, RoutingTable
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
-MAX_CONTEXTS: Final = 4  # of tokens, to be told how long a text is that does not fit
+MAX_CONTEXTS: Final = 4  # limit of tokens, above one context so that too long a text is still counted
 
 
 def _check(fields: TokenizeRequest) -> None:
@@ -30,7 +30,7 @@ def _check(fields: TokenizeRequest) -> None:
 
 @takes(TokenizeRequest, _check)
 async def tokenize(call: Call[TokenizeRequest]) -> web.Response:
-    """The ids of a prompt, or of messages through the model's template."""
+    """Return the ids of a prompt, or of messages through the model's template."""
     model = await call.state.served(lambda table: _model(table, call.fields.model))
     answer = await call.in_thread(lambda: _tokenize(model, call.fields))
     return web.Response(body=answer, content_type="application/json")
@@ -38,7 +38,7 @@ async def tokenize(call: Call[TokenizeRequest]) -> web.Response:
 
 @takes(DetokenizeRequest)
 async def detokenize(call: Call[DetokenizeRequest]) -> web.Response:
-    """The text of ids, special tokens included."""
+    """Return the text of ids, special tokens included."""
     model = await call.state.served(lambda table: _model(table, call.fields.model))
     answer = await call.in_thread(lambda: _detokenize(model, call.fields.tokens))
     return web.Response(body=answer, content_type="application/json")

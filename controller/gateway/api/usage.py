@@ -8,7 +8,7 @@ from lorafleet.controller.gateway.streams.generation import Generation
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:
-    """Of all prompts and choices. EOS counts."""
+    """Return the counts over all prompts and choices. EOS counts."""
     num_prompt, num_output = generation.num_prompt_tokens, generation.num_output_tokens
     return {
         "prompt_tokens": num_prompt,

@@ -1,11 +1,11 @@
-"""The life of one API request behind its parsing: its choices on their workers, and their tokens as text.
+"""The life of one API request after parsing: its choices on their workers, and their tokens as text.
 
-Owns: turning arrived tokens into deltas, finish reasons, cancelling whatever is not needed any more. Leaves to others:
-parsing and tokenising (api/completions.py, api/chat.py), framing (api/sse.py), giving choices to workers (placing.py).
+Owns: turning arrived tokens into deltas, finish reasons, cancelling what is no longer needed. Leaves to others: parsing
+and tokenizing (api/completions.py, api/chat.py), framing (api/sse.py), giving choices to workers (placing.py).
 
-A choice whose worker is lost goes on with another one, where its tokens so far count as its own output, so that the
-client sees no seam. However a request ends (finished, stop
-string, error, client gone, shutdown), leaving the ``with`` block cancels on the workers what still runs there.
+A choice whose worker is lost is resumed by another one, where its tokens so far count as its own output; the client
+sees no interruption. However a request ends (finished, stop string, error, client gone, shutdown), leaving the ``with``
+block cancels what still runs on the workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafleet.workers.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
-    """What one choice has gained. logprobs: empty, or one for each token. A delta with a finish_reason is the last."""
+    """One choice's new text and tokens. logprobs: none, or one for each token. A finish_reason marks the last delta."""
 
     index: int
     text: str
@@ -42,12 +42,12 @@ class ChoiceDelta:
 @dataclass(slots=True, eq=False)
 class _Choice:
     ticket: Ticket
-    text: OutputText | None = None  # from its first token on
-    last_at: float | None = None  # when its last tokens came
+    text: OutputText | None = None  # set with its first token
+    last_at: float | None = None  # arrival of its last tokens
 
 
 class Generation:
-    """One request's choices. `start` it, then call `next` until it returns nothing. One task uses it."""
+    """One request's choices. Call `start`, then `next` until it returns nothing. Used by one task."""
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class Generation:
         worker_wait_s: float,
         metrics: ModelMetrics,
     ) -> None:
-        """requests: one for each prompt, of which there are `params.n` choices. worker_wait_s: how long a choice may
-        wait for a worker that takes it, or goes on with it."""
+        """requests: one for each prompt, with `params.n` choices each. worker_wait_s: maximum wait of a choice for a
+        worker that takes or resumes it."""
         self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
         self.num_output_tokens = 0
         self._tokenizer = tokenizer
@@ -89,7 +89,7 @@ class Generation:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens of the prompts that were computed for no choice."""
+        """Return the number of prompt tokens that no choice had to compute."""
         return sum(min(queue.num_cached_tokens for queue in queues) for queues in self._queues_by_prompt)
 
     def __enter__(self) -> Self:
@@ -99,7 +99,7 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._cancel_all()
-        if isinstance(error, ConnectionError | asyncio.CancelledError):  # the client went away
+        if isinstance(error, ConnectionError | asyncio.CancelledError):  # the client has disconnected
             self._metrics.ended("abort")
         elif error is not None or self._num_open:
             self._metrics.ended("error")
@@ -108,17 +108,17 @@ class Generation:
             self._metrics.finished(seconds, self.num_prompt_tokens, self.num_cached_tokens)
 
     def fail(self, error: LoRAFleetError) -> None:
-        """End the request from outside: `next` raises `error` after what has already arrived."""
+        """End the request: `next` raises `error` after what has already arrived."""
         self._inbox.fail(error)
 
     def start(self) -> None:
-        """Give the choices to workers, as these can take them. Raises what none will ever take one for."""
+        """Submit the choices as workers take them. Raises the error of a choice that no worker will ever take."""
         self._placing.start()
 
     async def next(self) -> list[ChoiceDelta]:
-        """What has come since the last call, one delta for each choice that gained something; empty at the end.
+        """Wait, and return what has arrived since the last call, one delta for each choice; empty at the end.
 
-        Waits for it. Raises the error that ended the request.
+        Raises the error that ended the request.
         """
         deltas: list[ChoiceDelta] = []
         while self._num_open and not deltas:
@@ -129,7 +129,7 @@ class Generation:
         return deltas
 
     async def gather(self) -> list[ChoiceDelta]:
-        """All of every choice, once all have ended."""
+        """Return the whole of every choice, once all have ended."""
         texts: list[list[str]] = [[] for _ in self._choices]
         token_ids: list[list[int]] = [[] for _ in self._choices]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in self._choices]

@@ -1,10 +1,9 @@
-"""One request's choices on their way to workers: a few at a time, again when a worker is lost, waiting while there is
-none.
+"""Submits one request's choices to workers: a few at a time, again when a worker is lost, waiting while no worker can.
 
-Owns: when a choice is submitted. Leaves to others: to which worker (pool.py), what comes back (generation.py).
+Owns: when a choice is submitted. Leaves to others: the choice of worker (pool.py), what comes back (generation.py).
 
-However many choices a request has, no more than workers can soon begin are with them, and others' requests get between:
-after some of them it waits until they have been sent.
+However many choices a request has, workers hold no more of them than they can start soon. After each batch it waits
+until the batch is sent, so that others' requests are interleaved.
 """
 
 from __future__ import annotations
@@ -30,46 +29,46 @@ from lorafleet.workers.errors import (
 )
 from lorafleet.workers.scheduling.request import GenerateRequest
 
-MAX_LOST: Final = 3  # workers that one choice may outlive
-_MIN_WINDOW: Final = 32  # choices of one request that workers may have
+MAX_LOST: Final = 3  # workers that one choice may lose
+_MIN_WINDOW: Final = 32  # choices of one request that workers may hold
 _SEATS_AHEAD: Final = 2  # times the seats of all workers, if that is more
-_BATCH_CHOICES: Final = 32  # that are submitted without a pause
-_BATCH_TOKENS: Final = 16_384  # of their prompts
+_BATCH_CHOICES: Final = 32  # choices submitted without a pause
+_BATCH_TOKENS: Final = 16_384  # their prompt tokens
 
 logger = logging.getLogger(__name__)
 
 
 class Workers(Protocol):
-    """Where choices go."""
+    """The workers that take choices."""
 
-    line: WaitingLine  # of those that no worker could take
+    line: WaitingLine  # of choices that no worker could take
 
     @property
     def num_seats(self) -> int:
-        """Of all workers that take requests."""
+        """Return the number of seats of all workers that take requests."""
 
     def choose(self, request: GenerateRequest) -> WorkerSession:
-        """The session for a request. Raises WorkerUnavailableError, or why none will ever take it."""
+        """Return the session for a request. Raises WorkerUnavailableError, or why no worker will ever take it."""
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One choice, as far as workers are concerned."""
+    """One choice on its way to a worker."""
 
     queue: ChoiceQueue
-    request: GenerateRequest  # the prompt's, of all its choices
-    number: int  # of the choice among the prompt's
+    request: GenerateRequest  # shared by all choices of the prompt
+    number: int  # index of the choice among the prompt's
     _: KW_ONLY
-    session: WorkerSession | None = None  # which has it
-    stream: int = 0  # there
-    num_lost: int = 0  # workers that it was on
-    error: LoRAFleetError | None = None  # why it is on none, if it was on one
-    give_up_at: float | None = None  # from when on it has waited too long; None while it gets on
+    session: WorkerSession | None = None  # that has the choice
+    stream: int = 0  # in that session
+    num_lost: int = 0  # workers lost so far
+    error: LoRAFleetError | None = None  # of the worker that was lost last
+    give_up_at: float | None = None  # time at which its wait ends; None while it progresses
     is_over: bool = False
 
 
 class Placing:
-    """Of one request: `add` its choices, then `start`."""
+    """The choices of one request: `add` them, then `start`."""
 
     def __init__(
         self,
@@ -81,38 +80,38 @@ class Placing:
         on_resumed: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """worker_wait_s: how long a choice may wait for a worker. fail: ends the request. on_resumed: called when a
-        worker goes on with a choice of one that was lost."""
+        """worker_wait_s: maximum wait of a choice for a worker. fail: ends the request. on_resumed: called when a
+        worker resumes a choice after another was lost."""
         self._request_id = request_id
         self._workers = workers
         self._worker_wait_s = worker_wait_s
         self._fail = fail
         self._on_resumed = on_resumed
         self._clock = clock
-        self._left: deque[Ticket] = deque()  # to be submitted
+        self._left: deque[Ticket] = deque()  # still to be submitted
         self._window = _MIN_WINDOW
-        self._num_placed = 0  # with workers
+        self._num_placed = 0  # choices on workers
         self._has_room = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def add(self, ticket: Ticket) -> None:
-        """One more choice."""
+        """Add a choice."""
         self._left.append(ticket)
 
     def start(self) -> None:
-        """Submit the first choices; the others follow by themselves. Raises what none will ever take a choice for."""
+        """Submit the first choices; the others follow by themselves. Raises the error of one that no worker takes."""
         self._window = max(_MIN_WINDOW, _SEATS_AHEAD * self._workers.num_seats)
-        with contextlib.suppress(WorkerUnavailableError):  # then it waits
+        with contextlib.suppress(WorkerUnavailableError):  # the choice waits
             self._submit_some()
         self._go_on()
 
     def lose(self, ticket: Ticket, error: LoRAFleetError) -> None:
-        """The worker that had a choice is gone, or has given it up for another one."""
+        """Submit again a choice whose worker was lost or has given it up for another worker."""
         ticket.session = None
         ticket.error = error
         self._num_placed -= 1
         ticket.num_lost += isinstance(error, WorkerLostError)
-        if ticket.num_lost > MAX_LOST:  # it may be what they die of
+        if ticket.num_lost > MAX_LOST:  # the choice may be what kills them
             self._fail(error)
             return
         self._left.appendleft(ticket)
@@ -120,7 +119,7 @@ class Placing:
         self._go_on()
 
     def end(self, ticket: Ticket) -> None:
-        """Nobody wants more of a choice."""
+        """Record that a choice needs no more tokens."""
         ticket.is_over = True
         if ticket.session is not None:
             ticket.session.cancel(ticket.stream)
@@ -175,7 +174,7 @@ class Placing:
             raise (ticket.error or unavailable) from None
 
     def _submit_some(self) -> WorkerSession | None:
-        """Submit what may be now without a pause; a session that has got something, if there is more left."""
+        """Submit what may be sent now without a pause. Return the session that got the last choice; None for none."""
         session: WorkerSession | None = None
         request: GenerateRequest | None = None
         num_tokens = 0
@@ -200,7 +199,7 @@ class Placing:
         if ticket.num_lost:
             self._on_resumed()
             logger.info(
-                "request %s: worker %s goes on after %d tokens",
+                "request %s: resumed by worker %s after %d tokens",
                 self._request_id,
                 session.endpoint.worker_id,
                 len(ticket.queue.received),

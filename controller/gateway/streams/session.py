@@ -1,11 +1,11 @@
 """The gateway's end of one worker's Session stream: requests and cancels go down, tokens and heartbeats come up.
 
-Owns: connecting, the handshake, liveness, stream numbers. Leaves to others: which worker gets a request
-(routing/router.py, pool.py), sorting a step's rows (delivery.py), what tokens mean (generation.py).
+Owns: connecting, the handshake, liveness, stream numbers. Leaves to others: the choice of worker (routing/router.py,
+pool.py), sorting a step's rows (delivery.py), the meaning of tokens (generation.py).
 
-The session has no deadline, since it lives as long as both ends do. What stands in for one: the worker must answer
-the Hello within `welcome_s`, and silence of `dead_s` ends the session. However a session ends, every choice that was
-on it is told so with `WorkerLostError`, and a new session is tried, for as long as the routing table names the worker.
+The session has no deadline, since it lives as long as both ends do. Instead, the worker must answer the Hello within
+`welcome_s`, and silence of `dead_s` ends the session. However a session ends, each of its choices gets
+`WorkerLostError`, and a new session is tried as long as the routing table lists the worker.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from lorafleet.workers.scheduling.pace import Pace
 from lorafleet.workers.scheduling.request import GenerateRequest
 from lorafleet.workers.server.load_report import pace_from_wire
 
-MAX_UNSENT = 4096  # requests that wait for the stream to take them
+MAX_UNSENT = 4096  # requests waiting to be sent
 
 logger = logging.getLogger(__name__)
 
 
 class WorkerSession:
-    """One worker, connected to or being connected to. `start` it, `close` it."""
+    """The session with one worker, or the attempt to connect to it. Call `start`, then `close`."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class WorkerSession:
         on_open: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """on_open: called when the worker may take requests and could not before."""
+        """on_open: called when the worker starts to take requests."""
         self.endpoint = endpoint
-        self.retired = False  # no longer in the table: takes nothing new
+        self.retired = False  # no longer in the table: takes no new requests
         self._gateway_id = gateway_id
         self._metadata = bearer(token)
         self._times = times
@@ -69,7 +69,7 @@ class WorkerSession:
         self._outbox_filled = asyncio.Event()
         self._outbox_empty = asyncio.Event()
         self._outbox_empty.set()
-        self._was_full = False  # somebody was refused since
+        self._was_full = False  # a request was refused since
         self._heard_at = 0.0
         self._heartbeat: worker_pb2.Heartbeat | None = None  # None until the first of this session
         self._pace = Pace()
@@ -82,7 +82,7 @@ class WorkerSession:
         self._task = asyncio.create_task(self._run(), name=f"session {self.endpoint.address}")
 
     async def close(self) -> None:
-        """End the session; what runs on it fails."""
+        """End the session; its requests fail."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -90,16 +90,16 @@ class WorkerSession:
 
     @property
     def num_gateways(self) -> int:
-        """That send the worker requests, this one included, as far as is known."""
+        """Return the number of gateways that use the worker, this one included, as last reported."""
         return 1 if self._heartbeat is None else max(1, self._heartbeat.num_gateways)
 
     @property
     def num_streams(self) -> int:
-        """Choices that have not ended."""
+        """Return the number of choices that have not ended."""
         return len(self._streams)
 
     def view(self) -> WorkerView:
-        """What the router needs to know, now."""
+        """Return the worker's current state for the router."""
         endpoint, heartbeat = self.endpoint, self._heartbeat
         if heartbeat is None:
             return WorkerView(
@@ -134,17 +134,17 @@ class WorkerSession:
             num_device_adapters=self._tiers.num_on_device,
             host_usage=load.host_cache_usage,
             expected=self._tiers.expected,
-            # Other gateways have sent about as much meanwhile, which only the worker's next heartbeat tells.
+            # Other gateways have sent about as much, which only the worker's next heartbeat will show.
             num_unreported=self._num_unreported * self.num_gateways,
             num_unreported_tokens=self._num_unreported_tokens * self.num_gateways,
         )
 
     def num_cached_tokens(self, prefix_hashes: Sequence[bytes]) -> int:
-        """Of a prompt, the tokens that the worker has probably computed before."""
+        """Return how many of the prompt's tokens the worker has probably cached."""
         return self._prefixes.num_found(prefix_hashes)
 
     def expect(self, adapters: Sequence[str], num_tokens: int, prefix_hashes: Sequence[bytes]) -> None:
-        """Take into account a prompt that is about to be submitted. num_tokens: of it, those to be computed."""
+        """Count in a prompt that is about to be submitted. num_tokens: the number of its tokens to compute."""
         self._tiers.expect(adapters)
         self._num_unreported_tokens += num_tokens
         if self._heartbeat is not None:
@@ -152,25 +152,25 @@ class WorkerSession:
             self._prefixes.note(prefix_hashes, load.num_pages * load.page_size)
 
     def submit(self, queue: ChoiceQueue, request: GenerateRequest) -> int:
-        """Send a request whose tokens go to `queue`; returns its stream number, for `cancel`.
+        """Send a request whose tokens go to `queue`. Return its stream number, for `cancel`.
 
-        Raises WorkerUnavailableError when the session is not there or does not take any more.
+        Raises WorkerUnavailableError if there is no session or its queue is full.
         """
         if not self._live or len(self._outbox) >= MAX_UNSENT:
             self._was_full = self._live
             raise WorkerUnavailableError(f"Worker {self.endpoint.worker_id} does not take requests now. Try again.")
-        self._last_stream += 1  # 2^32 of them take weeks at any rate that one worker holds
+        self._last_stream += 1  # 2^32 of them last for weeks at any rate that one worker sustains
         self._streams[self._last_stream] = queue
         self._num_unreported += 1
         self._send(worker_pb2.GatewayMessage(generate=to_wire(request, stream=self._last_stream)))
         return self._last_stream
 
     async def drained(self) -> None:
-        """Wait until all that was submitted has been sent, or is lost."""
+        """Wait until everything submitted has been sent or lost."""
         await self._outbox_empty.wait()
 
     def cancel(self, stream: int) -> None:
-        """Stop a request, which hears nothing any more. Does nothing for one that has ended."""
+        """Stop a request; its queue gets nothing more. Does nothing if it has ended."""
         if self._streams.pop(stream, None) is not None and self._live:
             self._send(worker_pb2.GatewayMessage(cancel=worker_pb2.Cancel(stream=stream)))
 
@@ -181,15 +181,15 @@ class WorkerSession:
 
     async def _run(self) -> None:
         backoff = Backoff(self._times.first_backoff_s, self._times.last_backoff_s)
-        logged = ""  # what is the same again need not be said again
+        logged = ""  # a repeated reason is not logged again
         while True:
-            shown = "its connection broke"  # to clients, which need no addresses
+            shown = "its connection broke"  # in messages to clients, without addresses
             reason = ""
             try:
                 await self._session(backoff)
             except SessionLost as error:
                 shown = reason = str(error)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the latter: a call that has ended
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # InvalidStateError: the call has ended
                 reason = describe(error)
             except Exception as error:  # a bug of ours must not end the session for good
                 logger.exception("session with worker %s failed", self.endpoint.worker_id)
@@ -203,7 +203,7 @@ class WorkerSession:
             await asyncio.sleep(backoff.next_s())
 
     def _lose(self, reason: str) -> None:
-        """Everything that was on the session ends."""
+        """Fail everything on the session."""
         self._live = False
         self._heartbeat = None
         self._tiers.clear()
@@ -221,7 +221,7 @@ class WorkerSession:
             queue.lose(WorkerLostError(message))
 
     async def _session(self, backoff: Backoff) -> None:
-        """One connection, from Hello to its end, which always is an exception."""
+        """Run one connection from Hello to its end, which is always an exception."""
         channel = open_channel(self.endpoint.address)
         try:
             call = worker_stub(channel).Session(metadata=self._metadata)

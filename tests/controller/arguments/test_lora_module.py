@@ -36,7 +36,7 @@ def test_both_forms_are_read(text: str, module: LoRAModule) -> None:
         ('{"name": "a"', "is not valid JSON"),
         ("{" * 100_000, "is not valid JSON"),
         ('{"name": ' + "[" * 100_000, "is not valid JSON"),
-        ('{"name": "a", "path": "b", "base_model_name": 3}', "a text as base_model_name"),
+        ('{"name": "a", "path": "b", "base_model_name": 3}', "a string as base_model_name"),
         ('{"name": "a", "path": "b", "weight": 1' + "0" * 400 + "}", "a smaller weight"),
         ('{"name": "a"}', "needs a name and a path"),
         ('{"name": "a", "path": "b", "rank": 1}', "unknown field 'rank'"),

@@ -26,7 +26,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["serve", "m", "--prt=9"], "lorafleet serve", "There is no flag '--prt'. Did you mean --port?"),
         (["serve", "--ports", "9"], "lorafleet serve", "Did you mean --port?"),  # before what is missing
-        (["serve", "m", "--swap-space", "4"], "lorafleet serve", "`lorafleet serve --help` lists those there are."),
+        (["serve", "m", "--swap-space", "4"], "lorafleet serve", "`lorafleet serve --help` lists them."),
         (["serve", "--model", "m"], "lorafleet serve", "There is no flag --model: give MODEL without one."),
         (["serve", "m", "extra"], "lorafleet serve", "'extra' is one value too many."),
         (["serve", "m", "--dtype", "floot32"], "lorafleet serve", "Did you mean float32?"),

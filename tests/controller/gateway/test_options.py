@@ -1,4 +1,4 @@
-"""What is chosen for gateways, whichever command starts them."""
+"""The options of gateways, for each command that starts them."""
 
 from __future__ import annotations
 

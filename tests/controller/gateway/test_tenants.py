@@ -50,7 +50,7 @@ def test_a_file_names_tenants_by_their_keys(tmp_path: Path) -> None:
         ([{"name": "a", "api_keys": [""]}], "empty"),
         ([{"name": "a", "api_keys": [SECRET + " "]}], "white space"),
         ([{"name": "a", "api_keys": [SECRET]}, {"name": "a", "api_keys": ["k"]}], "'a' is given twice"),
-        ([{"name": "a", "api_keys": [SECRET]}, {"name": "b", "api_keys": [SECRET]}], "given before"),
+        ([{"name": "a", "api_keys": [SECRET]}, {"name": "b", "api_keys": [SECRET]}], "repeats an earlier"),
         ([{"name": "a", "api_keys": [SECRET], "weight": 0}], "weight is 0.0"),
         ([{"name": "a", "api_keys": [SECRET], "priority": 2147483648}], "priority is 2147483648"),
     ],

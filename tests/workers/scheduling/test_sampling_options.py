@@ -1,4 +1,4 @@
-"""What the engine is told of picking tokens."""
+"""The engine's sampling options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which request starts next, compared with looking at all that wait each time."""
+"""The request that starts next, compared with a search of all waiting requests each time."""
 
 from __future__ import annotations
 

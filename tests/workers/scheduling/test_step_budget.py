@@ -1,4 +1,4 @@
-"""How large a step may be where tenants share it, learnt from steps of a made-up machine."""
+"""The size of a step shared by tenants, learnt from steps of a simulated machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models a report names, and in which order."""
+"""The models that a report names, and their order."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from lorafleet.workers.server.output_rates import WINDOW_S, OutputRates
 
 
 def looks(*looks: tuple[float, dict[str, int]]) -> dict[str, float]:
-    """What the last look says."""
+    """Return the rates of the last look."""
     times = iter([when for when, _ in looks])
     rates = OutputRates(clock=lambda: next(times))
     said: dict[str, float] = {}

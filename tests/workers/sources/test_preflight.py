@@ -1,4 +1,4 @@
-"""What is refused before anything starts, and what is left to the workers."""
+"""Errors that are found before anything starts, and those that are left to the workers."""
 
 from __future__ import annotations
 

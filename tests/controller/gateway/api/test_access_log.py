@@ -1,4 +1,4 @@
-"""A line for each answer; what nobody reads holds nothing up."""
+"""A line for each answer; an output that is not read holds nothing up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def log(tmp_path: Path) -> Iterator[AccessLog]:
 
 
 async def lines_of(log: AccessLog, tmp_path: Path, fleet: Any, *requests: tuple[str, str, dict[str, Any]]) -> list[str]:
-    """What is logged of these requests (method, path, more) to a gateway of the fleet."""
+    """Return the lines logged for these requests (method, path, more) to a gateway of the fleet."""
     state = GatewayState(replace(fleet.state.config))
     listener = Listener(state, log)
     await listener.set_up()

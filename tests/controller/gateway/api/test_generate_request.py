@@ -1,4 +1,4 @@
-"""What the engine is asked for, from the fields of an API request, its tenant and its model."""
+"""The engine's input, from the fields of an API request, its tenant and its model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which value of a sampling field counts, and that the API has all fields."""
+"""The order of defaults of a sampling field; the API has all fields."""
 
 from __future__ import annotations
 

@@ -92,6 +92,6 @@ async def test_an_adapter_with_only_a_template_has_the_base_models_tokenizer_in_
     fleet: Any, adapter: str
 ) -> None:
     await fleet.until(lambda: adapter in fleet.state.table.models)
-    own = await fleet.state.text_of(fleet.state.table.models[adapter])
+    own = (await fleet.state.served(lambda table: table.models[adapter])).text
     assert own.template is not fleet.state.text.template
     assert own.tokenizer._backend is fleet.state.text.tokenizer._backend
