@@ -155,7 +155,8 @@ def test_the_status_shows_every_worker(server: Server) -> None:
     lines = status(server).splitlines()
     assert lines[0].split()[:4] == ["WORKER", "STATE", "RANKS", "GENERATION"]
     assert [line.split()[:3] for line in lines[1:3]] == [[f"lorafleet-worker-{n}", "ready", "1"] for n in range(2)]
-    assert lines[3].startswith("1 adapters")
+    assert lines[4].split() == ["MODEL", "TIER", "REQUESTS", "TOKENS/S", "TOKENS"]
+    assert lines[-1].startswith("1 adapters, ")
 
 
 def status(server: Server) -> str:
