@@ -63,14 +63,14 @@ class AdapterSlots:
             self._occupants = frozenset([*self._loading, *self._ready])
         return self._occupants
 
-    def is_pinned(self, digest: str) -> bool:
+    def is_in_use(self, digest: str) -> bool:
         return digest in self._uses
 
     @property
     def usual_uses(self) -> float:
         """How many running requests the adapter of a running request has, on average."""
-        num_pins = sum(self._uses.values())
-        return sum(num * num for num in self._uses.values()) / num_pins if num_pins else 0.0
+        num_uses = sum(self._uses.values())
+        return sum(num * num for num in self._uses.values()) / num_uses if num_uses else 0.0
 
     def obstacles(self, digest: str) -> tuple[str, ...]:
         """Pinned adapters that `digest` could be loaded in place of, if their requests gave way."""

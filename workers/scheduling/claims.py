@@ -63,7 +63,7 @@ class Claims:
         behind = [other for other in self._slots.blockers(missing[0]) if other in ranks and ranks[other] > own_rank]
         if len(flow.digests) > 1:
             behind = [other for other in behind if other not in flow.digests]
-            behind.sort(key=lambda other: (not self._slots.is_pinned(other), ranks[other]))
+            behind.sort(key=lambda other: (not self._slots.is_in_use(other), ranks[other]))
             wanted = set(flow.digests).union(*hot.values())
             return behind[-max(1, self._slots.num_lacking(len(missing), wanted)) :]
         if self._slots.lacks_bytes(missing[0]):

@@ -89,13 +89,13 @@ class Preemption:
         At most as many as their slots serve less than before.
         """
         num_less = 0.0
-        if not self._running.given_way:
+        if not self._running.preempted_for_turns:
             self._taken.clear()
         if self._taken:
             num_served = self._num_served(self._running)
             self._taken = {slot: num for slot, num in self._taken.items() if num_served[slot] < num}
             num_less = sum(num - num_served[slot] for slot, num in self._taken.items())
-        num_waiting = min(round(num_less), self._running.given_way.total()) + self._num_shut_out
+        num_waiting = min(round(num_less), self._running.preempted_for_turns.total()) + self._num_shut_out
         return min(self._running.num_free_seats, num_waiting)
 
     def _num_served(self, requests: Iterable[Request]) -> dict[int, float]:
@@ -130,7 +130,7 @@ class Preemption:
     def _can_have_turn(self, adapter: str) -> bool:
         """Whether all that its flows need is at hand; while too much is lost, only those that gave way."""
         flow = self._flows.first(adapter)
-        is_affordable = not self._budget.is_overdrawn or self._running.given_way[adapter] > 0
+        is_affordable = not self._budget.is_overdrawn or self._running.preempted_for_turns[adapter] > 0
         return flow is not None and is_affordable and self._residency.are_at_hand(flow)
 
     def _fresh(self, before: float) -> set[str]:
@@ -139,7 +139,7 @@ class Preemption:
         return {
             digest
             for digest in hot
-            if not self._slots.is_pinned(digest) and not self._residency.was_held_at(digest, before)
+            if not self._slots.is_in_use(digest) and not self._residency.was_held_at(digest, before)
         }
 
     def _due(self, adapters: list[str], now: float) -> list[Flow]:
@@ -158,7 +158,7 @@ class Preemption:
         Nobody gives way if it would not suffice.
         """
         request = flow.waiting[0]
-        others = self._may_give_way(flow, now - self._bound.turn_s)
+        others = self._preemptible(flow, now - self._bound.turn_s)
         num_kept = 0 if flow.adapter is None else self._flows.num_kept_seats
         if self._running.num_free_seats + len(others) <= num_kept:
             reserved.lacks_seats = True
@@ -170,9 +170,9 @@ class Preemption:
             if not others or (self._running.num_free_seats > num_kept and self._budget.is_overdrawn):
                 reserved.lacks_pages = True
                 return
-            self._running.preempt(others.pop(), gives_way=True)
+            self._running.preempt(others.pop(), for_turn=True)
 
-    def _may_give_way(self, flow: Flow, before: float) -> list[Request]:
+    def _preemptible(self, flow: Flow, before: float) -> list[Request]:
         """Requests that have run since `before`, best rank first; for an adapter's flow not the base model's part."""
         others = [other for other in self._running if other.has_progressed and other.started_at <= before]
         others.sort(key=self._flows.rank_of)
@@ -211,15 +211,15 @@ class Preemption:
             reserved.claimed.update(sorted(unclaimed, key=self._residency.held_since)[:num_lacking])
             if len(missing) > 1:
                 reserved.is_gathering = True
-                idle = [other for other in self._slots.blockers(missing[0]) if not self._slots.is_pinned(other)]
+                idle = [other for other in self._slots.blockers(missing[0]) if not self._slots.is_in_use(other)]
                 reserved.claimed.update(other for other in idle if other not in reserved.keep)
             return
 
     def _give_back(self, reserved: Reserved, now: float, before: float) -> None:
         """Load the adapter that most requests wait for that gave way, in place of one that fewer use if need be."""
-        given_way = self._running.given_way
-        cold = [adapter for adapter in given_way if adapter is not None and self._residency.could_load(adapter)]
-        flow = self._flows.first(max(cold, key=given_way.__getitem__)) if cold else None
+        preempted = self._running.preempted_for_turns
+        cold = [adapter for adapter in preempted if adapter is not None and self._residency.could_load(adapter)]
+        flow = self._flows.first(max(cold, key=preempted.__getitem__)) if cold else None
         if flow is None:
             return
         reserved.keep.update(flow.digests)
@@ -231,7 +231,7 @@ class Preemption:
             held = self._users(others, before)
             victims = sorted(held, key=lambda digest: len(held[digest]))[:num_lacking]
             num_users = len({request for digest in victims for request in held[digest]})
-            if len(victims) < num_lacking or num_users >= given_way[flow.adapter]:
+            if len(victims) < num_lacking or num_users >= preempted[flow.adapter]:
                 return
             self._free_slots(victims, held)
 
@@ -288,4 +288,4 @@ class Preemption:
             self._taken[slot] = max(self._taken.get(slot, 0.0), num_served)
             for request in users[digest]:
                 if request.pages:  # a composition may be preempted for several
-                    self._running.preempt(request, gives_way=True)
+                    self._running.preempt(request, for_turn=True)

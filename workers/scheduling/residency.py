@@ -180,7 +180,7 @@ class Residency:
     def release(self, request: Request) -> None:
         for digest in request.digests:
             self._slots.release(digest)
-            if not self._slots.is_pinned(digest):
+            if not self._slots.is_in_use(digest):
                 del self._held_since[digest]
 
     def _is_wanted(self, digest: str) -> bool:

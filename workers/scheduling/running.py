@@ -28,7 +28,9 @@ class Running:
         self._max_num_seqs = max_num_seqs
         self._requests: list[Request] = []
         self._begun: Counter[str] = Counter()  # adapters → requests that have begun to run and have not ended
-        self.given_way: Counter[str | None] = Counter()  # adapters → requests that wait since they gave way for a turn
+        self.preempted_for_turns: Counter[str | None] = (
+            Counter()
+        )  # adapters → requests that wait since they gave way for a turn
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0  # known when requests started
         self.num_prefix_hit_tokens = 0  # of these, those that needed no computing
@@ -60,7 +62,7 @@ class Running:
             request.num_cached_tokens = request.num_computed_tokens
         if not request.num_preemptions:
             self._begun.update(request.digests)
-        self._come_back(request)
+        self._forget_preemption(request)
         self._residency.acquire(request, now)
         request.is_urgent = is_urgent
         request.started_at = now
@@ -68,16 +70,16 @@ class Running:
         self._requests.append(request)
         return True
 
-    def preempt(self, request: Request, *, gives_way: bool = False) -> None:
+    def preempt(self, request: Request, *, for_turn: bool = False) -> None:
         """Let a running request that has got a token wait again; what its pages hold may still be found.
 
         gives_way: for others' turn.
         """
         assert request.has_progressed
         self._leave(request)
-        request.has_given_way = gives_way
-        if gives_way:
-            self.given_way[request.adapter] += 1
+        request.was_preempted_for_turn = for_turn
+        if for_turn:
+            self.preempted_for_turns[request.adapter] += 1
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._flows.put_back(request)
@@ -88,7 +90,7 @@ class Running:
         if runs:
             self._leave(request, is_spoiled=is_spoiled)
         else:
-            self._come_back(request)
+            self._forget_preemption(request)
         self._flows.drop(request, runs=runs)
         if runs or request.num_preemptions:
             for digest in request.digests:
@@ -96,12 +98,12 @@ class Running:
                 if not self._begun[digest]:
                     del self._begun[digest]
 
-    def _come_back(self, request: Request) -> None:
+    def _forget_preemption(self, request: Request) -> None:
         """A request that may have given way waits no more."""
-        if request.has_given_way:
-            self.given_way[request.adapter] -= 1
-            if not self.given_way[request.adapter]:
-                del self.given_way[request.adapter]
+        if request.was_preempted_for_turn:
+            self.preempted_for_turns[request.adapter] -= 1
+            if not self.preempted_for_turns[request.adapter]:
+                del self.preempted_for_turns[request.adapter]
 
     def _leave(self, request: Request, *, is_spoiled: bool = False) -> None:
         self._requests.remove(request)
@@ -114,6 +116,8 @@ class Running:
         assert all(request.is_charged for request in self._requests)
         begun = [request for request in waiting if request.num_preemptions] + self._requests
         assert self._begun == Counter(digest for request in begun for digest in request.digests)
-        assert self.given_way == Counter(request.adapter for request in waiting if request.has_given_way)
+        assert self.preempted_for_turns == Counter(
+            request.adapter for request in waiting if request.was_preempted_for_turn
+        )
         self._pages.check_integrity(self._requests, waiting)
         self._residency.check_integrity(self._requests)

@@ -124,9 +124,9 @@ def test_several_are_loaded_all_or_none() -> None:
 def test_busy_adapters_weigh_more_in_how_many_requests_an_adapter_usually_has() -> None:
     slots = AdapterSlots(2)
     assert slots.usual_uses == 0.0
-    for digest, num_pins in (("busy", 7), ("idle", 1)):
+    for digest, num_uses in (("busy", 7), ("idle", 1)):
         slots.start_load(digest)
         slots.finish_load(digest)
-        for _ in range(num_pins):
+        for _ in range(num_uses):
             slots.acquire(digest)
     assert slots.usual_uses == (49 + 1) / 8

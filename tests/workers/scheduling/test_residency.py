@@ -110,9 +110,9 @@ def test_a_composition_takes_all_slots_at_once_or_none() -> None:
     (entry,) = world.step().scheduled
     assert entry.request.request_id == "both"
     assert entry.slots == (world.slots.slot_of("a"), world.slots.slot_of("b"))
-    assert world.slots.is_pinned("a") and world.slots.is_pinned("b")
+    assert world.slots.is_in_use("a") and world.slots.is_in_use("b")
     world.scheduler.remove("both")
-    assert not world.slots.is_pinned("a") and not world.slots.is_pinned("b")
+    assert not world.slots.is_in_use("a") and not world.slots.is_in_use("b")
     assert [load.digest for load in world.step().loads] == ["y"]
 
 

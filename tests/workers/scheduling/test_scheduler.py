@@ -62,7 +62,7 @@ def test_a_removed_request_gives_everything_back() -> None:
     assert world.scheduler.remove("running") and world.scheduler.remove("waiting")
     assert not world.scheduler.remove("running")
     world.scheduler.check_integrity()
-    assert not world.slots.is_pinned("x")
+    assert not world.slots.is_in_use("x")
     assert world.scheduler.num_running == world.scheduler.num_waiting == 0
 
 
@@ -269,7 +269,7 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     assert removed.isdisjoint(world.finished)
     assert removed | world.finished.keys() == {f"r{i}" for i in range(len(requests))}
     assert world.pool.num_free == pages
-    assert not world.slots.is_pinned("x")
+    assert not world.slots.is_in_use("x")
 
 
 def test_those_that_wait_are_looked_at_again_only_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
