@@ -152,7 +152,7 @@ class Flows:
 
     @property
     def num_kept_seats(self) -> int:
-        """Return how many free seats are kept for the base model's waiting requests."""
+        """Return how many more seats are kept for the base model's waiting requests."""
         return self.base_seats.num_kept(self._num_waiting[None])
 
     @property
