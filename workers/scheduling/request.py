@@ -180,7 +180,7 @@ class Request:
     num_hashed_pages: int = 0  # of `pages`, those that the pool knows by their names or need not know
     num_cached_tokens: int | None = None  # of the prompt, those that were found at its first start
     num_preemptions: int = 0
-    was_preempted_for_turn: bool = False  # when it was preempted last, for others' turn
+    was_preempted_for_turn: bool = False  # at its last preemption: for another flow's turn
     is_charged: bool = False  # the prompt is in the counters of service; recomputing it is not charged again
     is_urgent: bool = False  # it began to run because its flow had waited for too long
     started_at: float = 0.0  # when it last began to run
