@@ -63,7 +63,7 @@ def test_a_plain_adapter_asks_for_a_slot_alone() -> None:
     assert slots.resident() == ("third",), "the least recently used"
 
 
-def test_who_is_in_the_way_is_whoever_holds_what_is_lacking() -> None:
+def test_the_adapters_to_replace_are_those_that_hold_what_is_lacking() -> None:
     slots = filled(5, "half", "plain", "third")
     slots.acquire("plain")
     slots.acquire("half")
