@@ -5,8 +5,8 @@ waits, with a wait limit of 20 s. After 18 s its turn must begin. Y ranks last, 
 and one would start, so one more seat would be empty. X's slot costs nothing: X's request is preempted and Z loads. X is
 in line again. It resumes in a slot that comes free, or by a turn within its own wait limit.
 
-Decides whom `Running` preempts. Leaves to others: when a flow must have a turn (turns.py), what turns may cost
-(budget.py), requests that start without preempting any (scheduler.py). Times are the caller's.
+Decides which requests `Running` preempts. Leaves to others: when a flow must have a turn (turns.py), what turns may
+cost (budget.py), requests that start without preempting any (scheduler.py). Times are the caller's.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Preemption:
     def _preemptible(self, flow: Flow, before: float) -> list[Request]:
         """Return requests that have run since `before`, best rank first.
 
-        For an adapter's flow, they leave out the base model's part of the seats.
+        For an adapter's flow, requests in the base model's part of the seats are left out.
         """
         others = [other for other in self._running if other.has_progressed and other.started_at <= before]
         others.sort(key=self._flows.rank_of)

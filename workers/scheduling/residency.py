@@ -46,7 +46,7 @@ class Residency:
         self._pages = pages
         self._pace = pace
         self._is_in_host = is_in_host
-        self._held_since: dict[str, float] = {}  # loading and ready adapters → when they got their slots
+        self._held_since: dict[str, float] = {}  # loading and ready adapters, but for idle ones → when they got theirs
         self._loading_since: dict[str, float] = {}
         self._started: list[SlotLoad] = []  # since the last `take_started`
         self._announced: dict[str, float] = {}  # adapters that were in a plan's prefetches and still wait → when

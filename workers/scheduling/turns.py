@@ -225,9 +225,10 @@ class Line(Generic[T]):
         return items
 
     def _find_late_at(self, now: float) -> float:
-        """Return when the head is late for the sake of others, found again every sixteenth of a turn at most.
+        """Return when the line's head must have places, or others will be served too late.
 
-        A look at the whole line costs more than all other decisions of a step.
+        It is found again at most every sixteenth of a turn: a look at the whole line costs more than all other
+        decisions of a step.
         """
         if not self._is_changed or now < self._found_at + self.turn_s / 16:
             return self._late_at
