@@ -1,10 +1,13 @@
-"""Which adapter is in which device slot. Decides only: the weights are moved by the loop, model/lora.py holds them.
+"""The device slots: which adapter each holds.
 
-A slot is empty, loading, or ready; a ready one is pinned by the running requests that use it. Who is evicted first is
-the eviction policy's to say, and never while pinned or loading, nor one that is to stay resident.
+Decides only: engine/slot_loader.py moves the weights, model/lora.py holds them.
 
-Some adapters need memory beside their slot, for an embedding or a head of their own. It is taken and given back with
-the slot, out of a pool of `max_bytes`.
+A slot is empty, loading, or ready. A running request acquires the slots of its adapters and releases them at its end;
+an adapter is pinned if a user wants it to stay. The eviction policy orders the ready adapters that may be evicted:
+neither pinned nor in use.
+
+Some adapters need memory beside their slot, for an embedding or a head of their own. It is taken from a pool of
+`max_bytes` and given back with the slot.
 """
 
 from __future__ import annotations
@@ -26,71 +29,72 @@ class AdapterSlots:
         bytes_of: Callable[[str], int] = lambda _: 0,
         eviction: Eviction | None = None,
     ) -> None:
-        """`bytes_of`: what an adapter takes of the pool, at most `max_bytes`."""
+        """bytes_of: the bytes that an adapter takes from the pool, at most `max_bytes`."""
         self.num_slots = num_slots
         self._max_bytes = max_bytes
         self._bytes_of = bytes_of
         self._eviction = eviction or LeastRecentlyUsed()
-        self._bytes: dict[str, int] = {}  # of the loading and ready adapters that take some
-        self._emptied: list[int] = []  # slots, since the last `take_emptied`
+        self._bytes: dict[str, int] = {}  # loading and ready adapters → bytes of the pool, > 0
+        self._emptied: list[int] = []  # slots emptied since the last `take_emptied`
         self._empty = list(range(num_slots - 1, -1, -1))
         self._loading: dict[str, int] = {}
         self._ready: OrderedDict[str, int] = OrderedDict()  # least recently used first
-        self._occupants: frozenset[str] | None = None  # None: to be found out again
-        self._reload_s: dict[str, float] = {}  # of ready ones, what their load took
-        self._uses: dict[str, int] = {}  # digest → running requests; only of ready ones, only > 0
-        self._pinned: set[str] = set()  # never evicted, once they are in a slot
-        self.num_changes = 0  # so far: of what is in the slots, and of who may be evicted
+        self._occupants: frozenset[str] | None = None  # None: to be found again
+        self._reload_s: dict[str, float] = {}  # ready adapters → how long their load took
+        self._uses: dict[str, int] = {}  # ready adapters → running requests, > 0
+        self._pinned: set[str] = set()  # never evicted once they are ready
+        self.num_changes = 0  # so far, of the occupants and of those that may be evicted
 
     def slot_of(self, digest: str) -> int | None:
-        """The slot of a ready adapter."""
+        """Return the slot of a ready adapter, else None."""
         return self._ready.get(digest)
 
     def is_loading(self, digest: str) -> bool:
         return digest in self._loading
 
     def loading(self) -> tuple[str, ...]:
-        """Adapters on their way into slots."""
+        """Return the loading adapters."""
         return tuple(self._loading)
 
     def resident(self) -> tuple[str, ...]:
-        """Ready adapters, least recently used first."""
+        """Return the ready adapters, least recently used first."""
         return tuple(self._ready)
 
     def occupants(self) -> frozenset[str]:
-        """Adapters that are in slots or on the way there. The same object for as long as they are the same."""
+        """Return the adapters that are loading or ready, as the same object until they change."""
         if self._occupants is None:
             self._occupants = frozenset([*self._loading, *self._ready])
         return self._occupants
 
-    def is_pinned(self, digest: str) -> bool:
+    def is_in_use(self, digest: str) -> bool:
+        """Return whether running requests use an adapter."""
         return digest in self._uses
 
     @property
     def usual_uses(self) -> float:
-        """How many running requests the adapter of a running request has, on average."""
-        num_pins = sum(self._uses.values())
-        return sum(num * num for num in self._uses.values()) / num_pins if num_pins else 0.0
+        """Return how many running requests use the adapter of a running request, on average."""
+        num_uses = sum(self._uses.values())
+        return sum(num * num for num in self._uses.values()) / num_uses if num_uses else 0.0
 
     def obstacles(self, digest: str) -> tuple[str, ...]:
-        """Pinned adapters that `digest` could be loaded in place of, if their requests gave way."""
+        """Return adapters in use that `digest` could replace if their requests were preempted."""
         return tuple(blocker for blocker in self.blockers(digest) if blocker in self._uses)
 
     def blockers(self, digest: str) -> list[str]:
-        """Ready adapters, pinned or not, that `digest` could be loaded in place of."""
+        """Return ready adapters, in use or not, that `digest` could replace."""
         lacks_bytes = self.lacks_bytes(digest)
         return [
             ready for ready in self._ready if ready not in self._pinned and (not lacks_bytes or ready in self._bytes)
         ]
 
     def lacks_bytes(self, digest: str) -> bool:
-        """Whether it is the pool that has too little room for `digest`, for which several may have to go."""
+        """Return whether the pool has too little room for `digest`; several adapters may have to be evicted for it."""
         return self._lacking_bytes(digest) > 0
 
     def start_load(self, digest: str, keep: Container[str] = ()) -> int | None:
-        """A slot to load `digest` into, evicting adapters that are neither pinned nor in `keep`, if need be.
+        """Return a slot to load `digest` into, and evict adapters that are idle and not in `keep` if need be.
 
-        None when there are too few to evict. The slot is nobody's until `finish_load` or `fail_load`.
+        None if too few can be evicted. The slot is loading until `finish_load` or `fail_load`.
         """
         assert digest not in self._loading and digest not in self._ready
         victims = self._victims(digest, keep)
@@ -109,7 +113,7 @@ class AdapterSlots:
         return slot
 
     def start_loads(self, digests: Sequence[str], keep: Container[str] = ()) -> list[int] | None:
-        """`start_load` of all of them or of none. If there are several, none takes any of the pool."""
+        """Call `start_load` for all of them or none. If there are several, none takes any of the pool."""
         assert len(digests) == 1 or not any(map(self._bytes_of, digests))
         if len(digests) > 1 and self.num_lacking(len(digests), keep) > 0:
             return None
@@ -117,21 +121,22 @@ class AdapterSlots:
         return slots or None
 
     def num_lacking(self, num_slots: int, keep: Container[str] = ()) -> int:
-        """How many slots must come free before so many can be had; 0 or less: they can be."""
+        """Return how many slots must come free before `num_slots` can be had; 0 or less: they can be had now."""
         return num_slots - len(self._empty) - len(self._idle(keep))
 
     def finish_load(self, digest: str, reload_s: float = 0.0) -> None:
-        """The slot holds the adapter now; getting it there took `reload_s`."""
+        """Make a loading adapter ready; its load took `reload_s`."""
         self._ready[digest] = self._loading.pop(digest)
         self.num_changes += 1
         self._reload_s[digest] = reload_s
         self._eviction.use(digest, num_bytes=1, reload_s=reload_s)
 
     def fail_load(self, digest: str) -> None:
+        """Empty the slot of a loading adapter."""
         self._vacate(digest, self._loading.pop(digest))
 
     def drop(self, digest: str) -> int | None:
-        """Empty the slot of an adapter that no request uses; the bytes of the pool that it had. None: it is in none."""
+        """Empty the slot of an adapter that no request uses. Return its bytes of the pool; None: it is not ready."""
         assert digest not in self._uses and digest not in self._loading
         slot = self._ready.pop(digest, None)
         if slot is None:
@@ -142,22 +147,22 @@ class AdapterSlots:
         return num_bytes
 
     def take_emptied(self) -> list[int]:
-        """Slots that were emptied since the last call, whose adapters' memory in the pool is to be freed now."""
+        """Return the slots emptied since the last call, whose adapters' memory in the pool must be freed now."""
         emptied, self._emptied = self._emptied, []
         return emptied
 
     def pin(self, digest: str, is_pinned: bool) -> None:
-        """Whether an adapter, from now on, leaves its slot only by `drop`."""
+        """Set whether an adapter is pinned: from now on it leaves its slot only by `drop`."""
         (self._pinned.add if is_pinned else self._pinned.discard)(digest)
         self.num_changes += 1
 
     @property
     def num_pinned(self) -> int:
-        """Slots that no other adapter can have."""
+        """Return the number of slots that no other adapter can have."""
         return len(self._pinned)
 
     def acquire(self, digest: str) -> None:
-        """One more running request uses a ready adapter."""
+        """Count one more running request that uses a ready adapter."""
         self._ready.move_to_end(digest)
         self._eviction.use(digest, num_bytes=1, reload_s=self._reload_s[digest])
         self._uses[digest] = self._uses.get(digest, 0) + 1
@@ -169,7 +174,7 @@ class AdapterSlots:
             self.num_changes += 1
 
     def _victims(self, digest: str, keep: Container[str]) -> list[str] | None:
-        """Who must go so that there is room for `digest`; None: there is no room to be had."""
+        """Return the adapters to evict so that there is room for `digest`; None: no room can be had."""
         lacking = self._lacking_bytes(digest)
         if self._empty and lacking <= 0:
             return []
@@ -188,11 +193,11 @@ class AdapterSlots:
         return victims if victims or self._empty else None
 
     def _idle(self, keep: Container[str]) -> list[str]:
-        """Who may be evicted."""
+        """Return the ready adapters that may be evicted."""
         return [ready for ready in self._ready if not (ready in self._uses or ready in self._pinned or ready in keep)]
 
     def _lacking_bytes(self, digest: str) -> int:
-        """Of the pool, for an adapter that is in no slot; 0 or less: there is room."""
+        """Return the bytes that the pool lacks for a cold adapter; 0 or less: there is room."""
         num_bytes = self._bytes_of(digest)
         return sum(self._bytes.values()) + num_bytes - self._max_bytes if num_bytes else 0
 
@@ -205,7 +210,7 @@ class AdapterSlots:
         self._reload_s.pop(digest, None)
 
     def check_integrity(self) -> None:
-        """Every slot is in exactly one state, and uses belong to ready adapters. For tests."""
+        """Check that every slot is in exactly one state, and uses belong to ready adapters. For tests."""
         slots = self._empty + list(self._loading.values()) + list(self._ready.values())
         assert sorted(slots) == list(range(self.num_slots)), slots
         assert not self._loading.keys() & self._ready.keys()

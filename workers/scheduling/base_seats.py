@@ -1,7 +1,7 @@
 """The base model's part of the seats, which adapters' turns leave to it since it needs no slot.
 
-It is that of the tenants that use the base model: a tenant's even share of all seats, half of it if the tenant uses
-adapters too. An eighth, and one seat at least, is left to adapters.
+Each tenant has an even share of all seats. The part is the sum of the shares of tenants that use the base model, half a
+share if the tenant uses adapters too. An eighth, and one seat at least, is left to adapters.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ class BaseSeats:
 
     def __init__(self, num_seats: int) -> None:
         self._num_seats = num_seats
-        self._uses: dict[str, list[int]] = {}  # tenants → their flows of the base model, and of adapters
-        self._num_halves = 0  # of tenants: two where the base model is all they use, one where it is not
-        self.num_running = 0  # requests for the base model
+        self._uses: dict[str, list[int]] = {}  # tenants → numbers of their flows of the base model, of adapters
+        self._num_halves = 0  # half shares: two of a tenant that uses only the base model, one if adapters too
+        self.num_running = 0  # running requests for the base model
 
     @property
     def part(self) -> int:
-        """How many seats it has a right to."""
+        """Return how many seats are the base model's."""
         part = self._num_seats * self._num_halves // (2 * len(self._uses) or 1)
         return min(part, self._num_seats - max(1, self._num_seats // RESERVE))
 
     def num_kept(self, num_waiting: int) -> int:
-        """How many more seats are kept for so many requests that wait for it."""
+        """Return how many more seats are kept for the base model while `num_waiting` requests wait for it."""
         return max(0, min(self.part - self.num_running, num_waiting))
 
     def count(self, tenant: str, *, is_base: bool, change: int) -> None:
-        """So many more of a tenant's flows are of the base model, or of adapters."""
+        """Count `change` more flows of a tenant, of the base model or of adapters."""
         uses = self._uses.setdefault(tenant, [0, 0])
         self._num_halves -= _halves(uses)
         uses[not is_base] += change
@@ -40,7 +40,7 @@ class BaseSeats:
             del self._uses[tenant]
 
     def check_integrity(self, flows: Iterable[tuple[str, str | None]]) -> None:
-        """For tests."""
+        """Check the counts against all flows. For tests."""
         uses: dict[str, list[int]] = {}
         for tenant, adapter in flows:
             uses.setdefault(tenant, [0, 0])[adapter is not None] += 1

@@ -32,7 +32,10 @@ class Claims:
         self._turn_s = turn_s
 
     def find(self, hot: Mapping[str, tuple[str, ...]], taken: Set[str], now: float) -> set[str]:
-        """Return the adapters claimed now. hot: see `Flows`. taken: adapters that accept no new requests anyway."""
+        """Return the adapters claimed now.
+
+        hot: adapters that may be claimed, as in `Flows.hot`. taken: adapters that accept no new requests anyway.
+        """
         before = now - self._turn_s
         ranks = self._claimable(hot, taken, before)
         claimed: set[str] = set()
@@ -58,14 +61,15 @@ class Claims:
         return ranks
 
     def _claimed_by(self, flow: Flow, ranks: Mapping[str, Rank], hot: Mapping[str, tuple[str, ...]]) -> list[str]:
+        """Return the adapters that a cold flow claims: all rank after it."""
         own_rank = self._flows.rank(flow)
         missing = self._residency.missing(flow)
-        behind = [other for other in self._slots.blockers(missing[0]) if other in ranks and ranks[other] > own_rank]
+        lower = [other for other in self._slots.blockers(missing[0]) if other in ranks and ranks[other] > own_rank]
         if len(flow.digests) > 1:
-            behind = [other for other in behind if other not in flow.digests]
-            behind.sort(key=lambda other: (not self._slots.is_pinned(other), ranks[other]))
+            lower = [other for other in lower if other not in flow.digests]
+            lower.sort(key=lambda other: (not self._slots.is_in_use(other), ranks[other]))
             wanted = set(flow.digests).union(*hot.values())
-            return behind[-max(1, self._slots.num_lacking(len(missing), wanted)) :]
+            return lower[-max(1, self._slots.num_lacking(len(missing), wanted)) :]
         if self._slots.lacks_bytes(missing[0]):
-            return behind
-        return sorted(behind, key=ranks.__getitem__)[-1:]
+            return lower
+        return sorted(lower, key=ranks.__getitem__)[-1:]

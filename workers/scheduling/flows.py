@@ -1,14 +1,13 @@
-"""Who wants what: each flow's requests that wait, and the order between flows.
+"""Flows: each one's waiting requests, and the order of service between flows.
 
-A flow is one tenant's requests for one adapter, one composition of adapters or the base model. A composition is an
-adapter of its own here, but for the slots: it is hot when all its adapters are in slots or on the way there, and cold
-when one is not. The order of service: priority (lower first),
-the tenant with the least counter, its adapter with the least counter (fairness.py), order of arrival. Only a flow's
-first request takes part in it, and flows whose adapters are in no slot are ranked apart from the others, so that a
-long queue costs nothing but its memory.
+A flow is one tenant's requests for one adapter, one composition of adapters or the base model. A composition counts as
+an adapter of its own here, except for slots: it is hot if all its adapters are loading or ready, else cold. The order
+of service is priority (lower first), the tenant with the least counter, its adapter with the least counter
+(fairness.py), arrival. Only a flow's first request is ranked, and flows with cold adapters are ranked apart from the
+others, so that a long queue costs nothing but its memory.
 
-Beside it the two lines of those that get nothing at all (turns.py): flows none of whose requests runs wait for a
-seat, and their adapters for a slot.
+Unserved flows, none of whose requests runs, also wait in two lines (turns.py): the flows for a seat, and their adapters
+for a slot.
 """
 
 from __future__ import annotations
@@ -25,46 +24,45 @@ from lorafleet.workers.scheduling.ranking import Ranking
 from lorafleet.workers.scheduling.request import Request
 from lorafleet.workers.scheduling.turns import Line, WaitBound
 
-Rank = tuple[
-    int, float, float, int
-]  # priority, tenant's counter, adapter's counter, arrival; the least is served first
+# Priority, tenant's counter, adapter's counter, arrival; the least is served first.
+Rank = tuple[int, float, float, int]
 
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """One tenant's requests for one adapter. Forgotten with its last request."""
+    """One tenant's requests for one adapter. It ends with its last request."""
 
     tenant: str
-    adapter: str | None  # digest, or a composition's name
-    digests: tuple[str, ...]  # of the adapters whose slots its requests need
-    since: float  # when it last got a token, or else when it came
+    adapter: str | None  # digest, composition's name, or None: the base model
+    digests: tuple[str, ...]  # adapters whose slots its requests need
+    since: float  # when it last got a token, or else when it arrived
     _: KW_ONLY
     waiting: list[Request] = field(default_factory=list)  # by priority, then arrival
     num_running: int = 0
 
 
 class Flows:
-    """All flows with requests."""
+    """All flows that have requests."""
 
     def __init__(self, bound: WaitBound) -> None:
         self._fairness = Fairness()
         self._flows: dict[tuple[str, str | None], Flow] = {}
         self._by_adapter: dict[str | None, Ranking[Flow]] = {}  # flows with waiting requests
-        self._hot: frozenset[str] = frozenset()  # adapters in slots or on the way there
-        self._compositions: dict[str, tuple[str, ...]] = {}  # their names → digests
-        self._composed: dict[str, set[str]] = {}  # digests → names of the compositions that have them
+        self._hot: frozenset[str] = frozenset()  # adapters that are loading or ready
+        self._compositions: dict[str, tuple[str, ...]] = {}  # names → digests
+        self._composed: dict[str, set[str]] = {}  # digests → names of compositions of them
         self._hot_compositions: set[str] = set()
-        # Flows with waiting requests whose adapters are cold: tenants are ranked, and each tenant's flows. A
-        # tenant's counter, which others of its requests let grow, thus is in one key, however many adapters wait.
+        # Flows with waiting requests whose adapters are cold: tenants are ranked, and each tenant's flows. So a
+        # tenant's counter, which grows with its other requests, is in one key, however many adapters wait.
         self._cold: dict[str, Ranking[Flow]] = {}
         self._cold_tenants: Ranking[str] = Ranking(self._rank_of_tenant)
         self.num_waiting = 0  # requests
-        self.num_changes = 0  # so far: of who waits and who runs
-        self.num_waiting_tokens = 0  # of these: none of them is computed
+        self.num_changes = 0  # so far, of the requests that wait and run
+        self.num_waiting_tokens = 0  # of waiting requests; none is computed
         self._bound = bound
         self._num_flows: Counter[str] = Counter()  # by adapter
-        self._num_turns = 0  # that they would need if none of them were served
-        self._unserved: dict[str, Ranking[Flow]] = {}  # by adapter: none of the flow's requests runs
+        self._num_turns = 0  # turns that all flows would need if none were served
+        self._unserved: dict[str, Ranking[Flow]] = {}  # by adapter: flows none of whose requests runs
         self._num_waiting: Counter[str | None] = Counter()  # requests by adapter
         self.base_seats = BaseSeats(bound.num_seats)
         self.num_served_flows = 0
@@ -73,20 +71,20 @@ class Flows:
 
     @property
     def num_served_turns(self) -> int:
-        """Of the turns that adapters would need for all their flows, those that nobody waits for."""
+        """Return the turns already being served: all turns needed minus those still in line."""
         return self._num_turns - self.slot_line.num_turns
 
     @property
     def num_tenants(self) -> int:
-        """With requests that wait or run."""
+        """Return the number of tenants with requests that wait or run."""
         return self._fairness.num_tenants
 
     def has_waiting_beside(self, tenants: Set[str]) -> bool:
-        """Whether requests of other tenants wait."""
+        """Return whether requests of other tenants wait."""
         return self._fairness.has_waiting_beside(tenants)
 
     def add(self, request: Request, now: float) -> None:
-        """A new request waits."""
+        """Add a new request, which waits."""
         flow = self._flows.get((request.tenant, request.adapter))
         if flow is None:
             flow = Flow(request.tenant, request.adapter, request.digests, now)
@@ -95,7 +93,7 @@ class Flows:
         self._enqueue(flow, request)
 
     def start(self, request: Request) -> None:
-        """A waiting request runs."""
+        """Move a waiting request to the running ones."""
         flow = self._flow_of(request)
         self._dequeue(flow, request)
         flow.num_running += 1
@@ -104,13 +102,13 @@ class Flows:
         self._changed(flow)
 
     def put_back(self, request: Request) -> None:
-        """A running request waits again."""
+        """Move a running request back to the waiting ones."""
         flow = self._flow_of(request)
         self._end_run(flow)
         self._enqueue(flow, request)
 
     def drop(self, request: Request, *, runs: bool) -> None:
-        """A request is gone."""
+        """Remove a request that waits or runs."""
         flow = self._flow_of(request)
         if runs:
             self._end_run(flow)
@@ -119,69 +117,69 @@ class Flows:
         self._changed(flow)
 
     def charge_prompt(self, request: Request, num_cached_tokens: int) -> None:
-        """Book the part of a prompt that is to be computed, once: when the request starts, or its adapter's load."""
+        """Charge the tokens of a prompt that must be computed, once: when the request or its adapter's load starts."""
         if not request.is_charged:
             request.is_charged = True
             num_tokens = max(0, request.num_prompt_tokens - num_cached_tokens)
             self._charge(request, PROMPT_TOKEN * num_tokens)
 
     def charge_output(self, request: Request, now: float) -> None:
-        """Book a new token of a running request."""
+        """Charge a new token of a running request."""
         self._flow_of(request).since = now
         self._charge(request, OUTPUT_TOKEN)
 
     def first(self, adapter: str | None) -> Flow | None:
-        """Of the flows with requests that wait for this adapter, the one that is served next."""
+        """Return the next flow to serve of those with waiting requests for this adapter."""
         flows = self._by_adapter.get(adapter)
         return None if flows is None else flows.first()
 
     def num_flows_for(self, adapter: str | None) -> int:
-        """Flows with requests that wait for this adapter."""
+        """Return the number of flows with waiting requests for this adapter."""
         return len(self._by_adapter.get(adapter, ()))
 
     def first_beside(self, tenants: Set[str], adapter: str | None) -> Flow | None:
-        """The same without some tenants."""
+        """Return the same as `first`, leaving out some tenants."""
         if not tenants:
             return self.first(adapter)
         flows = self._by_adapter.get(adapter)
-        firsts = [] if flows is None else flows.take(len(tenants) + 1)  # a tenant has one of them at most
+        firsts = [] if flows is None else flows.take(len(tenants) + 1)  # a tenant has at most one
         return next((flow for flow in firsts if flow.tenant not in tenants), None)
 
     def served_by_turn(self, adapter: str) -> list[Flow]:
-        """Of the flows with requests that only wait, for this adapter, those that its turn is for, longest first."""
+        """Return the unserved flows covered by this adapter's next turn, longest wait first."""
         unserved = self._unserved.get(adapter)
         return [] if unserved is None else unserved.take(self._bound.num_flows_a_turn)
 
     @property
     def num_kept_seats(self) -> int:
-        """More seats that the base model's requests need and may have as its part."""
+        """Return how many more seats are kept for the base model's waiting requests."""
         return self.base_seats.num_kept(self._num_waiting[None])
 
     @property
     def num_warm(self) -> int:
-        """Requests that lack no more than a seat."""
+        """Return the number of requests that lack only a seat."""
         return sum(self._num_waiting[adapter] for adapter in (None, *self.hot()))
 
     @property
     def mean_cold(self) -> float:
-        """How many requests wait for each of the adapters that are cold."""
+        """Return the mean number of waiting requests of a cold adapter."""
         num_cold = len(self._by_adapter) - len(self.hot()) - (None in self._by_adapter)
         return (self.num_waiting - self.num_warm) / num_cold if num_cold else 0.0
 
     def num_waiting_for(self, adapter: str | None) -> int:
-        """Requests, alone for an adapter or a composition."""
+        """Return the number of waiting requests for exactly this adapter or composition."""
         return self._num_waiting[adapter]
 
     def wants(self, digest: str) -> bool:
-        """Whether requests wait for an adapter, alone or with others."""
+        """Return whether requests wait for an adapter, alone or in a composition."""
         return digest in self._by_adapter or digest in self._composed
 
     def digests_of(self, adapter: str) -> tuple[str, ...]:
-        """The adapters that flows of `adapter` need; of an adapter itself."""
+        """Return the digests of a composition's adapters, or of an adapter itself."""
         return self._compositions.get(adapter, (adapter,))
 
     def hot(self) -> dict[str, tuple[str, ...]]:
-        """The adapters and compositions that requests wait for and that are hot, with their digests."""
+        """Return the hot adapters and compositions that have waiting requests, with their digests."""
         hot: dict[str, tuple[str, ...]] = {digest: (digest,) for digest in self._hot if digest in self._by_adapter}
         for name in self._hot_compositions:
             if name in self._by_adapter:
@@ -189,7 +187,7 @@ class Flows:
         return hot
 
     def set_hot(self, adapters: frozenset[str]) -> None:
-        """Say which adapters are in slots or on the way there; all others are cold."""
+        """Set which adapters are loading or ready; all others are cold."""
         if adapters is self._hot:
             return
         changed, self._hot = self._hot ^ adapters, adapters
@@ -201,12 +199,12 @@ class Flows:
                     self._rank_cold(flow)
 
     def first_cold(self) -> Flow | None:
-        """The flow that is served next of those with cold adapters."""
+        """Return the next flow to serve of those with cold adapters."""
         tenant = self._cold_tenants.first()
         return None if tenant is None else self._cold[tenant].first()
 
     def next_cold(self, num_adapters: int) -> list[str]:
-        """The cold adapters that are likely to be next, some of each tenant, since each that is served is charged."""
+        """Return the cold adapters that are likely to be next: some of each tenant, since service is charged."""
         tenants = self._cold_tenants.take(num_adapters)
         if not tenants:
             return []
@@ -216,7 +214,7 @@ class Flows:
         return list(adapters)[:num_adapters]
 
     def waiting_for(self, digest: str) -> list[Request]:
-        """The requests that wait for this adapter, alone or with others, by arrival."""
+        """Return the requests that wait for this adapter, alone or in a composition, by arrival."""
         requests = [
             request
             for adapter in (digest, *self._composed.get(digest, ()))
@@ -226,16 +224,16 @@ class Flows:
         return sorted(requests, key=lambda request: request.arrival)
 
     def overdue(self, before: float) -> list[Request]:
-        """Requests that have never begun, of flows that have got nothing since `before` or longer."""
+        """Return requests that have never begun, of flows that have received nothing since `before` or longer."""
         flows = self.seat_line.longest(before)
         return [request for flow in flows for request in flow.waiting if not request.num_output_tokens]
 
     def rank(self, flow: Flow) -> Rank:
-        """Of a flow with waiting requests."""
+        """Return the rank of a flow with waiting requests."""
         return self.rank_of(flow.waiting[0])
 
     def rank_of(self, request: Request) -> Rank:
-        """Of a request that waits or runs: whoever ranks last gives way first."""
+        """Return the rank of a request that waits or runs; the lowest-ranked is preempted first."""
         return request.priority, *self._fairness.service(request.tenant, request.adapter), request.arrival
 
     def _rank_of_tenant(self, tenant: str) -> Rank:
@@ -244,12 +242,12 @@ class Flows:
         return self.rank(flow)
 
     def rank_in_tenant(self, flow: Flow) -> tuple[int, float, int]:
-        """Of a flow with waiting requests, among its tenant's."""
+        """Return the rank of a flow with waiting requests among its tenant's flows."""
         priority, _, counter, arrival = self.rank(flow)
         return priority, counter, arrival
 
     def _rank_cold(self, flow: Flow) -> None:
-        """Put a flow into the ranking of cold ones, or take it out."""
+        """Add a flow to the ranking of cold flows, or remove it."""
         tenant = flow.tenant
         if flow.waiting and not self._hot.issuperset(flow.digests):
             self._cold.setdefault(tenant, Ranking(self.rank_in_tenant)).push(flow)
@@ -295,7 +293,7 @@ class Flows:
         self.num_served_flows -= flow.num_running == 0
 
     def _count(self, flow: Flow, change: int) -> None:
-        """A flow has come or gone."""
+        """Count a flow that begins (1) or ends (-1)."""
         adapter, digests = flow.adapter, flow.digests
         self.base_seats.count(flow.tenant, is_base=adapter is None, change=change)
         if adapter is None:
@@ -325,7 +323,7 @@ class Flows:
                 del self._composed[digest]
 
     def _changed(self, flow: Flow) -> None:
-        """Bring everything into line with what a flow's requests do now."""
+        """Update rankings and lines after a change of a flow's requests."""
         adapter, waits, runs = flow.adapter, bool(flow.waiting), flow.num_running > 0
         self.num_changes += 1
         self._fairness.update(flow.tenant, adapter, waits=waits, runs=runs)
@@ -361,7 +359,7 @@ class Flows:
             self.slot_line.discard(adapter)
 
     def check_integrity(self, running: Iterator[Request] | list[Request]) -> list[Request]:
-        """Flows, lines and rankings are those of the requests; returns those that wait. For tests."""
+        """Check that flows, lines and rankings are those of the requests. Return those that wait. For tests."""
         num_running = Counter((request.tenant, request.adapter) for request in running)
         assert num_running.keys() <= self._flows.keys()
         waiting = []

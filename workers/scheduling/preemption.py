@@ -1,7 +1,12 @@
-"""Who gives way: when pages run out, and for those that could not be served in time otherwise.
+"""Preemption: chooses running requests to stop, if pages run out or a flow is near its wait limit.
 
-Decides whom `Running` preempts. Leaves to others: when somebody's time is running out (turns.py), and those that need
-nobody to give way (scheduler.py). Times are the caller's.
+Example: two slots hold X with one running request and Y with two; a seat is free, and turns take 1 s. Z's only request
+waits, with a wait limit of 20 s. After 18 s its turn must begin. Y ranks last, but in its slot two requests would leave
+and one would start, so one more seat would be empty. X's slot costs nothing: X's request is preempted and Z loads. X is
+in line again. It resumes in a slot that comes free, or by a turn within its own wait limit.
+
+Decides which requests `Running` preempts. Leaves to others: when a flow must have a turn (turns.py), what turns may
+cost (budget.py), requests that start without preempting any (scheduler.py). Times are the caller's.
 """
 
 from __future__ import annotations
@@ -23,20 +28,20 @@ from lorafleet.workers.scheduling.turns import WaitBound
 
 @dataclass(slots=True)
 class Reserved:
-    """What those that must have a turn still lack, and others therefore cannot have in this step."""
+    """The places that due flows still lack, and that other flows therefore cannot take in this step."""
 
-    adapters: list[str]  # that must have a slot, longest wait first
-    keep: set[str]  # adapters of all that must have a turn: they are not evicted
+    adapters: list[str]  # those that must have a slot, longest wait first
+    keep: set[str]  # adapters of all due flows: they are not evicted
     _: KW_ONLY
-    fresh: set[str] = field(default_factory=set)  # adapters that no turn is taken from yet, though nobody uses them
-    claimed: set[str] = field(default_factory=set)  # adapters that take nobody new
-    is_gathering: bool = False  # slots come free for a composition: nobody else may take them
-    lacks_pages: bool = False  # someone waits for pages: nobody else may take them
-    lacks_seats: bool = False  # someone waits for a seat: nobody else may take one that is not the base model's
+    fresh: set[str] = field(default_factory=set)  # adapters that keep their slots for now, though no request uses them
+    claimed: set[str] = field(default_factory=set)  # adapters that accept no new requests
+    is_gathering: bool = False  # slots come free for a composition: no other flow may take them
+    lacks_pages: bool = False  # a due flow waits for pages: no other may take them
+    lacks_seats: bool = False  # a due flow waits for a seat: others may only take the base model's
 
 
 class Preemption:
-    """Those give way that rank last, of the requests that have got a token since they began to run."""
+    """Preempts the lowest-ranked requests that have produced a token since they started."""
 
     def __init__(
         self,
@@ -55,21 +60,21 @@ class Preemption:
         self._running = running
         self._bound = bound
         self._budget = TurnBudget(bound.num_seats, bound.turn_s)
-        self._taken: dict[int, float] = {}  # slots that were taken for turns → how many requests they served before
-        self._estimate = 0.0  # seats that a turn in another slot would leave empty
-        self._estimated_at = -math.inf  # a look at all slots costs more than a step decides otherwise
-        self._num_shut_out = 0  # requests that wait for adapters that take nobody new
+        self._taken: dict[int, float] = {}  # slots taken for turns → how many requests they served before
+        self._estimate = 0.0  # seats that one more turn would leave empty
+        self._estimated_at = -math.inf  # a look at all slots costs more than all other decisions of a step
+        self._num_shut_out = 0  # requests that wait for claimed adapters
 
     def free_pages(self) -> Request:
-        """Preempt the request that ranks last, for its pages."""
+        """Preempt the request that ranks last, for its pages, and return it."""
         victim = max((request for request in self._running if request.has_progressed), key=self._flows.rank_of)
         self._running.preempt(victim)
         return victim
 
     def book(self, now: float, redone: float) -> float:
-        """Book what turns have cost since the last step; in how many slots they may be taken.
+        """Book what turns have cost since the last step. Return in how many slots they may be taken.
 
-        redone: of what that step computed, the part that those that gave way had computed before.
+        redone: the share of that step's tokens that preempted requests had computed before.
         """
         num_places = self._bound.places_left(self._slots.num_pinned)
         if not self._bound.max_wait_s:
@@ -85,22 +90,22 @@ class Preemption:
         return self._budget.places(num_places)
 
     def _lost_seats(self) -> int:
-        """Seats that stand empty for those that gave way, or were not let in.
+        """Return the seats that stand empty because their requests were preempted, or not started, for turns.
 
-        At most as many as their slots serve less than before.
+        Of preempted requests, at most as many count as their slots serve less than before.
         """
         num_less = 0.0
-        if not self._running.given_way:
+        if not self._running.preempted_for_turns:
             self._taken.clear()
         if self._taken:
             num_served = self._num_served(self._running)
             self._taken = {slot: num for slot, num in self._taken.items() if num_served[slot] < num}
             num_less = sum(num - num_served[slot] for slot, num in self._taken.items())
-        num_waiting = min(round(num_less), self._running.given_way.total()) + self._num_shut_out
+        num_waiting = min(round(num_less), self._running.preempted_for_turns.total()) + self._num_shut_out
         return min(self._running.num_free_seats, num_waiting)
 
     def _num_served(self, requests: Iterable[Request]) -> dict[int, float]:
-        """How many of these requests each slot serves; of one that uses two slots, each a half."""
+        """Return how many of these requests each slot serves; one that uses two slots counts a half in each."""
         num_served: dict[int, float] = defaultdict(float)
         for request in requests:
             for slot in self._residency.slots_of(request.digests):
@@ -108,7 +113,7 @@ class Preemption:
         return num_served
 
     def give_turns(self, now: float, hold_s: float) -> Reserved:
-        """Give places to those whose time is running out. Who has run for less than a turn is left alone.
+        """Give places to the flows that are due. A request that has run for less than a turn is not preempted.
 
         hold_s: how long a slot is kept at least.
         """
@@ -129,22 +134,25 @@ class Preemption:
         return reserved
 
     def _can_have_turn(self, adapter: str) -> bool:
-        """Whether all that its flows need is at hand; while too much is lost, only those that gave way."""
+        """Return whether an adapter's flows have all they need in host memory, and the budget allows their turn.
+
+        While the budget is overdrawn, only adapters with preempted requests have turns.
+        """
         flow = self._flows.first(adapter)
-        is_affordable = not self._budget.is_overdrawn or self._running.given_way[adapter] > 0
+        is_affordable = not self._budget.is_overdrawn or self._running.preempted_for_turns[adapter] > 0
         return flow is not None and is_affordable and self._residency.are_at_hand(flow)
 
     def _fresh(self, before: float) -> set[str]:
-        """Adapters that came into their slots after `before`, and whose requests have not had the time to start."""
+        """Return adapters that got their slots after `before` and whose requests had no time to start."""
         hot = {digest for digests in self._flows.hot().values() for digest in digests}
         return {
             digest
             for digest in hot
-            if not self._slots.is_pinned(digest) and not self._residency.was_held_at(digest, before)
+            if not self._slots.is_in_use(digest) and not self._residency.was_held_at(digest, before)
         }
 
     def _due(self, adapters: list[str], now: float) -> list[Flow]:
-        """Of the flows of adapters that must have a slot the first ones, those that must have a seat, the others."""
+        """Return the flows to serve now: the first of each due adapter, those due a seat, the due adapters' others."""
         served = [self._flows.served_by_turn(adapter) for adapter in adapters]
         due = dict.fromkeys(first for first, *_ in served)  # a set in order
         for flow in self._flows.seat_line.due(now):
@@ -156,10 +164,10 @@ class Preemption:
     def _start(self, flow: Flow, reserved: Reserved, now: float) -> None:
         """Start a flow's next request before all others, in place of running ones if need be.
 
-        Nobody gives way if it would not suffice.
+        None is preempted if that would not suffice.
         """
         request = flow.waiting[0]
-        others = self._may_give_way(flow, now - self._bound.turn_s)
+        others = self._preemptible(flow, now - self._bound.turn_s)
         num_kept = 0 if flow.adapter is None else self._flows.num_kept_seats
         if self._running.num_free_seats + len(others) <= num_kept:
             reserved.lacks_seats = True
@@ -171,10 +179,13 @@ class Preemption:
             if not others or (self._running.num_free_seats > num_kept and self._budget.is_overdrawn):
                 reserved.lacks_pages = True
                 return
-            self._running.preempt(others.pop(), gives_way=True)
+            self._running.preempt(others.pop(), for_turn=True)
 
-    def _may_give_way(self, flow: Flow, before: float) -> list[Request]:
-        """Requests that have run since `before`, best rank first; for an adapter's flow not the base model's part."""
+    def _preemptible(self, flow: Flow, before: float) -> list[Request]:
+        """Return requests that have run since `before`, best rank first.
+
+        For an adapter's flow, requests in the base model's part of the seats are left out.
+        """
         others = [other for other in self._running if other.has_progressed and other.started_at <= before]
         others.sort(key=self._flows.rank_of)
         if flow.adapter is None:
@@ -186,10 +197,9 @@ class Preemption:
         return [other for other in others if other not in stay]
 
     def _load(self, flow: Flow, reserved: Reserved, now: float, before: float) -> None:
-        """Load what a flow's adapter lacks, in place of adapters whose requests give way if need be.
+        """Load the adapters that a flow lacks, in place of adapters whose requests are preempted if need be.
 
-        If too few have held their slots since `before`, as many as it lacks take nobody new, those first that have had
-        theirs the longest.
+        If too few have held their slots since `before`, claim as many as it lacks, the longest held first.
         """
         missing = self._residency.missing(flow)
         if not missing or reserved.is_gathering:
@@ -212,15 +222,15 @@ class Preemption:
             reserved.claimed.update(sorted(unclaimed, key=self._residency.held_since)[:num_lacking])
             if len(missing) > 1:
                 reserved.is_gathering = True
-                idle = [other for other in self._slots.blockers(missing[0]) if not self._slots.is_pinned(other)]
+                idle = [other for other in self._slots.blockers(missing[0]) if not self._slots.is_in_use(other)]
                 reserved.claimed.update(other for other in idle if other not in reserved.keep)
             return
 
     def _give_back(self, reserved: Reserved, now: float, before: float) -> None:
-        """Load the adapter that most requests wait for that gave way, in place of one that fewer use if need be."""
-        given_way = self._running.given_way
-        cold = [adapter for adapter in given_way if adapter is not None and self._residency.could_load(adapter)]
-        flow = self._flows.first(max(cold, key=given_way.__getitem__)) if cold else None
+        """Load the adapter with the most preempted requests, in place of one that fewer requests use if need be."""
+        preempted = self._running.preempted_for_turns
+        cold = [adapter for adapter in preempted if adapter is not None and self._residency.could_load(adapter)]
+        flow = self._flows.first(max(cold, key=preempted.__getitem__)) if cold else None
         if flow is None:
             return
         reserved.keep.update(flow.digests)
@@ -232,15 +242,14 @@ class Preemption:
             held = self._users(others, before)
             victims = sorted(held, key=lambda digest: len(held[digest]))[:num_lacking]
             num_users = len({request for digest in victims for request in held[digest]})
-            if len(victims) < num_lacking or num_users >= given_way[flow.adapter]:
+            if len(victims) < num_lacking or num_users >= preempted[flow.adapter]:
                 return
             self._free_slots(victims, held)
 
     def _users(self, adapters: list[str], before: float) -> dict[str, list[Request]]:
-        """The running requests of the adapters that have held their slots since `before`, that which ranks last at the
-        end.
+        """Return the running requests of each adapter that has held its slot since `before`, the lowest-ranked last.
 
-        An adapter with a request that has got no token yet is left alone.
+        An adapter is left out if one of its requests has not produced a token yet.
         """
         held = {digest for digest in adapters if self._residency.held_since(digest) <= before}
         users: dict[str, list[Request]] = {}
@@ -256,9 +265,9 @@ class Preemption:
         return {digest: users[digest] for digest in sorted(ranks, key=ranks.__getitem__)}
 
     def _affordable(self, flow: Flow, users: dict[str, list[Request]], num_slots: int, now: float) -> list[str] | None:
-        """Whose slots a flow's adapter is to have: those that rank last, or if that costs, the least used.
+        """Return the adapters whose slots a flow gets: the lowest-ranked or, if that costs seats, the least used.
 
-        None if that costs too much. What has begun is not refused any more, so it gets its turn in time all the same.
+        None if that costs too much. A flow with a request that has begun gets its turn in time all the same.
         """
         victims = list(users)[-num_slots:]
         cost = self._cost(flow, users, victims)
@@ -270,12 +279,12 @@ class Preemption:
         return victims if self._is_owed(flow, now) else None
 
     def _is_owed(self, flow: Flow, now: float) -> bool:
-        """Whether a flow's turn must come now, whatever it costs: a request of its has begun, and is not refused."""
+        """Return whether a flow's turn must begin now at any cost: a request of it has begun and is never refused."""
         is_last_moment = flow.since <= self._flows.slot_line.latest(now)
         return is_last_moment and any(request.num_output_tokens for request in flow.waiting)
 
     def _cost(self, flow: Flow, users: dict[str, list[Request]], victims: list[str]) -> int:
-        """How many more seats would stand empty if a flow's adapter had the slots of others."""
+        """Return how many more seats would stand empty if a flow's adapter had the slots of others."""
         leaving = {request for digest in victims for request in users[digest]}
         num_waiting = self._flows.num_warm - sum(map(self._flows.num_waiting_for, victims))
         num_filling = max(0, num_waiting - self._running.num_free_seats)
@@ -283,10 +292,11 @@ class Preemption:
         return max(0, cost - num_filling) if cost > 0 else cost
 
     def _free_slots(self, victims: list[str], users: dict[str, list[Request]]) -> None:
+        """Preempt all requests of these adapters."""
         for digest in victims:
             (slot,) = self._residency.slots_of((digest,))
             num_served = sum(1 / len(request.digests) for request in users[digest])
             self._taken[slot] = max(self._taken.get(slot, 0.0), num_served)
             for request in users[digest]:
-                if request.pages:  # a composition may be preempted for several
-                    self._running.preempt(request, gives_way=True)
+                if request.pages:  # a composition may use several of these slots
+                    self._running.preempt(request, for_turn=True)

@@ -180,7 +180,7 @@ class Request:
     num_hashed_pages: int = 0  # leading `pages` whose hashes need not be given to the pool any more
     num_cached_tokens: int | None = None  # prompt tokens found in the cache at its first start
     num_preemptions: int = 0
-    has_given_way: bool = False  # its last preemption was for the turn of others
+    was_preempted_for_turn: bool = False  # its last preemption was for the turn of others
     is_charged: bool = False  # the prompt is in the service counters; recomputing it is not charged again
     is_urgent: bool = False  # started because its flow had waited too long
     started_at: float = 0.0  # time of its last start

@@ -1,16 +1,16 @@
-"""Which adapters hold slots and since when, what a request lacks of them, and how it gets that.
+"""Residency: the adapters that hold slots and since when, and the loads that bring the others into slots.
 
-Only an adapter that is at hand, in host memory, gets a slot: so no slot stands empty for as long as a disk takes, and
-one whose read hangs takes nothing from anybody. The next ones in line are announced to the host tier, which says when
-each has come.
+Only an adapter that is at hand, in host memory, gets a slot. So no slot stands empty for as long as a disk read takes,
+and a read that hangs takes no slot. The next adapters in line are announced to the host tier, which reports when each
+is there.
 
-Owns: the times, the loads that a step starts, what was announced. Leaves to others: which slot and who is evicted
-(adapter_slots.py), who may have one (scheduler.py, preemption.py), who must let go (claims.py).
+Owns: the times, the loads that a step starts, the announced adapters. Leaves to others: the choice of slot and victim
+(adapter_slots.py), the flows that may have one (scheduler.py, preemption.py), those that must leave (claims.py).
 
-A composition of adapters takes the slots of all of them or of none: loads start for all that are cold at once, or not
-at all, and what it finds in slots is kept for it only from then on. So none holds a slot while it waits for another
-one; it waits for loads, which end by themselves, or for seats and pages, whose holders wait for no slot. Nobody waits
-in a circle.
+A composition takes the slots of all its adapters or of none: the loads of all its cold adapters start at once, or not
+at all, and the ready ones are kept for it only from then on. So no composition holds a slot while it waits for another.
+It waits for loads, which end by themselves, or for seats and pages, whose holders wait for no slot. There is no
+deadlock.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lorafleet.workers.scheduling.request import Request
 from lorafleet.workers.scheduling.request_pages import RequestPages
 from lorafleet.workers.scheduling.turns import SlotPace, SlotTurns
 
-_OVERDUE = 2.0  # turns after which an announced adapter that has not come counts no more among those that may
-_SIDE_BY_SIDE = 4  # reads that a host tier makes at a time, at least
+_OVERDUE = 2.0  # turns after which an announced adapter that has not come gives up its place to another
+_SIDE_BY_SIDE = 4  # reads that a host tier makes in parallel, at least
 
 
 class Residency:
-    """Adapters are cold (in no slot and not on the way there), loading, or ready. Times are the caller's."""
+    """Adapters are cold (in no slot), loading, or ready. Times are the caller's."""
 
     def __init__(
         self,
@@ -46,20 +46,19 @@ class Residency:
         self._pages = pages
         self._pace = pace
         self._is_in_host = is_in_host
-        self._held_since: dict[str, float] = {}  # adapters in or on the way into slots → when they got them
+        self._held_since: dict[str, float] = {}  # loading and ready adapters, but for idle ones → when they got theirs
         self._loading_since: dict[str, float] = {}
         self._started: list[SlotLoad] = []  # since the last `take_started`
-        self._announced: dict[str, float] = {}  # adapters that were in a plan's prefetches and still wait → since when
-        self._come: dict[
-            str, float
-        ] = {}  # adapters that came and have got no slot yet → for how long each kept it busy
+        self._announced: dict[str, float] = {}  # adapters that were in a plan's prefetches and still wait → when
+        # Adapters that came into host memory and have no slot yet → for how long each kept the host tier busy.
+        self._come: dict[str, float] = {}
         self.num_come = 0  # so far
-        self._num_overdue = 0  # of those that were announced
+        self._num_overdue = 0  # of the announced adapters
 
     def update_flows(self, now: float, num_places: float) -> SlotTurns:
-        """Tell the flows what has come of loads since the last step, and how slots change hands from now on.
+        """Tell the flows which adapters are loading or ready, and book loads that ended. Return the pace from now on.
 
-        num_places: of `SlotPace.turns`.
+        num_places: see `SlotPace.turns`.
         """
         for digest in [digest for digest in self._loading_since if not self._slots.is_loading(digest)]:
             since = self._loading_since.pop(digest)
@@ -72,35 +71,35 @@ class Residency:
 
     @property
     def empty_share(self) -> float:
-        """The part of a turn in which its slot stands empty, since its adapter is on the way."""
+        """Return the share of a turn in which its slot stands empty, since its adapter is loading."""
         return self._pace.empty_share
 
     def come(self, digest: str, now: float) -> None:
-        """An announced adapter is in host memory."""
+        """Report that an announced adapter is in host memory."""
         num_coming = sum(other not in self._come for other in self._announced)
         self._come[digest] = (now - self._announced.get(digest, now)) / max(num_coming, _SIDE_BY_SIDE)
         self.num_come += 1
 
     def has_come(self, digest: str) -> bool:
-        """Whether an adapter waits in host memory for a slot. For any thread."""
+        """Return whether an adapter has come into host memory and waits for a slot. For any thread."""
         return digest in self._come
 
     def are_at_hand(self, flow: Flow) -> bool:
-        """Whether all that a flow's adapter lacks is or was in host memory, which may lack room for several."""
+        """Return whether all cold adapters of a flow are, or were, in host memory, which may lack room for several."""
         return all(digest in self._come or self._is_in_host(digest) for digest in self.missing(flow))
 
     def could_load(self, adapter: str) -> bool:
-        """Whether what flows of `adapter` lack is in no slot, and all of that at hand."""
+        """Return whether flows of `adapter` have cold adapters, all of them at hand."""
         flow = self._flows.first(adapter)
         return flow is not None and bool(self.missing(flow)) and self.are_at_hand(flow)
 
     def next_at_hand(self) -> list[Flow]:
-        """Of the flows of cold adapters that are likely to be served next, those whose adapters are at hand."""
+        """Return the cold flows that are likely to be served next and whose adapters are at hand."""
         firsts = map(self._flows.first, self._flows.next_cold(self._slots.num_slots + self._num_overdue))
         return [flow for flow in firsts if flow is not None and self.are_at_hand(flow)]
 
     def slots_of(self, digests: tuple[str, ...]) -> tuple[int, ...]:
-        """The slots of adapters that are ready."""
+        """Return the slots of adapters that are ready."""
         slots = [slot for digest in digests if (slot := self._slots.slot_of(digest)) is not None]
         assert len(slots) == len(digests)
         return tuple(slots)
@@ -109,21 +108,21 @@ class Residency:
         return all(self._slots.slot_of(digest) is not None for digest in digests)
 
     def missing(self, flow: Flow) -> list[str]:
-        """Of the adapters that a flow needs, the cold ones."""
+        """Return the cold adapters of a flow."""
         return [digest for digest in flow.digests if self._is_cold(digest)]
 
     def held_since(self, digest: str) -> float:
-        """When an adapter that is loading or pinned got its slot."""
+        """Return when an adapter that is loading or in use got its slot."""
         return self._held_since[digest]
 
     def was_held_at(self, digest: str, then: float) -> bool:
-        """Whether a ready adapter has had its slot since `then`, or is idle."""
+        """Return whether a ready adapter has held its slot since `then`, or is idle."""
         return self._held_since.get(digest, then) <= then
 
     def start_load(self, flow: Flow, keep: set[str], now: float) -> bool:
-        """Bring all that a flow's adapter lacks into slots, if they can be had. From here on it counts as served.
+        """Start the loads of all cold adapters of a flow, and charge its first request's prompt.
 
-        keep: adapters that are not evicted for it.
+        False: the slots cannot be had. keep: adapters that are not evicted for it.
         """
         missing = self.missing(flow)
         slots = self._slots.start_loads(missing, keep.union(flow.digests))
@@ -141,20 +140,20 @@ class Residency:
         return True
 
     def take_started(self) -> tuple[SlotLoad, ...]:
-        """The loads that were started since the last call."""
+        """Return the loads that were started since the last call."""
         started, self._started = self._started, []
         return tuple(started)
 
     def announce(self, adapters: Iterable[str], now: float, turn_s: float) -> tuple[str, ...]:
-        """Of adapters and compositions that are to have slots, the adapters to bring into the host cache.
+        """Return the adapters to read into the host cache: those that must have slots, then those likely to be next.
 
-        adapters: that must have slots; then the cold ones that are likely to be served next. At most one a slot, not
-        counting those that are long overdue; each is named once for as long as it is in line.
+        adapters: adapters and compositions that must have slots. At most one adapter a slot is announced, not counting
+        those that are long overdue; each is returned once for as long as it is in line.
         """
         cold = self._flows.next_cold(self._slots.num_slots + self._num_overdue)
         digests = [digest for adapter in [*adapters, *cold] for digest in self._flows.digests_of(adapter)]
         next_up = dict.fromkeys(digest for digest in digests if self._is_cold(digest))  # a set in order
-        names: dict[str, float] = {}
+        announced: dict[str, float] = {}
         num_left = self._slots.num_slots
         self._num_overdue = 0
         for digest in next_up:
@@ -164,15 +163,15 @@ class Residency:
             num_left -= not is_overdue
             if num_left < 0:
                 break
-            names[digest] = since
-        fresh = tuple(digest for digest in names if digest not in self._announced)
-        self._announced = names
+            announced[digest] = since
+        fresh = tuple(digest for digest in announced if digest not in self._announced)
+        self._announced = announced
         for digest in [digest for digest in self._come if not self._is_wanted(digest)]:
             del self._come[digest]
         return fresh
 
     def acquire(self, request: Request, now: float) -> None:
-        """A request runs, and its adapters stay in their slots."""
+        """Keep the adapters of a request that runs in their slots."""
         for digest in request.digests:
             self._slots.acquire(digest)
             self._held_since.setdefault(digest, now)
@@ -180,7 +179,7 @@ class Residency:
     def release(self, request: Request) -> None:
         for digest in request.digests:
             self._slots.release(digest)
-            if not self._slots.is_pinned(digest):
+            if not self._slots.is_in_use(digest):
                 del self._held_since[digest]
 
     def _is_wanted(self, digest: str) -> bool:
@@ -190,7 +189,7 @@ class Residency:
         return self._slots.slot_of(digest) is None and not self._slots.is_loading(digest)
 
     def check_integrity(self, running: Sequence[Request]) -> None:
-        """Those that run have their adapters' uses, and nobody else has one. Between steps. For tests."""
+        """Check that the uses of adapters are those of running requests. Between steps. For tests."""
         self._slots.check_integrity()
         uses = Counter(digest for request in running for digest in request.digests)
         assert uses == self._slots._uses

@@ -1,26 +1,30 @@
-"""Who runs in the next step, and for how many tokens. Pure: its clock is injected; no threads, no tensors.
+"""The scheduler: chooses the requests of the next step, and for how many tokens each.
 
-One quantity decides everything: {request: number of tokens this step}. A prompt, a piece of a prompt, a single decode
-token and the recomputation after a preemption are the same thing with different numbers.
+A step is a map {request: number of tokens}. A prompt, a piece of a prompt, a single decode token and the recomputation
+after a preemption are the same thing with different numbers.
 
-Requests are let in in the order of service (flows.py): priority, then the tenant and its adapter that have had
-least, then arrival. One thing lets a request pass one that ranks before it: that one's adapter has no slot yet and its
-own has. That keeps batches full, and it is bounded twice. An adapter that has been passed for a turn claims a slot,
-whose adapter then takes nobody new until its running requests are done (claims.py). And where `max_wait_s` is at risk,
-running requests give way (preemption.py).
+Example: a step has 8 tokens, A streams, and B arrives with a prompt of 20. The steps are {A: 1, B: 7}, {A: 1, B: 7},
+{A: 1, B: 6}, and B's first token comes out of the third. Then C arrives, whose adapter is in no slot, and after it D,
+whose adapter is A's. The only slot is in use, so D passes C and starts.
 
-Slots come free one by one, but a composition takes all of its own at once (residency.py): while one is the first that
-waits for slots, nobody that ranks behind it gets one, and those that it claims take nobody new, idle ones first.
+Requests start in the order of service (flows.py): by priority, then the tenant and its adapter that have received the
+least, then arrival. A request passes one that ranks before it only if that one's adapter has no slot yet and its own
+has. That keeps batches full, and it is bounded twice: an adapter that has been passed for a turn claims a slot, whose
+adapter accepts no new requests until its running ones have finished (claims.py); and if `max_wait_s` is at risk,
+running requests are preempted (preemption.py).
 
-Where several tenants have requests, a step is kept short and its tokens are shared between them (step_budget.py,
-step_shares.py): streams that find no room have their turn in the next step, and a prompt of a tenant that has none
-under way need not wait until another's is done.
+Slots come free one by one, but a composition takes all of its own at once (residency.py). So while a composition is
+next in line, lower-ranked requests get no slots, and the adapters it claims (idle first) accept no new requests.
 
-No step is left with nobody to run for want of pages: only a request that has got a token needs more of them, so it may
-give way itself, and the last one finds all that it needs.
+If several tenants have requests, a step is kept short and its tokens are shared between them (step_budget.py,
+step_shares.py): streams that find no room get their token in the next step, and a tenant without a running prompt can
+start one before another tenant's is done.
+
+A lack of pages never leaves a step empty: only a request that has produced a token needs more pages, so it can be
+preempted itself, and the last one finds all that it needs.
 
 Owns: the requests from `add` to their end, and a step's budget. Leaves to others: the order (flows.py), pages
-(request_pages.py), slots (residency.py), seats (running.py).
+(request_pages.py), slots (residency.py), seats (running.py). Pure: its clock is injected; no threads, no tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ _NEVER = (-1, -1, -1)
 class Scheduler:
     """Plans step after step: `schedule`, then `advance` for each part of the plan, and `settle` or `remove`.
 
-    The next step may be planned before the tokens of the one before it are known, but only one.
+    One step, and no more, may be planned before the tokens of the previous one are known.
     """
 
     def __init__(
@@ -66,9 +70,9 @@ class Scheduler:
         max_shared_tokens: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """max_wait_s: how long a flow may get no token; 0 is no bound. is_in_host: whether an adapter can be copied
-        into a slot now; of those that cannot, those that plans name in `prefetches` are to be reported by `come`.
-        max_shared_tokens: of a step while several tenants have requests; None is `max_num_batched_tokens`.
+        """max_wait_s: the wait limit, the longest that a flow may get no token; 0 is no limit. is_in_host: whether an
+        adapter can be copied into a slot now; the caller reports by `come` when one that a plan prefetches can be.
+        max_shared_tokens: tokens of a step while several tenants have requests; None is `max_num_batched_tokens`.
         clock: seconds that never go back.
         """
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -86,15 +90,15 @@ class Scheduler:
         self._preemption = Preemption(slots, flows, pages, residency, running, bound=bound)
         self._requests: dict[str, Request] = {}
         self._bound = bound
-        self.slot_turns = SlotTurns(bound.num_adapter_places, bound.turn_s, bound.turn_s)  # of late
+        self.slot_turns = SlotTurns(bound.num_adapter_places, bound.turn_s, bound.turn_s)  # as measured of late
         self._look_again_s = bound.turn_s / 16
-        self._last_look = _NEVER  # what had changed before the last look that left nobody who could be let in
+        self._last_look = _NEVER  # `_changes` at the last look that left no request that could start
         self._last_look_at = self._now
         self._give_up_s = max_wait_s - bound.turn_s / 4
-        self._overdue_at = self._now  # when to look again for some
+        self._overdue_at = self._now  # when to look again for overdue requests
         self._num_steps = 0  # planned
-        self._num_put_off = 0  # tokens of running prompts that are left to later steps
-        self._redone = 0.0  # of the last step's tokens, the part that had been computed before
+        self._num_postponed = 0  # tokens of running prompts, left to later steps
+        self._redone = 0.0  # the share of the last step's tokens that had been computed before
 
     @property
     def num_running(self) -> int:
@@ -106,22 +110,22 @@ class Scheduler:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Of prompts, and of what preempted requests had computed, what is left to steps after the planned one."""
-        return self._flows.num_waiting_tokens + self._num_put_off
+        """Return the tokens that steps after the planned one must compute: prompts, and preempted requests again."""
+        return self._flows.num_waiting_tokens + self._num_postponed
 
     @property
     def num_served_flows(self) -> int:
-        """Flows (a tenant's requests for one adapter) with running requests."""
+        """Return the number of flows (a tenant's requests for one adapter) with running requests."""
         return self._flows.num_served_flows
 
     @property
     def num_served_turns(self) -> int:
-        """What `AdmissionControl` needs to know of adapters whose flows are served."""
+        """Return the turns that served flows take; `AdmissionControl` does not count them as waiting."""
         return self._flows.num_served_turns
 
     @property
     def num_base_seats(self) -> int:
-        """Seats that are kept for the base model from adapters' turns."""
+        """Return the number of seats that adapters' turns leave to the base model."""
         return self._flows.base_seats.part
 
     @property
@@ -130,19 +134,19 @@ class Scheduler:
 
     @property
     def num_prefix_query_tokens(self) -> int:
-        """Tokens that were known when requests started, for the first time or again."""
+        """Return the tokens that were known when requests started, for the first time or again."""
         return self._running.num_prefix_query_tokens
 
     @property
     def num_prefix_hit_tokens(self) -> int:
-        """Of these, those that needed no computing."""
+        """Return how many of the query tokens needed no computing."""
         return self._running.num_prefix_hit_tokens
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
     def holds(self, request: Request) -> bool:
-        """Whether it has not ended; another one may have its id."""
+        """Return whether this request has not ended; another one may have its id."""
         return self._requests.get(request.request_id) is request
 
     def add(self, request: Request) -> None:
@@ -152,9 +156,9 @@ class Scheduler:
         self._flows.add(request, self._clock())
 
     def remove(self, request_id: str, *, is_spoiled: bool = False) -> bool:
-        """Forget a request wherever it is, and free everything it holds. False: it is not here (any more).
+        """Remove a request that waits or runs, and free everything it holds. False: it is not here (any more).
 
-        is_spoiled: its pages hold what nobody should find.
+        is_spoiled: its pages must not be found by others.
         """
         request = self._requests.pop(request_id, None)
         if request is None:
@@ -163,32 +167,32 @@ class Scheduler:
         return True
 
     def need_of(self, digest: str) -> int:
-        """How much an adapter is needed in host memory: 2 if a request for it has begun, 1 if it is in a slot or has
-        come for one, else 0. For any thread.
+        """Return how much an adapter is needed in host memory: 2 if a request for it has begun, 1 if it is in a slot
+        or was read for one, else 0. For any thread.
         """
         if self._running.have_begun(digest):
             return 2
         return int(self._residency.has_come(digest) or self._slots.slot_of(digest) is not None)
 
     def come(self, digest: str) -> None:
-        """An adapter that a plan's prefetches named is in host memory."""
+        """Report that an adapter which a plan prefetched is in host memory."""
         self._residency.come(digest, self._clock())
 
     def waiting_for(self, digest: str) -> list[str]:
-        """Ids of the requests that wait and name this adapter."""
+        """Return the ids of waiting requests that name this adapter."""
         return [request.request_id for request in self._flows.waiting_for(digest)]
 
     @property
     def is_overdue(self) -> bool:
-        """Whether `overdue` may name some now."""
+        """Return whether `overdue` may return some now."""
         max_wait_s, now = self._bound.max_wait_s, self._clock()
         return max_wait_s > 0 and now >= max(self._overdue_at, self._flows.seat_line.first_since + self._give_up_s)
 
     def overdue(self) -> list[str]:
-        """Ids of the requests that could not be served in time: their flows have got nothing for `max_wait_s`, but
-        for the last moment.
+        """Return the ids of requests that can no longer be served in time.
 
-        One that has begun is never among them: it goes on.
+        Their flows have received nothing for `max_wait_s` less a quarter of a turn. A request that has begun is never
+        among them: it resumes.
         """
         if not self.is_overdue:
             return []
@@ -197,7 +201,7 @@ class Scheduler:
         return [request.request_id for request in self._flows.overdue(now - self._give_up_s)]
 
     def schedule(self) -> StepPlan:
-        """Choose the next step: those that run go on, then waiting ones are let in."""
+        """Choose the next step: running requests first, then waiting ones."""
         self._now = self._clock()
         num_places = self._preemption.book(self._now, self._redone)
         self.slot_turns = self._residency.update_flows(self._now, num_places)
@@ -206,40 +210,40 @@ class Scheduler:
         scheduled: dict[Request, int] = {}
         rows, prompts = self._running_requests()
         shares = self._shares(rows, prompts)
-        preempted = self._go_on(rows, prompts, scheduled, shares)
-        may_let_in = not preempted and not reserved.lacks_pages
+        preempted = self._continue_running(rows, prompts, scheduled, shares)
+        may_start = not preempted and not reserved.lacks_pages
         if shares.are_shared:
-            if may_let_in and shares.room(NEWCOMERS):
-                self._let_in_beside(prompts, scheduled, shares, reserved)
+            if may_start and shares.room(NEWCOMERS):
+                self._start_newcomers(prompts, scheduled, shares, reserved)
             self._use_up(rows, prompts, scheduled, shares)
         prefetches: tuple[str, ...] = ()
         if reserved.keep or not scheduled or self._has_news():
-            if may_let_in:
-                self._let_in(scheduled, shares, reserved)
+            if may_start:
+                self._start_waiting(scheduled, shares, reserved)
             due = self._flows.slot_line.due(self._now)
             prefetches = self._residency.announce(due, self._now, self.slot_turns.turn_s)
-        num_redone = sum(num for request, num in scheduled.items() if num > 1 and request.has_given_way)
+        num_redone = sum(num for request, num in scheduled.items() if num > 1 and request.was_preempted_for_turn)
         self._redone = num_redone / sum(scheduled.values()) if num_redone else 0.0
         slots_of = self._residency.slots_of
         entries = [Scheduled(request, num, slots_of(request.digests)) for request, num in scheduled.items()]
         return StepPlan(in_row_order(entries), self._residency.take_started(), prefetches)
 
     def advance(self, entry: Scheduled) -> None:
-        """Book one scheduled part as computed. If it samples, its token is pending until `settle`."""
+        """Book one entry of the plan as computed. If it samples, its token is pending until `settle`."""
         request, samples = entry.request, entry.samples
         request.num_computed_tokens += entry.num_tokens
-        self._name_known(request)
+        self._hash_known(request)
         if samples:
             request.token_ids.append(0)
             request.num_pending_tokens += 1
             self._flows.charge_output(request, self._now)
 
     def settle(self, request: Request, token_id: int) -> FinishReason | None:
-        """Put the token in the place of the first that is pending; the reason if that ended the request."""
+        """Replace the first pending token by its value. Return the reason if that ended the request."""
         assert request.num_pending_tokens and request.request_id in self._requests
         request.token_ids[request.num_known_tokens] = token_id
         request.num_pending_tokens -= 1
-        self._name_known(request)
+        self._hash_known(request)
         sampling = request.sampling
         if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
             finish = FinishReason.STOP
@@ -251,19 +255,19 @@ class Scheduler:
         return finish
 
     def commit(self, entry: Scheduled, token_id: int | None) -> FinishReason | None:
-        """`advance` and, with the token that it sampled, `settle`."""
+        """Call `advance` and, if the entry sampled a token, `settle`."""
         self.advance(entry)
         return None if token_id is None else self.settle(entry.request, token_id)
 
-    def _name_known(self, request: Request) -> None:
+    def _hash_known(self, request: Request) -> None:
         self._pages.hash_full(request, min(request.num_computed_tokens, request.num_known_tokens))
 
     def _running_requests(self) -> tuple[list[Request], list[Request]]:
-        """Those that have a token to compute, and those with more: prompts, urgent ones first."""
+        """Return the running requests with one token to compute, and those with more: prompts, urgent ones first."""
         rows: list[Request] = []
         prompts: list[Request] = []
         for request in self._running:
-            if not request.is_ending:  # else only its last token is still to be known
+            if not request.is_ending:  # else only its last token is pending
                 (prompts if request.num_uncomputed_tokens > 1 else rows).append(request)
         prompts.sort(key=lambda request: not request.is_urgent)
         return rows, prompts
@@ -271,7 +275,7 @@ class Scheduler:
     def _shares(self, rows: list[Request], prompts: list[Request]) -> StepShares:
         if self._flows.num_tenants < 2:
             return StepShares(self._max_num_batched_tokens)
-        rows.sort(key=lambda request: request.last_step)  # whoever found no room is first
+        rows.sort(key=lambda request: request.last_step)  # requests that found no room come first
         wanted: dict[str | None, Wanted] = {}
         for request in rows:
             wanted.setdefault(request.tenant, Wanted(request.tenant_weight)).num_rows += 1
@@ -286,18 +290,18 @@ class Scheduler:
             wanted[NEWCOMERS] = Wanted(num_prompt_tokens=self._flows.num_waiting_tokens)
         return StepShares(num_tokens, wanted)
 
-    def _go_on(
+    def _continue_running(
         self, rows: list[Request], prompts: list[Request], scheduled: dict[Request, int], shares: StepShares
     ) -> bool:
-        """Schedule running requests, single tokens before prompts; whether pages ran out.
+        """Schedule running requests, single tokens before prompts. Return whether pages ran out.
 
-        When they do, the request that ranks last gives way, of those that have got a token since they began.
+        If they do, preempt the lowest-ranked request that has produced a token since it started.
         """
         grow = self._pages.grow
         preempted = False
         for request in rows:
             if not request.pages or shares.room_for_rows(request.tenant) <= 0:
-                continue  # preempted in this very loop, or its turn is in the next step
+                continue  # preempted by this loop, or left to the next step
             while not grow(request, request.num_tokens):
                 preempted = True
                 victim = self._preemption.free_pages()
@@ -307,7 +311,7 @@ class Scheduler:
                     break
             else:
                 self._schedule_row(request, scheduled, shares)
-        self._num_put_off = sum(request.num_uncomputed_tokens for request in prompts)
+        self._num_postponed = sum(request.num_uncomputed_tokens for request in prompts)
         for request in prompts:
             self._schedule_prompt(request, request.tenant, scheduled, shares)
         return preempted
@@ -315,7 +319,7 @@ class Scheduler:
     def _use_up(
         self, rows: list[Request], prompts: list[Request], scheduled: dict[Request, int], shares: StepShares
     ) -> None:
-        """Give what others have left of their shares to running requests that had too little."""
+        """Give what tenants left of their shares to running requests that had too little."""
         shares.open()
         for request in rows:
             if not shares.num_left:
@@ -326,22 +330,22 @@ class Scheduler:
             self._schedule_prompt(request, request.tenant, scheduled, shares)
 
     def _has_news(self) -> bool:
-        """Whether another look at those that wait might let one in, or start a load.
+        """Return whether another look at waiting requests might start one, or a load.
 
-        In most steps it would not, and with thousands of adapters it costs more than all else that is decided. Only
-        counters and the time go on by themselves; what they bring about (claims.py) is found a little later.
+        In most steps it would not, and with thousands of adapters it costs more than all other decisions. Counters and
+        time change without notice; a claim that they bring about (claims.py) is found up to a sixteenth of a turn late.
         """
         return self._changes() != self._last_look or self._now >= self._last_look_at + self._look_again_s
 
     def _changes(self) -> tuple[int, int, int]:
         return self._flows.num_changes, self._slots.num_changes, self._residency.num_come
 
-    def _let_in_beside(
+    def _start_newcomers(
         self, prompts: list[Request], scheduled: dict[Request, int], shares: StepShares, reserved: Reserved
     ) -> None:
-        """Start requests of tenants that have no prompt under way, in the newcomers' share.
+        """Start requests of tenants that have no running prompt, in the newcomers' share.
 
-        Where others' prompts rank before them all by priority, they wait.
+        A request waits if all running prompts have a better priority.
         """
         tenants = {request.tenant for request in prompts}
         last_priority = max((request.priority for request in prompts), default=MAX_PRIORITY)
@@ -356,12 +360,12 @@ class Scheduler:
             prompts.append(request)
             self._schedule_prompt(request, NEWCOMERS, scheduled, shares)
 
-    def _let_in(self, scheduled: dict[Request, int], shares: StepShares, reserved: Reserved) -> None:
+    def _start_waiting(self, scheduled: dict[Request, int], shares: StepShares, reserved: Reserved) -> None:
         """Start waiting requests in the order of service until budget, seats or pages run out.
 
-        One whose adapter is in host memory but in no slot starts a load if a slot can be had; if none can, those that
-        rank behind it pass. While someone's turn lacks a seat, only the base model's requests start, in the seats that
-        are kept for them.
+        A request whose adapter is in host memory but in no slot starts a load if a slot can be had; if none can, those
+        that rank after it pass. While a turn lacks a seat, only the base model's requests start, in the seats kept for
+        them.
         """
         flows = self._flows
         if not shares.num_left and flows.num_waiting and not any(self._residency.next_at_hand()):
@@ -389,7 +393,7 @@ class Scheduler:
             if reserved.lacks_seats and not flows.num_kept_seats:
                 break
             request = best.waiting[0]
-            if request.num_pending_tokens:  # preempted amid a step; the next one will find its token
+            if request.num_pending_tokens:  # preempted during a step; the next plan will find its token known
                 self._last_look = _NEVER
                 return
             if not self._start(request):
@@ -401,8 +405,9 @@ class Scheduler:
     def _unclaimed(self, reserved: Reserved) -> dict[str, tuple[str, ...]]:
         """Return the hot adapters that have waiting requests and accept them, with their digests."""
         hot = self._flows.hot()
-        # A request preempted for a turn resumes as if it had never stopped: its adapter takes it whoever else waits.
-        claimable = {adapter: digests for adapter, digests in hot.items() if adapter not in self._running.given_way}
+        # A request preempted for a turn resumes as if it had never stopped: its adapter is not claimed.
+        preempted = self._running.preempted_for_turns
+        claimable = {adapter: digests for adapter, digests in hot.items() if adapter not in preempted}
         claimed = reserved.claimed | self._claims.find(claimable, reserved.claimed, self._now)
         return {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
 
@@ -413,7 +418,7 @@ class Scheduler:
         return [None, *(adapter for adapter, digests in unclaimed.items() if self._residency.are_ready(digests))]
 
     def _load_beside(self, keep: set[str]) -> None:
-        """Load cold adapters for which there is room, when the first in order waits for memory beside its slot."""
+        """Load cold adapters for which there is room, while the first in order waits for memory beside its slot."""
         for flow in self._residency.next_at_hand():
             if any(map(self._slots.lacks_bytes, flow.digests)) or not self._residency.missing(flow):
                 continue
@@ -422,10 +427,10 @@ class Scheduler:
             keep.update(flow.digests)
 
     def _start(self, request: Request) -> bool:
-        """Let a waiting request run whose adapters are ready. False: pages are too few."""
+        """Start a waiting request whose adapters are ready. False: too few pages are free."""
         if not self._running.start(request, self._now):
             return False
-        self._num_put_off += request.num_uncomputed_tokens
+        self._num_postponed += request.num_uncomputed_tokens
         return True
 
     def _schedule_row(self, request: Request, scheduled: dict[Request, int], shares: StepShares) -> None:
@@ -436,10 +441,10 @@ class Scheduler:
     def _schedule_prompt(
         self, request: Request, holder: str | None, scheduled: dict[Request, int], shares: StepShares
     ) -> None:
-        """Schedule as many more of a request's tokens as there is room for. holder: of the share.
+        """Schedule as many more of a request's tokens as fit. holder: whose share they are taken from.
 
-        Its full pages get their names at once: a step writes all keys and values of a layer before it reads any, so
-        whoever starts later in this step may have them.
+        Its full pages are hashed at once: a step writes all keys and values of a layer before it reads any, so a
+        request that starts later in this step may use them.
         """
         num_before = scheduled.get(request, 0)
         num_more = min(request.num_uncomputed_tokens - num_before, shares.room(holder))
@@ -447,11 +452,11 @@ class Scheduler:
             return
         scheduled[request] = num_before + num_more
         shares.take(holder, num_more)
-        self._num_put_off -= num_more
+        self._num_postponed -= num_more
         self._pages.hash_full(request, request.num_computed_tokens + num_before + num_more)
 
     def check_integrity(self) -> None:
-        """Every request waits or runs, holds what it should, and nothing else is held. For tests."""
+        """Check that every request waits or runs, holds what it should, and nothing else is held. For tests."""
         waiting = self._flows.check_integrity(list(self._running))
         ids = [request.request_id for request in [*self._running, *waiting]]
         assert sorted(ids) == sorted(self._requests)

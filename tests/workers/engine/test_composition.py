@@ -180,7 +180,7 @@ def test_a_cancelled_composition_lets_go_of_every_adapter(world: World, new_engi
     engine.submit(request("waits", "more than whole", PROMPTS[1], digests))
     for _ in range(3):
         gather(engine.step(), results)
-    assert engine._slots.is_pinned(digests["all"]) and engine._slots.is_pinned(digests["attention"])
+    assert engine._slots.is_in_use(digests["all"]) and engine._slots.is_in_use(digests["attention"])
     assert not results["waits"].token_ids
     engine.cancel("long")
     while engine.has_unfinished():

@@ -63,7 +63,7 @@ def test_a_plain_adapter_asks_for_a_slot_alone() -> None:
     assert slots.resident() == ("third",), "the least recently used"
 
 
-def test_who_is_in_the_way_is_whoever_holds_what_is_lacking() -> None:
+def test_the_adapters_to_replace_are_those_that_hold_what_is_lacking() -> None:
     slots = filled(5, "half", "plain", "third")
     slots.acquire("plain")
     slots.acquire("half")
@@ -124,9 +124,9 @@ def test_several_are_loaded_all_or_none() -> None:
 def test_busy_adapters_weigh_more_in_how_many_requests_an_adapter_usually_has() -> None:
     slots = AdapterSlots(2)
     assert slots.usual_uses == 0.0
-    for digest, num_pins in (("busy", 7), ("idle", 1)):
+    for digest, num_uses in (("busy", 7), ("idle", 1)):
         slots.start_load(digest)
         slots.finish_load(digest)
-        for _ in range(num_pins):
+        for _ in range(num_uses):
             slots.acquire(digest)
     assert slots.usual_uses == (49 + 1) / 8

@@ -1,4 +1,4 @@
-"""The base model's part of the seats: that of the tenants that use it."""
+"""The base model's part of the seats: the shares of the tenants that use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafleet.workers.scheduling.base_seats import BaseSeats
         (64, [("t", None)], 56),  # an eighth is left to adapters
         (64, [("t", None), ("u", "a")], 32),
         (64, [("t", None), ("u", "a"), ("u", "b")], 32),  # tenants count, not their adapters
-        (64, [("t", None), ("t", "a")], 32),  # half of its only tenant's
+        (64, [("t", None), ("t", "a")], 32),  # half of the only tenant's share
         (64, [("t", None), ("t", "a"), ("u", "a"), ("v", "a"), ("w", "a")], 8),
         (64, [("t", None), ("u", None), ("u", "a"), ("v", "a")], 32),
         (1, [("t", None)], 0),

@@ -1,4 +1,4 @@
-"""What forced turns may cost: saved up while nothing is lost, spent while seats stand empty."""
+"""The cost of turns that preempt: saved up while nothing is lost, spent while seats stand empty."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorafleet.workers.scheduling.budget import SHARE, TurnBudget
 
 
 def budget(*spans: tuple[float, int, int], redone: float = 0.0, cost: float = 0.0) -> TurnBudget:
-    """spans: (seconds, seats in use, seats that stand empty for a turn)."""
+    """Return a budget after some time. spans: (seconds, seats in use, seats that stand empty for a turn)."""
     made = TurnBudget(num_seats=64, turn_s=1.0)
     now = 0.0
     made.book(now, num_running=0, num_lost=0, redone=0.0, cost=0.0)
@@ -32,7 +32,7 @@ def budget(*spans: tuple[float, int, int], redone: float = 0.0, cost: float = 0.
         ([(1.0, 40, 0), (0.5, 30, 10)], 5, False),
         ([(1.0, 40, 0), (0.5, 30, 10)], 0, True),
         ([(1.0, 40, 0), (2.0, 30, 10)], 0, False),
-        ([(1.0, 40, 0), (2.0, 30, 10)], -1, True),  # fewer seats stand empty then
+        ([(1.0, 40, 0), (2.0, 30, 10)], -1, True),  # it leaves fewer seats empty
     ],
 )
 def test_a_turn_is_taken_if_what_it_is_likely_to_cost_is_saved_up(
@@ -67,7 +67,7 @@ def test_a_cost_counts_at_once_and_is_forgotten_slowly() -> None:
     assert known.places(8) == pytest.approx(64 * SHARE / 3.5)
 
 
-def test_what_turns_let_be_computed_again_is_a_part_of_their_cost() -> None:
+def test_what_is_computed_again_after_turns_is_a_part_of_their_cost() -> None:
     known = budget((10.0, 64, 0), redone=0.1)
     for _ in range(50):
         known.take()

@@ -36,7 +36,7 @@ def test_until_a_turn_is_over_younger_requests_for_resident_adapters_fill_the_ba
 
 @pytest.mark.parametrize("step_s", [TURN_S, TURN_S / 5])
 @pytest.mark.parametrize("num_adapters", [3, 16])
-def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters: int, step_s: float) -> None:
+def test_a_stream_of_requests_for_resident_adapters_starves_no_other(num_adapters: int, step_s: float) -> None:
     world = World(slots=2, max_num_seqs=4, pages=200, step_s=step_s)
     world.add("hot0", 2, max_tokens=8, adapter="hot")
     for i in range(num_adapters):
@@ -50,7 +50,7 @@ def test_a_stream_of_requests_for_resident_adapters_starves_nobody(num_adapters:
     assert {f"cold{i}" for i in range(num_adapters)} <= started
 
 
-def test_one_that_waits_for_memory_beside_its_slot_holds_nobody_back() -> None:
+def test_an_adapter_that_waits_for_memory_beside_its_slot_delays_no_other() -> None:
     world = World(slots=4, pages=100, max_num_seqs=8, max_bytes=5, sizes={"half": 3, "whole": 5})
     world.add("first", 2, max_tokens=50, adapter="half")
     world.step()
@@ -65,7 +65,7 @@ def test_one_that_waits_for_memory_beside_its_slot_holds_nobody_back() -> None:
 def test_a_stream_of_requests_for_resident_adapters_does_not_starve_one_that_needs_all_of_the_pool(
     max_wait_s: float,
 ) -> None:
-    """Two others share the pool, and neither is idle for long; there are enough slots."""
+    """Two other adapters share the pool, and neither is idle for long; there are enough slots."""
     sizes = {"half": 3, "other half": 2, "whole": 5}
     world = World(slots=8, max_num_seqs=8, pages=200, max_wait_s=max_wait_s, max_bytes=5, sizes=sizes)
     for step in range(200):

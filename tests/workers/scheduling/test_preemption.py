@@ -24,7 +24,7 @@ def test_the_youngest_is_preempted_and_recomputes_with_its_output() -> None:
     assert (old.num_output_tokens, young.num_output_tokens) == (8, 5)
 
 
-def test_pages_are_given_up_by_whom_has_had_most() -> None:
+def test_the_flow_that_has_received_the_most_gives_up_pages() -> None:
     world = World(pages=6, max_num_seqs=3, budget=32)
     world.add("a", 7, max_tokens=9, tenant="a")
     world.add("b1", 3, max_tokens=9, tenant="b")
@@ -32,7 +32,7 @@ def test_pages_are_given_up_by_whom_has_had_most() -> None:
     world.add("waits", 3, tenant="c", priority=9)
     while not world.scheduler.num_preemptions:
         world.step()
-    assert b2.num_preemptions == 1, "b has had most, and b2 is its youngest"
+    assert b2.num_preemptions == 1, "b has received the most, and b2 is its youngest"
 
 
 def hold_all_slots(world: World, num_slots: int) -> None:
@@ -43,7 +43,7 @@ def hold_all_slots(world: World, num_slots: int) -> None:
 
 
 def wait_for_cold(world: World) -> dict[str, int]:
-    """Let an adapter come that has no slot, until its request has begun; how often each of the others gave way."""
+    """Request a cold adapter until the request has begun. Return how often each other request was preempted."""
     began = world.now
     world.add("cold", 2, max_tokens=2, adapter="cold")
     while "cold" not in world.order:
@@ -53,7 +53,7 @@ def wait_for_cold(world: World) -> dict[str, int]:
     return {request.request_id: request.num_preemptions for request in others}
 
 
-def test_an_adapter_whose_time_runs_out_gets_the_slot_of_the_one_that_has_had_most() -> None:
+def test_an_adapter_near_its_wait_limit_gets_the_slot_of_the_one_that_has_received_the_most() -> None:
     world = World(slots=2, max_wait_s=20.0, pages=200)
     hold_all_slots(world, 2)
     for _ in range(5):
@@ -63,7 +63,7 @@ def test_an_adapter_whose_time_runs_out_gets_the_slot_of_the_one_that_has_had_mo
     assert len(world.finished) == 3
 
 
-def test_where_that_would_leave_seats_empty_the_slot_that_fewest_requests_use_is_taken() -> None:
+def test_if_that_would_leave_seats_empty_the_slot_that_fewest_requests_use_is_taken() -> None:
     world = World(slots=2, max_wait_s=20.0, pages=200)
     world.add("more", 9, max_tokens=100, adapter="hot1")
     hold_all_slots(world, 2)
@@ -86,7 +86,7 @@ def test_an_adapter_that_has_just_got_its_slot_keeps_it_for_a_turn() -> None:
     assert all(later - earlier >= TURN_S for earlier, later in pairwise(times))
 
 
-def test_nobody_gives_way_before_it_has_got_a_token() -> None:
+def test_no_request_is_preempted_before_it_has_produced_a_token() -> None:
     world = World(slots=1, max_wait_s=4.0, budget=4, pages=200, step_s=1.0)
     long = world.add("long", 40, max_tokens=5, adapter="hot")  # its prompt takes ten steps
     world.add("cold", 2, max_tokens=2, adapter="cold")
@@ -125,7 +125,7 @@ def test_a_large_request_gets_pages_in_time() -> None:
     assert world.now - began <= 20.0
 
 
-def test_without_a_bound_running_requests_keep_their_slots() -> None:
+def test_without_a_wait_limit_running_requests_keep_their_slots() -> None:
     world = World(slots=2, pages=200)
     hold_all_slots(world, 2)
     world.add("cold", 2, max_tokens=2, adapter="cold")
@@ -134,7 +134,7 @@ def test_without_a_bound_running_requests_keep_their_slots() -> None:
     assert len(world.finished) == 3
 
 
-def test_a_composition_whose_time_is_running_out_has_all_its_slots_in_one_step() -> None:
+def test_a_composition_near_its_wait_limit_gets_all_its_slots_in_one_step() -> None:
     world = World(pages=64, slots=2, max_num_seqs=8, budget=64, step_s=0.25, max_wait_s=8.0)
     for adapter in "xy":
         for number in range(2):

@@ -97,7 +97,7 @@ def test_a_composition_takes_all_slots_at_once_or_none() -> None:
     world = World(slots=2, auto_load=False, step_s=0.01)
     world.add("single", 2, max_tokens=3, adapter="x")
     world.add("both", 2, **pair("a", "b"))
-    world.add("behind", 2, adapter="y")
+    world.add("after", 2, adapter="y")
     assert [load.digest for load in world.step().loads] == ["x"]
     world.slots.finish_load("x")
     while "single" not in world.finished:
@@ -110,9 +110,9 @@ def test_a_composition_takes_all_slots_at_once_or_none() -> None:
     (entry,) = world.step().scheduled
     assert entry.request.request_id == "both"
     assert entry.slots == (world.slots.slot_of("a"), world.slots.slot_of("b"))
-    assert world.slots.is_pinned("a") and world.slots.is_pinned("b")
+    assert world.slots.is_in_use("a") and world.slots.is_in_use("b")
     world.scheduler.remove("both")
-    assert not world.slots.is_pinned("a") and not world.slots.is_pinned("b")
+    assert not world.slots.is_in_use("a") and not world.slots.is_in_use("b")
     assert [load.digest for load in world.step().loads] == ["y"]
 
 
@@ -186,7 +186,7 @@ def test_an_adapter_gets_a_slot_when_it_is_in_host_memory_and_not_before() -> No
     assert [load.digest for load in world.step().loads] == ["x"]
 
 
-def test_an_adapter_that_came_and_had_to_go_again_gets_its_slot_all_the_same() -> None:
+def test_an_adapter_evicted_from_host_memory_before_its_load_still_gets_its_slot() -> None:
     """Host memory may be too small for all adapters of a composition at once."""
     host: set[str] = set()
     world = World(slots=2, host=host)

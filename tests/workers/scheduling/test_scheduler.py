@@ -62,7 +62,7 @@ def test_a_removed_request_gives_everything_back() -> None:
     assert world.scheduler.remove("running") and world.scheduler.remove("waiting")
     assert not world.scheduler.remove("running")
     world.scheduler.check_integrity()
-    assert not world.slots.is_pinned("x")
+    assert not world.slots.is_in_use("x")
     assert world.scheduler.num_running == world.scheduler.num_waiting == 0
 
 
@@ -74,7 +74,7 @@ def test_one_tenants_prompt_takes_all_of_a_step_while_it_is_alone() -> None:
     assert tokens(world.step()) == {"stream": 1, "long": 40}
 
 
-def test_a_strangers_prompt_is_computed_in_small_pieces_beside_a_stream() -> None:
+def test_another_tenants_prompt_is_computed_in_small_pieces_beside_a_stream() -> None:
     world = World(budget=64, shared_budget=8)
     world.add("stream", 2, max_tokens=9, tenant="one")
     world.step()
@@ -86,7 +86,7 @@ def test_a_strangers_prompt_is_computed_in_small_pieces_beside_a_stream() -> Non
     ]
 
 
-def test_a_strangers_prompts_do_not_keep_a_request_from_starting() -> None:
+def test_another_tenants_prompts_do_not_keep_a_request_from_starting() -> None:
     world = World(budget=64, shared_budget=8)
     world.add("stream", 2, max_tokens=9, tenant="one")
     world.step()
@@ -96,7 +96,7 @@ def test_a_strangers_prompts_do_not_keep_a_request_from_starting() -> None:
     world.add("short", 2, max_tokens=1, tenant="one")
     assert tokens(world.step()) == {"stream": 1, "long0": 5, "short": 2}, "a newcomer's share, and the rest"
     assert world.finished == {"short": FinishReason.LENGTH}
-    assert tokens(world.step()) == {"stream": 1, "long0": 7}, "what nobody else wants is used"
+    assert tokens(world.step()) == {"stream": 1, "long0": 7}, "what no other tenant wants is used"
 
 
 def test_a_newcomer_of_lower_priority_waits_for_prompts_under_way() -> None:
@@ -106,7 +106,7 @@ def test_a_newcomer_of_lower_priority_waits_for_prompts_under_way() -> None:
     assert [tokens(world.step()) for _ in range(3)] == [{"long": 8}] * 3
 
 
-def test_streams_of_a_tenant_that_has_many_take_turns_beside_a_strangers() -> None:
+def test_streams_of_a_tenant_that_has_many_take_turns_beside_another_tenants() -> None:
     world = World(max_num_seqs=8, budget=64, shared_budget=4, pages=128)
     for number in range(6):
         world.add(f"many{number}", 2, max_tokens=100, tenant="many")
@@ -142,7 +142,7 @@ def test_lower_priority_is_served_earlier_whoever_came_first() -> None:
     assert world.order == ["early", "running", "normal", "too", "late"]
 
 
-def test_a_tenant_that_floods_waits_behind_one_that_does_not() -> None:
+def test_a_tenant_that_floods_waits_after_one_that_does_not() -> None:
     world = World(max_num_seqs=1)
     for number in range(6):
         world.add(f"flood{number}", 2, max_tokens=2, tenant="flood")
@@ -193,7 +193,7 @@ REQUESTS = st.tuples(
     st.integers(1, 12),  # max_tokens
     st.sampled_from([None, "a", "b", "c", "d", "e"]),  # adapter
     st.integers(0, 3),  # steps before the next arrival
-    st.one_of(st.none(), st.integers(0, 20)),  # cancelled so many steps after its arrival
+    st.one_of(st.none(), st.integers(0, 20)),  # steps from arrival to cancellation
 )
 
 
@@ -269,11 +269,11 @@ def test_whatever_arrives_everything_ends_once_and_nothing_leaks(
     assert removed.isdisjoint(world.finished)
     assert removed | world.finished.keys() == {f"r{i}" for i in range(len(requests))}
     assert world.pool.num_free == pages
-    assert not world.slots.is_pinned("x")
+    assert not world.slots.is_in_use("x")
 
 
-def test_those_that_wait_are_looked_at_again_only_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With thousands of adapters the look costs more than all else, and in most steps no request can be admitted."""
+def test_waiting_requests_are_looked_at_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look costs most of a step with thousands of adapters, and in most steps no request can start."""
     world = World(slots=1, max_num_seqs=2, step_s=0.001)
     looks = 0
     hot = Flows.hot
@@ -301,4 +301,4 @@ def test_those_that_wait_are_looked_at_again_only_when_something_has_changed(mon
     before = looks
     world.now += 10.0
     world.step()
-    assert looks > before, "what only time brings about is found too"
+    assert looks > before, "a change that only time makes is found too"

@@ -37,11 +37,11 @@ def test_turns_are_due_just_early_enough(since: list[float], now: float, due: li
     assert line(*since).due(now) == due
 
 
-def test_without_a_bound_nobody_is_ever_due() -> None:
+def test_without_a_wait_limit_no_flow_is_due() -> None:
     assert line(0.0, 0.0, 0.0, bound=WaitBound(0.0, 2, 4)).due(1e9) == []
 
 
-def test_an_item_that_needs_several_turns_holds_up_those_behind_it_for_as_long() -> None:
+def test_an_item_that_needs_several_turns_delays_those_after_it_for_as_long() -> None:
     waiting = line(0.0)
     waiting.put(1, 0.5, num_turns=5)
     waiting.put(2, 1.0)
@@ -65,11 +65,11 @@ def test_an_item_moves_when_it_waits_since_another_time() -> None:
 
 
 @pytest.mark.parametrize(("max_wait_s", "turn_s"), [(0.0, 1.0), (1.0, 0.125), (4.0, 0.5), (8.0, 1.0), (600.0, 1.0)])
-def test_a_turn_is_a_second_or_an_eighth_of_the_bound(max_wait_s: float, turn_s: float) -> None:
+def test_a_turn_is_a_second_or_an_eighth_of_the_wait_limit(max_wait_s: float, turn_s: float) -> None:
     assert WaitBound(max_wait_s, 1, 1).turn_s == turn_s
 
 
-def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
+def test_the_wait_limit_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
     assert (BOUND.num_adapter_places, BOUND.max_flows(), BOUND.num_flows_a_turn) == (2, 4 * 6, 2)
     assert BOUND.max_flows(num_kept=1) == 3 * 6
     assert SlotTurns(8, 1.0, 1.0).max_turns(60.0) == 448
@@ -82,7 +82,7 @@ def test_the_bound_can_be_kept_for_as_many_as_have_a_turn_in_time() -> None:
     assert [BOUND.num_turns(num) for num in range(5)] == [0, 1, 1, 2, 2]
 
 
-def test_adapters_beyond_what_the_bound_can_serve_are_refused_by_number_and_flag() -> None:
+def test_adapters_beyond_what_the_wait_limit_allows_are_refused_by_number_and_flag() -> None:
     admission = AdmissionControl(BOUND)
     for number in range(14):
         admission.num_served_turns = min(number, 2)
@@ -101,7 +101,7 @@ def test_adapters_beyond_what_the_bound_can_serve_are_refused_by_number_and_flag
     admission.enter("third", "a9")
 
 
-def test_flows_beyond_what_the_bound_can_serve_are_refused() -> None:
+def test_flows_beyond_what_the_wait_limit_allows_are_refused() -> None:
     admission = AdmissionControl(BOUND)
     for number in range(24):
         admission.enter(f"t{number}", None)
@@ -148,7 +148,7 @@ def test_one_tenants_many_adapters_leave_room_for_anothers_first() -> None:
     assert not admission._turns_of
 
 
-def test_without_a_bound_nobody_is_refused_and_nothing_is_kept_of_those_that_left() -> None:
+def test_without_a_wait_limit_none_is_refused_and_nothing_is_kept_of_those_that_left() -> None:
     admission = AdmissionControl(WaitBound(0.0, 1, 1))
     for number in range(1000):
         admission.enter("t", f"a{number}")
@@ -227,7 +227,7 @@ def test_slow_loads_let_fewer_adapters_wait_and_those_in_slots_come_in() -> None
     admission.enter("t", None)
 
 
-def test_those_that_could_not_have_a_place_now_are_passed() -> None:
+def test_items_that_could_not_have_a_place_now_are_passed() -> None:
     waiting = line(0.0, 0.0, 0.0, 0.0)
     assert waiting.due(8.0) == [0, 1]
     assert waiting.due(8.0, lambda item: item % 2 == 1) == [1, 3]
