@@ -1,4 +1,4 @@
-"""What people start and what keeps a fleet running: commands, the controller, the HTTP gateway.
+"""Commands, the controller and the HTTP gateway: what people start, and what keeps a fleet running.
 
 Imports of `workers` only what needs no torch. Start reading in commands/cli.py.
 

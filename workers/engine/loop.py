@@ -81,7 +81,7 @@ class _InFlight:
 
 @dataclass(frozen=True, slots=True)
 class _Pin:
-    """Whether an adapter is to stay in its slot."""
+    """A user's wish that an adapter stays in its slot, or its end."""
 
     digest: str
     is_pinned: bool
@@ -269,7 +269,7 @@ class Engine:
             self._wake.notify()
 
     def vocab_size_of(self, adapter: str | None) -> int:
-        """How many token ids a request may hold: the base model's, and those that its adapter adds.
+        """Return the number of token ids a request may hold: the base model's, and those that its adapter adds.
 
         Raises `AdapterUnavailableError` for an unregistered digest.
         """
@@ -543,7 +543,7 @@ class Engine:
         return replace(request, adapter_start=start)
 
     def _full_weight_bytes(self, digest: str) -> int:
-        """What a registered adapter takes of the pool beside the slots."""
+        """Return the bytes that a registered adapter takes of the pool beside the slots."""
         spec = self._store.spec(digest)
         return 0 if spec is None else self.memory.full_weight_bytes_of(self.spec, spec.vocabulary)
 
@@ -632,7 +632,7 @@ class Engine:
             events.append(RequestEvent(request_id, finish=FinishReason.ERROR, error=error))
 
     def _is_coming(self, digest: str) -> bool:
-        """Whether an adapter is on its way into host memory or a slot."""
+        """Return whether an adapter is on its way into host memory or a slot."""
         return self._slots.is_loading(digest) or self._loader.is_fetching(digest)
 
     def _free_retired(self) -> None:
@@ -644,7 +644,7 @@ class Engine:
             retire.freed.set_result(num_bytes)
 
     def _post(self, report: Loaded | Fetched) -> None:
-        """On any thread."""
+        """Put a report into the inbox. On any thread."""
         with self._lock:
             self._inbox.append(report)
             self._wake.notify()
@@ -676,5 +676,5 @@ def _closed() -> DrainingError:
 
 
 def _needs_history(entry: Scheduled) -> bool:
-    """Whether a request's next token depends on the host knowing the one before."""
+    """Return whether a request's next token depends on the host knowing the one before."""
     return entry.request.num_pending_tokens > 0 and entry.request.sampling.needs_penalties

@@ -174,7 +174,7 @@ def read_architecture(model_dir: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _ties_head(model_dir: Path, wanted: bool) -> bool:
-    """Whether the head is the embedding: the weights decide, where they are there already."""
+    """Return whether the head is the embedding: the weights decide, if they are there already."""
     from lorafleet.workers.model.loader import CheckpointReader
 
     try:

@@ -1,4 +1,4 @@
-"""What this machine has: the device to compute on, and its memory."""
+"""The device to compute on, and its memory."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from lorafleet.workers.options import option, option_of, options_of
 
 @dataclass(frozen=True)
 class LoRASwitch:
-    """Whether there is LoRA at all. Without it LoRA's options have no effect, so they are refused."""
+    """The switch for LoRA. Without it LoRA's options have no effect, so they are refused."""
 
     enable_lora: bool = option(False, group=LORA, help="serve adapters")
 

@@ -15,7 +15,7 @@ from lorafleet.workers.scheduling.turns import AdmissionControl, WaitBound
 
 
 class AcceptedRequests:
-    """By id, in the order of acceptance."""
+    """Requests by id, in the order of acceptance."""
 
     def __init__(self, bound: WaitBound, *, max_waiting: int | None) -> None:
         """max_waiting: requests beyond those in the batch; None: any number."""

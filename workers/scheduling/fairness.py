@@ -54,7 +54,7 @@ class Counters(Generic[K]):
         return len(self._running) > 0
 
     def has_waiting_beside(self, flows: Set[K]) -> bool:
-        """Whether others wait."""
+        """Return whether others wait."""
         return any(flow not in flows for flow in self._waiting.take(len(flows) + 1))
 
     def update(self, flow: K, *, waits: bool, runs: bool) -> None:
@@ -114,11 +114,11 @@ class Fairness:
 
     @property
     def num_tenants(self) -> int:
-        """That wait or run."""
+        """Return the number that wait or run."""
         return len(self._adapters)
 
     def has_waiting_beside(self, tenants: Set[str]) -> bool:
-        """Whether other tenants wait."""
+        """Return whether other tenants wait."""
         return self._tenants.has_waiting_beside(tenants)
 
     def update(self, tenant: str, adapter: str | None, *, waits: bool, runs: bool) -> None:

@@ -106,7 +106,7 @@ def _check_adapter(folder: AdapterFolder, max_lora_rank: int) -> None:
     if config.lora_rank > max_lora_rank and _is_rank_of_all(folder):
         raise folder.refused(
             CONFIG_FILE,
-            f"has rank {config.lora_rank}, the limit is {max_lora_rank}. Start with --max-lora-rank "
+            f"has rank {config.lora_rank}; the limit is {max_lora_rank}. Start with --max-lora-rank "
             f"{config.lora_rank}.",
             "rank_too_large",
         )
