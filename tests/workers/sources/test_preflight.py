@@ -125,7 +125,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"r": 64}, "has rank 64, the limit is 16. Start with --max-lora-rank 64."),
+        ({"r": 64}, "has rank 64; the limit is 16. Start with --max-lora-rank 64."),
         ({"r": 0}, "has r=0; it must be a positive integer"),
         ({"peft_type": "IA3"}, "only LORA is served"),
     ],
