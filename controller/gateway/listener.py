@@ -1,12 +1,11 @@
 """Serves the HTTP application on a port.
 
-Owns: its start and end, enough file descriptors for its connections. Leaves to others: paths (api/app.py),
-connections (connections.py), when it starts and ends (server.py).
+Owns: its start and end, enough file descriptors for its connections. Leaves to others: paths (api/app.py), accepting
+(acceptor.py), connections (connections.py), when it starts and ends (server.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import resource
@@ -14,6 +13,7 @@ from typing import Final
 
 from aiohttp import web
 
+from lorafleet.controller.gateway.acceptor import Acceptor
 from lorafleet.controller.gateway.api.access_log import AccessLog
 from lorafleet.controller.gateway.api.app import make_app
 from lorafleet.controller.gateway.api.state import ABORT_GRACE_S, GatewayState
@@ -34,7 +34,7 @@ class Listener:
         self._runner = web.AppRunner(
             make_app(state, access_log), handler_cancellation=True, shutdown_timeout=ABORT_GRACE_S
         )
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self.connections: Connections | None = None  # set by `listen`
 
     async def set_up(self) -> None:
@@ -47,16 +47,13 @@ class Listener:
         assert server is not None
         limits = dataclasses.replace(self._limits, max_connections=_allowed(self._limits.max_connections))
         self.connections = Connections(server, limits)
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            self.connections, host, port, backlog=1024, reuse_port=reuse_port or None
-        )
-        return int(self._server.sockets[0].getsockname()[1])
+        self._acceptor = Acceptor(self.connections)
+        return await self._acceptor.listen(host, port, reuse_port=reuse_port)
 
     async def close(self) -> None:
         """End what still runs."""
-        if self._server is not None:
-            self._server.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         await self._runner.cleanup()
 
 
