@@ -78,7 +78,7 @@ def test_a_worker_dies(server: Server, undisturbed: list[Answer], texts: dict[st
         assert answers_as_before(server, texts)
         heal(server)
     wait_until(lambda: sum(server.series("lorafleet_choices_resumed_total")) > 0, "a gateway has moved streams")
-    assert len(workers(server) - before) == 2, "in new processes"
+    wait_until(lambda: len(workers(server) - before) == 2, "both are in new processes")
     assert answers_as_before(server, texts)
 
 
