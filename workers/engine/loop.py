@@ -285,7 +285,7 @@ class Engine:
 
         Raises `InvalidRequestError`, `ContextLengthError`, `AdapterUnavailableError` (an unregistered digest),
         `AdapterRefusedError` (one that is not applied together with others), `AdapterConflictError` (pinned ones leave
-        too little room), `QueueFullError` (too many requests, or more clients than max_adapter_wait_s could be kept
+        too little room), `QueueFullError` (too many requests, or more flows than max_adapter_wait_s could be kept
         for), `DrainingError` or `InternalError` (the engine is closed, or has failed); the request is then not accepted
         and has no events.
         """

@@ -198,11 +198,6 @@ class Flows:
                 for flow in self._by_adapter.get(adapter, ()):
                     self._rank_cold(flow)
 
-    def first_cold(self) -> Flow | None:
-        """Return the next flow to serve of those with cold adapters."""
-        tenant = self._cold_tenants.first()
-        return None if tenant is None else self._cold[tenant].first()
-
     def next_cold(self, num_adapters: int) -> list[str]:
         """Return the cold adapters that are likely to be next: some of each tenant, since service is charged."""
         tenants = self._cold_tenants.take(num_adapters)
