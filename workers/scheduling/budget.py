@@ -21,6 +21,7 @@ from __future__ import annotations
 
 SHARE = 0.15  # less than the fifth that is promised, since costs are estimates
 _REMEMBERS = 4.0  # turns
+_MIN_PLACES = 0.125  # turns go on at an eighth of the rate of one slot, whatever was measured
 
 
 class TurnBudget:
@@ -70,4 +71,6 @@ class TurnBudget:
     def places(self, num_places: int) -> float:
         """Return in how many of these slots turns can be taken all the time; below 1: in one, for that part of it."""
         cost = self._cost + self._redone_a_turn / self._turn_s
-        return num_places if SHARE * self._served >= num_places * cost else SHARE * self._served / cost
+        if SHARE * self._served >= num_places * cost:
+            return num_places
+        return max(_MIN_PLACES, SHARE * self._served / cost)  # before anything is served there is no figure to go by
