@@ -31,13 +31,14 @@ class Claims:
         self._residency = residency
         self._turn_s = turn_s
 
-    def find(self, hot: Mapping[str, tuple[str, ...]], taken: Set[str], now: float) -> set[str]:
+    def find(self, hot: Mapping[str, tuple[str, ...]], exempt: Set[str], now: float, hold_s: float) -> set[str]:
         """Return the adapters claimed now.
 
-        hot: adapters that may be claimed, as in `Flows.hot`. taken: adapters that accept no new requests anyway.
+        hot: as in `Flows.hot`. exempt: adapters in slots that are not to be claimed. hold_s: how long a slot is kept at
+        least.
         """
         before = now - self._turn_s
-        ranks = self._claimable(hot, taken, before)
+        ranks = self._claimable(hot, exempt, now - hold_s)
         claimed: set[str] = set()
         for flow in self._residency.next_at_hand() if ranks else ():
             if not ranks or flow.adapter is None or self._flows.slot_line.since(flow.adapter) > before:
@@ -47,16 +48,20 @@ class Claims:
                 claimed.add(digest)
         return claimed
 
-    def _claimable(self, hot: Mapping[str, tuple[str, ...]], taken: Set[str], before: float) -> dict[str, Rank]:
-        """Return the adapters that have held a slot for a turn and have waiting requests, with the best one's rank."""
+    def _claimable(self, hot: Mapping[str, tuple[str, ...]], exempt: Set[str], before: float) -> dict[str, Rank]:
+        """Return the adapters that have held a slot since `before` and have waiting requests, with the best one's rank.
+
+        The rank counts all who wait for an adapter. Else two adapters could claim each other's slot in turns, for ever.
+        """
         ranks: dict[str, Rank] = {}
         for adapter, digests in hot.items():
             flow = self._flows.first(adapter)
-            if flow is None or not taken.isdisjoint(digests):
+            if flow is None:
                 continue
+            rank = self._flows.rank(flow)
             for digest in digests:
-                if self._slots.slot_of(digest) is not None and self._residency.was_held_at(digest, before):
-                    rank = self._flows.rank(flow)
+                is_ready = self._slots.slot_of(digest) is not None
+                if is_ready and digest not in exempt and self._residency.was_held_at(digest, before):
                     ranks[digest] = min(rank, ranks.get(digest, rank))
         return ranks
 

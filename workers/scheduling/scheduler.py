@@ -405,10 +405,11 @@ class Scheduler:
     def _unclaimed(self, reserved: Reserved) -> dict[str, tuple[str, ...]]:
         """Return the hot adapters that have waiting requests and accept them, with their digests."""
         hot = self._flows.hot()
-        # A request preempted for a turn resumes as if it had never stopped: its adapter is not claimed.
-        preempted = self._running.preempted_for_turns
-        claimable = {adapter: digests for adapter, digests in hot.items() if adapter not in preempted}
-        claimed = reserved.claimed | self._claims.find(claimable, reserved.claimed, self._now)
+        # A request preempted for a turn resumes as if it had never stopped: its adapters are not claimed.
+        resuming = {digest for adapter in self._running.preempted_for_turns for digest in hot.get(adapter, ())}
+        claimed = reserved.claimed | self._claims.find(
+            hot, reserved.claimed | resuming, self._now, self.slot_turns.hold_s
+        )
         return {adapter: digests for adapter, digests in hot.items() if claimed.isdisjoint(digests)}
 
     def _ready(self, unclaimed: dict[str, tuple[str, ...]], reserved: Reserved) -> list[str | None]:

@@ -257,3 +257,36 @@ TestScheduler = Machine.TestCase
 TestScheduler.settings = settings(
     max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+def test_adapters_whose_requests_were_preempted_do_not_take_a_slot_from_each_other_for_ever() -> None:
+    """An example that the machine found: requests name the same adapters by several weights."""
+    machine = Machine()
+    machine.start(pages=10, slots=1, seats=2, extra_budget=9, max_wait_s=1.0, prefix_caching=True, overlaps=True)
+    for adapter, weight, priority in [
+        ("a", -2.0, 0),
+        ("b", 1.0, 0),
+        ("a", -2.0, 0),
+        ("a", 1.0, -1),
+        ("e", 1.0, 0),
+        ("e", -2.0, 0),
+        ("d", 0.5, 0),
+        ("d", 1.0, 0),
+        ("d", -2.0, 0),
+        ("b", 0.5, -1),
+        ("e", 0.5, 0),
+    ]:
+        is_alone = weight == 1.0
+        machine.add(
+            prompt=(7,),
+            max_tokens=2 if priority and is_alone else 1,
+            adapter=adapter if is_alone else None,
+            composition={} if is_alone else {adapter: weight},
+            tenant="t" if priority and is_alone else "",
+            tenant_weight=1.0,
+            adapter_weight=1.0,
+            priority=priority,
+            cache_salt=None,
+            start=0,
+        )
+    machine.teardown()
