@@ -223,7 +223,7 @@ class Preemption:
             if len(missing) > 1:
                 reserved.is_gathering = True
                 idle = [other for other in self._slots.blockers(missing[0]) if not self._slots.is_in_use(other)]
-                reserved.claimed.update(other for other in idle if other not in reserved.keep)
+                reserved.claimed.update(other for other in idle if other not in keep)
             return
 
     def _give_back(self, reserved: Reserved, now: float, before: float) -> None:

@@ -176,3 +176,17 @@ def test_turns_of_adapters_with_one_request_cost_busier_ones_at_most_a_fifth() -
     assert sum(num_scheduled) >= 0.8 * 16 * len(num_scheduled)
     assert {"cold0", "cold1"} <= set(world.order)
     assert min(num_scheduled) < 16, "there were turns"
+
+
+def test_while_slots_are_gathered_for_a_composition_an_adapter_that_has_just_come_starts_its_requests() -> None:
+    world = World(slots=2, max_num_seqs=1, max_wait_s=8.0, step_s=0.2)
+    world.add("x", 2, max_tokens=30, adapter="x")
+    world.step()
+    world.add("both", 2, max_tokens=2, priority=1, **pair("b", "d"))
+    while world.now < 5.8:
+        world.step()
+    world.add("c", 2, max_tokens=2, adapter="c")  # ranks first, and gets the free slot while x has the only seat
+    while len(world.finished) < 3:
+        plan = world.step()
+        assert plan.scheduled or plan.loads
+    assert world.order == ["x", "c", "both"]
