@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ def make_adapter(
             parameter.data.normal_(0.0, strength)
     peft_model.eval().save_pretrained(str(directory), save_embedding_layers=save_embedding_layers)
     return peft_model
+
+
+def make_adapters(model: PreTrainedModel, directory: Path, names: Iterable[str], **options: Any) -> dict[str, Path]:
+    """Make adapters of one base, each with other weights. Return their directories by name.
+
+    options: see `make_adapter`.
+    """
+    directories = {name: directory / name for name in names}
+    for seed, adapter in enumerate(directories.values(), start=1):
+        make_adapter(copy.deepcopy(model), adapter, seed=seed, **options)
+    return directories
 
 
 def fuse(adapted: PeftModel, adapter: Path, fused: str, parts: list[str]) -> None:

@@ -49,7 +49,7 @@ class FleetCluster:
     """A command's view of Ray: the cluster, and the controller in it."""
 
     def __init__(self, address: str | None, num_actors: int, while_waiting: Callable[[], None]) -> None:
-        """Start our own Ray (address None) or join a running one. Raises `ConnectionError` and `RuntimeError`.
+        """Start our own Ray (address None) or join a running one. Raises `ConnectionError` or `RuntimeError`.
 
         num_actors: our own Ray gets at least so many CPUs, one per actor, though they share the machine's.
         while_waiting: called every few milliseconds until Ray has started.
@@ -75,7 +75,14 @@ class FleetCluster:
         while not wait([starting], timeout=0.01).done and time.monotonic() < deadline:
             while_waiting()
         while_waiting()
-        starting.result(timeout=0)
+        try:
+            starting.result(timeout=0)
+        except ConnectionError:
+            raise
+        except TimeoutError:
+            raise RuntimeError(f"it has not answered within {_INIT_TIMEOUT_S:g} s.") from None
+        except Exception as error:  # Ray raises plain ones, when its processes do not answer in time for example
+            raise RuntimeError(str(error) or type(error).__name__) from error
         self._is_abandoned = False
         self._controller: Any = None
         self._made = ""  # id of the fleet that this command has started, and owns

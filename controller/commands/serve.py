@@ -167,7 +167,7 @@ def _fleet(
         # Ray's C++ part replaces our signal handler by one that aborts the process, so ours is set repeatedly.
         num_actors = config.num_workers * config.engine.tensor_parallel_size
         cluster = FleetCluster(config.ray_address, num_actors, while_waiting=signals.install)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError) as error:
         raise ConfigError(f"Ray could not be started or joined: {error}") from error
     try:
         signals.check()

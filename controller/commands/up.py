@@ -206,7 +206,7 @@ def _joined(address: str, signals: Signals | None = None) -> Iterator[FleetClust
     try:
         # Ray's C++ part replaces our signal handler by one that aborts the process, so ours is set repeatedly.
         cluster = FleetCluster(address, 0, while_waiting=signals.install if signals else lambda: None)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError) as error:
         raise ConfigError(
             f"No Ray cluster can be joined at {address!r}: {error} `ray start --head` starts one; `lorafleet serve` "
             "starts its own."

@@ -93,6 +93,21 @@ def joined() -> FleetCluster:
     return FleetCluster("10.0.0.1", 0, while_waiting=lambda: None)
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [(Exception("the node timed out"), "the node timed out"), (ValueError("taken"), "taken")],
+)
+def test_whatever_ray_raises_at_its_start_is_one_error(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, raised: Exception, told: str
+) -> None:
+    def init(**options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(fake, "init", init)
+    with pytest.raises(RuntimeError, match=told):
+        joined()
+
+
 def test_a_refused_command_leaves_the_running_fleet(fake: FakeRay) -> None:
     fake.add_fleet(ANOTHER, "lorafleet-worker-0")
     fake.groups[group_name("lorafleet-worker-0", ANOTHER)] = "CREATED"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import shutil
@@ -32,8 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and adapters a, b, c."""
     root = tmp_path_factory.mktemp("life")
     model = tiny.make_model("smollm2", root / "model")
-    for seed, name in enumerate(NAMES):
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 1)
+    tiny.make_adapters(model, root, NAMES)
     return root
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import threading
 import time
@@ -31,8 +30,7 @@ TIMEOUT_S = 60.0
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hung")
     model = tiny.make_model("smollm2", root / "model")
-    for seed, name in enumerate([*HUNG, "fine"]):
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 1, targets=["q_proj"])
+    tiny.make_adapters(model, root, [*HUNG, "fine"], targets=["q_proj"])
     return root
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +26,7 @@ NewEngine = Callable[..., Engine]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("prefix")
     model = tiny.make_model("qwen2", root / "model")
-    for seed, name in enumerate(("one", "other")):
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 1)
+    tiny.make_adapters(model, root, ("one", "other"))
     (root / "alias").mkdir()
     for file in (root / "one").iterdir():
         (root / "alias" / file.name).write_bytes(file.read_bytes())

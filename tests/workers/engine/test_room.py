@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
 import time
@@ -31,11 +30,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, plain adapters a, b, c, and one, two and three, which have their own embedding."""
     root = tmp_path_factory.mktemp("room")
     model = tiny.make_model("llama3", root / "model")
-    for seed, name in enumerate(("a", "b", "c")):
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 1)
-    for seed, name in enumerate(("one", "two", "three")):
-        own = {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 9, **own)  # type: ignore[arg-type]
+    tiny.make_adapters(model, root, ("a", "b", "c"))
+    own = {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    tiny.make_adapters(model, root, ("one", "two", "three"), **own)
     return root
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -26,8 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("async")
     model = tiny.make_model("smollm2", root / "model")
     tiny.save_tokenizer(root / "model")
-    for seed, name in enumerate("ab"):
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 1)
+    tiny.make_adapters(model, root, "ab")
     return root
 
 

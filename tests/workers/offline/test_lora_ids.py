@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ids")
     model = tiny.make_model("smollm2", root / "model")
     tiny.save_tokenizer(root / "model")
-    for seed, name in enumerate(NAMES):
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 1, strength=0.3)
+    tiny.make_adapters(model, root, NAMES, strength=0.3)
     return root
 
 

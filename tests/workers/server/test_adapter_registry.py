@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("registry")
     model = tiny.make_model("smollm2", root / "model")
     tiny.save_tokenizer(root / "model")
-    for seed, name in enumerate("abc"):
-        tiny.make_adapter(copy.deepcopy(model), root / name, seed=seed + 1)
+    tiny.make_adapters(model, root, "abc")
     return root
 
 
