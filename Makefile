@@ -21,7 +21,7 @@ help:
 	@echo 'make package  build the wheel, with the kernels prebuilt, and try it outside the tree'
 	@echo 'make image-check  run the steps of deploy/docker/Dockerfile, without Docker'
 	@echo 'make manifests-check  have checkov look at the Kubernetes manifests'
-	@echo 'make manifests    render the base of the Kustomize overlay anew'
+	@echo 'make manifests    render the base of the Kustomize overlay again'
 	@echo 'make proto    regenerate the gRPC stubs'
 	@echo 'make docs-cli regenerate the reference of the command line'
 
