@@ -143,13 +143,18 @@ class Preemption:
         return flow is not None and is_affordable and self._residency.are_at_hand(flow)
 
     def _fresh(self, before: float) -> set[str]:
-        """Return adapters that got their slots after `before` and whose requests had no time to start."""
-        hot = {digest for digests in self._flows.hot().values() for digest in digests}
-        return {
+        """Return adapters that got their slots after `before` and whose requests had no time to start.
+
+        With them, adapters in slots that the same requests use.
+        """
+        hot = self._flows.hot().values()
+        fresh = {
             digest
-            for digest in hot
+            for digests in hot
+            for digest in digests
             if not self._slots.is_in_use(digest) and not self._residency.was_held_at(digest, before)
         }
+        return fresh.union(*(digests for digests in hot if not fresh.isdisjoint(digests)))
 
     def _due(self, adapters: list[str], now: float) -> list[Flow]:
         """Return the flows to serve now: the first of each due adapter, those due a seat, the due adapters' others."""

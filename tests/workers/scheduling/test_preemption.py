@@ -190,3 +190,17 @@ def test_while_slots_are_gathered_for_a_composition_an_adapter_that_has_just_com
         plan = world.step()
         assert plan.scheduled or plan.loads
     assert world.order == ["x", "c", "both"]
+
+
+def test_while_slots_are_gathered_a_composition_with_an_adapter_that_has_just_come_starts() -> None:
+    world = World(slots=2, max_num_seqs=1, max_wait_s=8.0, step_s=0.2)
+    world.add("b", 2, max_tokens=30, adapter="b")
+    world.step()
+    world.add("both", 2, max_tokens=2, priority=1, **pair("d", "e"))
+    while world.now < 5.8:
+        world.step()
+    world.add("a and b", 2, max_tokens=2, **pair("a", "b"))
+    while len(world.finished) < 3:
+        plan = world.step()
+        assert plan.scheduled or plan.loads
+    assert world.order == ["b", "a and b", "both"]
