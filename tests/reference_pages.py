@@ -17,7 +17,9 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from lorafleet.controller.gateway.api.schema import DEFAULTS
+from lorafleet.controller.gateway.api.field_rule import ENDPOINTS, FieldRule, rule_of
+from lorafleet.controller.gateway.api.known_fields import HARMLESS
+from lorafleet.controller.gateway.api.schema import ASKS_NOTHING, StreamOptions
 from lorafleet.controller.gateway.metrics.instruments import Metrics
 from lorafleet.controller.gateway.metrics.page import Snapshot
 from lorafleet.controller.gateway.metrics.vllm import VllmCollector
@@ -28,13 +30,29 @@ PAGES = Path(__file__).parents[1] / "docs" / "reference"
 _PLACE = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def refused_fields() -> str:
-    """Fields that are refused, with the values that ask for nothing."""
+def fields() -> str:
+    """What becomes of each known field at each endpoint, and the values with which a refused one is accepted."""
+    rules = [rule_of(kind) for kind in ENDPOINTS.values()]
+    names = {*ASKS_NOTHING, *HARMLESS}.union(*(rule.names for rule in rules))
     rows = [
-        (f"`{name}`", ", ".join(f"`{json.dumps(value)}`" for value in (None, *values)))
-        for name, values in DEFAULTS.items()
+        (f"`{name}`", *(_fate(rule, name) for rule in rules), _values(rules, name))
+        for name in sorted(names - rule_of(StreamOptions).known.keys())
     ]
-    return _table(("field", "may be"), rows)
+    return _table(("field", *(f"`{path}`" for path in ENDPOINTS), "may be"), rows)
+
+
+def _fate(rule: FieldRule, name: str) -> str:
+    if name in rule.honoured:
+        return "honoured"
+    if name in rule.other_names:
+        return f"as `{rule.other_names[name]}`"
+    return "refused" if rule.is_refused(name) else "ignored"
+
+
+def _values(rules: Sequence[FieldRule], name: str) -> str:
+    refusing = [rule for rule in rules if rule.is_refused(name)]
+    values = [value for rule in refusing[:1] for value in rule.known[name]]
+    return ", ".join(f"`{json.dumps(value)}`" for value in values)
 
 
 def error_codes() -> str:
@@ -64,7 +82,7 @@ def vllm_metrics() -> str:
 
 
 TABLES = {
-    "refused fields": refused_fields,
+    "fields": fields,
     "error codes": error_codes,
     "gateway metrics": gateway_metrics,
     "worker metrics": worker_metrics,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 MAX_QUOTED_CHARS: Final = 200
 _MAX_QUOTED_BITS: Final = 600  # the largest integer written out, some 180 digits; Python refuses 4,300
@@ -69,6 +69,11 @@ class InvalidRequestError(LoRAFleetError):
 
 class ContextLengthError(InvalidRequestError):
     """Prompt and requested tokens do not fit into the model's context."""
+
+    @classmethod
+    def beyond(cls, max_model_len: int, problem: str, *, param: str = "prompt") -> Self:
+        """Return the error for a context of `max_model_len` tokens, in the words by which clients recognise it."""
+        return cls(f"This model's maximum context length is {max_model_len} tokens. {problem}", param=param)
 
 
 class AuthenticationError(LoRAFleetError):

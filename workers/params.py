@@ -14,7 +14,7 @@ from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, qu
 from lorafleet.workers.scheduling.ranges import Range, check_integer
 from lorafleet.workers.scheduling.sampling_options import MAX_INT, SHARED_FIELDS, NumTokens, Sampling, SamplingOptions
 
-MAX_N = 16
+MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 1024
@@ -24,10 +24,11 @@ MAX_STOP_TOKEN_IDS = 1024
 class SamplingParams(Sampling):
     """Options of a generation. Raises `InvalidRequestError`, naming the field, for a value out of range.
 
-    max_tokens: None generates up to the end of the context. temperature: 0 is greedy. top_k: 0 (or -1) keeps all.
-    logprobs: k returns the log-probabilities of the sampled token and of the k best at each position. seed: None draws
-    one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output. min_tokens: before
-    that many, no EOS, stop token or stop string ends the output. stop, stop_token_ids: None means none.
+    max_tokens: None, or more than fits, generates up to the end of the context. temperature: 0 is greedy. top_k: 0 (or
+    -1) keeps all. logprobs: k returns the log-probabilities of the sampled token and of the k best at each position.
+    seed: None draws one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output.
+    min_tokens: before that many, no EOS, stop token or stop string ends the output. stop, stop_token_ids: None means
+    none.
     """
 
     n: Annotated[int, Range(1, MAX_N)] = 1
@@ -62,32 +63,27 @@ class SamplingParams(Sampling):
         """Return the engine's options for one choice of a request with a known prompt.
 
         `seed` is used if the request has none. `eos_token_ids` are the tokenizer's; they end the output like the
-        model's own (an adapter's tokenizer may have others). Raises `ContextLengthError` if prompt and max_tokens
-        exceed max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
+        model's own (an adapter's tokenizer may have others). More max_tokens than fit after the prompt are reduced to
+        what fits. Raises `ContextLengthError` for a prompt that leaves no room, `InvalidRequestError` for a token id
+        outside the vocabulary.
         """
         room = max_model_len - num_prompt_tokens
         if room < 1:
-            raise ContextLengthError(
-                f"The prompt has {num_prompt_tokens} tokens; the context of {max_model_len} tokens leaves no room for "
-                "an answer. Shorten the prompt.",
-                param="prompt",
-            )
-        if self.max_tokens is not None and self.max_tokens > room:
-            raise ContextLengthError(
-                f"The prompt has {num_prompt_tokens} tokens and max_tokens is {self.max_tokens}: together "
-                f"{num_prompt_tokens + self.max_tokens}, over the context of {max_model_len} tokens. Ask for at most "
-                f"{room} tokens or shorten the prompt.",
-                param="max_tokens",
+            raise ContextLengthError.beyond(
+                max_model_len,
+                f"The prompt has {num_prompt_tokens} tokens, which leaves no room for an answer. Shorten the prompt.",
             )
         highest = max(self.stop_ids, default=0)
         if highest >= vocab_size:
             raise InvalidRequestError(
                 f"stop_token_ids has {highest}; the vocabulary ends at {vocab_size - 1}.", param="stop_token_ids"
             )
-        max_tokens = room if self.max_tokens is None else self.max_tokens
+        max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
         if self.min_tokens > max_tokens:
-            raise ContextLengthError(
-                f"min_tokens is {self.min_tokens}; only {max_tokens} tokens fit after the prompt.", param="min_tokens"
+            raise ContextLengthError.beyond(
+                max_model_len,
+                f"min_tokens is {self.min_tokens}; only {max_tokens} tokens fit after the prompt.",
+                param="min_tokens",
             )
         return SamplingOptions(
             **{name: getattr(self, name) for name in SHARED_FIELDS},

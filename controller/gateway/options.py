@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final, Literal
 
 from lorafleet.controller.gateway.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, check_keys, keys_of_variable
+from lorafleet.controller.gateway.cross_origin import CrossOrigin
 from lorafleet.controller.gateway.limits import Limits
 from lorafleet.workers.offline.args import EngineArgs
 from lorafleet.workers.options import DAY_S, check_options, nested, option, option_of
@@ -70,6 +71,13 @@ class GatewayOptions:
     access_log: bool = option(
         True, group=HTTP, help="log a line for each answered request, except health checks, metrics and status"
     )
+    strict_fields: bool = option(
+        False,
+        group=HTTP,
+        help="refuse requests with fields that this server does not know; otherwise they are ignored, and named in the "
+        "answer's header x-lorafleet-ignored-fields",
+    )
+    cross_origin: CrossOrigin = nested(CrossOrigin)
     limits: Limits = nested(Limits)
 
     def __post_init__(self) -> None:

@@ -8,12 +8,16 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import msgspec
+import openai.types
+import openai.types.chat
+import openai.types.chat.completion_create_params
+import openai.types.completion_create_params
 import pytest
 from aiohttp import web
 from documents import ROOT
 from reference_pages import PAGES, TABLES, filled
 
-from lorafleet.controller.gateway.api import schema
+from lorafleet.controller.gateway.api import field_rule, schema
 from lorafleet.controller.gateway.api.app import make_app
 from lorafleet.controller.gateway.api.auth import OPEN_PATHS
 from lorafleet.controller.gateway.config import GatewayConfig
@@ -114,8 +118,37 @@ def is_required(name: str, kinds: list[type[msgspec.Struct]]) -> bool:
     return all(field.required for field in found)
 
 
-def test_fields_that_do_nothing_are_named() -> None:
-    assert all(f"`{name}`" in section("Refused fields") for name in schema.ASKS_NOTHING)
+def test_fields_that_strict_fields_ignores_too_are_named() -> None:
+    assert all(f"`{name}`" in section("Every known field") for name in schema.ASKS_NOTHING)
+
+
+FATES = fields_of(section("Every known field"))
+ENDPOINTS = [f"`{path}`" for path in field_rule.ENDPOINTS]
+
+
+@pytest.mark.parametrize(
+    ("path", "params"),
+    [
+        ("/v1/chat/completions", openai.types.chat.completion_create_params),
+        ("/v1/completions", openai.types.completion_create_params),
+    ],
+)
+def test_every_parameter_of_openais_clients_is_known(path: str, params: Any) -> None:
+    kinds = (params.CompletionCreateParamsNonStreaming, params.CompletionCreateParamsStreaming)
+    names = {name for kind in kinds for name in get_type_hints(kind)}
+    assert len(names) > 15
+    column = list(field_rule.ENDPOINTS).index(path)
+    fates = {name: FATES[name][column] if name in FATES else "not in the table" for name in names}
+    assert {name for name, fate in fates.items() if fate not in ("honoured", "refused", "ignored")} == set()
+    for name in ("model", "temperature", "top_p", "max_tokens", "stop", "seed", "n", "stream"):
+        assert fates[name] == "honoured"
+
+
+def test_the_table_of_fields_has_a_column_for_each_endpoint_that_takes_a_body() -> None:
+    state: Any = SimpleNamespace(config=GatewayConfig(controller="localhost:1", token="-"))
+    posted = {route.resource.canonical for route in make_app(state).router.routes() if route.method == "POST"}
+    assert set(field_rule.ENDPOINTS) == {path.rstrip("/") for path in posted}
+    assert f"| field | {' | '.join(ENDPOINTS)} |" in HTTP
 
 
 def reason_codes() -> set[str]:

@@ -38,9 +38,9 @@ class RequestChecks:
         if not prompt:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
         if len(prompt) + sampling.max_tokens > self._max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: over the context of "
-                f"{self._max_model_len} tokens.",
+            raise ContextLengthError.beyond(
+                self._max_model_len,
+                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}, together more.",
                 param="max_tokens",
             )
         self._check_composition(request)

@@ -182,10 +182,10 @@ class Tokenizer:
             return
         max_chars = max_tokens * self._max_token_chars
         if len(text) > max_chars:
-            raise ContextLengthError(
-                f"The text has {len(text)} characters; {max_tokens} tokens, the limit, hold at most {max_chars}, since "
-                f"the longest token has {self._max_token_chars}. Shorten it.",
-                param="prompt",
+            raise ContextLengthError.beyond(
+                max_tokens,
+                f"The text has {len(text)} characters; so many tokens hold at most {max_chars}, since the longest "
+                f"token has {self._max_token_chars}. Shorten it.",
             )
         if len(text) <= _PIECE_CHARS:
             return
@@ -195,10 +195,10 @@ class Tokenizer:
             num_tokens += len(self.encode_batch([piece], add_special_tokens=False)[0])
             slack += 16
             if num_tokens > max_tokens + slack:
-                raise ContextLengthError(
+                raise ContextLengthError.beyond(
+                    max_tokens,
                     f"The text has {len(text)} characters, of which the first {start + len(piece)} alone have "
-                    f"{num_tokens} tokens; the limit is {max_tokens}. Shorten it.",
-                    param="prompt",
+                    f"{num_tokens} tokens. Shorten it.",
                 )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from lorafleet.controller.gateway.api.auth import OPEN_PATHS, TENANT
-from lorafleet.controller.gateway.api.errors import REQUEST_ID
+from lorafleet.controller.gateway.api.request_id import REQUEST_ID
 from lorafleet.workers.errors import cut
 
 MAX_LINES: Final = 10_000  # waiting to be written

@@ -64,7 +64,7 @@ async def answer(
         "id": f"{shape.id_prefix}-{call.request_id}",
         "object": shape.chunk_object if fields.stream else shape.whole_object,
         "created": int(time.time()),
-        "model": fields.model[:MAX_NAME_CHARS],
+        "model": (fields.model or model.entry.name)[:MAX_NAME_CHARS],
     }
     async with call.state.generate(requests, params, model) as generation:
         if fields.stream:

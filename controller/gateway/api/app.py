@@ -14,7 +14,9 @@ from aiohttp.typedefs import Handler
 from lorafleet.controller.gateway.api import adapters, chat, completions, fleet, health, models, tokenization
 from lorafleet.controller.gateway.api.access_log import AccessLog
 from lorafleet.controller.gateway.api.auth import ApiKeys, auth_middleware
+from lorafleet.controller.gateway.api.cors import preflight_middleware
 from lorafleet.controller.gateway.api.errors import error_middleware
+from lorafleet.controller.gateway.api.response_headers import response_headers
 from lorafleet.controller.gateway.api.state import STATE, GatewayState
 from lorafleet.controller.gateway.tenants import tenants_of
 
@@ -31,11 +33,13 @@ def make_app(state: GatewayState, access_log: AccessLog | None = None) -> web.Ap
             *([access_log.middleware] if access_log else []),
             _count_requests,
             error_middleware,
+            preflight_middleware(config.cross_origin),
             auth_middleware(keys),
         ],
     )
     app[STATE] = state
     app.cleanup_ctx.append(_life)
+    app.on_response_prepare.append(response_headers(config.cross_origin))
     for add, path, handler in (
         (web.get, "/health", health.health),
         (web.get, "/ping", health.health),

@@ -68,15 +68,10 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def _max_tokens(fields: ChatRequest) -> int | None:
-    """Return the limit on output tokens; None: the rest of the context."""
-    new, old = fields.max_completion_tokens, fields.max_tokens
-    if new is not None and old is not None and new != old:
-        raise InvalidRequestError(
-            f"max_completion_tokens is {quoted(new)} and max_tokens is {quoted(old)}. Give one of them.",
-            param="max_tokens",
-        )
+    """Return the limit on output tokens, by OpenAI's newer name if both are given; None: the rest of the context."""
+    new = fields.max_completion_tokens
     _ALLOWED["max_tokens"].check("max_completion_tokens", new)
-    return old if new is None else new
+    return fields.max_tokens if new is None else new
 
 
 def _num_logprobs(fields: ChatRequest) -> int | None:

@@ -25,7 +25,7 @@ def resolve_model(table: RoutingTable, fields: GenerateFields) -> ModelEntry:
     """Return the model for a request. Raises `UnknownModelError`, `InvalidRequestError`, `AdapterRefusedError`."""
     if fields.adapters is None:
         return resolve_name(table, fields.model)
-    if table.resolve(fields.model).digest:
+    if fields.model and table.resolve(fields.model).digest:
         raise InvalidRequestError(
             f"model is {quoted(fields.model)}, an adapter; together with adapters it must be the base model, "
             f"{table.base_name!r}.",
@@ -34,11 +34,13 @@ def resolve_model(table: RoutingTable, fields: GenerateFields) -> ModelEntry:
     return _compose(table, [(part.name, part.weight) for part in fields.adapters], "adapters")
 
 
-def resolve_name(table: RoutingTable, name: str) -> ModelEntry:
+def resolve_name(table: RoutingTable, name: str | None) -> ModelEntry:
     """Return a model by its name, or several as `name:weight+name:weight`, where `:weight` is optional.
 
-    The name of a model is never split. Raises as `resolve_model`.
+    No name, or an empty one, is the base model. The name of a model is never split. Raises as `resolve_model`.
     """
+    if not name:
+        return table.base
     if name in table.models:
         return table.models[name]
     if len(name) > MAX_MODEL_CHARS:

@@ -1,7 +1,7 @@
 """The entry to every endpoint that takes a JSON body: admission, the body, its fields, then the handler.
 
 Owns: the order of these steps, and the handler's argument. Leaves to others: the tenant (auth.py), admission and bodies
-(intake.py), JSON (schema.py).
+(intake.py), JSON (body.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from lorafleet.controller.gateway.api.auth import TENANT, check_admin
-from lorafleet.controller.gateway.api.errors import REQUEST_ID
+from lorafleet.controller.gateway.api.body import Body, decode
+from lorafleet.controller.gateway.api.ignored_fields import IGNORED_FIELDS
 from lorafleet.controller.gateway.api.intake import Place
-from lorafleet.controller.gateway.api.schema import decode
+from lorafleet.controller.gateway.api.request_id import REQUEST_ID, take_id
 from lorafleet.controller.gateway.api.state import STATE, GatewayState
 from lorafleet.controller.gateway.tenants import Tenant
 
@@ -69,12 +70,16 @@ def takes(
             with state.intake.enter(request) as place:
                 body = await place.read_body()
 
-                def read() -> _F:
-                    fields = decode(body, kind)
-                    check(fields)
-                    return fields
+                def decode_and_check() -> Body[_F]:
+                    decoded = decode(body, kind, strict=state.config.strict_fields)
+                    check(decoded.fields)
+                    return decoded
 
-                fields = await state.parse(tenant, len(body), read)
+                read = await state.parse(tenant, len(body), decode_and_check)
+                fields = read.fields
+                if read.ignored:
+                    request[IGNORED_FIELDS] = state.ignored_fields.text(read.ignored)
+                take_id(request, getattr(fields, "request_id", None))
                 return await answer(
                     Call(request=request, state=state, tenant=tenant, place=place, num_bytes=len(body), fields=fields)
                 )

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: OpenAI's JSON, the request's id, when to retry.
+"""Errors as HTTP answers: OpenAI's JSON, when to retry.
 
 Owns: the middleware that turns every exception into such an answer and counts it. Leaves to others: the status of each
 error (workers/errors.py), errors in mid-stream (sse.py, which sends the same JSON).
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import uuid
 from typing import Final
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from lorafleet.controller.gateway.api.request_id import REQUEST_ID, give_id
 from lorafleet.controller.gateway.api.state import STATE
 from lorafleet.workers.errors import (
     AuthenticationError,
@@ -30,9 +29,6 @@ from lorafleet.workers.errors import (
 )
 
 MAX_MESSAGE_CHARS: Final = 2000
-
-REQUEST_ID: Final = web.RequestKey("request_id", str)
-_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +96,9 @@ def _path(request: web.Request) -> str:
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give each request its id and each failure its answer. Outermost but for the access log."""
-    given = request.headers.get("x-request-id", "")
-    request[REQUEST_ID] = given if _REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
-    response: web.StreamResponse
+    give_id(request)
     try:
-        response = await handler(request)
+        return await handler(request)
     except ConnectionError:  # the client has disconnected; this answer is not sent
         if request.transport is not None:
             request.transport.abort()
@@ -113,6 +107,4 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         response = error_response(named_error(error, request))
         if not request.content.at_eof():
             response.force_close()  # the rest of the body would be read as the next request
-    if not response.prepared:
-        response.headers["x-request-id"] = request[REQUEST_ID]
-    return response
+        return response

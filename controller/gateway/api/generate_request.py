@@ -37,7 +37,7 @@ def generate_requests(
     """Return one request for each prompt, as its first choice. draw_seed: returns a seed for a prompt without one.
     prompt_field: the field that errors about a prompt name. Raises the errors of any of them."""
     carried: dict[str, Any] = {name: value for name in _CARRIED if (value := getattr(fields, name)) is not None}
-    carried["priority"] = tenant.priority_of(fields.priority)
+    carried |= {"request_id": request_id, "priority": tenant.priority_of(fields.priority)}
     entry = model.entry
     requests = []
     for prompt in prompts:
@@ -57,10 +57,9 @@ def generate_requests(
             raise
         requests.append(
             GenerateRequest(
-                request_id,
-                tuple(prompt),
-                sampling,
-                entry.digest or None,
+                prompt_token_ids=tuple(prompt),
+                sampling=sampling,
+                adapter=entry.digest or None,
                 composition=tuple((part.digest, weight) for part, weight in entry.composition),
                 tenant=tenant.name,
                 tenant_weight=tenant.weight,

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lorafleet.controller.gateway.api.schema import decode_field
+from lorafleet.controller.gateway.api.body import decode_field
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 from lorafleet.workers.text.tokenizer import Tokenizer
 
@@ -70,10 +70,8 @@ def echoes_of(tokenizer: Tokenizer, prompts: Sequence[Prompt], n: int) -> list[s
 def _ids(raw: bytes, name: str, max_model_len: int) -> list[int]:
     num_ids = raw.count(b",") + 1
     if num_ids > max_model_len:
-        raise ContextLengthError(
-            f"{name} has {num_ids} token ids; the context of {max_model_len} tokens leaves no room for an answer. "
-            "Shorten it.",
-            param="prompt",
+        raise ContextLengthError.beyond(
+            max_model_len, f"{name} has {num_ids} token ids, which leaves no room for an answer. Shorten it."
         )
     ids: list[int] = decode_field(raw, list[int], name)
     if not ids:

@@ -1,28 +1,20 @@
-"""The fields of requests: one struct for each endpoint, and what else is accepted, or refused by name.
+"""The fields of requests that are honoured: one struct for each endpoint.
 
-Owns: fields and types; JSON is read only here. Leaves to others: ranges (workers/params.py,
-workers/scheduling/request.py), combinations of fields (sampling.py, completions.py, chat.py).
-
-A field missing here would change the answer if it were honoured, so it is refused by name, unless its value asks for
-nothing (null, or the default). msgspec decodes strictly: true is not a number, 1.0 is not an integer, and JSON has no
-NaN. The number of elements in a body is checked before it is decoded.
+Owns: fields and types. Leaves to others: reading them (body.py), what becomes of a field that is missing here
+(field_rule.py), ranges (workers/params.py, workers/scheduling/request.py), combinations of fields (sampling.py,
+completions.py, chat.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import re
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 
-from lorafleet.workers.errors import InvalidRequestError, cut, quoted
-from lorafleet.workers.text.json_shape import check_shape
+from lorafleet.workers.errors import InvalidRequestError
 
 MAX_FIELD_BYTES: Final = 1 << 17  # of any field except those that carry the request's content
 SIZEABLE: Final = frozenset({"prompt", "messages", "tokens"})
-_MAX_DEFAULT_BYTES = 256  # longer than any value of `DEFAULTS`
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -45,11 +37,10 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
 
 
-class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class StreamOptions(msgspec.Struct, kw_only=True):
     """include_usage: a last chunk with the usage and no choices."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # false is this server's behaviour
     continuous_usage_stats: bool | None = None
 
 
@@ -63,11 +54,12 @@ class ComposedAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class GenerateFields(SamplingFields, kw_only=True):
     """Fields of completions and chat besides sampling.
 
-    priority: lower is served earlier; it is added to the tenant's. cache_salt: only requests of the same tenant with
-    the same salt share cached prefixes. adapters: applied together; `model` is the base model then.
+    model: None, or empty, is the base model. priority: lower is served earlier; it is added to the tenant's.
+    cache_salt: only requests of the same tenant with the same salt share cached prefixes. adapters: applied together;
+    `model` is the base model then. request_id: the answer's id; the header `x-request-id` comes before it.
     """
 
-    model: str
+    model: str | None = None
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -75,6 +67,7 @@ class GenerateFields(SamplingFields, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     adapters: list[ComposedAdapter] | None = None
+    request_id: str | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -130,7 +123,7 @@ class UnloadAdapterBody(msgspec.Struct, kw_only=True):
 
 
 ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
-"""Fields that do not affect the answer, whatever their value."""
+"""Fields that do not affect the answer, whatever their value; even `--strict-fields` ignores them."""
 
 DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "add_generation_prompt": (True,),
@@ -179,87 +172,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
 }
 """Fields of OpenAI or vLLM that this server does not honour: the values, besides null, that ask for nothing."""
 
-_T = TypeVar("_T", bound=msgspec.Struct)
-_WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
-
-
-def decode(body: bytes, kind: type[_T]) -> _T:
-    """Decode a request's body. Raises InvalidRequestError that names the field."""
-    _check_shape(body, kind)
-    fields = _decode(body, dict[str, msgspec.Raw])
-    known = kind.__struct_fields__
-    for name, raw in fields.items():
-        num_bytes = memoryview(raw).nbytes
-        if name in known:
-            if num_bytes > MAX_FIELD_BYTES and name not in SIZEABLE:
-                raise InvalidRequestError(f"{name} has {num_bytes} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
-        elif name not in ASKS_NOTHING and (num_bytes > _MAX_DEFAULT_BYTES or not _asks_nothing(name, bytes(raw))):
-            does = "is not supported by this server" if name in DEFAULTS else "is not a known field"
-            raise InvalidRequestError(f"{quoted(name)} {does}. Leave it out.", param=cut(name))
-    request: _T = _decode(body, kind)
-    return request
-
-
-def decode_field(raw: bytes, kind: Any, name: str) -> Any:
-    """Decode the value of one field, or of a part of it. Raises InvalidRequestError that names the field."""
-    return _decode(raw, kind, name)
-
-
-def _check_shape(body: bytes, kind: type[msgspec.Struct]) -> None:
-    try:
-        check_shape(body, "The body")
-    except InvalidRequestError as error:
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            parts = msgspec.json.decode(body, type=_parts_of(kind))  # leaves the fields undecoded
-            for name in kind.__struct_fields__:
-                check_shape(bytes(getattr(parts, name)), name, param=name)
-        raise error
-
-
-@functools.cache
-def _parts_of(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
-    """Return `kind` with all of its fields left as raw JSON."""
-    return msgspec.defstruct(
-        f"{kind.__name__}Parts", [(name, msgspec.Raw, msgspec.Raw(b"")) for name in kind.__struct_fields__]
-    )
-
-
-def _asks_nothing(name: str, raw: bytes) -> bool:
-    value = _decode(raw, object)
-    return value is None or any(
-        value == default and isinstance(value, bool) == isinstance(default, bool) for default in DEFAULTS.get(name, ())
-    )
-
-
-def _decode(body: bytes, kind: Any, name: str | None = None) -> Any:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error), name) from None
-    except msgspec.DecodeError as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
-    except RecursionError:
-        raise InvalidRequestError("The body is nested too deeply.") from None
-
-
-def _explain(problem: str, root: str | None) -> InvalidRequestError:
-    """Return msgspec's message in our words. It contains only types, places and unknown names of the body."""
-    where = _WHERE.search(problem)
-    detail = problem[: where.start()] if where else problem
-    detail = cut(detail.replace(" | null", "")).rstrip(".")
-    name = where.group(1) if where else None
-    place = where.group(2) if where else ""
-    if root is not None:
-        return InvalidRequestError(f"{root}{place}: {detail[0].lower()}{detail[1:]}.", param=root.partition("[")[0])
-    if name is not None:
-        return InvalidRequestError(f"{name}{place}: {detail[0].lower()}{detail[1:]}.", param=name)
-    missing = re.match(r"Object missing required field `(\w+)`", detail)
-    if missing:
-        return InvalidRequestError(f"{missing.group(1)!r} is required.", param=missing.group(1))
-    return InvalidRequestError(f"The body does not fit: {detail[0].lower()}{detail[1:]}.")
-
 
 def check_stream_options(fields: GenerateFields) -> None:
     """Raises InvalidRequestError for stream options that do not fit the request."""
@@ -268,9 +180,10 @@ def check_stream_options(fields: GenerateFields) -> None:
         return
     if not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    for name in ("include_obfuscation", "continuous_usage_stats"):
-        if getattr(options, name):
-            raise InvalidRequestError(f"stream_options.{name} is not supported. Leave it out.", param="stream_options")
+    if options.continuous_usage_stats:
+        raise InvalidRequestError(
+            "stream_options.continuous_usage_stats is not supported. Leave it out.", param="stream_options"
+        )
 
 
 def wants_usage(fields: GenerateFields) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from lorafleet.controller.gateway.api.errors import REQUEST_ID, error_json, named_error
+from lorafleet.controller.gateway.api.errors import error_json, named_error
 from lorafleet.controller.gateway.api.usage import usage_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta, Generation
 
@@ -93,7 +93,7 @@ class EventStream:
 
     def __init__(self, request: web.Request) -> None:
         self._request = request
-        self._response = web.StreamResponse(headers=_HEADERS | {"x-request-id": request[REQUEST_ID]})
+        self._response = web.StreamResponse(headers=_HEADERS)
 
     async def open(self) -> None:
         """Send the headers (with the first write)."""

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 from aiohttp import web
 
+from lorafleet.controller.gateway.api.ignored_fields import IgnoredFields
 from lorafleet.controller.gateway.api.intake import Intake
 from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.controller.gateway.config import GatewayConfig
@@ -48,6 +49,7 @@ class GatewayState:
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.intake = Intake(config.limits)
+        self.ignored_fields = IgnoredFields()
         self.metrics = Metrics()
         gateway_id = uuid.uuid4().hex
         self._text_threads = TextThreads(config.num_tokenizer_threads)

@@ -15,7 +15,6 @@ from lorafleet.controller.gateway.api.composition import resolve_name
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.schema import DetokenizeRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
-from lorafleet.controller.gateway.routing.routing_table import ModelEntry, RoutingTable
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
 MAX_CONTEXTS: Final = 4  # limit of tokens, above one context so that too long a text is still counted
@@ -31,7 +30,7 @@ def _check(fields: TokenizeRequest) -> None:
 @takes(TokenizeRequest, _check)
 async def tokenize(call: Call[TokenizeRequest]) -> web.Response:
     """Return the ids of a prompt, or of messages through the model's template."""
-    model = await call.state.served(lambda table: _model(table, call.fields.model))
+    model = await call.state.served(lambda table: resolve_name(table, call.fields.model))
     answer = await call.in_thread(lambda: _tokenize(model, call.fields))
     return web.Response(body=answer, content_type="application/json")
 
@@ -39,27 +38,20 @@ async def tokenize(call: Call[TokenizeRequest]) -> web.Response:
 @takes(DetokenizeRequest)
 async def detokenize(call: Call[DetokenizeRequest]) -> web.Response:
     """Return the text of ids, special tokens included."""
-    model = await call.state.served(lambda table: _model(table, call.fields.model))
+    model = await call.state.served(lambda table: resolve_name(table, call.fields.model))
     answer = await call.in_thread(lambda: _detokenize(model, call.fields.tokens))
     return web.Response(body=answer, content_type="application/json")
 
 
-def _model(table: RoutingTable, name: str | None) -> ModelEntry:
-    return table.base if name is None else resolve_name(table, name)
-
-
 def _tokenize(model: ServedModel, fields: TokenizeRequest) -> bytes:
-    limit = MAX_CONTEXTS * model.max_model_len
     tokenizer = model.text.tokenizer
-    if fields.messages is not None:
-        token_ids = model.text.encode_chat(
-            fields.messages,
-            add_generation_prompt=fields.add_generation_prompt is not False,
-            add_special_tokens=fields.add_special_tokens is True,
-            max_tokens=limit,
-        )
-    else:
-        token_ids = tokenizer.encode(fields.prompt or "", fields.add_special_tokens is not False, max_tokens=limit)
+    limit = MAX_CONTEXTS * model.max_model_len
+    try:
+        token_ids = _token_ids(model, fields, limit)
+    except ContextLengthError as error:
+        raise ContextLengthError(
+            f"The text has more than {limit} tokens, {MAX_CONTEXTS} times the context. Shorten it.", param=error.param
+        ) from None
     answer = {
         "count": len(token_ids),
         "max_model_len": model.max_model_len,
@@ -67,6 +59,18 @@ def _tokenize(model: ServedModel, fields: TokenizeRequest) -> bytes:
         "token_strs": list(map(tokenizer.id_to_token, token_ids)) if fields.return_token_strs else None,
     }
     return msgspec.json.encode(answer)
+
+
+def _token_ids(model: ServedModel, fields: TokenizeRequest, limit: int) -> list[int]:
+    if fields.messages is None:
+        special = fields.add_special_tokens is not False
+        return model.text.tokenizer.encode(fields.prompt or "", special, max_tokens=limit)
+    return model.text.encode_chat(
+        fields.messages,
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        add_special_tokens=fields.add_special_tokens is True,
+        max_tokens=limit,
+    )
 
 
 def _detokenize(model: ServedModel, token_ids: list[int]) -> bytes:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from lorafleet.controller.gateway.api import prompts as prompts_module
+from lorafleet.controller.gateway.api.body import decode_field
 from lorafleet.controller.gateway.api.prompts import echoes_of, encode_prompts, read_prompts
-from lorafleet.controller.gateway.api.schema import decode_field
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
 CONTEXT = 64
