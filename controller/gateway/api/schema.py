@@ -21,7 +21,7 @@ from lorafleet.workers.errors import InvalidRequestError, cut, quoted
 from lorafleet.workers.text.json_shape import check_shape
 
 MAX_FIELD_BYTES: Final = 1 << 17  # of any field except those that carry the request's content
-SIZEABLE: Final = frozenset({"prompt", "messages", "tokens"})
+SIZEABLE: Final = frozenset({"prompt", "messages", "documents", "tokens"})
 _MAX_DEFAULT_BYTES = 256  # longer than any value of `DEFAULTS`
 
 
@@ -86,13 +86,17 @@ class CompletionRequest(GenerateFields, kw_only=True):
 
 
 class ChatRequest(GenerateFields, kw_only=True):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. echo: the answer begins with the last message if both have the same role."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    echo: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -103,6 +107,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 

@@ -10,9 +10,9 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from lorafleet.controller.gateway.api.chat import check_messages
 from lorafleet.controller.gateway.api.composition import resolve_name
 from lorafleet.controller.gateway.api.door import Call, takes
+from lorafleet.controller.gateway.api.messages import check_messages, encode_messages
 from lorafleet.controller.gateway.api.schema import DetokenizeRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.controller.gateway.routing.routing_table import ModelEntry, RoutingTable
@@ -32,7 +32,8 @@ def _check(fields: TokenizeRequest) -> None:
 async def tokenize(call: Call[TokenizeRequest]) -> web.Response:
     """Return the ids of a prompt, or of messages through the model's template."""
     model = await call.state.served(lambda table: _model(table, call.fields.model))
-    answer = await call.in_thread(lambda: _tokenize(model, call.fields))
+    parses = call.state.config.parse_special_in_content
+    answer = await call.in_thread(lambda: _tokenize(model, call.fields, parse_special_in_content=parses))
     return web.Response(body=answer, content_type="application/json")
 
 
@@ -48,15 +49,12 @@ def _model(table: RoutingTable, name: str | None) -> ModelEntry:
     return table.base if name is None else resolve_name(table, name)
 
 
-def _tokenize(model: ServedModel, fields: TokenizeRequest) -> bytes:
+def _tokenize(model: ServedModel, fields: TokenizeRequest, *, parse_special_in_content: bool) -> bytes:
     limit = MAX_CONTEXTS * model.max_model_len
     tokenizer = model.text.tokenizer
     if fields.messages is not None:
-        token_ids = model.text.encode_chat(
-            fields.messages,
-            add_generation_prompt=fields.add_generation_prompt is not False,
-            add_special_tokens=fields.add_special_tokens is True,
-            max_tokens=limit,
+        token_ids = encode_messages(
+            model, fields.messages, fields, parse_special_in_content=parse_special_in_content, max_tokens=limit
         )
     else:
         token_ids = tokenizer.encode(fields.prompt or "", fields.add_special_tokens is not False, max_tokens=limit)
