@@ -67,6 +67,12 @@ class GatewayOptions:
         help="maximum time a request waits while no worker can take or resume it; after it, 503",
     )
     seed: int | None = option_of(EngineArgs, "seed", group=HTTP)
+    parse_special_in_content: bool = option(
+        False,
+        group=HTTP,
+        help="take the text of a control token in a chat message, such as <|im_end|>, for the token itself; by default "
+        "it is text there. Prompts of completions are always taken so",
+    )
     log_level: LogLevel = option("warning", group=HTTP, help="least severe messages that are logged")
     access_log: bool = option(
         True, group=HTTP, help="log a line for each answered request, except health checks, metrics and status"

@@ -79,9 +79,17 @@ class LLM:
         *,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = True,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special_in_content: bool = False,
     ) -> list[RequestOutput]:
-        """Generate the next message of one conversation or several, with the adapter's chat template or the model's."""
+        """Generate the next message of one conversation or several, with the adapter's chat template or the model's.
+
+        continue_final_message: continue each conversation's last message instead. add_generation_prompt: None for the
+        opposite of that. chat_template_kwargs: further variables of the template, such as enable_thinking.
+        parse_special_in_content: a control token's text in a message, such as <|im_end|>, is the token, not text.
+        """
         batch = _list_of("messages", messages)
         if not batch:
             raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
@@ -90,7 +98,11 @@ class LLM:
         found = _Found(self.llm_engine)
         inputs = [
             self.llm_engine.text(known=found.of(lora)).encode_chat(
-                conversation, add_generation_prompt=add_generation_prompt, add_special_tokens=False
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+                parse_special_in_content=parse_special_in_content,
             )
             for conversation, lora in zip(conversations, loras, strict=True)
         ]

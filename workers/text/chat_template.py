@@ -1,14 +1,14 @@
 """Chat templates: messages to a prompt's text, as transformers' ``apply_chat_template`` renders them.
 
-Owns: OpenAI content parts and the variables of a template. Leaves to others: the sandbox and its limits
-(template_sandbox.py), reading files (files.py), tokenising the result (with ``add_special_tokens=False``, since a
-template writes its own).
+Owns: the variables of a template, and where a message that is to be continued ends. Leaves to others: messages
+(messages.py), the sandbox and its limits (template_sandbox.py), reading files (files.py), tokenising the result (with
+``add_special_tokens=False``, since a template writes its own).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -16,14 +16,16 @@ import jinja2
 from jinja2 import nodes
 
 from lorafleet.workers.errors import InvalidRequestError, ModelError, cut, quoted
-from lorafleet.workers.text.json_shape import MAX_DEPTH, check_shape
+from lorafleet.workers.text.messages import TemplateForm, given, template_messages
+from lorafleet.workers.text.template_kwargs import check_template_kwargs
 from lorafleet.workers.text.template_sandbox import Budget, Environment
 from lorafleet.workers.text.tokenizer import Tokenizer
+from lorafleet.workers.text.traced_text import TracedText, content_of, join_texts
 
 MAX_TEMPLATE_CHARS: Final = 128 << 10
 """Length of a template. The longest published ones have some 30,000 characters; compiling takes 10 µs per character."""
 
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_TAG: Final = f"x{secrets.token_hex(8)}c"  # put after the text to continue; ends with a space, as transformers' does
 
 
 class ChatTemplate:
@@ -57,26 +59,27 @@ class ChatTemplate:
     @property
     def accepts_parts(self) -> bool:
         """Return whether content lists reach the (default) template as lists."""
-        return self._default is not None and self._default.accepts_parts
+        return self._default is not None and self._default.form.accepts_parts
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
-        **extra: Any,
-    ) -> str:
-        """Return the prompt's text.
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **special_tokens: str,
+    ) -> TracedText:
+        """Return the prompt's text, in which everything but the template's own text and the special tokens is traced.
 
-        messages: OpenAI messages of plain JSON values. A key whose value is null counts as absent. Content may be a
-        list of ``{"type": "text", "text": ...}``; a template for plain strings gets the texts joined by newlines. JSON
-        text in a tool call's ``arguments`` is parsed, as templates expect. extra: further variables, such as the other
-        special tokens and a request's ``chat_template_kwargs``.
+        messages: OpenAI messages, see `template_messages`. continue_final_message: the prompt ends where the last
+        message's content does. add_generation_prompt: it ends with the head of a new message; None: unless the last one
+        is continued. chat_template_kwargs: a request's further variables. special_tokens: the tokenizer's.
 
-        Raises InvalidRequestError: no template, no messages, a content part that is not text, an error raised by the
-        template, or a limit it exceeds.
+        Raises InvalidRequestError: no template, no messages, what `template_messages` and `check_template_kwargs`
+        refuse, an error raised by the template, or a limit it exceeds.
         """
         compiled = self._default if tools is None else self._tool_use
         if compiled is None:
@@ -89,21 +92,62 @@ class ChatTemplate:
             raise InvalidRequestError(f"messages is {quoted(messages)}; it must be a list.", param="messages")
         if not messages:
             raise InvalidRequestError("There must be at least one message.", param="messages")
-        variables = {"bos_token": bos_token, "eos_token": eos_token}
-        variables = {name: token for name, token in variables.items() if token is not None} | {"documents": None}
-        return compiled.render(
-            variables
-            | {name: _plain(value) for name, value in extra.items()}
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt are both true. A message is either continued or "
+                "begun: set add_generation_prompt to false.",
+                param="continue_final_message",
+            )
+        read = template_messages(messages, compiled.form)
+        final = _mark_end(messages[-1], read[-1]) if continue_final_message else ""
+        text = compiled.render(
+            {name: token for name, token in special_tokens.items() if token is not None}
+            | {name: given(value) for name, value in check_template_kwargs(chat_template_kwargs or {}).items()}
             | {
-                "messages": [_message(message, number, compiled) for number, message in enumerate(messages)],
-                "tools": _plain(tools),
-                "add_generation_prompt": add_generation_prompt,
+                "messages": read,
+                "tools": given(tools, "tools"),
+                "documents": given(documents, "documents"),
+                "add_generation_prompt": (
+                    not continue_final_message if add_generation_prompt is None else add_generation_prompt
+                ),
             }
         )
+        return _until_mark(text, final) if continue_final_message else text
+
+
+def _mark_end(sent: Mapping[str, Any], message: dict[str, Any]) -> str:
+    """Put the tag after a message's content. Return the text that it ends. sent: the message as the request has it."""
+    content = None if sent.get("content") in (None, []) else message["content"]
+    if isinstance(content, list):
+        text: str = content[-1]["text"]
+        content[-1]["text"] = TracedText(f"{text}{_TAG} ")
+        return text
+    if not isinstance(content, str):
+        raise InvalidRequestError(
+            "continue_final_message is true, but the last message has no content to continue.", param="messages"
+        )
+    message["content"] = TracedText(f"{content}{_TAG} ")
+    return content
+
+
+def _until_mark(text: TracedText, final: str) -> TracedText:
+    """Return the prompt up to the tag. final: the text before the tag.
+
+    A template that trims the tag's space trims the ends of messages, so the prompt ends without spaces too.
+    """
+    place = text.rfind(_TAG)
+    if place < 0 or final.strip() not in text:
+        raise InvalidRequestError(
+            "continue_final_message is true, but the model's chat template leaves out or changes the last message's "
+            f"content, {quoted(final)}. Send it in the form that the template prints.",
+            param="continue_final_message",
+        )
+    end = place + len(_TAG)
+    return text[:place] if text[end : end + 1] == " " else text[:place].rstrip()
 
 
 class _Compiled:
-    """One compiled template. wants_parts: it takes only content lists."""
+    """One compiled template."""
 
     def __init__(self, source: str, now: Callable[[], datetime]) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
@@ -112,10 +156,7 @@ class _Compiled:
         environment.globals["strftime_now"] = lambda format: now().strftime(format)
         try:
             tree = environment.parse(source)
-            self.accepts_parts = _goes_over_content(tree)
-            self.wants_parts = self.accepts_parts and not any(
-                test.name in ("string", "sequence", "iterable", "mapping") for test in tree.find_all(nodes.Test)
-            )
+            self.form = _form(tree)
             self._template = environment.compile_bounded(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
@@ -124,7 +165,7 @@ class _Compiled:
         except Exception as error:  # from jinja2, or from Python compiling jinja2's output
             raise ModelError(f"The chat template does not compile: {cut(str(error))}.") from error
 
-    def render(self, variables: dict[str, Any]) -> str:
+    def render(self, variables: dict[str, Any]) -> TracedText:
         budget = Budget()
         pieces: list[str] = []
         try:
@@ -136,7 +177,16 @@ class _Compiled:
             raise InvalidRequestError(
                 f"The model's chat template cannot render these messages: {reason}", param="messages"
             ) from error
-        return "".join(pieces)
+        text = join_texts(pieces)
+        return TracedText(text, content_of(text))
+
+
+def _form(tree: nodes.Template) -> TemplateForm:
+    """Return what a template reads, by what it does with content and which roles it names."""
+    accepts_parts = _goes_over_content(tree)
+    tests_kind = any(test.name in ("string", "sequence", "iterable", "mapping") for test in tree.find_all(nodes.Test))
+    has_developer = any(const.value == "developer" for const in tree.find_all(nodes.Const))
+    return TemplateForm(accepts_parts, accepts_parts and not tests_kind, has_developer)
 
 
 def _goes_over_content(tree: nodes.Template) -> bool:
@@ -156,76 +206,3 @@ def _goes_over_content(tree: nodes.Template) -> bool:
         if isinstance(assign.target, nodes.Name) and is_content(assign.node):
             names.add(assign.target.name)
     return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
-
-
-def _message(message: Mapping[str, Any], number: int, compiled: _Compiled) -> dict[str, Any]:
-    """Convert one message to what templates expect: plain values, absent instead of null, content as text or parts."""
-    if not isinstance(message, Mapping):
-        raise InvalidRequestError(
-            f"Message {number} must be an object, not {type(message).__name__}.", param="messages"
-        )
-    plain = {key: _plain(value) for key, value in message.items() if value is not None}
-    content = plain.get("content")
-    if isinstance(content, list):
-        texts = [_part_text(part, number) for part in content]
-        if not compiled.accepts_parts:
-            plain["content"] = "\n".join(texts)
-    elif isinstance(content, str) and compiled.wants_parts:
-        plain["content"] = [{"type": "text", "text": content}]
-    elif content is not None and not isinstance(content, str):
-        raise InvalidRequestError(
-            f"The content of message {number} must be a string or a list of parts, not {type(content).__name__}.",
-            param="messages",
-        )
-    if "tool_calls" in plain:
-        plain["tool_calls"] = _parse_arguments(plain["tool_calls"])
-    reasoning = next((plain[field] for field in _REASONING_FIELDS if field in plain), None)
-    if reasoning is not None:  # templates use different names for it
-        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-    return plain
-
-
-def _part_text(part: Any, number: int) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise InvalidRequestError(
-            f"A content part of message {number} has the type {quoted(kind)}; this model takes only parts of the form "
-            '{"type": "text", "text": "..."}.',
-            param="messages",
-        )
-    text: str = part["text"]
-    return text
-
-
-def _parse_arguments(tool_calls: Any) -> Any:
-    """Parse the calls' arguments, JSON text in OpenAI's API, to the objects templates print. Other text stays."""
-    for call in tool_calls if isinstance(tool_calls, list) else ():
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            text = function["arguments"] or "{}"
-            check_shape(text.encode(errors="replace"), "The arguments of a tool call", param="messages")
-            try:
-                arguments = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(arguments, dict):
-                function["arguments"] = arguments
-    return tool_calls
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    """Return a fresh copy of pure JSON types, so that a template gets no object with our methods."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if depth == MAX_DEPTH:
-        raise InvalidRequestError(f"messages are nested too deep; the limit is {MAX_DEPTH}.", param="messages")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        return [_plain(item, depth + 1) for item in value]
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    raise InvalidRequestError(
-        f"A value for the chat template must be plain JSON, not {type(value).__name__}.", param="messages"
-    )

@@ -40,19 +40,30 @@ class ModelText:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool,
-        add_special_tokens: bool,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,
+        parse_special_in_content: bool = False,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Convert messages to a prompt's ids. max_tokens: see `Tokenizer.encode`.
+        """Convert messages to a prompt's ids. documents to chat_template_kwargs: see `ChatTemplate.render`.
 
-        Raises InvalidRequestError for messages the template does not accept, ContextLengthError.
+        parse_special_in_content: a control token's text in a message is the token, not text. max_tokens: see
+        `Tokenizer.encode`. Raises InvalidRequestError for messages the template does not accept, ContextLengthError.
         """
         text = self.template.render(
-            messages, add_generation_prompt=add_generation_prompt, **self.tokenizer.special_tokens
+            messages,
+            add_generation_prompt,
+            documents=documents,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            **self.tokenizer.special_tokens,
         )
+        encode = self.tokenizer.encode if parse_special_in_content else self.tokenizer.encode_traced
         try:
-            return self.tokenizer.encode(text, add_special_tokens, max_tokens=max_tokens)
+            return encode(text, add_special_tokens, max_tokens=max_tokens)
         except InvalidRequestError as error:
             error.param = "messages"
             raise

@@ -9,12 +9,14 @@ A template is a program that came with a model or an adapter. It is limited by:
 * Size: everything built by operators, filters and methods is added up, and checked in advance where a few characters
   can produce much. Filters and methods that cannot be counted, and that no chat template needs, are removed.
 
+Text of a request stays traced (traced_text.py) through all of these. Where an operation's result cannot be traced, all
+of it counts as the request's.
+
 Owns: the environment and the budget. Leaves to others: a template's variables (chat_template.py).
 """
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +32,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
+
+from lorafleet.workers.text.template_filters import TRACING_FILTERS, formatted, percent
+from lorafleet.workers.text.traced_text import TracedText, content_of, has_content, join_texts, text_of
 
 MAX_STEPS: Final = 1_000_000
 """Loop turns and macro calls per rendering: enough for 700 messages in a template quadratic in them."""
@@ -52,7 +57,9 @@ _NUM_BITS_LIMIT = 1 << 16  # bits of an integer that a template computes
 _ITEM_CHARS = 8  # size counted for a list item
 _MAX_WIDTH = 10_000  # maximum width of padding or indentation
 _NO_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-_NO_METHODS = frozenset({"expandtabs", "format_map", "from_bytes", "fromhex", "maketrans", "to_bytes", "translate"})
+_NO_METHODS = frozenset(
+    {"encode", "expandtabs", "format_map", "from_bytes", "fromhex", "maketrans", "to_bytes", "translate"}
+)
 _WIDE = re.compile(r"\d{5}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # widths in formats: large ones, and ones from arguments
 _PAD_METHODS = frozenset({"center", "ljust", "rjust", "zfill"})
 
@@ -112,13 +119,14 @@ class Budget:
     def join(self, *parts: Any) -> str:
         """Compute ``a ~ b``."""
         self.take_text(*parts)
-        return "".join(map(str, parts))
+        return join_texts(map(text_of, parts))
 
 
 class Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with a budget per rendering."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    concat = staticmethod(join_texts)  # of what a macro or a block writes
 
     def __init__(self) -> None:
         super().__init__(
@@ -131,7 +139,7 @@ class Environment(ImmutableSandboxedEnvironment):
         for name in _NO_FILTERS:
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters["tojson"] = _tojson
+        self.filters |= TRACING_FILTERS
         for name, function in list(self.filters.items()):
             self.filters[name] = _counted(name, function)
         self.globals |= {
@@ -166,6 +174,7 @@ class Environment(ImmutableSandboxedEnvironment):
                 budget.take(_unit(left) * (len(left) + len(right)))
         elif operator == "%" and isinstance(left, str):
             _take_format(budget, left, right if isinstance(right, tuple) else (right,))
+            return percent(left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +187,21 @@ class Environment(ImmutableSandboxedEnvironment):
             if name in _NO_METHODS:
                 raise LimitError(f"the method {name} is not available")
             args = _take_method(budget, owner, name, args, kwargs)
-        return budget.take_result(super().call(__context, __obj, *args, **kwargs))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return super(Environment, __self).call(__context, __obj, *args, **kwargs)
+
+        if isinstance(owner, str) and (content_of(owner) or any(map(has_content, (*args, *kwargs.values())))):
+            if name == "format":
+                return budget.take_result(formatted(owner, call, *args, **kwargs))
+            __obj = getattr(TracedText(owner, content_of(owner)), name)
+            return _traced(budget.take_result(call(*args, **kwargs)))
+        return budget.take_result(call(*args, **kwargs))
+
+
+def _traced(value: Any) -> Any:
+    """Return a result of a request's text: all of it counts as the request's, unless it says what is."""
+    return TracedText(value) if isinstance(value, str) and not isinstance(value, TracedText) else value
 
 
 def _take_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -208,6 +231,8 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         value = _take_filter(budget, name, value, args, kwargs)
         first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
         result = function(*([first[wants]] if wants else []), value, *args, **kwargs)
+        if isinstance(result, str) and any(map(has_content, (value, *args, *kwargs.values()))):
+            result = _traced(result)
         return budget.take_result(result)
 
     return pass_context(bounded)
@@ -299,6 +324,7 @@ def _budget(context: Context) -> Budget:
 def _finalize(context: Context, value: Any) -> Any:
     if isinstance(value, list | tuple | dict):
         _budget(context).take_text(value)
+        return text_of(value)
     return value
 
 
@@ -345,17 +371,6 @@ def _check_name(name: str) -> None:
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Write plain JSON; jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _count_steps(tree: nodes.Template, environment: jinja2.Environment) -> None:

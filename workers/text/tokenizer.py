@@ -27,7 +27,9 @@ import tokenizers
 
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, ModelError, cut, quoted
 from lorafleet.workers.found_file import LFS_ADVICE, LFS_POINTER, json_object
+from lorafleet.workers.text.control_tokens import ControlTokens
 from lorafleet.workers.text.pieces import DecoderRules, PieceTable
+from lorafleet.workers.text.traced_text import TracedText
 
 TOKENIZER_FILES: Final[tuple[str, ...]] = (
     "tokenizer.json",
@@ -155,6 +157,26 @@ class Tokenizer:
         except BaseException as error:
             _name_panic(error)
             raise
+
+    def encode_traced(
+        self, text: TracedText, add_special_tokens: bool = True, *, max_tokens: int | None = None
+    ) -> list[int]:
+        """`encode` a text whose content has no control tokens, whatever it looks like."""
+        if max_tokens is not None:
+            self._check_length(text, max_tokens)
+        if _surrogate_at(text) is not None:
+            raise _not_unicode(text)
+        try:
+            if self._control_tokens.in_content(text):
+                return self._control_tokens.encode(text, add_special_tokens)
+        except BaseException as error:
+            _name_panic(error)
+            raise
+        return self.encode(text, add_special_tokens)
+
+    @functools.cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self._backend)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` several texts on several cores. Releases the GIL, unlike the library's `encode`."""

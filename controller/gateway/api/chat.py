@@ -1,12 +1,12 @@
 """POST /v1/chat/completions.
 
-Owns: messages, the shape of answers and chunks. Leaves to others: templates (workers/text/chat_template.py), everything
-shared with completions (door.py, sampling.py, answer.py).
+Owns: the shape of answers and chunks. Leaves to others: messages (messages.py), everything shared with completions
+(door.py, sampling.py, answer.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from aiohttp import web
@@ -15,17 +15,18 @@ from lorafleet.controller.gateway.api.answer import answer
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.logprobs import chat_logprobs
+from lorafleet.controller.gateway.api.messages import answer_role, check_messages, echo_of, encode_messages
+from lorafleet.controller.gateway.api.prompts import check_echo
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
-from lorafleet.workers.errors import InvalidRequestError, quoted
+from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.scheduling.ranges import allowed_of
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 _ALLOWED = allowed_of(SamplingParams)
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _check(fields: ChatRequest) -> None:
@@ -42,29 +43,18 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
     params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
     call.place.take_choices(params.n, param="n")
     prompt = await call.in_thread(
-        lambda: text.encode_chat(
+        lambda: encode_messages(
+            model,
             fields.messages,
-            add_generation_prompt=fields.add_generation_prompt is not False,
-            add_special_tokens=fields.add_special_tokens is True,
+            fields,
+            parse_special_in_content=call.state.config.parse_special_in_content,
             max_tokens=model.max_model_len,
         )
     )
-    return await answer(call, model, [prompt], params, ChatShape(text.tokenizer, num_logprobs))
-
-
-def check_messages(messages: Sequence[dict[str, Any]]) -> None:
-    """Raises InvalidRequestError for a message without a known role or without content."""
-    if not messages:
-        raise InvalidRequestError("messages is empty; there must be at least one message.", param="messages")
-    for number, message in enumerate(messages):
-        role = message.get("role")
-        if role not in ROLES:
-            shown = quoted(role) if isinstance(role, str) else type(role).__name__
-            raise InvalidRequestError(
-                f"messages[{number}].role is {shown}; it must be one of {', '.join(ROLES)}.", param="messages"
-            )
-        if message.get("content") is None and not (role == "assistant" and message.get("tool_calls")):
-            raise InvalidRequestError(f"messages[{number}].content is missing.", param="messages")
+    echo = echo_of(fields)
+    check_echo(params.n * len(echo))
+    shape = ChatShape(text.tokenizer, num_logprobs, role=answer_role(fields), echo=echo)
+    return await answer(call, model, [prompt], params, shape)
 
 
 def _max_tokens(fields: ChatRequest) -> int | None:
@@ -98,15 +88,18 @@ class ChatShape:
     id_prefix, prompt_field = "chatcmpl", "messages"
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None, *, role: str, echo: str) -> None:
+        """role: of the answer. echo: what its text begins with."""
         self._tokenizer = tokenizer
         self._num_logprobs = num_logprobs
+        self._role = role
+        self._echo = echo
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return a choice with its message."""
         return {
             "index": delta.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": {"role": self._role, "content": self._echo + delta.text, "refusal": None},
             "logprobs": _logprobs(delta, self._tokenizer, self._num_logprobs),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
@@ -114,7 +107,15 @@ class ChatShape:
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> ChatFrames:
         """Return the chunks of the answer."""
-        return ChatFrames(head, num_choices, self._tokenizer, self._num_logprobs, has_usage=has_usage)
+        return ChatFrames(
+            head,
+            num_choices,
+            self._tokenizer,
+            self._num_logprobs,
+            role=self._role,
+            echo=self._echo,
+            has_usage=has_usage,
+        )
 
 
 class ChatFrames:
@@ -127,17 +128,24 @@ class ChatFrames:
         tokenizer: Tokenizer,
         num_logprobs: int | None,
         *,
+        role: str,
+        echo: str,
         has_usage: bool,
     ) -> None:
         self._template = ChunkTemplate(head, num_choices, b'"delta":{"content":', b"}", has_usage=has_usage)
         self._num_choices = num_choices
         self._tokenizer = tokenizer
         self._num_logprobs = num_logprobs
+        self._role = role
+        self._echo = echo
 
     def opening(self) -> Iterable[bytes]:
-        """Yield each choice's role."""
-        fields = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return (self._template.choice(index, fields) for index in range(self._num_choices))
+        """Yield each choice's role, and what its text begins with."""
+        fields = {"delta": {"role": self._role, "content": ""}, "logprobs": None, "finish_reason": None}
+        for index in range(self._num_choices):
+            yield self._template.choice(index, fields)
+            if self._echo:
+                yield self._template.text(index, self._echo)
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         """Return a chunk with one choice's new tokens."""

@@ -58,13 +58,17 @@ def encode_prompts(
 def echoes_of(tokenizer: Tokenizer, prompts: Sequence[Prompt], n: int) -> list[str]:
     """Return the prompt to echo in each choice. Raises InvalidRequestError if they exceed the limit."""
     texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
-    num_chars = n * sum(map(len, texts))
+    check_echo(n * sum(map(len, texts)))
+    return [text for text in texts for _ in range(n)]
+
+
+def check_echo(num_chars: int) -> None:
+    """Raises InvalidRequestError if all choices together would repeat too much. num_chars: of all."""
     if num_chars > MAX_ECHO_CHARS:
         raise InvalidRequestError(
             f"echo would repeat {num_chars} characters in all choices; the limit is {MAX_ECHO_CHARS}. Ask without it.",
             param="echo",
         )
-    return [text for text in texts for _ in range(n)]
 
 
 def _ids(raw: bytes, name: str, max_model_len: int) -> list[int]:

@@ -14,7 +14,7 @@ import msgspec
 from lorafleet.workers.errors import InvalidRequestError
 
 MAX_FIELD_BYTES: Final = 1 << 17  # of any field except those that carry the request's content
-SIZEABLE: Final = frozenset({"prompt", "messages", "tokens"})
+SIZEABLE: Final = frozenset({"prompt", "messages", "documents", "tokens"})
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -79,13 +79,17 @@ class CompletionRequest(GenerateFields, kw_only=True):
 
 
 class ChatRequest(GenerateFields, kw_only=True):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. echo: the answer begins with the last message if both have the same role."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    echo: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -96,6 +100,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 

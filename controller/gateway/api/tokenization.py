@@ -10,9 +10,9 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from lorafleet.controller.gateway.api.chat import check_messages
 from lorafleet.controller.gateway.api.composition import resolve_name
 from lorafleet.controller.gateway.api.door import Call, takes
+from lorafleet.controller.gateway.api.messages import check_messages, encode_messages
 from lorafleet.controller.gateway.api.schema import DetokenizeRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
@@ -31,7 +31,8 @@ def _check(fields: TokenizeRequest) -> None:
 async def tokenize(call: Call[TokenizeRequest]) -> web.Response:
     """Return the ids of a prompt, or of messages through the model's template."""
     model = await call.state.served(lambda table: resolve_name(table, call.fields.model))
-    answer = await call.in_thread(lambda: _tokenize(model, call.fields))
+    parses = call.state.config.parse_special_in_content
+    answer = await call.in_thread(lambda: _tokenize(model, call.fields, parse_special_in_content=parses))
     return web.Response(body=answer, content_type="application/json")
 
 
@@ -43,11 +44,16 @@ async def detokenize(call: Call[DetokenizeRequest]) -> web.Response:
     return web.Response(body=answer, content_type="application/json")
 
 
-def _tokenize(model: ServedModel, fields: TokenizeRequest) -> bytes:
+def _tokenize(model: ServedModel, fields: TokenizeRequest, *, parse_special_in_content: bool) -> bytes:
     tokenizer = model.text.tokenizer
     limit = MAX_CONTEXTS * model.max_model_len
     try:
-        token_ids = _token_ids(model, fields, limit)
+        if fields.messages is not None:
+            token_ids = encode_messages(
+                model, fields.messages, fields, parse_special_in_content=parse_special_in_content, max_tokens=limit
+            )
+        else:
+            token_ids = tokenizer.encode(fields.prompt or "", fields.add_special_tokens is not False, max_tokens=limit)
     except ContextLengthError as error:
         raise ContextLengthError(
             f"The text has more than {limit} tokens, {MAX_CONTEXTS} times the context. Shorten it.", param=error.param
@@ -59,18 +65,6 @@ def _tokenize(model: ServedModel, fields: TokenizeRequest) -> bytes:
         "token_strs": list(map(tokenizer.id_to_token, token_ids)) if fields.return_token_strs else None,
     }
     return msgspec.json.encode(answer)
-
-
-def _token_ids(model: ServedModel, fields: TokenizeRequest, limit: int) -> list[int]:
-    if fields.messages is None:
-        special = fields.add_special_tokens is not False
-        return model.text.tokenizer.encode(fields.prompt or "", special, max_tokens=limit)
-    return model.text.encode_chat(
-        fields.messages,
-        add_generation_prompt=fields.add_generation_prompt is not False,
-        add_special_tokens=fields.add_special_tokens is True,
-        max_tokens=limit,
-    )
 
 
 def _detokenize(model: ServedModel, token_ids: list[int]) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_families import CONTROL_TOKENS
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers_on_disk import from_dir
@@ -115,6 +116,16 @@ def metaspace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         config={"model_type": "llama", "eos_token_id": 2},
     )
+
+
+@pytest.fixture(scope="session", params=[byte_level_backend, metaspace_backend], ids=["byte level", "metaspace"])
+def family_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of each kind that knows the control tokens of all families of chat_families.py."""
+    backend = request.param()
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in CONTROL_TOKENS])
+    backend.add_tokens(["<think>", "</think>"])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    return write(tmp_path_factory.mktemp("models") / "families", backend, config)
 
 
 @pytest.fixture(scope="session")

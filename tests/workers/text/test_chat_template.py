@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_families import FAMILIES
 
 from lorafleet.workers.errors import InvalidRequestError, ModelError
 from lorafleet.workers.text import ChatTemplate, Tokenizer, template_sandbox
@@ -95,7 +96,7 @@ def test_reasoning_is_found_under_each_of_its_names(reference: Any) -> None:
 
 def test_extra_variables_reach_the_template() -> None:
     template = ChatTemplate("{{ enable_thinking }}{{ documents | length }}")
-    assert template.render(CHAT, enable_thinking=False, documents=[1, 2]) == "False2"
+    assert template.render(CHAT, chat_template_kwargs={"enable_thinking": False}, documents=[{}, {}]) == "False2"
 
 
 def test_the_callers_messages_are_not_changed() -> None:
@@ -116,6 +117,50 @@ def test_json_in_a_tool_calls_arguments_becomes_an_object() -> None:
 def test_the_clock_of_strftime_now_is_the_one_given() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", now=lambda: datetime(2024, 7, 26))
     assert template.render(CHAT) == "26 Jul 2024"
+
+
+CONTINUED = ["The answer is", "  The answer is  ", "The answer is\n\n", "answer 日本", "x"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("content", CONTINUED)
+def test_a_continued_message_ends_where_transformers_ends_it(reference: Any, name: str, content: str) -> None:
+    template, named = FAMILIES[name].template, {"bos_token": "<s>", "eos_token": "</s>"}
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+    for shape in (chat, chat[:1]):
+        expected = reference.apply_chat_template(
+            shape, chat_template=template, tokenize=False, continue_final_message=True, **named
+        )
+        assert ChatTemplate(template).render(shape, continue_final_message=True, **named) == expected
+        assert ChatTemplate(template).render(shape, False, continue_final_message=True, **named) == expected
+
+
+def test_the_last_part_of_a_message_is_continued() -> None:
+    chat = [{"role": "assistant", "content": [{"type": "text", "text": part} for part in ("one", "two ")]}]
+    assert ChatTemplate(FOR_PARTS).render(chat, continue_final_message=True) == "<one><two "
+    assert ChatTemplate(FOR_STRINGS + ".").render(chat, continue_final_message=True) == "one\ntwo "
+
+
+@pytest.mark.parametrize(
+    ("source", "last", "reason"),
+    [
+        ("{{ messages[0].content }}", {"role": "assistant", "content": None}, "no content to continue"),
+        ("{{ messages[0].content }}", {"role": "assistant", "tool_calls": [{"id": "1"}]}, "no content to continue"),
+        ("{{ messages[0].content }}", {"role": "assistant", "content": []}, "no content to continue"),
+        ("nothing", {"role": "assistant", "content": "x"}, "leaves out or changes the last message's content, 'x'"),
+        ("{{ messages[0].content | upper }}", {"role": "assistant", "content": "x"}, "leaves out or changes"),
+        ("{{ messages[0].content[5:] }}", {"role": "assistant", "content": "from here"}, "leaves out or changes"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(source: str, last: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=reason):
+        ChatTemplate(source).render([last], continue_final_message=True)
+
+
+def test_a_message_is_continued_or_begun() -> None:
+    with pytest.raises(InvalidRequestError, match="both true") as caught:
+        ChatTemplate(FOR_STRINGS).render(CHAT, True, continue_final_message=True)
+    assert caught.value.param == "continue_final_message"
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]
@@ -154,11 +199,11 @@ def test_a_string_becomes_a_part_only_for_a_template_that_knows_nothing_else() -
         ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url'"),
         ({"type": "text", "text": 3}, "'text'"),
         ({"text": "x"}, "None"),
-        ("bare", "'str'"),
+        (3, "'int'"),
     ],
 )
 def test_a_part_that_is_not_text_is_refused_by_its_type(source: str, part: Any, kind: str) -> None:
-    with pytest.raises(InvalidRequestError, match=f"message 0 has the type {kind}") as caught:
+    with pytest.raises(InvalidRequestError, match=rf"messages\[0\]\.content\[0\] has the type {kind}") as caught:
         ChatTemplate(source).render([{"role": "user", "content": [part]}])
     assert caught.value.param == "messages"
 
@@ -169,8 +214,8 @@ def test_a_part_that_is_not_text_is_refused_by_its_type(source: str, part: Any, 
         ([], "at least one message"),
         (5, "messages is 5; it must be a list"),
         ("hi", "messages is 'hi'"),
-        (["hi"], "Message 0 must be an object, not str"),
-        ([{"role": "user", "content": 3}], "content of message 0 must be a string or a list of parts, not int"),
+        (["hi"], r"messages\[0\] must be an object, not str"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]\.content must be a string or a list of parts, not int"),
         ([{"role": "user", "content": "x", "when": object()}], "must be plain JSON, not object"),
     ],
 )

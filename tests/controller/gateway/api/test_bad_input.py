@@ -104,9 +104,15 @@ CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
     ({"audio": {}}, "audio", "not supported"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
-    ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "not supported"),
-    ({"continue_final_message": True}, "continue_final_message", "not supported"),
-    ({"echo": True}, "echo", "not supported"),
+    ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs", "the server sets itself"),
+    ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs", "the server sets itself"),
+    ({"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs", "chat_template_kwargs.a is [1]"),
+    ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "object"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "both true"),
+    ({"continue_final_message": "content"}, "continue_final_message", "bool"),
+    ({"echo": 1}, "echo", "bool"),
+    ({"documents": ["text"]}, "documents", "object"),
+    ({"documents": {}}, "documents", "array"),
     ({"prompt": "hello"}, "prompt", "not supported"),
 ]
 
