@@ -15,8 +15,9 @@ from lorafleet.workers.options import check_options, option
 
 ANY: Final = "*"
 CROSS_ORIGIN: Final = "cross-origin requests"
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@,]+|null|\*")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9_.:\[\]-]+|null|\*")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # of a method or a header
+_SAFELISTED: Final = frozenset({"accept", "accept-language", "content-language", "content-type"})  # any page sends them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +60,18 @@ class CrossOrigin:
 
     def allows_origin(self, origin: str) -> bool:
         """Return whether pages of the origin may send requests."""
-        return ANY in self.allowed_origins or origin.lower() in self.allowed_origins
+        origin = origin.lower()
+        return origin in self.allowed_origins or (ANY in self.allowed_origins and bool(_ORIGIN.fullmatch(origin)))
 
     def allows_method(self, method: str) -> bool:
+        """Return whether they may use the method."""
         return ANY in self.allowed_methods or method in self.allowed_methods
 
     def allows_header(self, header: str) -> bool:
-        allowed = self.allowed_headers
-        return ANY in allowed or header.lower() in {name.lower() for name in allowed} | _SAFELISTED
-
-
-_SAFELISTED: Final = frozenset({"accept", "accept-language", "content-language", "content-type"})
+        """Return whether they may send the header."""
+        if ANY in self.allowed_headers:
+            return bool(_TOKEN.fullmatch(header))
+        return header.lower() in {name.lower() for name in self.allowed_headers} | _SAFELISTED
 
 
 def _words(flag: str, given: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from lorafleet.controller.gateway.api.door import Call
 from lorafleet.controller.gateway.api.generate_request import generate_requests
+from lorafleet.controller.gateway.api.null_fields import with_nulls
 from lorafleet.controller.gateway.api.schema import GenerateFields, wants_usage
 from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.controller.gateway.api.sse import Frames, stream_answer
@@ -32,6 +33,7 @@ class Shape(Protocol):
     id_prefix: str
     whole_object: str  # `object` of an answer that is not streamed
     chunk_object: str
+    null_fields: Sequence[str]  # of an answer that is not streamed
     prompt_field: str  # the request field that errors about prompts name
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
@@ -78,6 +80,8 @@ async def answer(
     body = await call.state.parse(
         call.tenant,
         num_bytes,
-        lambda: msgspec.json.encode(head | {"choices": list(map(shape.choice, deltas)), "usage": usage}),
+        lambda: msgspec.json.encode(
+            with_nulls(head | {"choices": list(map(shape.choice, deltas)), "usage": usage}, shape.null_fields)
+        ),
     )
     return web.Response(body=body, content_type="application/json")

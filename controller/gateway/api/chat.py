@@ -11,11 +11,13 @@ from typing import Any
 
 from aiohttp import web
 
+from lorafleet.controller.gateway.api import null_fields
 from lorafleet.controller.gateway.api.answer import answer
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.logprobs import chat_logprobs
 from lorafleet.controller.gateway.api.messages import answer_role, check_messages, echo_of, encode_messages
+from lorafleet.controller.gateway.api.null_fields import with_nulls
 from lorafleet.controller.gateway.api.prompts import check_echo
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
@@ -87,6 +89,7 @@ class ChatShape:
 
     id_prefix, prompt_field = "chatcmpl", "messages"
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+    null_fields = null_fields.CHAT_ANSWER
 
     def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None, *, role: str, echo: str) -> None:
         """role: of the answer. echo: what its text begins with."""
@@ -97,13 +100,15 @@ class ChatShape:
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return a choice with its message."""
-        return {
+        message = {"role": self._role, "content": self._echo + delta.text}
+        choice = {
             "index": delta.index,
-            "message": {"role": self._role, "content": self._echo + delta.text, "refusal": None},
+            "message": with_nulls(message, null_fields.CHAT_MESSAGE),
             "logprobs": _logprobs(delta, self._tokenizer, self._num_logprobs),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        return with_nulls(choice, null_fields.CHAT_CHOICE)
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> ChatFrames:
         """Return the chunks of the answer."""

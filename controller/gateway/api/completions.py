@@ -12,10 +12,12 @@ from typing import Any
 
 from aiohttp import web
 
+from lorafleet.controller.gateway.api import null_fields
 from lorafleet.controller.gateway.api.answer import answer
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.logprobs import CompletionColumns, CompletionLogprobs
+from lorafleet.controller.gateway.api.null_fields import with_nulls
 from lorafleet.controller.gateway.api.prompts import echoes_of, encode_prompts, read_prompts
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import CompletionRequest, check_stream_options
@@ -61,6 +63,7 @@ class CompletionShape:
 
     id_prefix, prompt_field = "cmpl", "prompt"
     whole_object = chunk_object = "text_completion"
+    null_fields = null_fields.COMPLETION_ANSWER
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, echoes: list[str]) -> None:
         """echoes: the prompt in front of each choice's text; empty for none."""
@@ -73,13 +76,14 @@ class CompletionShape:
         logprobs: CompletionLogprobs | None = None
         if self._params.logprobs is not None:
             logprobs = self._columns().add(delta.token_ids, delta.logprobs)
-        return {
+        choice = {
             "index": delta.index,
             "text": (self._echoes[delta.index] if self._echoes else "") + delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        return with_nulls(choice, null_fields.COMPLETION_CHOICE)
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> CompletionFrames:
         """Return the chunks of the answer."""

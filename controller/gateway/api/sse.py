@@ -4,20 +4,23 @@ Owns: the headers, the frames, failures in mid-stream. Leaves to others: a chunk
 deltas (streams/generation.py).
 
 A successful stream ends with ``data: [DONE]``. A failed one ends with ``data: {"error": ...}`` and nothing after it:
-OpenAI's clients raise on that.
+OpenAI's clients raise on that. While there is nothing to send, comments keep proxies and clients from giving up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final, Protocol
 
 import msgspec
 from aiohttp import web
 
+from lorafleet.controller.gateway.api import null_fields
 from lorafleet.controller.gateway.api.errors import error_json, named_error
+from lorafleet.controller.gateway.api.null_fields import with_nulls
 from lorafleet.controller.gateway.api.usage import usage_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta, Generation
 
@@ -26,6 +29,9 @@ _HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+PATIENCE_S: Final = 0.5  # time for an error before the first token to get its own HTTP status
+PING_S: Final = 3.0  # of silence, after which a comment is sent
+PING: Final = b": ping\n\n"
 _SLICE_BYTES = 1 << 16  # of one answer, written before others get their turn on the event loop
 _LARGE_BYTES = 1 << 15  # a write this large may have to wait by itself
 
@@ -52,13 +58,14 @@ class ChunkTemplate:
     """
 
     def __init__(self, head: dict[str, Any], num_choices: int, before: bytes, after: bytes, *, has_usage: bool) -> None:
-        self._head = head
+        self._head = head = with_nulls(head, null_fields.CHUNK)
         opening = b"data: " + _json(head)[:-1] + b',"choices":['
         self._choices = [opening + b'{"index":%d,' % index for index in range(num_choices)]
         self._texts = [choice + before for choice in self._choices]
         self._after = after
         self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
-        self._plain = after + b',"logprobs":null,"finish_reason":null' + self._tail
+        nulls = _json(dict.fromkeys(("logprobs", "finish_reason", *null_fields.CHUNK_CHOICE)))
+        self._plain = after + b"," + nulls[1:-1] + self._tail
 
     def text(self, index: int, text: str) -> bytes:
         """Return a chunk with only text, the common one."""
@@ -66,22 +73,13 @@ class ChunkTemplate:
 
     def full(self, delta: ChoiceDelta, logprobs: object) -> bytes:
         """Return a chunk with log-probabilities, or a finish reason, or both."""
-        parts = [
-            self._texts[delta.index],
-            _json(delta.text),
-            self._after,
-            b',"logprobs":',
-            _json(logprobs),
-            b',"finish_reason":',
-            _json(delta.finish_reason),
-        ]
-        if delta.finish_reason is not None:
-            parts += (b',"stop_reason":', _json(delta.stop_reason))
-        return b"".join([*parts, self._tail])
+        fields = {"logprobs": logprobs, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        rest = _json(with_nulls(fields, null_fields.CHUNK_CHOICE))[1:-1]
+        return b"".join((self._texts[delta.index], _json(delta.text), self._after, b",", rest, self._tail))
 
     def choice(self, index: int, fields: dict[str, Any]) -> bytes:
         """Return a chunk of one choice with any fields."""
-        return self._choices[index] + _json(fields)[1:-1] + self._tail
+        return self._choices[index] + _json(with_nulls(fields, null_fields.CHUNK_CHOICE))[1:-1] + self._tail
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk after all choices."""
@@ -94,6 +92,9 @@ class EventStream:
     def __init__(self, request: web.Request) -> None:
         self._request = request
         self._response = web.StreamResponse(headers=_HEADERS)
+        self._clock = asyncio.get_running_loop().time
+        self._last_at = self._clock()
+        self._is_writing = False
 
     async def open(self) -> None:
         """Send the headers (with the first write)."""
@@ -103,7 +104,30 @@ class EventStream:
         """Write data after the client has read the previous data. Raises ConnectionResetError if it disconnected."""
         if self._request.transport is None:
             raise ConnectionResetError("the client has disconnected")
-        await self._response.write(data)
+        self._is_writing = True
+        try:
+            await self._response.write(data)
+        finally:
+            self._is_writing = False
+            self._last_at = self._clock()
+
+    @contextlib.asynccontextmanager
+    async def pinging(self) -> AsyncIterator[None]:
+        """Send a comment whenever nothing else has been sent for a while."""
+        task = asyncio.create_task(self._ping(), name="ping")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _ping(self) -> None:
+        while True:
+            wait_s = self._last_at + PING_S - self._clock()
+            if wait_s > 0 or self._is_writing:
+                await asyncio.sleep(max(wait_s, PING_S / 2))
+            else:
+                await self.write(PING)
 
     async def close(self) -> web.StreamResponse:
         """End the body."""
@@ -114,13 +138,45 @@ class EventStream:
 async def stream_answer(
     request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool
 ) -> web.StreamResponse:
-    """Send a generation as it arrives. An error before its first token is raised, so it gets its own HTTP status."""
-    deltas = await generation.next()
-    stream = EventStream(request)
-    await stream.open()
+    """Send a generation as it arrives.
+
+    An error before its first token is raised, so that it gets its own HTTP status, unless the prompt takes long: then
+    the headers are sent while a worker computes it.
+    """
+    first = asyncio.create_task(generation.next(), name="first tokens")
+    try:
+        while not first.done():
+            await asyncio.wait((first,), timeout=PATIENCE_S)
+            if generation.has_worker:
+                break
+        if first.done():
+            first.result()
+        stream = EventStream(request)
+        await stream.open()
+        if not first.done():
+            await stream.write(PING)  # with which the headers go out
+        async with stream.pinging():
+            await stream.write(await _send(stream, request, generation, first, frames, has_usage=has_usage))
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    return await stream.close()
+
+
+async def _send(
+    stream: EventStream,
+    request: web.Request,
+    generation: Generation,
+    first: asyncio.Task[list[ChoiceDelta]],
+    frames: Frames,
+    *,
+    has_usage: bool,
+) -> bytes:
+    """Send all deltas. Return the end of the stream, which says that it is complete, or why it is not."""
     pieces = frames.opening()
     data = b""
     try:
+        deltas = await first
         while deltas:
             for piece in itertools.chain(pieces, map(frames.delta, deltas)):
                 data += piece
@@ -135,10 +191,8 @@ async def stream_answer(
             deltas = await generation.next()
         if has_usage:
             data = frames.usage(usage_of(generation))
-        data += b"data: [DONE]\n\n"
+        return data + b"data: [DONE]\n\n"
     except ConnectionError:
         raise
     except Exception as error:
-        data = b"data: " + error_json(named_error(error, request)) + b"\n\n"
-    await stream.write(data)
-    return await stream.close()
+        return b"data: " + error_json(named_error(error, request)) + b"\n\n"

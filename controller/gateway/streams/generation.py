@@ -88,6 +88,11 @@ class Generation:
         return len(self._choices)
 
     @property
+    def has_worker(self) -> bool:
+        """Return whether a worker has any of its choices."""
+        return self._placing.num_placed > 0
+
+    @property
     def num_cached_tokens(self) -> int:
         """Return the number of prompt tokens that no choice had to compute."""
         return sum(min(queue.num_cached_tokens for queue in queues) for queues in self._queues_by_prompt)

@@ -90,7 +90,7 @@ class Placing:
         self._clock = clock
         self._left: deque[Ticket] = deque()  # still to be submitted
         self._window = _MIN_WINDOW
-        self._num_placed = 0  # choices on workers
+        self.num_placed = 0  # choices on workers
         self._has_room = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -109,7 +109,7 @@ class Placing:
         """Submit again a choice whose worker was lost or has given it up for another worker."""
         ticket.session = None
         ticket.error = error
-        self._num_placed -= 1
+        self.num_placed -= 1
         ticket.num_lost += isinstance(error, WorkerLostError)
         if ticket.num_lost > MAX_LOST:  # the choice may be what kills them
             self._fail(error)
@@ -124,7 +124,7 @@ class Placing:
         if ticket.session is not None:
             ticket.session.cancel(ticket.stream)
             ticket.session = None
-            self._num_placed -= 1
+            self.num_placed -= 1
             self._has_room.set()
 
     def stop(self) -> None:
@@ -150,7 +150,7 @@ class Placing:
 
     async def _submit_all(self) -> None:
         while self._left:
-            if self._num_placed >= self._window:
+            if self.num_placed >= self._window:
                 self._has_room.clear()
                 await self._has_room.wait()
                 continue
@@ -178,7 +178,7 @@ class Placing:
         session: WorkerSession | None = None
         request: GenerateRequest | None = None
         num_tokens = 0
-        for _ in range(min(_BATCH_CHOICES, len(self._left), max(0, self._window - self._num_placed))):
+        for _ in range(min(_BATCH_CHOICES, len(self._left), max(0, self._window - self.num_placed))):
             ticket = self._left[0]
             if not ticket.is_over:
                 if session is None or ticket.request is not request:
@@ -195,7 +195,7 @@ class Placing:
         request = ticket.request.of_choice(ticket.number, ticket.queue.received)
         ticket.stream = session.submit(ticket.queue, request)
         ticket.session = session
-        self._num_placed += 1
+        self.num_placed += 1
         if ticket.num_lost:
             self._on_resumed()
             logger.info(
