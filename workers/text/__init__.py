@@ -3,8 +3,8 @@
 Shared by the HTTP gateway and the offline ``LLM``. Imports tokenizers, jinja2 and the standard library; never torch,
 transformers or Ray (transformers' tokenizers would load torch: 222 MB and seconds of start-up).
 
-Tested elsewhere: generation_defaults in test_model_text.py; pieces in test_detokenizer.py; template_sandbox in
-test_chat_template.py.
+Tested elsewhere: generation_defaults in test_model_text.py; pieces in test_detokenizer.py; template_filters in
+test_traced_text.py; template_sandbox in test_chat_template.py.
 """
 
 from __future__ import annotations
