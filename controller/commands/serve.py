@@ -97,7 +97,7 @@ def _stay(cluster: FleetCluster, ready: FleetReady, gateways: GatewayProcesses, 
             return lost
         signals.num_restarts -= fleet.look(wants_restart=signals.num_restarts > 0)
         for what in gateways.replace_lost():
-            say(f"{what}; another takes its place")
+            say(what)
         time.sleep(_POLL_S)
     return ""
 
