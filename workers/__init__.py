@@ -2,8 +2,8 @@
 
 Lazy: importing this package loads neither torch nor Ray. A name is imported at its first use.
 
-Tested elsewhere: address in server/test_actor.py; errors in controller/gateway/api/test_bad_input.py; host_memory in
-model/test_device.py; rpc in server/test_service.py; switch_interval in server/test_actor.py.
+Tested elsewhere: errors in controller/gateway/api/test_bad_input.py; host_memory in model/test_device.py; rpc in
+server/test_service.py; switch_interval in server/test_actor.py.
 """
 
 from __future__ import annotations

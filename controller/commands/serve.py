@@ -27,7 +27,7 @@ from lorafleet.controller.commands.watch import FleetWatch
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet.gateway_processes import GatewayProcesses
 from lorafleet.controller.fleet.secret_file import write_secret
-from lorafleet.workers.address import own_address
+from lorafleet.workers.address import http_url, own_address
 from lorafleet.workers.errors import ConfigError, error_from_code
 from lorafleet.workers.server.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.sources.models import read_ahead
@@ -97,7 +97,7 @@ def _stay(cluster: FleetCluster, ready: FleetReady, gateways: GatewayProcesses, 
             return lost
         signals.num_restarts -= fleet.look(wants_restart=signals.num_restarts > 0)
         for what in gateways.replace_lost():
-            say(f"{what}; another takes its place")
+            say(what)
         time.sleep(_POLL_S)
     return ""
 
@@ -194,20 +194,15 @@ def _wait_for_gateways(config: ServeConfig, gateways: GatewayProcesses, signals:
         gateways.check()
         if gateways.are_listening:
             with contextlib.suppress(urllib.error.URLError, OSError):
-                opener.open(f"{_url(config)}/ready", timeout=2).close()
+                opener.open(f"{http_url(config.host, config.port)}/ready", timeout=2).close()
                 return
         time.sleep(_POLL_S)
     raise ConfigError(f"The gateways were not ready within {_GATEWAY_START_S:g} s.")
 
 
-def _url(config: ServeConfig) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    return f"http://{host}:{config.port}"
-
-
 def _announce(config: ServeConfig, workers: tuple[WorkerReady, ...], seconds: float) -> None:
     """Print the memory plan, the adapters served, and commands to paste."""
-    url, base = _url(config), config.served_model_names[0]
+    url, base = http_url(config.host, config.port), config.served_model_names[0]
     if len(workers) > 1:
         print(f"{_count(len(workers), 'worker')}, each with this")
     print("\n".join(workers[0].plan))

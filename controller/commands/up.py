@@ -21,6 +21,7 @@ from lorafleet.controller.commands.start import wait_for_fleet
 from lorafleet.controller.commands.watch import FleetWatch
 from lorafleet.controller.config import GatewayNodes, ServeConfig, UpOptions
 from lorafleet.controller.fleet.secret_file import write_secret
+from lorafleet.workers.address import http_url
 from lorafleet.workers.errors import ConfigError, NoRoomError, error_from_code
 from lorafleet.workers.server.actor import WorkerFailed
 
@@ -163,8 +164,8 @@ def _announce(config: ServeConfig, fleet: FleetReady, token_file: Path) -> None:
     print("\n".join(fleet.workers[0].plan))
     print(f"\n{len(fleet.workers)} of {config.num_workers} workers serve; the controller is at {fleet.controller}")
     for node in fleet.gateway_nodes:
-        shown = node if config.host in ("0.0.0.0", "::") else config.host
-        print(f"gateways on {node}: http://{shown}:{config.port}")
+        shown = node if config.host in ("", "0.0.0.0", "::") else config.host
+        print(f"gateways on {node}: {http_url(shown, config.port)}")
     print(f"more gateways: lorafleet gateway --controller {fleet.controller} --token-file {token_file}")
     print("`lorafleet status` shows the fleet, `lorafleet down` ends it.", flush=True)
 

@@ -94,6 +94,7 @@ class ControllerActor:
             self._cluster, gateways_on, config, controller=f"{self._host}:{port}", token=token, tell=self._events.add
         )
         self._gateways_started = False
+        self._restart = asyncio.Lock()  # held by the one restart of all workers
         self._settled = asyncio.Event()  # all wanted workers serve and gateways listen, or one cannot
         # Nothing here waits for Ray, which does not restart an actor whose constructor has failed.
         self._run = asyncio.get_running_loop().create_task(self._serve())
@@ -120,15 +121,16 @@ class ControllerActor:
     async def restart_workers(self) -> Outcome:
         """Replace the workers' processes one after the other, so that requests always find a serving worker.
 
-        Drained nodes get their gateways back.
+        Drained nodes get their gateways back. A second restart waits for the first.
         """
-        self._gateways.undrain()
-        for life in self._lives.values():
-            try:
-                await life.restart(self._config.drain_timeout_s)
-            except (TimeoutError, WorkerLost):
-                return Outcome(False, f"{life.name} did not restart; the other workers were not restarted")
-        return Outcome(True, f"all {len(self._lives)} workers were restarted")
+        async with self._restart:
+            self._gateways.undrain()
+            for life in self._lives.values():
+                try:
+                    await life.restart(self._config.drain_timeout_s)
+                except (TimeoutError, WorkerLost):
+                    return Outcome(False, f"{life.name} did not restart; the other workers were not restarted")
+            return Outcome(True, f"all {len(self._lives)} workers were restarted")
 
     async def drain_node(self, node_id: str, timeout_s: float) -> Outcome:
         """Drain a node's gateways and the workers with a rank on it: they finish their requests and take no others."""

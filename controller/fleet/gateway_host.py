@@ -62,4 +62,4 @@ class GatewayHostActor:
         while True:
             await asyncio.sleep(_POLL_S)
             for lost in self._gateways.replace_lost():
-                logger.warning("on %s %s; another takes its place", os.uname()[1], lost)
+                logger.warning("on %s %s", os.uname()[1], lost)

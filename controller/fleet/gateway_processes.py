@@ -32,7 +32,7 @@ class GatewayProcess:
         )
         assert self._process.stdout is not None
         self._pulse = Pulse(self._process.stdout.fileno(), time.monotonic())
-        self.started_at = time.monotonic()
+        self.started_at = time.monotonic()  # or when the start of its successor was tried last
 
     @property
     def exit_code(self) -> int | None:
@@ -41,6 +41,8 @@ class GatewayProcess:
     @property
     def is_listening(self) -> bool:
         """Return whether it has reported that it listens. One of several reports that only once it can serve."""
+        if self.exit_code is not None:
+            return False
         self._pulse.look(time.monotonic())
         return self._pulse.has_said(b"listening")
 
@@ -98,7 +100,10 @@ class GatewayProcesses:
         return all(process.is_listening for process in self._processes)
 
     def replace_lost(self) -> list[str]:
-        """Replace the processes that have exited or hang. Return a line to print for each."""
+        """Replace the processes that have exited or hang. Return a line to print for each.
+
+        One that cannot be replaced now, since the machine has no room for a process, is replaced later.
+        """
         lost = []
         for number, process in enumerate(self._processes):
             if process.exit_code is None:
@@ -110,7 +115,12 @@ class GatewayProcesses:
             else:
                 lost.append(f"a gateway ended with exit code {process.exit_code}")
             process.end()
-            self._processes[number] = self._start()
+            try:
+                self._processes[number] = self._start()
+                lost[-1] += "; another takes its place"
+            except OSError as error:
+                process.started_at = time.monotonic()
+                lost[-1] += f"; another cannot be started now: {error.strerror}"
         return lost
 
     def terminate(self) -> None:

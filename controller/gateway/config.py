@@ -70,5 +70,5 @@ class GatewayConfig(GatewayOptions):
 def check_address(flag: str, address: str) -> None:
     """Raises ConfigError unless `address` is HOST:PORT."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+    if not colon or not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) <= 65535:
         raise ConfigError(f"{flag} is {quoted(address)}; it must be HOST:PORT.")

@@ -1,10 +1,14 @@
-"""An adapter's directory: its files by name, opened and read within bounds, and its name in messages."""
+"""An adapter's directory: its files by name, opened and read within bounds, and its name in messages.
+
+A name is the one that the caller of a registration gave. A request that uses the adapter later comes from somebody
+else, so its messages have no name.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -17,7 +21,7 @@ _MAX_ENTRIES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """path: the real location. shown: the caller's name for it, the only one that messages may contain.
+    """path: the real location. shown: the caller's name for it, the only one that messages may contain; empty: none.
 
     roots: the files' real paths must lie below one of these; empty: anywhere. place: finds the same directory again on
     any worker: an absolute path, or a hub id with its revision.
@@ -35,7 +39,11 @@ class AdapterFolder:
         return cls(path, cut(str(path) if shown is None else shown), tuple(roots), place or str(path))
 
     def __str__(self) -> str:
-        return self.shown
+        return self.shown or "The adapter"
+
+    def unnamed(self) -> AdapterFolder:
+        """Return the same directory for messages to those who request the adapter and did not name its directory."""
+        return replace(self, shown="")
 
     def shown_file(self, name: str) -> Path:
         """Return a file's path for messages."""
@@ -48,12 +56,12 @@ class AdapterFolder:
                 names = [entry.name for entry in islice(entries, _MAX_ENTRIES + 1)]
         except OSError as error:
             raise AdapterRefusedError(
-                f"{self.shown} cannot be read: {error.strerror}. Give a directory with a PEFT adapter.",
+                f"{self} cannot be read: {error.strerror}. Give a directory with a PEFT adapter.",
                 reason="missing_directory",
             ) from error
         if len(names) > _MAX_ENTRIES:
             raise AdapterRefusedError(
-                f"{self.shown} holds more than {_MAX_ENTRIES:,} files. Give a directory with a PEFT adapter alone.",
+                f"{self} holds more than {_MAX_ENTRIES:,} files. Give a directory with a PEFT adapter alone.",
                 reason="not_peft",
             )
         return sorted(names)

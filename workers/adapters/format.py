@@ -244,7 +244,7 @@ def load_adapter(
 
     files: the spec's, if already open; otherwise opened under its path. Hashes them only if their stamps do not prove
     that they are unchanged. Raises `AdapterUnavailableError` if they are gone or differ from what was verified,
-    `AdapterRefusedError` if values overflow in `dtype`.
+    `AdapterRefusedError` if values overflow in `dtype`; the messages name no directory, see folder.py.
     """
     kept, is_all, form = _read_verified(spec, base, files)
     # What was verified is finite, so only a dtype of smaller range can make it infinite.
@@ -253,7 +253,7 @@ def load_adapter(
     for (layer, module, side, stored), tensor in zip(kept, _in_dtype(kept, dtype, copy=not is_all), strict=True):
         if stored.dtype in wider and not _is_finite(tensor):
             raise _refused(
-                Path(spec.folder.shown),
+                Path(),
                 f"overflows in {dtype} in {_named(layer, module, side)}. Use --lora-dtype bfloat16.",
                 "non_finite",
             )
@@ -294,13 +294,13 @@ def _read_verified(
             return kept, _is_all(tensors, spec), form
     # The same tensors may now be in a file with another layout.
     try:
-        tensors = read_weights(spec.folder, base, spec.config).tensors
+        tensors = read_weights(spec.folder.unnamed(), base, spec.config).tensors
     except AdapterRefusedError as error:
         raise AdapterUnavailableError(f"{error.message} It was valid when it was registered.", param="model") from error
     kept = _kept(tensors, spec.vocabulary)
     if _digest(kept, spec.config, spec.vocabulary) != spec.digest:
         raise AdapterUnavailableError(
-            f"{spec.folder.shown} changed since it was registered; register it again to serve the new version.",
+            "The adapter's files have changed since it was registered; register it again to serve the new version.",
             param="model",
         )
     return kept, _is_all(tensors, spec), None

@@ -413,13 +413,16 @@ class AdapterStore:
             self._has_read()
             return
         if caught is not None:
-            error = (
-                caught if isinstance(caught, LoRAFleetError) else InternalError(f"Reading an adapter failed: {caught}")
-            )
+            where = digest, read.specs[0].path
+            if isinstance(caught, LoRAFleetError):
+                error = caught
+                logger.warning("adapter %s cannot be read from %s: %s", *where, error.message)
+            else:
+                error = InternalError("Reading an adapter failed; the worker's log says why.")
+                logger.error("adapter %s cannot be read from %s", *where, exc_info=caught)
             with self._lock:
                 is_hung = not read.has_ended and digest in self._specs
                 if is_hung:
-                    logger.warning("reading adapter %s from %s hangs", digest, read.specs[0].path)
                     self._hung[digest] = read
                 if entry.holders or is_hung:  # else it was only a hint: a fetch must read again
                     delay_s = (

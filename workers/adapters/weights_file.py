@@ -117,7 +117,7 @@ def read_weights(
     names = folder.names()
     if WEIGHTS_FILE not in names:
         what, reason = missing_weights(names, folder.path)
-        raise AdapterRefusedError(f"{folder.shown} {what}", reason=reason)
+        raise AdapterRefusedError(f"{folder} {what}", reason=reason)
     new_files = [name for name in names if name.startswith("new_embeddings")]
     reads = (
         [_read_new_embeddings(folder, new_files, base, config, max_extra=max_extra_vocab, settle=settle)]

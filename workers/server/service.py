@@ -223,7 +223,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     self._engine.cancel(engine_id)
 
     def _generate(self, session: _Session, generate: worker_pb2.Generate) -> None:
-        """Accept a request, or end it with its error. A bad request never ends the session."""
+        """Accept a request, or end it with its error. No request, and no bug of ours in one, ends the session."""
         stream = generate.stream
         engine_id = f"{session.name}.{stream}"
         try:
@@ -237,11 +237,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             session.last_stream = stream
             request = from_wire(generate, request_id=engine_id)
             self._engine.submit(request, waits_for_files=False)
-        except LoRAFleetError as error:
-            logger.info("request %s refused: %s", generate.request_id, error.message)
-            session.put(
-                worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(ended=[error_to_wire(error, stream=stream)]))
-            )
+        except Exception as error:
+            session.put(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(ended=[_refusal(generate, error)])))
             return
         session.streams[stream] = engine_id
         self._owners[engine_id] = (session, stream)
@@ -322,6 +319,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._owners.clear()
         # Leave the messages half a second to be sent.
         self._loop.call_later(0.5, self._on_crash)
+
+
+def _refusal(generate: worker_pb2.Generate, error: Exception) -> worker_pb2.Ended:
+    """Log why a request is not accepted, and return its end."""
+    if isinstance(error, LoRAFleetError):
+        logger.info("request %s refused: %s", generate.request_id, error.message)
+    else:
+        logger.error("request %s cannot be accepted", generate.request_id, exc_info=error)
+        error = InternalError("The worker could not accept the request; its log says why.")
+    return error_to_wire(error, stream=generate.stream)
 
 
 class _Session:

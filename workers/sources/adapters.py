@@ -56,11 +56,10 @@ def resolve_adapter(path_or_id: str, roots: Sequence[str] | None = None) -> Adap
             return _downloaded(path_or_id)
     except hub.HubError as error:
         raise AdapterRefusedError(str(error), reason="not_found") from error
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, a NUL, or an unknown user's home
-        problem = error.strerror if isinstance(error, OSError) else str(error)
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, a NUL, a loop, an unknown user
         raise AdapterRefusedError(
-            f"{cut(path_or_id)} cannot be looked up: {problem}.", reason="missing_directory"
-        ) from (error)
+            f"{cut(path_or_id)} cannot be looked up: {_problem(error)}.", reason="missing_directory"
+        ) from error
     raise AdapterRefusedError(
         f"{cut(path_or_id)} does not exist. Give an adapter's directory or a Hugging Face id (org/name, or "
         "org/name@revision).",
@@ -76,6 +75,13 @@ def _downloaded(hub_id: str) -> AdapterFolder:
             what, reason = known
             raise AdapterRefusedError(f"{hub_id} {what}", reason=reason)
     return AdapterFolder.at(path, hub_id, place=hub.pinned_id(hub_id, path))
+
+
+def _problem(error: OSError | RuntimeError | ValueError) -> str:
+    """Return an error's text without the path that it may contain."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return "its links form a loop" if "Symlink loop" in str(error) else str(error)
 
 
 def _directories(roots: Sequence[str]) -> list[Path]:

@@ -49,7 +49,7 @@ def cached_snapshot(folder: Path) -> Path:
     except OSError as error:
         raise HubError(f"{quoted(folder.name)} cannot be read: {error.strerror}.") from error
     if newest is None:
-        raise HubError(f"{cut(str(folder))} is a hub cache folder without a snapshot.")
+        raise HubError(f"{quoted(folder.name)} is a hub cache folder without a snapshot.")
     return newest
 
 

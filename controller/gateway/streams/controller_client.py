@@ -130,6 +130,9 @@ class RoutesClient:
             except grpc.aio.AioRpcError as error:
                 expected = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self.table is not None
                 reason = "" if expected else describe(error)
+            except Exception as error:  # a bug of ours must not leave the gateway with an old table for good
+                logger.exception("the controller's table cannot be taken over")
+                reason = type(error).__name__
             if reason and reason != logged:
                 # Before the first table the controller is usually still starting.
                 level = logging.INFO if self.table is None else logging.WARNING
@@ -146,9 +149,9 @@ class RoutesClient:
         call = stub.Watch(request, metadata=self._metadata, timeout=WATCH_DEADLINE_S)
         try:
             async for message in call:
-                backoff.reset()
                 table = await asyncio.to_thread(RoutingTable.from_wire, message)  # slow for thousands of adapters
                 self._take(table, message)
+                backoff.reset()
         finally:
             call.cancel()
 
@@ -178,11 +181,13 @@ class RoutesClient:
                 )
             except (grpc.aio.AioRpcError, LoRAFleetError) as error:
                 logger.warning("tokenizer %s cannot be loaded: %s", digest[:16], describe(error))
-                await asyncio.sleep(backoff.next_s())
+            except Exception:  # a bug of ours, or no memory now
+                logger.exception("tokenizer %s cannot be loaded", digest[:16])
             else:
                 self.text = text
                 logger.info("tokenizer %s loaded", digest[:16])
                 return
+            await asyncio.sleep(backoff.next_s())
 
     async def _fetch(self, digest: str) -> dict[str, bytes]:
         request = worker_pb2.GetFilesRequest(digest=digest)

@@ -547,6 +547,24 @@ async def test_workers_are_restarted_one_after_the_other_each_after_its_requests
     await stop(controller)
 
 
+async def test_of_two_restarts_the_second_begins_after_the_first(fleet: Fleet, start: StartWorker) -> None:
+    worker = await start("a")
+    fleet.cluster.answers.put_nowait(worker.ready)
+    await fleet.workers_become("a")
+    restarts = [asyncio.create_task(fleet.controller.restart_workers()) for _ in range(2)]
+    for number, new in enumerate(("b", "c"), start=1):
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(fleet.cluster.restarted) < number:  # noqa: ASYNC110 (a plain thread calls the fake)
+                await asyncio.sleep(0.005)
+        await worker.kill()
+        await fleet.workers_become()
+        assert len(fleet.cluster.restarted) == number
+        worker = await start(new)
+        fleet.cluster.answers.put_nowait(worker.ready)
+        await fleet.workers_become(new)
+    assert [outcome.succeeded for outcome in await asyncio.gather(*restarts)] == [True, True]
+
+
 async def test_a_worker_that_stays_silent_is_ended(
     fleet: Fleet, start: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

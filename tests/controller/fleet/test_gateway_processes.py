@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from lorafleet.controller.commands.command_table import make_parser
 from lorafleet.controller.commands.flags import serve_config
 from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet import gateway_processes as module
-from lorafleet.controller.fleet.gateway_processes import GatewayProcesses
+from lorafleet.controller.fleet.gateway_processes import GatewayProcess, GatewayProcesses
 from lorafleet.controller.gateway.__main__ import parse
 from lorafleet.controller.gateway.api.auth import ApiKeys
 from lorafleet.controller.gateway.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
@@ -79,7 +80,9 @@ def test_a_stopped_one_is_ended_and_replaced_and_the_others_stay(gateways: Gatew
     first, second = pids(gateways)
     os.kill(first, signal.SIGSTOP)
     (said,) = replaced(gateways)
-    assert said.startswith("a gateway has given no sign of life for ") and said.endswith(" and is ended")
+    assert said.startswith("a gateway has given no sign of life for ") and said.endswith(
+        " and is ended; another takes its place"
+    )
     assert first not in pids(gateways) and pids(gateways)[1] == second
     assert not Path(f"/proc/{first}").exists()
     until(lambda: gateways.are_listening)
@@ -89,8 +92,26 @@ def test_a_stopped_one_is_ended_and_replaced_and_the_others_stay(gateways: Gatew
 def test_one_that_dies_is_replaced(gateways: GatewayProcesses) -> None:
     first, second = pids(gateways)
     os.kill(second, signal.SIGKILL)
-    assert replaced(gateways) == ["a gateway ended with exit code -9"]
+    assert replaced(gateways) == ["a gateway ended with exit code -9; another takes its place"]
     assert pids(gateways)[0] == first
+    until(lambda: gateways.are_listening)
+
+
+def test_one_that_cannot_be_replaced_now_is_replaced_later(
+    gateways: GatewayProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> GatewayProcess:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    first, second = pids(gateways)
+    os.kill(second, signal.SIGKILL)
+    with monkeypatch.context() as crowded:
+        crowded.setattr(gateways, "_start", fail)
+        (said,) = replaced(gateways)
+        assert said.endswith("another cannot be started now: Resource temporarily unavailable")
+        assert not gateways.are_listening and pids(gateways) == [first, second]
+    (said,) = replaced(gateways)
+    assert said.endswith("another takes its place")
     until(lambda: gateways.are_listening)
 
 

@@ -160,6 +160,7 @@ def test_unknown_flags_are_refused(token_file: str, capsys: pytest.CaptureFixtur
     ("flags", "part"),
     [
         (["--controller", "nowhere"], "--controller"),
+        (["--controller", "h:" + "9" * 5000], "--controller"),
         (["--port", "70000"], "--port"),
         (["--max-body-bytes", "0"], "--max-body-bytes"),
         (["--drain-timeout-s", "-1"], "--drain-timeout-s"),

@@ -627,13 +627,14 @@ def spoil(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [remove, change_weights, truncate, overwrite_in_place, spoil])
-def test_an_adapter_that_changed_since_it_was_verified_is_unavailable(
+def test_an_adapter_that_changed_since_it_was_verified_is_unavailable_and_its_directory_is_not_named(
     change: Callable[[Path], None], tmp_path: Path
 ) -> None:
     spec = read(write(tmp_path / "adapter"))
     change(spec.path)
-    with pytest.raises(AdapterUnavailableError, match=str(spec.path)):
+    with pytest.raises(AdapterUnavailableError, match="registered") as caught:
         load_adapter(spec, BASE, torch.float32)
+    assert str(tmp_path) not in caught.value.message
 
 
 def test_values_that_overflow_in_float16_are_refused_with_the_flag_that_helps(tmp_path: Path) -> None:
@@ -742,7 +743,7 @@ def test_a_file_that_changes_while_it_is_registered_is_refused(
 def test_a_file_that_changes_while_it_is_loaded_is_unavailable(tmp_path: Path, meddle: Meddle) -> None:
     spec = read(write(tmp_path))
     meddle(lambda: overwrite_in_place(tmp_path))
-    with pytest.raises(AdapterUnavailableError, match=str(tmp_path)):
+    with pytest.raises(AdapterUnavailableError, match="changed since"):
         load_adapter(spec, BASE, torch.float32)
 
 

@@ -363,7 +363,7 @@ def test_an_unexpected_error_of_the_loader_becomes_a_named_one(make_store: MakeS
     disk.broken["a"] = ZeroDivisionError("surprise")
     error = error_of(store.fetch("a"))
     assert isinstance(error, InternalError)
-    assert "surprise" in error.message
+    assert "surprise" not in error.message  # it may hold a path; the log has it
 
 
 def test_one_adapters_failure_leaves_the_others_alone(make_store: MakeStore, disk: Disk) -> None:

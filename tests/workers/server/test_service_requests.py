@@ -146,6 +146,24 @@ async def test_a_bad_request_ends_with_its_error_and_the_session_goes_on(
         assert client.tokens[2] == expected_tokens([7], 4)
 
 
+async def test_a_bug_of_ours_in_one_request_ends_no_other(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    worker.engine.paused = True
+    async with worker.session() as client:
+        await client.generate(1, [1])
+        await eventually(lambda: worker.engine.num_running == 1)
+        with monkeypatch.context() as broken:
+            broken.setattr(worker.engine, "submit", fail)
+            await client.generate(2, [1])
+            ended = (await client.ending(2)).ended
+        assert ended is not None and ended.error_code == "internal_error"
+        worker.engine.resume()
+        assert (await client.ending(1)).finish == worker_pb2.FINISH_LENGTH
+    assert worker.service.num_unfinished == 0
+
+
 async def test_a_request_without_sampling_is_refused(worker: Worker) -> None:
     async with worker.session() as client:
         await client.send(generate=worker_pb2.Generate(stream=1, prompt_token_ids=[1]))

@@ -74,7 +74,7 @@ def test_a_cache_folder_without_a_snapshot_is_refused(tmp_path: Path) -> None:
     folder = cache_folder(tmp_path)
     error = refusal(str(folder))
     assert error.reason == "not_found"
-    assert str(folder) in error.message
+    assert folder.name in error.message
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
@@ -146,6 +146,15 @@ def test_what_lies_elsewhere_is_refused_whether_it_exists_or_not(path: str, disk
     assert "--lora-root" in error.message
     assert f"{disk}/two" not in error.message and str(disk) not in error.message.replace(path.format(disk=disk), "")
     assert not asked
+
+
+@pytest.mark.parametrize(("path", "reason"), [("loop", "missing_directory"), ("models--org--name", "not_found")])
+def test_what_is_broken_below_a_root_is_refused_without_the_roots_path(path: str, reason: str, tmp_path: Path) -> None:
+    cache_folder(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    error = refusal(path, [str(tmp_path)])
+    assert error.reason == reason
+    assert path in error.message and str(tmp_path) not in error.message
 
 
 def test_a_path_with_a_nul_is_refused(disk: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import openai
 import pytest
 
+from lorafleet.controller.gateway.routing.routing_table import RoutingTable
 from lorafleet.controller.gateway.streams import pool as pool_module
 from lorafleet.controller.gateway.streams.placing import MAX_LOST
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import QueueFullError
+from lorafleet.workers.text.model_text import ModelText
 
 BODY = {"model": "tiny", "prompt": "hello world", "max_tokens": 30}
 
@@ -410,6 +412,34 @@ async def test_the_old_tokenizer_serves_until_the_new_one_is_there(fleet: Any, t
     assert status == 200
     assert fleet.state.text.digest == "tok-1"
     fleet.controller.files["tok-2"] = tokenizer_files
+    await fleet.until(lambda: fleet.state.text.digest == "tok-2")
+
+
+async def test_a_table_that_cannot_be_taken_over_does_not_end_the_watch(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(message: Any) -> RoutingTable:
+        raise OverflowError("a bug of ours")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RoutingTable, "from_wire", fail)
+        fleet.controller.publish()
+        await fleet.until(lambda: "a bug of ours" in caplog.text)
+    await fleet.until(lambda: fleet.state.table.version == fleet.controller.table.version)
+
+
+async def test_a_tokenizer_that_cannot_be_built_for_once_is_built_again(
+    fleet: Any, tokenizer_files: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> ModelText:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ModelText, "from_files", fail)
+        fleet.controller.files["tok-2"] = tokenizer_files
+        fleet.controller.table.base.tokenizer_digest = "tok-2"
+        fleet.controller.publish()
+        await fleet.until(lambda: "no room" in caplog.text)
     await fleet.until(lambda: fleet.state.text.digest == "tok-2")
 
 
