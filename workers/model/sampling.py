@@ -72,7 +72,7 @@ class _Batch:
             rows = [Row(i, requests[i]) for i, history in enumerate(histories) if history is not None]
             if rows:
                 concerned.append((rule, rows))
-            known |= dict.fromkeys(row.request for row in rows if histories[row.index] is History.KNOWN)
+            known |= dict.fromkeys(row.request for row in rows if histories[row.number] is History.KNOWN)
         return cls(
             requests=list(requests),
             temperature_S=column(temperatures),

@@ -42,7 +42,7 @@ class History(IntEnum):
 class Row(NamedTuple):
     """A row of a step's logits."""
 
-    index: int
+    number: int
     request: Request
 
 
@@ -58,10 +58,12 @@ class LogitRule(Protocol):
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Begin to compute the rows' changes. Returns at once."""
+        return
 
     @abstractmethod
     def write(self, rows: Sequence[Row], changes: Changes) -> None:
         """Write the rows' changes. Nothing here may wait for the device."""
 
     def sampled(self, rows: Sequence[Row], token_ids_S: torch.Tensor) -> None:
-        """Take note of the tokens that were sampled: int64, on the device, by index of row."""
+        """Take note of the tokens that were sampled: int64, on the device, by number of row."""
+        return

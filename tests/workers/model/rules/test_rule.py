@@ -37,17 +37,17 @@ class Spy(LogitRule):
         return self._history if sampling.top_k else None
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        self.calls.append(("prepare", [row.index for row in rows]))
+        self.calls.append(("prepare", [row.number for row in rows]))
 
     def write(self, rows: Sequence[Row], changes: Changes) -> None:
-        self.calls.append(("write", [row.index for row in rows]))
+        self.calls.append(("write", [row.number for row in rows]))
         words = np.zeros((len(rows), 3), np.uint32)
         for own, (_, asked) in zip(words, rows, strict=True):
             own[asked.sampling.top_k // 32] = 1 << asked.sampling.top_k % 32
-        changes.allow([row.index for row in rows], torch.from_numpy(words.view(np.int32)))
+        changes.allow([row.number for row in rows], torch.from_numpy(words.view(np.int32)))
 
     def sampled(self, rows: Sequence[Row], token_ids_S: torch.Tensor) -> None:
-        self.calls.append(("sampled", [int(token_ids_S[row.index]) for row in rows]))
+        self.calls.append(("sampled", [int(token_ids_S[row.number]) for row in rows]))
 
 
 def test_each_step_has_three_calls_with_the_rows_that_a_rule_concerns() -> None:
