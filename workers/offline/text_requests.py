@@ -14,6 +14,7 @@ from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, quoted
 from lorafleet.workers.offline.outputs import CompletionOutput, Logprob, RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
+from lorafleet.workers.text.bad_words import forbidden_sequences
 from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
 
@@ -108,6 +109,7 @@ class TextRequests:
             lora_request=lora,
             tokenizer=tokenizer,
         )
+        bad_words = forbidden_sequences(tokenizer, params.words)
         generates, shared_ids = [], tuple(ids)
         for index, engine_id in enumerate(request.engine_ids):
             options = params.options(
@@ -117,6 +119,7 @@ class TextRequests:
                 seed=seed,
                 choice=index,
                 eos_token_ids=tokenizer.eos_token_ids,
+                bad_words=bad_words,
             )
             generates.append(GenerateRequest(engine_id, shared_ids, options, digest))
         for generate in generates:
