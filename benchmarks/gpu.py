@@ -215,11 +215,11 @@ class Bench:
         try:
             for _ in range(num_samples):
                 began = time.perf_counter()
-                before = runner.launch(plan)
+                before = runner.launch(plan).samples
                 for request in requests:
                     request.num_pending_tokens = int(is_decode)  # the input is the token that launch samples
                 for _ in range(count - 1):
-                    after = runner.launch(plan)
+                    after = runner.launch(plan).samples
                     before.results()
                     before = after
                 before.results()

@@ -12,7 +12,14 @@ from typing import Annotated, Any
 
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
 from lorafleet.workers.scheduling.ranges import Range, check_integer
-from lorafleet.workers.scheduling.sampling_options import MAX_INT, SHARED_FIELDS, NumTokens, Sampling, SamplingOptions
+from lorafleet.workers.scheduling.sampling_options import (
+    MAX_INT,
+    MAX_LOGPROB_TOKEN_IDS,
+    SHARED_FIELDS,
+    NumTokens,
+    Sampling,
+    SamplingOptions,
+)
 
 MAX_N = 16
 MAX_STOP_STRINGS = 16
@@ -24,10 +31,12 @@ MAX_STOP_TOKEN_IDS = 1024
 class SamplingParams(Sampling):
     """Options of a generation. Raises `InvalidRequestError`, naming the field, for a value out of range.
 
-    max_tokens: None generates up to the end of the context. temperature: 0 is greedy. top_k: 0 (or -1) keeps all.
-    logprobs: k returns the log-probabilities of the sampled token and of the k best at each position. seed: None draws
-    one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output. min_tokens: before
-    that many, no EOS, stop token or stop string ends the output. stop, stop_token_ids: None means none.
+    max_tokens: None generates up to the end of the context, 0 nothing. temperature: 0 is greedy. top_k: 0 (or -1) keeps
+    all. logprobs: k returns the log-probabilities of the sampled token and of the k best at each position.
+    prompt_logprobs: the same for each prompt token but the first. logprob_token_ids: candidates in place of the k best.
+    seed: None draws one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output.
+    min_tokens: before that many, no EOS, stop token or stop string ends the output. stop, stop_token_ids: None means
+    none.
     """
 
     n: Annotated[int, Range(1, MAX_N)] = 1
@@ -35,10 +44,12 @@ class SamplingParams(Sampling):
     seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = None
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
+    logprob_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     stops: tuple[str, ...] = field(init=False, repr=False, default=())  # `stop` as a tuple
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())  # `stop_token_ids` as a set
+    logprob_ids: tuple[int, ...] = field(init=False, repr=False, default=())  # `logprob_token_ids`, each once
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)
@@ -47,7 +58,12 @@ class SamplingParams(Sampling):
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", param="min_tokens"
             )
         object.__setattr__(self, "stops", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_ids", _stop_token_ids(self.stop_token_ids))
+        stop_ids = _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        object.__setattr__(self, "stop_ids", frozenset(stop_ids))
+        logprob_ids = _token_ids("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS)
+        object.__setattr__(self, "logprob_ids", tuple(dict.fromkeys(logprob_ids)))
+        if logprob_ids and self.logprobs is None:
+            object.__setattr__(self, "logprobs", 0)
 
     def options(
         self,
@@ -66,7 +82,7 @@ class SamplingParams(Sampling):
         exceed max_model_len, `InvalidRequestError` for a token id outside the vocabulary.
         """
         room = max_model_len - num_prompt_tokens
-        if room < 1:
+        if room < min(1, 1 if self.max_tokens is None else self.max_tokens):
             raise ContextLengthError(
                 f"The prompt has {num_prompt_tokens} tokens; the context of {max_model_len} tokens leaves no room for "
                 "an answer. Shorten the prompt.",
@@ -79,22 +95,22 @@ class SamplingParams(Sampling):
                 f"{room} tokens or shorten the prompt.",
                 param="max_tokens",
             )
-        highest = max(self.stop_ids, default=0)
-        if highest >= vocab_size:
-            raise InvalidRequestError(
-                f"stop_token_ids has {highest}; the vocabulary ends at {vocab_size - 1}.", param="stop_token_ids"
-            )
+        for name, ids in (("stop_token_ids", self.stop_ids), ("logprob_token_ids", self.logprob_ids)):
+            highest = max(ids, default=0)
+            if highest >= vocab_size:
+                raise InvalidRequestError(f"{name} has {highest}; the vocabulary ends at {vocab_size - 1}.", param=name)
         max_tokens = room if self.max_tokens is None else self.max_tokens
         if self.min_tokens > max_tokens:
             raise ContextLengthError(
                 f"min_tokens is {self.min_tokens}; only {max_tokens} tokens fit after the prompt.", param="min_tokens"
             )
         return SamplingOptions(
-            **{name: getattr(self, name) for name in SHARED_FIELDS},
+            **{name: getattr(self, name) for name in SHARED_FIELDS if not (choice and name == "prompt_logprobs")},
             max_tokens=max_tokens,
             seed=(seed if self.seed is None else self.seed) & (2**64 - 1),
             choice=choice,
             stop_token_ids=self.stop_ids if self.ignore_eos else self.stop_ids | eos_token_ids,
+            logprob_token_ids=self.logprob_ids,
         )
 
 
@@ -139,11 +155,11 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return stops
 
 
-def _stop_token_ids(token_ids: object) -> frozenset[int]:
-    checked = _some("stop_token_ids", token_ids, MAX_STOP_TOKEN_IDS)
+def _token_ids(name: str, token_ids: object, limit: int) -> tuple[int, ...]:
+    checked = _some(name, token_ids, limit)
     for token_id in checked:
-        check_integer("stop_token_ids", token_id, 0, MAX_INT)
-    return frozenset(checked)
+        check_integer(name, token_id, 0, MAX_INT)
+    return checked
 
 
 def _some(name: str, values: object, limit: int) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import LoRAFleetError, WorkerLostError, error_from_code, status_of
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs
 from lorafleet.workers.scheduling.ranges import allowed_of
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
@@ -55,6 +56,7 @@ def _is_plain(message: type[Message], name: str) -> bool:
 
 _REQUEST: Final = _Fields(GenerateRequest, worker_pb2.Generate)
 _SAMPLING: Final = _Fields(SamplingOptions, worker_pb2.Sampling)
+_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(PromptLogprobs))
 _POSITIVE: Final = [
     name for name, allowed in allowed_of(SamplingOptions).items() if allowed.within and allowed.within.is_open
 ]
@@ -69,7 +71,8 @@ def to_wire(request: GenerateRequest, *, stream: int) -> worker_pb2.Generate:
         composition=[{"digest": digest, "weight": weight} for digest, weight in request.composition],
         prompt_token_ids=request.prompt_token_ids,
         output_token_ids=request.output_token_ids,
-        sampling=_SAMPLING.of(sampling) | {"stop_token_ids": sorted(sampling.stop_token_ids)},
+        sampling=_SAMPLING.of(sampling)
+        | {"stop_token_ids": sorted(sampling.stop_token_ids), "logprob_token_ids": sampling.logprob_token_ids},
         **_REQUEST.of(request),
     )
     for name in _POSITIVE:
@@ -87,9 +90,23 @@ def from_wire(message: worker_pb2.Generate, *, request_id: str) -> GenerateReque
         composition=tuple((part.digest, part.weight) for part in message.composition),
         prompt_token_ids=tuple(message.prompt_token_ids[:]),  # a slice is a list, which is read faster
         output_token_ids=tuple(message.output_token_ids),
-        sampling=SamplingOptions(**_SAMPLING.read(sampling), stop_token_ids=frozenset(sampling.stop_token_ids)),
+        sampling=SamplingOptions(
+            **_SAMPLING.read(sampling),
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            logprob_token_ids=tuple(sampling.logprob_token_ids),
+        ),
         **values,
     )
+
+
+def prompt_logprobs_to_wire(logprobs: PromptLogprobs, *, stream: int) -> worker_pb2.PromptLogprobs:
+    """Return a part of a prompt's log-probabilities as a message."""
+    return worker_pb2.PromptLogprobs(stream=stream, **{name: getattr(logprobs, name) for name in _COLUMNS})
+
+
+def prompt_logprobs_from_wire(message: worker_pb2.PromptLogprobs) -> PromptLogprobs:
+    """Return the log-probabilities in a message."""
+    return PromptLogprobs.of(**{name: getattr(message, name) for name in _COLUMNS})
 
 
 def error_to_wire(error: LoRAFleetError, *, stream: int) -> worker_pb2.Ended:

@@ -43,8 +43,7 @@ from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 from lorafleet.workers.model.device import measure_memory, pick_device
 from lorafleet.workers.model.memory_plan import MemoryPlan, plan_memory
-from lorafleet.workers.model.runner import ModelRunner
-from lorafleet.workers.model.sampling import PendingSamples
+from lorafleet.workers.model.runner import Launched, ModelRunner
 from lorafleet.workers.ranks.ranks import Gather, Ranks, alone
 from lorafleet.workers.scheduling.accepted import AcceptedRequests
 from lorafleet.workers.scheduling.activation import find_start
@@ -72,7 +71,7 @@ _MAX_ARRIVALS = 256  # that it gets to know in one step, which takes some 10 ms
 class _InFlight:
     """A step that was launched and whose tokens are not known yet."""
 
-    samples: PendingSamples
+    launched: Launched
     requests: list[Request]  # that sample, in the order of its rows
     num_tokens: int
     num_in_prompts: int  # of these: beside the one of each request that has some already
@@ -439,7 +438,7 @@ class Engine:
         launched_at = time.monotonic()
         if self._step_began is None:
             self._step_began = launched_at
-        samples = self._runner.launch(plan)
+        launched = self._runner.launch(plan)
         self._num_steps += 1
         num_in_prompts = 0
         requests = []
@@ -451,26 +450,36 @@ class Engine:
             if entry.samples:
                 requests.append(request)
             self._scheduler.advance(entry)
-        return _InFlight(samples, requests, plan.num_tokens, num_in_prompts, launched_at)
+        return _InFlight(launched, requests, plan.num_tokens, num_in_prompts, launched_at)
 
     def _settle(self, events: list[RequestEvent]) -> None:
         """Wait for the step that is in flight, if one is, and say what came of it."""
         step, self._in_flight = self._in_flight, None
         if step is None:
             return
-        for request, sampled in zip(step.requests, step.samples.results(), strict=True):
+        samples, scores = step.launched.samples, step.launched.scores
+        for request, scored in ({} if scores is None else scores.results()).items():
+            if not self._scheduler.holds(request):
+                continue
+            if scored is None:
+                self._fail_not_finite(request, events)
+            else:
+                events.append(RequestEvent(request.request_id, prompt_logprobs=scored))
+        for request, sampled in zip(step.requests, samples.results(), strict=True):
             if not self._scheduler.holds(request):
                 continue  # it ended while this step ran
             if not sampled.is_finite:
-                self._scheduler.remove(request.request_id, is_spoiled=True)
-                adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
-                error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
-                events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
+                self._fail_not_finite(request, events)
                 continue
             is_first = request.num_known_tokens == request.num_prompt_tokens
             finish = self._scheduler.settle(request, sampled.token_id)
             if finish is not None:
                 self._pace.book_seat(time.monotonic() - request.started_at)
+            if not request.sampling.max_tokens:
+                events.append(
+                    RequestEvent(request.request_id, finish=finish, num_cached_tokens=request.num_cached_tokens or 0)
+                )
+                continue
             self._num_output_tokens += 1
             for digest in request.digests or ("",):
                 self._output_tokens_of[digest] = self._output_tokens_of.get(digest, 0) + 1
@@ -625,6 +634,12 @@ class Engine:
                 "too many wait, or adapters load too slowly. Try again later."
             )
             self._fail(overdue, error, events)
+
+    def _fail_not_finite(self, request: Request, events: list[RequestEvent]) -> None:
+        self._scheduler.remove(request.request_id, is_spoiled=True)
+        adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
+        error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
+        events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
 
     def _fail(self, request_ids: list[str], error: LoRAFleetError, events: list[RequestEvent]) -> None:
         for request_id in request_ids:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
 from lorafleet.workers.model.memory_plan import MemoryPlan
+from lorafleet.workers.model.prompt_scores import PendingScores, PromptScores
 from lorafleet.workers.model.sampling import PendingSamples, Sampled, Sampler
 from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
@@ -32,6 +34,14 @@ from lorafleet.workers.scheduling.request import MAX_COMPOSED, GenerateRequest, 
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.tp.group import TensorParallelGroup
 from lorafleet.workers.tp.plans import Change, PlanChannel, Words
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """The results of a step to come."""
+
+    samples: PendingSamples
+    scores: PendingScores | None  # None: no request wants log-probabilities of its prompt
 
 
 class ModelRunner:
@@ -156,27 +166,28 @@ class ModelRunner:
 
     def run(self, plan: StepPlan) -> list[Sampled]:
         """Compute a non-empty plan; return one result per entry that samples, in the plan's order."""
-        return self.launch(plan).results()
+        return self.launch(plan).samples.results()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> PendingSamples:
-        """Launch a non-empty plan; return one pending result per entry that samples, in the plan's order.
+    def launch(self, plan: StepPlan) -> Launched:
+        """Launch a non-empty plan; return its results, one sample per entry that samples, in the plan's order.
 
         The last token of a request may still be pending from the previous launch; it is then taken from there.
         """
         requests = [entry.request for entry in plan.scheduled if entry.samples]
+        scores = PromptScores(plan.scheduled, self._device)
         with _torch_threads(self._num_torch_threads):
-            samples = self._sampler.sample(self.logits(plan), requests)
+            samples = self._sampler.sample(self.logits(plan, scores.add), requests)
         self._samples = samples
         self._sampled = {request: number for number, request in enumerate(requests)}
-        return samples
+        return Launched(samples, scores.pending())
 
     @torch.inference_mode()
-    def logits(self, plan: StepPlan) -> torch.Tensor:
+    def logits(self, plan: StepPlan, score: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
         """Return logits [entries that sample, V] in the model's dtype; write keys and values of all scheduled tokens.
 
         Wider than the base's vocabulary if a row's adapter adds ids; those are -inf in other rows. Valid until the next
-        step.
+        step. score: called with the logits of scored rows, some rows at a time, in the plan's order.
         """
         shape = self._buffers.fill(plan.scheduled)
         if self._plans is not None:
@@ -191,7 +202,7 @@ class ModelRunner:
             slots = {slot for entry in plan.scheduled for slot in entry.slots}
             if decoder.with_norms.isdisjoint(slots) and slots.isdisjoint(decoder.tables):
                 return self._graphs.run(shape, set_input)
-        return self._forward(shape, set_input)
+        return self._forward(shape, set_input, score)
 
     @torch.inference_mode()
     def follow(self, step: Words) -> None:
@@ -251,12 +262,15 @@ class ModelRunner:
         return sum(part.num_bytes() for part in self._decoder.tables.values())
 
     def _forward(
-        self, shape: StepShape, set_input: Callable[[torch.Tensor], None] = lambda token_ids_T: None
+        self,
+        shape: StepShape,
+        set_input: Callable[[torch.Tensor], None] = lambda token_ids_T: None,
+        score: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         decoder = self._decoder
         step = self._buffers.step(shape, with_norms=decoder.with_norms, with_tables=decoder.tables)
         set_input(step.token_ids_T)
-        return decoder.forward(step, self._cache)
+        return decoder.forward(step, self._cache, score=score)
 
     def _take_pending(self, scheduled: Sequence[Scheduled], token_ids_T: torch.Tensor) -> None:
         """Replace the requests' last tokens, where only the device knows them, in the step's input."""

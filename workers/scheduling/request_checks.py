@@ -48,6 +48,7 @@ class RequestChecks:
         for what, ids in (
             ("The prompt", prompt),
             ("stop_token_ids", sampling.stop_token_ids),
+            ("logprob_token_ids", sampling.logprob_token_ids),
             ("output_token_ids", request.output_token_ids),
         ):
             low, high = min(ids, default=0), max(ids, default=0)

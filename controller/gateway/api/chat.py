@@ -14,10 +14,12 @@ from aiohttp import web
 from lorafleet.controller.gateway.api.answer import answer
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
-from lorafleet.controller.gateway.api.logprobs import chat_logprobs
+from lorafleet.controller.gateway.api.logprobs import chat_logprobs, check_num_prompt_candidates, prompt_logprobs
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
+from lorafleet.controller.gateway.api.scoring import candidates, check_scoring
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
+from lorafleet.controller.gateway.api.truncation import truncation_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.params import SamplingParams
@@ -31,6 +33,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def _check(fields: ChatRequest) -> None:
     check_messages(fields.messages)
     check_stream_options(fields)
+    name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+    check_scoring(fields, _max_tokens(fields), max_tokens_field=name)
 
 
 @takes(ChatRequest, _check)
@@ -38,18 +42,28 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
     """Answer one request: messages, `n` choices, streamed or not."""
     fields = call.fields
     model = await call.state.served(lambda table: resolve_model(table, fields))
-    text, num_logprobs = model.text, _num_logprobs(fields)
-    params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
-    call.place.take_choices(params.n, param="n")
+    text, max_tokens = model.text, _max_tokens(fields)
+    params = sampling_params(
+        fields,
+        text.sampling_defaults,
+        max_tokens=max_tokens,
+        logprobs=_num_logprobs(fields),
+        prompt_logprobs=fields.prompt_logprobs,
+    )
+    truncation = truncation_of(fields, max_tokens, model.max_model_len)
+    call.place.take_choices(candidates(fields, params).n, param="n")
     prompt = await call.in_thread(
         lambda: text.encode_chat(
             fields.messages,
             add_generation_prompt=fields.add_generation_prompt is not False,
             add_special_tokens=fields.add_special_tokens is True,
-            max_tokens=model.max_model_len,
+            max_tokens=model.max_model_len if truncation is None else None,
         )
     )
-    return await answer(call, model, [prompt], params, ChatShape(text.tokenizer, num_logprobs))
+    if truncation is not None:
+        prompt = truncation.of(prompt)
+    check_num_prompt_candidates([prompt], params.prompt_logprobs)
+    return await answer(call, model, [prompt], params, ChatShape(text.tokenizer, params, fields, prompt))
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
@@ -90,65 +104,82 @@ def _num_logprobs(fields: ChatRequest) -> int | None:
     return num_top
 
 
-def _logprobs(delta: ChoiceDelta, tokenizer: Tokenizer, num_logprobs: int | None) -> dict[str, Any] | None:
-    if num_logprobs is None:
-        return None
-    content = chat_logprobs(tokenizer, delta.token_ids, delta.logprobs, num_logprobs)
-    return {"content": content, "refusal": None}
-
-
 class ChatShape:
     """The shape of one chat answer."""
 
     id_prefix, prompt_field = "chatcmpl", "messages"
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, fields: ChatRequest, prompt: Sequence[int]
+    ) -> None:
         self._tokenizer = tokenizer
-        self._num_logprobs = num_logprobs
+        self._fields = fields
+        self._prompt = prompt
+        self.has_logprobs = params.logprobs is not None
+        self.has_token_ids = bool(fields.return_token_ids)
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return a choice with its message."""
         return {
             "index": delta.index,
             "message": {"role": "assistant", "content": delta.text, "refusal": None},
-            "logprobs": _logprobs(delta, self._tokenizer, self._num_logprobs),
+            "logprobs": self.logprobs(delta),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            "token_ids": list(delta.token_ids) if self.has_token_ids else None,
+        }
+
+    def extras(self, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
+        """Return what the answer says of the prompt, which all choices share."""
+        wanted = self._fields.prompt_logprobs
+        return self.prompt_token_ids() | {
+            "prompt_logprobs": None
+            if wanted is None
+            else prompt_logprobs(self._tokenizer, self._prompt, deltas[0].prompt_logprobs, wanted)
         }
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> ChatFrames:
         """Return the chunks of the answer."""
-        return ChatFrames(head, num_choices, self._tokenizer, self._num_logprobs, has_usage=has_usage)
+        return ChatFrames(head, num_choices, self, has_usage=has_usage)
+
+    def logprobs(self, delta: ChoiceDelta) -> dict[str, Any] | None:
+        """Return the log-probabilities of a choice's new tokens, if asked for."""
+        if not self.has_logprobs:
+            return None
+        as_ids = bool(self._fields.return_tokens_as_token_ids)
+        content = chat_logprobs(self._tokenizer, delta.token_ids, delta.logprobs, as_ids=as_ids)
+        return {"content": content, "refusal": None}
+
+    def prompt_token_ids(self) -> dict[str, Any]:
+        """Return the field of an answer, or of a stream's first chunks, with the prompt's ids."""
+        return {"prompt_token_ids": list(self._prompt) if self.has_token_ids else None}
 
 
 class ChatFrames:
     """The chunks of a streamed chat answer."""
 
-    def __init__(
-        self,
-        head: dict[str, Any],
-        num_choices: int,
-        tokenizer: Tokenizer,
-        num_logprobs: int | None,
-        *,
-        has_usage: bool,
-    ) -> None:
-        self._template = ChunkTemplate(head, num_choices, b'"delta":{"content":', b"}", has_usage=has_usage)
+    def __init__(self, head: dict[str, Any], num_choices: int, shape: ChatShape, *, has_usage: bool) -> None:
+        def template(head: dict[str, Any]) -> ChunkTemplate:
+            return ChunkTemplate(head, num_choices, b'"delta":{"content":', b"}", has_usage=has_usage)
+
+        self._template = template(head)
+        self._opening = template(head | shape.prompt_token_ids()) if shape.has_token_ids else self._template
         self._num_choices = num_choices
-        self._tokenizer = tokenizer
-        self._num_logprobs = num_logprobs
+        self._shape = shape
+        self._is_plain = not (shape.has_logprobs or shape.has_token_ids)
 
     def opening(self) -> Iterable[bytes]:
         """Yield each choice's role."""
         fields = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return (self._template.choice(index, fields) for index in range(self._num_choices))
+        return (self._opening.choice(index, fields) for index in range(self._num_choices))
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         """Return a chunk with one choice's new tokens."""
-        if delta.finish_reason is None and self._num_logprobs is None:
+        if delta.finish_reason is None and self._is_plain:
             return self._template.text(delta.index, delta.text)
-        return self._template.full(delta, _logprobs(delta, self._tokenizer, self._num_logprobs))
+        more = {"token_ids": delta.token_ids} if self._shape.has_token_ids else {}
+        return self._template.full(delta, self._shape.logprobs(delta), more)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk with the usage."""

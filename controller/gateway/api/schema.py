@@ -43,10 +43,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    logprob_token_ids: list[int] | None = None
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """include_usage: a last chunk with the usage and no choices."""
+    """include_usage: a last chunk with the usage and no choices. continuous_usage_stats: with it, the usage so far in
+    every chunk."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # false is this server's behaviour
@@ -64,7 +66,8 @@ class GenerateFields(SamplingFields, kw_only=True):
     """Fields of completions and chat besides sampling.
 
     priority: lower is served earlier; it is added to the tenant's. cache_salt: only requests of the same tenant with
-    the same salt share cached prefixes. adapters: applied together; `model` is the base model then.
+    the same salt share cached prefixes. adapters: applied together; `model` is the base model then. The others are
+    explained where they are used: scoring.py, truncation.py, logprobs.py.
     """
 
     model: str
@@ -75,6 +78,12 @@ class GenerateFields(SamplingFields, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     adapters: list[ComposedAdapter] | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    best_of: int | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -137,13 +146,12 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
     "early_stopping": (False,),
+    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
@@ -152,19 +160,16 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "guided_regex": (),
     "include_reasoning": (True,),
     "is_3d_lora_weight": (False,),
-    "length_penalty": (1,),
     "logit_bias": ({},),
     "logits_processors": ([],),
+    "length_penalty": (1,),
     "lora_int_id": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -172,7 +177,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
@@ -268,11 +272,17 @@ def check_stream_options(fields: GenerateFields) -> None:
         return
     if not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    for name in ("include_obfuscation", "continuous_usage_stats"):
-        if getattr(options, name):
-            raise InvalidRequestError(f"stream_options.{name} is not supported. Leave it out.", param="stream_options")
+    if options.include_obfuscation:
+        raise InvalidRequestError(
+            "stream_options.include_obfuscation is not supported. Leave it out.", param="stream_options"
+        )
 
 
 def wants_usage(fields: GenerateFields) -> bool:
     """Return whether a stream ends with a chunk that has the usage."""
     return fields.stream_options is not None and bool(fields.stream_options.include_usage)
+
+
+def wants_continuous_usage(fields: GenerateFields) -> bool:
+    """Return whether every chunk of a stream has the usage so far."""
+    return wants_usage(fields) and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -27,7 +27,10 @@ _HEADERS = {
     "X-Accel-Buffering": "no",
 }
 _SLICE_BYTES = 1 << 16  # of one answer, written before others get their turn on the event loop
+_NO_USAGE = b'"usage":null}\n\n'  # the end of a chunk, in a stream whose last chunk has the usage
 _LARGE_BYTES = 1 << 15  # a write this large may have to wait by itself
+
+_NOTHING: Mapping[str, object] = {}
 
 _json = msgspec.json.Encoder().encode
 
@@ -57,15 +60,15 @@ class ChunkTemplate:
         self._choices = [opening + b'{"index":%d,' % index for index in range(num_choices)]
         self._texts = [choice + before for choice in self._choices]
         self._after = after
-        self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
+        self._tail = b"}]," + _NO_USAGE if has_usage else b"}]}\n\n"
         self._plain = after + b',"logprobs":null,"finish_reason":null' + self._tail
 
     def text(self, index: int, text: str) -> bytes:
         """Return a chunk with only text, the common one."""
         return self._texts[index] + _json(text) + self._plain
 
-    def full(self, delta: ChoiceDelta, logprobs: object) -> bytes:
-        """Return a chunk with log-probabilities, or a finish reason, or both."""
+    def full(self, delta: ChoiceDelta, logprobs: object, more: Mapping[str, object] = _NOTHING) -> bytes:
+        """Return a chunk with log-probabilities, or a finish reason, or both. more: other fields of the choice."""
         parts = [
             self._texts[delta.index],
             _json(delta.text),
@@ -77,6 +80,8 @@ class ChunkTemplate:
         ]
         if delta.finish_reason is not None:
             parts += (b',"stop_reason":', _json(delta.stop_reason))
+        if more:
+            parts += (b",", _json(more)[1:-1])
         return b"".join([*parts, self._tail])
 
     def choice(self, index: int, fields: dict[str, Any]) -> bytes:
@@ -86,6 +91,12 @@ class ChunkTemplate:
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk after all choices."""
         return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
+
+
+def with_usage(frame: bytes, usage: dict[str, Any]) -> bytes:
+    """Return a chunk of a template that has usage with the usage so far."""
+    assert frame.endswith(_NO_USAGE)
+    return frame[: -len(_NO_USAGE)] + b'"usage":' + _json(usage) + b"}\n\n"
 
 
 class EventStream:
@@ -112,9 +123,12 @@ class EventStream:
 
 
 async def stream_answer(
-    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool
+    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool, is_usage_continuous: bool = False
 ) -> web.StreamResponse:
-    """Send a generation as it arrives. An error before its first token is raised, so it gets its own HTTP status."""
+    """Send a generation as it arrives. An error before its first token is raised, so it gets its own HTTP status.
+
+    is_usage_continuous: every chunk has the usage so far.
+    """
     deltas = await generation.next()
     stream = EventStream(request)
     await stream.open()
@@ -123,7 +137,7 @@ async def stream_answer(
     try:
         while deltas:
             for piece in itertools.chain(pieces, map(frames.delta, deltas)):
-                data += piece
+                data += with_usage(piece, usage_of(generation)) if is_usage_continuous else piece
                 if len(data) > _SLICE_BYTES:
                     await stream.write(data)
                     data = b""
