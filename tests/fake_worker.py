@@ -21,8 +21,9 @@ from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError, QueueFullError, UnknownModelError
 from lorafleet.workers.rpc import CLIENT_OPTIONS, bearer, create_server
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs, TokenLogprobs
 from lorafleet.workers.scheduling.pace import Pace
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent
 from lorafleet.workers.scheduling.stats import EngineStats
 from lorafleet.workers.server.adapter_registry import AdapterRegistry
 from lorafleet.workers.server.service import WorkerService
@@ -175,6 +176,15 @@ class FakeEngine:
                     events.append(RequestEvent(request_id, finish=FinishReason.CANCELLED))
             self._cancels.clear()
             for request_id, (request, position) in [] if self.paused else list(self._running.items()):
+                if request.sampling.prompt_logprobs is not None and position == 0:
+                    num_top, length = request.sampling.prompt_logprobs, len(request.prompt_token_ids) - 1
+                    columns = ([-0.25] * length, [1] * length, [7] * length * num_top, [-0.125] * length * num_top)
+                    part = PromptLogprobs.of(num_top, *columns)
+                    events.append(RequestEvent(request_id, prompt_logprobs=part))
+                if not request.sampling.max_tokens:
+                    events.append(RequestEvent(request_id, finish=FinishReason.LENGTH))
+                    del self._running[request_id]
+                    continue
                 token_id = (sum(request.prompt_token_ids) + position) % 1000
                 finish = FinishReason.LENGTH if position + 1 == request.sampling.max_tokens else None
                 logprobs = None
@@ -210,6 +220,7 @@ class Client:
     logprobs: list[worker_pb2.Logprobs] = field(default_factory=list)
     heartbeats: list[worker_pb2.Heartbeat] = field(default_factory=list)
     cached: list[tuple[int, int]] = field(default_factory=list)
+    prompt_logprobs: list[worker_pb2.PromptLogprobs] = field(default_factory=list)
 
     async def send(self, **message: Any) -> None:
         await self.call.write(worker_pb2.GatewayMessage(**message))
@@ -232,6 +243,7 @@ class Client:
         step = message.step
         self.cached.extend((cached.stream, cached.num_tokens) for cached in step.cached)
         self.logprobs.extend(step.logprobs)
+        self.prompt_logprobs.extend(step.prompt_logprobs)
         for stream, token_id, finish in zip(step.stream, step.token_id, step.finish, strict=True):
             assert not self.endings[stream], "a token after the terminal event"
             self.tokens[stream].append(token_id)

@@ -26,7 +26,8 @@ from transformers import (
 
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import LoRAFleetError
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
+from lorafleet.workers.scheduling.logprobs import TokenLogprobs
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent
 
 TOLERANCE = 1e-4  # of log-probabilities, in float32
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -180,6 +181,7 @@ class Result:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
     finish: FinishReason | None = None
     error: LoRAFleetError | None = None
 
@@ -204,6 +206,9 @@ def gather(events: list[RequestEvent], results: dict[str, Result]) -> None:
         assert result.finish is None, "an event after the terminal one"
         if event.token_id is not None:
             result.token_ids.append(event.token_id)
+        if event.prompt_logprobs is not None:
+            assert not result.token_ids, "after an output token"
+            result.prompt_logprobs.extend(event.prompt_logprobs)
         if event.logprobs is not None:
             result.logprobs.append(event.logprobs)
         result.finish, result.error = event.finish, event.error

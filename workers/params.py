@@ -12,7 +12,14 @@ from typing import Annotated, Any
 
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
 from lorafleet.workers.scheduling.ranges import Range, check_integer
-from lorafleet.workers.scheduling.sampling_options import MAX_INT, SHARED_FIELDS, NumTokens, Sampling, SamplingOptions
+from lorafleet.workers.scheduling.sampling_options import (
+    MAX_INT,
+    MAX_LOGPROB_TOKEN_IDS,
+    SHARED_FIELDS,
+    NumTokens,
+    Sampling,
+    SamplingOptions,
+)
 from lorafleet.workers.scheduling.token_rules import (
     MAX_ALLOWED,
     MAX_BAD_WORD_CHARS,
@@ -34,13 +41,14 @@ MAX_STOP_TOKEN_IDS = 1024
 class SamplingParams(Sampling):
     """Options of a generation. Raises `InvalidRequestError`, naming the field, for a value out of range.
 
-    max_tokens: None, or more than fits, generates up to the end of the context. temperature: 0 is greedy. top_k: 0 (or
-    -1) keeps all. logprobs: k returns the log-probabilities of the sampled token and of the k best at each position.
-    seed: None draws one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output.
-    min_tokens: before that many, no EOS, stop token or stop string ends the output. logit_bias: by token id, -100 to
-    100, added to the token's logit. allowed_token_ids: no other token is sampled. bad_words: words that are not
-    generated, neither at the start of a text nor after a space. stop, stop_token_ids, logit_bias, allowed_token_ids,
-    bad_words: None means none.
+    max_tokens: None, or more than fits, generates up to the end of the context; 0 nothing. temperature: 0 is greedy.
+    top_k: 0 (or -1) keeps all. logprobs: k returns the log-probabilities of the sampled token and of the k best at each
+    position. prompt_logprobs: the same for each prompt token but the first. logprob_token_ids: candidates in place of
+    the k best. seed: None draws one. stop: strings that end the text; they are left out of it unless
+    include_stop_str_in_output. min_tokens: before that many, no EOS, stop token or stop string ends the output.
+    logit_bias: by token id, -100 to 100, added to the token's logit. allowed_token_ids: no other token is sampled.
+    bad_words: words that are not generated, neither at the start of a text nor after a space. stop, stop_token_ids,
+    logit_bias, allowed_token_ids, bad_words: None means none.
     """
 
     n: Annotated[int, Range(1, MAX_N)] = 1
@@ -51,6 +59,7 @@ class SamplingParams(Sampling):
     logit_bias: Mapping[int, float] | Mapping[str, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = ()
+    logprob_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     stops: tuple[str, ...] = field(init=False, repr=False, default=())  # `stop` as a tuple
@@ -58,6 +67,7 @@ class SamplingParams(Sampling):
     bias: TokenBias = field(init=False, repr=False, default=())  # `logit_bias` in order of ids
     allowed_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())  # `allowed_token_ids` as a set
     words: tuple[str, ...] = field(init=False, repr=False, default=())  # `bad_words` as a tuple
+    logprob_ids: tuple[int, ...] = field(init=False, repr=False, default=())  # `logprob_token_ids`, each once
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)
@@ -66,10 +76,15 @@ class SamplingParams(Sampling):
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", param="min_tokens"
             )
         object.__setattr__(self, "stops", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        stop_ids = _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        object.__setattr__(self, "stop_ids", frozenset(stop_ids))
         object.__setattr__(self, "bias", _logit_bias(self.logit_bias))
         object.__setattr__(self, "allowed_ids", _allowed_ids(self.allowed_token_ids))
         object.__setattr__(self, "words", _bad_words(self.bad_words))
+        logprob_ids = _token_ids("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS)
+        object.__setattr__(self, "logprob_ids", tuple(dict.fromkeys(logprob_ids)))
+        if logprob_ids and self.logprobs is None:
+            object.__setattr__(self, "logprobs", 0)
 
     def options(
         self,
@@ -90,7 +105,7 @@ class SamplingParams(Sampling):
         leaves no room, `InvalidRequestError` for a token id outside the vocabulary.
         """
         room = max_model_len - num_prompt_tokens
-        if room < 1:
+        if room < min(1, 1 if self.max_tokens is None else self.max_tokens):
             raise ContextLengthError.beyond(
                 max_model_len,
                 f"The prompt has {num_prompt_tokens} tokens, which leaves no room for an answer. Shorten the prompt.",
@@ -99,6 +114,7 @@ class SamplingParams(Sampling):
         _check_vocabulary("logit_bias", [token_id for token_id, _ in self.bias], vocab_size)
         _check_vocabulary("allowed_token_ids", self.allowed_ids, vocab_size)
         _check_vocabulary("bad_words", [token_id for word in bad_words for token_id in word], vocab_size)
+        _check_vocabulary("logprob_token_ids", self.logprob_ids, vocab_size)
         max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
         if self.min_tokens > max_tokens:
             raise ContextLengthError.beyond(
@@ -107,7 +123,7 @@ class SamplingParams(Sampling):
                 param="min_tokens",
             )
         return SamplingOptions(
-            **{name: getattr(self, name) for name in SHARED_FIELDS},
+            **{name: getattr(self, name) for name in SHARED_FIELDS if not (choice and name == "prompt_logprobs")},
             max_tokens=max_tokens,
             seed=(seed if self.seed is None else self.seed) & (2**64 - 1),
             choice=choice,
@@ -115,6 +131,7 @@ class SamplingParams(Sampling):
             logit_bias=self.bias,
             allowed_token_ids=self.allowed_ids,
             bad_words=bad_words,
+            logprob_token_ids=self.logprob_ids,
         )
 
 
@@ -159,11 +176,11 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return stops
 
 
-def _token_ids(name: str, token_ids: object, limit: int) -> frozenset[int]:
+def _token_ids(name: str, token_ids: object, limit: int) -> tuple[int, ...]:
     checked = _some(name, token_ids, limit)
     for token_id in checked:
         check_integer(name, token_id, 0, MAX_INT)
-    return frozenset(checked)
+    return checked
 
 
 def _allowed_ids(token_ids: object) -> frozenset[int]:
@@ -173,7 +190,7 @@ def _allowed_ids(token_ids: object) -> frozenset[int]:
             "allowed_token_ids is empty, which would allow nothing; leave it out to allow all.",
             param="allowed_token_ids",
         )
-    return allowed
+    return frozenset(allowed)
 
 
 def _logit_bias(bias: object) -> TokenBias:

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import LoRAFleetError, WorkerLostError, error_from_code, status_of
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs
 from lorafleet.workers.scheduling.ranges import allowed_of
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
@@ -55,6 +56,7 @@ def _is_plain(message: type[Message], name: str) -> bool:
 
 _REQUEST: Final = _Fields(GenerateRequest, worker_pb2.Generate)
 _SAMPLING: Final = _Fields(SamplingOptions, worker_pb2.Sampling)
+_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(PromptLogprobs))
 _POSITIVE: Final = [
     name for name, allowed in allowed_of(SamplingOptions).items() if allowed.within and allowed.within.is_open
 ]
@@ -75,6 +77,7 @@ def to_wire(request: GenerateRequest, *, stream: int) -> worker_pb2.Generate:
             "logit_bias": dict(sampling.logit_bias),
             "allowed_token_ids": sorted(sampling.allowed_token_ids),
             "bad_words": [{"token_ids": word} for word in sampling.bad_words],
+            "logprob_token_ids": sampling.logprob_token_ids,
         },
         **_REQUEST.of(request),
     )
@@ -99,9 +102,20 @@ def from_wire(message: worker_pb2.Generate, *, request_id: str) -> GenerateReque
             logit_bias=tuple(sorted(sampling.logit_bias.items())),
             allowed_token_ids=frozenset(sampling.allowed_token_ids),
             bad_words=tuple(tuple(word.token_ids) for word in sampling.bad_words),
+            logprob_token_ids=tuple(sampling.logprob_token_ids),
         ),
         **values,
     )
+
+
+def prompt_logprobs_to_wire(logprobs: PromptLogprobs, *, stream: int) -> worker_pb2.PromptLogprobs:
+    """Return a part of a prompt's log-probabilities as a message."""
+    return worker_pb2.PromptLogprobs(stream=stream, **{name: getattr(logprobs, name) for name in _COLUMNS})
+
+
+def prompt_logprobs_from_wire(message: worker_pb2.PromptLogprobs) -> PromptLogprobs:
+    """Return the log-probabilities in a message."""
+    return PromptLogprobs.of(**{name: getattr(message, name) for name in _COLUMNS})
 
 
 def error_to_wire(error: LoRAFleetError, *, stream: int) -> worker_pb2.Ended:

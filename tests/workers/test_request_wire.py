@@ -26,8 +26,11 @@ from lorafleet.workers.request_wire import (
     error_from_wire,
     error_to_wire,
     from_wire,
+    prompt_logprobs_from_wire,
+    prompt_logprobs_to_wire,
     to_wire,
 )
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs
 from lorafleet.workers.scheduling.ranges import Allowed, allowed_of
 from lorafleet.workers.scheduling.request import (
     MAX_COMPOSED,
@@ -74,6 +77,7 @@ SAMPLING = st.builds(
     ),
     allowed_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=10),
     bad_words=st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5).map(tuple), max_size=5).map(tuple),
+    logprob_token_ids=TOKEN_IDS.map(tuple),
 )
 
 
@@ -91,7 +95,7 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         tenant=draw(TEXT) + "t" * draw(st.sampled_from([0, MAX_TENANT_CHARS - 20])),
         cache_salt=draw(st.none() | TEXT.filter(bool) | st.just("s" * MAX_SALT_CHARS)),
         composition=tuple(composition),
-        output_token_ids=tuple(draw(TOKEN_IDS)[: sampling.max_tokens - 1]),
+        output_token_ids=tuple(draw(TOKEN_IDS)[: max(0, sampling.max_tokens - 1)]),
     )
 
 
@@ -104,9 +108,17 @@ def test_what_is_sent_is_what_arrives(request: GenerateRequest, stream: int) -> 
     assert from_wire(message, request_id=request.request_id) == request
 
 
+def test_log_probabilities_of_a_prompt_are_the_same_both_ways() -> None:
+    logprobs = PromptLogprobs.of(2, [-0.5, -math.inf], [1, 9], [4, 5, 6, 7], [-0.5, -2.0, -0.25, -4.0])
+    sent = prompt_logprobs_to_wire(logprobs, stream=3).SerializeToString()
+    message = worker_pb2.PromptLogprobs.FromString(sent)
+    assert message.stream == 3
+    assert prompt_logprobs_from_wire(message) == logprobs
+
+
 def test_every_field_of_a_request_is_tried_and_has_another_value_than_its_default() -> None:
     """The property above would say nothing of a field that it leaves at its default."""
-    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids"}
+    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids", "logprob_token_ids"}
     drawn |= {"logit_bias", "allowed_token_ids", "bad_words"}
     assert {field.name for field in dataclasses.fields(SamplingOptions)} == drawn
     drawn = {*declared(GenerateRequest, 64), "request_id", "prompt_token_ids", "sampling", "adapter", "tenant"}
@@ -139,7 +151,7 @@ def test_what_a_sender_leaves_out_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"sampling": {"max_tokens": 0}}, "max_tokens"),
+        ({"sampling": {"max_tokens": 2**32 - 1}}, "max_tokens"),
         ({"sampling": {"temperature": math.nan}}, "temperature"),
         ({"sampling": {"top_p": 0.0}}, "top_p"),
         ({"sampling": {"logprobs": 21}}, "logprobs"),

@@ -44,6 +44,7 @@ from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 from lorafleet.workers.model.device import measure_memory, pick_device
 from lorafleet.workers.model.memory_plan import MemoryPlan, plan_memory
+from lorafleet.workers.model.prompt_scores import PendingScores
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.sampling import PendingSamples
 from lorafleet.workers.ranks.ranks import Gather, Ranks, alone
@@ -74,6 +75,7 @@ class _InFlight:
     """A step that was launched and whose tokens are not known yet."""
 
     samples: PendingSamples
+    scores: PendingScores | None  # of prompt tokens
     requests: list[Request]  # that sample, in the order of its rows
     num_tokens: int
     num_in_prompts: int  # of these: beside the one of each request that has some already
@@ -454,21 +456,25 @@ class Engine:
             num_in_prompts += entry.num_tokens - 1
             if self._scheduler.holds(request):
                 self._scheduler.advance(entry)
-        return _InFlight(samples, forward.requests, plan.num_tokens, num_in_prompts, launched_at)
+        return _InFlight(samples, forward.scores, forward.requests, plan.num_tokens, num_in_prompts, launched_at)
 
     def _settle(self, events: list[RequestEvent]) -> None:
         """Wait for the step that is in flight, if one is, and say what came of it."""
         step, self._in_flight = self._in_flight, None
         if step is None:
             return
+        for request, scored in ({} if step.scores is None else step.scores.results()).items():
+            if not self._scheduler.holds(request):
+                continue
+            if scored is None:
+                self._fail_not_finite(request, events)
+            else:
+                events.append(RequestEvent(request.request_id, prompt_logprobs=scored))
         for request, sampled in zip(step.requests, step.samples.results(), strict=True):
             if not self._scheduler.holds(request):
                 continue  # it ended while this step ran
             if not sampled.is_finite:
-                self._scheduler.remove(request.request_id, is_spoiled=True)
-                adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
-                error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
-                events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
+                self._fail_not_finite(request, events)
                 continue
             if sampled.error is not None:
                 self._fail([request.request_id], sampled.error, events)
@@ -477,6 +483,11 @@ class Engine:
             finish = self._scheduler.settle(request, sampled.token_id)
             if finish is not None:
                 self._pace.book_seat(time.monotonic() - request.started_at)
+            if not request.sampling.max_tokens:
+                events.append(
+                    RequestEvent(request.request_id, finish=finish, num_cached_tokens=request.num_cached_tokens or 0)
+                )
+                continue
             self._num_output_tokens += 1
             for digest in request.digests or ("",):
                 self._output_tokens_of[digest] = self._output_tokens_of.get(digest, 0) + 1
@@ -631,6 +642,12 @@ class Engine:
                 "too many wait, or adapters load too slowly. Try again later."
             )
             self._fail(overdue, error, events)
+
+    def _fail_not_finite(self, request: Request, events: list[RequestEvent]) -> None:
+        self._scheduler.remove(request.request_id, is_spoiled=True)
+        adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
+        error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
+        events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
 
     def _fail(self, request_ids: list[str], error: LoRAFleetError, events: list[RequestEvent]) -> None:
         for request_id in request_ids:

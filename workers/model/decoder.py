@@ -9,7 +9,7 @@ T tokens of the step, H hidden, E fused q,k,v features of this rank, S sequences
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +27,13 @@ from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import Part, SlotShape
+from lorafleet.workers.model.memory_plan import SCORED_AT_ONCE
 from lorafleet.workers.model.norm import Norm
 from lorafleet.workers.model.rope import cos_sin_table
 from lorafleet.workers.model.shards import linear_shards
 from lorafleet.workers.model.slot_write import PreparedForms, SlotRows, SlotWrite
 from lorafleet.workers.model.step_input import StepInput
-from lorafleet.workers.model.vocabulary import VocabularyPart, embedding_squares, make_part
+from lorafleet.workers.model.vocabulary import HeadPart, VocabularyPart, embedding_squares, make_part
 from lorafleet.workers.tp.group import TensorParallelGroup
 
 # A recording of SmolLM2's 30 layers takes 50 KB. Steps of more tokens spend little time in Python.
@@ -295,11 +296,18 @@ class Decoder:
         self.tables.pop(slot, None)
         self.with_norms.discard(slot)
 
-    def forward(self, step: StepInput, cache: KVCache, out_SV: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        step: StepInput,
+        cache: KVCache,
+        out_SV: torch.Tensor | None = None,
+        score: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """Run one step; return logits [step.sample_rows, V] in the model's dtype, for the rows that sample.
 
         They are wider if a row's adapter adds ids (see `VocabParallelEmbedding.logits`). out_SV: where to write them,
-        only for a step in which no adapter has its own head.
+        only for a step in which no adapter has its own head. score: called with the logits of the scored rows, in
+        order, some rows at a time.
         """
         work = self._work.first(step.token_ids_T.shape[0])
         embeddings, heads = [], []
@@ -307,15 +315,33 @@ class Decoder:
             part = self.tables[own.slot]
             if part.embedding is not None:
                 embeddings.append((own.rows, part.embedding))
-            if part.head is not None and own.samples.start < own.samples.stop:
-                heads.append((own.samples, part.head))
+            if part.head is not None:
+                heads.append((own, part.head))
         work.residual_TH.copy_(self._embedding.embed(step.token_ids_T, embeddings))
         self._run_layers(work, step, cache)
-        rows = step.sample_rows
-        x_SH, residual_SH = work.x_TH.index_select(0, rows), work.residual_TH.index_select(0, rows)
-        which_norm_S = None if step.which_norm_T is None else step.which_norm_T.index_select(0, rows)
+        num_scored = len(step.scored_rows)
+        for first in range(0, num_scored, SCORED_AT_ONCE):  # on every rank, since the head is sharded
+            piece = slice(first, min(first + SCORED_AT_ONCE, num_scored))
+            own_heads = [(_within(own.scored, piece), head) for own, head in heads]
+            logits_PV = self._logits(work, step, step.scored_rows[piece], own_heads)
+            if score is not None:
+                score(logits_PV)
+        return self._logits(work, step, step.sample_rows, [(own.samples, head) for own, head in heads], out_SV)
+
+    def _logits(
+        self,
+        work: Activations,
+        step: StepInput,
+        rows_S: torch.Tensor,
+        heads: Sequence[tuple[slice, HeadPart]],
+        out_SV: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the logits of some rows after the last layer. heads: adapters' own, by indices into `rows_S`."""
+        x_SH, residual_SH = work.x_TH.index_select(0, rows_S), work.residual_TH.index_select(0, rows_S)
+        which_norm_S = None if step.which_norm_T is None else step.which_norm_T.index_select(0, rows_S)
         fused_add_rms_norm_(x_SH, residual_SH, self._norm.weight_WH, self._eps, which_norm_S)
-        return self._head.logits(x_SH, heads, out_SV)
+        used = [(part_S, head) for part_S, head in heads if part_S.start < part_S.stop]
+        return self._head.logits(x_SH, used, out_SV)
 
     def _run_layers(self, work: Activations, step: StepInput, cache: KVCache) -> None:
         kernels = native.library()
@@ -337,3 +363,8 @@ class Decoder:
             self._recordings[shape] = recording
             if len(self._recordings) > _MAX_RECORDINGS:
                 self._recordings.popitem(last=False)
+
+
+def _within(rows: slice, piece: slice) -> slice:
+    """Return the rows that are in a piece, counted from its start."""
+    return slice(max(rows.start, piece.start) - piece.start, min(rows.stop, piece.stop) - piece.start)

@@ -15,6 +15,7 @@ from lorafleet.workers.model.architecture import ModelSpec
 from lorafleet.workers.model.shards import linear_shards
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SCORED_AT_ONCE = 64  # prompt rows with logits at a time
 _GIB = 1 << 30
 _CPU_KV_BYTES = 4 * _GIB  # default limit on a CPU, where memory is shared with everything else
 _HOST_CACHE_BYTES = 1 * _GIB  # default limit
@@ -135,7 +136,7 @@ def plan_memory(
     max_batched = config.batched_tokens(on_cpu=memory.is_cpu)
     activations = 4 * (
         max_batched * (4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size) // ranks
-        + 4 * min(config.max_num_seqs, max_batched) * spec.vocab_size
+        + 4 * min(max(config.max_num_seqs, SCORED_AT_ONCE), max_batched) * spec.vocab_size
     )
     slot_bytes = max_loras = host_cache = 0
     if config.lora is not None:

@@ -23,6 +23,7 @@ from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
 from lorafleet.workers.model.memory_plan import MemoryPlan
+from lorafleet.workers.model.prompt_scores import PendingScores, PromptScores
 from lorafleet.workers.model.rules.option_rules import option_rules
 from lorafleet.workers.model.rules.rule import LogitRule
 from lorafleet.workers.model.sampling import PendingSamples, Sampled, Sampler
@@ -43,6 +44,7 @@ class ForwardPass:
 
     logits_SV: torch.Tensor
     requests: list[Request]  # by row
+    scores: PendingScores | None  # None: no request wants log-probabilities of its prompt
     is_prepared: bool  # False: rules must know tokens that are pending
 
     def keep(self, holds: Callable[[Request], bool]) -> ForwardPass:
@@ -195,8 +197,10 @@ class ModelRunner:
         """
         requests = [entry.request for entry in plan.scheduled if entry.samples]
         is_prepared = self._sampler.prepare(requests, self._device)
+        scores = PromptScores(plan.scheduled, self._device)
         with _torch_threads(self._num_torch_threads):
-            return ForwardPass(self.logits(plan), requests, is_prepared)
+            logits_SV = self.logits(plan, scores.add)
+            return ForwardPass(logits_SV, requests, scores.pending(), is_prepared)
 
     @torch.inference_mode()
     def sample(self, forward: ForwardPass) -> PendingSamples:
@@ -212,11 +216,11 @@ class ModelRunner:
         return samples
 
     @torch.inference_mode()
-    def logits(self, plan: StepPlan) -> torch.Tensor:
+    def logits(self, plan: StepPlan, score: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
         """Return logits [entries that sample, V] in the model's dtype; write keys and values of all scheduled tokens.
 
         Wider than the base's vocabulary if a row's adapter adds ids; those are -inf in other rows. Valid until the next
-        step.
+        step. score: called with the logits of scored rows, some rows at a time, in the plan's order.
         """
         shape = self._buffers.fill(plan.scheduled)
         if self._plans is not None:
@@ -231,7 +235,7 @@ class ModelRunner:
             slots = {slot for entry in plan.scheduled for slot in entry.slots}
             if decoder.with_norms.isdisjoint(slots) and slots.isdisjoint(decoder.tables):
                 return self._graphs.run(shape, set_input)
-        return self._forward(shape, set_input)
+        return self._forward(shape, set_input, score)
 
     @torch.inference_mode()
     def follow(self, step: Words) -> None:
@@ -291,12 +295,15 @@ class ModelRunner:
         return sum(part.num_bytes() for part in self._decoder.tables.values())
 
     def _forward(
-        self, shape: StepShape, set_input: Callable[[torch.Tensor], None] = lambda token_ids_T: None
+        self,
+        shape: StepShape,
+        set_input: Callable[[torch.Tensor], None] = lambda token_ids_T: None,
+        score: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         decoder = self._decoder
         step = self._buffers.step(shape, with_norms=decoder.with_norms, with_tables=decoder.tables)
         set_input(step.token_ids_T)
-        return decoder.forward(step, self._cache)
+        return decoder.forward(step, self._cache, score=score)
 
     def _take_pending(self, scheduled: Sequence[Scheduled], token_ids_T: torch.Tensor) -> None:
         """Replace the requests' last tokens, where only the device knows them, in the step's input."""

@@ -16,13 +16,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from lorafleet.kernels.sampling import sample_changed_tokens, sample_tokens
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
 from lorafleet.workers.model.rules.changes import Changes
 from lorafleet.workers.model.rules.rule import History, LogitRule, Row
 from lorafleet.workers.model.transfer import Fetched, send
-from lorafleet.workers.scheduling.request import Request, TokenLogprobs
+from lorafleet.workers.scheduling.logprobs import TokenLogprobs
+from lorafleet.workers.scheduling.request import Request
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
 _NOTHING_LEFT = (
     "No token is left to choose from: what the request forbids and what it allows (logit_bias, allowed_token_ids, "
@@ -107,22 +110,23 @@ class PendingSamples:
         possible_S: torch.Tensor | None = None,
         errors: Mapping[int, LoRAFleetError] | None = None,
         logged: Sequence[int] = (),
-        counts: Sequence[int] = (),
+        wanted: Sequence[SamplingOptions] = (),
         logprobs: tuple[torch.Tensor, ...] = (),
     ) -> None:
         """token_ids_S: int64, on the device. possible_S: false where rules left no token. errors: the rules', by row.
-        logged: rows with log-probabilities; counts: the number each wants."""
+        logged: rows with log-probabilities; wanted: the options of each."""
         self.token_ids_S = token_ids_S
         self._errors = errors or {}
         self._logged = logged
-        self._counts = counts
+        self._wanted = wanted
         self._fetched = Fetched((token_ids_S, finite_S, finite_S if possible_S is None else possible_S, *logprobs))
 
     def results(self) -> list[Sampled]:
         """Return one result per row. Waits for the device."""
         token_ids_S, finite_S, possible_S, *of_logged = (tensor.tolist() for tensor in self._fetched.tensors())
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids_S)
-        for i, count, chosen, rank, ids, values in zip(self._logged, self._counts, *of_logged, strict=True):
+        for i, options, chosen, rank, ids, values in zip(self._logged, self._wanted, *of_logged, strict=True):
+            count = _num_candidates(options)
             logprobs[i] = TokenLogprobs(chosen, rank, tuple(ids[:count]), tuple(values[:count]))
         results = list(map(Sampled, token_ids_S, logprobs, finite_S))
         if not self._errors and all(possible_S):
@@ -171,19 +175,20 @@ class Sampler:
             token_ids_S, finite_S, possible_S = sample_changed_tokens(logits_SV, *columns, gathered)
         for rule, rows in batch.rules:
             rule.sampled(rows, token_ids_S)
-        counts: list[int] = []
+        wanted = [requests[i].sampling for i in batch.logged]
         logprobs: tuple[torch.Tensor, ...] = ()
-        if batch.logged:
-            counts = [requests[i].sampling.logprobs or 0 for i in batch.logged]
+        if wanted:
             rows_P = send(torch.tensor(batch.logged), logits_SV.device)
-            logprobs = _logprobs(logits_SV[rows_P].float().log_softmax(dim=1), token_ids_S[rows_P], max(counts))
+            raw_PV = logits_SV[rows_P].float().log_softmax(dim=1)
+            logprobs = logprobs_of(raw_PV, token_ids_S[rows_P], max(map(_num_candidates, wanted)))
+            _put_named(raw_PV, wanted, *logprobs[2:])
         return PendingSamples(
             token_ids_S,
             finite_S,
             possible_S=possible_S,
             errors=errors,
             logged=batch.logged,
-            counts=counts,
+            wanted=wanted,
             logprobs=logprobs,
         )
 
@@ -221,9 +226,31 @@ def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def _logprobs(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+def logprobs_of(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """Return each row's log-probability and rank, [P], and ids and log-probabilities of the best, [P, count]."""
     chosen_P1 = raw_PV.gather(1, token_ids_P[:, None])
     ranks_P = (raw_PV > chosen_P1).sum(dim=1).add_(1)
     top = raw_PV.topk(count, dim=1)
     return chosen_P1[:, 0], ranks_P, top.indices, top.values
+
+
+def widened(raw_PV: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """Return log-probabilities of at least `num_ids` ids: where an adapter is not applied, its own ids are -inf."""
+    return F.pad(raw_PV, (0, max(0, num_ids - raw_PV.shape[1])), value=-torch.inf)
+
+
+def _num_candidates(options: SamplingOptions) -> int:
+    return len(options.logprob_token_ids) or options.logprobs or 0
+
+
+def _put_named(
+    raw_PV: torch.Tensor, wanted: Sequence[SamplingOptions], ids_PK: torch.Tensor, values_PK: torch.Tensor
+) -> None:
+    """Replace the best candidates by those that a row's request names, if it does, best first."""
+    raw_PV = widened(raw_PV, 1 + max((max(options.logprob_token_ids, default=0) for options in wanted), default=0))
+    for row, options in enumerate(wanted):
+        if options.logprob_token_ids:
+            named = send(torch.tensor(options.logprob_token_ids), raw_PV.device)
+            values, order = raw_PV[row, named].sort(descending=True, stable=True)
+            ids_PK[row, : len(named)] = named[order]
+            values_PK[row, : len(named)] = values

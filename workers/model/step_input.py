@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class OwnTables:
     slot: int
     rows: slice
     samples: slice  # among the rows that sample
+    scored: slice  # among the scored rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,8 @@ class StepInput:
     page_table_SP: torch.Tensor  # int32, each sequence's pages in order; undefined after the last
     query_start_S1: torch.Tensor  # int32
     context_len_S: torch.Tensor  # int32: keys to attend to, this step's included
-    sample_rows: torch.Tensor  # int64: rows whose logits are needed
+    sample_rows: torch.Tensor  # int64: rows that sample
+    scored_rows: torch.Tensor  # int64: rows whose logits give log-probabilities of prompt tokens
     segments: LoraSegments | LoraTiles | None  # None: no request uses an adapter; no LoRA op runs
     which_norm_T: torch.Tensor | None = None  # int32, indices of model/norm.py; None: all rows use the base model's
     own_tables: tuple[OwnTables, ...] = ()
@@ -52,6 +54,7 @@ class StepShape:
     num_seqs: int
     num_pages: int  # of the longest sequence
     num_samples: int
+    num_scored: int
     num_segments: int
 
 
@@ -105,10 +108,11 @@ class StepBuffers:
         self._query_start = area(max_num_seqs + 1)
         self._context_len = area(max_num_seqs)
         self._sample_rows = area(max_num_seqs, dtype=torch.int64)
+        self._scored_rows = area(max_num_tokens, dtype=torch.int64)
         self._which_norm = area(max_num_tokens)
         self._tiles = area(6 * max_num_seqs + 1)  # for decode steps
-        # First row, end row, slot, first sampling row, end sampling row.
-        self._segments = np.zeros((5, max_num_segments), np.int32)
+        # First row, end row, slot, first sampling row, end sampling row, first scored row, end scored row.
+        self._segments = np.zeros((7, max_num_segments), np.int32)
         self._weights = np.ones(max_num_segments, np.float32)
 
     def fill(self, scheduled: Sequence[Scheduled]) -> StepShape:
@@ -119,7 +123,7 @@ class StepBuffers:
         """
         page_size = self._page_size
         token_ids, positions, slot_mapping = self._token_ids.host, self._positions.host, self._slot_mapping.host
-        num_samples = num_segments = num_pages = row = 0
+        num_samples = num_scored = num_segments = num_pages = row = 0
         applied: tuple[tuple[int, ...], tuple[float, ...]] = (), ()  # slots and weights of the last row so far
         for s, entry in enumerate(scheduled):
             request = entry.request
@@ -145,30 +149,38 @@ class StepBuffers:
                 self._sample_rows.host[num_samples] = end - 1
                 num_samples += 1
             start = row + entry.num_base_tokens
+            first_scored = num_scored
+            if scored := entry.num_scored:
+                self._scored_rows.host[num_scored : num_scored + scored] = np.arange(row, row + scored)
+                first_scored += min(scored, start - row)
+                num_scored += scored
             before, applied = applied, (entry.slots, request.weights) if start < end else ((), ())
             if applied == before and start == row:
                 self._segments[1, num_segments - len(entry.slots) : num_segments] = end
                 self._segments[4, num_segments - len(entry.slots) : num_segments] = num_samples
+                self._segments[6, num_segments - len(entry.slots) : num_segments] = num_scored
             else:
                 for slot, weight in zip(*applied, strict=True):
-                    self._segments[:, num_segments] = start, end, slot, first_sample, num_samples
+                    counted = first_sample, num_samples, first_scored, num_scored
+                    self._segments[:, num_segments] = start, end, slot, *counted
                     self._weights[num_segments] = weight
                     num_segments += 1
             row = end
-        return StepShape(row, len(scheduled), num_pages, num_samples, num_segments)
+        return StepShape(row, len(scheduled), num_pages, num_samples, num_scored, num_segments)
 
     def pack(self, shape: StepShape) -> npt.NDArray[np.int32]:
         """Pack a step in the buffers for another rank."""
         pages = self._page_table.host[: shape.num_seqs, : shape.num_pages]
         parts = *self._parts(shape), pages, self._segments[:, : shape.num_segments]
         weights = self._weights[: shape.num_segments].view(np.int32)
-        header = (shape.num_tokens, shape.num_seqs, shape.num_pages, shape.num_samples, shape.num_segments)
-        return np.concatenate([np.array(header), *(part.reshape(-1) for part in parts), weights], dtype=np.int32)
+        return np.concatenate(
+            [np.array(astuple(shape)), *(part.reshape(-1) for part in parts), weights], dtype=np.int32
+        )
 
     def unpack(self, packed: npt.NDArray[np.int32]) -> StepShape:
         """Fill the buffers with the result of another rank's `pack`."""
-        shape = StepShape(*packed[:5].tolist())
-        begin = 5
+        begin = len(fields(StepShape))
+        shape = StepShape(*packed[:begin].tolist())
         pages = self._page_table.host[: shape.num_seqs, : shape.num_pages]
         weights = self._weights[: shape.num_segments].view(np.int32)
         for part in (*self._parts(shape), pages, self._segments[:, : shape.num_segments], weights):
@@ -186,6 +198,7 @@ class StepBuffers:
             self._query_start.host[: shape.num_seqs + 1],
             self._context_len.host[: shape.num_seqs],
             self._sample_rows.host[: shape.num_samples],
+            self._scored_rows.host[: shape.num_scored],
         )
 
     def step(
@@ -196,7 +209,7 @@ class StepBuffers:
         `with_norms`, `with_tables`: slots whose adapters have their own norms, or their own embedding or head.
         """
         which_norm_T, own_tables = None, []
-        for start, end, slot, *samples in (
+        for start, end, slot, first_sample, end_sample, first_scored, end_scored in (
             self._segments[:, : shape.num_segments].T.tolist() if with_norms or with_tables else ()
         ):
             if slot in with_norms:
@@ -205,9 +218,10 @@ class StepBuffers:
                     which_norm_T[:] = 0
                 which_norm_T[start:end] = 1 + slot
             if slot in with_tables:
-                own_tables.append(OwnTables(slot, slice(start, end), slice(*samples)))
+                samples, scored = slice(first_sample, end_sample), slice(first_scored, end_scored)
+                own_tables.append(OwnTables(slot, slice(start, end), samples, scored))
         return replace(
-            self._input(shape.num_tokens, shape.num_seqs, shape.num_samples),
+            self._input(shape.num_tokens, shape.num_seqs, shape.num_samples, shape.num_scored),
             segments=self._lora(shape) if shape.num_segments else None,
             which_norm_T=None if which_norm_T is None else self._which_norm.first(shape.num_tokens),
             own_tables=tuple(own_tables),
@@ -234,7 +248,7 @@ class StepBuffers:
         self._tiles.host[: 6 * size + 1] = lists.packed(size, size).numpy()
         return replace(step, segments=lists.on(self._tiles.first(6 * size + 1), size, size))
 
-    def _input(self, num_tokens: int, num_seqs: int, num_samples: int) -> StepInput:
+    def _input(self, num_tokens: int, num_seqs: int, num_samples: int, num_scored: int = 0) -> StepInput:
         """Return the input without adapters."""
         return StepInput(
             token_ids_T=self._token_ids.first(num_tokens),
@@ -244,6 +258,7 @@ class StepBuffers:
             query_start_S1=self._query_start.first(num_seqs + 1),
             context_len_S=self._context_len.first(num_seqs),
             sample_rows=self._sample_rows.first(num_samples),
+            scored_rows=self._scored_rows.first(num_scored),
             segments=None,
         )
 

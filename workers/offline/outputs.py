@@ -42,5 +42,6 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per position, complete with the first output token
     lora_request: LoRARequest | None = None
     error: LoRAFleetError | None = None  # the cause of a choice's finish_reason "error"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, quoted
 from lorafleet.workers.offline.outputs import CompletionOutput, Logprob, RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs, TokenLogprobs
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent
 from lorafleet.workers.text.bad_words import forbidden_sequences
 from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class _TextRequest:
     lora_request: LoRARequest | None
     tokenizer: Tokenizer
     choices: list[_Choice] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: LoRAFleetError | None = None
 
     @property
@@ -55,6 +57,7 @@ class _TextRequest:
             prompt_token_ids=self.prompt_token_ids,
             outputs=[choice.output for choice in self.choices],
             finished=self.finished,
+            prompt_logprobs=self.prompt_logprobs,
             lora_request=self.lora_request,
             error=self.error,
         )
@@ -108,6 +111,7 @@ class TextRequests:
             params=params,
             lora_request=lora,
             tokenizer=tokenizer,
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
         bad_words = forbidden_sequences(tokenizer, params.words)
         generates, shared_ids = [], tuple(ids)
@@ -184,6 +188,8 @@ class TextRequests:
     def _book(self, choice: _Choice, event: RequestEvent) -> None:
         output, params = choice.output, choice.owner.params
         used = 0
+        if event.prompt_logprobs is not None:
+            self._book_prompt(choice.owner, event.prompt_logprobs)
         if event.token_id is not None:
             is_stop = event.finish is FinishReason.STOP
             delta = choice.text.push((event.token_id,), event.finish is not None, hide_last=is_stop)
@@ -206,10 +212,18 @@ class TextRequests:
                 output.finish_reason = "length"
         elif event.finish is not None:
             output.text += choice.text.push((), True).text
-            output.finish_reason = "abort" if event.error is None else "error"
+            is_done = event.finish is FinishReason.LENGTH  # of a request for no output
+            output.finish_reason = "length" if is_done else "abort" if event.error is None else "error"
             choice.owner.error = event.error
         if output.finish_reason is not None:
             del self._choices[event.request_id]
+
+    def _book_prompt(self, request: _TextRequest, logprobs: PromptLogprobs) -> None:
+        positions, decode = request.prompt_logprobs, request.tokenizer.decode_token
+        assert positions is not None
+        for entry in logprobs:
+            token_id = request.prompt_token_ids[len(positions)]
+            positions.append(_logprobs(token_id, entry, decode))
 
 
 def _logprobs(token_id: int, logprobs: TokenLogprobs, decode: Callable[[int], str]) -> dict[int, Logprob]:

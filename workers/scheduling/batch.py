@@ -25,6 +25,14 @@ class Scheduled:
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
 
     @property
+    def num_scored(self) -> int:
+        """Return how many of its first rows give the log-probability of the prompt token that follows."""
+        request = self.request
+        if not request.needs_prompt_logprobs:
+            return 0
+        return min(self.num_tokens, request.num_prompt_tokens - 1 - request.num_computed_tokens)
+
+    @property
     def num_base_tokens(self) -> int:
         """Return how many of its first tokens come before the place where the adapter is activated."""
         return min(self.num_tokens, max(0, self.request.adapter_start - self.request.num_computed_tokens))

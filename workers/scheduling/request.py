@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Annotated
 
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs, TokenLogprobs
 from lorafleet.workers.scheduling.prefix import parting_hash, root_hash
 from lorafleet.workers.scheduling.ranges import Range, check_fields
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
@@ -52,7 +53,7 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if len(self.output_token_ids) >= self.sampling.max_tokens:
+        if self.output_token_ids and len(self.output_token_ids) >= self.sampling.max_tokens:
             raise InvalidRequestError(
                 f"{len(self.output_token_ids)} output tokens are there already; max_tokens is "
                 f"{self.sampling.max_tokens}.",
@@ -89,10 +90,15 @@ class GenerateRequest:
         return "+".join(f"{digest}:{weight!r}" for digest, weight in self.composition) or self.adapter
 
     def of_choice(self, choice: int, output_token_ids: Sequence[int] = ()) -> GenerateRequest:
-        """Return the same request for another of the API request's choices, resumed after its output so far."""
+        """Return the same request for another of the API request's choices, resumed after its output so far.
+
+        Only the first choice brings the prompt's log-probabilities, which are the same for all.
+        """
         if choice == self.sampling.choice and not output_token_ids and not self.output_token_ids:
             return self
-        sampling = replace(self.sampling, choice=choice)
+        sampling = replace(
+            self.sampling, choice=choice, prompt_logprobs=None if choice else self.sampling.prompt_logprobs
+        )
         return replace(self, sampling=sampling, output_token_ids=tuple(output_token_ids))
 
     def _check_composition(self) -> None:
@@ -124,26 +130,17 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one output position, of the raw model distribution (before penalties and temperature)."""
-
-    logprob: float  # of the sampled token
-    rank: int  # of the sampled token, 1 is the most likely
-    top_ids: tuple[int, ...]  # the best, best first
-    top_logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RequestEvent:
     """The result of one engine step for one request. An event with a `finish` is the request's last."""
 
     request_id: str
-    token_id: int | None = None  # None: the request ended without a new token
+    token_id: int | None = None  # None: the request got a part of `prompt_logprobs`, or ended without a new token
     _: KW_ONLY
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # of the next prompt tokens, from the second one on
     finish: FinishReason | None = None
     error: LoRAFleetError | None = None  # with finish ERROR
-    num_cached_tokens: int = 0  # with a request's first token: prompt tokens not computed
+    num_cached_tokens: int = 0  # with a request's first token, or its end without one: prompt tokens not computed
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False, kw_only=True)
@@ -224,7 +221,12 @@ class Request:
     @property
     def is_ending(self) -> bool:
         """Return whether its last token is sampled, even if not known yet."""
-        return self.num_output_tokens >= self.sampling.max_tokens
+        return self.num_output_tokens >= max(1, self.sampling.max_tokens)
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Return whether its prompt's log-probabilities are wanted; they are complete with the first output token."""
+        return self.sampling.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -75,8 +75,11 @@ class RequestPages:
         request.num_computed_tokens = request.num_hashed_pages = 0
 
     def _find(self, request: Request) -> list[int]:
-        """Return pages that already hold a waiting request's tokens; its last token is left to compute."""
-        if not self._enable_prefix_caching:
+        """Return pages that already hold a waiting request's tokens; its last token is left to compute.
+
+        A request that needs log-probabilities of its prompt computes all of it.
+        """
+        if not self._enable_prefix_caching or request.needs_prompt_logprobs:
             return []
         num_pages = (request.num_tokens - 1) // self._page_size
         if num_pages > len(request.prefix_hashes):

@@ -22,8 +22,10 @@ from lorafleet.workers.scheduling.token_rules import (
 
 MAX_INT: Final = 2**31 - 1
 MAX_LOGPROBS: Final = 20
+MAX_LOGPROB_TOKEN_IDS: Final = 128
 
-NumTokens = Annotated[int, Range(1, MAX_INT)]
+NumTokens = Annotated[int, Range(0, MAX_INT)]
+NumLogprobs = Annotated[int, Range(0, MAX_LOGPROBS)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 Penalty = Annotated[float, Range(-2.0, 2.0)]
 
@@ -43,7 +45,8 @@ class Sampling:
     repetition_penalty: Annotated[float, Range(0.0, 100.0, is_open=True)] = 1.0  # over prompt and output
     presence_penalty: Penalty = 0.0  # over output
     frequency_penalty: Penalty = 0.0  # over output
-    logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None  # k: the sampled token's and the k best; None: none
+    logprobs: NumLogprobs | None = None  # k: the sampled token's and the k best; None: none
+    prompt_logprobs: NumLogprobs | None = None  # k: each prompt token's and the k best at its place; None: none
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -61,13 +64,14 @@ class SamplingOptions(Sampling):
     depend on its senders.
     """
 
-    max_tokens: NumTokens
+    max_tokens: NumTokens  # 0: the prompt is computed and nothing sampled
     seed: int = 0  # random numbers depend only on this, `choice` and the output position
     choice: int = 0  # index among the `n` choices of one API request
     stop_token_ids: frozenset[int] = frozenset()  # the caller's, and the model's and tokenizer's end tokens
     logit_bias: TokenBias = ()
     allowed_token_ids: frozenset[int] = frozenset()  # no other token is sampled; empty allows all
     bad_words: BadWords = ()
+    logprob_token_ids: tuple[int, ...] = ()  # candidates whose log-probabilities are wanted in place of the best
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)

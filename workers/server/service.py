@@ -27,7 +27,7 @@ from lorafleet.workers.errors import (
     LoRAFleetError,
     UnknownModelError,
 )
-from lorafleet.workers.request_wire import FINISH_TO_WIRE, error_to_wire, from_wire
+from lorafleet.workers.request_wire import FINISH_TO_WIRE, error_to_wire, from_wire, prompt_logprobs_to_wire
 from lorafleet.workers.rpc import failure_of
 from lorafleet.workers.scheduling.request import FinishReason, RequestEvent
 from lorafleet.workers.server.adapter_registry import AdapterRegistry
@@ -280,6 +280,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             output = outputs.get(session)
             if output is None:
                 output = outputs[session] = worker_pb2.StepOutputs(step=step)
+            if event.prompt_logprobs is not None:
+                output.prompt_logprobs.append(prompt_logprobs_to_wire(event.prompt_logprobs, stream=stream))
+            if event.num_cached_tokens:
+                output.cached.add(stream=stream, num_tokens=event.num_cached_tokens)
             if event.token_id is not None:
                 if event.logprobs is not None:
                     output.logprobs.add(
@@ -289,14 +293,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                         top_ids=event.logprobs.top_ids,
                         top_logprobs=event.logprobs.top_logprobs,
                     )
-                if event.num_cached_tokens:
-                    output.cached.add(stream=stream, num_tokens=event.num_cached_tokens)
                 output.stream.append(stream)
                 output.token_id.append(event.token_id)
                 output.finish.append(FINISH_TO_WIRE[event.finish])
             elif event.finish is FinishReason.CANCELLED:
                 output.ended.add(stream=stream, cancelled=True)
-            else:
+            elif event.finish is FinishReason.LENGTH:
+                output.ended.add(stream=stream, finish=FINISH_TO_WIRE[event.finish])
+            elif event.finish is not None:
                 output.ended.append(error_to_wire(event.error or InternalError("The request failed."), stream=stream))
             if event.finish is not None:
                 del self._owners[event.request_id]

@@ -16,7 +16,8 @@ from aiohttp import web
 from lorafleet.controller.gateway.api.door import Call
 from lorafleet.controller.gateway.api.generate_request import generate_requests
 from lorafleet.controller.gateway.api.null_fields import with_nulls
-from lorafleet.controller.gateway.api.schema import GenerateFields, wants_usage
+from lorafleet.controller.gateway.api.schema import GenerateFields, wants_continuous_usage, wants_usage
+from lorafleet.controller.gateway.api.scoring import best_of, candidates
 from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.controller.gateway.api.sse import Frames, stream_answer
 from lorafleet.controller.gateway.api.usage import usage_of
@@ -41,6 +42,9 @@ class Shape(Protocol):
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return a whole choice in JSON's types."""
 
+    def extras(self, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
+        """Return more fields of a whole answer."""
+
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> Frames:
         """Return the chunks of a streamed answer."""
 
@@ -54,13 +58,14 @@ async def answer(
 ) -> web.StreamResponse:
     """Generate `params.n` choices of each prompt and answer with them. Raises the request's errors."""
     fields, has_usage = call.fields, wants_usage(call.fields)
+    generated = candidates(fields, params)
     bad_words: BadWords = ()
     if params.words:
         bad_words = await call.in_thread(lambda: forbidden_sequences(model.text.tokenizer, params.words))
     requests = generate_requests(
         prompts,
         fields,
-        params,
+        generated,
         model,
         request_id=call.request_id,
         tenant=call.tenant,
@@ -74,20 +79,28 @@ async def answer(
         "created": int(time.time()),
         "model": (fields.model or model.entry.name)[:MAX_NAME_CHARS],
     }
-    async with call.state.generate(requests, params, model) as generation:
+    async with call.state.generate(requests, generated, model) as generation:
         if fields.stream:
             frames = shape.frames(head, generation.num_choices, has_usage=has_usage)
-            return await stream_answer(call.request, generation, frames, has_usage=has_usage)
-        deltas = await generation.gather()
+            return await stream_answer(
+                call.request,
+                generation,
+                frames,
+                has_usage=has_usage,
+                is_usage_continuous=wants_continuous_usage(fields),
+            )
+        deltas = best_of(await generation.gather(), generated.n, params.n)
     num_bytes = sum(len(delta.text) + _LOGPROB_BYTES for delta in deltas)
     if params.logprobs is not None:
         num_bytes += _LOGPROB_BYTES * (params.logprobs + 1) * sum(len(delta.logprobs) for delta in deltas)
+    if params.prompt_logprobs is not None:
+        num_bytes += _LOGPROB_BYTES * (params.prompt_logprobs + 1) * params.n * generation.num_prompt_tokens
     usage = usage_of(generation)
-    body = await call.state.parse(
-        call.tenant,
-        num_bytes,
-        lambda: msgspec.json.encode(
-            with_nulls(head | {"choices": list(map(shape.choice, deltas)), "usage": usage}, shape.null_fields)
-        ),
-    )
+
+    def encode() -> bytes:
+        choices = [msgspec.Raw(msgspec.json.encode(shape.choice(delta))) for delta in deltas]
+        whole = head | {"choices": choices, "usage": usage} | shape.extras(deltas)
+        return msgspec.json.encode(with_nulls(whole, shape.null_fields))
+
+    body = await call.state.parse(call.tenant, num_bytes, encode)
     return web.Response(body=body, content_type="application/json")

@@ -6,7 +6,7 @@ Owns: the shape of answers and chunks. Leaves to others: messages (messages.py),
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -15,13 +15,15 @@ from lorafleet.controller.gateway.api import null_fields
 from lorafleet.controller.gateway.api.answer import answer
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
-from lorafleet.controller.gateway.api.logprobs import chat_logprobs
+from lorafleet.controller.gateway.api.logprobs import chat_logprobs, check_num_prompt_candidates, prompt_logprobs
 from lorafleet.controller.gateway.api.messages import answer_role, check_messages, echo_of, encode_messages
 from lorafleet.controller.gateway.api.null_fields import with_nulls
 from lorafleet.controller.gateway.api.prompts import check_echo
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
+from lorafleet.controller.gateway.api.scoring import candidates, check_scoring
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
+from lorafleet.controller.gateway.api.truncation import truncation_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
@@ -34,6 +36,8 @@ _ALLOWED = allowed_of(SamplingParams)
 def _check(fields: ChatRequest) -> None:
     check_messages(fields.messages)
     check_stream_options(fields)
+    name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+    check_scoring(fields, _max_tokens(fields), max_tokens_field=name)
 
 
 @takes(ChatRequest, _check)
@@ -41,21 +45,30 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
     """Answer one request: messages, `n` choices, streamed or not."""
     fields = call.fields
     model = await call.state.served(lambda table: resolve_model(table, fields))
-    text, num_logprobs = model.text, _num_logprobs(fields)
-    params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
-    call.place.take_choices(params.n, param="n")
+    text, max_tokens = model.text, _max_tokens(fields)
+    params = sampling_params(
+        fields,
+        text.sampling_defaults,
+        max_tokens=max_tokens,
+        logprobs=_num_logprobs(fields),
+        prompt_logprobs=fields.prompt_logprobs,
+    )
+    truncation = truncation_of(fields, max_tokens, model.max_model_len)
+    call.place.take_choices(candidates(fields, params).n, param="n")
     prompt = await call.in_thread(
         lambda: encode_messages(
             model,
             fields.messages,
             fields,
             parse_special_in_content=call.state.config.parse_special_in_content,
-            max_tokens=model.max_model_len,
+            max_tokens=model.max_model_len if truncation is None else None,
         )
     )
-    echo = echo_of(fields)
-    check_echo(params.n * len(echo))
-    shape = ChatShape(text.tokenizer, num_logprobs, role=answer_role(fields), echo=echo)
+    if truncation is not None:
+        prompt = truncation.of(prompt)
+    check_num_prompt_candidates([prompt], params.prompt_logprobs)
+    shape = ChatShape(text.tokenizer, params, fields, prompt)
+    check_echo(params.n * len(shape.echo))
     return await answer(call, model, [prompt], params, shape)
 
 
@@ -77,13 +90,6 @@ def _num_logprobs(fields: ChatRequest) -> int | None:
     return num_top
 
 
-def _logprobs(delta: ChoiceDelta, tokenizer: Tokenizer, num_logprobs: int | None) -> dict[str, Any] | None:
-    if num_logprobs is None:
-        return None
-    content = chat_logprobs(tokenizer, delta.token_ids, delta.logprobs, num_logprobs)
-    return {"content": content, "refusal": None}
-
-
 class ChatShape:
     """The shape of one chat answer."""
 
@@ -91,72 +97,83 @@ class ChatShape:
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
     null_fields = null_fields.CHAT_ANSWER
 
-    def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None, *, role: str, echo: str) -> None:
-        """role: of the answer. echo: what its text begins with."""
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, fields: ChatRequest, prompt: Sequence[int]
+    ) -> None:
         self._tokenizer = tokenizer
-        self._num_logprobs = num_logprobs
-        self._role = role
-        self._echo = echo
+        self._fields = fields
+        self._prompt = prompt
+        self.role = answer_role(fields)
+        self.echo = echo_of(fields)  # what the text begins with
+        self.has_logprobs = params.logprobs is not None
+        self.has_token_ids = bool(fields.return_token_ids)
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return a choice with its message."""
-        message = {"role": self._role, "content": self._echo + delta.text}
+        message = {"role": self.role, "content": self.echo + delta.text}
         choice = {
             "index": delta.index,
             "message": with_nulls(message, null_fields.CHAT_MESSAGE),
-            "logprobs": _logprobs(delta, self._tokenizer, self._num_logprobs),
+            "logprobs": self.logprobs(delta),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            "token_ids": list(delta.token_ids) if self.has_token_ids else None,
         }
         return with_nulls(choice, null_fields.CHAT_CHOICE)
 
+    def extras(self, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
+        """Return what the answer says of the prompt, which all choices share."""
+        wanted = self._fields.prompt_logprobs
+        return self.prompt_token_ids() | {
+            "prompt_logprobs": None
+            if wanted is None
+            else prompt_logprobs(self._tokenizer, self._prompt, deltas[0].prompt_logprobs, wanted)
+        }
+
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> ChatFrames:
         """Return the chunks of the answer."""
-        return ChatFrames(
-            head,
-            num_choices,
-            self._tokenizer,
-            self._num_logprobs,
-            role=self._role,
-            echo=self._echo,
-            has_usage=has_usage,
-        )
+        return ChatFrames(head, num_choices, self, has_usage=has_usage)
+
+    def logprobs(self, delta: ChoiceDelta) -> dict[str, Any] | None:
+        """Return the log-probabilities of a choice's new tokens, if asked for."""
+        if not self.has_logprobs:
+            return None
+        as_ids = bool(self._fields.return_tokens_as_token_ids)
+        content = chat_logprobs(self._tokenizer, delta.token_ids, delta.logprobs, as_ids=as_ids)
+        return {"content": content, "refusal": None}
+
+    def prompt_token_ids(self) -> dict[str, Any]:
+        """Return the field of an answer, or of a stream's first chunks, with the prompt's ids."""
+        return {"prompt_token_ids": list(self._prompt) if self.has_token_ids else None}
 
 
 class ChatFrames:
     """The chunks of a streamed chat answer."""
 
-    def __init__(
-        self,
-        head: dict[str, Any],
-        num_choices: int,
-        tokenizer: Tokenizer,
-        num_logprobs: int | None,
-        *,
-        role: str,
-        echo: str,
-        has_usage: bool,
-    ) -> None:
-        self._template = ChunkTemplate(head, num_choices, b'"delta":{"content":', b"}", has_usage=has_usage)
+    def __init__(self, head: dict[str, Any], num_choices: int, shape: ChatShape, *, has_usage: bool) -> None:
+        def template(head: dict[str, Any]) -> ChunkTemplate:
+            return ChunkTemplate(head, num_choices, b'"delta":{"content":', b"}", has_usage=has_usage)
+
+        self._template = template(head)
+        self._opening = template(head | shape.prompt_token_ids()) if shape.has_token_ids else self._template
         self._num_choices = num_choices
-        self._tokenizer = tokenizer
-        self._num_logprobs = num_logprobs
-        self._role = role
-        self._echo = echo
+        self._shape = shape
+        self._is_plain = not (shape.has_logprobs or shape.has_token_ids)
 
     def opening(self) -> Iterable[bytes]:
         """Yield each choice's role, and what its text begins with."""
-        fields = {"delta": {"role": self._role, "content": ""}, "logprobs": None, "finish_reason": None}
+        fields = {"delta": {"role": self._shape.role, "content": ""}, "logprobs": None, "finish_reason": None}
         for index in range(self._num_choices):
-            yield self._template.choice(index, fields)
-            if self._echo:
-                yield self._template.text(index, self._echo)
+            yield self._opening.choice(index, fields)
+            if self._shape.echo:
+                yield self._template.text(index, self._shape.echo)
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         """Return a chunk with one choice's new tokens."""
-        if delta.finish_reason is None and self._num_logprobs is None:
+        if delta.finish_reason is None and self._is_plain:
             return self._template.text(delta.index, delta.text)
-        return self._template.full(delta, _logprobs(delta, self._tokenizer, self._num_logprobs))
+        more = {"token_ids": delta.token_ids} if self._shape.has_token_ids else {}
+        return self._template.full(delta, self._shape.logprobs(delta), more)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk with the usage."""

@@ -14,6 +14,7 @@ import msgspec
 
 from lorafleet.controller.gateway.api.body import decode_field
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
+from lorafleet.workers.text.detokenizer import IncrementalDetokenizer
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 MAX_PROMPTS: Final = 128
@@ -23,16 +24,16 @@ Prompt = str | list[int]
 _LISTS = re.compile(rb"\[\s*\[")
 
 
-def read_prompts(raw: bytes, max_model_len: int) -> list[Prompt]:
+def read_prompts(raw: bytes, max_num_ids: int | None) -> list[Prompt]:
     """Return texts, or lists of token ids. Raises InvalidRequestError for none, too many, an empty one, or mixed kinds,
-    ContextLengthError for more ids than the context holds."""
+    ContextLengthError for more than `max_num_ids`, what the context holds; None: prompts are truncated."""
     items: Any
     if _LISTS.match(raw):
         items = decode_field(raw, list[msgspec.Raw], "prompt")
         _check_num_prompts(items)
-        return [_ids(bytes(item), f"prompt[{number}]", max_model_len) for number, item in enumerate(items)]
+        return [_ids(bytes(item), f"prompt[{number}]", max_num_ids) for number, item in enumerate(items)]
     if raw[:1] == b"[" and b'"' not in raw and b"[" not in raw[1:]:
-        return [_ids(raw, "prompt", max_model_len)]
+        return [_ids(raw, "prompt", max_num_ids)]
     items = decode_field(raw, str | list[str | int | list[int]], "prompt")
     texts = [items] if isinstance(items, str) else items
     _check_num_prompts(texts)
@@ -46,18 +47,29 @@ def read_prompts(raw: bytes, max_model_len: int) -> list[Prompt]:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool, max_model_len: int
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool, max_num_ids: int | None
 ) -> list[list[int]]:
-    """Return each prompt's token ids. Raises ContextLengthError for a text that certainly exceeds the context."""
+    """Return each prompt's token ids. Raises ContextLengthError for a text that certainly has more than `max_num_ids`,
+    what the context holds; None: prompts are truncated."""
     return [
-        tokenizer.encode(prompt, add_special_tokens, max_tokens=max_model_len) if isinstance(prompt, str) else prompt
+        tokenizer.encode(prompt, add_special_tokens, max_tokens=max_num_ids) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
 
 
-def echoes_of(tokenizer: Tokenizer, prompts: Sequence[Prompt], n: int) -> list[str]:
-    """Return the prompt to echo in each choice. Raises InvalidRequestError if they exceed the limit."""
-    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
+def echoes_of(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], n: int, *, skip_special_tokens: bool = True
+) -> list[str]:
+    """Return the prompt to echo in each choice. Raises InvalidRequestError if they exceed the limit.
+
+    Ids that end inside a character are echoed without it: the answer's text begins with it.
+    """
+    texts = [
+        prompt
+        if isinstance(prompt, str)
+        else IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens).push(prompt)
+        for prompt in prompts
+    ]
     check_echo(n * sum(map(len, texts)))
     return [text for text in texts for _ in range(n)]
 
@@ -71,11 +83,11 @@ def check_echo(num_chars: int) -> None:
         )
 
 
-def _ids(raw: bytes, name: str, max_model_len: int) -> list[int]:
+def _ids(raw: bytes, name: str, max_num_ids: int | None) -> list[int]:
     num_ids = raw.count(b",") + 1
-    if num_ids > max_model_len:
+    if max_num_ids is not None and num_ids > max_num_ids:
         raise ContextLengthError.beyond(
-            max_model_len, f"{name} has {num_ids} token ids, which leaves no room for an answer. Shorten it."
+            max_num_ids, f"{name} has {num_ids} token ids, which leaves no room for an answer. Shorten it."
         )
     ids: list[int] = decode_field(raw, list[int], name)
     if not ids:

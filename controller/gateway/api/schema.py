@@ -38,10 +38,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    logprob_token_ids: list[int] | None = None
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
-    """include_usage: a last chunk with the usage and no choices."""
+    """include_usage: a last chunk with the usage and no choices. continuous_usage_stats: with it, the usage so far in
+    every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -59,7 +61,8 @@ class GenerateFields(SamplingFields, kw_only=True):
 
     model: None, or empty, is the base model. priority: lower is served earlier; it is added to the tenant's.
     cache_salt: only requests of the same tenant with the same salt share cached prefixes. adapters: applied together;
-    `model` is the base model then. request_id: the answer's id; the header `x-request-id` comes before it.
+    `model` is the base model then. request_id: the answer's id; the header `x-request-id` comes before it. The others
+    are explained where they are used: scoring.py, truncation.py, logprobs.py.
     """
 
     model: str | None = None
@@ -71,6 +74,12 @@ class GenerateFields(SamplingFields, kw_only=True):
     cache_salt: str | None = None
     adapters: list[ComposedAdapter] | None = None
     request_id: str | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    best_of: int | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -138,13 +147,12 @@ ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "promp
 DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "add_generation_prompt": (True,),
     "audio": (),
-    "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
     "early_stopping": (False,),
+    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
@@ -153,18 +161,15 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "guided_regex": (),
     "include_reasoning": (True,),
     "is_3d_lora_weight": (False,),
-    "length_penalty": (1,),
     "logits_processors": ([],),
+    "length_penalty": (1,),
     "lora_int_id": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -172,7 +177,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
@@ -187,12 +191,13 @@ def check_stream_options(fields: GenerateFields) -> None:
         return
     if not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    if options.continuous_usage_stats:
-        raise InvalidRequestError(
-            "stream_options.continuous_usage_stats is not supported. Leave it out.", param="stream_options"
-        )
 
 
 def wants_usage(fields: GenerateFields) -> bool:
     """Return whether a stream ends with a chunk that has the usage."""
     return fields.stream_options is not None and bool(fields.stream_options.include_usage)
+
+
+def wants_continuous_usage(fields: GenerateFields) -> bool:
+    """Return whether every chunk of a stream has the usage so far."""
+    return wants_usage(fields) and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)

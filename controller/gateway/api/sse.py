@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -33,7 +33,10 @@ PATIENCE_S: Final = 0.5  # time for an error before the first token to get its o
 PING_S: Final = 3.0  # of silence, after which a comment is sent
 PING: Final = b": ping\n\n"
 _SLICE_BYTES = 1 << 16  # of one answer, written before others get their turn on the event loop
+_NO_USAGE = b'"usage":null}\n\n'  # the end of a chunk, in a stream whose last chunk has the usage
 _LARGE_BYTES = 1 << 15  # a write this large may have to wait by itself
+
+_NOTHING: Mapping[str, object] = {}
 
 _json = msgspec.json.Encoder().encode
 
@@ -63,7 +66,7 @@ class ChunkTemplate:
         self._choices = [opening + b'{"index":%d,' % index for index in range(num_choices)]
         self._texts = [choice + before for choice in self._choices]
         self._after = after
-        self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
+        self._tail = b"}]," + _NO_USAGE if has_usage else b"}]}\n\n"
         nulls = _json(dict.fromkeys(("logprobs", "finish_reason", *null_fields.CHUNK_CHOICE)))
         self._plain = after + b"," + nulls[1:-1] + self._tail
 
@@ -71,10 +74,10 @@ class ChunkTemplate:
         """Return a chunk with only text, the common one."""
         return self._texts[index] + _json(text) + self._plain
 
-    def full(self, delta: ChoiceDelta, logprobs: object) -> bytes:
-        """Return a chunk with log-probabilities, or a finish reason, or both."""
+    def full(self, delta: ChoiceDelta, logprobs: object, more: Mapping[str, object] = _NOTHING) -> bytes:
+        """Return a chunk with log-probabilities, or a finish reason, or both. more: other fields of the choice."""
         fields = {"logprobs": logprobs, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-        rest = _json(with_nulls(fields, null_fields.CHUNK_CHOICE))[1:-1]
+        rest = _json(with_nulls(fields | more, null_fields.CHUNK_CHOICE))[1:-1]
         return b"".join((self._texts[delta.index], _json(delta.text), self._after, b",", rest, self._tail))
 
     def choice(self, index: int, fields: dict[str, Any]) -> bytes:
@@ -84,6 +87,12 @@ class ChunkTemplate:
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk after all choices."""
         return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
+
+
+def with_usage(frame: bytes, usage: dict[str, Any]) -> bytes:
+    """Return a chunk of a template that has usage with the usage so far."""
+    assert frame.endswith(_NO_USAGE)
+    return frame[: -len(_NO_USAGE)] + b'"usage":' + _json(usage) + b"}\n\n"
 
 
 class EventStream:
@@ -136,12 +145,12 @@ class EventStream:
 
 
 async def stream_answer(
-    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool
+    request: web.Request, generation: Generation, frames: Frames, *, has_usage: bool, is_usage_continuous: bool = False
 ) -> web.StreamResponse:
     """Send a generation as it arrives.
 
     An error before its first token is raised, so that it gets its own HTTP status, unless the prompt takes long: then
-    the headers are sent while a worker computes it.
+    the headers are sent while a worker computes it. is_usage_continuous: every chunk has the usage so far.
     """
     first = asyncio.create_task(generation.next(), name="first tokens")
     try:
@@ -156,7 +165,17 @@ async def stream_answer(
         if not first.done():
             await stream.write(PING)  # with which the headers go out
         async with stream.pinging():
-            await stream.write(await _send(stream, request, generation, first, frames, has_usage=has_usage))
+            await stream.write(
+                await _send(
+                    stream,
+                    request,
+                    generation,
+                    first,
+                    frames,
+                    has_usage=has_usage,
+                    is_usage_continuous=is_usage_continuous,
+                )
+            )
     finally:
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
@@ -171,6 +190,7 @@ async def _send(
     frames: Frames,
     *,
     has_usage: bool,
+    is_usage_continuous: bool,
 ) -> bytes:
     """Send all deltas. Return the end of the stream, which says that it is complete, or why it is not."""
     pieces = frames.opening()
@@ -179,7 +199,7 @@ async def _send(
         deltas = await first
         while deltas:
             for piece in itertools.chain(pieces, map(frames.delta, deltas)):
-                data += piece
+                data += with_usage(piece, usage_of(generation)) if is_usage_continuous else piece
                 if len(data) > _SLICE_BYTES:
                     await stream.write(data)
                     data = b""

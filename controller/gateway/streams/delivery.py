@@ -8,8 +8,9 @@ from __future__ import annotations
 from lorafleet.controller.gateway.streams.inbox import ChoiceQueue
 from lorafleet.proto import worker_pb2
 from lorafleet.workers.errors import DrainingError
-from lorafleet.workers.request_wire import FINISH_FROM_WIRE, error_from_wire
-from lorafleet.workers.scheduling.request import FinishReason, TokenLogprobs
+from lorafleet.workers.request_wire import FINISH_FROM_WIRE, error_from_wire, prompt_logprobs_from_wire
+from lorafleet.workers.scheduling.logprobs import TokenLogprobs
+from lorafleet.workers.scheduling.request import FinishReason
 
 
 class SessionLost(Exception):
@@ -28,6 +29,10 @@ def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> No
         queue = streams.get(cached.stream)
         if queue is not None:
             queue.num_cached_tokens = cached.num_tokens
+    for part in step.prompt_logprobs:
+        queue = streams.get(part.stream)
+        if queue is not None:
+            queue.add_prompt_logprobs(prompt_logprobs_from_wire(part))
     logprobs = {entry.row: _token_logprobs(entry) for entry in step.logprobs} if step.logprobs else {}
     rows = zip(step.stream, step.token_id, step.finish, strict=True)
     for row, (stream, token_id, finish) in enumerate(rows):
@@ -43,7 +48,11 @@ def deliver(step: worker_pb2.StepOutputs, streams: dict[int, ChoiceQueue]) -> No
         )
     for ended in step.ended:
         queue = streams.pop(ended.stream, None)
-        if queue is not None:
+        if queue is None:
+            continue
+        if ended.finish:
+            queue.end(FINISH_FROM_WIRE.get(ended.finish, FinishReason.LENGTH))
+        else:
             error = error_from_wire(ended)
             # A draining worker refuses requests sent before its gateways knew; another worker takes them.
             (queue.lose if isinstance(error, DrainingError) else queue.inbox.fail)(error)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
@@ -22,14 +22,16 @@ from lorafleet.controller.gateway.streams.inbox import ChoiceQueue, Inbox
 from lorafleet.controller.gateway.streams.placing import Placing, Ticket, Workers
 from lorafleet.workers.errors import LoRAFleetError
 from lorafleet.workers.params import SamplingParams
-from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, TokenLogprobs
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs, TokenLogprobs
+from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
 from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
-    """One choice's new text and tokens. logprobs: none, or one for each token. A finish_reason marks the last delta."""
+    """One choice's new text and tokens. logprobs: none, or one for each token. prompt_logprobs: of the whole prompt, if
+    asked for. A finish_reason marks the last delta."""
 
     index: int
     text: str
@@ -37,6 +39,7 @@ class ChoiceDelta:
     logprobs: Sequence[TokenLogprobs]
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None  # the stop string or the caller's stop token
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +47,7 @@ class _Choice:
     ticket: Ticket
     text: OutputText | None = None  # set with its first token
     last_at: float | None = None  # arrival of its last tokens
+    quiet_ids: list[int] = field(default_factory=list)  # its last tokens, if they brought no text yet
 
 
 class Generation:
@@ -82,6 +86,7 @@ class Generation:
         for request in requests:
             self._add(request)
         self._num_open = len(self._choices)
+        self._held: list[ChoiceQueue] = []  # with tokens, of prompts whose log-probabilities are still to come
 
     @property
     def num_choices(self) -> int:
@@ -127,10 +132,16 @@ class Generation:
         """
         deltas: list[ChoiceDelta] = []
         while self._num_open and not deltas:
-            for queue in await self._inbox.take():
+            ready, self._held = self._held + await self._inbox.take(), []
+            for queue in ready:
+                if self._lacks_prompt_logprobs(queue):
+                    self._held.append(queue)
+                    continue
                 delta = self._advance(self._choices[queue.index])
                 if delta.text or delta.logprobs or delta.finish_reason is not None:
                     deltas.append(delta)
+                else:
+                    self._choices[queue.index].quiet_ids.extend(delta.token_ids)
         return deltas
 
     async def gather(self) -> list[ChoiceDelta]:
@@ -153,6 +164,7 @@ class Generation:
                 logprobs=logprobs[index],
                 finish_reason=last[index].finish_reason,
                 stop_reason=last[index].stop_reason,
+                prompt_logprobs=last[index].prompt_logprobs,
             )
             for index in range(len(self._choices))
         ]
@@ -166,6 +178,16 @@ class Generation:
             self._choices.append(_Choice(ticket))
             queues.append(queue)
         self._queues_by_prompt.append(queues)
+
+    def _first_of_prompt(self, queue: ChoiceQueue) -> ChoiceQueue:
+        """Return the queue of the choice that brings the prompt's log-probabilities."""
+        return self._queues_by_prompt[queue.index // self._params.n][0]
+
+    def _lacks_prompt_logprobs(self, queue: ChoiceQueue) -> bool:
+        if self._params.prompt_logprobs is None:
+            return False
+        first = self._first_of_prompt(queue)
+        return not first.received and first.finish is None
 
     def _advance(self, choice: _Choice) -> ChoiceDelta:
         ticket = choice.ticket
@@ -202,6 +224,8 @@ class Generation:
             self._placing.end(ticket)
         if num_used != len(token_ids):
             token_ids, logprobs = token_ids[:num_used], logprobs[:num_used]
+        if choice.quiet_ids:
+            token_ids, choice.quiet_ids = choice.quiet_ids + token_ids, []
         return ChoiceDelta(
             index=ticket.queue.index,
             text=delta.text,
@@ -209,6 +233,7 @@ class Generation:
             logprobs=logprobs,
             finish_reason=reason,
             stop_reason=stop_reason,
+            prompt_logprobs=self._first_of_prompt(ticket.queue).prompt_logprobs,
         )
 
     def _new_text(self, prompt_token_ids: Sequence[int]) -> OutputText:

@@ -14,7 +14,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 from lorafleet.workers.errors import DeadlineError, LoRAFleetError
-from lorafleet.workers.scheduling.request import FinishReason, TokenLogprobs
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs, TokenLogprobs
+from lorafleet.workers.scheduling.request import FinishReason
 
 
 class Arrived(NamedTuple):
@@ -36,6 +37,7 @@ class ChoiceQueue:
     _: KW_ONLY
     received: list[int] = field(default_factory=list)  # all its tokens so far, for a worker that resumes it
     finish: FinishReason | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # from the second token on, as far as computed
     num_cached_tokens: int = 0  # prompt tokens that the worker did not compute for this choice
 
     def put(self, token_id: int, finish: FinishReason | None, logprobs: TokenLogprobs | None) -> None:
@@ -58,6 +60,20 @@ class ChoiceQueue:
                 )
             )
         inbox.wake()
+
+    def end(self, finish: FinishReason) -> None:
+        """End the choice without another token."""
+        if not self.token_ids:
+            self.inbox.ready.append(self)
+        self.finish = finish
+        self.inbox.wake()
+
+    def add_prompt_logprobs(self, more: PromptLogprobs) -> None:
+        """Add those of the next prompt tokens."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = more
+        else:
+            self.prompt_logprobs.extend(more)
 
     def lose(self, error: LoRAFleetError) -> None:
         """Report that the choice's worker is lost, or has given the choice up to another one."""
@@ -115,7 +131,7 @@ class Inbox:
             waiter.set_result(None)
 
     async def take(self) -> list[ChoiceQueue]:
-        """Wait until a queue holds tokens, and return all that do. Raises the error given to `fail`."""
+        """Wait until a queue holds tokens or has ended, and return all that do. Raises the error given to `fail`."""
         while not self.ready:
             if self._error is not None:
                 raise self._error

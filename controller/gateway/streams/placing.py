@@ -192,6 +192,8 @@ class Placing:
         return session
 
     def _submit(self, ticket: Ticket, session: WorkerSession) -> None:
+        if not ticket.queue.received:  # another worker may have computed a part of the prompt
+            ticket.queue.prompt_logprobs = None
         request = ticket.request.of_choice(ticket.number, ticket.queue.received)
         ticket.stream = session.submit(ticket.queue, request)
         ticket.session = session

@@ -48,13 +48,15 @@ class World:
         )
         self.num_added = 0
 
-    def add(self, length: int, adapter: str | None = None, start: int = 0, **fields: Any) -> None:
+    def add(
+        self, length: int, adapter: str | None = None, start: int = 0, is_scored: bool = False, **fields: Any
+    ) -> None:
         """Add a prompt unlike all others."""
         self.num_added += 1
         generate = GenerateRequest(
             f"{self.num_added}",
             (self.num_added,) * length,
-            SamplingOptions(max_tokens=9),
+            SamplingOptions(max_tokens=9, prompt_logprobs=0 if is_scored else None),
             adapter,
             adapter_start=start,
             **fields,
@@ -64,15 +66,17 @@ class World:
     def step(self) -> StepInput:
         plan = self.scheduler.schedule()
         shape = self.buffers.fill(plan.scheduled)
-        step = self.buffers.step(shape)
+        step = self.buffers.step(shape, with_tables=[0, 1])
         self._assert_another_rank_has_it(step, self.buffers.pack(shape))
         for entry in plan.scheduled:
             self.scheduler.commit(entry, 99 if entry.samples else None)
         return step
 
     def _assert_another_rank_has_it(self, step: StepInput, packed: npt.NDArray[np.int32]) -> None:
-        other = self.other.step(self.other.unpack(packed))
-        for name in ("token_ids_T", "positions_T", "slot_mapping_T", "query_start_S1", "context_len_S", "sample_rows"):
+        other = self.other.step(self.other.unpack(packed), with_tables=[0, 1])
+        assert other.own_tables == step.own_tables
+        names = "token_ids_T", "positions_T", "slot_mapping_T", "query_start_S1", "context_len_S", "sample_rows"
+        for name in (*names, "scored_rows"):
             assert torch.equal(getattr(other, name), getattr(step, name)), name
         for s, length in enumerate(step.context_len_S.tolist()):
             num_pages = -(-length // PAGE)
@@ -131,3 +135,24 @@ def test_a_compositions_rows_are_in_a_segment_of_each_of_its_adapters() -> None:
     assert step.segments.weight_G.tolist() == [1.0, -2.0, 0.5, 1.0, 0.5]
     world.add(5)
     assert segments(world.step()) == [(5, 6, 0), (6, 8, 0), (6, 8, 1), (8, 9, 0), (8, 9, 1)]
+
+
+def test_scored_rows_are_those_before_a_prompts_other_tokens_each_with_its_own_adapters_head() -> None:
+    world = World("a", "b", max_num_tokens=20)
+    world.add(3, is_scored=True)
+    world.add(6, "a", start=4, is_scored=True)
+    world.add(5, "b", is_scored=True)
+    world.add(9, "b", is_scored=True)
+    step = world.step()
+    assert step.query_start_S1.tolist() == [0, 3, 9, 14, 20]
+    assert step.sample_rows.tolist() == [2, 8, 13]
+    assert step.scored_rows.tolist() == [0, 1, *range(3, 8), *range(9, 13), *range(14, 20)]
+    # Of "a" only the row after its start; then both prompts of "b", the second of which goes on.
+    assert [(own.slot, own.scored) for own in step.own_tables] == [(0, slice(6, 7)), (1, slice(7, 17))]
+    step = world.step()
+    assert step.scored_rows.tolist() == [3, 4], "two of the last prompt's three tokens"
+    assert [(own.slot, own.samples, own.scored) for own in step.own_tables] == [
+        (0, slice(1, 2), slice(0, 0)),
+        (1, slice(2, 4), slice(0, 2)),
+    ]
+    assert not len(world.step().scored_rows), "output is not scored"

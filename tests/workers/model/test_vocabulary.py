@@ -26,7 +26,6 @@ from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import AdapterRefusedError, InvalidRequestError
 from lorafleet.workers.model import decoder
-from lorafleet.workers.model.kv_cache import KVCache
 from lorafleet.workers.model.step_input import StepInput
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
@@ -230,9 +229,9 @@ def test_a_step_without_own_tables_or_norms_is_what_it_was_though_such_adapters_
         steps = []
         forward = engine._runner._decoder.forward
 
-        def noted(step: StepInput, cache: KVCache) -> torch.Tensor:
+        def noted(step: StepInput, *args: Any, **options: Any) -> torch.Tensor:
             steps.append(step)
-            return forward(step, cache)
+            return forward(step, *args, **options)
 
         monkeypatch.setattr(engine._runner._decoder, "forward", noted)
         assert run_engine(engine, batch(engine, directory, plain)) == expected

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorafleet.workers import LLM, AsyncLLM, EngineArgs, LLMEngine, LoRARequest, RequestOutput, SamplingParams
@@ -117,6 +119,40 @@ def test_generate_has_vllms_shape(llm: LLM) -> None:
     assert len(choice.token_ids) == 12
     assert choice.text == llm.get_tokenizer().decode(choice.token_ids)
     assert choice.logprobs is None and choice.cumulative_logprob is None
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_prompts_have_log_probabilities_when_asked_for(llm: LLM, root: Path, n: int) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
+    params = SamplingParams(n=n, temperature=0, max_tokens=2, prompt_logprobs=2, ignore_eos=True)
+    request = lora(root, "sql", 1)
+    for adapter, model in (
+        (None, reference),
+        (request, PeftModel.from_pretrained(copy.deepcopy(reference), root / "sql")),
+    ):
+        (output,) = llm.generate("the quick brown fox", params, lora_request=adapter, use_tqdm=False)
+        ids, positions = output.prompt_token_ids, output.prompt_logprobs
+        assert positions is not None and positions[0] is None and len(positions) == len(ids)
+        with torch.no_grad():
+            rows = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        for row, token_id, position in zip(rows, ids[1:], positions[1:], strict=False):
+            assert position is not None and token_id in position and 2 <= len(position) <= 3
+            for candidate, entry in position.items():
+                assert entry.logprob == pytest.approx(row[candidate].item(), abs=tiny.TOLERANCE)
+                assert entry.rank == 1 + int((row > row[candidate]).sum())
+                assert entry.decoded_token == llm.get_tokenizer().decode_token(candidate)
+        assert [len(choice.token_ids) for choice in output.outputs] == [2] * n
+    (output,) = llm.generate("the quick", GREEDY, use_tqdm=False)
+    assert output.prompt_logprobs is None
+
+
+def test_a_prompt_can_be_scored_without_an_answer(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    (output,) = llm.generate("the quick", params, use_tqdm=False)
+    assert output.finished and output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    (choice,) = output.outputs
+    assert (choice.token_ids, choice.text, choice.finish_reason) == ([], "", "length")
 
 
 def test_one_lora_request_for_all_or_one_each(llm: LLM, root: Path) -> None:

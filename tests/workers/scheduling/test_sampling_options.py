@@ -13,7 +13,7 @@ from lorafleet.workers.scheduling.sampling_options import MAX_INT, SHARED_FIELDS
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("max_tokens", 0), ("max_tokens", MAX_INT + 1), ("temperature", -1.0), ("top_k", -2)]
+    ("field", "value"), [("max_tokens", -1), ("max_tokens", MAX_INT + 1), ("temperature", -1.0), ("top_k", -2)]
 )
 def test_ranges_hold_whoever_makes_them(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
@@ -44,8 +44,17 @@ def test_a_shared_field_reaches_the_engine() -> None:
         "presence_penalty": 0.5,
         "frequency_penalty": -0.5,
         "logprobs": 3,
+        "prompt_logprobs": 4,
         "ignore_eos": True,
     }
     assert asked.keys() == set(SHARED_FIELDS)
     options = SamplingParams(**asked).options(num_prompt_tokens=1, max_model_len=64, vocab_size=10, seed=0, choice=0)
     assert {name: getattr(options, name) for name in SHARED_FIELDS} == asked
+
+
+def test_only_the_first_choice_asks_for_the_log_probabilities_of_the_prompt() -> None:
+    params = SamplingParams(n=2, prompt_logprobs=1)
+    options = [
+        params.options(num_prompt_tokens=1, max_model_len=64, vocab_size=10, seed=0, choice=choice) for choice in (0, 1)
+    ]
+    assert [option.prompt_logprobs for option in options] == [1, None]

@@ -105,6 +105,21 @@ async def test_logprobs_name_their_row(worker: Worker) -> None:
         assert list(logprobs.top_logprobs) == [-0.5, -0.5]
 
 
+async def test_a_prompts_logprobs_come_before_its_first_token_and_a_request_may_want_no_token(worker: Worker) -> None:
+    async with worker.session() as client:
+        await client.generate(1, [5, 6, 7], max_tokens=1, sampling={"prompt_logprobs": 2})
+        await client.ending(1)
+        (part,) = client.prompt_logprobs
+        assert (part.stream, part.num_top, list(part.ranks), list(part.top_ids)) == (1, 2, [1, 1], [7] * 4)
+        assert (list(part.logprobs), list(part.top_logprobs)) == ([-0.25] * 2, [-0.125] * 4)
+        assert client.tokens[1] == expected_tokens([5, 6, 7], 1)
+        await client.generate(2, [5, 6], max_tokens=0, sampling={"prompt_logprobs": 0})
+        ended = (await client.ending(2)).ended
+        assert ended is not None and ended.finish == worker_pb2.FINISH_LENGTH
+        assert not client.tokens[2] and client.prompt_logprobs[-1].stream == 2
+    assert worker.service.num_unfinished == 0
+
+
 async def test_a_cancelled_request_ends_as_cancelled_and_only_once(worker: Worker) -> None:
     worker.engine.paused = True
     async with worker.session() as client:
@@ -127,7 +142,7 @@ async def test_a_cancelled_request_ends_as_cancelled_and_only_once(worker: Worke
     ("fields", "code"),
     [
         pytest.param({"prompt": []}, "invalid_request", id="empty prompt"),
-        pytest.param({"prompt": [1], "max_tokens": 0}, "invalid_request", id="max_tokens"),
+        pytest.param({"prompt": [1], "max_tokens": 2**31}, "invalid_request", id="max_tokens"),
         pytest.param({"prompt": [1], "sampling": {"temperature": -1.0}}, "invalid_request", id="temperature"),
         pytest.param({"prompt": [1], "sampling": {"min_p": float("nan")}}, "invalid_request", id="not a number"),
         pytest.param({"prompt": [1], "sampling": {"logprobs": 4096}}, "invalid_request", id="logprobs"),

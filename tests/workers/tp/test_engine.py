@@ -74,6 +74,16 @@ def tokens(engine: Engine, adapters: dict[str, str]) -> dict[str, list[int]]:
     return {request_id: result.token_ids for request_id, result in results.items()}
 
 
+def prompt_logprobs(engine: Engine, adapters: dict[str, str]) -> dict[str, list[float]]:
+    """Return those of the longest prompt, which is computed in several steps."""
+    options = SamplingOptions(max_tokens=0, prompt_logprobs=1)
+    requests = [
+        GenerateRequest(name, tuple(PROMPTS[2]), options, digest) for name, digest in {"base": None, **adapters}.items()
+    ]
+    results = run_engine(engine, requests, timeout_s=240.0)
+    return {name: [entry.logprob for entry in result.prompt_logprobs] for name, result in results.items()}
+
+
 # PEFT options that are split differently: by outputs, inputs, the vocabulary, or not at all.
 FORMATS: dict[str, dict[str, Any]] = {
     "linears": {"rank_pattern": {"1.mlp.down_proj": 2, "o_proj": 7}, "strength": 0.3},
@@ -107,7 +117,13 @@ def register(engine: Engine, root: Path) -> dict[str, str]:
 def config_of(root: Path, size: int = 1) -> EngineConfig:
     lora = LoRAConfig(max_loras=3, lora_full_weight_bytes=1 << 24)
     return EngineConfig(
-        model=str(root / "model"), dtype="float32", lora=lora, max_num_seqs=4, num_threads=1, tensor_parallel_size=size
+        model=str(root / "model"),
+        dtype="float32",
+        lora=lora,
+        max_num_seqs=4,
+        num_threads=1,
+        max_num_batched_tokens=48,
+        tensor_parallel_size=size,
     )
 
 
@@ -123,12 +139,15 @@ def test_ranks_give_the_tokens_of_one_while_adapters_take_turns(name: str, size:
     alone = Engine.from_config(config_of(tmp_path))
     alone.load()
     expected = tokens(alone, register(alone, tmp_path))
+    scored = prompt_logprobs(alone, register(alone, tmp_path))
     alone.close()
     by_adapter = {tuple(expected[f"{kind}:0"]) for kind in ("base", *FORMATS)}
     assert len(by_adapter) > len(FORMATS) / 2, "the adapters make a difference"
     with ranks_of(config_of(tmp_path, size)) as (engine, _):
         adapters = register(engine, tmp_path)
         assert tokens(engine, adapters) == expected
+        for kind, logprobs in prompt_logprobs(engine, adapters).items():
+            assert logprobs == pytest.approx(scored[kind], abs=tiny.TOLERANCE), kind
         freed = engine.unregister_adapter(adapters["dora"])
         engine.step()
         assert freed.result(timeout=0).host > 0
