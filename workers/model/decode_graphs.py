@@ -92,7 +92,7 @@ class DecodeGraphs:
 
     def capture(self, capture: Capture) -> None:
         """Record all graphs, the largest first, so that the others reuse its memory. Nothing else may run."""
-        nothing = StepShape(0, 0, 0, 0, 0, 0)
+        nothing = StepShape()
         for has_lora in self._variants:
             for size in reversed(self._sizes):
                 step = self._buffers.decode_step(nothing, size, self._scratch_page, has_lora=has_lora)

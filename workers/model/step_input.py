@@ -46,16 +46,16 @@ class StepInput:
     own_tables: tuple[OwnTables, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
     """The used part of the buffers."""
 
-    num_tokens: int
-    num_seqs: int
-    num_pages: int  # of the longest sequence
-    num_samples: int
-    num_scored: int
-    num_segments: int
+    num_tokens: int = 0
+    num_seqs: int = 0
+    num_pages: int = 0  # of the longest sequence
+    num_samples: int = 0
+    num_scored: int = 0
+    num_segments: int = 0
 
 
 class _Area:
@@ -166,7 +166,14 @@ class StepBuffers:
                     self._weights[num_segments] = weight
                     num_segments += 1
             row = end
-        return StepShape(row, len(scheduled), num_pages, num_samples, num_scored, num_segments)
+        return StepShape(
+            num_tokens=row,
+            num_seqs=len(scheduled),
+            num_pages=num_pages,
+            num_samples=num_samples,
+            num_scored=num_scored,
+            num_segments=num_segments,
+        )
 
     def pack(self, shape: StepShape) -> npt.NDArray[np.int32]:
         """Pack a step in the buffers for another rank."""
@@ -179,8 +186,9 @@ class StepBuffers:
 
     def unpack(self, packed: npt.NDArray[np.int32]) -> StepShape:
         """Fill the buffers with the result of another rank's `pack`."""
-        begin = len(fields(StepShape))
-        shape = StepShape(*packed[:begin].tolist())
+        names = [field.name for field in fields(StepShape)]
+        begin = len(names)
+        shape = StepShape(**dict(zip(names, packed[:begin].tolist(), strict=True)))
         pages = self._page_table.host[: shape.num_seqs, : shape.num_pages]
         weights = self._weights[: shape.num_segments].view(np.int32)
         for part in (*self._parts(shape), pages, self._segments[:, : shape.num_segments], weights):
