@@ -162,7 +162,8 @@ async def test_a_message_is_continued_and_echoed(roomy: Any, tokenizer: Any) -> 
 async def test_without_a_head_the_answer_has_the_last_messages_role(roomy: Any, tokenizer: Any) -> None:
     body = {"model": "tiny", "messages": [HI], "add_generation_prompt": False, "echo": True}
     _, answer = await roomy.post("/v1/chat/completions", body)
-    assert answer["choices"][0]["message"] == {"role": "user", "content": "hiok", "refusal": None}
+    message = answer["choices"][0]["message"]
+    assert {name: value for name, value in message.items() if value is not None} == {"role": "user", "content": "hiok"}
     async with roomy.http.post("/v1/chat/completions", json=body | {"stream": True}) as response:
         first = json.loads((await response.text()).split("\n\n")[0].removeprefix("data: "))
     assert first["choices"][0]["delta"] == {"role": "user", "content": ""}

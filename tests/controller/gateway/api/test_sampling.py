@@ -14,8 +14,10 @@ from lorafleet.workers.params import SamplingParams
 
 def test_a_request_may_give_whatever_a_caller_of_the_library_may() -> None:
     offline = {field.name for field in dataclasses.fields(SamplingParams) if field.init}
-    assert set(SamplingFields.__struct_fields__) == offline - {"max_tokens", "logprobs"}  # each endpoint has its own
-    assert "max_tokens" in GenerateFields.__struct_fields__
+    assert set(SamplingFields.__struct_fields__) == offline - {"max_tokens", "logprobs", "prompt_logprobs"}
+    assert {"max_tokens", "prompt_logprobs"} <= set(
+        GenerateFields.__struct_fields__
+    )  # each endpoint has its `logprobs`
 
 
 def test_the_requests_value_counts_then_the_models_then_openais() -> None:

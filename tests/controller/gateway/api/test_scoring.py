@@ -147,8 +147,8 @@ async def test_streams_return_the_prompts_ids_once_and_then_each_token(fleet: An
     assert [token_id for choice in choices for token_id in choice["token_ids"]] == ids[:3]
     chunks = await chunks_of(fleet, "/v1/chat/completions", messages=MESSAGES, return_token_ids=True)
     prompt = chunks[0]["prompt_token_ids"]
-    assert prompt and not any("prompt_token_ids" in chunk for chunk in chunks[1:])
-    tokens = [token_id for chunk in chunks for token_id in chunk["choices"][0].get("token_ids", [])]
+    assert prompt and not any(chunk["prompt_token_ids"] for chunk in chunks[1:])
+    tokens = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"] or []]
     assert tokens == prompt[:3]
 
 
