@@ -17,6 +17,7 @@ from jinja2 import nodes
 
 from lorafleet.workers.errors import InvalidRequestError, ModelError, cut, quoted
 from lorafleet.workers.text.messages import TemplateForm, given, template_messages
+from lorafleet.workers.text.template_filters import formatted
 from lorafleet.workers.text.template_kwargs import check_template_kwargs
 from lorafleet.workers.text.template_sandbox import Budget, Environment
 from lorafleet.workers.text.tokenizer import Tokenizer
@@ -153,7 +154,7 @@ class _Compiled:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise ModelError(f"The chat template has {len(source):,} characters; the limit is {MAX_TEMPLATE_CHARS:,}.")
         environment = Environment()
-        environment.globals["strftime_now"] = lambda format: now().strftime(format)
+        environment.globals["strftime_now"] = lambda format: formatted(format, now().strftime, format)
         try:
             tree = environment.parse(source)
             self.form = _form(tree)

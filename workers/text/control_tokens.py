@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,7 +50,7 @@ class ControlTokens:
         if backend.normalizer is not None and any(token.normalized for token in added.values()):
             self._finder.normalizer = backend.normalizer
         self._finder.add_tokens(list(added.values()))
-        self._finder_ids = {self._finder.token_to_id(token.content): token_id for token_id, token in added.items()}
+        self._finder_ids = {self._finder.token_to_id(text): token_id for token_id, text in self._texts.items()}
 
         secret = secrets.token_hex(8)
         self._secrets = {token_id: f"{_COVER}{secret}:{token_id}{_COVER}" for token_id in self._texts}
@@ -64,9 +65,13 @@ class ControlTokens:
         self._written_only = {token_id for token_id, text in self._texts.items() if text != unknown}
 
     def in_content(self, text: str) -> bool:
-        """Return whether the tokenizer would recognise a control token in content, or partly in it."""
+        """Return whether content changes which control tokens the tokenizer recognises."""
         content = content_of(text)
-        return bool(content and self._texts) and len(_outside(content, found := self._find(text))) < len(found)
+        if not content or not self._texts:
+            return False
+        encodings = self._finder.encode_batch_fast([text, _without(text, content)], add_special_tokens=False)
+        found, own = ([token_id for token_id in encoding.ids if token_id in self._finder_ids] for encoding in encodings)
+        return found != own
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Convert a prompt to ids, of which only the template's control tokens are ones.
@@ -81,7 +86,7 @@ class ControlTokens:
             pieces += [text[position : found.start], self._secrets[found.token_id]]
             position = found.end
         pieces.append(text[position:])
-        (encoding,) = self._hiding.encode_batch(["".join(pieces)], add_special_tokens=add_special_tokens)
+        (encoding,) = self._hiding.encode_batch_fast(["".join(pieces)], add_special_tokens=add_special_tokens)
         ids: list[int] = []
         control: list[int] = []
         for token_id, is_added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
@@ -106,7 +111,7 @@ class ControlTokens:
         found: list[_Found] = []
         for finder_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             token_id = self._finder_ids.get(finder_id)
-            if token_id is None or token_id not in self._texts:
+            if token_id is None:
                 continue
             at = text.find(self._texts[token_id], start, end)  # it may take the spaces beside it with it
             found.append(
@@ -142,11 +147,33 @@ def _outside(content: Spans, found: list[_Found]) -> list[_Found]:
     return outside
 
 
+def _without(text: str, content: Spans) -> str:
+    """Return a text with one sign for each span of content."""
+    return _changed(text, content, lambda part: _COVER)
+
+
 def _covered(text: str, content: Spans) -> str:
-    """Return a text of the same length without content's words and signs; spaces and the ends of words stay."""
-    pieces, position = [], 0
+    """Return a text of the same length without the words of content.
+
+    What a token's flags look at stays: the spaces at both ends of content, and whether it begins and ends with a word.
+    """
+    return _changed(text, content, _cover)
+
+
+def _cover(part: str) -> str:
+    words = part.strip()
+    if not words:
+        return part
+    first, last = (_COVER if re.match(r"\W", letter) else "x" for letter in (words[0], words[-1]))
+    return part.replace(words, (first + _COVER * (len(words) - 2) + last)[-len(words) :], 1)
+
+
+def _changed(text: str, content: Spans, change: Callable[[str], str]) -> str:
+    """Return a text with each span of content changed."""
+    pieces: list[str] = []
+    position = 0
     for begin, end in content:
-        words = re.sub(r"\w", "x", str.__getitem__(text, slice(begin, end)))
-        pieces += [str.__getitem__(text, slice(position, begin)), re.sub(r"[^\w\s]", _COVER, words)]
+        pieces.append(str.__getitem__(text, slice(position, begin)))
+        pieces.append(change(str.__getitem__(text, slice(begin, end))))
         position = end
     return "".join([*pieces, str.__getitem__(text, slice(position, None))])

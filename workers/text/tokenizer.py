@@ -29,7 +29,6 @@ from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, Mo
 from lorafleet.workers.found_file import LFS_ADVICE, LFS_POINTER, json_object
 from lorafleet.workers.text.control_tokens import ControlTokens
 from lorafleet.workers.text.pieces import DecoderRules, PieceTable
-from lorafleet.workers.text.traced_text import TracedText
 
 TOKENIZER_FILES: Final[tuple[str, ...]] = (
     "tokenizer.json",
@@ -158,10 +157,8 @@ class Tokenizer:
             _name_panic(error)
             raise
 
-    def encode_traced(
-        self, text: TracedText, add_special_tokens: bool = True, *, max_tokens: int | None = None
-    ) -> list[int]:
-        """`encode` a text whose content has no control tokens, whatever it looks like."""
+    def encode_traced(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
+        """`encode` a text in which what is traced as a request's has no control tokens, whatever it looks like."""
         if max_tokens is not None:
             self._check_length(text, max_tokens)
         if _surrogate_at(text) is not None:

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Final, SupportsIndex
 
 Spans = tuple[tuple[int, int], ...]
 """Ranges of characters, ascending, none empty, none touching the next."""
+
+MAX_PIECES: Final = 1 << 16
+"""Parts of a text, and replacements in it, that are traced one by one; of more, all counts as content."""
 
 _NONCE = secrets.token_hex(8)
 _BEGIN, _END = f"x{_NONCE}b", f"x{_NONCE}e"  # words, which JSON, repr and formats leave as they are
@@ -40,20 +45,32 @@ class TracedText(str):
 
     def __getitem__(self, key: SupportsIndex | slice) -> TracedText:
         text = super().__getitem__(key)
+        if not isinstance(key, slice):
+            position = range(len(self))[key]
+            return _letter(text, self._content is None or bool(self._clipped(position, position + 1)))
         if not self._content:
             return TracedText(text, self._content)
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-        else:
-            start, stop, step = range(len(self))[key], 0, 1
-            stop = start + 1
-        if step != 1:
-            return TracedText(text)
-        clipped = ((max(begin, start) - start, min(end, stop) - start) for begin, end in self._content)
-        return TracedText(text, tuple((begin, end) for begin, end in clipped if begin < end))
+        start, stop, step = key.indices(len(self))
+        return TracedText(text, self._clipped(start, stop) if step == 1 else None)
 
     def __iter__(self) -> Iterator[str]:
-        return (self[position] for position in range(len(self)))
+        position = 0
+        for begin, end in content_of(self):
+            yield from (_letter(letter, False) for letter in super().__getitem__(slice(position, begin)))
+            yield from (_letter(letter, True) for letter in super().__getitem__(slice(begin, end)))
+            position = end
+        yield from (_letter(letter, False) for letter in super().__getitem__(slice(position, None)))
+
+    def _clipped(self, start: int, stop: int) -> Spans:
+        """Return the content from start to stop, counted from start."""
+        content = self._content or ()
+        clipped: list[tuple[int, int]] = []
+        for number in range(bisect_right(content, start, key=lambda span: span[1]), len(content)):
+            begin, end = content[number]
+            if begin >= stop:
+                break
+            clipped.append((max(begin, start) - start, min(end, stop) - start))
+        return tuple(clipped)
 
     def __add__(self, other: str) -> str:
         return join_texts((self, other)) if isinstance(other, str) else NotImplemented
@@ -81,28 +98,28 @@ class TracedText(str):
     def removesuffix(self, suffix: str, /) -> TracedText:
         return self[: len(super().removesuffix(suffix))]
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(super().split(sep, maxsplit), len(sep or ""))
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(super().rsplit(sep, maxsplit), len(sep or ""))
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         whole = self._located(super().splitlines(keepends=True), 0)
         return [line[: len(shown)] for line, shown in zip(whole, super().splitlines(keepends), strict=True)]
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         return self._in_three(super().partition(sep))
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         return self._in_three(super().rpartition(sep))
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
-        if not old:
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
+        if not old or self.count(old) > MAX_PIECES:
             return TracedText(super().replace(old, new, count))
         return TracedText(new, content_of(new)).join(self.split(old, count))
 
-    def join(self, parts: Iterable[str], /) -> str:  # type: ignore[override]
+    def join(self, parts: Iterable[str], /) -> str:
         separated = [text for part in parts for text in (self, part)]
         return join_texts(islice(separated, 1, None))
 
@@ -124,6 +141,9 @@ class TracedText(str):
 
     def _located(self, pieces: Sequence[str], num_between: int) -> list[str]:
         """Return parts of this text that follow each other. num_between: characters that are left out between them."""
+        if not self._content or len(pieces) > MAX_PIECES:
+            content = None if self._content else self._content
+            return [TracedText(piece, content) for piece in pieces]
         parts: list[str] = []
         position = 0
         for piece in pieces:
@@ -135,6 +155,12 @@ class TracedText(str):
     def _in_three(self, parts: tuple[str, str, str]) -> tuple[str, str, str]:
         first, second = len(parts[0]), len(parts[0]) + len(parts[1])
         return self[:first], self[first:second], self[second:]
+
+
+@lru_cache(maxsize=1 << 12)
+def _letter(letter: str, is_content: bool) -> TracedText:
+    """Return a text of one character. A list of a text's characters refers to few of them many times."""
+    return TracedText(letter, None if is_content else ())
 
 
 def content_of(text: str) -> Spans:
@@ -184,16 +210,21 @@ def text_of(value: object) -> str:
 
 
 def written(write: Callable[..., str], *values: object, **named: object) -> str:
-    """Return what a function writes of values that it may quote or escape, but puts into its result unchanged."""
-    text = write(*map(_marked, values), **{name: _marked(value) for name, value in named.items()})
+    """Return what a function writes of values.
+
+    It may quote or escape them; if it changes them more, such as cutting them to a width, all of the result is content.
+    """
+    text = write(*values, **named)
     parts: list[str] = []
     depth = 0
-    for number, piece in enumerate(_MARKS.split(text)):
+    marked = write(*map(_marked, values), **{name: _marked(value) for name, value in named.items()})
+    for number, piece in enumerate(_MARKS.split(marked)):
         if number % 2:
             depth += 1 if piece == _BEGIN else -1
         else:
             parts.append(TracedText(piece) if depth else piece)
-    return join_texts(parts)
+    traced = join_texts(parts)
+    return traced if traced == text else TracedText(text)
 
 
 def _marked(value: Any) -> Any:

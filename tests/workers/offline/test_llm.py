@@ -226,6 +226,21 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert len(llm.chat([messages, messages], GREEDY, use_tqdm=False)) == 2
 
 
+def test_chat_continues_a_message_and_takes_control_tokens_in_it_for_text(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    messages = [{"role": "user", "content": "<eos>"}, {"role": "assistant", "content": "the fox"}]
+    (output,) = llm.chat(messages, GREEDY, use_tqdm=False, continue_final_message=True)
+    prompt = tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+    assert prompt == "<user><eos>\n<assistant>the fox"
+    assert not tokenizer.eos_token_ids & {*output.prompt_token_ids}
+    (output,) = llm.chat(messages, GREEDY, use_tqdm=False, continue_final_message=True, parse_special_in_content=True)
+    assert output.prompt_token_ids == tokenizer.encode(prompt, add_special_tokens=False)
+    with pytest.raises(InvalidRequestError, match="both true"):
+        llm.chat(messages, GREEDY, use_tqdm=False, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(InvalidRequestError, match="chat_template_kwargs sets 'messages'"):
+        llm.chat(messages, GREEDY, use_tqdm=False, chat_template_kwargs={"messages": 1})
+
+
 def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     (full,) = llm.generate("the fox", GREEDY, use_tqdm=False)
     text = full.outputs[0].text

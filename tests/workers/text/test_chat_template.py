@@ -125,7 +125,8 @@ CONTINUED = ["The answer is", "  The answer is  ", "The answer is\n\n", "answer 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("content", CONTINUED)
 def test_a_continued_message_ends_where_transformers_ends_it(reference: Any, name: str, content: str) -> None:
-    template, named = FAMILIES[name].template, {"bos_token": "<s>", "eos_token": "</s>"}
+    template = FAMILIES[name].template
+    named: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
     for shape in (chat, chat[:1]):
         expected = reference.apply_chat_template(

@@ -93,7 +93,7 @@ def test_an_assistant_without_content_says_nothing_in_any_template(family: Any) 
     ],
 )
 def test_other_parts_than_text_are_refused_by_place_and_type(part: Any, kind: str) -> None:
-    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": [_text("a"), part]}]
+    chat: list[Any] = [{"role": "system", "content": "a"}, {"role": "user", "content": [_text("a"), part]}]
     for form in (STRINGS, EITHER, PARTS):
         with pytest.raises(InvalidRequestError, match=rf"messages\[1\]\.content\[1\] has the type {kind}") as caught:
             template_messages(chat, form)

@@ -9,7 +9,15 @@ import pytest
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.text import ChatTemplate
 from lorafleet.workers.text.template_sandbox import Environment
-from lorafleet.workers.text.traced_text import TracedText, content_of, has_content, join_texts, text_of, written
+from lorafleet.workers.text.traced_text import (
+    MAX_PIECES,
+    TracedText,
+    content_of,
+    has_content,
+    join_texts,
+    text_of,
+    written,
+)
 
 EXACT = [
     "<{{ c }}>",
@@ -124,6 +132,23 @@ def test_what_cannot_be_traced_is_all_content() -> None:
     assert content_of(TracedText("a", ()) + "ß") == ()
     assert content_of((TracedText("ß") + "a").upper()) == ((0, 3),)  # one letter became two
     assert content_of((TracedText("ab") + "c")[::-1]) == ((0, 3),)
+    for source in ("{{ '%.3s' % c }}", "{{ '%9s' | format(c) }}", "{{ '{:.2}'.format(c) }}", "{{ '{:>9}'.format(c) }}"):
+        text = _render(source)
+        assert (text, content_of(text)) == (text, ((0, len(text)),))
+    assert (_render("{{ '%.3s' % c }}"), _render("{{ '{:>7}'.format(c) }}")) == ("AB-", "  AB-CD")
+    assert content_of(_render("{{ {c: 1, 'a': 2} | tojson(sort_keys=true) }}"))
+    assert content_of(_render("{{ strftime_now(c) }}")) == ((0, 5),)
+
+
+def test_tracing_costs_no_more_than_its_bound() -> None:
+    text = "a" + TracedText(" b" * (MAX_PIECES + 1))
+    assert content_of(text.replace("b", "c")) == ((0, len(text)),)
+    assert all(content_of(piece) for piece in text.split())
+    many = join_texts([TracedText("a"), "b "] * MAX_PIECES)
+    assert [content_of(piece) for piece in many.split(" ", 3)[:3]] == [((0, 1),)] * 3
+    assert sum(len(content_of(letter)) for letter in many) == MAX_PIECES == sum(map(len, map(content_of, many.split())))
+    letters = list(TracedText("ab" * 100_000))
+    assert len(letters) == 200_000 and len({*map(id, letters)}) == 2
 
 
 def test_quoted_text_stays_traced() -> None:

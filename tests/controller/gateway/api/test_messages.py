@@ -192,7 +192,7 @@ async def test_documents_and_variables_reach_the_template(roomy: Any, tokenizer:
     roomy.controller.table.adapters[0].text_digest = "tok-2"
     roomy.controller.publish()
     await roomy.until(lambda: roomy.state.table.resolve("sql-adapter").text_digest == "tok-2")
-    body = {"model": "sql-adapter", "messages": [HI], "documents": [{"title": "t", "text": "x"}, {}]}
+    body: dict[str, Any] = {"model": "sql-adapter", "messages": [HI], "documents": [{"title": "t", "text": "x"}, {}]}
     body |= {"chat_template_kwargs": {"enable_thinking": False}}
     assert await _prompt(roomy, tokenizer, body) == "x 2 False True"
     _, answer = await roomy.post("/tokenize", body)
