@@ -199,6 +199,8 @@ class TextRequests:
             elif is_stop:
                 output.finish_reason = "stop"
                 output.stop_reason = event.token_id if event.token_id in params.stop_ids else None
+            elif event.finish is FinishReason.COMPLETE:
+                output.finish_reason = "stop"
             elif event.finish is FinishReason.LENGTH:
                 output.finish_reason = "length"
         elif event.finish is not None:
