@@ -9,7 +9,8 @@ Every accepted request ends in exactly one event with a `finish`, unless a step 
 whoever asks it for anything is told.
 
 On one GPU steps overlap: while one runs, the next is planned and launched, whose rows take their input tokens from
-where the running one will leave them. What a step brought is published when the next has been launched.
+where the running one will leave them. What a step brought is published when the next has been launched. If a rule that
+changes logits must know the running step's tokens, the next one's forward pass is launched and its sampling waits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from lorafleet.workers.scheduling.accepted import AcceptedRequests
 from lorafleet.workers.scheduling.activation import find_start
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.backlog import Backlog
-from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
+from lorafleet.workers.scheduling.batch import StepPlan
 from lorafleet.workers.scheduling.block_pool import BlockPool
 from lorafleet.workers.scheduling.eviction import make_eviction
 from lorafleet.workers.scheduling.pace import PaceMeter
@@ -406,10 +407,7 @@ class Engine:
             self._loader.start(load)
         for digest in plan.prefetches:
             self._loader.fetch(digest)
-        if any(map(_needs_history, plan.scheduled)):
-            self._settle(events)
-            plan = replace(plan, scheduled=tuple(e for e in plan.scheduled if self._scheduler.holds(e.request)))
-        launched = self._launch(plan) if plan.scheduled else None
+        launched = self._launch(plan, events) if plan.scheduled else None
         self._settle(events)
         if launched is not None:
             self._in_flight = launched
@@ -434,24 +432,29 @@ class Engine:
         self._stats = self._take_stats()
         return events
 
-    def _launch(self, plan: StepPlan) -> _InFlight:
-        """Start a non-empty plan and book it as computed; its tokens are pending."""
+    def _launch(self, plan: StepPlan, events: list[RequestEvent]) -> _InFlight:
+        """Start a non-empty plan and book it as computed; its tokens are pending.
+
+        If rules must know the tokens of the step in flight, that one is settled while this one's forward pass runs.
+        """
         launched_at = time.monotonic()
         if self._step_began is None:
             self._step_began = launched_at
-        samples = self._runner.launch(plan)
+        forward = self._runner.forward(plan)
+        if not forward.is_prepared:
+            self._settle(events)
+            forward = forward.keep(self._scheduler.holds)
+        samples = self._runner.sample(forward)
         self._num_steps += 1
         num_in_prompts = 0
-        requests = []
         for entry in plan.scheduled:
             request = entry.request
             num_left = request.num_prompt_tokens - request.num_computed_tokens
             self._num_prompt_tokens += max(0, min(entry.num_tokens, num_left))
             num_in_prompts += entry.num_tokens - 1
-            if entry.samples:
-                requests.append(request)
-            self._scheduler.advance(entry)
-        return _InFlight(samples, requests, plan.num_tokens, num_in_prompts, launched_at)
+            if self._scheduler.holds(request):
+                self._scheduler.advance(entry)
+        return _InFlight(samples, forward.requests, plan.num_tokens, num_in_prompts, launched_at)
 
     def _settle(self, events: list[RequestEvent]) -> None:
         """Wait for the step that is in flight, if one is, and say what came of it."""
@@ -466,6 +469,9 @@ class Engine:
                 adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
                 error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
                 events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
+                continue
+            if sampled.error is not None:
+                self._fail([request.request_id], sampled.error, events)
                 continue
             is_first = request.num_known_tokens == request.num_prompt_tokens
             finish = self._scheduler.settle(request, sampled.token_id)
@@ -673,8 +679,3 @@ class Engine:
 
 def _closed() -> DrainingError:
     return DrainingError("The engine is closed. Create another one.")
-
-
-def _needs_history(entry: Scheduled) -> bool:
-    """Return whether a request's next token depends on the host knowing the one before."""
-    return entry.request.num_pending_tokens > 0 and entry.request.sampling.needs_penalties

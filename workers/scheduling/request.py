@@ -148,7 +148,7 @@ class RequestEvent:
     num_cached_tokens: int = 0  # with a request's first token: prompt tokens not computed
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, weakref_slot=True, eq=False, kw_only=True)
 class Request:
     """The engine's state of one choice. Owned by the scheduler and its parts; nothing else changes it.
 

@@ -70,7 +70,3 @@ class SamplingOptions(Sampling):
         Sampling.__post_init__(self)
         if self.top_k < 0:
             object.__setattr__(self, "top_k", 0)
-
-    @property
-    def needs_penalties(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
