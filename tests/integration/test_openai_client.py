@@ -61,7 +61,7 @@ PERSON = {
 }
 
 
-@pytest.mark.parametrize("model", ["smollm2", "json", "pirate"])
+@pytest.mark.parametrize("model", ["smollm2", "json"])
 def test_structured_output_follows_its_schema(client: openai.OpenAI, model: str) -> None:
     format = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     person = json.loads(ask(client, model, JSON_PROMPTS[0], response_format=format))
@@ -73,7 +73,7 @@ def test_structured_output_follows_its_schema(client: openai.OpenAI, model: str)
 
 
 def test_a_grammar_that_cannot_be_enforced_is_a_400(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="guided_regex cannot be enforced: .*unclosed"):
+    with pytest.raises(openai.BadRequestError, match=r"guided_regex cannot be enforced: .*unclosed"):
         ask(client, "smollm2", "hello", extra_body={"guided_regex": "(a"})
 
 
