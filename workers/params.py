@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
+from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams
 from lorafleet.workers.scheduling.ranges import Range, check_integer
 from lorafleet.workers.scheduling.sampling_options import (
     MAX_INT,
@@ -48,7 +49,7 @@ class SamplingParams(Sampling):
     include_stop_str_in_output. min_tokens: before that many, no EOS, stop token or stop string ends the output.
     logit_bias: by token id, -100 to 100, added to the token's logit. allowed_token_ids: no other token is sampled.
     bad_words: words that are not generated, neither at the start of a text nor after a space. stop, stop_token_ids,
-    logit_bias, allowed_token_ids, bad_words: None means none.
+    logit_bias, allowed_token_ids, bad_words: None means none. structured_outputs: what the output must be.
     """
 
     n: Annotated[int, Range(1, MAX_N)] = 1
@@ -62,6 +63,7 @@ class SamplingParams(Sampling):
     logprob_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
     stops: tuple[str, ...] = field(init=False, repr=False, default=())  # `stop` as a tuple
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())  # `stop_token_ids` as a set
     bias: TokenBias = field(init=False, repr=False, default=())  # `logit_bias` in order of ids
@@ -74,6 +76,11 @@ class SamplingParams(Sampling):
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", param="min_tokens"
+            )
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise InvalidRequestError(
+                f"structured_outputs is {quoted(self.structured_outputs)}; give StructuredOutputsParams.",
+                param="structured_outputs",
             )
         object.__setattr__(self, "stops", _stop_strings(self.stop))
         stop_ids = _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)

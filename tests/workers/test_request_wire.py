@@ -78,6 +78,7 @@ SAMPLING = st.builds(
     allowed_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=10),
     bad_words=st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5).map(tuple), max_size=5).map(tuple),
     logprob_token_ids=TOKEN_IDS.map(tuple),
+    grammar=TEXT,
 )
 
 
@@ -96,6 +97,7 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         cache_salt=draw(st.none() | TEXT.filter(bool) | st.just("s" * MAX_SALT_CHARS)),
         composition=tuple(composition),
         output_token_ids=tuple(draw(TOKEN_IDS)[: max(0, sampling.max_tokens - 1)]),
+        text_digest=draw(TEXT),
     )
 
 
@@ -118,11 +120,11 @@ def test_log_probabilities_of_a_prompt_are_the_same_both_ways() -> None:
 
 def test_every_field_of_a_request_is_tried_and_has_another_value_than_its_default() -> None:
     """The property above would say nothing of a field that it leaves at its default."""
-    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids", "logprob_token_ids"}
+    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids", "logprob_token_ids", "grammar"}
     drawn |= {"logit_bias", "allowed_token_ids", "bad_words"}
     assert {field.name for field in dataclasses.fields(SamplingOptions)} == drawn
     drawn = {*declared(GenerateRequest, 64), "request_id", "prompt_token_ids", "sampling", "adapter", "tenant"}
-    drawn |= {"cache_salt", "composition", "output_token_ids"}
+    drawn |= {"cache_salt", "composition", "output_token_ids", "text_digest"}
     assert {field.name for field in dataclasses.fields(GenerateRequest)} - {"adapter_start"} == drawn
 
 

@@ -42,6 +42,11 @@ class Sampled:
     is_finite: bool  # False: the logits hold NaN or +inf, the token means nothing
     error: LoRAFleetError | None = None  # a rule's: there is no token
 
+    @property
+    def is_usable(self) -> bool:
+        """Return whether there is a token."""
+        return self.is_finite and self.error is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:

@@ -50,6 +50,7 @@ class GenerateRequest:
     # Output from a worker that was lost. Generation resumes after it as that worker would have: it counts as output
     # for max_tokens, penalties and random numbers.
     output_token_ids: tuple[int, ...] = ()
+    text_digest: str = ""  # of the tokenizer that a grammar's bytes become tokens of; empty: the base model's
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -124,6 +125,7 @@ def check_composed_weight(weight: float, whose: str, param: str) -> None:
 
 class FinishReason(StrEnum):
     STOP = "stop"  # the last token is EOS or one of stop_token_ids
+    COMPLETE = "complete"  # after the last token the request's grammar allows nothing more
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.scheduling.ranges import Range, check_fields
 from lorafleet.workers.scheduling.token_rules import (
     MAX_ALLOWED,
@@ -23,6 +24,7 @@ from lorafleet.workers.scheduling.token_rules import (
 MAX_INT: Final = 2**31 - 1
 MAX_LOGPROBS: Final = 20
 MAX_LOGPROB_TOKEN_IDS: Final = 128
+MAX_GRAMMAR_CHARS: Final = 1 << 20
 
 NumTokens = Annotated[int, Range(0, MAX_INT)]
 NumLogprobs = Annotated[int, Range(0, MAX_LOGPROBS)]
@@ -48,9 +50,15 @@ class Sampling:
     logprobs: NumLogprobs | None = None  # k: the sampled token's and the k best; None: none
     prompt_logprobs: NumLogprobs | None = None  # k: each prompt token's and the k best at its place; None: none
     ignore_eos: bool = False
+    grammar: str = ""  # that the output must follow, checked (workers/grammars); empty: none
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"grammar is {quoted(self.grammar)}; it must be a text of at most {MAX_GRAMMAR_CHARS} characters.",
+                param="grammar",
+            )
 
 
 SHARED_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Sampling))

@@ -23,6 +23,7 @@ from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
 from lorafleet.controller.gateway.api.scoring import candidates, check_scoring
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
+from lorafleet.controller.gateway.api.structured import requested_grammar
 from lorafleet.controller.gateway.api.truncation import truncation_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError
@@ -52,6 +53,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
         max_tokens=max_tokens,
         logprobs=_num_logprobs(fields),
         prompt_logprobs=fields.prompt_logprobs,
+        grammar=await requested_grammar(call),
     )
     truncation = truncation_of(fields, max_tokens, model.max_model_len)
     call.place.take_choices(candidates(fields, params).n, param="n")

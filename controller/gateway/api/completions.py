@@ -29,6 +29,7 @@ from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import CompletionRequest, check_stream_options
 from lorafleet.controller.gateway.api.scoring import candidates, check_scoring
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
+from lorafleet.controller.gateway.api.structured import requested_grammar
 from lorafleet.controller.gateway.api.truncation import truncation_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.params import SamplingParams
@@ -55,6 +56,7 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
         prompt_logprobs=_num_prompt_logprobs(fields),
+        grammar=await requested_grammar(call),
     )
     truncation = truncation_of(fields, fields.max_tokens, max_len)
     max_num_ids = max_len if truncation is None else None

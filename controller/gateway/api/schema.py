@@ -56,6 +56,40 @@ class ComposedAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     weight: float = 1.0
 
 
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    """`response_format.json_schema`. strict: every keyword of the schema must be one that can be enforced."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """OpenAI's `response_format`, and vLLM's structural tags. schema: for json_object, as llama.cpp takes it."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | bool | None = None
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`, see `StructuredOutputsParams`."""
+
+    json: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+
+
 class GenerateFields(SamplingFields, kw_only=True):
     """Fields of completions and chat besides sampling.
 
@@ -80,6 +114,13 @@ class GenerateFields(SamplingFields, kw_only=True):
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
     best_of: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -155,10 +196,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_reasoning": (True,),
     "is_3d_lora_weight": (False,),
     "logits_processors": ([],),
@@ -169,11 +206,9 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),

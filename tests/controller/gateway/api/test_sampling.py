@@ -14,7 +14,7 @@ from lorafleet.workers.params import SamplingParams
 
 def test_a_request_may_give_whatever_a_caller_of_the_library_may() -> None:
     offline = {field.name for field in dataclasses.fields(SamplingParams) if field.init}
-    assert set(SamplingFields.__struct_fields__) == offline - {"max_tokens", "logprobs", "prompt_logprobs"}
+    assert set(SamplingFields.__struct_fields__) == offline - {"max_tokens", "logprobs", "prompt_logprobs", "grammar"}
     assert {"max_tokens", "prompt_logprobs"} <= set(
         GenerateFields.__struct_fields__
     )  # each endpoint has its `logprobs`
