@@ -45,6 +45,7 @@ ORDER = [
     "controller/arguments",
     "controller/heartbeat.py",
     "controller/gateway/api_keys.py",
+    "controller/gateway/cross_origin.py",
     "controller/gateway/limits.py",
     "controller/gateway/options.py",
     "controller/gateway/tenants.py",
