@@ -32,6 +32,7 @@ ORDER = [
     "workers/params.py",
     "workers/request_wire.py",
     "workers/tp",
+    "workers/answers",
     "workers/text",
     "workers/adapters",
     "workers/model",
@@ -60,7 +61,7 @@ ORDER = [
 ]
 
 # What is imported before anybody knows whether torch will be needed, or where it is never wanted.
-WITHOUT_TORCH = ("controller", "workers/text", "workers/scheduling")
+WITHOUT_TORCH = ("controller", "workers/answers", "workers/text", "workers/scheduling")
 HEAVY = {"torch", "transformers", "triton", "safetensors", "numpy"}
 
 
