@@ -59,6 +59,11 @@ class ChatTemplate:
         """Return whether content lists reach the (default) template as lists."""
         return self._default is not None and self._default.accepts_parts
 
+    @property
+    def takes_tools(self) -> bool:
+        """Return whether the template for requests with tools reads them."""
+        return self._tool_use is not None and self._tool_use.takes_tools
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -116,6 +121,7 @@ class _Compiled:
             self.wants_parts = self.accepts_parts and not any(
                 test.name in ("string", "sequence", "iterable", "mapping") for test in tree.find_all(nodes.Test)
             )
+            self.takes_tools = any(node.name == "tools" for node in tree.find_all(nodes.Name))
             self._template = environment.compile_bounded(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(

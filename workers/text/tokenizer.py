@@ -83,6 +83,7 @@ class Tokenizer:
         rules = DecoderRules.parse(None if decoder is None else json.loads(decoder.__getstate__()))
         self._pieces: PieceTable | None = None
         self._visible_pieces: PieceTable | None = None
+        self._shown_pieces: dict[frozenset[int], PieceTable] = {}  # by the special tokens shown, a few sets
         if rules is not None:
             self._pieces = PieceTable(rules, backend.id_to_token, frozenset())
             self._visible_pieces = PieceTable(rules, backend.id_to_token, self.special_token_ids)
@@ -244,9 +245,24 @@ class Tokenizer:
         """Return one token as text with its leading space; U+FFFD for part of a character; ``""`` if unknown."""
         return (self.token_bytes(token_id) or b"").decode(errors="replace")
 
-    def pieces(self, skip_special_tokens: bool) -> PieceTable | None:
-        """Return the detokenizer's table; None if this decoder does not work token by token."""
-        return self._visible_pieces if skip_special_tokens else self._pieces
+    def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
+        """Return the ids of those of some tokens that are special."""
+        return self.special_token_ids.intersection(map(self._backend.token_to_id, tokens))
+
+    def pieces(self, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> PieceTable | None:
+        """Return the detokenizer's table; None if this decoder does not work token by token.
+
+        shown: ids of special tokens that are not skipped.
+        """
+        if not skip_special_tokens or self._pieces is None:
+            return self._pieces
+        if not shown:
+            return self._visible_pieces
+        table = self._shown_pieces.get(shown)
+        if table is None:
+            hidden = self.special_token_ids - shown
+            table = self._shown_pieces[shown] = PieceTable(self._pieces.rules, self._backend.id_to_token, hidden)
+        return table
 
 
 def _surrogate_at(text: str) -> int | None:

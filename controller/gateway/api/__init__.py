@@ -3,6 +3,6 @@
 Imports `streams`, `routing` and `metrics`. Start reading in app.py, then completions.py.
 
 Tested elsewhere: answer, logprobs, sse and usage in test_completions.py; app, health and intake in
-test_faults.py; errors and schema in test_bad_input.py; served_model in test_generate_request.py; tokenization in
-test_models.py.
+test_faults.py; chat_message in test_tools.py; errors and schema in test_bad_input.py; served_model in
+test_generate_request.py; tokenization in test_models.py.
 """

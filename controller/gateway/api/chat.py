@@ -12,12 +12,15 @@ from typing import Any
 from aiohttp import web
 
 from lorafleet.controller.gateway.api.answer import answer
+from lorafleet.controller.gateway.api.answer_form import AnswerForm, answer_form, reasoning_kwargs
+from lorafleet.controller.gateway.api.chat_message import ChatMessage
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.logprobs import chat_logprobs
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
+from lorafleet.controller.gateway.api.tools import tool_use
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.params import SamplingParams
@@ -31,6 +34,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def _check(fields: ChatRequest) -> None:
     check_messages(fields.messages)
     check_stream_options(fields)
+    tool_use(fields)
 
 
 @takes(ChatRequest, _check)
@@ -41,15 +45,20 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
     text, num_logprobs = model.text, _num_logprobs(fields)
     params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
     call.place.take_choices(params.n, param="n")
+    form = answer_form(fields, text, call.state.config)
     prompt = await call.in_thread(
         lambda: text.encode_chat(
             fields.messages,
             add_generation_prompt=fields.add_generation_prompt is not False,
             add_special_tokens=fields.add_special_tokens is True,
+            tools=None if form.tools is None else form.tools.described,
+            call_syntax=form.calls.syntax,
+            template_kwargs=reasoning_kwargs(fields.reasoning_effort),
             max_tokens=model.max_model_len,
         )
     )
-    return await answer(call, model, [prompt], params, ChatShape(text.tokenizer, num_logprobs))
+    shape = ChatShape(text.tokenizer, num_logprobs, form, form.is_open(text, prompt))
+    return await answer(call, model, [prompt], params, shape, shown_tokens=text.tokenizer.special_ids(form.marks))
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
@@ -103,23 +112,28 @@ class ChatShape:
     id_prefix, prompt_field = "chatcmpl", "messages"
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_logprobs: int | None, form: AnswerForm, is_open: bool | None) -> None:
+        """is_open: whether the prompt has begun the reasoning."""
         self._tokenizer = tokenizer
         self._num_logprobs = num_logprobs
+        self._form = form
+        self._is_open = is_open
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return a choice with its message."""
+        message = ChatMessage(self._form, self._is_open)
         return {
             "index": delta.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": {"role": "assistant"} | message.whole(delta.text),
             "logprobs": _logprobs(delta, self._tokenizer, self._num_logprobs),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": message.finish_reason(delta.finish_reason),
             "stop_reason": delta.stop_reason,
         }
 
     def frames(self, head: dict[str, Any], num_choices: int, *, has_usage: bool) -> ChatFrames:
         """Return the chunks of the answer."""
-        return ChatFrames(head, num_choices, self._tokenizer, self._num_logprobs, has_usage=has_usage)
+        messages = [] if self._form.is_plain else [ChatMessage(self._form, self._is_open) for _ in range(num_choices)]
+        return ChatFrames(head, num_choices, self._tokenizer, self._num_logprobs, messages, has_usage=has_usage)
 
 
 class ChatFrames:
@@ -131,9 +145,12 @@ class ChatFrames:
         num_choices: int,
         tokenizer: Tokenizer,
         num_logprobs: int | None,
+        messages: list[ChatMessage],
         *,
         has_usage: bool,
     ) -> None:
+        """messages: each choice's; empty if its text is its content."""
+        self._messages = messages
         self._template = ChunkTemplate(head, num_choices, b'"delta":{"content":', b"}", has_usage=has_usage)
         self._num_choices = num_choices
         self._tokenizer = tokenizer
@@ -146,9 +163,28 @@ class ChatFrames:
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         """Return a chunk with one choice's new tokens."""
+        if self._messages:
+            return self._parsed(delta)
         if delta.finish_reason is None and self._num_logprobs is None:
             return self._template.text(delta.index, delta.text)
         return self._template.full(delta, _logprobs(delta, self._tokenizer, self._num_logprobs))
+
+    def _parsed(self, delta: ChoiceDelta) -> bytes:
+        """Return a chunk for each part of the message that has become certain; none if there is none."""
+        message, is_last = self._messages[delta.index], delta.finish_reason is not None
+        chunks: list[dict[str, Any]] = [
+            {"delta": part, "logprobs": None, "finish_reason": None}
+            for part in message.deltas(delta.text, is_last=is_last)
+        ]
+        logprobs = _logprobs(delta, self._tokenizer, self._num_logprobs)
+        if is_last:
+            reason = message.finish_reason(delta.finish_reason)
+            chunks.append({"delta": {}, "logprobs": None, "finish_reason": reason, "stop_reason": delta.stop_reason})
+        elif logprobs is not None and not chunks:
+            chunks.append({"delta": {}, "logprobs": None, "finish_reason": None})
+        if chunks:
+            chunks[0]["logprobs"] = logprobs
+        return b"".join(self._template.choice(delta.index, chunk) for chunk in chunks)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk with the usage."""

@@ -21,7 +21,7 @@ from lorafleet.workers.errors import InvalidRequestError, cut, quoted
 from lorafleet.workers.text.json_shape import check_shape
 
 MAX_FIELD_BYTES: Final = 1 << 17  # of any field except those that carry the request's content
-SIZEABLE: Final = frozenset({"prompt", "messages", "tokens"})
+SIZEABLE: Final = frozenset({"prompt", "messages", "tokens", "tools"})
 _MAX_DEFAULT_BYTES = 256  # longer than any value of `DEFAULTS`
 
 
@@ -85,14 +85,35 @@ class CompletionRequest(GenerateFields, kw_only=True):
     logprobs: int | None = None
 
 
+class Function(msgspec.Struct, kw_only=True):
+    """A function that an answer may call. parameters: a JSON schema. strict: its arguments must fit them."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """A tool. type: "function"."""
+
+    type: str = "function"
+    function: Function
+
+
 class ChatRequest(GenerateFields, kw_only=True):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. tool_choice: see `tool_use`."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: str | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -101,6 +122,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -150,18 +172,15 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_reasoning": (True,),
     "is_3d_lora_weight": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
     "logits_processors": ([],),
     "lora_int_id": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -170,14 +189,18 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "store": (False,),
     "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
 """Fields of OpenAI or vLLM that this server does not honour: the values, besides null, that ask for nothing."""
+
+INSTEAD: Final = {
+    "function_call": "Send tool_choice instead.",
+    "functions": "Send them as tools instead.",
+}
+"""Fields of `DEFAULTS` that another one has replaced."""
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
@@ -195,7 +218,8 @@ def decode(body: bytes, kind: type[_T]) -> _T:
                 raise InvalidRequestError(f"{name} has {num_bytes} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
         elif name not in ASKS_NOTHING and (num_bytes > _MAX_DEFAULT_BYTES or not _asks_nothing(name, bytes(raw))):
             does = "is not supported by this server" if name in DEFAULTS else "is not a known field"
-            raise InvalidRequestError(f"{quoted(name)} {does}. Leave it out.", param=cut(name))
+            instead = INSTEAD.get(name, "Leave it out.")
+            raise InvalidRequestError(f"{quoted(name)} {does}. {instead}", param=cut(name))
     request: _T = _decode(body, kind)
     return request
 

@@ -15,6 +15,7 @@ from lorafleet.controller.gateway.api.composition import resolve_name
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.schema import DetokenizeRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
+from lorafleet.controller.gateway.api.tools import check_tools, described_tools
 from lorafleet.controller.gateway.routing.routing_table import ModelEntry, RoutingTable
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
@@ -26,6 +27,7 @@ def _check(fields: TokenizeRequest) -> None:
         raise InvalidRequestError("Give either prompt or messages.", param="prompt")
     if fields.messages is not None:
         check_messages(fields.messages)
+    check_tools(fields.tools or ())
 
 
 @takes(TokenizeRequest, _check)
@@ -56,6 +58,7 @@ def _tokenize(model: ServedModel, fields: TokenizeRequest) -> bytes:
             fields.messages,
             add_generation_prompt=fields.add_generation_prompt is not False,
             add_special_tokens=fields.add_special_tokens is True,
+            tools=described_tools(fields.tools) if fields.tools else None,
             max_tokens=limit,
         )
     else:
