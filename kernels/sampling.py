@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from lorafleet.kernels.dispatch import uses_triton
+from lorafleet.kernels.logit_changes import LogitChanges, change_logits_
 from lorafleet.kernels.native import DTYPE_CODES, library
 
 
@@ -62,6 +63,31 @@ def sample_tokens(
         vocab_size,
     )
     return token_ids_S, finite_S
+
+
+def sample_changed_tokens(
+    logits_SV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    top_k_S: torch.Tensor,
+    top_p_S: torch.Tensor,
+    min_p_S: torch.Tensor,
+    uniform_S: torch.Tensor,
+    changes: LogitChanges,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Like `sample_tokens`, but from changed logits; return possible [S] bool too.
+
+    A row is not possible if it is not finite, or if its changes leave no token: its token id is 0.
+    """
+    # For rows that change only the finiteness of the first result is used.
+    temperature = temperature_S.index_fill(0, changes.row_P, 0.0)
+    token_ids_S, finite_S = sample_tokens(logits_SV, temperature, top_k_S, top_p_S, min_p_S, uniform_S)
+    logits_PV = logits_SV[changes.row_P].float()
+    change_logits_(logits_PV, changes)
+    columns = (temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
+    possible_S = finite_S.clone()
+    token_ids_S[changes.row_P], possible_P = sample_tokens(logits_PV, *(column[changes.row_P] for column in columns))
+    possible_S[changes.row_P] &= possible_P
+    return token_ids_S, finite_S, possible_S
 
 
 def sample_tokens_reference(

@@ -12,6 +12,7 @@ class Finish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_NONE: _ClassVar[Finish]
     FINISH_STOP: _ClassVar[Finish]
     FINISH_LENGTH: _ClassVar[Finish]
+    FINISH_COMPLETE: _ClassVar[Finish]
 
 class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,6 +29,7 @@ class AdapterTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 FINISH_NONE: Finish
 FINISH_STOP: Finish
 FINISH_LENGTH: Finish
+FINISH_COMPLETE: Finish
 WORKER_STARTING: WorkerState
 WORKER_READY: WorkerState
 WORKER_DRAINING: WorkerState
@@ -75,7 +77,7 @@ class Welcome(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority", "cache_salt", "composition", "output_token_ids")
+    __slots__ = ("stream", "request_id", "adapter_digest", "prompt_token_ids", "sampling", "tenant", "tenant_weight", "adapter_weight", "priority", "cache_salt", "composition", "output_token_ids", "text_digest")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +90,7 @@ class Generate(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     COMPOSITION_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     stream: int
     request_id: str
     adapter_digest: str
@@ -100,7 +103,8 @@ class Generate(_message.Message):
     cache_salt: str
     composition: _containers.RepeatedCompositeFieldContainer[ComposedAdapter]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., composition: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    text_digest: str
+    def __init__(self, stream: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., adapter_weight: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., composition: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., text_digest: _Optional[str] = ...) -> None: ...
 
 class ComposedAdapter(_message.Message):
     __slots__ = ("digest", "weight")
@@ -111,7 +115,7 @@ class ComposedAdapter(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "choice", "logprobs", "stop_token_ids", "ignore_eos", "min_tokens")
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "choice", "logprobs", "stop_token_ids", "ignore_eos", "min_tokens", "grammar")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +130,7 @@ class Sampling(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_p: float
@@ -140,7 +145,8 @@ class Sampling(_message.Message):
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
     min_tokens: int
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ..., logprobs: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_tokens: _Optional[int] = ...) -> None: ...
+    grammar: str
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ..., logprobs: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_tokens: _Optional[int] = ..., grammar: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("stream",)

@@ -29,6 +29,7 @@ ORDER = [
     "workers/options.py",
     "workers/scheduling",
     "workers/config.py",
+    "workers/grammars",
     "workers/params.py",
     "workers/request_wire.py",
     "workers/tp",

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from lorafleet.workers.offline.args import EngineArgs as EngineArgs
     from lorafleet.workers.offline.async_llm import AsyncLLM as AsyncLLM
     from lorafleet.workers.offline.llm import LLM as LLM
@@ -30,6 +31,7 @@ _HOME = {
     "LoRARequest": "lorafleet.workers.params",
     "RequestOutput": "lorafleet.workers.offline.outputs",
     "SamplingParams": "lorafleet.workers.params",
+    "StructuredOutputsParams": "lorafleet.workers.grammars.structured_outputs",
 }
 
 __all__ = sorted(_HOME)

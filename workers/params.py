@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError, quoted
+from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams
 from lorafleet.workers.scheduling.ranges import Range, check_integer
 from lorafleet.workers.scheduling.sampling_options import MAX_INT, SHARED_FIELDS, NumTokens, Sampling, SamplingOptions
 
@@ -28,6 +29,7 @@ class SamplingParams(Sampling):
     logprobs: k returns the log-probabilities of the sampled token and of the k best at each position. seed: None draws
     one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output. min_tokens: before
     that many, no EOS, stop token or stop string ends the output. stop, stop_token_ids: None means none.
+    structured_outputs: what the output must be.
     """
 
     n: Annotated[int, Range(1, MAX_N)] = 1
@@ -37,6 +39,7 @@ class SamplingParams(Sampling):
     stop_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
     stops: tuple[str, ...] = field(init=False, repr=False, default=())  # `stop` as a tuple
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())  # `stop_token_ids` as a set
 
@@ -45,6 +48,11 @@ class SamplingParams(Sampling):
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", param="min_tokens"
+            )
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise InvalidRequestError(
+                f"structured_outputs is {quoted(self.structured_outputs)}; give StructuredOutputsParams.",
+                param="structured_outputs",
             )
         object.__setattr__(self, "stops", _stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", _stop_token_ids(self.stop_token_ids))

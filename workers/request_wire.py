@@ -24,6 +24,7 @@ FINISH_TO_WIRE: Final = {
     None: worker_pb2.FINISH_NONE,
     FinishReason.STOP: worker_pb2.FINISH_STOP,
     FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
+    FinishReason.COMPLETE: worker_pb2.FINISH_COMPLETE,
 }
 FINISH_FROM_WIRE: Final = {wire: finish for finish, wire in FINISH_TO_WIRE.items() if finish is not None}
 

@@ -69,6 +69,7 @@ SAMPLING = st.builds(
     seed=st.integers(0, 2**64 - 1),
     choice=st.integers(0, 2**32 - 1),
     stop_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=10),
+    grammar=TEXT,
 )
 
 
@@ -87,6 +88,7 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         cache_salt=draw(st.none() | TEXT.filter(bool) | st.just("s" * MAX_SALT_CHARS)),
         composition=tuple(composition),
         output_token_ids=tuple(draw(TOKEN_IDS)[: sampling.max_tokens - 1]),
+        text_digest=draw(TEXT),
     )
 
 
@@ -101,10 +103,10 @@ def test_what_is_sent_is_what_arrives(request: GenerateRequest, stream: int) -> 
 
 def test_every_field_of_a_request_is_tried_and_has_another_value_than_its_default() -> None:
     """The property above would say nothing of a field that it leaves at its default."""
-    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids"}
+    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids", "grammar"}
     assert {field.name for field in dataclasses.fields(SamplingOptions)} == drawn
     drawn = {*declared(GenerateRequest, 64), "request_id", "prompt_token_ids", "sampling", "adapter", "tenant"}
-    drawn |= {"cache_salt", "composition", "output_token_ids"}
+    drawn |= {"cache_salt", "composition", "output_token_ids", "text_digest"}
     assert {field.name for field in dataclasses.fields(GenerateRequest)} - {"adapter_start"} == drawn
 
 

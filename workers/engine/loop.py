@@ -9,7 +9,8 @@ Every accepted request ends in exactly one event with a `finish`, unless a step 
 whoever asks it for anything is told.
 
 On one GPU steps overlap: while one runs, the next is planned and launched, whose rows take their input tokens from
-where the running one will leave them. What a step brought is published when the next has been launched.
+where the running one will leave them. What a step brought is published when the next has been launched. If a rule that
+changes logits must know the running step's tokens, the next one's forward pass is launched and its sampling waits.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lorafleet.workers.adapters.format import AdapterSpec
 from lorafleet.workers.adapters.open_files import OpenAdapter
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.cores import CoreClaim, claim_cores
+from lorafleet.workers.engine.grammars import Compiled, Grammars, TokenizerSource
 from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, Retire
 from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
 from lorafleet.workers.errors import (
@@ -43,6 +45,7 @@ from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 from lorafleet.workers.model.device import measure_memory, pick_device
 from lorafleet.workers.model.memory_plan import MemoryPlan, plan_memory
+from lorafleet.workers.model.rules.grammar_masks import GrammarMasks
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.sampling import PendingSamples
 from lorafleet.workers.ranks.ranks import Gather, Ranks, alone
@@ -50,7 +53,7 @@ from lorafleet.workers.scheduling.accepted import AcceptedRequests
 from lorafleet.workers.scheduling.activation import find_start
 from lorafleet.workers.scheduling.adapter_slots import AdapterSlots
 from lorafleet.workers.scheduling.backlog import Backlog
-from lorafleet.workers.scheduling.batch import Scheduled, StepPlan
+from lorafleet.workers.scheduling.batch import StepPlan
 from lorafleet.workers.scheduling.block_pool import BlockPool
 from lorafleet.workers.scheduling.eviction import make_eviction
 from lorafleet.workers.scheduling.pace import PaceMeter
@@ -101,6 +104,8 @@ class Engine:
         self.vocab_size = spec.vocab_size
         self._max_lora_rank = lora.max_lora_rank if lora else 0
         self._ranks = ranks
+        self._masks = GrammarMasks(num_threads=max(1, min(4, config.threads // 2)))
+        self._grammars = Grammars(Path(config.model), self._masks, report=self._post)
         self._runner = ModelRunner(
             spec,
             memory,
@@ -109,6 +114,7 @@ class Engine:
             group=ranks.group,
             plans=ranks.plans,
             enforce_eager=config.enforce_eager,
+            rules=[self._masks],
         )
         self._pool = BlockPool(memory.num_pages)
         eviction = lora.lora_eviction if lora else "lru"
@@ -157,7 +163,7 @@ class Engine:
         )
         self._lock = threading.Lock()  # guards the eight below
         # A str is the id of a request to cancel.
-        self._inbox: deque[GenerateRequest | str | Loaded | Fetched | Retire | _Pin] = deque()
+        self._inbox: deque[GenerateRequest | str | Loaded | Fetched | Compiled | Retire | _Pin] = deque()
         self._adapters = RegisteredAdapters(
             config, spec=spec, memory=memory, store=self._store, slots=self._slots, followers=ranks.followers
         )
@@ -206,6 +212,17 @@ class Engine:
             self._runner.load(Path(self.config.model))
         finally:
             torch.set_num_threads(num_threads)
+
+    def use_tokenizers(self, tokenizer_of: TokenizerSource) -> None:
+        """Take the source of adapters' own tokenizers, by digest, for requests with a grammar.
+
+        tokenizer_of: called on a thread; returns None for a digest that is not known any more.
+        """
+        self._grammars.vocabularies.tokenizer_of = tokenizer_of
+
+    def prepare_grammars(self) -> None:
+        """Read the base model's vocabulary, for which the first request with a grammar would stop the steps."""
+        self._grammars.prepare()
 
     def describe(self) -> list[str]:
         """The memory plan and what computes, line by line, for people."""
@@ -333,6 +350,8 @@ class Engine:
             self._abandon(_closed())
         self._store.close()
         self._loader.close()
+        self._grammars.close()
+        self._masks.close()
         self._ranks.followers.close()  # before they are told to end: an end that is wanted is no loss
         self._runner.close()
         if self._cores is not None:
@@ -406,10 +425,7 @@ class Engine:
             self._loader.start(load)
         for digest in plan.prefetches:
             self._loader.fetch(digest)
-        if any(map(_needs_history, plan.scheduled)):
-            self._settle(events)
-            plan = replace(plan, scheduled=tuple(e for e in plan.scheduled if self._scheduler.holds(e.request)))
-        launched = self._launch(plan) if plan.scheduled else None
+        launched = self._launch(plan, events) if plan.scheduled else None
         self._settle(events)
         if launched is not None:
             self._in_flight = launched
@@ -434,31 +450,43 @@ class Engine:
         self._stats = self._take_stats()
         return events
 
-    def _launch(self, plan: StepPlan) -> _InFlight:
-        """Start a non-empty plan and book it as computed; its tokens are pending."""
+    def _launch(self, plan: StepPlan, events: list[RequestEvent]) -> _InFlight:
+        """Start a non-empty plan and book it as computed; its tokens are pending.
+
+        If rules must know the tokens of the step in flight, that one is settled while this one's forward pass runs.
+        """
         launched_at = time.monotonic()
         if self._step_began is None:
             self._step_began = launched_at
-        samples = self._runner.launch(plan)
+        forward = self._runner.forward(plan)
+        if not forward.is_prepared:
+            self._settle(events)
+            forward = forward.keep(self._scheduler.holds)
+        samples = self._runner.sample(forward)
         self._num_steps += 1
         num_in_prompts = 0
-        requests = []
         for entry in plan.scheduled:
             request = entry.request
             num_left = request.num_prompt_tokens - request.num_computed_tokens
             self._num_prompt_tokens += max(0, min(entry.num_tokens, num_left))
             num_in_prompts += entry.num_tokens - 1
-            if entry.samples:
-                requests.append(request)
-            self._scheduler.advance(entry)
-        return _InFlight(samples, requests, plan.num_tokens, num_in_prompts, launched_at)
+            if self._scheduler.holds(request):
+                self._scheduler.advance(entry)
+        return _InFlight(samples, forward.requests, plan.num_tokens, num_in_prompts, launched_at)
 
     def _settle(self, events: list[RequestEvent]) -> None:
         """Wait for the step that is in flight, if one is, and say what came of it."""
         step, self._in_flight = self._in_flight, None
         if step is None:
             return
-        for request, sampled in zip(step.requests, step.samples.results(), strict=True):
+        results = list(zip(step.requests, step.samples.results(), strict=True))
+        constrained = [
+            (request, sampled.token_id)
+            for request, sampled in results
+            if request.sampling.grammar and sampled.is_usable and self._scheduler.holds(request)
+        ]
+        ends = self._masks.take(constrained)
+        for request, sampled in results:
             if not self._scheduler.holds(request):
                 continue  # it ended while this step ran
             if not sampled.is_finite:
@@ -467,8 +495,15 @@ class Engine:
                 error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
                 events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
                 continue
+            if sampled.error is not None:
+                self._fail([request.request_id], sampled.error, events)
+                continue
+            is_complete = ends.get(request, False)
+            if isinstance(is_complete, LoRAFleetError):
+                self._fail([request.request_id], is_complete, events)
+                continue
             is_first = request.num_known_tokens == request.num_prompt_tokens
-            finish = self._scheduler.settle(request, sampled.token_id)
+            finish = self._scheduler.settle(request, sampled.token_id, is_complete=is_complete)
             if finish is not None:
                 self._pace.book_seat(time.monotonic() - request.started_at)
             self._num_output_tokens += 1
@@ -491,6 +526,7 @@ class Engine:
         with self._lock:
             queued = {message.request_id for message in self._inbox if isinstance(message, GenerateRequest)}
             queued.update(self._backlog)
+            queued.update(request_id for request_id in self._accepted if request_id in self._grammars)
             assert all(request_id in self._scheduler or request_id in queued for request_id in self._accepted)
             assert set(self._accepted) >= set(self._backlog)
             self._adapters.check_integrity([message for message in self._inbox if isinstance(message, Retire)])
@@ -566,7 +602,10 @@ class Engine:
             self._inbox.clear()
         for message in messages:
             if isinstance(message, GenerateRequest):
-                self._backlog.add(message)
+                if self._grammars.admit(message):
+                    self._backlog.add(message)
+            elif isinstance(message, Compiled):
+                self._take_compiled(message, events)
             elif isinstance(message, Loaded):
                 self._take_loaded(message, events)
             elif isinstance(message, Fetched):
@@ -575,7 +614,7 @@ class Engine:
                 self._adapters.retire(message)
             elif isinstance(message, _Pin):
                 self._loader.pin(message.digest, message.is_pinned)
-            elif self._backlog.discard(message) or self._scheduler.remove(message):
+            elif self._grammars.discard(message) or self._backlog.discard(message) or self._scheduler.remove(message):
                 events.append(RequestEvent(message, finish=FinishReason.CANCELLED))
 
     def _fill_scheduler(self) -> None:
@@ -584,7 +623,9 @@ class Engine:
             if request is None:
                 return
             self._arrivals += 1
-            self._scheduler.add(Request.from_generate(request, self._arrivals))
+            arrived = Request.from_generate(request, self._arrivals)
+            self._grammars.begin(arrived)
+            self._scheduler.add(arrived)
 
     def _look_for_stuck(self, plan: StepPlan, events: list[RequestEvent]) -> None:
         """End the request that has waited longest, if all have been stuck for too long."""
@@ -608,6 +649,13 @@ class Engine:
         error = self._loader.take(loaded)
         if error is not None:
             self._fail(self._scheduler.waiting_for(loaded.load.digest), error, events)
+
+    def _take_compiled(self, compiled: Compiled, events: list[RequestEvent]) -> None:
+        for request in self._grammars.take(compiled):
+            if isinstance(compiled.grammar, LoRAFleetError):
+                events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=compiled.grammar))
+            else:
+                self._backlog.add(request)
 
     def _take_fetched(self, fetched: Fetched, events: list[RequestEvent]) -> None:
         error = self._loader.take_fetched(fetched)
@@ -643,7 +691,7 @@ class Engine:
             self._output_tokens_of.pop(retire.digest, None)
             retire.freed.set_result(num_bytes)
 
-    def _post(self, report: Loaded | Fetched) -> None:
+    def _post(self, report: Loaded | Fetched | Compiled) -> None:
         """Put a report into the inbox. On any thread."""
         with self._lock:
             self._inbox.append(report)
@@ -654,7 +702,7 @@ class Engine:
             queued = sum(isinstance(message, GenerateRequest) for message in self._inbox)
         return EngineStats(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting + len(self._backlog) + queued,
+            num_waiting=self._scheduler.num_waiting + len(self._backlog) + len(self._grammars) + queued,
             num_uncomputed_tokens=self._scheduler.num_uncomputed_tokens,
             page_size=self.memory.page_size,
             num_pages=self._pool.num_pages,
@@ -673,8 +721,3 @@ class Engine:
 
 def _closed() -> DrainingError:
     return DrainingError("The engine is closed. Create another one.")
-
-
-def _needs_history(entry: Scheduled) -> bool:
-    """Return whether a request's next token depends on the host knowing the one before."""
-    return entry.request.num_pending_tokens > 0 and entry.request.sampling.needs_penalties

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from lorafleet.workers.model.layers import WeightFormat
 from lorafleet.workers.model.loader import CheckpointReader
 from lorafleet.workers.model.lora import SlotShape
 from lorafleet.workers.model.memory_plan import MemoryPlan
+from lorafleet.workers.model.rules.option_rules import option_rules
+from lorafleet.workers.model.rules.rule import LogitRule
 from lorafleet.workers.model.sampling import PendingSamples, Sampled, Sampler
 from lorafleet.workers.model.side_stream import SideStream
 from lorafleet.workers.model.slot_write import SlotWrite
@@ -32,6 +35,23 @@ from lorafleet.workers.scheduling.request import MAX_COMPOSED, GenerateRequest, 
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.tp.group import TensorParallelGroup
 from lorafleet.workers.tp.plans import Change, PlanChannel, Words
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """A launched step whose rows are not sampled yet."""
+
+    logits_SV: torch.Tensor
+    requests: list[Request]  # by row
+    is_prepared: bool  # False: rules must know tokens that are pending
+
+    def keep(self, holds: Callable[[Request], bool]) -> ForwardPass:
+        """Return it without the rows of requests that have ended meanwhile."""
+        kept = [row for row, request in enumerate(self.requests) if holds(request)]
+        if len(kept) == len(self.requests):
+            return self
+        row_K = send(torch.tensor(kept, dtype=torch.int64), self.logits_SV.device)
+        return replace(self, logits_SV=self.logits_SV[row_K], requests=[self.requests[row] for row in kept])
 
 
 class ModelRunner:
@@ -50,8 +70,10 @@ class ModelRunner:
         group: TensorParallelGroup | None = None,
         plans: PlanChannel | None = None,
         enforce_eager: bool = False,
+        rules: Sequence[LogitRule] = (),
     ) -> None:
-        """plans: to the other ranks, for rank 0 of several. enforce_eager: launch steps op by op."""
+        """plans: to the other ranks, for rank 0 of several. enforce_eager: launch steps op by op. rules: for sampling,
+        beside those that need nothing but a request's options."""
         self._enforce_eager = enforce_eager
         group = group or TensorParallelGroup()
         self._plans = plans
@@ -86,7 +108,7 @@ class ModelRunner:
             dtype=dtype,
             device=device,
         )
-        self._sampler = Sampler(spec.eos_token_ids)
+        self._sampler = Sampler([*option_rules(spec.eos_token_ids, device), *rules])
         self._num_torch_threads: int | None = None  # in a step; None: the caller's number
         self._samples: PendingSamples | None = None  # of the last step
         self._sampled: dict[Request, int] = {}  # request → its index in `_samples`
@@ -158,15 +180,33 @@ class ModelRunner:
         """Compute a non-empty plan; return one result per entry that samples, in the plan's order."""
         return self.launch(plan).results()
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingSamples:
         """Launch a non-empty plan; return one pending result per entry that samples, in the plan's order.
+
+        No rule may have to know a pending token.
+        """
+        return self.sample(self.forward(plan))
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> ForwardPass:
+        """Launch a non-empty plan up to its logits.
 
         The last token of a request may still be pending from the previous launch; it is then taken from there.
         """
         requests = [entry.request for entry in plan.scheduled if entry.samples]
+        is_prepared = self._sampler.prepare(requests, self._device)
         with _torch_threads(self._num_torch_threads):
-            samples = self._sampler.sample(self.logits(plan), requests)
+            return ForwardPass(self.logits(plan), requests, is_prepared)
+
+    @torch.inference_mode()
+    def sample(self, forward: ForwardPass) -> PendingSamples:
+        """Launch the sampling of a step, the last one launched; return one pending result per row."""
+        requests = forward.requests
+        with _torch_threads(self._num_torch_threads):
+            if not forward.is_prepared:
+                is_known = self._sampler.prepare(requests, self._device)
+                assert is_known, "a rule must know tokens that are pending"
+            samples = self._sampler.sample(forward.logits_SV, requests)
         self._samples = samples
         self._sampled = {request: number for number, request in enumerate(requests)}
         return samples

@@ -1,25 +1,33 @@
 """Sampling: logits to tokens, for the whole batch at once.
 
 A row's token depends on its logits, its options and its own counter-based random number, never on its neighbours. One
-kernel picks the tokens of all rows (kernels/sampling.py). This file prepares the kernel's columns of options, and does
-what only some requests need. On a GPU nothing here waits for the device except `PendingSamples.results`.
+kernel picks the tokens of all rows (kernels/sampling.py). This file prepares the kernel's columns of options and has
+the rules (rules/rule.py) change the logits of the rows that they concern. On a GPU nothing here waits for the device
+except `PendingSamples.results`.
 
-S rows that sample, V vocabulary, P rows with special needs.
+S rows that sample, V vocabulary, P rows with log-probabilities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorafleet.kernels.sampling import sample_tokens
+from lorafleet.kernels.sampling import sample_changed_tokens, sample_tokens
+from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError
+from lorafleet.workers.model.rules.changes import Changes
+from lorafleet.workers.model.rules.rule import History, LogitRule, Row
 from lorafleet.workers.model.transfer import Fetched, send
 from lorafleet.workers.scheduling.request import Request, TokenLogprobs
-from lorafleet.workers.scheduling.sampling_options import SamplingOptions
+
+_NOTHING_LEFT = (
+    "No token is left to choose from: what the request forbids and what it allows (logit_bias, allowed_token_ids, "
+    "bad_words, min_tokens, a grammar) exclude them all. Forbid less."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,12 @@ class Sampled:
     token_id: int
     logprobs: TokenLogprobs | None
     is_finite: bool  # False: the logits hold NaN or +inf, the token means nothing
+    error: LoRAFleetError | None = None  # a rule's: there is no token
+
+    @property
+    def is_usable(self) -> bool:
+        """Return whether there is a token."""
+        return self.is_finite and self.error is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +58,26 @@ class _Batch:
     draws: bool  # any row is not greedy
     seeds: list[int]
     choices: list[int]
-    penalised: list[int]  # rows
-    held: list[tuple[int, int]]  # (row, min_tokens) where that is more than 0
+    rules: list[tuple[LogitRule, list[Row]]]  # that concern any row
+    known: list[Request]  # whose tokens some rule must know
     logged: list[int]  # rows that want log-probabilities
 
     @classmethod
-    def gather(cls, requests: Sequence[Request], device: torch.device) -> _Batch:
+    def gather(cls, requests: Sequence[Request], rules: Sequence[LogitRule], device: torch.device) -> _Batch:
         options = [request.sampling for request in requests]
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return send(torch.tensor(values, dtype=dtype), device)
 
         temperatures = [option.temperature for option in options]
+        concerned: list[tuple[LogitRule, list[Row]]] = []
+        known: dict[Request, None] = {}
+        for rule in rules:
+            histories = [rule.history(option) for option in options]
+            rows = [Row(i, requests[i]) for i, history in enumerate(histories) if history is not None]
+            if rows:
+                concerned.append((rule, rows))
+            known |= dict.fromkeys(row.request for row in rows if histories[row.number] is History.KNOWN)
         return cls(
             requests=list(requests),
             temperature_S=column(temperatures),
@@ -66,8 +88,8 @@ class _Batch:
             draws=any(temperature > 0.0 for temperature in temperatures),
             seeds=[option.seed for option in options],
             choices=[option.choice for option in options],
-            penalised=[i for i, option in enumerate(options) if option.needs_penalties],
-            held=[(i, option.min_tokens) for i, option in enumerate(options) if option.min_tokens],
+            rules=concerned,
+            known=list(known),
             logged=[i for i, option in enumerate(options) if option.logprobs is not None],
         )
 
@@ -86,64 +108,103 @@ class PendingSamples:
         self,
         token_ids_S: torch.Tensor,
         finite_S: torch.Tensor,
+        *,
+        possible_S: torch.Tensor | None = None,
+        errors: Mapping[int, LoRAFleetError] | None = None,
         logged: Sequence[int] = (),
         counts: Sequence[int] = (),
         logprobs: tuple[torch.Tensor, ...] = (),
     ) -> None:
-        """token_ids_S: int64, on the device. logged: rows with log-probabilities; counts: the number each wants."""
+        """token_ids_S: int64, on the device. possible_S: false where rules left no token. errors: the rules', by row.
+        logged: rows with log-probabilities; counts: the number each wants."""
         self.token_ids_S = token_ids_S
+        self._errors = errors or {}
         self._logged = logged
         self._counts = counts
-        self._fetched = Fetched((token_ids_S, finite_S, *logprobs))
+        self._fetched = Fetched((token_ids_S, finite_S, finite_S if possible_S is None else possible_S, *logprobs))
 
     def results(self) -> list[Sampled]:
         """Return one result per row. Waits for the device."""
-        token_ids_S, finite_S, *of_logged = (tensor.tolist() for tensor in self._fetched.tensors())
+        token_ids_S, finite_S, possible_S, *of_logged = (tensor.tolist() for tensor in self._fetched.tensors())
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids_S)
         for i, count, chosen, rank, ids, values in zip(self._logged, self._counts, *of_logged, strict=True):
             logprobs[i] = TokenLogprobs(chosen, rank, tuple(ids[:count]), tuple(values[:count]))
-        return list(map(Sampled, token_ids_S, logprobs, finite_S))
+        results = list(map(Sampled, token_ids_S, logprobs, finite_S))
+        if not self._errors and all(possible_S):
+            return results
+        for i, result in enumerate(results):
+            error = self._errors.get(i)
+            if error is None and result.is_finite and not possible_S[i]:
+                error = InvalidRequestError(_NOTHING_LEFT)
+            results[i] = replace(result, error=error)
+        return results
 
 
 class Sampler:
     """Picks the tokens of successive batches."""
 
-    def __init__(self, eos_token_ids: frozenset[int]) -> None:
-        self._eos_token_ids = eos_token_ids
+    def __init__(self, rules: Sequence[LogitRule]) -> None:
+        """rules: all that may change logits. Their order does not matter."""
+        self._rules = list(rules)
         self._batch: _Batch | None = None  # the last batch
 
-    def sample(self, logits_SV: torch.Tensor, requests: list[Request]) -> PendingSamples:
-        """Pick one token per row. `logits_SV` has the model's dtype and is not changed.
+    def prepare(self, requests: list[Request], device: torch.device) -> bool:
+        """Let rules begin the step's work, unless one must know a token that is pending; return whether none must."""
+        batch = self._gather(requests, device)
+        if any(request.num_pending_tokens for request in batch.known):
+            return False
+        for rule, rows in batch.rules:
+            rule.prepare(rows)
+        return True
 
-        The order is vLLM's: penalties, suppression of stop tokens before min_tokens, then the steps of
-        kernels/sampling.py. Log-probabilities are those of the original logits.
+    def sample(self, logits_SV: torch.Tensor, requests: list[Request]) -> PendingSamples:
+        """Pick one token per row, after `prepare` returned true. `logits_SV` has the model's dtype and is not changed.
+
+        Log-probabilities are those of the original logits.
         """
-        batch, device = self._batch, logits_SV.device
-        if batch is None or batch.requests != requests:  # compares identities
-            batch = self._batch = _Batch.gather(requests, device)
-        temperature_S, uniform_S = batch.temperature_S, batch.uniform_S()
-        suppressed = [i for i, min_tokens in batch.held if requests[i].num_output_tokens < min_tokens]
-        altered = sorted({*batch.penalised, *suppressed})
-        if altered:
-            # For these rows only the finiteness of this result is used.
-            rows_P = send(torch.tensor(altered), device)
-            temperature_S = temperature_S.index_fill(0, rows_P, 0.0)
-        token_ids_S, finite_S = sample_tokens(
-            logits_SV, temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, uniform_S
+        batch = self._gather(requests, logits_SV.device)
+        columns = (batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, batch.uniform_S())
+        possible_S: torch.Tensor | None = None
+        errors: dict[int, LoRAFleetError] = {}
+        changes = self._changes(batch, logits_SV)
+        gathered = None if changes is None else changes.gather()
+        if changes is not None:
+            errors = changes.errors
+        if gathered is None:
+            token_ids_S, finite_S = sample_tokens(logits_SV, *columns)
+        else:
+            token_ids_S, finite_S, possible_S = sample_changed_tokens(logits_SV, *columns, gathered)
+        for rule, rows in batch.rules:
+            rule.sampled(rows, token_ids_S)
+        counts: list[int] = []
+        logprobs: tuple[torch.Tensor, ...] = ()
+        if batch.logged:
+            counts = [requests[i].sampling.logprobs or 0 for i in batch.logged]
+            rows_P = send(torch.tensor(batch.logged), logits_SV.device)
+            logprobs = _logprobs(logits_SV[rows_P].float().log_softmax(dim=1), token_ids_S[rows_P], max(counts))
+        return PendingSamples(
+            token_ids_S,
+            finite_S,
+            possible_S=possible_S,
+            errors=errors,
+            logged=batch.logged,
+            counts=counts,
+            logprobs=logprobs,
         )
-        if altered:
-            logits_PV = logits_SV[rows_P].float()
-            requests_P = [requests[i] for i in altered]
-            _penalise(logits_PV, requests_P)
-            _suppress_stops(logits_PV, requests_P, self._eos_token_ids)
-            columns = (batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, uniform_S)
-            token_ids_S[rows_P], _ = sample_tokens(logits_PV, *(column[rows_P] for column in columns))
-        if not batch.logged:
-            return PendingSamples(token_ids_S, finite_S)
-        counts = [requests[i].sampling.logprobs or 0 for i in batch.logged]
-        rows_P = send(torch.tensor(batch.logged), device)
-        logprobs = _logprobs(logits_SV[rows_P].float().log_softmax(dim=1), token_ids_S[rows_P], max(counts))
-        return PendingSamples(token_ids_S, finite_S, batch.logged, counts, logprobs)
+
+    def _gather(self, requests: list[Request], device: torch.device) -> _Batch:
+        batch = self._batch
+        if batch is None or batch.requests != requests:  # compares identities
+            batch = self._batch = _Batch.gather(requests, self._rules, device)
+        return batch
+
+    def _changes(self, batch: _Batch, logits_SV: torch.Tensor) -> Changes | None:
+        if not batch.rules:
+            return None
+        changes = Changes(logits_SV.shape[1], logits_SV.device)
+        for rule, rows in batch.rules:
+            rule.write(rows, changes)
+        return changes
 
 
 def uniforms(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -163,52 +224,6 @@ def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-def _penalise(logits_SV: torch.Tensor, requests: Sequence[Request]) -> None:
-    """Apply the repetition penalty over prompt and output (Keskar et al. 2019), presence and frequency over output."""
-    rows = [i for i, request in enumerate(requests) if request.sampling.needs_penalties]
-    if not rows:
-        return
-    device, vocab_size = logits_SV.device, logits_SV.shape[1]
-    output_PV = _counts([requests[i].token_ids[requests[i].num_prompt_tokens :] for i in rows], vocab_size, device)
-    prompt_PV = _counts([requests[i].token_ids[: requests[i].num_prompt_tokens] for i in rows], vocab_size, device)
-
-    def column(value: Callable[[SamplingOptions], float]) -> torch.Tensor:
-        return send(torch.tensor([value(requests[i].sampling) for i in rows], dtype=torch.float32), device)[:, None]
-
-    rows_P = send(torch.tensor(rows), device)
-    logits_PV = logits_SV[rows_P]
-    repetition_P1 = column(lambda s: s.repetition_penalty)
-    repeated_PV = torch.where(logits_PV > 0, logits_PV / repetition_P1, logits_PV * repetition_P1)
-    logits_PV = torch.where((output_PV + prompt_PV) > 0, repeated_PV, logits_PV)
-    logits_PV -= column(lambda s: s.frequency_penalty) * output_PV
-    logits_PV -= column(lambda s: s.presence_penalty) * (output_PV > 0)
-    # A repetition penalty near zero overflows to +inf, which does not mean a broken model.
-    logits_SV[rows_P] = logits_PV.clamp_(max=torch.finfo(torch.float32).max)
-
-
-def _counts(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Count each token's occurrences in each list, [P, V]."""
-    lengths = [len(ids) for ids in token_ids]
-    flat = np.concatenate([np.asarray(ids, np.int64) for ids in token_ids])
-    flat += np.repeat(np.arange(len(token_ids), dtype=np.int64) * vocab_size, lengths)
-    counts = np.bincount(flat, minlength=len(token_ids) * vocab_size)
-    return send(torch.from_numpy(counts.astype(np.float32)), device).view(len(token_ids), vocab_size)
-
-
-def _suppress_stops(logits_SV: torch.Tensor, requests: Sequence[Request], eos_token_ids: frozenset[int]) -> None:
-    rows: list[int] = []
-    columns: list[int] = []
-    for i, request in enumerate(requests):
-        sampling = request.sampling
-        if request.num_output_tokens < sampling.min_tokens:
-            stops = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else eos_token_ids)
-            rows.extend([i] * len(stops))
-            columns.extend(stops)
-    if rows:
-        at = send(torch.tensor([rows, columns]), logits_SV.device)
-        logits_SV[at[0], at[1]] = -torch.inf
 
 
 def _logprobs(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

@@ -27,6 +27,7 @@ class AsyncLLM:
         self.tokenizer = self._texts.model.tokenizer
         self._loop = asyncio.get_running_loop()
         self._lora_ids = LoRAIds(engine, self._texts)
+        engine.use_tokenizers(self._lora_ids.tokenizer)
         self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)
         self._queues: dict[str, asyncio.Queue[RequestOutput | LoRAFleetError]] = {}
         self._failure: LoRAFleetError | None = None  # set once the engine has failed or is closed
@@ -57,13 +58,23 @@ class AsyncLLM:
         failed, `DrainingError` after `close`. Leaving the iteration early cancels the request.
         """
         self._check_open()
-        digest, tokenizer = None, self.tokenizer
+        digest, tokenizer, text_digest = None, self.tokenizer, ""
         if lora_request is not None:
             known = await asyncio.wrap_future(self._lora_ids.find(lora_request))
             digest, tokenizer = known.spec.digest, (known.text or self._texts.model).tokenizer
+            text_digest = "" if known.text is None else known.text.digest
+            self._check_open()
+        if sampling_params.structured_outputs is not None:
+            sampling_params = await asyncio.to_thread(self._requests.checked, sampling_params)
             self._check_open()
         generates = self._requests.open(
-            request_id, prompt, sampling_params, lora=lora_request, digest=digest, tokenizer=tokenizer
+            request_id,
+            prompt,
+            sampling_params,
+            lora=lora_request,
+            digest=digest,
+            tokenizer=tokenizer,
+            text_digest=text_digest,
         )
         # Unbounded on purpose: all outputs are one shared, growing object, so a slow reader holds small references.
         queue: asyncio.Queue[RequestOutput | LoRAFleetError] = asyncio.Queue()
@@ -128,6 +139,7 @@ class AsyncLLM:
         self._fail_all(DrainingError("The engine is closed. Create another one."))
         await asyncio.to_thread(self._lora_ids.close)
         await asyncio.to_thread(self.engine.close)
+        self._requests.close()
 
     def _check_open(self) -> None:
         if self._failure is not None:

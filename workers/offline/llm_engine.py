@@ -25,6 +25,7 @@ class LLMEngine:
         self._texts = AdapterTokenizers(Path(engine.config.model))
         self.tokenizer = self._texts.model.tokenizer
         self._lora_ids = LoRAIds(engine, self._texts)
+        engine.use_tokenizers(self._lora_ids.tokenizer)
         self._requests = TextRequests(max_model_len=engine.max_model_len, vocab_size_of=engine.vocab_size_of, seed=seed)
 
     @classmethod
@@ -66,9 +67,14 @@ class LLMEngine:
         if known is None and lora_request is not None:
             known = self.find_lora(lora_request)
         digest = None if known is None else known.spec.digest
-        tokenizer = self.text(known=known).tokenizer
         generates = self._requests.open(
-            request_id, prompt, params, lora=lora_request, digest=digest, tokenizer=tokenizer
+            request_id,
+            prompt,
+            self._requests.checked(params),
+            lora=lora_request,
+            digest=digest,
+            tokenizer=self.text(known=known).tokenizer,
+            text_digest=known.text.digest if known is not None and known.text is not None else "",
         )
         submitted = 0
         try:
@@ -145,4 +151,4 @@ class LLMEngine:
         """Stop the threads; open requests are dropped."""
         self._lora_ids.close()
         self.engine.close()
-        self._requests.clear()
+        self._requests.close()

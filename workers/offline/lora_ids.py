@@ -20,6 +20,7 @@ from lorafleet.workers.sources.directory_stamp import DirectoryStamp
 from lorafleet.workers.text.adapter_tokenizers import AdapterTokenizers
 from lorafleet.workers.text.files import files_digest
 from lorafleet.workers.text.model_text import ModelText
+from lorafleet.workers.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +44,11 @@ class LoRAIds:
 
     def known(self) -> set[int]:
         return set(self._known)
+
+    def tokenizer(self, digest: str) -> Tokenizer | None:
+        """Return the tokenizer of an adapter's text by its digest; None if no adapter has it any more."""
+        texts = (known.text for known in list(self._known.values()))
+        return next((text.tokenizer for text in texts if text is not None and text.digest == digest), None)
 
     def find(self, request: LoRARequest) -> Future[KnownAdapter]:
         """Return the id's adapter; read it at the first call and after its files have changed.

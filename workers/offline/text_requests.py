@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, quoted
+from lorafleet.workers.grammars.check import GrammarChecker
 from lorafleet.workers.offline.outputs import CompletionOutput, Logprob, RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
@@ -71,9 +72,20 @@ class TextRequests:
         self._choices: dict[str, _Choice] = {}  # by the engine's request id
         self._to_cancel: list[str] = []
         self._numbers = itertools.count()
+        self._grammars = GrammarChecker()
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def checked(self, params: SamplingParams) -> SamplingParams:
+        """Return the parameters with the grammar of their structured_outputs. Slow for a new one; thread-safe.
+
+        Raises `InvalidRequestError` for one that cannot be enforced.
+        """
+        if params.structured_outputs is None:
+            return params
+        grammar = self._grammars.checked(params.structured_outputs.grammar_text())
+        return replace(params, grammar=grammar)
 
     def open(
         self,
@@ -84,10 +96,12 @@ class TextRequests:
         lora: LoRARequest | None,
         digest: str | None,
         tokenizer: Tokenizer,
+        text_digest: str = "",
     ) -> list[GenerateRequest]:
         """Start a request; return one `GenerateRequest` per choice to submit. Raises `InvalidRequestError` and others.
 
-        digest and tokenizer: the adapter's, or None and the base model's.
+        params: after `checked`. digest and tokenizer: the adapter's, or None and the base model's. text_digest: of a
+        tokenizer of the adapter's own.
         """
         if request_id in self._requests:
             raise InvalidRequestError(f"Request id {quoted(request_id)} is in use.", param="request_id")
@@ -118,7 +132,7 @@ class TextRequests:
                 choice=index,
                 eos_token_ids=tokenizer.eos_token_ids,
             )
-            generates.append(GenerateRequest(engine_id, shared_ids, options, digest))
+            generates.append(GenerateRequest(engine_id, shared_ids, options, digest, text_digest=text_digest))
         for generate in generates:
             wants_logprobs = params.logprobs is not None
             output = CompletionOutput(
@@ -153,6 +167,11 @@ class TextRequests:
         self._requests.clear()
         self._choices.clear()
         self._to_cancel.clear()
+
+    def close(self) -> None:
+        """End the processes that check grammars; nothing is opened any more."""
+        self.clear()
+        self._grammars.close()
 
     def engine_ids(self, request_id: str) -> list[str]:
         """Return the engine's ids of a request's choices; empty if it is not open."""
@@ -199,6 +218,8 @@ class TextRequests:
             elif is_stop:
                 output.finish_reason = "stop"
                 output.stop_reason = event.token_id if event.token_id in params.stop_ids else None
+            elif event.finish is FinishReason.COMPLETE:
+                output.finish_reason = "stop"
             elif event.finish is FinishReason.LENGTH:
                 output.finish_reason = "length"
         elif event.finish is not None:

@@ -49,6 +49,7 @@ class GenerateRequest:
     # Output from a worker that was lost. Generation resumes after it as that worker would have: it counts as output
     # for max_tokens, penalties and random numbers.
     output_token_ids: tuple[int, ...] = ()
+    text_digest: str = ""  # of the tokenizer that a grammar's bytes become tokens of; empty: the base model's
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -118,6 +119,7 @@ def check_composed_weight(weight: float, whose: str, param: str) -> None:
 
 class FinishReason(StrEnum):
     STOP = "stop"  # the last token is EOS or one of stop_token_ids
+    COMPLETE = "complete"  # after the last token the request's grammar allows nothing more
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
@@ -146,7 +148,7 @@ class RequestEvent:
     num_cached_tokens: int = 0  # with a request's first token: prompt tokens not computed
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, weakref_slot=True, eq=False, kw_only=True)
 class Request:
     """The engine's state of one choice. Owned by the scheduler and its parts; nothing else changes it.
 

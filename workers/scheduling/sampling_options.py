@@ -10,10 +10,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.scheduling.ranges import Range, check_fields
 
 MAX_INT: Final = 2**31 - 1
 MAX_LOGPROBS: Final = 20
+MAX_GRAMMAR_CHARS: Final = 1 << 20
 
 NumTokens = Annotated[int, Range(1, MAX_INT)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
@@ -37,9 +39,15 @@ class Sampling:
     frequency_penalty: Penalty = 0.0  # over output
     logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None  # k: the sampled token's and the k best; None: none
     ignore_eos: bool = False
+    grammar: str = ""  # that the output must follow, checked (workers/grammars); empty: none
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"grammar is {quoted(self.grammar)}; it must be a text of at most {MAX_GRAMMAR_CHARS} characters.",
+                param="grammar",
+            )
 
 
 SHARED_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -62,7 +70,3 @@ class SamplingOptions(Sampling):
         Sampling.__post_init__(self)
         if self.top_k < 0:
             object.__setattr__(self, "top_k", 0)
-
-    @property
-    def needs_penalties(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -238,8 +238,11 @@ class Scheduler:
             request.num_pending_tokens += 1
             self._flows.charge_output(request, self._now)
 
-    def settle(self, request: Request, token_id: int) -> FinishReason | None:
-        """Replace the first pending token by its value. Return the reason if that ended the request."""
+    def settle(self, request: Request, token_id: int, *, is_complete: bool = False) -> FinishReason | None:
+        """Replace the first pending token by its value. Return the reason if that ended the request.
+
+        is_complete: the request's grammar allows nothing after it.
+        """
         assert request.num_pending_tokens and request.request_id in self._requests
         request.token_ids[request.num_known_tokens] = token_id
         request.num_pending_tokens -= 1
@@ -247,6 +250,8 @@ class Scheduler:
         sampling = request.sampling
         if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
             finish = FinishReason.STOP
+        elif is_complete:
+            finish = FinishReason.COMPLETE
         elif request.num_known_tokens - request.num_prompt_tokens >= sampling.max_tokens:
             finish = FinishReason.LENGTH
         else:

@@ -145,6 +145,8 @@ class WorkerActor:
                 error.message = f"Adapter {module.name!r}: {error.message}"
                 raise
         engine.load()
+        engine.use_tokenizers(registry.tokenizer)
+        engine.prepare_grammars()
         # These objects stay. Without the freeze each full collection would scan them and stop the engine for 0.2 s.
         gc.collect()
         gc.freeze()

@@ -21,6 +21,7 @@ from lorafleet.workers.engine.registered import FreedBytes
 from lorafleet.workers.errors import AdapterRefusedError, ModelError
 from lorafleet.workers.server.adapter_names import AdapterNames
 from lorafleet.workers.server.registered_tokenizers import RegisteredTokenizers, TokenizerFiles
+from lorafleet.workers.text.tokenizer import Tokenizer
 
 _Key = tuple[str, int]
 
@@ -73,6 +74,11 @@ class AdapterRegistry:
     def text_files(self, digest: str) -> Future[dict[str, bytes] | None]:
         """Return the tokenizer and template files with this text_digest; see `RegisteredTokenizers.files`."""
         return self._texts.files(digest)
+
+    def tokenizer(self, digest: str) -> Tokenizer | None:
+        """Return the tokenizer of a text_digest; None if no adapter has it any more. Slow. Raises `ModelError`."""
+        files = self.text_files(digest).result()
+        return None if files is None else Tokenizer.from_files(files)
 
     def prefetch(self, adapter: worker_pb2.Adapter) -> None:
         """Load it into the host cache, if there is room, before its first request."""

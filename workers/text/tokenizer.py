@@ -134,6 +134,10 @@ class Tokenizer:
         other.eos_token_ids = self._own_eos_token_ids.union(eos_token_ids)
         return other
 
+    def to_json(self) -> str:
+        """Return it as one tokenizer.json, with the tokens that only other files declare."""
+        return self._backend.to_str()
+
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)

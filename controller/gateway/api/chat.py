@@ -20,6 +20,7 @@ from lorafleet.controller.gateway.api.logprobs import chat_logprobs
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
+from lorafleet.controller.gateway.api.structured import requested_grammar
 from lorafleet.controller.gateway.api.tools import tool_use
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError, quoted
@@ -43,7 +44,13 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
     fields = call.fields
     model = await call.state.served(lambda table: resolve_model(table, fields))
     text, num_logprobs = model.text, _num_logprobs(fields)
-    params = sampling_params(fields, text.sampling_defaults, max_tokens=_max_tokens(fields), logprobs=num_logprobs)
+    params = sampling_params(
+        fields,
+        text.sampling_defaults,
+        max_tokens=_max_tokens(fields),
+        logprobs=num_logprobs,
+        grammar=await requested_grammar(call),
+    )
     call.place.take_choices(params.n, param="n")
     form = answer_form(fields, text, call.state.config)
     prompt = await call.in_thread(

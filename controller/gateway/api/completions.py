@@ -20,6 +20,7 @@ from lorafleet.controller.gateway.api.prompts import echoes_of, encode_prompts, 
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import CompletionRequest, check_stream_options
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
+from lorafleet.controller.gateway.api.structured import requested_grammar
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
@@ -41,7 +42,13 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
     model = await call.state.served(lambda table: resolve_model(table, fields))
     text, max_len = model.text, model.max_model_len
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-    params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=fields.logprobs)
+    params = sampling_params(
+        fields,
+        text.sampling_defaults,
+        max_tokens=max_tokens,
+        logprobs=fields.logprobs,
+        grammar=await requested_grammar(call),
+    )
     asked = await call.parse(lambda: read_prompts(bytes(fields.prompt), max_len))
     call.place.take_choices(len(asked) * params.n, param="prompt" if len(asked) > 1 else "n")
     prompts = await call.in_thread(

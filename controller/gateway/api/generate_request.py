@@ -65,6 +65,7 @@ def generate_requests(
                 tenant=tenant.name,
                 tenant_weight=tenant.weight,
                 adapter_weight=entry.weight,
+                text_digest=entry.text_digest if sampling.grammar else "",
                 **carried,
             )
         )

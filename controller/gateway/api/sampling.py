@@ -16,9 +16,17 @@ _FIELDS = SamplingFields.__struct_fields__
 
 
 def sampling_params(
-    fields: SamplingFields, defaults: Mapping[str, float | int], *, max_tokens: int | None, logprobs: int | None
+    fields: SamplingFields,
+    defaults: Mapping[str, float | int],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    grammar: str = "",
 ) -> SamplingParams:
-    """Return the parameters. defaults: the model's. Raises InvalidRequestError for a value out of range."""
+    """Return the parameters. defaults: the model's. grammar: a checked one.
+
+    Raises InvalidRequestError for a value out of range.
+    """
     values: dict[str, Any] = dict(defaults)
     values |= {name: value for name in _FIELDS if (value := getattr(fields, name)) is not None}
-    return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
+    return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)

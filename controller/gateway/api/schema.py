@@ -60,6 +60,36 @@ class ComposedAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     weight: float = 1.0
 
 
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    """`response_format.json_schema`. strict: every keyword of the schema must be one that can be enforced."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """OpenAI's `response_format`. schema: for json_object, as llama.cpp and others take it."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | bool | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`, see `StructuredOutputsParams`."""
+
+    json: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+
+
 class GenerateFields(SamplingFields, kw_only=True):
     """Fields of completions and chat besides sampling.
 
@@ -75,6 +105,13 @@ class GenerateFields(SamplingFields, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     adapters: list[ComposedAdapter] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -168,10 +205,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "early_stopping": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "is_3d_lora_weight": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
@@ -181,13 +214,11 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "prediction": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),

@@ -30,6 +30,7 @@ from lorafleet.controller.gateway.streams.pool import WorkerPool
 from lorafleet.controller.gateway.streams.text_threads import TextThreads
 from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.workers.errors import DeadlineError, DrainingError, WorkerUnavailableError
+from lorafleet.workers.grammars.check import GrammarChecker
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.scheduling.request import GenerateRequest
 from lorafleet.workers.text.model_text import ModelText
@@ -50,6 +51,7 @@ class GatewayState:
         self.intake = Intake(config.limits)
         self.metrics = Metrics()
         gateway_id = uuid.uuid4().hex
+        self.grammars = GrammarChecker()
         self._text_threads = TextThreads(config.num_tokenizer_threads)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer loader")
         self._pool = WorkerPool(gateway_id=gateway_id, token=config.token, times=config.times)
@@ -79,6 +81,7 @@ class GatewayState:
         await self.routes.close()
         await self._pool.close()
         self._text_threads.close()
+        self.grammars.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self) -> None:

@@ -184,9 +184,9 @@ class Generation:
         )
         reason: Literal["stop", "length"] | None = None
         stop_reason: str | int | None = delta.stop_reason
-        if stop_reason is not None or by_token:
+        if stop_reason is not None or by_token or finish is FinishReason.COMPLETE:
             reason = "stop"
-            if stop_reason is None and token_ids[-1] in params.stop_ids:
+            if stop_reason is None and by_token and token_ids[-1] in params.stop_ids:
                 stop_reason = token_ids[-1]
         elif finish is not None:
             reason = "length"

@@ -6,10 +6,11 @@ A GPU overlaps by itself. On a CPU an engine makes the same decisions if told to
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,6 +19,8 @@ from tiny import Result, gather, run_engine
 from lorafleet.workers.config import EngineConfig, LoRAConfig
 from lorafleet.workers.engine.loop import Engine
 from lorafleet.workers.errors import NonFiniteLogitsError
+from lorafleet.workers.model.rules.changes import Changes
+from lorafleet.workers.model.rules.rule import History, LogitRule, Row
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
@@ -109,6 +112,48 @@ def test_overlapping_steps_bring_the_same(files: Files, engines: list[Engine], v
             assert logged.top_logprobs == pytest.approx(wanted.top_logprobs, abs=tiny.TOLERANCE)
     finishes = {result.finish for result in overlapping.values()}
     assert finishes == {FinishReason.STOP, FinishReason.LENGTH}
+
+
+class Counts(LogitRule):
+    """Rows with top_k go on from token to token: 7, 8, 9 and so on. A rule that must know the token before."""
+
+    def history(self, sampling: SamplingOptions) -> History | None:
+        return History.KNOWN if sampling.top_k else None
+
+    def write(self, rows: Sequence[Row], changes: Changes) -> None:
+        for row, request in rows:
+            assert not request.num_pending_tokens
+            token_id = request.token_ids[-1] + 1
+            words = np.zeros((1, 5), np.uint32)
+            words[0, token_id // 32] = 1 << token_id % 32
+            changes.allow([row], torch.from_numpy(words.view(np.int32)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_whose_rule_must_know_their_tokens_overlap_with_others(
+    files: Files, engines: list[Engine], variant: str
+) -> None:
+    """Other rows keep their tokens; a row that ends while the next step runs is dropped from it."""
+    engine = files.engine(overlaps=True, **VARIANTS[variant])
+    engines.append(engine)
+    plain = requests(files, engine)
+    expected = run_engine(engine, plain)
+    engine._runner._sampler._rules.append(Counts())
+    ruled = [
+        GenerateRequest(
+            f"ruled:{n}", (5, 6), replace(GREEDY, top_k=1, max_tokens=20, stop_token_ids=frozenset({7 + n}))
+        )
+        for n in (0, 4, 11, 60)
+    ]
+    results = run_engine(engine, [request for pair in zip(ruled, plain[::8], strict=False) for request in pair])
+    for request in ruled:
+        result, last = results.pop(request.request_id), min(request.sampling.stop_token_ids)
+        assert list(result.token_ids) == [*range(7, min(last + 1, 27))]
+        assert result.finish is (FinishReason.STOP if last < 27 else FinishReason.LENGTH)
+    assert {name: result.token_ids for name, result in results.items()} == {
+        name: expected[name].token_ids for name in results
+    }
+    assert len(results) == len(ruled)
 
 
 def test_a_step_is_launched_before_the_last_ones_tokens_are_published(files: Files, engines: list[Engine]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from lorafleet.workers.model.rules.option_rules import option_rules
 from lorafleet.workers.model.sampling import Sampled, Sampler, uniforms
 from lorafleet.workers.scheduling.request import GenerateRequest, Request
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
@@ -23,12 +24,21 @@ def row(prompt: tuple[int, ...] = (3,), output: tuple[int, ...] = (), **options:
     return request
 
 
+def make_sampler(eos: frozenset[int] = frozenset()) -> Sampler:
+    return Sampler(option_rules(eos, torch.device("cpu")))
+
+
+def step(sampler: Sampler, logits_SV: torch.Tensor, requests: list[Request]) -> list[Sampled]:
+    assert sampler.prepare(requests, logits_SV.device)
+    return sampler.sample(logits_SV, requests).results()
+
+
 def sample(logits_SV: torch.Tensor, requests: list[Request]) -> list[Sampled]:
-    return Sampler(frozenset()).sample(logits_SV, requests).results()
+    return step(make_sampler(), logits_SV, requests)
 
 
 def draw(logits: torch.Tensor, request: Request, eos: frozenset[int] = frozenset()) -> Sampled:
-    return Sampler(eos).sample(logits[None], [request]).results()[0]
+    return step(make_sampler(eos), logits[None], [request])[0]
 
 
 def draws(logits: torch.Tensor, count: int, **options: Any) -> Counter[int]:
@@ -186,22 +196,22 @@ def test_options_are_read_when_the_batch_changes_and_not_at_every_step(
     logits: torch.Tensor, temperature: float
 ) -> None:
     requests = [watched(temperature=temperature, top_p=0.9, seed=i) for i in range(5)]
-    sampler = Sampler(frozenset())
+    sampler = make_sampler()
 
-    def step(batch: list[Request]) -> list[int]:
+    def run(batch: list[Request]) -> list[int]:
         """Return the reads of each request's options in a step that gives each a token."""
         before = [request.num_reads for request in requests]
-        for request, sampled in zip(batch, sampler.sample(logits.repeat(len(batch), 1), batch).results(), strict=True):
+        for request, sampled in zip(batch, step(sampler, logits.repeat(len(batch), 1), batch), strict=True):
             request.token_ids.append(sampled.token_id)
         return [request.num_reads - n for request, n in zip(requests, before, strict=True)]
 
-    assert min(step([*requests])) > 0
+    assert min(run([*requests])) > 0
     for _ in range(3):
-        assert step([*requests]) == [0] * 5
-    smaller = step([*requests[:3]])
+        assert run([*requests]) == [0] * 5
+    smaller = run([*requests[:3]])
     assert min(smaller[:3]) > 0 and smaller[3:] == [0, 0]
-    assert step([*requests[:3]]) == [0] * 5
-    assert min(step([requests[1], requests[0], requests[2]])[:3]) > 0, "another order is another batch"
+    assert run([*requests[:3]]) == [0] * 5
+    assert min(run([requests[1], requests[0], requests[2]])[:3]) > 0, "another order is another batch"
 
 
 def test_a_sampler_gives_what_a_new_one_gives_whatever_it_did_before(logits: torch.Tensor) -> None:
@@ -216,7 +226,7 @@ def test_a_sampler_gives_what_a_new_one_gives_whatever_it_did_before(logits: tor
         ]
 
     requests, eos = make(), frozenset([int(logits.argmax())])
-    sampler = Sampler(eos)
+    sampler = make_sampler(eos)
     batches = [
         requests,
         requests,
@@ -230,17 +240,17 @@ def test_a_sampler_gives_what_a_new_one_gives_whatever_it_did_before(logits: tor
     for number, batch in enumerate(batches):
         rows = logits.repeat(len(batch), 1) + torch.randn(len(batch), VOCAB) * 0.3
         reused[:] = batch
-        sampled = sampler.sample(rows, reused).results()
-        assert sampled == Sampler(eos).sample(rows, batch).results(), number
+        sampled = step(sampler, rows, reused)
+        assert sampled == step(make_sampler(eos), rows, batch), number
         for request, own in zip(batch, sampled, strict=True):
             request.token_ids.append(own.token_id)
     assert requests[2].token_ids[1] not in eos and requests[2].token_ids[2] not in eos
 
 
 def test_an_unchanged_batch_draws_new_numbers_at_every_position(logits: torch.Tensor) -> None:
-    request, sampler, count = row(seed=3), Sampler(frozenset()), 200
+    request, sampler, count = row(seed=3), make_sampler(), 200
     for position in range(count):
-        token_id = sampler.sample(logits[None], [request]).results()[0].token_id
+        token_id = step(sampler, logits[None], [request])[0].token_id
         end = logits.double().softmax(0).cumsum(0)
         assert token_id == int((end <= uniforms([3], [0], [position])[0]).sum())
         request.token_ids.append(token_id)
@@ -259,7 +269,7 @@ def test_logits_of_16_bits_are_sampled_as_they_are(logits: torch.Tensor, dtype: 
     rows = (logits + torch.randn(len(requests), VOCAB)).to(dtype)
     before = rows.clone()
     eos = frozenset([int(rows[4].argmax())])
-    ours, wanted = (Sampler(eos).sample(logits, requests).results() for logits in (rows, rows.float()))
+    ours, wanted = (step(make_sampler(eos), logits, requests) for logits in (rows, rows.float()))
     assert ours == wanted
     assert torch.equal(rows, before)
 

@@ -14,7 +14,7 @@ from lorafleet.workers.params import SamplingParams
 
 def test_a_request_may_give_whatever_a_caller_of_the_library_may() -> None:
     offline = {field.name for field in dataclasses.fields(SamplingParams) if field.init}
-    assert set(SamplingFields.__struct_fields__) == offline - {"max_tokens", "logprobs"}  # each endpoint has its own
+    assert set(SamplingFields.__struct_fields__) == offline - {"max_tokens", "logprobs", "grammar"}  # not shared
     assert "max_tokens" in GenerateFields.__struct_fields__
 
 

@@ -1,0 +1,52 @@
+"""The tokens that a request's prompt and output have: a list of (token, code) on the host, kept up to date.
+
+code = 2 · the token's count in the output, plus 1 if the prompt has it. A list is int32 [1 + capacity, 2]; its first
+row is (number of entries, 0). One entry a token, in no order.
+
+R lists, S rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+def token_codes(
+    token_ids: Sequence[int], num_prompt_tokens: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return the tokens of a prompt and the output after it, each once, and their codes."""
+    ids = np.asarray(token_ids, np.int64)
+    codes = 2 * np.bincount(ids[num_prompt_tokens:], minlength=int(ids.max(initial=0)) + 1)
+    codes[ids[:num_prompt_tokens]] |= 1
+    (seen,) = codes.nonzero()
+    return seen, codes[seen].astype(np.int32)
+
+
+def seen_tokens(token_ids: Sequence[int], num_prompt_tokens: int, max_more: int) -> torch.Tensor:
+    """Return the list of a prompt and the output after it, with room for `max_more` tokens."""
+    seen, codes = token_codes(token_ids, num_prompt_tokens)
+    tokens_C2 = torch.empty(1 + len(seen) + max_more, 2, dtype=torch.int32)  # memory is taken when it is written
+    tokens_C2[0, 0], tokens_C2[0, 1] = len(seen), 0
+    tokens_C2[1 : 1 + len(seen), 0] = torch.from_numpy(seen)
+    tokens_C2[1 : 1 + len(seen), 1] = torch.from_numpy(codes)
+    return tokens_C2
+
+
+def add_sampled_(lists: Sequence[torch.Tensor], row_R: torch.Tensor, token_ids_S: torch.Tensor) -> None:
+    """Add to each list the token that its row, int64, has got. Each needs room for one more."""
+    add_sampled_reference_(lists, row_R, token_ids_S)
+
+
+def add_sampled_reference_(lists: Sequence[torch.Tensor], row_R: torch.Tensor, token_ids_S: torch.Tensor) -> None:
+    for tokens_C2, token_id in zip(lists, token_ids_S[row_R].tolist(), strict=True):
+        count = int(tokens_C2[0, 0])
+        place = (tokens_C2[1 : 1 + count, 0] == token_id).nonzero()[:, 0]
+        if len(place):
+            tokens_C2[1 + place, 1] += 2
+        else:
+            tokens_C2[1 + count] = torch.tensor([token_id, 2], dtype=torch.int32)
+            tokens_C2[0, 0] += 1
