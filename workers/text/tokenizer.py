@@ -71,8 +71,10 @@ class Tokenizer:
         self.special_tokens: Mapping[str, Any] = dict(special_tokens or {})  # values are str; Any lets ** type-check
         self.chat_templates: Mapping[str, str] = dict(chat_templates or {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self.special_token_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+            token_id for token_id, token in added.items() if token.special
         )
         self.bos_token_id: int | None = self._id_of("bos_token")
         own_eos = self._id_of("eos_token")
@@ -251,7 +253,11 @@ class Tokenizer:
 
     def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
         """Return the ids of those of some tokens that are special."""
-        return self.special_token_ids.intersection(map(self._backend.token_to_id, tokens))
+        return self.special_token_ids.intersection(map(self._added_ids.get, tokens))
+
+    def added_id(self, text: str) -> int | None:
+        """Return the id of a token that stands for a text wherever it occurs; None if there is none."""
+        return self._added_ids.get(text)
 
     def pieces(self, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> PieceTable | None:
         """Return the detokenizer's table; None if this decoder does not work token by token.

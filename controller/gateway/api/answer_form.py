@@ -14,10 +14,12 @@ from typing import Final
 from lorafleet.controller.gateway.api.schema import ChatRequest
 from lorafleet.controller.gateway.api.tools import ToolUse, tool_use
 from lorafleet.controller.gateway.options import GatewayOptions
+from lorafleet.workers.answers.call_syntax import CallSyntax
 from lorafleet.workers.answers.message import MessageReader
 from lorafleet.workers.answers.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningParser
-from lorafleet.workers.answers.tool_formats import HERMES, TOOL_FORMATS, ToolFormat
+from lorafleet.workers.answers.tool_formats import HERMES, PLAIN, TOOL_FORMATS, ToolFormat
 from lorafleet.workers.errors import InvalidRequestError, quoted
+from lorafleet.workers.grammars.answer_grammar import CallRules, answer_grammar
 from lorafleet.workers.text.model_text import ModelText
 
 REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -65,6 +67,31 @@ class AnswerForm:
             max_calls=None if tools is None else tools.max_calls,
         )
 
+    def grammar(self, content: str, text: ModelText, is_open: bool | None) -> str:
+        """Return the grammar that the answer must follow; empty: none. content: that of its content, or empty."""
+        tools = self.tools
+        if (tools is not None and tools.is_forced) or content:
+            return answer_grammar(
+                content="" if tools is not None and tools.is_forced else content,
+                calls=None if tools is None else self._call_rules(tools),
+                reasoning=self.reasoning,
+                is_open=is_open,
+                token_of=text.tokenizer.added_id,
+            )
+        return ""
+
+    def _call_rules(self, tools: ToolUse) -> CallRules | None:
+        syntax = self.calls.syntax
+        if not isinstance(syntax, CallSyntax):
+            return None
+        functions = [tool.function for tool in tools.tools]
+        return CallRules(
+            functions=[(function.name, function.parameters, function.strict is True) for function in functions],
+            syntax=syntax,
+            marks=(*self.calls.begin, *self.calls.end),
+            takes_several=tools.max_calls is None,
+        )
+
     def new_call_id(self) -> str:
         """Return a new id for a call."""
         random = secrets.token_hex(_ID_CHARS)
@@ -82,10 +109,13 @@ def answer_form(fields: ChatRequest, text: ModelText, options: GatewayOptions) -
         )
     profile = text.profile
     calls = profile.tool_call_parser or options.tool_call_parser or text.tool_format
+    form = HERMES if calls is None else TOOL_FORMATS[calls]
+    if tools is not None and tools.is_forced and not isinstance(form.syntax, CallSyntax):
+        form = PLAIN
     reasoning = profile.reasoning_parser or options.reasoning_parser
     return AnswerForm(
         tools=tools,
-        calls=HERMES if calls is None else TOOL_FORMATS[calls],
+        calls=form,
         reasoning=None if reasoning is None else REASONING_FORMATS[reasoning],
         shows_reasoning=fields.include_reasoning is not False,
         has_short_ids=text.tool_form.takes_short_ids,

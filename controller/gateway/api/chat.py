@@ -6,6 +6,7 @@ shared with completions (door.py, sampling.py, answer.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from lorafleet.controller.gateway.api.logprobs import chat_logprobs
 from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
-from lorafleet.controller.gateway.api.structured import requested_grammar
+from lorafleet.controller.gateway.api.structured import checked_grammar, requested_grammar
 from lorafleet.controller.gateway.api.tools import tool_use
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError, quoted
@@ -64,7 +65,12 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
             max_tokens=model.max_model_len,
         )
     )
-    shape = ChatShape(text.tokenizer, num_logprobs, form, form.is_open(text, prompt))
+    is_open = form.is_open(text, prompt)
+    grammar = form.grammar(params.grammar, text, is_open)
+    if grammar != params.grammar:
+        param = "structured_outputs" if form.tools is None else "tools"
+        params = dataclasses.replace(params, grammar=await checked_grammar(call, param, lambda: grammar))
+    shape = ChatShape(text.tokenizer, num_logprobs, form, is_open)
     return await answer(call, model, [prompt], params, shape, shown_tokens=text.tokenizer.special_ids(form.marks))
 
 

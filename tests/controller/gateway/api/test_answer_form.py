@@ -125,3 +125,11 @@ async def test_ids_of_calls_are_short_where_the_template_insists(fleet: Any, say
     message = await message_of(fleet, model="mistral", tools=[{"type": "function", "function": {"name": "now"}}])
     (call,) = message["tool_calls"]
     assert len(call["id"]) == 9 and call["id"].isalnum()
+
+
+async def test_structured_content_follows_reasoning(fleet: Any, says: Any) -> None:
+    says('hm</think>{"a": 1}')
+    body = {"response_format": {"type": "json_object"}, "messages": [{"role": "user", "content": "open"}]}
+    message = await message_of(fleet, model="own", **body)
+    assert (message["reasoning"], message["content"]) == ("hm", '{"a": 1}')
+    assert '"</think>"' in fleet.worker.generates[-1].sampling.grammar

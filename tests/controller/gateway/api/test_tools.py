@@ -339,3 +339,68 @@ async def test_auto_can_be_turned_off(new_fleet: Any, tokenizer_files: dict[str,
     assert "--no-enable-auto-tool-choice" in answer["error"]["message"]
     status, _ = await fleet.post("/v1/chat/completions", body | {"tool_choice": "none"})
     assert status == 200
+
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize(("choice", "reason"), [("required", "tool_calls"), (NAMED, "stop")])
+async def test_calls_that_must_be_made_are_enforced_by_a_grammar(
+    fleet: Any, says: Any, choice: Any, reason: str
+) -> None:
+    says(CALL)
+    options = {"tools": [WEATHER, NOW], "tool_choice": choice}
+    answer = await fleet.openai.chat.completions.create(model="tiny", messages=HI, **options)
+    grammar = fleet.worker.generates[-1].sampling.grammar
+    assert '"<tool_call>"' in grammar and "get_weather" in grammar
+    assert ("now" in grammar) == (choice == "required")
+    message = answer.choices[0].message
+    assert [call.function.name for call in message.tool_calls] == ["get_weather"]
+    assert (message.content, answer.choices[0].finish_reason) == ("", reason)
+    found = await streamed(fleet, **options)
+    assert (found["content"], found["calls"][0][0], found["finish"]) == ("", "get_weather", [reason])
+
+
+async def test_a_family_without_json_writes_enforced_calls_as_a_plain_list(
+    new_fleet: Any, tokenizer: Any, tokenizer_files: dict[str, bytes]
+) -> None:
+    fleet = await with_room(await new_fleet(tool_call_parser="pythonic"), tokenizer_files)
+    text = '[{"name": "now", "parameters": {}}, {"name": "get_weather", "parameters": {"city": "x"}}]'
+    fleet.worker.answer = [*tokenizer.encode(text), fleet.worker.eos]
+    found = await streamed(fleet, tools=[WEATHER, NOW], tool_choice="required")
+    assert found["calls"] == [["now", "{}"], ["get_weather", '{"city": "x"}']]
+
+
+async def test_calls_that_may_be_made_are_not_constrained(fleet: Any, says: Any) -> None:
+    says("hello")
+    await fleet.openai.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER])
+    assert fleet.worker.generates[-1].sampling.grammar == ""
+
+
+async def test_structured_content_or_calls_may_be_the_answer(fleet: Any, says: Any) -> None:
+    schema = {"type": "object", "properties": {"answer": {"type": "integer"}}}
+    format = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    options = {"model": "tiny", "messages": HI, "tools": [NOW], "response_format": format}
+    says('{"answer": 1}')
+    answer = await fleet.openai.chat.completions.create(**options)
+    grammar = fleet.worker.generates[-1].sampling.grammar
+    assert '"<tool_call>"' in grammar and '"answer"' in grammar
+    assert answer.choices[0].message.content == '{"answer": 1}'
+    await fleet.openai.chat.completions.create(**options, tool_choice="required")
+    assert '"answer"' not in fleet.worker.generates[-1].sampling.grammar
+
+
+async def test_a_schema_that_cannot_be_enforced_is_refused_only_if_it_must_be(fleet: Any, says: Any) -> None:
+    says(CALL)
+    function: dict[str, Any] = {
+        "name": "f",
+        "parameters": {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
+    }
+    body = {"model": "tiny", "messages": HI, "tool_choice": "required", "max_tokens": 9}
+    status, _ = await fleet.post("/v1/chat/completions", body | {"tools": [{"function": function}]})
+    assert status == 200
+    strict = {"function": function | {"strict": True}}
+    status, answer = await fleet.post("/v1/chat/completions", body | {"tools": [strict]})
+    assert (status, answer["error"]["param"]) == (400, "tools")
+    status, _ = await fleet.post("/v1/chat/completions", body | {"tools": [strict], "tool_choice": "auto"})
+    assert status == 200
