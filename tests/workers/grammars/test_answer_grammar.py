@@ -9,10 +9,11 @@ import pytest
 import tokenizers
 from answer_splits import parts_of, short
 
+from lorafleet.workers.answers.call_syntax import CallSyntax, WrittenCall
 from lorafleet.workers.answers.message import MessageReader
 from lorafleet.workers.answers.parts import Part
 from lorafleet.workers.answers.reasoning import REASONING_FORMATS, ReasoningParser
-from lorafleet.workers.answers.tool_formats import PLAIN, TOOL_FORMATS, CallSyntax, ToolFormat
+from lorafleet.workers.answers.tool_formats import PLAIN, TOOL_FORMATS, ToolFormat
 from lorafleet.workers.grammars.answer_grammar import CallRules, answer_grammar
 from lorafleet.workers.grammars.check import GrammarChecker
 from lorafleet.workers.grammars.grammar_text import json_schema_grammar
@@ -95,17 +96,17 @@ def test_calls_in_the_familys_form_are_allowed_and_nothing_else(
     grammar = checker.checked(answer_grammar(calls=rules(form), token_of=tokenizer.added_id))
     enforced = Enforced(grammar, tokenizer, vocabulary)
     syntax = form.syntax
-    one = syntax.text([("get_weather", {"city": "Paris"})])  # type: ignore[list-item]
-    two = syntax.text([("get_weather", {"city": "x"}), ('say "é"', {"a": [1]})])  # type: ignore[list-item]
+    one = syntax.text([WrittenCall("get_weather", {"city": "Paris"})])
+    two = syntax.text([WrittenCall("get_weather", {"city": "x"}), WrittenCall('say "é"', {"a": [1]})])
     assert enforced.allows(one) and enforced.allows(two)
     for text in (
         "",
         "hello",
         f"{one}!",
         f"a{one}",
-        syntax.text([("get_weather", {"town": "x"})]),  # type: ignore[list-item]
-        syntax.text([("get_weather", {"city": 3})]),  # type: ignore[list-item]
-        syntax.text([("other", {})]),  # type: ignore[list-item]
+        syntax.text([WrittenCall("get_weather", {"town": "x"})]),
+        syntax.text([WrittenCall("get_weather", {"city": 3})]),
+        syntax.text([WrittenCall("other", {})]),
     ):
         assert not enforced.allows(text), text
     single = answer_grammar(calls=rules(form, takes_several=False), token_of=tokenizer.added_id)
@@ -163,7 +164,7 @@ def test_reasoning_may_precede_calls_as_the_prompt_has_it(
     checker: GrammarChecker,
 ) -> None:
     form, reasoning = WRITTEN["hermes"], REASONING_FORMATS[parser]
-    call = form.syntax.text([("get_weather", {"city": "Paris"})])  # type: ignore[list-item]
+    call = form.syntax.text([WrittenCall("get_weather", {"city": "Paris"})])
     grammar = answer_grammar(calls=rules(form), reasoning=reasoning, is_open=is_open, token_of=tokenizer.added_id)
     enforced = Enforced(checker.checked(grammar), tokenizer, vocabulary)
     for text in good:
@@ -183,7 +184,7 @@ def test_content_in_its_own_grammar_may_stand_in_place_of_calls(
     grammar = answer_grammar(content=content, calls=rules(form), token_of=tokenizer.added_id)
     enforced = Enforced(checker.checked(grammar), tokenizer, vocabulary)
     assert enforced.allows('{"a": 1}')
-    assert enforced.allows(form.syntax.text([("get_weather", {"city": "x"})]))  # type: ignore[list-item]
+    assert enforced.allows(form.syntax.text([WrittenCall("get_weather", {"city": "x"})]))
     assert not enforced.allows('{"b": 1}') and not enforced.allows("text")
 
 

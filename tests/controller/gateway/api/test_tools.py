@@ -273,7 +273,7 @@ async def test_tokenize_counts_tools_too(fleet: Any) -> None:
     assert answer["count"] > without["count"] + 50
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no list": ({"tools": 3}, "tools: expected `array`, got `int`."),
     "no function": ({"tools": [{"type": "function"}]}, "tools[0]: object missing required field `function`."),
     "no name": ({"tools": [{"function": {}}]}, "tools[0].function: object missing required field `name`."),
