@@ -17,7 +17,7 @@ from typing import Final
 from lorafleet.workers.answers.parts import CallArguments, CallStart, Content, Part
 from lorafleet.workers.answers.python_literal import LiteralReader
 
-MAX_CALL_CHARS: Final = 1 << 18
+MAX_CALL_CHARS: Final = 1 << 16  # some 30 ms of the event loop
 _MAX_HEAD_CHARS = 512  # up to the parenthesis
 _OPENINGS = ("<|python_tag|>", "```tool_code\n", "```python\n")
 _OPENING = rf"\s*(?:{'|'.join(map(re.escape, _OPENINGS))})?\s*\[?\s*"

@@ -23,6 +23,7 @@ from lorafleet.workers.text.json_shape import check_shape
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
+_TEXT_ARGUMENTS = re.compile(r"""(?:\.arguments|\[['"]arguments['"]\])\s*\+""")  # which fails for an object
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
@@ -30,18 +31,27 @@ _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 class ToolForm:
     """What a template takes.
 
-    takes_tools: tools and calls at all. takes_short_ids: ids of calls must have nine letters or digits (Mistral's).
-    takes_one_call: a message may have one call (Llama 3's).
+    takes_tools: tools, as a variable. takes_tools_in_system: as the system message's `tools`, JSON text (Phi 4's).
+    takes_calls: calls, and messages of the role tool. takes_short_ids: ids of calls must have nine letters or digits
+    (Mistral's). takes_one_call: a message may have one call (Llama 3's).
     """
 
-    takes_tools: bool
-    takes_short_ids: bool
-    takes_one_call: bool
+    takes_tools: bool = False
+    takes_tools_in_system: bool = False
+    takes_calls: bool = False
+    takes_short_ids: bool = False
+    takes_one_call: bool = False
 
     @classmethod
     def of(cls, template: str, *, takes_tools: bool) -> Self:
         """Return what a template's text asks for."""
-        return cls(takes_tools, "length 9" in template, "single tool-calls" in template)
+        return cls(
+            takes_tools=takes_tools,
+            takes_tools_in_system=not takes_tools and "message['tools']" in template,
+            takes_calls="tool_calls" in template and not _TEXT_ARGUMENTS.search(template),
+            takes_short_ids="length 9" in template,
+            takes_one_call="single tool-calls" in template,
+        )
 
     def messages(
         self, messages: Sequence[Message], tools: Tools | None, syntax: CallSyntax | PythonicSyntax
@@ -50,21 +60,24 @@ class ToolForm:
 
         Raises InvalidRequestError for calls that are not OpenAI's.
         """
-        has_calls = False
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            return messages, tools  # which rendering refuses
         for number, message in enumerate(messages):
-            if isinstance(message, Mapping):
-                has_calls |= message.get("role") == "tool" or "tool_calls" in message
-                _check_calls(message, number)
-        if not self.takes_tools:
-            messages = list(_as_text(messages, syntax)) if has_calls else messages
-            return (_describe(messages, tools, syntax) if tools else messages), None
-        if has_calls:
+            _check_calls(message, number)
+        has_calls = any(message.get("role") == "tool" or "tool_calls" in message for message in messages)
+        if has_calls and not self.takes_calls:
+            messages = list(_as_text(messages, syntax))
+        elif has_calls:
             messages = [_without_empty_calls(message) for message in messages]
             if self.takes_one_call:
                 messages = _one_call_each(messages)
             if self.takes_short_ids:
                 messages = [_with_short_ids(message) for message in messages]
-        return messages, tools
+        if not tools or self.takes_tools:
+            return messages, tools
+        if self.takes_tools_in_system:
+            return _put_in_system(messages, tools), None
+        return _describe(messages, tools, syntax), None
 
 
 def _check_calls(message: Message, number: int) -> None:
@@ -133,6 +146,15 @@ def _short_id(call_id: object) -> str:
     return text if _SHORT_ID.fullmatch(text) else hashlib.sha256(text.encode(errors="replace")).hexdigest()[:9]
 
 
+def _put_in_system(messages: Sequence[Message], tools: Tools) -> list[Message]:
+    """Return messages of which the first is a system message with the tools' functions."""
+    text = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
+    first = messages[0]
+    if first.get("role") == "system":
+        return [{**first, "tools": text}, *messages[1:]]
+    return [{"role": "system", "content": "", "tools": text}, *messages]
+
+
 def _describe(messages: Sequence[Message], tools: Tools, syntax: CallSyntax | PythonicSyntax) -> list[Message]:
     """Return messages of which the first is a system message that describes the tools."""
     functions = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
@@ -143,7 +165,7 @@ def _describe(messages: Sequence[Message], tools: Tools, syntax: CallSyntax | Py
         f"{example}\nOtherwise answer without a call."
     )
     first, rest = messages[0], messages[1:]
-    if not isinstance(first, Mapping) or first.get("role") not in ("system", "developer"):
+    if first.get("role") not in ("system", "developer"):
         return [{"role": "system", "content": text}, *messages]
     content = first.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):

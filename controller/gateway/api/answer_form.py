@@ -67,18 +67,24 @@ class AnswerForm:
             max_calls=None if tools is None else tools.max_calls,
         )
 
+    @property
+    def is_forced(self) -> bool:
+        """Return whether the answer must call a tool."""
+        return self.tools is not None and self.tools.is_forced
+
+    def has_grammar(self, content: str) -> bool:
+        """Return whether the answer must follow another grammar than that of its content, which may be empty."""
+        return self.is_forced or (bool(content) and not self.is_plain)
+
     def grammar(self, content: str, text: ModelText, is_open: bool | None) -> str:
-        """Return the grammar that the answer must follow; empty: none. content: that of its content, or empty."""
-        tools = self.tools
-        if (tools is not None and tools.is_forced) or content:
-            return answer_grammar(
-                content="" if tools is not None and tools.is_forced else content,
-                calls=None if tools is None else self._call_rules(tools),
-                reasoning=self.reasoning,
-                is_open=is_open,
-                token_of=text.tokenizer.added_id,
-            )
-        return ""
+        """Return the grammar that the answer must follow. content: that of its content, or empty."""
+        return answer_grammar(
+            content="" if self.is_forced else content,
+            calls=None if self.tools is None else self._call_rules(self.tools),
+            reasoning=self.reasoning,
+            is_open=is_open,
+            token_of=text.tokenizer.added_id,
+        )
 
     def _call_rules(self, tools: ToolUse) -> CallRules | None:
         syntax = self.calls.syntax

@@ -66,10 +66,10 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
         )
     )
     is_open = form.is_open(text, prompt)
-    grammar = form.grammar(params.grammar, text, is_open)
-    if grammar != params.grammar:
+    if form.has_grammar(params.grammar):
         param = "structured_outputs" if form.tools is None else "tools"
-        params = dataclasses.replace(params, grammar=await checked_grammar(call, param, lambda: grammar))
+        grammar = await checked_grammar(call, param, lambda: form.grammar(params.grammar, text, is_open))
+        params = dataclasses.replace(params, grammar=grammar)
     shape = ChatShape(text.tokenizer, num_logprobs, form, is_open)
     return await answer(call, model, [prompt], params, shape, shown_tokens=text.tokenizer.special_ids(form.marks))
 

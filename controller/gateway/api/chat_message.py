@@ -38,8 +38,7 @@ class ChatMessage:
             else:
                 texts[type(part)].append(part.text)
         content, reasoning = "".join(texts[Content]), "".join(texts[Reasoning]) or None
-        is_forced = self._form.tools is not None and self._form.tools.is_forced
-        has_content = content or is_forced or not (calls or reasoning)
+        has_content = content or self._form.is_forced or not (calls or reasoning)
         message = {"content": content if has_content else None, "refusal": None}
         message |= {"reasoning": reasoning, "reasoning_content": reasoning}
         return message | ({"tool_calls": calls} if calls else {})

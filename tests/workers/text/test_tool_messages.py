@@ -25,8 +25,8 @@ def result(call_id: str, content: Any) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-WITHOUT = ToolForm(takes_tools=False, takes_short_ids=False, takes_one_call=False)
-PLAIN = ToolForm(takes_tools=True, takes_short_ids=False, takes_one_call=False)
+WITHOUT = ToolForm()
+PLAIN = ToolForm(takes_tools=True, takes_calls=True)
 
 
 def read(form: ToolForm, messages: Any, tools: Any = None, syntax: Any = HERMES.syntax) -> tuple[list[Any], Any]:
@@ -99,7 +99,9 @@ def test_an_empty_list_of_calls_is_none() -> None:
 
 
 def test_ids_become_short_where_a_template_insists() -> None:
-    form = ToolForm.of("raise_exception('ids should be alphanumeric strings with length 9!')", takes_tools=True)
+    form = ToolForm.of(
+        "message.tool_calls raise_exception('ids should be alphanumeric strings with length 9!')", takes_tools=True
+    )
     messages = [
         ASKED,
         {"role": "assistant", "tool_calls": [call("call_abc"), call("abcDEF123"), call(None)]},
@@ -114,7 +116,9 @@ def test_ids_become_short_where_a_template_insists() -> None:
 
 
 def test_several_calls_become_messages_of_one_each_where_a_template_insists() -> None:
-    form = ToolForm.of("raise_exception('This model only supports single tool-calls at once!')", takes_tools=True)
+    form = ToolForm.of(
+        "message.tool_calls raise_exception('This model only supports single tool-calls at once!')", takes_tools=True
+    )
     first, second, third = call("1"), call("2"), call("3")
     messages = [
         ASKED,
@@ -135,6 +139,38 @@ def test_several_calls_become_messages_of_one_each_where_a_template_insists() ->
         "fog",
     ]
     assert [entry["content"] for entry in found[1:6:2]] == ["I look.", "", ""]
+
+
+def test_a_template_that_reads_tools_in_the_system_message_gets_them_there() -> None:
+    form = ToolForm.of(
+        "{% if 'tools' in message %}<|tool|>{{ message['tools'] }}<|/tool|>{% endif %}", takes_tools=False
+    )
+    messages, tools = read(form, [ASKED], [TOOL])
+    assert tools is None
+    assert messages == [
+        {"role": "system", "content": "", "tools": json.dumps([TOOL["function"]], ensure_ascii=False)},
+        ASKED,
+    ]
+    system = {"role": "system", "content": "Be kind."}
+    messages, _ = read(form, [system, ASKED], [TOOL])
+    assert messages == [system | {"tools": json.dumps([TOOL["function"]], ensure_ascii=False)}, ASKED]
+
+
+def test_calls_become_text_for_a_template_that_takes_only_tools() -> None:
+    messages, tools = read(ToolForm(takes_tools=True), [ASKED, {"role": "assistant", "tool_calls": [call()]}], [TOOL])
+    assert tools == [TOOL]
+    assert messages[1]["content"].startswith("<tool_call>")
+
+
+def test_calls_become_text_for_a_template_that_adds_their_arguments_as_text() -> None:
+    adds = ToolForm.of("{{ call['function']['arguments'] + '\\n' }}{{ message.tool_calls }}", takes_tools=False)
+    prints = ToolForm.of("{{ call['function']['arguments'] | tojson + '}' }}{{ message.tool_calls }}", takes_tools=True)
+    assert (adds.takes_calls, prints.takes_calls) == (False, True)
+
+
+@pytest.mark.parametrize("messages", [[], ["text"], [ASKED, None]])
+def test_what_is_no_conversation_is_left_to_the_template(messages: Any) -> None:
+    assert WITHOUT.messages(messages, [TOOL], HERMES.syntax) == (messages, [TOOL])
 
 
 @pytest.mark.parametrize(
