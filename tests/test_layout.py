@@ -29,6 +29,7 @@ ORDER = [
     "workers/options.py",
     "workers/scheduling",
     "workers/config.py",
+    "workers/answers",
     "workers/grammars",
     "workers/params.py",
     "workers/request_wire.py",
@@ -62,7 +63,7 @@ ORDER = [
 ]
 
 # What is imported before anybody knows whether torch will be needed, or where it is never wanted.
-WITHOUT_TORCH = ("controller", "workers/text", "workers/scheduling")
+WITHOUT_TORCH = ("controller", "workers/answers", "workers/text", "workers/scheduling")
 HEAVY = {"torch", "transformers", "triton", "safetensors", "numpy"}
 
 

@@ -13,6 +13,8 @@ from typing import Final, Literal
 from lorafleet.controller.gateway.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, check_keys, keys_of_variable
 from lorafleet.controller.gateway.cross_origin import CrossOrigin
 from lorafleet.controller.gateway.limits import Limits
+from lorafleet.workers.answers.reasoning import REASONING_FORMATS
+from lorafleet.workers.answers.tool_formats import TOOL_FORMATS
 from lorafleet.workers.offline.args import EngineArgs
 from lorafleet.workers.options import DAY_S, check_options, nested, option, option_of
 
@@ -84,6 +86,23 @@ class GatewayOptions:
         "answer's header x-lorafleet-ignored-fields",
     )
     cross_origin: CrossOrigin = nested(CrossOrigin)
+    enable_auto_tool_choice: bool = option(
+        True, group=HTTP, help='let answers call tools when tool_choice is "auto"; always on unless turned off'
+    )
+    tool_call_parser: str | None = option(
+        None,
+        group=HTTP,
+        choices=tuple(TOOL_FORMATS),
+        help="form in which the model writes tool calls",
+        default_text="the profile's, else the one that the chat template asks for, else hermes",
+    )
+    reasoning_parser: str | None = option(
+        None,
+        group=HTTP,
+        choices=tuple(REASONING_FORMATS),
+        help="marks of the model's reasoning, which is told apart from the content",
+        default_text="the profile's, else reasoning is content",
+    )
     limits: Limits = nested(Limits)
 
     def __post_init__(self) -> None:

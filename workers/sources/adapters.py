@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorafleet.workers.adapters.folder import AdapterFolder
 from lorafleet.workers.adapters.foreign import CONFIG, WEIGHTS, describe_file, describe_repository
+from lorafleet.workers.answers.profile import PROFILE_FILE
 from lorafleet.workers.errors import AdapterRefusedError, cut, quoted
 from lorafleet.workers.sources import hub
 
@@ -26,6 +27,7 @@ _FILES = (
     "merges.txt",
     "*.model",
     "chat_template*",
+    PROFILE_FILE,
 )
 _MAX_PATH_CHARS = 4096
 

@@ -62,6 +62,11 @@ class ChatTemplate:
         """Return whether content lists reach the (default) template as lists."""
         return self._default is not None and self._default.form.accepts_parts
 
+    @property
+    def takes_tools(self) -> bool:
+        """Return whether the template for requests with tools reads them."""
+        return self._tool_use is not None and self._tool_use.takes_tools
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -158,6 +163,7 @@ class _Compiled:
         try:
             tree = environment.parse(source)
             self.form = _form(tree)
+            self.takes_tools = any(node.name == "tools" for node in tree.find_all(nodes.Name))
             self._template = environment.compile_bounded(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(

@@ -36,16 +36,23 @@ class IncrementalDetokenizer:
 
     __slots__ = ("_num_strip", "_opening", "_pending", "_table", "_window")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
-        """prompt_ids: the ids before the first one pushed, or only their last eight."""
-        self._table: PieceTable | None = tokenizer.pieces(skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """prompt_ids: the ids before the first one pushed, or only their last eight. shown: ids of special tokens that
+        are not skipped."""
+        self._table: PieceTable | None = tokenizer.pieces(skip_special_tokens, shown)
         self._window: _WindowDetokenizer | None = None
         self._pending = b""  # the first bytes of a character, at most 3
         self._num_strip = 0
         self._opening = False  # no visible token yet, and the decoder treats the start of a text specially
         tail = prompt_ids[-_NUM_PROMPT_IDS:]
         if self._table is None:
-            self._window = _WindowDetokenizer(tokenizer, tail, skip_special_tokens)
+            self._window = _WindowDetokenizer(tokenizer, tail, skip_special_tokens and not shown)
         else:
             self._num_strip = self._table.rules.num_strip
             self._opening = bool(self._num_strip or self._table.rules.drop_from_first)

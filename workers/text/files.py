@@ -1,7 +1,8 @@
 """Files of a tokenizer and a chat template: a model's, and an adapter's merged over its model's.
 
 An adapter has its own tokenizer if it has a tokenizer.json, or a slow tokenizer that is the model's with more tokens.
-An adapter with only a template combines it with the model's tokenizer; one without a template uses the model's.
+An adapter with only a template combines it with the model's tokenizer; one without a template uses the model's. The
+same holds for its profile (workers/answers/profile.py).
 
 Files are read within bounds: see found_file.py.
 """
@@ -14,12 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafleet.workers.answers.profile import PROFILE_FILE
 from lorafleet.workers.errors import ModelError
 from lorafleet.workers.found_file import FoundFileError, json_object, read_found
 from lorafleet.workers.text.slow_tokenizer import SLOW_FILES, with_slow_files
 from lorafleet.workers.text.tokenizer import TOKENIZER_FILES
 
 CHUNK_BYTES = 1 << 20  # bytes of a file per message
+TEXT_FILES = (*TOKENIZER_FILES, PROFILE_FILE)
 
 _TEMPLATE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
@@ -38,9 +41,9 @@ _MAX_OTHER_BYTES = 4 << 20
 
 
 def read_text_files(directory: Path) -> dict[str, bytes]:
-    """Return a model's existing `TOKENIZER_FILES`. Raises `ModelError` for one that cannot be read."""
+    """Return a model's existing `TEXT_FILES`. Raises `ModelError` for one that cannot be read."""
     files = {}
-    for name in TOKENIZER_FILES:
+    for name in TEXT_FILES:
         try:
             data = _read(directory, name)
         except ModelError as error:
@@ -51,8 +54,11 @@ def read_text_files(directory: Path) -> dict[str, bytes]:
 
 
 def read_adapter_files(directory: Path, roots: Sequence[Path] = ()) -> dict[str, bytes]:
-    """Return an adapter's files that define its tokenizer or template. roots: see `open_found`. Raises `ModelError`."""
-    names = [name for name in TOKENIZER_FILES if name not in _OF_THE_MODEL]
+    """Return an adapter's files that define its tokenizer, its template or the form of its answers.
+
+    roots: see `open_found`. Raises `ModelError`.
+    """
+    names = [name for name in TEXT_FILES if name not in _OF_THE_MODEL]
     files = {name: data for name in names if (data := _read(directory, name, roots)) is not None}
     if "tokenizer.json" not in files:  # otherwise the others add nothing
         files |= {name: data for name in SLOW_FILES if (data := _read(directory, name, roots)) is not None}
@@ -78,10 +84,11 @@ def over_model(model: Mapping[str, bytes], adapter: Mapping[str, bytes]) -> dict
     templates = {name: own[name] for name in (_TEMPLATE,) if name in own}
     if not templates and "chat_template" in _config(own):
         templates = {_CONFIG: own[_CONFIG]}
+    profile = {name: files[name] for files in (model, own) for name in (PROFILE_FILE,) if name in files}
     if "tokenizer.json" in own:
         files = {name: model[name] for name in _OF_THE_MODEL if name in model} | own
-        return files if templates else _with_template(files, model)
-    return _with_template(model, templates) if templates else dict(model)
+        return (files if templates else _with_template(files, model)) | profile
+    return (_with_template(model, templates) if templates else dict(model)) | profile
 
 
 def files_digest(files: Mapping[str, bytes]) -> str:

@@ -11,30 +11,51 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorafleet.workers.answers.call_syntax import CallSyntax, PythonicSyntax
+from lorafleet.workers.answers.profile import PROFILE_FILE, Profile, read_profile
+from lorafleet.workers.answers.tool_formats import HERMES, recognised
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.chat_template import ChatTemplate
 from lorafleet.workers.text.generation_defaults import parse_generation_defaults
 from lorafleet.workers.text.tokenizer import Tokenizer
+from lorafleet.workers.text.tool_messages import ToolForm
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelText:
-    """Immutable and thread-safe. sampling_defaults: from generation_config.json."""
+    """Immutable and thread-safe.
+
+    sampling_defaults: from generation_config.json. tool_form: what the template takes. tool_format: the name of the
+    format in which it asks for calls; None for one that is not known. profile: from the files, if they have one.
+    """
 
     digest: str
     tokenizer: Tokenizer
     template: ChatTemplate
     sampling_defaults: Mapping[str, float | int]
+    tool_form: ToolForm
+    tool_format: str | None
+    profile: Profile
 
     @classmethod
     def from_files(cls, digest: str, files: Mapping[str, bytes], known: Iterable[ModelText] = ()) -> ModelText:
         """Build from file contents by name. known: models whose tokenizers may be shared. Raises ModelError for files
         that are not a tokenizer."""
         tokenizer = Tokenizer.from_files(files, [text.tokenizer for text in known])
-        return cls(digest, tokenizer, ChatTemplate.from_tokenizer(tokenizer), sampling_defaults(files))
+        template = ChatTemplate.from_tokenizer(tokenizer)
+        source = tokenizer.chat_templates.get("tool_use") or tokenizer.chat_templates.get("default", "")
+        return cls(
+            digest=digest,
+            tokenizer=tokenizer,
+            template=template,
+            sampling_defaults=sampling_defaults(files),
+            tool_form=ToolForm.of(source, takes_tools=template.takes_tools),
+            tool_format=recognised(source),
+            profile=read_profile(files[PROFILE_FILE]) if PROFILE_FILE in files else Profile(),
+        )
 
     def encode_chat(
         self,
@@ -43,6 +64,8 @@ class ModelText:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        call_syntax: CallSyntax | PythonicSyntax = HERMES.syntax,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool = False,
         parse_special_in_content: bool = False,
@@ -50,12 +73,16 @@ class ModelText:
     ) -> list[int]:
         """Convert messages to a prompt's ids. documents to chat_template_kwargs: see `ChatTemplate.render`.
 
+        call_syntax: how the model writes calls, for a template that knows none.
+
         parse_special_in_content: a control token's text in a message is the token, not text. max_tokens: see
         `Tokenizer.encode`. Raises InvalidRequestError for messages the template does not accept, ContextLengthError.
         """
+        messages, tools = self.tool_form.messages(messages, tools, call_syntax)
         text = self.template.render(
             messages,
             add_generation_prompt,
+            tools=tools,
             documents=documents,
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,

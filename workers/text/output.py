@@ -41,9 +41,11 @@ class OutputText:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        """prompt_ids: the prompt or its last ids. min_tokens: up to this many tokens complete no stop string."""
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, skip_special_tokens)
+        """prompt_ids: the prompt or its last ids. min_tokens: up to this many tokens complete no stop string. shown:
+        ids of special tokens that are not skipped."""
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, skip_special_tokens, shown)
         self._matcher = StopMatcher(stop, include_stop_str_in_output) if stop else None
         self._min_tokens = min_tokens
         self._num_tokens = 0

@@ -72,8 +72,10 @@ class Tokenizer:
         self.special_tokens: Mapping[str, Any] = dict(special_tokens or {})  # values are str; Any lets ** type-check
         self.chat_templates: Mapping[str, str] = dict(chat_templates or {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self.special_token_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+            token_id for token_id, token in added.items() if token.special
         )
         self.bos_token_id: int | None = self._id_of("bos_token")
         own_eos = self._id_of("eos_token")
@@ -84,6 +86,7 @@ class Tokenizer:
         rules = DecoderRules.parse(None if decoder is None else json.loads(decoder.__getstate__()))
         self._pieces: PieceTable | None = None
         self._visible_pieces: PieceTable | None = None
+        self._shown_pieces: dict[frozenset[int], PieceTable] = {}  # by the special tokens shown, a few sets
         if rules is not None:
             self._pieces = PieceTable(rules, backend.id_to_token, frozenset())
             self._visible_pieces = PieceTable(rules, backend.id_to_token, self.special_token_ids)
@@ -267,9 +270,28 @@ class Tokenizer:
         """Return one token as text with its leading space; U+FFFD for part of a character; ``""`` if unknown."""
         return (self.token_bytes(token_id) or b"").decode(errors="replace")
 
-    def pieces(self, skip_special_tokens: bool) -> PieceTable | None:
-        """Return the detokenizer's table; None if this decoder does not work token by token."""
-        return self._visible_pieces if skip_special_tokens else self._pieces
+    def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
+        """Return the ids of those of some tokens that are special."""
+        return self.special_token_ids.intersection(map(self._added_ids.get, tokens))
+
+    def added_id(self, text: str) -> int | None:
+        """Return the id of a token that stands for a text wherever it occurs; None if there is none."""
+        return self._added_ids.get(text)
+
+    def pieces(self, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> PieceTable | None:
+        """Return the detokenizer's table; None if this decoder does not work token by token.
+
+        shown: ids of special tokens that are not skipped.
+        """
+        if not skip_special_tokens or self._pieces is None:
+            return self._pieces
+        if not shown:
+            return self._visible_pieces
+        table = self._shown_pieces.get(shown)
+        if table is None:
+            hidden = self.special_token_ids - shown
+            table = self._shown_pieces[shown] = PieceTable(self._pieces.rules, self._backend.id_to_token, hidden)
+        return table
 
 
 def _surrogate_at(text: str) -> int | None:

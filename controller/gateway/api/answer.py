@@ -55,8 +55,11 @@ async def answer(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     shape: Shape,
+    *,
+    shown_tokens: frozenset[int] = frozenset(),
 ) -> web.StreamResponse:
-    """Generate `params.n` choices of each prompt and answer with them. Raises the request's errors."""
+    """Generate `params.n` choices of each prompt and answer with them. shown_tokens: ids of special tokens that are
+    part of the text. Raises the request's errors."""
     fields, has_usage = call.fields, wants_usage(call.fields)
     generated = candidates(fields, params)
     bad_words: BadWords = ()
@@ -79,7 +82,7 @@ async def answer(
         "created": int(time.time()),
         "model": (fields.model or model.entry.name)[:MAX_NAME_CHARS],
     }
-    async with call.state.generate(requests, generated, model) as generation:
+    async with call.state.generate(requests, generated, model, shown_tokens=shown_tokens) as generation:
         if fields.stream:
             frames = shape.frames(head, generation.num_choices, has_usage=has_usage)
             return await stream_answer(

@@ -19,7 +19,7 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from lorafleet.controller.gateway.api.field_rule import FieldRule, rule_of
-from lorafleet.controller.gateway.api.schema import MAX_FIELD_BYTES, SIZEABLE, StreamOptions
+from lorafleet.controller.gateway.api.schema import INSTEAD, MAX_FIELD_BYTES, SIZEABLE, StreamOptions
 from lorafleet.workers.errors import InvalidRequestError, cut, quoted
 from lorafleet.workers.text.json_shape import check_shape
 
@@ -71,7 +71,8 @@ def _ignored(given: dict[str, msgspec.Raw], rule: FieldRule, *, strict: bool) ->
         if num_bytes <= _MAX_DEFAULT_BYTES and rule.asks_nothing(name, _decode(bytes(raw), object)):
             continue
         if rule.is_refused(name) or (strict and name in rule.known):
-            raise InvalidRequestError(f"{quoted(name)} is not supported by this server. Leave it out.", param=cut(name))
+            instead = INSTEAD.get(name, "Leave it out.")
+            raise InvalidRequestError(f"{quoted(name)} is not supported by this server. {instead}", param=cut(name))
         if strict and not rule.is_accepted_by_strict(name):
             raise InvalidRequestError(f"{quoted(name)} is not a known field. Leave it out.", param=cut(name))
         yield name

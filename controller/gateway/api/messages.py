@@ -6,11 +6,13 @@ Owns: checks before a request takes its place at a model, the token ids. Leaves 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafleet.controller.gateway.api.schema import ChatRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
+from lorafleet.workers.answers.call_syntax import CallSyntax, PythonicSyntax
+from lorafleet.workers.answers.tool_formats import HERMES
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.text.messages import ROLES, content_text
 
@@ -35,8 +37,11 @@ def encode_messages(
     messages: Sequence[dict[str, Any]],
     fields: ChatRequest | TokenizeRequest,
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    call_syntax: CallSyntax | PythonicSyntax = HERMES.syntax,
+    template_kwargs: Mapping[str, Any] | None = None,
     parse_special_in_content: bool,
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> list[int]:
     """Return the token ids of messages in the model's template. max_tokens: see `Tokenizer.encode`.
 
@@ -47,7 +52,9 @@ def encode_messages(
         add_generation_prompt=fields.add_generation_prompt,
         continue_final_message=fields.continue_final_message is True,
         documents=fields.documents,
-        chat_template_kwargs=fields.chat_template_kwargs,
+        tools=tools,
+        call_syntax=call_syntax,
+        chat_template_kwargs={**(template_kwargs or {}), **(fields.chat_template_kwargs or {})},
         add_special_tokens=fields.add_special_tokens is True,
         parse_special_in_content=parse_special_in_content,
         max_tokens=max_tokens,

@@ -14,7 +14,7 @@ import msgspec
 from lorafleet.workers.errors import InvalidRequestError
 
 MAX_FIELD_BYTES: Final = 1 << 17  # of any field except those that carry the request's content
-SIZEABLE: Final = frozenset({"prompt", "messages", "documents", "tokens"})
+SIZEABLE: Final = frozenset({"prompt", "messages", "documents", "tokens", "tools"})
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -131,8 +131,25 @@ class CompletionRequest(GenerateFields, kw_only=True):
     logprobs: int | None = None
 
 
+class Function(msgspec.Struct, kw_only=True):
+    """A function that an answer may call. parameters: a JSON schema. strict: its arguments must fit them."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """A tool. type: "function"."""
+
+    type: str = "function"
+    function: Function
+
+
 class ChatRequest(GenerateFields, kw_only=True):
-    """POST /v1/chat/completions. echo: the answer begins with the last message if both have the same role."""
+    """POST /v1/chat/completions. echo: the answer begins with the last message if both have the same role. tool_choice:
+    see `tool_use`."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -143,6 +160,11 @@ class ChatRequest(GenerateFields, kw_only=True):
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: str | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -151,6 +173,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -196,27 +219,28 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "include_reasoning": (True,),
     "is_3d_lora_weight": (False,),
     "logits_processors": ([],),
     "length_penalty": (1,),
     "lora_int_id": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
-    "reasoning_effort": (),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
 """Fields of OpenAI or vLLM that this server does not honour: the values, besides null, that ask for nothing."""
+
+INSTEAD: Final = {
+    "function_call": "Send tool_choice instead.",
+    "functions": "Send them as tools instead.",
+}
+"""Fields of `DEFAULTS` that another one has replaced."""
 
 
 def check_stream_options(fields: GenerateFields) -> None:

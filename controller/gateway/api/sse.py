@@ -89,10 +89,9 @@ class ChunkTemplate:
         return b"data: " + _json(self._head | {"choices": [], "usage": usage}) + b"\n\n"
 
 
-def with_usage(frame: bytes, usage: dict[str, Any]) -> bytes:
-    """Return a chunk of a template that has usage with the usage so far."""
-    assert frame.endswith(_NO_USAGE)
-    return frame[: -len(_NO_USAGE)] + b'"usage":' + _json(usage) + b"}\n\n"
+def with_usage(chunks: bytes, usage: dict[str, Any]) -> bytes:
+    """Return chunks of a template that has usage with the usage so far."""
+    return chunks.replace(_NO_USAGE, b'"usage":' + _json(usage) + b"}\n\n")  # JSON's strings have no line ends
 
 
 class EventStream:

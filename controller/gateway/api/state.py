@@ -161,7 +161,12 @@ class GatewayState:
 
     @asynccontextmanager
     async def generate(
-        self, requests: Sequence[GenerateRequest], params: SamplingParams, model: ServedModel
+        self,
+        requests: Sequence[GenerateRequest],
+        params: SamplingParams,
+        model: ServedModel,
+        *,
+        shown_tokens: frozenset[int] = frozenset(),
     ) -> AsyncIterator[Generation]:
         """Submit all choices of one API request's prompts; those still running when the block ends are cancelled."""
         if self._stopped:
@@ -174,6 +179,7 @@ class GatewayState:
             max_queued_tokens=self.config.limits.max_queued_tokens,
             worker_wait_s=self.config.worker_wait_s,
             metrics=self.metrics.model(model.entry.name),
+            shown_tokens=shown_tokens,
         )
         limit_s = self.config.limits.request_timeout_s
         timer = asyncio.get_running_loop().call_later(

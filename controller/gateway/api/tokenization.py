@@ -15,6 +15,7 @@ from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.messages import check_messages, encode_messages
 from lorafleet.controller.gateway.api.schema import DetokenizeRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
+from lorafleet.controller.gateway.api.tools import check_tools, described_tools
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
 MAX_CONTEXTS: Final = 4  # limit of tokens, above one context so that too long a text is still counted
@@ -25,6 +26,7 @@ def _check(fields: TokenizeRequest) -> None:
         raise InvalidRequestError("Give either prompt or messages.", param="prompt")
     if fields.messages is not None:
         check_messages(fields.messages)
+    check_tools(fields.tools or ())
 
 
 @takes(TokenizeRequest, _check)
@@ -50,7 +52,12 @@ def _tokenize(model: ServedModel, fields: TokenizeRequest, *, parse_special_in_c
     try:
         if fields.messages is not None:
             token_ids = encode_messages(
-                model, fields.messages, fields, parse_special_in_content=parse_special_in_content, max_tokens=limit
+                model,
+                fields.messages,
+                fields,
+                tools=described_tools(fields.tools) if fields.tools else None,
+                parse_special_in_content=parse_special_in_content,
+                max_tokens=limit,
             )
         else:
             token_ids = tokenizer.encode(fields.prompt or "", fields.add_special_tokens is not False, max_tokens=limit)

@@ -63,13 +63,15 @@ class Generation:
         max_queued_tokens: int,
         worker_wait_s: float,
         metrics: ModelMetrics,
+        shown_tokens: frozenset[int] = frozenset(),
     ) -> None:
         """requests: one for each prompt, with `params.n` choices each. worker_wait_s: maximum wait of a choice for a
-        worker that takes or resumes it."""
+        worker that takes or resumes it. shown_tokens: ids of special tokens that are part of the text."""
         self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
         self.num_output_tokens = 0
         self._tokenizer = tokenizer
         self._params = params
+        self._shown_tokens = shown_tokens
         self._metrics = metrics
         self._started_at = time.monotonic()
         self._has_token = False
@@ -245,6 +247,7 @@ class Generation:
             include_stop_str_in_output=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
             skip_special_tokens=params.skip_special_tokens,
+            shown=self._shown_tokens,
         )
 
     def _cancel_all(self) -> None:
