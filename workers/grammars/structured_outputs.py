@@ -26,7 +26,7 @@ class StructuredOutputsParams:
     json: a JSON schema, or its text. regex: matches the whole output. choice: the output is one of these. grammar: Lark
     or GBNF. json_object: any JSON object. structural_tag: free text with parts that follow grammars, see
     structural_tag.py. The others are for JSON. whitespace_pattern: a regular expression of the blanks between its
-    tokens. disable_any_whitespace: none. disable_additional_properties: an object has only the properties of its schema,
+    tokens. disable_any_whitespace: none. disable_additional_properties: an object has only its schema's properties,
     unless that says otherwise.
     """
 
