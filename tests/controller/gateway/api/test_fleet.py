@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_it_is_shown_again_until_somebody_has_seen_enough() -> None:
 
 
 def test_a_watch_outlives_a_gateway_that_is_away_but_not_one_that_never_answered() -> None:
-    shown = iter(["one", WorkerUnavailableError("away"), "three", KeyboardInterrupt()])
+    shown: Iterator[str | BaseException] = iter(["one", WorkerUnavailableError("away"), "three", KeyboardInterrupt()])
 
     def show() -> str:
         text = next(shown)
