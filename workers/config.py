@@ -244,12 +244,12 @@ class EngineConfig(EngineOptions):
         return dtype if self.lora is None or self.lora.lora_dtype == "auto" else self.lora.lora_dtype
 
     def batched_tokens(self, *, on_cpu: bool) -> int:
-        """`max_num_batched_tokens` or its default, which is small on a CPU: there a long step delays every request."""
+        """Return `max_num_batched_tokens` or its default, small on a CPU, where a long step delays every request."""
         return self.max_num_batched_tokens or max(512 if on_cpu else 2048, self.max_num_seqs)
 
     @property
     def ranks_per_host(self) -> int:
-        """Ranks that share this host's cores, this one included."""
+        """Return the number of ranks that share this host's cores, this one included."""
         return self.tensor_parallel_size * self.workers_per_host
 
     @property

@@ -15,7 +15,7 @@ _HEAD = """# Command line
 
 `lorafleet COMMAND --help` prints the same. Several values follow each other, or the flag is given again. `SIZE` is a
 number of bytes, or a number with a unit such as `2GiB` or `500MB`. The options of an engine and of LoRA are keyword
-arguments of `LLM` and `EngineArgs` too, with underscores: `--max-loras 4` is `max_loras=4`.
+arguments of `LLM` and `EngineArgs` too, with underscores: `--max-loras 4` is `max_loras=4`. But for `--max-waiting`.
 """
 
 

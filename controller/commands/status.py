@@ -66,12 +66,19 @@ def table(fleet: dict[str, Any]) -> str:
 
 
 def watch(show: Callable[[], str], out: TextIO, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Show again and again, in place on a terminal, until Ctrl-C."""
+    """Show again and again, in place on a terminal, until Ctrl-C.
+
+    A gateway that has answered once may be away for a while; at first, its error is raised.
+    """
     try:
+        text = show()
         while True:
-            text = show()
             print(f"{_CLEAR if out.isatty() else ''}{text}", file=out, flush=True)
             sleep(WATCH_S)
+            try:
+                text = show()
+            except LoRAFleetError as error:
+                text = error.message
     except KeyboardInterrupt:
         return
 

@@ -273,8 +273,8 @@ def _check_name(name: str, root: str) -> None:
             "trailing blanks.",
             param="lora_name",
         )
-    if len(root) > MAX_ROOT_CHARS or "\0" in root:
+    if len(root) > MAX_ROOT_CHARS or not root.isprintable():
         raise InvalidRequestError(
-            f"lora_path is {quoted(root)}; it must be at most {MAX_ROOT_CHARS} characters, none of them NUL.",
+            f"lora_path is {quoted(root)}; it must be at most {MAX_ROOT_CHARS} printable characters.",
             param="lora_path",
         )

@@ -103,9 +103,6 @@ class Retirement:
         """Return the versions in use by requests, which a restarted worker may get."""
         return [entry.adapter for entry in self._retired.values() if entry.is_used]
 
-    def keys(self) -> Collection[Key]:
-        return self._retired.keys()
-
     async def run(self) -> None:
         """Ask the workers repeatedly while there are retired versions."""
         while True:

@@ -140,7 +140,7 @@ class Aliases(Generic[_Alias]):
         self._work.close()
 
     def drop(self, alias: _Alias) -> Future[FreedBytes] | None:
-        """`remove` it now. Raises `UnknownModelError`."""
+        """Do what `remove` does, now. Raises `UnknownModelError`."""
         with self._lock:
             spec = self._specs.pop(alias, None)
             if spec is None:

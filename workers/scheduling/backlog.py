@@ -23,7 +23,7 @@ class Backlog:
         return len(self._tenant_of)
 
     def __iter__(self) -> Iterator[str]:
-        """Request ids, in no particular order."""
+        """Iterate over request ids, in no particular order."""
         return iter(self._tenant_of)
 
     def add(self, request: GenerateRequest) -> None:

@@ -413,7 +413,7 @@ class Scheduler:
         """Return the hot adapters that have waiting requests and accept them, with their digests."""
         hot = self._flows.hot()
         # A request preempted for a turn resumes as if it had never stopped: its adapters are not claimed.
-        resuming = {digest for adapter in self._running.preempted_for_turns for digest in hot.get(adapter, ())}
+        resuming = {digest for adapter in self._running.preempted_for_turns for digest in hot.get(adapter or "", ())}
         claimed = reserved.claimed | self._claims.find(
             hot, reserved.claimed | resuming, self._now, self.slot_turns.hold_s
         )

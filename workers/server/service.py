@@ -267,7 +267,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def _publish(self, step: int, events: list[RequestEvent]) -> None:
         """Post a step's events to the event loop. Runs in the engine's thread."""
-        self._loop.call_soon_threadsafe(self._deliver, step, events)
+        self._loop.call_soon_threadsafe(self._deliver_or_end, step, events)
+
+    def _deliver_or_end(self, step: int, events: list[RequestEvent]) -> None:
+        """Deliver a step's events. If that fails, fail all requests: clients would wait for lost tokens for ever."""
+        try:
+            self._deliver(step, events)
+        except Exception:
+            logger.exception("the outputs of step %d cannot be delivered; the worker ends", step)
+            self._fail_all()
 
     def _deliver(self, step: int, events: list[RequestEvent]) -> None:
         """Send one StepOutputs per session with events."""

@@ -131,7 +131,7 @@ class Tokenizer:
         return tokenizer
 
     def _with(self, eos_token_ids: Iterable[int], chat_templates: Mapping[str, str]) -> Tokenizer:
-        """The same vocabulary, rules and tokens."""
+        """Return a tokenizer with the same vocabulary, rules and tokens."""
         other = copy.copy(self)
         other.chat_templates = dict(chat_templates)
         other.eos_token_ids = self._own_eos_token_ids.union(eos_token_ids)

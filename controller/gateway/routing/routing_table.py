@@ -139,7 +139,7 @@ class RoutingTable:
 
     @property
     def base(self) -> ModelEntry:
-        """The base model."""
+        """Return the base model's entry."""
         return self.models[self.base_name]
 
     def unavailable(self, digest: str) -> str | None:

@@ -21,6 +21,8 @@ from lorafleet.workers.text.model_text import ModelText
 
 MAX_TEXTS: Final = 32  # in addition to the base model's
 MAX_BYTES: Final = 1 << 30  # approximate memory of these
+MAX_LOADING: Final = 8  # at once: each has its files in memory
+PLACE_S: Final = 60.0  # the longest wait to be one of these
 _BYTES_PER_FILE_BYTE = 6  # memory; SmolLM2's tokenizer takes 18 MB for a file of 3.5 MB
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Tokenizers:
         self._texts: OrderedDict[str, ModelText] = OrderedDict()  # least recently used first
         self._bytes: dict[str, int] = {}
         self._loading: dict[str, asyncio.Task[ModelText]] = {}
+        self._places = asyncio.Semaphore(MAX_LOADING)
 
     async def get(self, digest: str) -> ModelText:
         """Return the tokenizer and template of a digest. Raises `WorkerUnavailableError` if loading fails."""
@@ -55,7 +58,7 @@ class Tokenizers:
             task.add_done_callback(lambda _: self._loading.pop(digest, None))
         try:
             return await asyncio.shield(task)  # others wait for it too
-        except (grpc.aio.AioRpcError, LoRAFleetError) as error:
+        except (grpc.aio.AioRpcError, LoRAFleetError, TimeoutError) as error:
             logger.warning("tokenizer %s cannot be loaded: %s", digest[:16], describe(error))
             raise WorkerUnavailableError("The adapter's tokenizer cannot be loaded now. Try again.") from error
 
@@ -65,6 +68,14 @@ class Tokenizers:
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
 
     async def _load(self, digest: str) -> ModelText:
+        async with asyncio.timeout(PLACE_S):
+            await self._places.acquire()
+        try:
+            return await self._fetch_and_build(digest)
+        finally:
+            self._places.release()
+
+    async def _fetch_and_build(self, digest: str) -> ModelText:
         files = await self._fetch(digest)
         base = self._base()
         known = [*([] if base is None else [base]), *self._texts.values()]

@@ -175,7 +175,9 @@ async def test_without_workers_nothing_can_be_loaded_or_unloaded(fleet: Fleet) -
         ("x" * 257, "/adapters/a", InvalidRequestError, "256"),
         ("a\nb", "/adapters/a", InvalidRequestError, "printable"),
         ("sql", "/" + "x" * 4096, InvalidRequestError, "4096"),
-        ("sql", "/adapters/\0", InvalidRequestError, "NUL"),
+        ("sql", "/adapters/\0", InvalidRequestError, "printable"),
+        ("sql", "/adapters/a\n2026-11-30 ERROR", InvalidRequestError, "printable"),
+        ("sql", "/adapters/\x1b[2J", InvalidRequestError, "printable"),
         ("x" * 5_000_000, "x" * 5_000_000, InvalidRequestError, "printable"),
     ],
 )

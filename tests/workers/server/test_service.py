@@ -146,3 +146,23 @@ async def test_when_the_engine_crashes_every_request_is_told_before_the_process_
             assert ended is not None and ended.error_code == "internal_error"
         async with asyncio.timeout(TIMEOUT_S):
             await worker.crashed.wait()
+
+
+async def test_when_a_step_cannot_be_delivered_nobody_waits_for_its_tokens(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(step: int, events: object) -> None:
+        raise ZeroDivisionError
+
+    worker.engine.paused = True
+    async with worker.session() as one, worker.session() as other:
+        await one.generate(1, [1])
+        await other.generate(1, [1])
+        await eventually(lambda: worker.engine.num_running == 2)
+        monkeypatch.setattr(worker.service, "_deliver", fail)
+        worker.engine.resume()
+        for client in (one, other):
+            ended = (await client.ending(1)).ended
+            assert ended is not None and ended.error_code == "internal_error"
+        async with asyncio.timeout(TIMEOUT_S):
+            await worker.crashed.wait()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from lorafleet.controller.commands.status import WATCH_S, fetch_fleet, table, watch
 from lorafleet.proto import controller_pb2, worker_pb2
-from lorafleet.workers.errors import LoRAFleetError
+from lorafleet.workers.errors import LoRAFleetError, WorkerUnavailableError
 
 
 async def test_the_fleet_as_the_controller_knows_it(fleet: Any) -> None:
@@ -126,6 +127,23 @@ def test_it_is_shown_again_until_somebody_has_seen_enough() -> None:
     out = Terminal()
     watch(lambda: next(shown), out, sleep)
     assert out.getvalue() == "one\ntwo\nthree\n"
+
+
+def test_a_watch_outlives_a_gateway_that_is_away_but_not_one_that_never_answered() -> None:
+    shown: Iterator[str | BaseException] = iter(["one", WorkerUnavailableError("away"), "three", KeyboardInterrupt()])
+
+    def show() -> str:
+        text = next(shown)
+        if isinstance(text, BaseException):
+            raise text
+        return text
+
+    out = io.StringIO()
+    watch(show, out, lambda seconds: None)
+    assert out.getvalue() == "one\naway\nthree\n"
+    shown = iter([WorkerUnavailableError("nowhere")])
+    with pytest.raises(WorkerUnavailableError, match="nowhere"):
+        watch(show, out, lambda seconds: None)
 
 
 async def test_it_needs_the_controller(fleet: Any) -> None:

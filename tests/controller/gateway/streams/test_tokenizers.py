@@ -68,6 +68,32 @@ async def test_each_is_fetched_once_and_the_last_used_are_kept(
         await texts.close()
 
 
+async def test_few_are_loaded_at_once_and_the_others_do_not_wait_for_ever(
+    tokenizer_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    monkeypatch.setattr(tokenizers_module, "MAX_LOADING", 2)
+    monkeypatch.setattr(tokenizers_module, "PLACE_S", 0.05)
+    may_end = asyncio.Event()
+    fetching: list[str] = []
+
+    async def fetch(digest: str) -> Mapping[str, bytes]:
+        fetching.append(digest)
+        await may_end.wait()
+        return tokenizer_files
+
+    with ThreadPoolExecutor(1) as executor:
+        texts = Tokenizers(fetch, executor)
+        first = [asyncio.create_task(texts.get(digest)) for digest in "ab"]
+        await eventually(lambda: len(fetching) == 2)
+        with pytest.raises(WorkerUnavailableError):
+            await texts.get("c")
+        assert fetching == ["a", "b"]
+        may_end.set()
+        assert [text.digest for text in await asyncio.gather(*first)] == ["a", "b"]
+        assert (await texts.get("c")).digest == "c"
+        await texts.close()
+
+
 async def test_the_memory_of_those_kept_is_bounded(
     tokenizer_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
