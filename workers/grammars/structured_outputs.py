@@ -24,10 +24,11 @@ class StructuredOutputsParams:
     """What an output must be: exactly one of the first fields. Raises `InvalidRequestError`.
 
     json: a JSON schema, or its text. regex: matches the whole output. choice: the output is one of these. grammar: Lark
-    or GBNF. json_object: any JSON object. structural_tag: free text with parts that follow grammars (structural_tag.py).
-    The others are for JSON. whitespace_pattern: a regular expression of the
-    blanks between its tokens. disable_any_whitespace: none. disable_additional_properties: an object has only the
-    properties of its schema, unless that says otherwise.
+    or GBNF. json_object: any JSON object. structural_tag: free text with parts that follow grammars.
+
+    The others are for JSON. whitespace_pattern: a regular expression of the blanks between its tokens.
+    disable_any_whitespace: none. disable_additional_properties: an object has only the properties of its schema, unless
+    that says otherwise.
     """
 
     json: str | dict[str, Any] | bool | None = None
