@@ -40,6 +40,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -175,9 +178,7 @@ ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "promp
 
 DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -190,7 +191,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "include_reasoning": (True,),
     "is_3d_lora_weight": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
     "lora_int_id": (),
     "modalities": (["text"],),

@@ -83,7 +83,7 @@ async def test_after_a_crash_whoever_waits_and_whoever_comes_is_told(
         raise RuntimeError("a kernel failed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm.engine._runner, "launch", fail)
+        patched.setattr(llm.engine._runner, "forward", fail)
         generating = asyncio.ensure_future(last(llm, "2", a))
         with pytest.raises(InternalError):
             await generating

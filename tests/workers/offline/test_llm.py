@@ -70,6 +70,43 @@ def test_ids_that_an_adapter_adds_may_be_in_its_requests(llm: LLM, root: Path) -
             llm.generate([ids], options, use_tqdm=False)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_rules_about_tokens_know_the_ids_of_the_rows_adapter_and_change_no_other_row(llm: LLM, root: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(root / "model")
+    wide.resize_token_embeddings(133, mean_resizing=False)
+    tiny.make_adapter(wide, root / "wider")
+    request, prompt = lora(root, "wider", 23), [40, 41, 42]
+    only_new = dataclasses.replace(GREEDY, allowed_token_ids=[131, 132])
+    pushed = dataclasses.replace(GREEDY, logit_bias={132: 100})
+    (plain,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+    outputs = llm.generate(
+        [prompt] * 3, [only_new, pushed, GREEDY], lora_request=[request, request, None], use_tqdm=False
+    )
+    allowed, biased, beside = (output.outputs[0].token_ids for output in outputs)
+    assert set(allowed) <= {131, 132} and set(biased) == {132}
+    assert beside == plain.outputs[0].token_ids
+    for params in (only_new, pushed):
+        with pytest.raises(InvalidRequestError, match="has 132; the vocabulary ends at 130"):
+            llm.generate([prompt], params, use_tqdm=False)
+
+
+def test_the_tokens_of_bad_words_come_neither_first_nor_after_a_space(llm: LLM) -> None:
+    words, tokenizer = ["the", "fox", "q", "o", " d", "over"], llm.get_tokenizer()
+    forbidden = [tokenizer.encode(form) for word in words for form in (word.lstrip(), f" {word.lstrip()}")]
+    assert {len(ids) for ids in forbidden} == {1, 2}
+
+    def outputs(bad_words: list[str]) -> list[list[int]]:
+        hot = dataclasses.replace(GREEDY, temperature=2.0, max_tokens=60, bad_words=bad_words)
+        params = [dataclasses.replace(hot, seed=seed) for seed in range(8)]
+        return [list(output.outputs[0].token_ids) for output in llm.generate(["the quick"] * 8, params, use_tqdm=False)]
+
+    def num_found(outputs: list[list[int]]) -> int:
+        return sum(ids[i : i + len(own)] == own for ids in outputs for own in forbidden for i in range(len(ids)))
+
+    assert num_found(outputs([])) > 5
+    assert num_found(outputs(words)) == 0
+
+
 def test_generate_has_vllms_shape(llm: LLM) -> None:
     (output,) = llm.generate("the quick", GREEDY, use_tqdm=False)
     assert output.prompt == "the quick"
@@ -449,7 +486,7 @@ def test_after_a_step_that_failed_every_call_says_so_and_none_hangs(
             raise RuntimeError("a kernel failed")
 
         with monkeypatch.context() as patched:
-            patched.setattr(llm.llm_engine.engine._runner, "launch", fail)
+            patched.setattr(llm.llm_engine.engine._runner, "forward", fail)
             with pytest.raises(RuntimeError, match="a kernel failed"):
                 llm.generate(["the fox", "the dog"], GREEDY, use_tqdm=False)
         assert not llm.llm_engine.has_unfinished_requests()
