@@ -1,6 +1,6 @@
 """What structured output costs: a step's time with no, half and all of 32 rows constrained.
 
-python benchmarks/structured.py [--rows 32] [--steps 80] [--rounds 5]
+python -m benchmarks.structured [--rows 32] [--steps 80] [--rounds 5]
 
 Each round runs the cases one after another on one engine with the demo model; the medians of all rounds are compared.
 """

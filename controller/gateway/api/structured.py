@@ -6,6 +6,7 @@ to others: grammars and their check (workers/grammars), enforcing them (the work
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -71,7 +72,7 @@ def grammar_maker(fields: GenerateFields) -> tuple[str, Callable[[], str]] | Non
         value = getattr(fields, name)
         if value is not None:
             guided = {name.removeprefix("guided_"): value, "whitespace_pattern": fields.guided_whitespace_pattern}
-            makers.append((name, lambda name=name, guided=guided: _guided(name, guided)))
+            makers.append((name, functools.partial(_guided, name, guided)))
     if len(makers) > 1:
         names = " and ".join(name for name, _ in makers)
         raise InvalidRequestError(f"{names} all ask for structured output. Give one of them.", param=makers[1][0])

@@ -194,7 +194,7 @@ def test_a_grammar_that_explodes_ends_its_request_alone(files: Files, engine_of:
     expected = run_engine(engine, requests[:2])
     results = run_engine(engine, requests)
     for name in bad:
-        assert results[name].finish.value == "error" and isinstance(results[name].error, InvalidRequestError)
+        assert results[name].finish is FinishReason.ERROR and isinstance(results[name].error, InvalidRequestError)
     for name in ("free", "good"):
         assert results[name].token_ids == expected[name].token_ids
 

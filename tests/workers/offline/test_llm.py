@@ -17,7 +17,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lorafleet.workers import LLM, AsyncLLM, EngineArgs, LLMEngine, LoRARequest, RequestOutput, SamplingParams
+from lorafleet.workers import (
+    LLM,
+    AsyncLLM,
+    EngineArgs,
+    LLMEngine,
+    LoRARequest,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -566,3 +575,51 @@ def test_an_adapters_own_template_and_tokenizer_are_used_for_its_requests(llm: L
     assert adapter.decode([5, 6]) == model.decode([6, 5])
     (output,) = llm.generate([[9, 8]], GREEDY, lora_request=swapped, use_tqdm=False)
     assert output.outputs[0].text == adapter.decode(output.outputs[0].token_ids)
+
+
+def structured(**fields: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=200, seed=1, structured_outputs=StructuredOutputsParams(**fields))
+
+
+def test_structured_outputs_are_followed_beside_others(llm: LLM, root: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    asked = [
+        structured(json=schema, disable_any_whitespace=True, disable_additional_properties=True),
+        structured(choice=["yes", "no"]),
+        structured(regex="[ab]{3}"),
+        structured(grammar='root ::= "x" "y"+ "z"'),
+    ]
+    loras = [None, lora(root, "sql", 1), lora(root, "pirate", 2), None]
+    alone = llm.generate(["free"], GREEDY, use_tqdm=False)
+    outputs = llm.generate(["hello"] * 4 + ["free"], [*asked, GREEDY], lora_request=[*loras, None], use_tqdm=False)
+    assert texts(outputs[4:]) == texts(alone)
+    document, choice, match, word = texts(outputs[:4])
+    assert json.loads(document) in ({"a": True}, {"a": False})
+    assert choice in ("yes", "no") and len(match) == 3 and set(match) <= set("ab")
+    assert word.startswith("xy") and word.endswith("yz")
+    assert {output.outputs[0].finish_reason for output in outputs[:4]} == {"stop"}
+    assert all(output.outputs[0].stop_reason is None for output in outputs[:4])
+
+
+def test_structured_outputs_that_cannot_be_enforced_are_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"structured_outputs cannot be enforced.*unclosed"):
+        llm.generate(["hello", "hello"], [GREEDY, structured(regex="(a")], use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="give StructuredOutputsParams"):
+        SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_grammar_knows_the_tokens_that_an_adapters_tokenizer_adds(llm: LLM, root: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(root / "model")
+    wide.resize_token_embeddings(132, mean_resizing=False)
+    tiny.make_adapter(wide, root / "calls")
+    files = json.loads((root / "model" / "tokenizer.json").read_text())
+    call = {"id": 131, "content": "<call>", "special": True, "normalized": False}
+    files["added_tokens"].append(call | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    (root / "calls" / "tokenizer.json").write_text(json.dumps(files))
+    params = structured(grammar='start: <call> "ab"')
+    (output,) = llm.generate(["hello"], params, lora_request=lora(root, "calls", 44), use_tqdm=False)
+    assert output.outputs[0].token_ids[0] == 131 and output.outputs[0].text == "ab"
+    with pytest.raises(InvalidRequestError, match="call"):  # the base model has no such token
+        llm.generate(["hello"], params, use_tqdm=False)
