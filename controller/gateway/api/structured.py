@@ -6,6 +6,7 @@ to others: grammars and their check (workers/grammars), enforcing them (the work
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from lorafleet.workers.grammars.grammar_text import (
     lark_grammar,
     regex_grammar,
 )
+from lorafleet.workers.grammars.structural_tag import structural_tag_grammar
 from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "lark_grammar",
     "regex_grammar",
     "requested_grammar",
+    "structural_tag_grammar",
 ]
 
 _CHECK_BYTES: Final = SHORT_BYTES + 1  # a check may take seconds: it is a long job of the threads, whatever its size
@@ -69,7 +72,7 @@ def grammar_maker(fields: GenerateFields) -> tuple[str, Callable[[], str]] | Non
         value = getattr(fields, name)
         if value is not None:
             guided = {name.removeprefix("guided_"): value, "whitespace_pattern": fields.guided_whitespace_pattern}
-            makers.append((name, lambda name=name, guided=guided: _guided(name, guided)))
+            makers.append((name, functools.partial(_guided, name, guided)))
     if len(makers) > 1:
         names = " and ".join(name for name, _ in makers)
         raise InvalidRequestError(f"{names} all ask for structured output. Give one of them.", param=makers[1][0])
@@ -92,8 +95,12 @@ def response_format_grammar(format: ResponseFormat) -> str:
         if schema is None:
             return json_object_grammar()
         return json_schema_grammar(schema, param=param, is_strict=format.json_schema.strict is True)
+    if format.type == "structural_tag":
+        tag = {"structures": format.structures, "triggers": format.triggers}
+        return structural_tag_grammar(tag if format.format is None else {"format": format.format}, param=param)
     raise InvalidRequestError(
-        f"response_format.type is {quoted(format.type)}; it must be text, json_object or json_schema.", param=param
+        f"response_format.type is {quoted(format.type)}; it must be text, json_object, json_schema or structural_tag.",
+        param=param,
     )
 
 
