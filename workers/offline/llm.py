@@ -81,13 +81,15 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         parse_special_in_content: bool = False,
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation or several, with the adapter's chat template or the model's.
 
         continue_final_message: continue each conversation's last message instead. add_generation_prompt: None for the
-        opposite of that. chat_template_kwargs: further variables of the template, such as enable_thinking.
+        opposite of that. tools: functions, in OpenAI's form, that the prompts describe; calls of them are part of the
+        outputs' text. chat_template_kwargs: further variables of the template, such as enable_thinking.
         parse_special_in_content: a control token's text in a message, such as <|im_end|>, is the token, not text.
         """
         batch = _list_of("messages", messages)
@@ -101,6 +103,7 @@ class LLM:
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,
                 chat_template_kwargs=chat_template_kwargs,
                 parse_special_in_content=parse_special_in_content,
             )

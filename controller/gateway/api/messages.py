@@ -12,7 +12,6 @@ from typing import Any
 from lorafleet.controller.gateway.api.schema import ChatRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.workers.answers.call_syntax import CallSyntax, PythonicSyntax
-from lorafleet.workers.answers.tool_formats import HERMES
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.text.messages import ROLES, content_text
 
@@ -38,7 +37,7 @@ def encode_messages(
     fields: ChatRequest | TokenizeRequest,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    call_syntax: CallSyntax | PythonicSyntax = HERMES.syntax,
+    call_syntax: CallSyntax | PythonicSyntax | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     parse_special_in_content: bool,
     max_tokens: int | None,

@@ -250,6 +250,12 @@ def test_chat_continues_a_message_and_takes_control_tokens_in_it_for_text(llm: L
         llm.chat(messages, GREEDY, use_tqdm=False, chat_template_kwargs={"messages": 1})
 
 
+def test_tools_are_described_in_the_prompt(llm: LLM) -> None:
+    tools = [{"type": "function", "function": {"name": "now", "description": "the fox " * 100}}]
+    with pytest.raises(ContextLengthError, match=r"The prompt has [4-9]\d\d tokens"):
+        llm.chat([{"role": "user", "content": "hi"}], GREEDY, use_tqdm=False, tools=tools)
+
+
 def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     (full,) = llm.generate("the fox", GREEDY, use_tqdm=False)
     text = full.outputs[0].text
