@@ -76,12 +76,10 @@ async def answer(
     num_bytes = sum(len(delta.text) + _LOGPROB_BYTES for delta in deltas)
     if params.logprobs is not None:
         num_bytes += _LOGPROB_BYTES * (params.logprobs + 1) * sum(len(delta.logprobs) for delta in deltas)
-    usage = usage_of(generation)
+    head, usage = with_nulls(head, shape.null_fields), usage_of(generation)
     body = await call.state.parse(
         call.tenant,
         num_bytes,
-        lambda: msgspec.json.encode(
-            with_nulls(head | {"choices": list(map(shape.choice, deltas)), "usage": usage}, shape.null_fields)
-        ),
+        lambda: msgspec.json.encode(head | {"choices": list(map(shape.choice, deltas)), "usage": usage}),
     )
     return web.Response(body=body, content_type="application/json")
