@@ -26,9 +26,9 @@ class SamplingParams(Sampling):
 
     max_tokens: None, or more than fits, generates up to the end of the context. temperature: 0 is greedy. top_k: 0 (or
     -1) keeps all. logprobs: k returns the log-probabilities of the sampled token and of the k best at each position.
-    seed: None draws one. stop: strings that end the text; they are left out of it unless include_stop_str_in_output.
-    min_tokens: before that many, no EOS, stop token or stop string ends the output. stop, stop_token_ids: None means
-    none.
+    seed: None (or -1) draws one. stop: strings that end the text; they are left out of it unless
+    include_stop_str_in_output. min_tokens: before that many, no EOS, stop token or stop string ends the output. stop,
+    stop_token_ids: None means none.
     """
 
     n: Annotated[int, Range(1, MAX_N)] = 1
@@ -88,7 +88,7 @@ class SamplingParams(Sampling):
         return SamplingOptions(
             **{name: getattr(self, name) for name in SHARED_FIELDS},
             max_tokens=max_tokens,
-            seed=(seed if self.seed is None else self.seed) & (2**64 - 1),
+            seed=(seed if self.seed in (None, -1) else self.seed) & (2**64 - 1),
             choice=choice,
             stop_token_ids=self.stop_ids if self.ignore_eos else self.stop_ids | eos_token_ids,
         )

@@ -33,7 +33,7 @@ class Shape(Protocol):
     id_prefix: str
     whole_object: str  # `object` of an answer that is not streamed
     chunk_object: str
-    null_fields: Sequence[str]  # of an answer that is not streamed
+    nullable: Sequence[str]  # fields of an answer that is not streamed
     prompt_field: str  # the request field that errors about prompts name
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
@@ -76,7 +76,7 @@ async def answer(
     num_bytes = sum(len(delta.text) + _LOGPROB_BYTES for delta in deltas)
     if params.logprobs is not None:
         num_bytes += _LOGPROB_BYTES * (params.logprobs + 1) * sum(len(delta.logprobs) for delta in deltas)
-    head, usage = with_nulls(head, shape.null_fields), usage_of(generation)
+    head, usage = with_nulls(head, shape.nullable), usage_of(generation)
     body = await call.state.parse(
         call.tenant,
         num_bytes,

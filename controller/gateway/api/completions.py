@@ -7,7 +7,7 @@ Owns: the shape of answers and chunks. Leaves to others: prompts and echo (promp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -63,7 +63,7 @@ class CompletionShape:
 
     id_prefix, prompt_field = "cmpl", "prompt"
     whole_object = chunk_object = "text_completion"
-    null_fields = null_fields.COMPLETION_ANSWER
+    nullable: Sequence[str] = null_fields.COMPLETION_ANSWER
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, echoes: list[str]) -> None:
         """echoes: the prompt in front of each choice's text; empty for none."""
