@@ -45,7 +45,7 @@ class SamplingParams(Sampling):
     max_tokens: None, or more than fits, generates up to the end of the context; 0 nothing. temperature: 0 is greedy.
     top_k: 0 (or -1) keeps all. logprobs: k returns the log-probabilities of the sampled token and of the k best at each
     position. prompt_logprobs: the same for each prompt token but the first. logprob_token_ids: candidates in place of
-    the k best. seed: None draws one. stop: strings that end the text; they are left out of it unless
+    the k best. seed: None (or -1) draws one. stop: strings that end the text; they are left out of it unless
     include_stop_str_in_output. min_tokens: before that many, no EOS, stop token or stop string ends the output.
     logit_bias: by token id, -100 to 100, added to the token's logit. allowed_token_ids: no other token is sampled.
     bad_words: words that are not generated, neither at the start of a text nor after a space. stop, stop_token_ids,
@@ -132,7 +132,7 @@ class SamplingParams(Sampling):
         return SamplingOptions(
             **{name: getattr(self, name) for name in SHARED_FIELDS if not (choice and name == "prompt_logprobs")},
             max_tokens=max_tokens,
-            seed=(seed if self.seed is None else self.seed) & (2**64 - 1),
+            seed=(seed if self.seed in (None, -1) else self.seed) & (2**64 - 1),
             choice=choice,
             stop_token_ids=self.stop_ids if self.ignore_eos else self.stop_ids | eos_token_ids,
             logit_bias=self.bias,

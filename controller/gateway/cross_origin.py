@@ -32,13 +32,15 @@ class CrossOrigin:
         default_text="none",
     )
     allowed_methods: tuple[str, ...] = option(
-        (ANY,), group=CROSS_ORIGIN, metavar="METHOD", help="methods that such pages may use; * is all"
+        (ANY,), group=CROSS_ORIGIN, metavar="METHOD", help="methods that such pages may use", default_text="* for all"
     )
     allowed_headers: tuple[str, ...] = option(
-        (ANY,), group=CROSS_ORIGIN, metavar="HEADER", help="headers that such pages may send; * is all"
+        (ANY,), group=CROSS_ORIGIN, metavar="HEADER", help="headers that such pages may send", default_text="* for all"
     )
     allow_credentials: bool = option(
-        False, group=CROSS_ORIGIN, help="let such pages send cookies and HTTP authentication; bearer keys need it not"
+        False,
+        group=CROSS_ORIGIN,
+        help="let such pages send cookies and HTTP authentication; bearer keys do not need it",
     )
 
     def __post_init__(self) -> None:

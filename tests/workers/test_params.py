@@ -154,6 +154,22 @@ def test_null_is_no_rule(field: str) -> None:
     assert options(SamplingParams(**{field: None})) == options(SamplingParams())
 
 
+@pytest.mark.parametrize(("asked", "given"), [(None, 4), (3, 3), (4, 4), (5, 4), (2**31 - 1, 4)])
+def test_more_tokens_than_fit_after_the_prompt_are_reduced_to_those_that_do(asked: int | None, given: int) -> None:
+    options = SamplingParams(max_tokens=asked).options(
+        num_prompt_tokens=60, max_model_len=64, vocab_size=10, seed=0, choice=0
+    )
+    assert options.max_tokens == given
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 99), (-1, 99), (0, 0), (-2, 2**64 - 2), (5, 5)])
+def test_a_seed_is_drawn_for_none_and_as_vllm_does_for_minus_one(asked: int | None, used: int) -> None:
+    options = SamplingParams(seed=asked).options(
+        num_prompt_tokens=1, max_model_len=64, vocab_size=10, seed=99, choice=0
+    )
+    assert options.seed == used
+
+
 def test_a_prompt_that_leaves_no_room_is_over_the_context() -> None:
     with pytest.raises(ContextLengthError, match=r"maximum context length is 64 tokens.*no room"):
         SamplingParams().options(num_prompt_tokens=64, max_model_len=64, vocab_size=10, seed=0, choice=0)

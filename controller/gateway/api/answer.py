@@ -36,7 +36,7 @@ class Shape(Protocol):
     id_prefix: str
     whole_object: str  # `object` of an answer that is not streamed
     chunk_object: str
-    null_fields: Sequence[str]  # of an answer that is not streamed
+    nullable: Sequence[str]  # fields of an answer that is not streamed
     prompt_field: str  # the request field that errors about prompts name
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
@@ -103,7 +103,7 @@ async def answer(
     def encode() -> bytes:
         choices = [msgspec.Raw(msgspec.json.encode(shape.choice(delta))) for delta in deltas]
         whole = head | {"choices": choices, "usage": usage} | shape.extras(deltas)
-        return msgspec.json.encode(with_nulls(whole, shape.null_fields))
+        return msgspec.json.encode(with_nulls(whole, shape.nullable))
 
     body = await call.state.parse(call.tenant, num_bytes, encode)
     return web.Response(body=body, content_type="application/json")

@@ -111,7 +111,7 @@ class ChatShape:
 
     id_prefix, prompt_field = "chatcmpl", "messages"
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
-    null_fields = null_fields.CHAT_ANSWER
+    nullable: Sequence[str] = null_fields.CHAT_ANSWER
 
     def __init__(
         self,

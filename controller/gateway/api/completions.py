@@ -91,7 +91,7 @@ class CompletionShape:
 
     id_prefix, prompt_field = "cmpl", "prompt"
     whole_object = chunk_object = "text_completion"
-    null_fields = null_fields.COMPLETION_ANSWER
+    nullable: Sequence[str] = null_fields.COMPLETION_ANSWER
 
     def __init__(
         self,

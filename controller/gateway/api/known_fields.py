@@ -6,12 +6,11 @@ honoured (schema.py; one that stands there is honoured, whatever is said here), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final
 
 Values = tuple[object, ...]
 
-OTHER_NAMES: Final[Mapping[str, str]] = {
+OTHER_NAMES: Final[dict[str, str]] = {
     "ignore_eos_token": "ignore_eos",  # LoRAX
     "max_new_tokens": "max_tokens",  # SGLang, LoRAX
     "min_new_tokens": "min_tokens",  # SGLang
@@ -27,7 +26,7 @@ OTHER_NAMES: Final[Mapping[str, str]] = {
 }
 """Fields that mean what one of ours means, and are read as that."""
 
-OF_CHAT: Final[Mapping[str, Values]] = {
+OF_CHAT: Final[dict[str, Values]] = {
     "add_generation_prompt": (True,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -46,7 +45,7 @@ OF_CHAT: Final[Mapping[str, Values]] = {
 }
 """Fields with which a chat is rendered or its answer read; other endpoints refuse them."""
 
-OF_COMPLETIONS: Final[Mapping[str, Values]] = {
+OF_COMPLETIONS: Final[dict[str, Values]] = {
     "best_of": (1,),
     "echo": (False,),
     "prompt": (),
@@ -54,7 +53,7 @@ OF_COMPLETIONS: Final[Mapping[str, Values]] = {
 }
 """Fields of completions alone."""
 
-OF_GENERATION: Final[Mapping[str, Values]] = {
+OF_GENERATION: Final[dict[str, Values]] = {
     # OpenAI
     "moderation": (),
     "verbosity": ("medium",),
@@ -155,7 +154,7 @@ OF_GENERATION: Final[Mapping[str, Values]] = {
 }
 """Fields that would change the answer of completions and chat."""
 
-OF_ADAPTERS: Final[Mapping[str, Values]] = {
+OF_ADAPTERS: Final[dict[str, Values]] = {
     "added_tokens_config": ({},),  # SGLang
     "base_model_name": (),
     "is_3d_lora_weight": (False,),
@@ -163,9 +162,9 @@ OF_ADAPTERS: Final[Mapping[str, Values]] = {
 }
 """Fields that would change which adapter is loaded or unloaded, or how."""
 
-OF_DETOKENIZE: Final[Mapping[str, Values]] = {"skip_special_tokens": (False,)}
+OF_DETOKENIZE: Final[dict[str, Values]] = {"skip_special_tokens": (False,)}
 
-OF_STREAM_OPTIONS: Final[Mapping[str, Values]] = {"include_obfuscation": (False,)}
+OF_STREAM_OPTIONS: Final[dict[str, Values]] = {"include_obfuscation": (False,)}
 
 HARMLESS: Final[frozenset[str]] = frozenset(
     {

@@ -13,7 +13,7 @@ from lorafleet.controller.arguments.flags import Command, bounds_text, command_l
 from lorafleet.controller.commands.command_table import COMMANDS
 from lorafleet.controller.gateway.limits import Limits
 from lorafleet.controller.gateway.options import GatewayOptions
-from lorafleet.workers.options import Declared, nested, option, options_of
+from lorafleet.workers.options import Declared, nested, nested_in, option, options_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,9 @@ def test_each_option_of_gateways_survives_their_command_line(declared: Declared)
     elif declared.name == "max_buffered_bytes":
         config = GatewayOptions(limits=Limits(max_buffered_bytes=1 << 40))
     elif declared.path:
-        config = GatewayOptions(limits=Limits(**{declared.name: value}))
+        (owner,) = declared.path
+        value = ("https://x.example", "https://y.example") if declared.name == "allowed_origins" else value
+        config = GatewayOptions(**{owner: nested_in(GatewayOptions)[owner](**{declared.name: value})})
     else:
         config = GatewayOptions(**{declared.name: value})
     assert config != GatewayOptions()

@@ -355,9 +355,7 @@ def test_a_text_that_cannot_fit_is_refused_by_its_characters_alone(watched: tupl
     backend, tokenizer = watched
     longest = max(map(len, backend.get_vocab()))
     text = "a" * (64 * longest + 1)
-    with pytest.raises(
-        ContextLengthError, match=f"maximum context length is 64 tokens. The text has {len(text)} characters"
-    ) as caught:
+    with pytest.raises(ContextLengthError, match=rf"length is 64 tokens\..* {len(text)} characters") as caught:
         tokenizer.encode(text, max_tokens=64)
     assert caught.value.param == "prompt"
     assert backend.calls == []

@@ -131,13 +131,14 @@ ENDPOINTS: dict[str, tuple[type[msgspec.Struct], dict[str, str]]] = {
     "/v1/unload_lora_adapter": (schema.UnloadAdapterBody, {"lora_name": '"sql-adapter"'}),
 }
 CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # which take a tenth of a second each
-UNKNOWN = ("user", "metadata", "response_format", "audio", "tools", "tool_choice", "guided_json", "nonsense")
+UNKNOWN = ("user", "metadata", "audio", "nonsense", "suffix", "use_beam_search", "verbosity", "service_tier")
+OF_OTHER_SERVERS = ("n_predict", "stop_sequences", "repeat_penalty", "rid", "mirostat", "typical_p")
 
 
 def fields_of(path: str) -> Iterator[str]:
     kind, _ = ENDPOINTS[path]
     yield from kind.__struct_fields__
-    yield from (name for name in UNKNOWN if not (path in CHANGES and name in schema.ASKS_NOTHING))
+    yield from (name for name in (*UNKNOWN, *OF_OTHER_SERVERS) if not (path in CHANGES and name in schema.ASKS_NOTHING))
 
 
 def body_of(fields: dict[str, str]) -> bytes:
@@ -159,7 +160,18 @@ def check(status: int, answer: bytes, what: str, param: str | None) -> None:
     assert len(answer) < 2500, (what, len(answer))
     assert error["message"], what
     if param is not None and error["param"] is not None:
-        related = {param, "prompt", "stream_options", "max_tokens", "min_tokens", "top_logprobs", "echo", "adapters"}
+        related = {
+            param,
+            "prompt",
+            "stream_options",
+            "max_tokens",
+            "min_tokens",
+            "top_logprobs",
+            "echo",
+            "adapters",
+            "stop",
+            "repetition_penalty",
+        }
         assert error["param"] in related, (what, error)
 
 

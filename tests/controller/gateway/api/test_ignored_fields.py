@@ -43,8 +43,8 @@ def test_each_name_is_logged_once_and_no_more_than_a_bound(caplog: pytest.LogCap
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_every_answer_names_what_it_ignores(fleet: Any, path: str, stream: bool) -> None:
-    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
-    body = chat if "chat" in path else {"prompt": "hello"} if path == "/tokenize" else BODY
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    body: dict[str, Any] = chat if "chat" in path else {"prompt": "hello"} if path == "/tokenize" else dict(BODY)
     body = body | ({"stream": True} if stream and path != "/tokenize" else {})
     for extra, names in ({}, None), ({"x_one": 1, "x two": "2"}, "x_one, x?two"):
         async with fleet.http.post(path, json=body | extra) as response:
