@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from lorafleet.controller.gateway.api.answer import answer
+from lorafleet.controller.gateway.api.beam_search import check_beam_search
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.logprobs import chat_logprobs, check_num_prompt_candidates, prompt_logprobs
@@ -35,6 +36,7 @@ def _check(fields: ChatRequest) -> None:
     check_stream_options(fields)
     name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
     check_scoring(fields, _max_tokens(fields), max_tokens_field=name)
+    check_beam_search(fields)
 
 
 @takes(ChatRequest, _check)

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from lorafleet.controller.gateway.api.answer import answer
+from lorafleet.controller.gateway.api.beam_search import check_beam_search
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.logprobs import (
@@ -38,6 +39,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def _check(fields: CompletionRequest) -> None:
     check_stream_options(fields)
     check_scoring(fields, fields.max_tokens, has_echo=bool(fields.echo))
+    check_beam_search(fields)
 
 
 @takes(CompletionRequest, _check)

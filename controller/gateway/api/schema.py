@@ -67,7 +67,8 @@ class GenerateFields(SamplingFields, kw_only=True):
 
     priority: lower is served earlier; it is added to the tenant's. cache_salt: only requests of the same tenant with
     the same salt share cached prefixes. adapters: applied together; `model` is the base model then. The others are
-    explained where they are used: scoring.py, truncation.py, logprobs.py.
+    explained where they are used: scoring.py, beam_search.py, truncation.py,
+    logprobs.py.
     """
 
     model: str
@@ -84,6 +85,9 @@ class GenerateFields(SamplingFields, kw_only=True):
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
     best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -150,7 +154,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "early_stopping": (False,),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
@@ -162,7 +165,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "is_3d_lora_weight": (False,),
     "logit_bias": ({},),
     "logits_processors": ([],),
-    "length_penalty": (1,),
     "lora_int_id": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
@@ -177,7 +179,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }

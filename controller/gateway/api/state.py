@@ -49,6 +49,7 @@ class GatewayState:
         self.config = config
         self.intake = Intake(config.limits)
         self.metrics = Metrics()
+        self._round_metrics = Metrics()  # nobody reads these
         gateway_id = uuid.uuid4().hex
         self._text_threads = TextThreads(config.num_tokenizer_threads)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer loader")
@@ -156,9 +157,17 @@ class GatewayState:
 
     @asynccontextmanager
     async def generate(
-        self, requests: Sequence[GenerateRequest], params: SamplingParams, model: ServedModel
+        self,
+        requests: Sequence[GenerateRequest],
+        params: SamplingParams,
+        model: ServedModel,
+        *,
+        is_round: bool = False,
     ) -> AsyncIterator[Generation]:
-        """Submit all choices of one API request's prompts; those still running when the block ends are cancelled."""
+        """Submit all choices of one API request's prompts; those still running when the block ends are cancelled.
+
+        is_round: this is one of several for the request, which is counted elsewhere.
+        """
         if self._stopped:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(
@@ -168,7 +177,7 @@ class GatewayState:
             workers=self._pool,
             max_queued_tokens=self.config.limits.max_queued_tokens,
             worker_wait_s=self.config.worker_wait_s,
-            metrics=self.metrics.model(model.entry.name),
+            metrics=(self._round_metrics if is_round else self.metrics).model(model.entry.name),
         )
         limit_s = self.config.limits.request_timeout_s
         timer = asyncio.get_running_loop().call_later(
