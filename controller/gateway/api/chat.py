@@ -45,13 +45,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
     fields = call.fields
     model = await call.state.served(lambda table: resolve_model(table, fields))
     text, max_tokens = model.text, _max_tokens(fields)
-    params = sampling_params(
-        fields,
-        text.sampling_defaults,
-        max_tokens=max_tokens,
-        logprobs=_num_logprobs(fields),
-        prompt_logprobs=fields.prompt_logprobs,
-    )
+    params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=_num_logprobs(fields))
     truncation = truncation_of(fields, max_tokens, model.max_model_len)
     call.place.take_choices(candidates(fields, params).n, param="n")
     prompt = await call.in_thread(

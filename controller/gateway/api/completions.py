@@ -49,13 +49,10 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
     model = await call.state.served(lambda table: resolve_model(table, fields))
     text, max_len = model.text, model.max_model_len
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-    params = sampling_params(
-        fields,
-        text.sampling_defaults,
-        max_tokens=max_tokens,
-        logprobs=fields.logprobs,
-        prompt_logprobs=_num_prompt_logprobs(fields),
-    )
+    params = sampling_params(fields, text.sampling_defaults, max_tokens=max_tokens, logprobs=fields.logprobs)
+    if fields.echo and params.logprobs is not None:  # the prompt has as many candidates as the answer
+        num_top = max(fields.logprobs or 0, fields.prompt_logprobs or 0)
+        params = dataclasses.replace(params, prompt_logprobs=num_top)
     truncation = truncation_of(fields, fields.max_tokens, max_len)
     max_num_ids = max_len if truncation is None else None
     asked = await call.parse(lambda: read_prompts(bytes(fields.prompt), max_num_ids))
@@ -75,13 +72,6 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
         skips = params.skip_special_tokens
         echoes = await call.in_thread(lambda: echoes_of(text.tokenizer, asked, params.n, skip_special_tokens=skips))
     return await answer(call, model, prompts, params, CompletionShape(text.tokenizer, params, fields, prompts, echoes))
-
-
-def _num_prompt_logprobs(fields: CompletionRequest) -> int | None:
-    """Return how many candidates are needed at each position of the prompt: with echo, as many as in the answer."""
-    if not fields.echo or fields.logprobs is None:
-        return fields.prompt_logprobs
-    return max(fields.logprobs, fields.prompt_logprobs or 0)
 
 
 class CompletionShape:

@@ -21,9 +21,8 @@ def sampling_params(
     *,
     max_tokens: int | None,
     logprobs: int | None,
-    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Return the parameters. defaults: the model's. Raises InvalidRequestError for a value out of range."""
     values: dict[str, Any] = dict(defaults)
     values |= {name: value for name in _FIELDS if (value := getattr(fields, name)) is not None}
-    return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)

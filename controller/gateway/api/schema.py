@@ -43,6 +43,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
 
 
@@ -79,7 +80,6 @@ class GenerateFields(SamplingFields, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     adapters: list[ComposedAdapter] | None = None
-    prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
