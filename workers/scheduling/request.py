@@ -91,16 +91,16 @@ class GenerateRequest:
         return "+".join(f"{digest}:{weight!r}" for digest, weight in self.composition) or self.adapter
 
     def of_choice(self, choice: int, output_token_ids: Sequence[int] = ()) -> GenerateRequest:
-        """Return the same request for another of the API request's choices, resumed after its output so far.
+        """Return the same request for another of the API request's choices, resumed after its further output so far.
 
         Only the first choice brings the prompt's log-probabilities, which are the same for all.
         """
-        if choice == self.sampling.choice and not output_token_ids and not self.output_token_ids:
+        if choice == self.sampling.choice and not output_token_ids:
             return self
         sampling = replace(
             self.sampling, choice=choice, prompt_logprobs=None if choice else self.sampling.prompt_logprobs
         )
-        return replace(self, sampling=sampling, output_token_ids=tuple(output_token_ids))
+        return replace(self, sampling=sampling, output_token_ids=(*self.output_token_ids, *output_token_ids))
 
     def _check_composition(self) -> None:
         digests = {digest for digest, _ in self.composition}

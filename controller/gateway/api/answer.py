@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import msgspec
 from aiohttp import web
 
+from lorafleet.controller.gateway.api.beam_search import beam_answers
 from lorafleet.controller.gateway.api.door import Call
 from lorafleet.controller.gateway.api.generate_request import generate_requests
 from lorafleet.controller.gateway.api.null_fields import with_nulls
@@ -82,6 +83,9 @@ async def answer(
         "created": int(time.time()),
         "model": (fields.model or model.entry.name)[:MAX_NAME_CHARS],
     }
+    if fields.use_beam_search:
+        deltas, usage = await beam_answers(call, model, requests, params, generated.n)
+        return await _whole(call, head, shape, params, deltas, usage)
     async with call.state.generate(requests, generated, model, shown_tokens=shown_tokens) as generation:
         if fields.stream:
             frames = shape.frames(head, generation.num_choices, has_usage=has_usage)
@@ -93,12 +97,23 @@ async def answer(
                 is_usage_continuous=wants_continuous_usage(fields),
             )
         deltas = best_of(await generation.gather(), generated.n, params.n)
+    return await _whole(call, head, shape, params, deltas, usage_of(generation))
+
+
+async def _whole(
+    call: Call[GenerateFields],
+    head: dict[str, Any],
+    shape: Shape,
+    params: SamplingParams,
+    deltas: Sequence[ChoiceDelta],
+    usage: dict[str, Any],
+) -> web.Response:
+    """Return an answer that is not streamed. Large ones are encoded off the event loop."""
     num_bytes = sum(len(delta.text) + _LOGPROB_BYTES for delta in deltas)
     if params.logprobs is not None:
         num_bytes += _LOGPROB_BYTES * (params.logprobs + 1) * sum(len(delta.logprobs) for delta in deltas)
     if params.prompt_logprobs is not None:
-        num_bytes += _LOGPROB_BYTES * (params.prompt_logprobs + 1) * params.n * generation.num_prompt_tokens
-    usage = usage_of(generation)
+        num_bytes += _LOGPROB_BYTES * (params.prompt_logprobs + 1) * params.n * usage["prompt_tokens"]
 
     def encode() -> bytes:
         choices = [msgspec.Raw(msgspec.json.encode(shape.choice(delta))) for delta in deltas]

@@ -15,6 +15,7 @@ from aiohttp import web
 from lorafleet.controller.gateway.api import null_fields
 from lorafleet.controller.gateway.api.answer import answer
 from lorafleet.controller.gateway.api.answer_form import AnswerForm, answer_form, reasoning_kwargs
+from lorafleet.controller.gateway.api.beam_search import check_beam_search
 from lorafleet.controller.gateway.api.chat_message import ChatMessage
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
@@ -44,6 +45,7 @@ def _check(fields: ChatRequest) -> None:
     name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
     check_scoring(fields, _max_tokens(fields), max_tokens_field=name)
     tool_use(fields)
+    check_beam_search(fields)
 
 
 @takes(ChatRequest, _check)
@@ -57,7 +59,6 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
         text.sampling_defaults,
         max_tokens=max_tokens,
         logprobs=_num_logprobs(fields),
-        prompt_logprobs=fields.prompt_logprobs,
         grammar=await requested_grammar(call),
     )
     truncation = truncation_of(fields, max_tokens, model.max_model_len)

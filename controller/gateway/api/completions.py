@@ -14,6 +14,7 @@ from aiohttp import web
 
 from lorafleet.controller.gateway.api import null_fields
 from lorafleet.controller.gateway.api.answer import answer
+from lorafleet.controller.gateway.api.beam_search import check_beam_search
 from lorafleet.controller.gateway.api.composition import resolve_model
 from lorafleet.controller.gateway.api.door import Call, takes
 from lorafleet.controller.gateway.api.logprobs import (
@@ -41,6 +42,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def _check(fields: CompletionRequest) -> None:
     check_stream_options(fields)
     check_scoring(fields, fields.max_tokens, has_echo=bool(fields.echo))
+    check_beam_search(fields)
 
 
 @takes(CompletionRequest, _check)
@@ -55,9 +57,11 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
         text.sampling_defaults,
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
-        prompt_logprobs=_num_prompt_logprobs(fields),
         grammar=await requested_grammar(call),
     )
+    if fields.echo and params.logprobs is not None:  # the prompt has as many candidates as the answer
+        num_top = max(fields.logprobs or 0, fields.prompt_logprobs or 0)
+        params = dataclasses.replace(params, prompt_logprobs=num_top)
     truncation = truncation_of(fields, fields.max_tokens, max_len)
     max_num_ids = max_len if truncation is None else None
     asked = await call.parse(lambda: read_prompts(bytes(fields.prompt), max_num_ids))
@@ -77,13 +81,6 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
         skips = params.skip_special_tokens
         echoes = await call.in_thread(lambda: echoes_of(text.tokenizer, asked, params.n, skip_special_tokens=skips))
     return await answer(call, model, prompts, params, CompletionShape(text.tokenizer, params, fields, prompts, echoes))
-
-
-def _num_prompt_logprobs(fields: CompletionRequest) -> int | None:
-    """Return how many candidates are needed at each position of the prompt: with echo, as many as in the answer."""
-    if not fields.echo or fields.logprobs is None:
-        return fields.prompt_logprobs
-    return max(fields.logprobs, fields.prompt_logprobs or 0)
 
 
 class CompletionShape:

@@ -21,7 +21,6 @@ def sampling_params(
     *,
     max_tokens: int | None,
     logprobs: int | None,
-    prompt_logprobs: int | None = None,
     grammar: str = "",
 ) -> SamplingParams:
     """Return the parameters. defaults: the model's. grammar: a checked one.
@@ -30,6 +29,4 @@ def sampling_params(
     """
     values: dict[str, Any] = dict(defaults)
     values |= {name: value for name in _FIELDS if (value := getattr(fields, name)) is not None}
-    return SamplingParams(
-        **values, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar
-    )
+    return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)

@@ -38,6 +38,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
 
 
@@ -96,7 +97,7 @@ class GenerateFields(SamplingFields, kw_only=True):
     model: None, or empty, is the base model. priority: lower is served earlier; it is added to the tenant's.
     cache_salt: only requests of the same tenant with the same salt share cached prefixes. adapters: applied together;
     `model` is the base model then. request_id: the answer's id; the header `x-request-id` comes before it. The others
-    are explained where they are used: scoring.py, truncation.py, logprobs.py.
+    are explained where they are used: scoring.py, beam_search.py, truncation.py, logprobs.py, structured.py.
     """
 
     model: str | None = None
@@ -108,7 +109,6 @@ class GenerateFields(SamplingFields, kw_only=True):
     cache_salt: str | None = None
     adapters: list[ComposedAdapter] | None = None
     request_id: str | None = None
-    prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
@@ -121,6 +121,9 @@ class GenerateFields(SamplingFields, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
 
 class CompletionRequest(GenerateFields, kw_only=True):
@@ -215,13 +218,11 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "early_stopping": (False,),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "is_3d_lora_weight": (False,),
     "logits_processors": ([],),
-    "length_penalty": (1,),
     "lora_int_id": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -230,7 +231,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
-    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }

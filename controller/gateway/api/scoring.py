@@ -50,7 +50,7 @@ def check_scoring(
 
 
 def candidates(fields: GenerateFields, params: SamplingParams) -> SamplingParams:
-    """Return the parameters of all answers among which the best are chosen."""
+    """Return the parameters of all answers, or beams, among which the best are chosen."""
     if fields.best_of is None or fields.best_of <= params.n:
         return params
     return dataclasses.replace(params, n=fields.best_of, logprobs=params.logprobs or 0)

@@ -52,6 +52,7 @@ class GatewayState:
         self.intake = Intake(config.limits)
         self.ignored_fields = IgnoredFields()
         self.metrics = Metrics()
+        self._round_metrics = Metrics()  # nobody reads these
         gateway_id = uuid.uuid4().hex
         self.grammars = GrammarChecker()
         self._text_threads = TextThreads(config.num_tokenizer_threads)
@@ -167,8 +168,12 @@ class GatewayState:
         model: ServedModel,
         *,
         shown_tokens: frozenset[int] = frozenset(),
+        is_round: bool = False,
     ) -> AsyncIterator[Generation]:
-        """Submit all choices of one API request's prompts; those still running when the block ends are cancelled."""
+        """Submit all choices of one API request's prompts; those still running when the block ends are cancelled.
+
+        is_round: this is one of several for the request, which is counted elsewhere.
+        """
         if self._stopped:
             raise DrainingError("This gateway is shutting down.")
         generation = Generation(
@@ -178,7 +183,7 @@ class GatewayState:
             workers=self._pool,
             max_queued_tokens=self.config.limits.max_queued_tokens,
             worker_wait_s=self.config.worker_wait_s,
-            metrics=self.metrics.model(model.entry.name),
+            metrics=(self._round_metrics if is_round else self.metrics).model(model.entry.name),
             shown_tokens=shown_tokens,
         )
         limit_s = self.config.limits.request_timeout_s

@@ -75,13 +75,15 @@ def tokens(engine: Engine, adapters: dict[str, str]) -> dict[str, list[int]]:
 
 
 def prompt_logprobs(engine: Engine, adapters: dict[str, str]) -> dict[str, list[float]]:
-    """Return those of the longest prompt, which is computed in several steps."""
+    """Return those of the longest prompt, which is computed in several steps, for one adapter after the other."""
     options = SamplingOptions(max_tokens=0, prompt_logprobs=1)
-    requests = [
-        GenerateRequest(name, tuple(PROMPTS[2]), options, digest) for name, digest in {"base": None, **adapters}.items()
-    ]
-    results = run_engine(engine, requests, timeout_s=240.0)
-    return {name: [entry.logprob for entry in result.prompt_logprobs] for name, result in results.items()}
+    found = {}
+    for name, digest in {"base": None, **adapters}.items():
+        request = GenerateRequest(name, tuple(PROMPTS[2]), options, digest)
+        result = run_engine(engine, [request], timeout_s=240.0)[name]
+        found[name] = [entry.logprob for entry in result.prompt_logprobs]
+        assert len(found[name]) == len(PROMPTS[2]) - 1
+    return found
 
 
 # PEFT options that are split differently: by outputs, inputs, the vocabulary, or not at all.

@@ -7,8 +7,6 @@ With `max_tokens` 1 the last position is of the sampled token and is dropped.
 
 from __future__ import annotations
 
-import asyncio
-import copy
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,89 +14,24 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
-
-from lorafleet.proto import controller_pb2, worker_pb2, worker_pb2_grpc
-from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.engine.loop import Engine
-from lorafleet.workers.rpc import create_server
-from lorafleet.workers.server.adapter_registry import AdapterRegistry
-from lorafleet.workers.server.service import WorkerService
-
-TOKEN = "fleet-token"
-MODELS = ("base", "linears", "head")
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "linears": {},
-    "head": {"targets": ["v_proj", "lm_head"], "save_embedding_layers": False},
-}
+from real_worker import MODELS, make_models, real_worker
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("lm_eval")
-    tiny.make_model("llama3", root / "base")
-    tiny.save_tokenizer(root / "base")
-    return root
+    return tmp_path_factory.mktemp("real")
 
 
 @pytest.fixture(scope="module")
 def references(root: Path) -> dict[str, Any]:
-    base = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32).eval()
-    models = {"base": base}
-    for seed, (name, options) in enumerate(ADAPTERS.items()):
-        models[name] = tiny.make_adapter(copy.deepcopy(base), root / name, seed=seed + 3, strength=0.2, **options)
-    return models
+    return make_models(root)
 
 
 @pytest.fixture
 async def fleet(root: Path, references: dict[str, Any], new_fleet: Callable[..., Any]) -> AsyncIterator[Any]:
-    """A gateway whose only worker has a real engine, with prompts computed in several steps."""
-    config = EngineConfig(
-        model=str(root / "base"),
-        dtype="float32",
-        lora=LoRAConfig(max_loras=2, lora_full_weight_bytes=1 << 20),
-        max_num_seqs=4,
-        max_num_batched_tokens=24,
-    )
-    engine = await asyncio.to_thread(Engine.from_config, config)
-    await asyncio.to_thread(engine.load)
-    digests = {name: engine.register_adapter(str(root / name)).digest for name in ADAPTERS}
-    service = WorkerService(engine, AdapterRegistry(engine), worker_id="real", generation=1, on_crash=lambda: None)
-    server = create_server(TOKEN)
-    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    service.start()
     fleet = await new_fleet(num_workers=0, wait=False)
-    files = ("tokenizer.json", "tokenizer_config.json")
-    fleet.controller.files["real"] = {name: (root / "base" / name).read_bytes() for name in files}
-    fleet.controller.table.CopyFrom(
-        controller_pb2.RoutingTable(
-            incarnation="real",
-            version=1,
-            base=controller_pb2.BaseModel(names=["base"], tokenizer_digest="real", max_model_len=256, vocab_size=131),
-            workers=[
-                controller_pb2.WorkerEndpoint(
-                    worker_id="real",
-                    generation=1,
-                    address=f"127.0.0.1:{port}",
-                    state=worker_pb2.WORKER_READY,
-                    max_num_seqs=4,
-                    max_loras=2,
-                )
-            ],
-            adapters=[
-                {"name": name, "digest": digest, "version": 1, "parent": "base"} for name, digest in digests.items()
-            ],
-        )
-    )
-    fleet.controller.publish()
-    await fleet.ready()
-    yield fleet
-    await fleet.listener.close()
-    await server.stop(None)
-    await service.stop()
-    await asyncio.to_thread(engine.close)
+    async with real_worker(root, fleet):
+        yield fleet
 
 
 def of_choice(choice: dict[str, Any], num_context: int, end: int | None) -> tuple[float, bool]:
