@@ -32,9 +32,27 @@ class TemplateForm:
     has_developer: bool
 
 
+def renewed(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message of OpenAI's first function calls as one of today's: a function's result is a tool's, and an
+    assistant's function call is its tool call."""
+    call = message.get("function_call")
+    if message.get("role") == "function":
+        content = message.get("content")
+        result = {"role": "tool", "content": "" if content is None else content}
+        return {**message, **result, "tool_call_id": _call_id(message.get("name"))}
+    if message.get("role") == "assistant" and isinstance(call, Mapping) and not message.get("tool_calls"):
+        calls = [{"id": _call_id(call.get("name")), "type": "function", "function": call}]
+        return {**{key: value for key, value in message.items() if key != "function_call"}, "tool_calls": calls}
+    return message
+
+
+def _call_id(name: object) -> str:
+    return f"call_{name}"
+
+
 def template_messages(messages: Sequence[Mapping[str, Any]], form: TemplateForm) -> list[dict[str, Any]]:
     """Return a template's messages: plain JSON values, of which a null counts as absent; content as the template's form
-    wants it; an assistant's without content with an empty one; the arguments of tool calls as objects.
+    wants it; an assistant's without content with an empty one; the arguments of tool calls as objects. See `renewed`.
 
     Raises InvalidRequestError, also for a content part that is not text.
     """
@@ -44,14 +62,14 @@ def template_messages(messages: Sequence[Mapping[str, Any]], form: TemplateForm)
 def _message(message: Mapping[str, Any], place: str, form: TemplateForm) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequestError(f"{place} must be an object, not {type(message).__name__}.", param="messages")
-    plain = {given(key): given(value) for key, value in message.items() if value is not None}
+    plain = {given(key): given(value) for key, value in renewed(message).items() if value is not None}
     role = plain.get("role")
     if role in ROLES:
         is_system = role == "developer" and not form.has_developer
         plain["role"] = "system" if is_system else ROLES[ROLES.index(role)]  # not traced
     if role == "assistant":
         plain.setdefault("content", plain.get("refusal", ""))
-        if plain.get("audio"):
+        if "audio" in plain:
             raise InvalidRequestError(f"{place}.audio is given; this server takes text only.", param="messages")
     if "content" in plain:
         plain["content"] = _content(plain["content"], f"{place}.content", form)
