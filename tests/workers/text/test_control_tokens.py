@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,8 +222,7 @@ def test_tokens_that_frame_turns_are_control_tokens_even_if_they_are_not_declare
     backend = _byte_level()
     undeclared = ["<｜User｜>", "<|fim|>", "</done>", "<think>", "|x|"]
     backend.add_tokens(undeclared)
-    eos = backend.token_to_id("</done>")
-    tokenizer = Tokenizer(backend, eos_token_ids=[eos])
+    tokenizer = Tokenizer(backend, eos_token_ids=[backend.get_vocab()["</done>"]])
     ids = tokenizer.encode_traced(join_texts(["</done><｜User｜>", TracedText("".join(undeclared)), "</done>"]))
     added = [text for token_id in ids if (text := tokenizer.id_to_token(token_id)) in undeclared]
     assert added == ["</done>", "<｜User｜>", "<think>", "|x|", "</done>"]
@@ -234,7 +234,8 @@ def test_what_ends_an_answer_depends_on_the_models_files(byte_level_dir: Path) -
     call = one.token_to_id("<tool call>")
     text = join_texts([TracedText("<tool call>")])
     assert one.encode_traced(text) == [call]
-    other = Tokenizer.from_files(files | {"generation_config.json": b'{"eos_token_id": %d}' % call}, known=[one])
+    own = {"generation_config.json": json.dumps({"eos_token_id": call}).encode()}
+    other = Tokenizer.from_files(files | own, known=[one])
     assert other._backend is one._backend
     assert call not in other.encode_traced(text)
     assert one.encode_traced(text) == [call]

@@ -69,7 +69,7 @@ def test_messages_as_clients_send_them_are_read(sent: dict[str, Any], read: dict
 
 
 def test_function_calls_of_the_first_kind_are_read_as_tool_calls() -> None:
-    old = [
+    old: list[dict[str, Any]] = [
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
         {"role": "function", "name": "f", "content": "4"},
         {"role": "function", "name": "f", "content": None},
