@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +24,7 @@ from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.text.traced_text import Spans, content_of
 
 _COVER: Final = "\ue000"  # of private use: in no token's text
+_BARRED: Final = re.compile(r"<[|｜].+[|｜]>")
 _PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor")
 
 
@@ -39,12 +40,17 @@ class _Found:
 class ControlTokens:
     """The control tokens of one tokenizer. Immutable and thread-safe.
 
-    A control token is an added token that is declared as special. Others, such as ``<think>``, may stand in any text.
+    A control token is an added token that is declared as special, ends an answer, or has bars, as ``<|user|>`` does,
+    which some models fail to declare. Others, such as ``<think>``, may stand in any text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: Container[int] = ()) -> None:
         added = backend.get_added_tokens_decoder()
-        self._texts = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._texts = {
+            token_id: token.content
+            for token_id, token in added.items()
+            if token.special or token_id in eos_token_ids or _BARRED.fullmatch(token.content)
+        }
 
         self._finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({_COVER: 0}, unk_token=_COVER))
         if backend.normalizer is not None and any(token.normalized for token in added.values()):
@@ -130,7 +136,7 @@ def _renamed(token: AddedToken, text: str | None) -> AddedToken:
         lstrip=token.lstrip,
         rstrip=token.rstrip,
         normalized=token.normalized,
-        special=True,
+        special=token.special,
     )
 
 

@@ -32,9 +32,27 @@ class TemplateForm:
     has_developer: bool
 
 
+def renewed(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message of OpenAI's first function calls as one of today's: a function's result is a tool's, and an
+    assistant's function call is its tool call."""
+    call = message.get("function_call")
+    if message.get("role") == "function":
+        content = message.get("content")
+        result = {"role": "tool", "content": "" if content is None else content}
+        return {**message, **result, "tool_call_id": _call_id(message.get("name"))}
+    if message.get("role") == "assistant" and isinstance(call, Mapping) and not message.get("tool_calls"):
+        calls = [{"id": _call_id(call.get("name")), "type": "function", "function": call}]
+        return {**{key: value for key, value in message.items() if key != "function_call"}, "tool_calls": calls}
+    return message
+
+
+def _call_id(name: object) -> str:
+    return f"call_{name}"
+
+
 def template_messages(messages: Sequence[Mapping[str, Any]], form: TemplateForm) -> list[dict[str, Any]]:
     """Return a template's messages: plain JSON values, of which a null counts as absent; content as the template's form
-    wants it; an assistant's without content with an empty one; the arguments of tool calls as objects.
+    wants it; an assistant's without content with an empty one; the arguments of tool calls as objects. See `renewed`.
 
     Raises InvalidRequestError, also for a content part that is not text.
     """
@@ -44,14 +62,15 @@ def template_messages(messages: Sequence[Mapping[str, Any]], form: TemplateForm)
 def _message(message: Mapping[str, Any], place: str, form: TemplateForm) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequestError(f"{place} must be an object, not {type(message).__name__}.", param="messages")
-    plain = {given(key): given(value) for key, value in message.items() if value is not None}
+    message = {key: value for key, value in renewed(message).items() if value is not None}
+    plain = {given(key): value if key == "content" else given(value) for key, value in message.items()}
     role = plain.get("role")
     if role in ROLES:
         is_system = role == "developer" and not form.has_developer
         plain["role"] = "system" if is_system else ROLES[ROLES.index(role)]  # not traced
     if role == "assistant":
         plain.setdefault("content", plain.get("refusal", ""))
-        if plain.get("audio"):
+        if "audio" in plain:
             raise InvalidRequestError(f"{place}.audio is given; this server takes text only.", param="messages")
     if "content" in plain:
         plain["content"] = _content(plain["content"], f"{place}.content", form)
@@ -67,10 +86,13 @@ def _message(message: Mapping[str, Any], place: str, form: TemplateForm) -> dict
 
 def _content(content: Any, place: str, form: TemplateForm) -> Any:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if form.wants_parts else content
-    if isinstance(content, list):
+        text = TracedText(content)
+        return [{"type": "text", "text": text}] if form.wants_parts else text
+    if isinstance(content, list | tuple):
         texts = _texts(content, place)
-        return [{"type": "text", "text": text} for text in texts] if form.accepts_parts else _joined(texts)
+        if form.accepts_parts:
+            return [{"type": "text", "text": TracedText(text)} for text in texts]
+        return TracedText("\n".join(texts))
     raise InvalidRequestError(
         f"{place} must be a string or a list of parts, not {type(content).__name__}.", param="messages"
     )
@@ -78,11 +100,7 @@ def _content(content: Any, place: str, form: TemplateForm) -> Any:
 
 def content_text(content: str | Sequence[Any]) -> str:
     """Return content as a template without parts reads it. Raises InvalidRequestError for a part that is not text."""
-    return content if isinstance(content, str) else _joined(_texts(content, "content"))
-
-
-def _joined(texts: Iterable[str]) -> str:
-    return TracedText("\n".join(texts))
+    return content if isinstance(content, str) else "\n".join(_texts(content, "content"))
 
 
 def _texts(parts: Sequence[Any], place: str) -> list[str]:
@@ -92,8 +110,8 @@ def _texts(parts: Sequence[Any], place: str) -> list[str]:
 def _part_text(part: Any, place: str) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    text = part.get(_TEXTS_OF_PARTS.get(kind)) if isinstance(part, dict) and isinstance(kind, str) else None
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get(_TEXTS_OF_PARTS.get(kind)) if isinstance(part, Mapping) and isinstance(kind, str) else None
     if not isinstance(text, str):
         raise InvalidRequestError(
             f"{place} has the type {quoted(kind)}; this server takes text only, in parts of the form "

@@ -135,6 +135,7 @@ class Tokenizer:
         other = copy.copy(self)
         other.chat_templates = dict(chat_templates)
         other.eos_token_ids = self._own_eos_token_ids.union(eos_token_ids)
+        other.__dict__.pop("_control_tokens", None)  # depends on these
         return other
 
     def to_json(self) -> str:
@@ -180,7 +181,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _control_tokens(self) -> ControlTokens:
-        return ControlTokens(self._backend)
+        return ControlTokens(self._backend, self.eos_token_ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` several texts on several cores. Releases the GIL, unlike the library's `encode`."""

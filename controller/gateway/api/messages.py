@@ -22,12 +22,12 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
         raise InvalidRequestError("messages is empty; there must be at least one message.", param="messages")
     for number, message in enumerate(messages):
         role = message.get("role")
-        if role not in ROLES:
+        if role not in ROLES and role != "function":  # the old name of a tool
             shown = quoted(role) if isinstance(role, str) else type(role).__name__
             raise InvalidRequestError(
                 f"messages[{number}].role is {shown}; it must be one of {', '.join(ROLES)}.", param="messages"
             )
-        if role != "assistant" and message.get("content") is None:
+        if role not in ("assistant", "function") and message.get("content") is None:
             raise InvalidRequestError(f"messages[{number}].content is missing.", param="messages")
 
 

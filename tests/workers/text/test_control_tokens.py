@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tokenizers_on_disk import from_dir
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 from lorafleet.workers.text import ChatTemplate, Tokenizer
 from lorafleet.workers.text.control_tokens import ControlTokens
+from lorafleet.workers.text.files import read_text_files
 from lorafleet.workers.text.model_text import ModelText
 from lorafleet.workers.text.traced_text import TracedText, join_texts
 
@@ -214,6 +216,29 @@ def test_tokens_of_every_kind_are_told_apart(flags: dict[str, bool]) -> None:
     for content in ("[END]", "[end]", "a [END] b", " [END]"):
         ids = control.encode(join_texts(["[END] a ", TracedText(content), " [END]"]), False)
         assert [position for position, token_id in enumerate(ids) if token_id == end] == [0, len(ids) - 1]
+
+
+def test_tokens_that_frame_turns_are_control_tokens_even_if_they_are_not_declared_as_special() -> None:
+    backend = _byte_level()
+    undeclared = ["<｜User｜>", "<|fim|>", "</done>", "<think>", "|x|"]
+    backend.add_tokens(undeclared)
+    tokenizer = Tokenizer(backend, eos_token_ids=[backend.get_vocab()["</done>"]])
+    ids = tokenizer.encode_traced(join_texts(["</done><｜User｜>", TracedText("".join(undeclared)), "</done>"]))
+    added = [text for token_id in ids if (text := tokenizer.id_to_token(token_id)) in undeclared]
+    assert added == ["</done>", "<｜User｜>", "<think>", "|x|", "</done>"]
+
+
+def test_what_ends_an_answer_depends_on_the_models_files(byte_level_dir: Path) -> None:
+    files = read_text_files(byte_level_dir)
+    one = Tokenizer.from_files(files)
+    call = one.token_to_id("<tool call>")
+    text = join_texts([TracedText("<tool call>")])
+    assert one.encode_traced(text) == [call]
+    own = {"generation_config.json": json.dumps({"eos_token_id": call}).encode()}
+    other = Tokenizer.from_files(files | own, known=[one])
+    assert other._backend is one._backend
+    assert call not in other.encode_traced(text)
+    assert one.encode_traced(text) == [call]
 
 
 def test_a_model_that_spells_a_control_token_itself_refuses_the_message() -> None:

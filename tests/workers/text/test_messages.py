@@ -7,7 +7,7 @@ from chat_families import FAMILIES
 
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.text import ChatTemplate
-from lorafleet.workers.text.messages import TemplateForm, content_text, template_messages
+from lorafleet.workers.text.messages import TemplateForm, content_text, renewed, template_messages
 from lorafleet.workers.text.traced_text import content_of
 
 STRINGS = TemplateForm(accepts_parts=False, wants_parts=False, has_developer=False)
@@ -66,6 +66,24 @@ MESSAGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("sent", "read"), MESSAGES)
 def test_messages_as_clients_send_them_are_read(sent: dict[str, Any], read: dict[str, Any]) -> None:
     assert template_messages([sent], STRINGS) == [{"role": sent["role"], **read}]
+
+
+def test_function_calls_of_the_first_kind_are_read_as_tool_calls() -> None:
+    old: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "4"},
+        {"role": "function", "name": "f", "content": None},
+        {"role": "assistant", "content": "a", "function_call": None},
+        {"role": "assistant", "content": "a", "tool_calls": [CALL], "function_call": {"name": "f", "arguments": "{}"}},
+    ]
+    call = {"id": "call_f", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    result = {"role": "tool", "name": "f", "tool_call_id": "call_f"}
+    assert [renewed(message) for message in old] == [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {**result, "content": "4"},
+        {**result, "content": ""},
+        *old[3:],
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -116,6 +116,17 @@ CLIENTS: list[tuple[str, dict[str, Any], str]] = [
         "`start system\nbe brief`end\n`start user\nhello`end\n`start assistant\nworld`end\n`start user\nmore`end\n",
     ),
     (
+        "autogen, with functions",
+        {
+            "messages": [
+                HI,
+                {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+                {"role": "function", "name": "f", "content": "4"},
+            ]
+        },
+        "`start user\nhi`end\n`start assistant\n`end\n`start tool\n4`end\n",
+    ),
+    (
         "litellm, with marks for another server's cache",
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "e"}}]}]},
         "`start user\na`end\n",
