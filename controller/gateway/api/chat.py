@@ -20,7 +20,7 @@ from lorafleet.controller.gateway.api.sampling import sampling_params
 from lorafleet.controller.gateway.api.schema import ChatRequest, check_stream_options
 from lorafleet.controller.gateway.api.scoring import candidates, check_scoring
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
-from lorafleet.controller.gateway.api.truncation import truncation_of
+from lorafleet.controller.gateway.api.truncation import MAX_CONTEXTS, truncation_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.params import SamplingParams
@@ -53,7 +53,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
             fields.messages,
             add_generation_prompt=fields.add_generation_prompt is not False,
             add_special_tokens=fields.add_special_tokens is True,
-            max_tokens=model.max_model_len if truncation is None else None,
+            max_tokens=model.max_model_len * (1 if truncation is None else MAX_CONTEXTS),
         )
     )
     if truncation is not None:
