@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from lorafleet.workers.offline.args import EngineArgs as EngineArgs
     from lorafleet.workers.offline.async_llm import AsyncLLM as AsyncLLM
+    from lorafleet.workers.offline.beam_search import BeamSearchOutput as BeamSearchOutput
+    from lorafleet.workers.offline.beam_search import BeamSearchSequence as BeamSearchSequence
     from lorafleet.workers.offline.llm import LLM as LLM
     from lorafleet.workers.offline.llm_engine import LLMEngine as LLMEngine
     from lorafleet.workers.offline.outputs import CompletionOutput as CompletionOutput
     from lorafleet.workers.offline.outputs import RequestOutput as RequestOutput
     from lorafleet.workers.params import LoRARequest as LoRARequest
     from lorafleet.workers.params import SamplingParams as SamplingParams
+    from lorafleet.workers.scheduling.beam_search import BeamSearchParams as BeamSearchParams
 
 _HOME = {
     "AsyncLLM": "lorafleet.workers.offline.async_llm",
+    "BeamSearchOutput": "lorafleet.workers.offline.beam_search",
+    "BeamSearchParams": "lorafleet.workers.scheduling.beam_search",
+    "BeamSearchSequence": "lorafleet.workers.offline.beam_search",
     "CompletionOutput": "lorafleet.workers.offline.outputs",
     "EngineArgs": "lorafleet.workers.offline.args",
     "LLM": "lorafleet.workers.offline.llm",

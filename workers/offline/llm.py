@@ -12,10 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorafleet.workers.errors import InvalidRequestError, QueueFullError, quoted
 from lorafleet.workers.offline.args import EngineArgs
+from lorafleet.workers.offline.beam_search import BeamSearchOutput, search_beams
 from lorafleet.workers.offline.llm_engine import LLMEngine
 from lorafleet.workers.offline.lora_ids import KnownAdapter
 from lorafleet.workers.offline.outputs import RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
+from lorafleet.workers.scheduling.beam_search import BeamSearchParams
 from lorafleet.workers.text.generation_defaults import read_generation_defaults
 from lorafleet.workers.text.tokenizer import Tokenizer
 
@@ -110,6 +112,32 @@ class LLM:
             for conversation, lora in zip(conversations, loras, strict=True)
         ]
         return self._run(inputs, sampling_params, loras, use_tqdm, found)
+
+    def beam_search(
+        self,
+        prompts: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | Sequence[int]],
+        params: BeamSearchParams,
+        *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Return the `params.beam_width` best sequences after each prompt. Prompts and errors are as in `generate`."""
+        if isinstance(prompts, str | Mapping):
+            prompts = [prompts]
+        inputs = [_prompt(prompt) for prompt in _list_of("prompts", prompts)]
+        loras = _one_each("lora_request", lora_request, (LoRARequest, type(None)), len(inputs))
+        found = _Found(self.llm_engine)
+        tokenizers = [self.llm_engine.text(known=found.of(lora)).tokenizer for lora in loras]
+        token_ids = [
+            tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt, tokenizer in zip(inputs, tokenizers, strict=True)
+        ]
+
+        def run(
+            prompts: Sequence[list[int]], step: SamplingParams, adapters: Sequence[LoRARequest | None]
+        ) -> list[RequestOutput]:
+            return self._run(prompts, step, adapters, use_tqdm=False, found=found)
+
+        return search_beams(token_ids, params, loras, tokenizers, run)
 
     def _run(
         self,

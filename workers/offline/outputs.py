@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorafleet.workers.errors import LoRAFleetError
 from lorafleet.workers.params import LoRARequest
+from lorafleet.workers.scheduling.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +47,11 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per position, complete with the first output token
     lora_request: LoRARequest | None = None
     error: LoRAFleetError | None = None  # the cause of a choice's finish_reason "error"
+
+
+def logprobs_of(token_id: int, logprobs: TokenLogprobs, decode: Callable[[int], str]) -> dict[int, Logprob]:
+    """Return one position's candidates by id, the token itself first."""
+    row = {token_id: Logprob(logprobs.logprob, logprobs.rank, decode(token_id))}
+    for rank, (top_id, value) in enumerate(zip(logprobs.top_ids, logprobs.top_logprobs, strict=True), start=1):
+        row.setdefault(top_id, Logprob(value, rank, decode(top_id)))
+    return row

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from lorafleet.workers.errors import InvalidRequestError, LoRAFleetError, quoted
 from lorafleet.workers.grammars.check import GrammarChecker
-from lorafleet.workers.offline.outputs import CompletionOutput, Logprob, RequestOutput
+from lorafleet.workers.offline.outputs import CompletionOutput, Logprob, RequestOutput, logprobs_of
 from lorafleet.workers.params import LoRARequest, SamplingParams
-from lorafleet.workers.scheduling.logprobs import PromptLogprobs, TokenLogprobs
+from lorafleet.workers.scheduling.logprobs import PromptLogprobs
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent
 from lorafleet.workers.text.bad_words import forbidden_sequences
 from lorafleet.workers.text.output import OutputText
@@ -218,7 +218,7 @@ class TextRequests:
                 output.token_ids.append(event.token_id)
                 if event.logprobs is not None and output.logprobs is not None:
                     decode = choice.owner.tokenizer.decode_token
-                    output.logprobs.append(_logprobs(event.token_id, event.logprobs, decode))
+                    output.logprobs.append(logprobs_of(event.token_id, event.logprobs, decode))
                     output.cumulative_logprob = (output.cumulative_logprob or 0.0) + event.logprobs.logprob
             if delta.stop_reason is not None:
                 output.finish_reason, output.stop_reason = "stop", delta.stop_reason
@@ -244,11 +244,4 @@ class TextRequests:
         assert positions is not None
         for entry in logprobs:
             token_id = request.prompt_token_ids[len(positions)]
-            positions.append(_logprobs(token_id, entry, decode))
-
-
-def _logprobs(token_id: int, logprobs: TokenLogprobs, decode: Callable[[int], str]) -> dict[int, Logprob]:
-    row = {token_id: Logprob(logprobs.logprob, logprobs.rank, decode(token_id))}
-    for rank, (top_id, value) in enumerate(zip(logprobs.top_ids, logprobs.top_logprobs, strict=True), start=1):
-        row.setdefault(top_id, Logprob(value, rank, decode(top_id)))
-    return row
+            positions.append(logprobs_of(token_id, entry, decode))

@@ -125,4 +125,4 @@ class BeamSearch:
         return self._score(best.cum_logprob, length) > self._finished[-1][0]
 
     def _score(self, cum_logprob: float, length: int) -> float:
-        return cum_logprob / float(length) ** self.params.length_penalty
+        return cum_logprob / math.pow(length, self.params.length_penalty)

@@ -19,6 +19,7 @@ from typing import Any, Self
 from lorafleet.workers.answers.call_syntax import CallSyntax, PythonicSyntax, WrittenCall
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.text.json_shape import check_shape
+from lorafleet.workers.text.messages import renewed
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -62,6 +63,7 @@ class ToolForm:
         """
         if not _is_conversation(messages):
             return messages, tools  # which rendering refuses
+        messages = [renewed(message) for message in messages]
         for number, message in enumerate(messages):
             _check_calls(message, number)
         has_calls = any(message.get("role") == "tool" or "tool_calls" in message for message in messages)

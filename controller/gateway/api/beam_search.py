@@ -90,7 +90,7 @@ async def beam_answers(
     except asyncio.CancelledError:  # the client has disconnected
         metrics.ended("abort")
         raise
-    deltas = []
+    deltas: list[ChoiceDelta] = []
     for request, search, prompt_logprobs in zip(requests, searches, prompts, strict=True):
         for beam in search.best(params.n):
             delta = _answer(beam, len(deltas), request.prompt_token_ids, params, tokenizer)

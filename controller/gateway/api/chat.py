@@ -29,7 +29,7 @@ from lorafleet.controller.gateway.api.scoring import candidates, check_scoring
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
 from lorafleet.controller.gateway.api.structured import checked_grammar, requested_grammar
 from lorafleet.controller.gateway.api.tools import tool_use
-from lorafleet.controller.gateway.api.truncation import truncation_of
+from lorafleet.controller.gateway.api.truncation import MAX_CONTEXTS, truncation_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
@@ -73,7 +73,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
             call_syntax=form.calls.syntax,
             template_kwargs=reasoning_kwargs(fields.reasoning_effort),
             parse_special_in_content=call.state.config.parse_special_in_content,
-            max_tokens=model.max_model_len if truncation is None else None,
+            max_tokens=model.max_model_len * (1 if truncation is None else MAX_CONTEXTS),
         )
     )
     if truncation is not None:

@@ -31,7 +31,7 @@ from lorafleet.controller.gateway.api.schema import CompletionRequest, check_str
 from lorafleet.controller.gateway.api.scoring import candidates, check_scoring
 from lorafleet.controller.gateway.api.sse import ChunkTemplate
 from lorafleet.controller.gateway.api.structured import requested_grammar
-from lorafleet.controller.gateway.api.truncation import truncation_of
+from lorafleet.controller.gateway.api.truncation import MAX_CONTEXTS, truncation_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
         num_top = max(fields.logprobs or 0, fields.prompt_logprobs or 0)
         params = dataclasses.replace(params, prompt_logprobs=num_top)
     truncation = truncation_of(fields, fields.max_tokens, max_len)
-    max_num_ids = max_len if truncation is None else None
+    max_num_ids = max_len if truncation is None else max_len * MAX_CONTEXTS
     asked = await call.parse(lambda: read_prompts(bytes(fields.prompt), max_num_ids))
     call.place.take_choices(len(asked) * candidates(fields, params).n, param="prompt" if len(asked) > 1 else "n")
     prompts = await call.in_thread(

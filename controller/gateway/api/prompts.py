@@ -24,9 +24,9 @@ Prompt = str | list[int]
 _LISTS = re.compile(rb"\[\s*\[")
 
 
-def read_prompts(raw: bytes, max_num_ids: int | None) -> list[Prompt]:
+def read_prompts(raw: bytes, max_num_ids: int) -> list[Prompt]:
     """Return texts, or lists of token ids. Raises InvalidRequestError for none, too many, an empty one, or mixed kinds,
-    ContextLengthError for more than `max_num_ids`, what the context holds; None: prompts are truncated."""
+    ContextLengthError for one of more than `max_num_ids`."""
     items: Any
     if _LISTS.match(raw):
         items = decode_field(raw, list[msgspec.Raw], "prompt")
@@ -47,10 +47,9 @@ def read_prompts(raw: bytes, max_num_ids: int | None) -> list[Prompt]:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool, max_num_ids: int | None
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool, max_num_ids: int
 ) -> list[list[int]]:
-    """Return each prompt's token ids. Raises ContextLengthError for a text that certainly has more than `max_num_ids`,
-    what the context holds; None: prompts are truncated."""
+    """Return each prompt's token ids. Raises ContextLengthError for a text that surely has more than `max_num_ids`."""
     return [
         tokenizer.encode(prompt, add_special_tokens, max_tokens=max_num_ids) if isinstance(prompt, str) else prompt
         for prompt in prompts
@@ -83,9 +82,9 @@ def check_echo(num_chars: int) -> None:
         )
 
 
-def _ids(raw: bytes, name: str, max_num_ids: int | None) -> list[int]:
+def _ids(raw: bytes, name: str, max_num_ids: int) -> list[int]:
     num_ids = raw.count(b",") + 1
-    if max_num_ids is not None and num_ids > max_num_ids:
+    if num_ids > max_num_ids:
         raise ContextLengthError.beyond(
             max_num_ids, f"{name} has {num_ids} token ids, which leaves no room for an answer. Shorten it."
         )

@@ -9,6 +9,7 @@ from lorafleet.controller.gateway.api.schema import GenerateFields
 from lorafleet.workers.errors import InvalidRequestError, quoted
 
 SIDES: Final = ("left", "right")
+MAX_CONTEXTS: Final = 64  # that a prompt may have before it is cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,9 @@ class Truncation:
     keeps_end: bool
 
     def of(self, token_ids: list[int]) -> list[int]:
-        """Return what is kept of a prompt."""
+        """Return what is kept of a prompt; one that is short enough itself."""
+        if len(token_ids) <= self.num_tokens:
+            return token_ids
         return token_ids[-self.num_tokens :] if self.keeps_end else token_ids[: self.num_tokens]
 
 

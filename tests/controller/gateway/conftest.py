@@ -205,14 +205,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         generate = running.generate
         sampling = generate.sampling
         if sampling.HasField("prompt_logprobs") and not running.num_output:
-            length, top = len(generate.prompt_token_ids) - 1, sampling.prompt_logprobs
+            length, num_top = len(generate.prompt_token_ids) - 1, sampling.prompt_logprobs
             step.prompt_logprobs.add(
                 stream=stream,
-                num_top=top,
+                num_top=num_top,
                 logprobs=[-1.0 - number for number in range(length)],
                 ranks=[1] * length,
-                top_ids=[10 + number for _ in range(length) for number in range(top)],
-                top_logprobs=[-0.25 - number for _ in range(length) for number in range(top)],
+                top_ids=[10 + number for _ in range(length) for number in range(num_top)],
+                top_logprobs=[-0.25 - number for _ in range(length) for number in range(num_top)],
             )
         if not sampling.max_tokens:
             step.ended.add(stream=stream, finish=worker_pb2.FINISH_LENGTH)

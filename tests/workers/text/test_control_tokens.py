@@ -13,11 +13,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers_on_disk import from_dir
 
+from lorafleet.workers.answers.profile import Profile
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 from lorafleet.workers.text import ChatTemplate, Tokenizer
 from lorafleet.workers.text.control_tokens import ControlTokens
 from lorafleet.workers.text.files import read_text_files
 from lorafleet.workers.text.model_text import ModelText
+from lorafleet.workers.text.tool_messages import ToolForm
 from lorafleet.workers.text.traced_text import TracedText, join_texts
 
 ORDINARY = [
@@ -58,7 +60,19 @@ def tokenizer(family_dir: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model_of(tokenizer: Tokenizer) -> Callable[[Family], ModelText]:
-    return lambda family: ModelText("digest", tokenizer, ChatTemplate(family.template), {})
+    def model(family: Family) -> ModelText:
+        template = ChatTemplate(family.template)
+        return ModelText(
+            digest="digest",
+            tokenizer=tokenizer,
+            template=template,
+            sampling_defaults={},
+            tool_form=ToolForm.of(family.template, takes_tools=template.takes_tools),
+            template_calls=None,
+            profile=Profile(),
+        )
+
+    return model
 
 
 def _byte_level() -> Backend:

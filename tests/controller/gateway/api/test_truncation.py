@@ -31,6 +31,15 @@ async def test_a_prompt_is_cut_to_a_number_of_tokens(
     assert len(fleet.worker.generates[-1].prompt_token_ids) == len(ids[kept])
 
 
+async def test_a_prompt_may_be_many_contexts_long_but_not_endless(fleet: Any) -> None:
+    (choice,) = (await answer(fleet, "/v1/completions", prompt=[5] * 64 * 64, truncate_prompt_tokens=2))["choices"]
+    assert choice["finish_reason"] == "length"
+    for prompt in ([5] * (64 * 64 + 1), "the " * 100_000):
+        body = {"model": "tiny", "prompt": prompt, "truncate_prompt_tokens": 2}
+        status, whole = await fleet.post("/v1/completions", body)
+        assert (status, whole["error"]["param"]) == (400, "prompt"), "4096 tokens are the limit"
+
+
 async def test_a_prompt_that_fits_is_left_whole(fleet: Any, tokenizer: Any) -> None:
     (choice,) = (await answer(fleet, "/v1/completions", prompt="hello world", truncate_prompt_tokens=60, echo=True))[
         "choices"
