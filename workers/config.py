@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorafleet.workers.cores import num_usable_cores, share
-from lorafleet.workers.errors import ConfigError, MemoryPlanError
+from lorafleet.workers.errors import ConfigError, MemoryPlanError, quoted
 from lorafleet.workers.options import DAY_S, MAX_BYTES, check_options, option
 from lorafleet.workers.scheduling.eviction import EVICTIONS
-from lorafleet.workers.scheduling.request import MAX_WEIGHT, MIN_WEIGHT
+from lorafleet.workers.scheduling.request import ADAPTER_NAME, MAX_WEIGHT, MIN_WEIGHT, is_adapter_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -34,6 +34,8 @@ class LoRAModule:
     pin: bool = False  # keep it in a device slot
 
     def __post_init__(self) -> None:
+        if not is_adapter_name(self.name):
+            raise ConfigError(f"The adapter name {quoted(self.name)} is not {ADAPTER_NAME}.")
         if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:  # false for NaN too
             raise ConfigError(
                 f"The weight of adapter {self.name!r} is {self.weight}; it must be {MIN_WEIGHT:g} to {MAX_WEIGHT:g}."

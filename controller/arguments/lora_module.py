@@ -18,7 +18,10 @@ def lora_module(text: str) -> LoRAModule:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{quoted(text)} is not NAME=PATH, nor a JSON object with name and path")
-    return LoRAModule(name, path)
+    try:
+        return LoRAModule(name, path)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def _lora_module_from_json(text: str) -> LoRAModule:

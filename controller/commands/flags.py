@@ -17,7 +17,7 @@ from lorafleet.controller.arguments.flags import values_of
 from lorafleet.controller.config import VLLM_UPDATES_VARIABLE, ServeConfig
 from lorafleet.controller.gateway.tenants import read_tenants, tenants_of
 from lorafleet.workers.config import EngineConfig, LoRAConfig
-from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.errors import ConfigError, quoted
 from lorafleet.workers.options import flag_of
 
 
@@ -44,7 +44,21 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
 
 
 def _lora_root(root: str) -> str:
-    return root if root.startswith("hf://") else str(Path(root).expanduser().absolute())
+    if root.startswith("hf://"):
+        return root
+    try:
+        return str(Path(root).expanduser().absolute())
+    except RuntimeError as error:  # an unknown user's home
+        raise ConfigError(f"--lora-root {quoted(root)} cannot be looked up: {error}") from error
+
+
+def _of_module(path: str) -> str:
+    """Return an adapter's path as it is known everywhere; a hub id, or what cannot be looked up, as it is."""
+    try:
+        here = Path(path).expanduser()
+        return str(here.absolute()) if here.exists() else path
+    except (OSError, RuntimeError):  # too long, no permission, or an unknown user's home: refused by `check_files`
+        return path
 
 
 def with_flags_file(argv: Sequence[str]) -> list[str]:
@@ -54,11 +68,13 @@ def with_flags_file(argv: Sequence[str]) -> list[str]:
     """
     if len(argv) < 2 or argv[0] not in ("serve", "up") or not argv[1].startswith("@"):
         return list(argv)
-    path = Path(argv[1][1:]).expanduser()
+    path = argv[1][1:]
     try:
-        return [argv[0], *shlex.split(path.read_text(), comments=True), *argv[2:]]
-    except (OSError, ValueError) as error:  # ValueError: an open quotation, or not UTF-8
-        raise ConfigError(f"The flags of {path} cannot be read: {error}.") from error
+        return [argv[0], *shlex.split(Path(path).expanduser().read_text(), comments=True), *argv[2:]]
+    except OSError as error:
+        raise ConfigError(f"The flags of {quoted(path)} cannot be read: {error.strerror}.") from error
+    except (ValueError, RuntimeError) as error:  # an open quotation, not UTF-8, or an unknown user's home
+        raise ConfigError(f"The flags of {quoted(path)} cannot be read: {error}") from error
 
 
 def resolved(config: ServeConfig, *, is_own_ray: bool) -> ServeConfig:
@@ -71,12 +87,7 @@ def resolved(config: ServeConfig, *, is_own_ray: bool) -> ServeConfig:
 
     model = str(resolve_model(config.engine.model))
     # Workers on other nodes, or in Ray's own directories, do not know this one.
-    adapters = tuple(
-        dataclasses.replace(adapter, path=str(Path(adapter.path).expanduser().absolute()))
-        if Path(adapter.path).expanduser().exists()
-        else adapter
-        for adapter in config.adapters
-    )
+    adapters = tuple(dataclasses.replace(adapter, path=_of_module(adapter.path)) for adapter in config.adapters)
     engine = dataclasses.replace(config.engine, model=model)
     check_files(engine, adapters, are_here=is_own_ray)
     return dataclasses.replace(config, engine=engine, adapters=adapters)

@@ -28,7 +28,7 @@ from lorafleet.controller.config import ServeConfig
 from lorafleet.controller.fleet.gateway_processes import GatewayProcesses
 from lorafleet.controller.fleet.secret_file import write_secret
 from lorafleet.workers.address import http_url, own_address
-from lorafleet.workers.errors import ConfigError, error_from_code
+from lorafleet.workers.errors import ConfigError, cut, error_from_code, quoted
 from lorafleet.workers.server.actor import WorkerFailed, WorkerReady
 from lorafleet.workers.sources.models import read_ahead
 
@@ -115,8 +115,10 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port or --host."
+                f"Cannot listen on {cut(host)}:{port}: {error.strerror}. Choose another --port or --host."
             ) from error
+        except (TypeError, UnicodeError) as error:  # not a name that can be looked up
+            raise ConfigError(f"--host {quoted(host)} is no host's name or address.") from error
 
 
 def _free_port(host: str) -> int:

@@ -39,8 +39,7 @@ def up(config: ServeConfig, options: UpOptions) -> None:
 
     Raises `ConfigError`, after ending what this call has started, unless the fleet has served.
     """
-    token_file = options.token_file.expanduser()
-    token = _token(token_file)
+    token_file, token = _token(options.token_file)
     signals = Signals()
     # The configuration describes the fleet, not how this command reaches it. Ray keeps an actor's arguments, so the API
     # keys are left out if the controller starts no gateways.
@@ -185,17 +184,19 @@ def _follow(cluster: FleetCluster, last_event: int, signals: Signals) -> None:
         time.sleep(_POLL_S)
 
 
-def _token(path: Path) -> str:
+def _token(path: Path) -> tuple[Path, str]:
+    """Return the token's file and the token, which is made if there is none. Raises `ConfigError`."""
     try:
+        path = path.expanduser()
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_secret(path, secrets.token_urlsafe(32))
         token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: an unknown user's home
         raise ConfigError(f"--token-file {path} cannot be read or created: {error}.") from error
     if not token:
         raise ConfigError(f"--token-file {path} is empty.")
-    return token
+    return path, token
 
 
 @contextlib.contextmanager

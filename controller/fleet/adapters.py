@@ -30,7 +30,7 @@ from lorafleet.workers.errors import (
     WorkerUnavailableError,
     quoted,
 )
-from lorafleet.workers.scheduling.request import MAX_NAME_CHARS, MAX_WEIGHT, MIN_WEIGHT
+from lorafleet.workers.scheduling.request import ADAPTER_NAME, MAX_WEIGHT, MIN_WEIGHT, is_adapter_name
 
 _T = TypeVar("_T")
 
@@ -267,12 +267,8 @@ def _agreed(wanted: worker_pb2.Adapter, reading: Sequence[asyncio.Task[worker_pb
 def _check_name(name: str, root: str) -> None:
     if not name or not root:
         raise InvalidRequestError("Both 'lora_name' and 'lora_path' must be given.", param="lora_name")
-    if len(name) > MAX_NAME_CHARS or not name.isprintable() or name != name.strip():
-        raise InvalidRequestError(
-            f"lora_name is {quoted(name)}; it must be at most {MAX_NAME_CHARS} printable characters without leading or "
-            "trailing blanks.",
-            param="lora_name",
-        )
+    if not is_adapter_name(name):
+        raise InvalidRequestError(f"lora_name is {quoted(name)}; it must be {ADAPTER_NAME}.", param="lora_name")
     if len(root) > MAX_ROOT_CHARS or not root.isprintable():
         raise InvalidRequestError(
             f"lora_path is {quoted(root)}; it must be at most {MAX_ROOT_CHARS} printable characters.",

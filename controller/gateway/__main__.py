@@ -19,7 +19,7 @@ from lorafleet.controller.gateway.command import GATEWAY, ProcessOptions
 from lorafleet.controller.gateway.config import GatewayConfig
 from lorafleet.controller.gateway.server import serve
 from lorafleet.controller.gateway.tenants import read_tenants
-from lorafleet.workers.errors import ConfigError
+from lorafleet.workers.errors import ConfigError, cut
 from lorafleet.workers.switch_interval import shorten_switch_interval
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(config, exit_with_parent=process.exit_with_parent))
     except OSError as error:
-        print(f"lorafleet gateway: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
+        print(f"lorafleet gateway: cannot listen on {cut(config.host)}:{config.port}: {error}", file=sys.stderr)
         return 1
     return 0
 

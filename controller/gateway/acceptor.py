@@ -36,7 +36,10 @@ class Acceptor:
 
         port: 0 takes a free one. Return the port. Raises `OSError` if it is not available.
         """
-        found = await self._loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            found = await self._loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except UnicodeError as error:
+            raise OSError(errno.EADDRNOTAVAIL, "the host is no name that can be looked up") from error
         refused: OSError | None = None
         for family, *_, (name, _, *rest) in dict.fromkeys(found):
             try:

@@ -131,11 +131,9 @@ class Connection(web.RequestHandler):
         """Answer what is not HTTP, without a traceback; any other error is a bug of ours."""
         if not isinstance(exc, HttpProcessingError) or request.writer.output_size:
             return super().handle_error(request, status, exc, message)
-        said = " ".join(exc.message.split())[:200]
+        said = " ".join(exc.message.split())[:200].rstrip(".")
         logger.debug("a client at %s sent something other than HTTP: %s", self._holder, said)
-        response = error_response(
-            InvalidRequestError(f"This is not a valid HTTP/1.1 request: {said}. (This port does not speak TLS.)")
-        )
+        response = error_response(InvalidRequestError(f"This is not a valid HTTP/1.1 request: {said}."))
         response.force_close()
         return response
 

@@ -19,6 +19,7 @@ from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 MAX_TENANT_CHARS = 256
 MAX_SALT_CHARS = 1024
 MAX_NAME_CHARS = 256  # of an adapter's name, as callers give it
+ADAPTER_NAME = f"1 to {MAX_NAME_CHARS} printable characters without leading or trailing blanks"
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
 MAX_COMPOSED = 8  # adapters of one request
 MAX_COMPOSED_WEIGHT = 100.0
@@ -121,6 +122,11 @@ def check_composed_weight(weight: float, whose: str, param: str) -> None:
             f"{whose} is {weight:g}; it must be between {-MAX_COMPOSED_WEIGHT:g} and {MAX_COMPOSED_WEIGHT:g}.",
             param=param,
         )
+
+
+def is_adapter_name(name: str) -> bool:
+    """Return whether callers may give an adapter this name: see `ADAPTER_NAME`."""
+    return 0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and name == name.strip()
 
 
 class FinishReason(StrEnum):

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from lorafleet.workers.errors import ModelError
+from lorafleet.workers.errors import ModelError, cut
 from lorafleet.workers.model.gguf import Progress, cached_gguf
 from lorafleet.workers.sources import hub
 
@@ -30,8 +30,9 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
             return hub.download(model, _FILES)
     except hub.HubError as error:
         raise ModelError(str(error)) from error
-    except RuntimeError as error:  # an unknown user's home
-        raise ModelError(f"{model} cannot be looked up: {error}") from error
+    except (OSError, RuntimeError) as error:  # too long, no permission, or an unknown user's home
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{cut(model)} cannot be looked up: {problem}") from error
     raise ModelError(f"{path} does not exist. Give a model directory, a .gguf file or a Hugging Face id (org/name).")
 
 

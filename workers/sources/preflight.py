@@ -49,14 +49,20 @@ def check_files(config: EngineConfig, modules: Sequence[LoRAModule], *, are_here
         if are_here and (config.device == "cpu" or not _MAY_HAVE_CUDA.exists()):
             _check_plan(config, spec)
     for module in modules:
-        is_there = Path(module.path).expanduser().exists()
-        if config.lora is None or not (is_there or (are_here and not hub.is_hub_id(module.path))):
+        if config.lora is None or not (_exists(module.path) or (are_here and not hub.is_hub_id(module.path))):
             continue
         try:
             _check_adapter(resolve_adapter(module.path), config.lora.max_lora_rank)
         except LoRAFleetError as error:
             error.message = f"Adapter {module.name!r}: {error.message}"
             raise
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError):  # too long, no permission, or an unknown user's home
+        return False
 
 
 def _check_plan(config: EngineConfig, spec: ModelSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -285,6 +286,31 @@ def test_flags_of_gateways_are_refused_where_there_are_none(
     assert f"{flags[0]} is given with --gateways none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", "MODEL", "--enable-lora", "--lora-modules", "a=~no-such-user/x"],
+        ["serve", "MODEL", "--enable-lora", "--lora-modules", f"a=/{'x' * 5000}"],
+        ["serve", "MODEL", "--enable-lora", "--allow-runtime-lora-updates", "--lora-root", "~no-such-user/x"],
+        ["serve", "MODEL", "--host", "\udcff"],
+        ["serve", "~no-such-user/x"],
+        ["serve", "x" * 5000],
+        ["serve", "@~no-such-user/x"],
+        ["up", "MODEL", "--token-file", "~no-such-user/x"],
+    ],
+)
+def test_a_path_or_host_that_cannot_be_looked_up_is_refused_without_a_traceback(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path) if word == "MODEL" else word for word in command])
+    said = capsys.readouterr().err + str(ended.value.code)
+    assert "error: " in said and command[-1][2:200] in said
+    assert len(said.rpartition("error: ")[2]) < 800
+
+
 def test_flags_may_stand_in_a_file_behind_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "fleet.flags"
     file.write_text("org/base --num-workers 3  # of the four that fit\n--enable-lora\n--lora-modules 'a=/a b'\n")
@@ -299,7 +325,7 @@ def test_flags_may_stand_in_a_file_behind_the_command(tmp_path: Path, capsys: py
         with pytest.raises(SystemExit) as ended:
             main(["up", f"@{file}"])
         assert ended.value.code == 2
-        assert f"The flags of {file} cannot be read: " in (said := capsys.readouterr().err) and message in said
+        assert f"The flags of '{file}' cannot be read: " in (said := capsys.readouterr().err) and message in said
         file.touch()
 
 

@@ -72,6 +72,12 @@ async def test_a_taken_port_is_refused(made: list[Counted]) -> None:
     first.close()
 
 
+@pytest.mark.parametrize("host", ["x" * 300, "a..b", "\udcff"])
+async def test_a_host_that_is_no_name_is_refused(host: str) -> None:
+    with pytest.raises(OSError, match="no name"):
+        await Acceptor(Counted).listen(host, 0)
+
+
 async def test_two_share_a_port_that_both_ask_to_share(made: list[Counted]) -> None:
     first, second = Acceptor(Counted), Acceptor(Counted)
     port = await first.listen("127.0.0.1", 0, reuse_port=True)

@@ -89,8 +89,9 @@ async def test_a_request_and_a_kept_connection_outlive_the_time_for_a_head(new_f
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
         b"SSH-2.0-x\r\n\r\n",
         b"GET / HTTP/1.1\r\nbad\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
     ],
-    ids=["TLS", "ssh", "a header without a colon"],
+    ids=["TLS", "ssh", "a header without a colon", "no Host"],
 )
 async def test_data_that_is_not_http_gets_one_answer_and_no_traceback(
     fleet: Any, garbage: bytes, caplog: pytest.LogCaptureFixture
@@ -102,6 +103,7 @@ async def test_data_that_is_not_http_gets_one_answer_and_no_traceback(
     assert answer.startswith(b"HTTP/1.0 400 ")  # its version is unknown
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert error["code"] == "invalid_request" and "HTTP/1.1" in error["message"] and len(error["message"]) < 400
+    assert ("HTTPS" in error["message"]) is garbage.startswith(b"\x16") and ".." not in error["message"]
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.WARNING]
     writer.close()
 
