@@ -19,12 +19,11 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from lorafleet.controller.gateway.api.field_rule import FieldRule, rule_of
-from lorafleet.controller.gateway.api.schema import INSTEAD, MAX_FIELD_BYTES, SIZEABLE, StreamOptions
+from lorafleet.controller.gateway.api.schema import INSTEAD, MAX_FIELD_BYTES, SIZEABLE
 from lorafleet.workers.errors import InvalidRequestError, cut, quoted
 from lorafleet.workers.text.json_shape import check_shape
 
 _MAX_DEFAULT_BYTES: Final = 256  # longer than any value that asks for nothing
-_INNER: Final = {"stream_options": StreamOptions}  # objects whose fields follow the same rule
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _WHERE = re.compile(r" - at `\$(?:\.([A-Za-z_0-9]+))?(.*)`$")
@@ -45,10 +44,6 @@ def decode(body: bytes, kind: type[_T], *, strict: bool = False) -> Body[_T]:
     given = _decode(body, dict[str, msgspec.Raw])
     rule = rule_of(kind)
     ignored = list(_ignored(given, rule, strict=strict))
-    for name, inner in _INNER.items():
-        if name in rule.honoured and bytes(given.get(name, b""))[:1] == b"{":
-            inside = _ignored(_decode(bytes(given[name]), dict[str, msgspec.Raw]), rule_of(inner), strict=strict)
-            ignored += (f"{name}.{field}" for field in inside)
     fields: _T = _decode(body, kind)
     for name in given.keys() & rule.other_names.keys():
         _read_other_name(fields, name, rule.other_names[name], bytes(given[name]))
@@ -60,22 +55,29 @@ def decode_field(raw: bytes, kind: Any, name: str) -> Any:
     return _decode(raw, kind, name)
 
 
-def _ignored(given: dict[str, msgspec.Raw], rule: FieldRule, *, strict: bool) -> Iterator[str]:
-    """Yield the names of fields that are ignored. Raises InvalidRequestError for one that is refused, or too large."""
+def _ignored(given: dict[str, msgspec.Raw], rule: FieldRule, outer: str = "", *, strict: bool) -> Iterator[str]:
+    """Yield the names of fields that are ignored, as `outer.inner` within another field.
+
+    Raises InvalidRequestError for one that is refused, or too large.
+    """
     for name, raw in given.items():
         num_bytes = memoryview(raw).nbytes
         if name in rule.honoured or name in rule.other_names:
-            if num_bytes > MAX_FIELD_BYTES and name not in SIZEABLE:
+            if num_bytes > MAX_FIELD_BYTES and name not in SIZEABLE and not outer:
                 raise InvalidRequestError(f"{name} has {num_bytes} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
+            if name in rule.inner and bytes(raw)[:1] == b"{":
+                parts = _decode(bytes(raw), dict[str, msgspec.Raw])
+                yield from _ignored(parts, rule_of(rule.inner[name]), f"{outer}{name}.", strict=strict)
             continue
         if num_bytes <= _MAX_DEFAULT_BYTES and rule.asks_nothing(name, _decode(bytes(raw), object)):
             continue
+        path, param = outer + name, outer.partition(".")[0] or cut(name)
         if rule.is_refused(name) or (strict and name in rule.known):
             instead = INSTEAD.get(name, "Leave it out.")
-            raise InvalidRequestError(f"{quoted(name)} is not supported by this server. {instead}", param=cut(name))
+            raise InvalidRequestError(f"{quoted(path)} is not supported by this server. {instead}", param=param)
         if strict and not rule.is_accepted_by_strict(name):
-            raise InvalidRequestError(f"{quoted(name)} is not a known field. Leave it out.", param=cut(name))
-        yield name
+            raise InvalidRequestError(f"{quoted(path)} is not a known field. Leave it out.", param=param)
+        yield path
 
 
 def _read_other_name(fields: msgspec.Struct, name: str, own: str, raw: bytes) -> None:

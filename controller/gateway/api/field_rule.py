@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 
@@ -54,6 +54,7 @@ class FieldRule:
     """The rule for the fields of one kind of object."""
 
     honoured: frozenset[str]
+    inner: Mapping[str, type[msgspec.Struct]]  # honoured fields that are objects with a rule of their own
     other_names: Mapping[str, str]  # of honoured fields
     known: Mapping[str, Values]  # not honoured → the values that ask for nothing
 
@@ -81,12 +82,18 @@ class FieldRule:
 @functools.cache
 def rule_of(kind: type[msgspec.Struct]) -> FieldRule:
     """Return the rule for an endpoint's body, or for an object in it."""
-    honoured = frozenset(kind.__struct_fields__)
+    honoured = frozenset(kind.__struct_encode_fields__)
+    inner = {
+        field.encode_name: part
+        for field in msgspec.structs.fields(kind)
+        for part in (field.type, *get_args(field.type))
+        if isinstance(part, type) and issubclass(part, msgspec.Struct)
+    }
     known = {name: values for name, values in _known(kind).items() if name not in honoured}
     other_names = {
         name: own for name, own in OTHER_NAMES.items() if own in honoured and name not in honoured and name not in known
     }
-    return FieldRule(honoured, other_names, known)
+    return FieldRule(honoured, inner, other_names, known)
 
 
 def _known(kind: type[msgspec.Struct]) -> dict[str, Values]:
@@ -99,4 +106,6 @@ def _known(kind: type[msgspec.Struct]) -> dict[str, Values]:
         return dict(OF_DETOKENIZE)
     if kind is StreamOptions:
         return dict(OF_STREAM_OPTIONS)
-    return dict(OF_ADAPTERS)
+    if kind in (LoadAdapterBody, UnloadAdapterBody):
+        return dict(OF_ADAPTERS)
+    return {}

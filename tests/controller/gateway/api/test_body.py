@@ -143,6 +143,9 @@ def test_what_would_change_the_answer_is_refused_by_name(
 def test_strict_fields_refuse_what_is_ignored_otherwise(extra: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="Leave it out"):
         ignored(ChatRequest, CHAT | extra, strict=True)
+    with pytest.raises(InvalidRequestError, match=r"stream_options\.x") as caught:
+        ignored(ChatRequest, CHAT | {"stream": True, "stream_options": {"x": 1}}, strict=True)
+    assert caught.value.param == "stream_options"
     harmless = {"user": "u", "metadata": {}, "store": False, "tools": [], "no_such_field": None}
     assert ignored(ChatRequest, CHAT | harmless, strict=True) == ["user", "metadata"]
 
