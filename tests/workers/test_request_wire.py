@@ -164,7 +164,7 @@ def test_what_a_sender_leaves_out_is_the_default() -> None:
         ({"sampling": {"allowed_token_ids": range(16385)}}, "allowed_token_ids"),
         ({"sampling": {"bad_words": [{"token_ids": []}]}}, "bad_words"),
         ({"sampling": {"bad_words": [{"token_ids": [1] * 5000}]}}, "bad_words"),
-        ({"sampling": {"bad_words": [{"token_ids": [1]}] * 513}}, "bad_words"),
+        ({"sampling": {"bad_words": [{"token_ids": [1]}] * 4097}}, "bad_words"),
         ({"tenant_weight": 0.0}, "tenant_weight"),
         ({"adapter_weight": math.inf}, "adapter_weight"),
         ({"priority": -(2**31)}, "priority"),

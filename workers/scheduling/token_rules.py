@@ -19,8 +19,7 @@ MAX_BIASED: Final = 1024
 MAX_ALLOWED: Final = 1 << 14
 MAX_BAD_WORDS: Final = 256
 MAX_BAD_WORD_CHARS: Final = 256
-MAX_BAD_WORD_FORMS: Final = 2 * MAX_BAD_WORDS  # each with and without a space before it
-MAX_BAD_WORD_TOKENS: Final = 4 * (1 + MAX_BAD_WORD_CHARS)  # a token for each byte
+MAX_BAD_WORD_TOKENS: Final = 4096  # of all words together, which a step may have to compare
 
 
 def check_logit_bias(bias: TokenBias) -> None:
@@ -36,13 +35,16 @@ def check_logit_bias(bias: TokenBias) -> None:
 
 
 def check_bad_words(words: BadWords) -> None:
-    """Raises `InvalidRequestError` for too many or too long words, or one without tokens."""
-    check_count("bad_words", words, MAX_BAD_WORD_FORMS)
-    for word in words:
-        if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
-            raise InvalidRequestError(
-                f"bad_words has a word of {len(word)} tokens; give 1 to {MAX_BAD_WORD_TOKENS}.", param="bad_words"
-            )
+    """Raises `InvalidRequestError` for too many tokens, or a word without any."""
+    num_tokens = sum(map(len, words))
+    if num_tokens > MAX_BAD_WORD_TOKENS:
+        raise InvalidRequestError(
+            f"bad_words have {num_tokens} tokens together, with and without a space before each word; the limit is "
+            f"{MAX_BAD_WORD_TOKENS}. Give fewer or shorter words.",
+            param="bad_words",
+        )
+    if not all(words):
+        raise InvalidRequestError("bad_words has a word without tokens.", param="bad_words")
 
 
 def check_count(name: str, entries: Collection[object], limit: int) -> None:

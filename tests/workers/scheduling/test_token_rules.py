@@ -9,7 +9,7 @@ import pytest
 
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
-from lorafleet.workers.scheduling.token_rules import MAX_ALLOWED, MAX_BAD_WORD_FORMS, MAX_BAD_WORD_TOKENS, MAX_BIASED
+from lorafleet.workers.scheduling.token_rules import MAX_ALLOWED, MAX_BAD_WORD_TOKENS, MAX_BIASED
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ from lorafleet.workers.scheduling.token_rules import MAX_ALLOWED, MAX_BAD_WORD_F
         ("logit_bias", ((5, -math.inf),), "-inf"),
         ("logit_bias", tuple((token, 1.0) for token in range(MAX_BIASED + 1)), "the limit is 1024"),
         ("allowed_token_ids", frozenset(range(MAX_ALLOWED + 1)), "the limit is 16384"),
-        ("bad_words", ((1,), ()), "a word of 0 tokens"),
-        ("bad_words", ((1,) * (MAX_BAD_WORD_TOKENS + 1),), "tokens; give 1 to"),
-        ("bad_words", ((1,),) * (MAX_BAD_WORD_FORMS + 1), "the limit is 512"),
+        ("bad_words", ((1,), ()), "a word without tokens"),
+        ("bad_words", ((1,) * (MAX_BAD_WORD_TOKENS + 1),), "bad_words have 4097 tokens together"),
+        ("bad_words", ((1, 2),) * (MAX_BAD_WORD_TOKENS // 2 + 1), "the limit is 4096"),
     ],
 )
 def test_limits_name_the_field(field: str, value: Any, part: str) -> None:
