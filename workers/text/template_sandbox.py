@@ -324,8 +324,7 @@ def _budget(context: Context) -> Budget:
 def _finalize(context: Context, value: Any) -> Any:
     if isinstance(value, list | tuple | dict):
         _budget(context).take_text(value)
-        return text_of(value)
-    return value
+    return text_of(value)
 
 
 class _CountJoins(NodeTransformer):

@@ -203,10 +203,12 @@ def join_texts(texts: Iterable[str]) -> str:
 
 
 def text_of(value: object) -> str:
-    """Return a value as text, as `str` does."""
+    """Return a value as text, as `str` does. That of an object which may hold any text is all content."""
     if isinstance(value, str):
         return value
-    return written(str, value) if isinstance(value, list | tuple | dict) else str(value)
+    if isinstance(value, list | tuple | dict):
+        return written(str, value)
+    return str(value) if value is None or isinstance(value, int | float) else TracedText(str(value))
 
 
 def written(write: Callable[..., str], *values: object, **named: object) -> str:

@@ -93,6 +93,22 @@ def test_no_method_makes_content_the_templates(name: str) -> None:
             _check_covers("{{ " + f"{value}.{name}({arguments})" + " }}")
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].items() }}",
+        "{{ messages[0].values() ~ 'a' }}",
+        "{{ namespace(x=c) }}",
+        "{{ [namespace(x=c)] | join }}",
+        "{{ namespace(x=c) | string }}",
+        "{{ c | e }}{{ c | safe }}{{ (c | safe) + 'a' }}",
+    ],
+)
+def test_an_object_that_may_hold_content_is_content(source: str) -> None:
+    assert "ZWZ" in _render(source, "ZWZ")
+    _check_covers(source)
+
+
 def _check_covers(source: str) -> None:
     """Every upper-case letter that comes from the content must be marked."""
     try:
