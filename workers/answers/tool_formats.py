@@ -62,6 +62,7 @@ TOOL_FORMATS: Final = {
     "granite4": HERMES,
     "hermes": HERMES,
     "llama3_json": _LLAMA,
+    "llama4_json": _LLAMA,
     "llama4_pythonic": _PYTHONIC,
     "mistral": _MISTRAL,
     "phi4_mini_json": _PHI,
