@@ -70,7 +70,7 @@ class ToolForm:
         if has_calls and not self.takes_calls:
             messages = list(_as_text(messages, syntax))
         elif has_calls:
-            messages = [_without_empty_calls(message) for message in messages]
+            messages = _with_names([_without_empty_calls(message) for message in messages])
             if self.takes_one_call:
                 messages = _one_call_each(messages)
             if self.takes_short_ids:
@@ -119,20 +119,31 @@ def _without_empty_calls(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
+def _with_names(messages: Sequence[Message]) -> list[Message]:
+    """Return messages in which each result has its function's name, which some templates insist on."""
+    names: dict[Any, str] = {}
+    named: list[Message] = []
+    for message in messages:
+        names |= {str(call.get("id")): call["function"]["name"] for call in message.get("tool_calls") or ()}
+        name = names.get(str(message.get("tool_call_id"))) if message.get("role") == "tool" else None
+        named.append({**message, "name": name} if name is not None and message.get("name") is None else message)
+    return named
+
+
 def _one_call_each(messages: Sequence[Message]) -> list[Message]:
     """Return messages with one call each, every call with its result after it."""
-    results = {message.get("tool_call_id"): message for message in messages if message.get("role") == "tool"}
-    moved: set[Any] = set()
+    results = {str(message.get("tool_call_id")): message for message in messages if message.get("role") == "tool"}
+    moved: set[str] = set()
     single: list[Message] = []
     for message in messages:
         calls = message.get("tool_calls") or ()
         if len(calls) < 2:
-            if message.get("role") != "tool" or message.get("tool_call_id") not in moved:
+            if message.get("role") != "tool" or str(message.get("tool_call_id")) not in moved:
                 single.append(message)
             continue
         for index, call in enumerate(calls):
             single.append({**message, "tool_calls": [call]} | ({"content": ""} if index else {}))
-            call_id = call.get("id")
+            call_id = str(call.get("id"))
             if call_id in results and call_id not in moved:
                 single.append(results[call_id])
                 moved.add(call_id)

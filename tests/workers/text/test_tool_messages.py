@@ -37,8 +37,15 @@ def read(form: ToolForm, messages: Any, tools: Any = None, syntax: Any = HERMES.
 
 
 def test_a_template_that_takes_tools_gets_them_as_they_are() -> None:
-    messages = [ASKED, {"role": "assistant", "content": None, "tool_calls": [call()]}, result("call_1", "sunny")]
+    messages = [ASKED, {"role": "assistant", "content": None, "tool_calls": [call()]}]
     assert read(PLAIN, messages, [TOOL]) == (messages, [TOOL])
+
+
+def test_results_have_the_names_of_their_functions_which_some_templates_insist_on() -> None:
+    calls = {"role": "assistant", "tool_calls": [call("1"), call("2", name="now")]}
+    own = result("1", "sunny") | {"name": "weather"}
+    found, _ = read(PLAIN, [ASKED, calls, result("2", "noon"), own, result("3", "lost"), result([], "odd")])  # type: ignore[arg-type]
+    assert [message.get("name") for message in found] == [None, None, "now", "weather", None, None]
 
 
 def test_tools_are_described_in_the_system_message_to_a_template_that_knows_none() -> None:
