@@ -15,6 +15,8 @@ from lorafleet.workers.errors import InvalidRequestError
 HI = {"role": "user", "content": "hi"}
 START, END = "<|im_start|>", "<|im_end|>"
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'  # the template takes no calls
+RESULT_TURN = "`start user\n<tool_response>\n4\n</tool_response>`end\n"
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ CLIENTS: list[tuple[str, dict[str, Any], str]] = [
             "n": 1,
             "temperature": 0.7,
         },
-        "`start system\nbe brief`end\n`start user\nhello`end\n`start assistant\n`end\n`start tool\n4`end\n",
+        f"`start system\nbe brief`end\n`start user\nhello`end\n`start assistant\n{CALL_TEXT}`end\n{RESULT_TURN}",
     ),
     (
         "open webui",
@@ -92,7 +94,7 @@ CLIENTS: list[tuple[str, dict[str, Any], str]] = [
             "stop": [],
             "temperature": 1.0,
         },
-        "`start system\nbe brief`end\n`start user\nhello`end\n`start assistant\na`end\n`start tool\n4`end\n",
+        f"`start system\nbe brief`end\n`start user\nhello`end\n`start assistant\na\n{CALL_TEXT}`end\n{RESULT_TURN}",
     ),
     (
         "openai's sdk, with an answer dumped into the history",
@@ -124,7 +126,7 @@ CLIENTS: list[tuple[str, dict[str, Any], str]] = [
                 {"role": "function", "name": "f", "content": "4"},
             ]
         },
-        "`start user\nhi`end\n`start assistant\n`end\n`start tool\n4`end\n",
+        f"`start user\nhi`end\n`start assistant\n{CALL_TEXT.replace('"a": 1', '')}`end\n{RESULT_TURN}",
     ),
     (
         "litellm, with marks for another server's cache",
