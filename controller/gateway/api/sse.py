@@ -77,7 +77,7 @@ class ChunkTemplate:
     def full(self, delta: ChoiceDelta, logprobs: object, more: Mapping[str, object] = _NOTHING) -> bytes:
         """Return a chunk with log-probabilities, or a finish reason, or both. more: other fields of the choice."""
         fields = {"logprobs": logprobs, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-        rest = _json(with_nulls(fields | more, null_fields.CHUNK_CHOICE))[1:-1]
+        rest = _json(with_nulls({**fields, **more}, null_fields.CHUNK_CHOICE))[1:-1]
         return b"".join((self._texts[delta.index], _json(delta.text), self._after, b",", rest, self._tail))
 
     def choice(self, index: int, fields: dict[str, Any]) -> bytes:

@@ -81,13 +81,13 @@ def asks(name: str, grammar: str = "", *, seed: int = 0, max_tokens: int = 200, 
     return GenerateRequest(name, PROMPT, SamplingOptions(max_tokens=max_tokens, seed=seed, grammar=grammar, **options))
 
 
-FORMATS = jsonschema.FormatChecker(["uuid", "ipv4"])
-
-
-@FORMATS.checks("date", raises=ValueError)
 def is_date(text: str) -> bool:
     """Return whether a month has such a day, in some year: RFC 3339 has a year 0, which Python has not."""
     return len(text) == 10 and bool(datetime.date.fromisoformat("2000" + text[4:])) and text[:4].isdecimal()
+
+
+FORMATS = jsonschema.FormatChecker(["uuid", "ipv4"])
+FORMATS.checks("date", raises=ValueError)(is_date)
 
 
 def assert_documents(files: Files, schemas: dict[str, Any], results: dict[str, Result]) -> int:

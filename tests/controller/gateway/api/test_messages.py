@@ -122,11 +122,11 @@ CLIENTS: list[tuple[str, dict[str, Any], str]] = [
         {
             "messages": [
                 HI,
-                {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+                {"role": "assistant", "content": None, "function_call": CALL["function"]},
                 {"role": "function", "name": "f", "content": "4"},
             ]
         },
-        f"`start user\nhi`end\n`start assistant\n{CALL_TEXT.replace('"a": 1', '')}`end\n{RESULT_TURN}",
+        f"`start user\nhi`end\n`start assistant\n{CALL_TEXT}`end\n{RESULT_TURN}",
     ),
     (
         "litellm, with marks for another server's cache",
