@@ -34,7 +34,8 @@ class ToolForm:
 
     takes_tools: tools, as a variable. takes_tools_in_system: as the system message's `tools`, JSON text (Phi 4's).
     takes_calls: calls, and messages of the role tool. takes_short_ids: ids of calls must have nine letters or digits
-    (Mistral's). takes_one_call: a message may have one call (Llama 3's).
+    (Mistral's). takes_one_call: a message may have one call (Llama 3's). takes_system: a system message (Gemma 2's
+    does not).
     """
 
     takes_tools: bool = False
@@ -42,9 +43,10 @@ class ToolForm:
     takes_calls: bool = False
     takes_short_ids: bool = False
     takes_one_call: bool = False
+    takes_system: bool = True
 
     @classmethod
-    def of(cls, template: str, *, takes_tools: bool) -> Self:
+    def of(cls, template: str, *, takes_tools: bool, takes_system: bool = True) -> Self:
         """Return what a template's text asks for."""
         return cls(
             takes_tools=takes_tools,
@@ -52,6 +54,7 @@ class ToolForm:
             takes_calls="tool_calls" in template and not _TEXT_ARGUMENTS.search(template),
             takes_short_ids="length 9" in template,
             takes_one_call="single tool-calls" in template,
+            takes_system=takes_system,
         )
 
     def messages(
@@ -79,7 +82,7 @@ class ToolForm:
             return messages, tools
         if self.takes_tools_in_system:
             return _put_in_system(messages, tools), None
-        return _describe(messages, tools, syntax), None
+        return _describe(messages, tools, syntax, takes_system=self.takes_system), None
 
 
 def _is_conversation(messages: object) -> bool:
@@ -173,8 +176,10 @@ def _put_in_system(messages: Sequence[Message], tools: Tools) -> list[Message]:
     return [{"role": "system", "content": "", "tools": text}, *messages]
 
 
-def _describe(messages: Sequence[Message], tools: Tools, syntax: CallSyntax | PythonicSyntax) -> list[Message]:
-    """Return messages of which the first is a system message that describes the tools."""
+def _describe(
+    messages: Sequence[Message], tools: Tools, syntax: CallSyntax | PythonicSyntax, *, takes_system: bool
+) -> list[Message]:
+    """Return messages of which the first describes the tools: a system message, or the user's if there may be none."""
     functions = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     example = syntax.text([WrittenCall("function_name", {"argument_name": "value"})])
     text = (
@@ -183,9 +188,11 @@ def _describe(messages: Sequence[Message], tools: Tools, syntax: CallSyntax | Py
         f"{example}\nOtherwise answer without a call."
     )
     first, rest = messages[0], messages[1:]
-    if first.get("role") not in ("system", "developer"):
-        return [{"role": "system", "content": text}, *messages]
     content = first.get("content")
+    if first.get("role") not in ("system", "developer"):
+        if takes_system or first.get("role") != "user" or not isinstance(content, str):
+            return [{"role": "system", "content": text}, *messages]
+        return [{**first, "content": f"{text}\n\n{content}"}, *rest]
     if isinstance(content, Sequence) and not isinstance(content, str):
         return [{**first, "content": [*content, {"type": "text", "text": text}]}, *rest]
     return [{**first, "content": f"{content}\n\n{text}" if content else text}, *rest]

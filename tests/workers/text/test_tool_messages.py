@@ -67,6 +67,12 @@ def test_the_callers_system_message_stays_before_the_description(content: Any) -
     assert "get_weather" in text
 
 
+def test_a_template_that_refuses_system_messages_has_the_description_in_the_users() -> None:
+    messages, _ = read(ToolForm(takes_system=False), [ASKED, {"role": "assistant", "content": "?"}], [TOOL])
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert "get_weather" in messages[0]["content"] and messages[0]["content"].endswith("\n\nWeather?")
+
+
 def test_the_description_shows_the_models_own_form() -> None:
     messages, _ = read(WITHOUT, [ASKED], [TOOL], TOOL_FORMATS["pythonic"].syntax)
     assert "[function_name(argument_name='value')]" in messages[0]["content"]
