@@ -168,12 +168,11 @@ class Sampler:
         """
         batch = self._gather(requests, logits_SV.device)
         columns = (batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S, batch.uniform_S())
+        changes = Changes(logits_SV.shape[1], logits_SV.device)
+        for rule, rows in batch.rules:
+            rule.write(rows, changes)
+        gathered = changes.gather()
         possible_S: torch.Tensor | None = None
-        errors: dict[int, LoRAFleetError] = {}
-        changes = self._changes(batch, logits_SV)
-        gathered = None if changes is None else changes.gather()
-        if changes is not None:
-            errors = changes.errors
         if gathered is None:
             token_ids_S, finite_S = sample_tokens(logits_SV, *columns)
         else:
@@ -191,7 +190,7 @@ class Sampler:
             token_ids_S,
             finite_S,
             possible_S=possible_S,
-            errors=errors,
+            errors=changes.errors,
             logged=batch.logged,
             wanted=wanted,
             logprobs=logprobs,
@@ -202,14 +201,6 @@ class Sampler:
         if batch is None or batch.requests != requests:  # compares identities
             batch = self._batch = _Batch.gather(requests, self._rules, device)
         return batch
-
-    def _changes(self, batch: _Batch, logits_SV: torch.Tensor) -> Changes | None:
-        if not batch.rules:
-            return None
-        changes = Changes(logits_SV.shape[1], logits_SV.device)
-        for rule, rows in batch.rules:
-            rule.write(rows, changes)
-        return changes
 
 
 def uniforms(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
