@@ -57,7 +57,7 @@ def engine(references: dict[str | None, tuple[Path, Any]]) -> Iterator[Engine]:
 def test_overlapping_replayed_steps_equal_transformers_and_peft(
     engine: Engine, references: dict[str | None, tuple[Path, Any]]
 ) -> None:
-    assert engine._overlaps and engine._runner._graphs
+    assert engine._steps.overlaps and engine._runner._graphs
     digests = {name: engine.register_adapter(str(path)).digest for name, (path, _) in references.items() if name}
     requests = {
         f"{name}:{i}": (name, GenerateRequest(f"{name}:{i}", prompt, GREEDY, digests.get(name) if name else None))
@@ -84,7 +84,7 @@ def test_seeds_stops_and_penalties_give_the_same_as_step_by_step(
         for i, prompt in enumerate(PROMPTS)
     ]
     overlapping = run_engine(engine, requests)
-    engine._overlaps = False
+    engine._steps.overlaps = False
     for name, result in run_engine(engine, requests).items():
         assert (result.token_ids, result.finish) == (overlapping[name].token_ids, overlapping[name].finish)
 

@@ -8,9 +8,8 @@ same inbox.
 Every accepted request ends in exactly one event with a `finish`, unless a step raises: then the engine has failed, and
 whoever asks it for anything is told.
 
-On one GPU steps overlap: while one runs, the next is planned and launched, whose rows take their input tokens from
-where the running one will leave them. What a step brought is published when the next has been launched. If a rule that
-changes logits must know the running step's tokens, the next one's forward pass is launched and its sampling waits.
+Owns: the inbox, requests from acceptance to their end. Leaves to others: plans (scheduling/), steps (steps.py), loads
+(slot_loader.py), registered adapters (registered.py), grammars (grammars.py).
 """
 
 from __future__ import annotations
@@ -34,21 +33,19 @@ from lorafleet.workers.cores import CoreClaim, claim_cores
 from lorafleet.workers.engine.grammars import Compiled, Grammars, TokenizerSource
 from lorafleet.workers.engine.registered import FreedBytes, RegisteredAdapters, Retire
 from lorafleet.workers.engine.slot_loader import Fetched, Loaded, SlotLoader
+from lorafleet.workers.engine.steps import Steps
 from lorafleet.workers.errors import (
     DrainingError,
     InternalError,
     LoRAFleetError,
-    NonFiniteLogitsError,
     QueueFullError,
 )
 from lorafleet.workers.model.adapter_shard import adapter_store
 from lorafleet.workers.model.architecture import ModelSpec, read_model_spec
 from lorafleet.workers.model.device import measure_memory, pick_device
 from lorafleet.workers.model.memory_plan import MemoryPlan, plan_memory
-from lorafleet.workers.model.prompt_scores import PendingScores
 from lorafleet.workers.model.rules.grammar_masks import GrammarMasks
 from lorafleet.workers.model.runner import ModelRunner
-from lorafleet.workers.model.sampling import PendingSamples
 from lorafleet.workers.ranks.ranks import Gather, Ranks, alone
 from lorafleet.workers.scheduling.accepted import AcceptedRequests
 from lorafleet.workers.scheduling.activation import find_start
@@ -70,18 +67,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_PLANNED = 4096  # waiting requests that the scheduler knows; others wait before it (scheduling/backlog.py)
 _MAX_ARRIVALS = 256  # that it gets to know in one step, which takes some 10 ms
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """A step that was launched and whose tokens are not known yet."""
-
-    samples: PendingSamples
-    scores: PendingScores | None  # of prompt tokens
-    requests: list[Request]  # that sample, in the order of its rows
-    num_tokens: int
-    num_in_prompts: int  # of these: beside the one of each request that has some already
-    launched_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +142,14 @@ class Engine:
             pace=self._pace,
             report=self._post,
         )
+        self._steps = Steps(self._runner, self._scheduler, self._masks, self._loader, self._pace, self._step_budget)
         self._checks = RequestChecks(
             max_model_len=memory.max_model_len,
             max_loras=memory.max_loras,
             vocab_size_of=self.vocab_size_of,
             not_composable=lambda digest: self._adapters.spec(digest).not_composable,
         )
-        self._lock = threading.Lock()  # guards the eight below
+        self._lock = threading.Lock()  # guards the seven below
         # A str is the id of a request to cancel.
         self._inbox: deque[GenerateRequest | str | Loaded | Fetched | Compiled | Retire | _Pin] = deque()
         self._adapters = RegisteredAdapters(
@@ -181,14 +167,6 @@ class Engine:
         self._is_warm = False
         self._cores: CoreClaim | None = None
         self._arrivals = 0
-        self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_output_tokens = 0
-        self._output_tokens_of: dict[str, int] = {}  # written by the stepping thread alone
-        self._overlaps = self._runner.is_asynchronous
-        self._in_flight: _InFlight | None = None
-        self._step_began: float | None = None  # of the step that is to end next
-        self._settled_at = 0.0
         self._stats = self._take_stats()
 
     @classmethod
@@ -321,7 +299,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The snapshot of the last step's end, with the age of the step that runs now."""
-        began = self._step_began
+        began = self._steps.began_at
         store = self._store.stats()
         with self._lock:
             registered, requests_of = self._adapters.all(), self._adapters.num_requests()
@@ -331,7 +309,7 @@ class Engine:
             host_adapters=self._store.resident(),
             registered_adapters=registered,
             requests_of=requests_of,
-            output_tokens_of=self._output_tokens_of.copy(),
+            output_tokens_of=self._steps.output_tokens_of.copy(),
             host_cache_bytes=store.bytes,
             host_cache_usage=store.usage,
             num_adapter_loads=store.loads,
@@ -427,13 +405,7 @@ class Engine:
             self._loader.start(load)
         for digest in plan.prefetches:
             self._loader.fetch(digest)
-        launched = self._launch(plan, events) if plan.scheduled else None
-        self._settle(events)
-        if launched is not None:
-            self._in_flight = launched
-            self._step_began = max(launched.launched_at, self._settled_at)
-            if not self._overlaps:
-                self._settle(events)
+        self._steps.run(plan, events)
         self._give_up(events)
         self._look_for_stuck(plan, events)
         with self._lock:
@@ -451,85 +423,6 @@ class Engine:
         self._free_retired()
         self._stats = self._take_stats()
         return events
-
-    def _launch(self, plan: StepPlan, events: list[RequestEvent]) -> _InFlight:
-        """Start a non-empty plan and book it as computed; its tokens are pending.
-
-        If rules must know the tokens of the step in flight, that one is settled while this one's forward pass runs.
-        """
-        launched_at = time.monotonic()
-        if self._step_began is None:
-            self._step_began = launched_at
-        forward = self._runner.forward(plan)
-        if not forward.is_prepared:
-            self._settle(events)
-            forward = forward.keep(self._scheduler.holds)
-        samples = self._runner.sample(forward)
-        self._num_steps += 1
-        num_in_prompts = 0
-        for entry in plan.scheduled:
-            request = entry.request
-            num_left = request.num_prompt_tokens - request.num_computed_tokens
-            self._num_prompt_tokens += max(0, min(entry.num_tokens, num_left))
-            num_in_prompts += entry.num_tokens - 1
-            if self._scheduler.holds(request):
-                self._scheduler.advance(entry)
-        return _InFlight(samples, forward.scores, forward.requests, plan.num_tokens, num_in_prompts, launched_at)
-
-    def _settle(self, events: list[RequestEvent]) -> None:
-        """Wait for the step that is in flight, if one is, and say what came of it."""
-        step, self._in_flight = self._in_flight, None
-        if step is None:
-            return
-        for request, scored in ({} if step.scores is None else step.scores.results()).items():
-            if not self._scheduler.holds(request):
-                continue
-            if scored is None:
-                self._fail_not_finite(request, events)
-            else:
-                events.append(RequestEvent(request.request_id, prompt_logprobs=scored))
-        results = list(zip(step.requests, step.samples.results(), strict=True))
-        constrained = [
-            (request, sampled.token_id)
-            for request, sampled in results
-            if request.sampling.grammar and sampled.is_usable and self._scheduler.holds(request)
-        ]
-        ends = self._masks.take(constrained)
-        for request, sampled in results:
-            if not self._scheduler.holds(request):
-                continue  # it ended while this step ran
-            if not sampled.is_finite:
-                self._fail_not_finite(request, events)
-                continue
-            if sampled.error is not None:
-                self._fail([request.request_id], sampled.error, events)
-                continue
-            is_complete = ends.get(request, False)
-            if isinstance(is_complete, LoRAFleetError):
-                self._fail([request.request_id], is_complete, events)
-                continue
-            is_first = request.num_known_tokens == request.num_prompt_tokens
-            finish = self._scheduler.settle(request, sampled.token_id, is_complete=is_complete)
-            if finish is not None:
-                self._pace.book_seat(time.monotonic() - request.started_at)
-            if not request.sampling.max_tokens:
-                events.append(
-                    RequestEvent(request.request_id, finish=finish, num_cached_tokens=request.num_cached_tokens or 0)
-                )
-                continue
-            self._num_output_tokens += 1
-            for digest in request.digests or ("",):
-                self._output_tokens_of[digest] = self._output_tokens_of.get(digest, 0) + 1
-            event = RequestEvent(request.request_id, sampled.token_id, logprobs=sampled.logprobs, finish=finish)
-            if is_first and request.num_cached_tokens:
-                event = replace(event, num_cached_tokens=request.num_cached_tokens)
-            events.append(event)
-        now = time.monotonic()
-        step_s = now - max(step.launched_at, self._settled_at)
-        self._settled_at, self._step_began = now, None
-        self._loader.book_step(step_s)
-        self._pace.book_step(step_s, step.num_in_prompts)
-        self._step_budget.book(step_s, step.num_tokens)
 
     def check_integrity(self) -> None:
         """Nothing is leaked. For tests, between steps."""
@@ -598,7 +491,7 @@ class Engine:
         # Waiting requests alone are no work while their adapters load: the loaders' reports wake the loop.
         return (
             bool(self._inbox)
-            or self._in_flight is not None
+            or self._steps.is_in_flight
             or self._loader.is_copying
             or (len(self._backlog) > 0 and self._scheduler.num_waiting < _MAX_PLANNED)
             or self._scheduler.num_running > 0
@@ -640,7 +533,7 @@ class Engine:
 
     def _look_for_stuck(self, plan: StepPlan, events: list[RequestEvent]) -> None:
         """End the request that has waited longest, if all have been stuck for too long."""
-        is_idle = not (plan.scheduled or plan.loads or self._in_flight or self._loader.num_coming)
+        is_idle = not (plan.scheduled or plan.loads or self._steps.is_in_flight or self._loader.num_coming)
         looks_again = is_idle and self._scheduler.num_waiting > 0
         with self._lock:
             self._looks_again = looks_again
@@ -685,12 +578,6 @@ class Engine:
             )
             self._fail(overdue, error, events)
 
-    def _fail_not_finite(self, request: Request, events: list[RequestEvent]) -> None:
-        self._scheduler.remove(request.request_id, is_spoiled=True)
-        adapter = f"adapter {request.adapter}" if request.adapter else "the base model"
-        error = NonFiniteLogitsError(f"{adapter} gave NaN or infinite logits for this request.")
-        events.append(RequestEvent(request.request_id, finish=FinishReason.ERROR, error=error))
-
     def _fail(self, request_ids: list[str], error: LoRAFleetError, events: list[RequestEvent]) -> None:
         for request_id in request_ids:
             self._scheduler.remove(request_id)
@@ -705,7 +592,7 @@ class Engine:
             freed = self._adapters.free_unused(self._is_coming)
         self._loader.clear_emptied()
         for retire, num_bytes in freed:
-            self._output_tokens_of.pop(retire.digest, None)
+            self._steps.output_tokens_of.pop(retire.digest, None)
             retire.freed.set_result(num_bytes)
 
     def _post(self, report: Loaded | Fetched | Compiled) -> None:
@@ -726,9 +613,9 @@ class Engine:
             num_free_pages=self._pool.num_free,
             device_adapters=self._slots.resident(),
             loading_adapters=self._slots.loading(),
-            num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
+            num_steps=self._steps.num_steps,
+            num_prompt_tokens=self._steps.num_prompt_tokens,
+            num_output_tokens=self._steps.num_output_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,

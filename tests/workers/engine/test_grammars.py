@@ -66,7 +66,7 @@ def engine_of(files: Files) -> Iterator[Callable[..., Engine]]:
         config = EngineConfig(model=str(files.model), dtype="float32", device="cpu", lora=LoRAConfig(max_loras=2))
         engine = Engine.from_config(replace(config, **changes))
         engine.load()
-        engine._overlaps = overlaps
+        engine._steps.overlaps = overlaps
         opened.append(engine)
         return engine
 

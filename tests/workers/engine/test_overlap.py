@@ -55,7 +55,7 @@ class Files:
         config = EngineConfig(model=str(self.model), dtype="float32", device="cpu", lora=LoRAConfig(max_loras=2))
         engine = Engine.from_config(replace(config, **changes))  # type: ignore[arg-type]
         engine.load()
-        engine._overlaps = overlaps
+        engine._steps.overlaps = overlaps
         return engine
 
 

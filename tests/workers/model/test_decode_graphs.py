@@ -95,7 +95,7 @@ def engine(references: dict[str | None, tuple[Path, Any]]) -> Iterator[tuple[Eng
         engine = Engine.from_config(config)
         engine.load()
         engine._runner.capture(recorder)
-        engine._overlaps = True
+        engine._steps.overlaps = True
         yield engine, recorder
         engine.close()
 
