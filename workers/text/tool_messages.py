@@ -28,7 +28,7 @@ _TEXT_ARGUMENTS = re.compile(r"""(?:\.arguments|\[['"]arguments['"]\])\s*\+""") 
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolForm:
     """What a template takes.
 
