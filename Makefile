@@ -8,12 +8,13 @@ SERVES := $(VENV)/.serves
 INSTALLED := $(VENV)/.installed
 PORT ?= 8000
 
-.PHONY: demo test install lint types package image-check manifests-check manifests proto docs-cli clean
+.PHONY: demo test test-all install lint types package image-check manifests-check manifests proto docs-cli clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo     serve the demo model and its adapters on http://127.0.0.1:$(PORT)'
 	@echo 'make test     run the test suite'
+	@echo 'make test-all run it with ten thousand structured documents'
 	@echo 'make install  make $(VENV) with everything pinned, and $(BIN)/lorafleet'
 	@echo 'make lint     ruff, then types'
 	@echo 'make docs     build the documentation into build/docs'
@@ -50,6 +51,9 @@ demo: $(SERVES)
 
 test: install
 	$(BIN)/python -m pytest
+
+test-all: install
+	LORAFLEET_TEST_ALL=1 $(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .

@@ -12,10 +12,13 @@ P rows that change, V vocabulary, N entries, R rows with penalties or with a mas
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from lorafleet.kernels.seen_tokens import addresses
 
 # The tokens of rows' prompts and outputs, see seen_tokens.py: a list each, on the host, or codes of all tokens, [R, V].
 Seen = Sequence[torch.Tensor] | torch.Tensor
@@ -55,6 +58,50 @@ class LogitChanges:
     bias: Bias | None = None
     penalties: Penalties | None = None
     mask: Mask | None = None
+
+
+class NativeChanges(ctypes.Structure):
+    """`LogitChanges` as cpu/logit_changes.h has it. The tensors are kept as long as this object."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("place", "bias_start", "bias_token", "bias_value")),
+        *((name, ctypes.c_void_p) for name in ("seen", "factors", "mask")),
+        ("num_words", ctypes.c_int64),
+    )
+
+    def __init__(self, changes: LogitChanges, num_rows: int) -> None:
+        super().__init__()
+        self._kept: list[torch.Tensor] = []
+        num_places = len(changes.row_P)
+        place_S = torch.full((num_rows,), -1)
+        place_S[changes.row_P] = torch.arange(num_places)
+        self.place = self._pointer(place_S)
+        bias, penalties, mask = changes.bias, changes.penalties, changes.mask
+        if bias is not None:
+            self.bias_start = self._pointer(torch.searchsorted(bias.place_N, torch.arange(num_places + 1)))
+            self.bias_token, self.bias_value = self._pointer(bias.token_N), self._pointer(bias.value_N)
+        if penalties is not None:
+            assert not isinstance(penalties.seen, torch.Tensor), "a table is for a GPU"
+            self.seen = self._pointer(_spread(penalties.place_R, addresses(penalties.seen), num_places))
+            self.factors = self._pointer(_spread(penalties.place_R, penalties.factors_R3, num_places))
+        if mask is not None:
+            words_RW = mask.words_RW.contiguous()
+            self._kept.append(words_RW)
+            self.num_words = words_RW.shape[1]
+            at_R = torch.arange(len(words_RW)) * (4 * self.num_words) + words_RW.data_ptr()
+            self.mask = self._pointer(_spread(mask.place_R, at_R, num_places))
+
+    def _pointer(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _spread(place_R: torch.Tensor, values: torch.Tensor, num_places: int) -> torch.Tensor:
+    """Return the values by place; 0 elsewhere."""
+    spread = values.new_zeros(num_places, *values.shape[1:])
+    spread[place_R] = values
+    return spread
 
 
 def change_logits_(logits_PV: torch.Tensor, changes: LogitChanges) -> None:

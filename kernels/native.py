@@ -41,7 +41,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lf_linear": (_P, _I64, _P, _P, _P, *(_I64,) * 3),
     "lf_linear_packed": (_INT, _P, _I64, _P, _P, _P, *(_I64,) * 3),
     "lf_linear_packed_int8": (_P, _I64, _P, _P, _P, _P, *(_I64,) * 3),
-    "lf_sample_tokens": (_INT, _P, _I64, *(_P,) * 7, _I64, _I64),
+    "lf_sample_tokens": (_INT, _P, _I64, *(_P,) * 9, _I64, _I64),
+    "lf_add_sampled": (_P, _P, _P, _I64),
 }
 # Other functions of the library, which are never recorded: (result, arguments).
 _MANAGEMENT: dict[str, tuple[type | None, tuple[type, ...]]] = {

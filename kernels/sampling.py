@@ -14,11 +14,17 @@ Sums are float64. S rows that sample, V vocabulary, P rows that draw.
 
 from __future__ import annotations
 
+import ctypes
+from typing import Final
+
 import torch
 
 from lorafleet.kernels.dispatch import uses_triton
-from lorafleet.kernels.logit_changes import LogitChanges, change_logits_
+from lorafleet.kernels.logit_changes import LogitChanges, NativeChanges, change_logits_
 from lorafleet.kernels.native import DTYPE_CODES, library
+
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_COLUMN_DTYPES: Final = [torch.float32, torch.int64, torch.float32, torch.float32, torch.float64]
 
 
 def sample_tokens(
@@ -35,33 +41,18 @@ def sample_tokens(
     keeps all) and min_p (0 keeps all) are float32, top_k (0 keeps all) is int64, uniform, in [0, 1), float64. A row
     with NaN or +inf, or with only -inf, is not finite; its token id is 0.
     """
-    native = library()
-    is_on_gpu = uses_triton(logits_SV.device)
-    if native is None and not is_on_gpu:
-        return sample_tokens_reference(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
-    rows, vocab_size = logits_SV.shape
-    assert vocab_size > 0 and (logits_SV.stride(1) == 1 or vocab_size == 1)
-    assert temperature_S.dtype == top_p_S.dtype == min_p_S.dtype == torch.float32
-    assert top_k_S.dtype == torch.int64 and uniform_S.dtype == torch.float64
     columns = (temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
-    assert all(column.shape == (rows,) and column.is_contiguous() for column in columns)
-    token_ids_S = torch.empty(rows, dtype=torch.int64, device=logits_SV.device)
-    finite_S = torch.empty(rows, dtype=torch.bool, device=logits_SV.device)
+    is_on_gpu = uses_triton(logits_SV.device)
+    if not is_on_gpu and library() is None:
+        return sample_tokens_reference(logits_SV, *columns)
+    _check(logits_SV, *columns)
+    token_ids_S, finite_S = _results(logits_SV)
     if is_on_gpu:
         from lorafleet.kernels.gpu.sampling import sample_tokens as on_gpu
 
         on_gpu(logits_SV, *columns, token_ids_S, finite_S)
-        return token_ids_S, finite_S
-    native.lf_sample_tokens(
-        DTYPE_CODES[logits_SV.dtype],
-        logits_SV.data_ptr(),
-        logits_SV.stride(0),
-        *(column.data_ptr() for column in columns),
-        token_ids_S.data_ptr(),
-        finite_S.data_ptr(),
-        rows,
-        vocab_size,
-    )
+    else:
+        _sample_natively(logits_SV, columns, token_ids_S, finite_S)
     return token_ids_S, finite_S
 
 
@@ -76,18 +67,67 @@ def sample_changed_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Like `sample_tokens`, but from changed logits; return possible [S] bool too.
 
-    A row is not possible if it is not finite, or if its changes leave no token: its token id is 0.
+    `finite` is of the logits before their changes. A row is not possible if it is not finite, or if its changes leave
+    no token; its token id is 0.
     """
-    # For rows that change only the finiteness of the first result is used.
-    temperature = temperature_S.index_fill(0, changes.row_P, 0.0)
-    token_ids_S, finite_S = sample_tokens(logits_SV, temperature, top_k_S, top_p_S, min_p_S, uniform_S)
-    logits_PV = logits_SV[changes.row_P].float()
-    change_logits_(logits_PV, changes)
     columns = (temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
-    possible_S = finite_S.clone()
-    token_ids_S[changes.row_P], possible_P = sample_tokens(logits_PV, *(column[changes.row_P] for column in columns))
-    possible_S[changes.row_P] &= possible_P
+    if uses_triton(logits_SV.device) or library() is None:
+        return _sample_changed_apart(logits_SV, columns, changes)
+    _check(logits_SV, *columns)
+    token_ids_S, finite_S = _results(logits_SV)
+    possible_S = torch.empty_like(finite_S)
+    _sample_natively(logits_SV, columns, token_ids_S, finite_S, possible_S, NativeChanges(changes, len(logits_SV)))
     return token_ids_S, finite_S, possible_S
+
+
+def _sample_changed_apart(
+    logits_SV: torch.Tensor, columns: Columns, changes: LogitChanges
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sample a copy of the rows that change by themselves."""
+    row_P, temperature_S = changes.row_P, columns[0]
+    # For rows that change only the finiteness of the first result is used.
+    token_ids_S, finite_S = sample_tokens(logits_SV, temperature_S.index_fill(0, row_P, 0.0), *columns[1:])
+    logits_PV = logits_SV[row_P].float()
+    change_logits_(logits_PV, changes)
+    token_ids_P, possible_P = sample_tokens(logits_PV, *(column[row_P] for column in columns))
+    possible_P &= finite_S[row_P]
+    possible_S = finite_S.clone()
+    possible_S[row_P] = possible_P
+    token_ids_S[row_P] = token_ids_P.masked_fill_(~possible_P, 0)
+    return token_ids_S, finite_S, possible_S
+
+
+def _check(logits_SV: torch.Tensor, *columns: torch.Tensor) -> None:
+    rows, vocab_size = logits_SV.shape
+    assert vocab_size > 0 and (logits_SV.stride(1) == 1 or vocab_size == 1)
+    assert [column.dtype for column in columns] == _COLUMN_DTYPES
+    assert all(column.shape == (rows,) and column.is_contiguous() for column in columns)
+
+
+def _results(logits_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, device = len(logits_SV), logits_SV.device
+    return torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, dtype=torch.bool, device=device)
+
+
+def _sample_natively(
+    logits_SV: torch.Tensor,
+    columns: Columns,
+    token_ids_S: torch.Tensor,
+    finite_S: torch.Tensor,
+    possible_S: torch.Tensor | None = None,
+    changes: NativeChanges | None = None,
+) -> None:
+    library().lf_sample_tokens(
+        DTYPE_CODES[logits_SV.dtype],
+        logits_SV.data_ptr(),
+        logits_SV.stride(0),
+        *(column.data_ptr() for column in columns),
+        None if changes is None else ctypes.addressof(changes),
+        token_ids_S.data_ptr(),
+        finite_S.data_ptr(),
+        None if possible_S is None else possible_S.data_ptr(),
+        *logits_SV.shape,
+    )
 
 
 def sample_tokens_reference(

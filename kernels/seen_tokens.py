@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorafleet.kernels.native import library
+
 
 def token_codes(
     token_ids: Sequence[int], num_prompt_tokens: int
@@ -38,7 +40,13 @@ def seen_tokens(token_ids: Sequence[int], num_prompt_tokens: int, max_more: int)
 
 def add_sampled_(lists: Sequence[torch.Tensor], row_R: torch.Tensor, token_ids_S: torch.Tensor) -> None:
     """Add to each list the token that its row, int64, has got. Each needs room for one more."""
-    add_sampled_reference_(lists, row_R, token_ids_S)
+    native = library()
+    if native is None:
+        add_sampled_reference_(lists, row_R, token_ids_S)
+        return
+    assert row_R.dtype == token_ids_S.dtype == torch.int64 and token_ids_S.is_contiguous()
+    at_R = addresses(lists)
+    native.lf_add_sampled(at_R.data_ptr(), row_R.data_ptr(), token_ids_S.data_ptr(), len(lists))
 
 
 def add_sampled_reference_(lists: Sequence[torch.Tensor], row_R: torch.Tensor, token_ids_S: torch.Tensor) -> None:
@@ -50,3 +58,8 @@ def add_sampled_reference_(lists: Sequence[torch.Tensor], row_R: torch.Tensor, t
         else:
             tokens_C2[1 + count] = torch.tensor([token_id, 2], dtype=torch.int32)
             tokens_C2[0, 0] += 1
+
+
+def addresses(lists: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the lists' addresses, int64."""
+    return torch.tensor([tokens_C2.data_ptr() for tokens_C2 in lists], dtype=torch.int64)

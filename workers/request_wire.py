@@ -70,7 +70,13 @@ def to_wire(request: GenerateRequest, *, stream: int) -> worker_pb2.Generate:
         composition=[{"digest": digest, "weight": weight} for digest, weight in request.composition],
         prompt_token_ids=request.prompt_token_ids,
         output_token_ids=request.output_token_ids,
-        sampling=_SAMPLING.of(sampling) | {"stop_token_ids": sorted(sampling.stop_token_ids)},
+        sampling=_SAMPLING.of(sampling)
+        | {
+            "stop_token_ids": sorted(sampling.stop_token_ids),
+            "logit_bias": dict(sampling.logit_bias),
+            "allowed_token_ids": sorted(sampling.allowed_token_ids),
+            "bad_words": [{"token_ids": word} for word in sampling.bad_words],
+        },
         **_REQUEST.of(request),
     )
     for name in _POSITIVE:
@@ -88,7 +94,13 @@ def from_wire(message: worker_pb2.Generate, *, request_id: str) -> GenerateReque
         composition=tuple((part.digest, part.weight) for part in message.composition),
         prompt_token_ids=tuple(message.prompt_token_ids[:]),  # a slice is a list, which is read faster
         output_token_ids=tuple(message.output_token_ids),
-        sampling=SamplingOptions(**_SAMPLING.read(sampling), stop_token_ids=frozenset(sampling.stop_token_ids)),
+        sampling=SamplingOptions(
+            **_SAMPLING.read(sampling),
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
+            allowed_token_ids=frozenset(sampling.allowed_token_ids),
+            bad_words=tuple(tuple(word.token_ids) for word in sampling.bad_words),
+        ),
         **values,
     )
 

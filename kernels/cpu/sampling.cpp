@@ -1,5 +1,5 @@
 // Sampling: one token per row, greedy or drawn using temperature, min_p, top_k, top_p and the row's random number.
-// Rows run in parallel.
+// Rows run in parallel. A row that changes is copied to float32 and changed there; the copy stays in the core's cache.
 //
 // Nothing is sorted. A row is read once for its best token and, unless it is greedy or has a small top_k, again for
 // its weights exp(-distance), where distance = (best - x) / temperature. A cheap bound first excludes tokens that
@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "logit_changes.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -21,6 +22,7 @@ constexpr float kMaxDistance = 87.33f;  // exp_lanes returns 0 beyond it
 
 // One thread's memory, as large as its largest row so far.
 struct Scratch {
+  std::vector<float> changed;  // a row after its changes
   std::vector<float> bests;    // [groups, kLanes] maxima
   std::vector<double> sums;    // [groups] of weights
   std::vector<float> ordered;  // [groups]
@@ -276,37 +278,95 @@ struct Row {
   }
 };
 
+struct Sampled {
+  int64_t token_id = 0;
+  bool is_finite = false, is_possible = false;
+};
+
+template <typename T>
+int64_t pick(Row<T>& row, const Options& options) {
+  return options.temperature > 0.0f ? row.draw(options) : row.first_best();
+}
+
+template <typename T>
+Sampled sample(const T* x, int64_t size, const Options& options) {
+  Row<T> row{x, size, thread_own<Scratch>()};
+  if (!row.find_best()) return {};
+  return {pick(row, options), true, true};
+}
+
+// Returns false if the row has NaN or +inf, or only -inf.
+template <typename T>
+bool copy(const T* x, int64_t size, float* out) {
+  Ints magnitude = {};
+  Floats maximum = broadcast(-kInfinity);
+  for_each_vector(size, [&](int64_t i, int64_t n) {
+    const Floats value = load_logits(x + i, n);
+    const Ints bits = reinterpret_cast<Ints>(value) & 0x7FFFFFFF;
+    magnitude = bits > magnitude ? bits : magnitude;
+    maximum = value > maximum ? value : maximum;
+    store(value, out + i, n);
+  });
+  return !any(magnitude > 0x7F800000) && std::isfinite(max_lanes(maximum));
+}
+
+template <typename T>
+Sampled sample_changed(const T* x, int64_t size, const Options& options, const LogitChanges& changes, int64_t place) {
+  Scratch& scratch = thread_own<Scratch>();
+  if (static_cast<int64_t>(scratch.changed.size()) < size) scratch.changed.resize(size);
+  float* own = scratch.changed.data();
+  if (!copy(x, size, own)) return {};
+  changes.apply(place, own, size);
+  Row<float> row{own, size, scratch};
+  if (!row.find_best()) return {0, true, false};
+  return {pick(row, options), true, true};
+}
+
 }  // namespace
 
 extern "C" {
 
-// logits [rows, size], rows `stride` elements apart, options [rows] each → token_ids [rows], finite [rows].
+// logits [rows, size], rows `stride` elements apart, options [rows] each, changes or null → token_ids [rows], finite
+// [rows], and possible [rows] if there are changes.
 void lf_sample_tokens(int dtype, const void* logits, int64_t stride, const float* temperature, const int64_t* top_k,
-                      const float* top_p, const float* min_p, const double* uniform, int64_t* token_ids, bool* finite,
-                      int64_t rows, int64_t size) {
+                      const float* top_p, const float* min_p, const double* uniform, const void* changes,
+                      int64_t* token_ids, bool* finite, bool* possible, int64_t rows, int64_t size) {
+  const auto* changed = static_cast<const LogitChanges*>(changes);
   with_dtype(dtype, [&](auto* tag) {
     using T = element<decltype(tag)>;
     run_call(rows > 1, [&](Worker& worker) {
-      int64_t token_id = 0;
-      bool is_finite = false;
+      Sampled sampled;
       worker.repeatable(
           0, rows, {1, 1},
           [&](int64_t r, int64_t, int64_t) {
-            Row<T> row{static_cast<const T*>(logits) + r * stride, size, thread_own<Scratch>()};
-            is_finite = row.find_best();
-            if (!is_finite)
-              token_id = 0;
-            else if (temperature[r] > 0.0f)
-              token_id = row.draw({temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]});
-            else
-              token_id = row.first_best();
+            const T* x = static_cast<const T*>(logits) + r * stride;
+            const Options options{temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]};
+            const int64_t place = changed == nullptr ? -1 : changed->place[r];
+            sampled = place < 0 ? sample(x, size, options) : sample_changed(x, size, options, *changed, place);
           },
           [&](int64_t r, int64_t) {
-            token_ids[r] = token_id;
-            finite[r] = is_finite;
+            token_ids[r] = sampled.token_id;
+            finite[r] = sampled.is_finite;
+            if (possible != nullptr) possible[r] = sampled.is_possible;
           });
     });
   });
+}
+
+// Adds to each list the token that its row has got.
+void lf_add_sampled(SeenToken* const* lists, const int64_t* row, const int64_t* token_ids, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    SeenToken* list = lists[i];
+    const int32_t token = static_cast<int32_t>(token_ids[row[i]]), size = list->token;
+    int64_t n = 1;
+    while (n <= size && list[n].token != token) ++n;
+    if (n <= size) {
+      list[n].code += 2;
+    } else {
+      list[n] = {token, 2};
+      ++list->token;
+    }
+  }
 }
 
 }  // extern "C"

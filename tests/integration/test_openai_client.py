@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 
 import openai
@@ -50,6 +51,30 @@ def test_each_adapter_visibly_changes_the_answer(client: openai.OpenAI) -> None:
     assert any(word in pirate for word in ("Arrr", "Ahoy", "Shiver", "Avast", "Yo ho ho"))
     for prompts, name in ((SQL_PROMPTS, "sql"), (PIRATE_PROMPTS, "pirate"), (JSON_PROMPTS, "json")):
         assert ask(client, "smollm2", prompts[0]) != ask(client, name, prompts[0])
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"enum": ["Lisbon", "Oslo"]}},
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", ["smollm2", "json"])
+def test_structured_output_follows_its_schema(client: openai.OpenAI, model: str) -> None:
+    format = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    person = json.loads(ask(client, model, JSON_PROMPTS[0], response_format=format))
+    assert set(person) == {"name", "age", "city"} and isinstance(person["age"], int)
+    assert person["city"] in ("Lisbon", "Oslo")
+    choices = {"choice": ["positive", "negative"]}
+    answer = ask(client, model, "I love it. Is that positive or negative?", extra_body={"structured_outputs": choices})
+    assert answer in choices["choice"]
+
+
+def test_a_grammar_that_cannot_be_enforced_is_a_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"guided_regex cannot be enforced: .*unclosed"):
+        ask(client, "smollm2", "hello", extra_body={"guided_regex": "(a"})
 
 
 def test_adapters_answer_together_by_either_way_to_name_them(client: openai.OpenAI) -> None:

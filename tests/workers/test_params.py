@@ -9,6 +9,8 @@ import pytest
 
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 from lorafleet.workers.params import MAX_STOP_TOKEN_IDS, LoRARequest, SamplingParams
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
+from lorafleet.workers.scheduling.token_rules import MAX_ALLOWED, MAX_BAD_WORDS, MAX_BIASED
 
 HUGE = 10**5000  # Python refuses to write it out
 
@@ -51,6 +53,29 @@ BAD: list[tuple[str, Any, str]] = [
     ("stop_token_ids", [-1], "-1"),
     ("stop_token_ids", [HUGE], "bits"),
     ("stop_token_ids", [1] * (MAX_STOP_TOKEN_IDS + 1), "1025"),
+    ("logit_bias", [(5, 1)], "must be a mapping"),
+    ("logit_bias", {"a": 1}, "'a'"),
+    ("logit_bias", {"-5": 1}, "'-5'"),
+    ("logit_bias", {-5: 1}, "-5"),
+    ("logit_bias", {True: 1}, "True"),
+    ("logit_bias", {5: "1"}, "token id 5 is '1'"),
+    ("logit_bias", {5: True}, "token id 5 is True"),
+    ("logit_bias", {5: 100.5}, "token id 5 is 100.5; it must be between -100 and 100"),
+    ("logit_bias", {5: float("nan")}, "nan"),
+    ("logit_bias", {5: -HUGE}, "bits"),
+    ("logit_bias", {HUGE: 1}, "bits"),
+    ("logit_bias", {"9" * 5_000_000: 1}, "999"),
+    ("logit_bias", dict.fromkeys(range(MAX_BIASED + 1), 1.0), "1025"),
+    ("allowed_token_ids", [], "empty"),
+    ("allowed_token_ids", 5, "allowed_token_ids is 5"),
+    ("allowed_token_ids", [-1], "-1"),
+    ("allowed_token_ids", ["5"], "'5'"),
+    ("allowed_token_ids", range(MAX_ALLOWED + 1), "16385"),
+    ("bad_words", "word", "must be a list"),
+    ("bad_words", [5], "bad_words has 5"),
+    ("bad_words", [""], "empty"),
+    ("bad_words", ["x" * 257], "257"),
+    ("bad_words", ["x"] * (MAX_BAD_WORDS + 1), "257"),
     ("ignore_eos", 1, "ignore_eos is 1"),
     ("skip_special_tokens", "x" * 5_000_000, "true or false"),
     ("include_stop_str_in_output", None, "true or false"),
@@ -91,11 +116,37 @@ def test_no_stop_strings_or_tokens_may_be_written_in_any_way(nothing: Any) -> No
     assert (params.stops, params.stop_ids) == ((), frozenset())
 
 
-def test_a_stop_token_outside_the_vocabulary_is_named() -> None:
-    with pytest.raises(InvalidRequestError, match="stop_token_ids has 12; the vocabulary ends at 9"):
-        SamplingParams(stop_token_ids=[1, 12, 11]).options(
-            num_prompt_tokens=1, max_model_len=64, vocab_size=10, seed=0, choice=0
-        )
+def options(params: SamplingParams, **more: Any) -> SamplingOptions:
+    return params.options(num_prompt_tokens=1, max_model_len=64, vocab_size=10, seed=0, choice=0, **more)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stop_token_ids", [1, 12, 11]), ("logit_bias", {12: 0.5, 3: 1}), ("allowed_token_ids", [12])],
+)
+def test_a_token_outside_the_vocabulary_is_named(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{field} has 12; the vocabulary ends at 9") as caught:
+        options(SamplingParams(**{field: value}))
+    assert caught.value.param == field
+
+
+def test_a_bad_word_with_a_token_that_the_model_has_not_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match="bad_words has 10"):
+        options(SamplingParams(bad_words=["x"]), bad_words=((1, 10),))
+
+
+def test_rules_about_tokens_reach_the_engine_in_its_form() -> None:
+    params = SamplingParams(logit_bias={"7": -100, 2: 0.5}, allowed_token_ids=(9, 2, 9), bad_words=["x"])  # type: ignore[dict-item]
+    made = options(params, bad_words=((1,), (2, 3)))
+    assert made.logit_bias == ((2, 0.5), (7, -100.0))
+    assert made.allowed_token_ids == {2, 9}
+    assert made.bad_words == ((1,), (2, 3))
+    assert params.words == ("x",)
+
+
+@pytest.mark.parametrize("field", ["logit_bias", "allowed_token_ids", "bad_words"])
+def test_null_is_no_rule(field: str) -> None:
+    assert options(SamplingParams(**{field: None})) == options(SamplingParams())
 
 
 def test_a_prompt_that_leaves_no_room_is_over_the_context() -> None:

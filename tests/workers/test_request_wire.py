@@ -70,6 +70,11 @@ SAMPLING = st.builds(
     choice=st.integers(0, 2**32 - 1),
     stop_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=10),
     grammar=TEXT,
+    logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100, width=32), max_size=10).map(
+        lambda bias: tuple(sorted(bias.items()))
+    ),
+    allowed_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=10),
+    bad_words=st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5).map(tuple), max_size=5).map(tuple),
 )
 
 
@@ -103,7 +108,8 @@ def test_what_is_sent_is_what_arrives(request: GenerateRequest, stream: int) -> 
 
 def test_every_field_of_a_request_is_tried_and_has_another_value_than_its_default() -> None:
     """The property above would say nothing of a field that it leaves at its default."""
-    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids", "grammar"}
+    drawn = {*declared(SamplingOptions, 32), "seed", "choice", "stop_token_ids"}
+    drawn |= {"logit_bias", "allowed_token_ids", "bad_words", "grammar"}
     assert {field.name for field in dataclasses.fields(SamplingOptions)} == drawn
     drawn = {*declared(GenerateRequest, 64), "request_id", "prompt_token_ids", "sampling", "adapter", "tenant"}
     drawn |= {"cache_salt", "composition", "output_token_ids", "text_digest"}
@@ -140,6 +146,13 @@ def test_what_a_sender_leaves_out_is_the_default() -> None:
         ({"sampling": {"top_p": 0.0}}, "top_p"),
         ({"sampling": {"logprobs": 21}}, "logprobs"),
         ({"sampling": {"max_tokens": MAX_INT + 1}}, "max_tokens"),
+        ({"sampling": {"logit_bias": {5: math.nan}}}, "logit_bias"),
+        ({"sampling": {"logit_bias": {5: 101.0}}}, "logit_bias"),
+        ({"sampling": {"logit_bias": dict.fromkeys(range(1025), 1.0)}}, "logit_bias"),
+        ({"sampling": {"allowed_token_ids": range(16385)}}, "allowed_token_ids"),
+        ({"sampling": {"bad_words": [{"token_ids": []}]}}, "bad_words"),
+        ({"sampling": {"bad_words": [{"token_ids": [1] * 5000}]}}, "bad_words"),
+        ({"sampling": {"bad_words": [{"token_ids": [1]}] * 513}}, "bad_words"),
         ({"tenant_weight": 0.0}, "tenant_weight"),
         ({"adapter_weight": math.inf}, "adapter_weight"),
         ({"priority": -(2**31)}, "priority"),

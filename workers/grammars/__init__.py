@@ -3,5 +3,5 @@
 A grammar text is Lark in llguidance's dialect, in which JSON schemas and regular expressions stand too. Gateways and
 the offline `LLM` make and check it; workers compile it against a vocabulary (workers/engine/grammars.py). No torch.
 
-Tested elsewhere: check_process in test_check.py; limits in test_check.py.
+Tested elsewhere: check_process and limits in test_check.py.
 """

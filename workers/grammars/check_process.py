@@ -20,7 +20,7 @@ from lorafleet.workers.grammars.limits import parser_limits
 
 CPU_S: Final = 2
 MEMORY_BYTES: Final = 1 << 30
-STACK_BYTES: Final = 4 << 20  # half of a thread's in the worker, which compiles the grammar again
+STACK_BYTES: Final = 4 << 20  # a quarter of threads.py's, where the grammar is compiled again
 MAX_LARK_CHARS: Final = 1 << 20  # of a GBNF grammar's Lark
 HEAD_BYTES: Final = 8
 

@@ -34,7 +34,26 @@ def json_schema_grammar(
     whitespace: str | None = None,
     allows_more_properties: bool = True,
 ) -> str:
-    """Return the grammar of the documents that a schema, or its JSON text, describes.
+    """Return the grammar of the documents that a schema, or its JSON text, describes. See `json_schema_term`."""
+    term = json_schema_term(
+        schema,
+        param=param,
+        is_strict=is_strict,
+        whitespace=whitespace,
+        allows_more_properties=allows_more_properties,
+    )
+    return f"start: {term}\n"
+
+
+def json_schema_term(
+    schema: JsonSchema | str | None,
+    *,
+    param: str = "structured_outputs",
+    is_strict: bool = True,
+    whitespace: str | None = None,
+    allows_more_properties: bool = True,
+) -> str:
+    """Return the documents that a schema, or its JSON text, describes as a term of a grammar.
 
     param: the field that errors name. is_strict: keywords that cannot be enforced are refused, by the check; otherwise
     they are left out. whitespace: the regular expression of blanks between tokens, empty for none; by default any, up
@@ -51,7 +70,7 @@ def json_schema_grammar(
         options = {"whitespace_flexible": False}
     if not is_strict:
         options |= {"lenient": True, "coerce_one_of": True}
-    return f"start: %json {json.dumps(root | {'x-guidance': options}, ensure_ascii=False)}\n"
+    return f"%json {json.dumps(root | {'x-guidance': options}, ensure_ascii=False)}"
 
 
 def json_object_grammar(*, whitespace: str | None = None) -> str:

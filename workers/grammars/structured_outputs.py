@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from lorafleet.workers.grammars.grammar_text import (
     lark_grammar,
     regex_grammar,
 )
+from lorafleet.workers.grammars.structural_tag import structural_tag_grammar
 
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +25,11 @@ class StructuredOutputsParams:
     """What an output must be: exactly one of the first fields. Raises `InvalidRequestError`.
 
     json: a JSON schema, or its text. regex: matches the whole output. choice: the output is one of these. grammar: Lark
-    or GBNF. json_object: any JSON object. The others are for JSON. whitespace_pattern: a regular expression of the
-    blanks between its tokens. disable_any_whitespace: none. disable_additional_properties: an object has only the
-    properties of its schema, unless that says otherwise.
+    or GBNF. json_object: any JSON object. structural_tag: free text with parts that follow grammars.
+
+    The others are for JSON. whitespace_pattern: a regular expression of the blanks between its tokens.
+    disable_any_whitespace: none. disable_additional_properties: an object has only the properties of its schema, unless
+    that says otherwise.
     """
 
     json: str | dict[str, Any] | bool | None = None
@@ -33,6 +37,7 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
@@ -61,6 +66,8 @@ class StructuredOutputsParams:
             return choice_grammar(self.choice, param=param)
         if self.grammar is not None:
             return lark_grammar(self.grammar, param=param)
+        if self.structural_tag is not None:
+            return structural_tag_grammar(self.structural_tag, param=param)
         if self.json is not None:
             return json_schema_grammar(
                 self.json,
@@ -69,3 +76,14 @@ class StructuredOutputsParams:
                 allows_more_properties=not self.disable_additional_properties,
             )
         return json_object_grammar(whitespace=whitespace)
+
+
+def default_grammar(fields: Mapping[str, Any]) -> str:
+    """Return the grammar of a profile's structured_outputs, unchecked. Raises `InvalidRequestError`."""
+    try:
+        return StructuredOutputsParams(**fields).grammar_text()
+    except TypeError as error:
+        known = ", ".join(field.name for field in dataclasses.fields(StructuredOutputsParams))
+        raise InvalidRequestError(
+            f"structured_outputs has {quoted(sorted(fields))}; it may have {known}.", param="structured_outputs"
+        ) from error

@@ -15,6 +15,7 @@ from lorafleet.workers.grammars.check import GrammarChecker
 from lorafleet.workers.offline.outputs import CompletionOutput, Logprob, RequestOutput
 from lorafleet.workers.params import LoRARequest, SamplingParams
 from lorafleet.workers.scheduling.request import FinishReason, GenerateRequest, RequestEvent, TokenLogprobs
+from lorafleet.workers.text.bad_words import forbidden_sequences
 from lorafleet.workers.text.output import OutputText
 from lorafleet.workers.text.tokenizer import Tokenizer
 
@@ -122,6 +123,7 @@ class TextRequests:
             lora_request=lora,
             tokenizer=tokenizer,
         )
+        bad_words = forbidden_sequences(tokenizer, params.words)
         generates, shared_ids = [], tuple(ids)
         for index, engine_id in enumerate(request.engine_ids):
             options = params.options(
@@ -131,6 +133,7 @@ class TextRequests:
                 seed=seed,
                 choice=index,
                 eos_token_ids=tokenizer.eos_token_ids,
+                bad_words=bad_words,
             )
             generates.append(GenerateRequest(engine_id, shared_ids, options, digest, text_digest=text_digest))
         for generate in generates:

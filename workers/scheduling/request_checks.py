@@ -48,6 +48,9 @@ class RequestChecks:
         for what, ids in (
             ("The prompt", prompt),
             ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+            ("allowed_token_ids", sampling.allowed_token_ids),
+            ("bad_words", [token_id for word in sampling.bad_words for token_id in word]),
             ("output_token_ids", request.output_token_ids),
         ):
             low, high = min(ids, default=0), max(ids, default=0)

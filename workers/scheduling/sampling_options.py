@@ -12,6 +12,14 @@ from typing import Annotated, Final
 
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.scheduling.ranges import Range, check_fields
+from lorafleet.workers.scheduling.token_rules import (
+    MAX_ALLOWED,
+    BadWords,
+    TokenBias,
+    check_bad_words,
+    check_count,
+    check_logit_bias,
+)
 
 MAX_INT: Final = 2**31 - 1
 MAX_LOGPROBS: Final = 20
@@ -65,8 +73,14 @@ class SamplingOptions(Sampling):
     seed: int = 0  # random numbers depend only on this, `choice` and the output position
     choice: int = 0  # index among the `n` choices of one API request
     stop_token_ids: frozenset[int] = frozenset()  # the caller's, and the model's and tokenizer's end tokens
+    logit_bias: TokenBias = ()
+    allowed_token_ids: frozenset[int] = frozenset()  # no other token is sampled; empty allows all
+    bad_words: BadWords = ()
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)
+        check_logit_bias(self.logit_bias)
+        check_count("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED)
+        check_bad_words(self.bad_words)
         if self.top_k < 0:
             object.__setattr__(self, "top_k", 0)

@@ -22,6 +22,8 @@ from lorafleet.controller.gateway.api.usage import usage_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.scheduling.request import MAX_NAME_CHARS
+from lorafleet.workers.scheduling.token_rules import BadWords
+from lorafleet.workers.text.bad_words import forbidden_sequences
 
 _LOGPROB_BYTES: Final = 100  # approximate JSON size of one candidate
 
@@ -53,6 +55,9 @@ async def answer(
     """Generate `params.n` choices of each prompt and answer with them. shown_tokens: ids of special tokens that are
     part of the text. Raises the request's errors."""
     fields, has_usage = call.fields, wants_usage(call.fields)
+    bad_words: BadWords = ()
+    if params.words:
+        bad_words = await call.in_thread(lambda: forbidden_sequences(model.text.tokenizer, params.words))
     requests = generate_requests(
         prompts,
         fields,
@@ -62,6 +67,7 @@ async def answer(
         tenant=call.tenant,
         draw_seed=call.state.draw_seed,
         prompt_field=shape.prompt_field,
+        bad_words=bad_words,
     )
     head = {
         "id": f"{shape.id_prefix}-{call.request_id}",

@@ -50,7 +50,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
         text.sampling_defaults,
         max_tokens=_max_tokens(fields),
         logprobs=num_logprobs,
-        grammar=await requested_grammar(call),
+        grammar=await requested_grammar(call, text.profile),
     )
     call.place.take_choices(params.n, param="n")
     form = answer_form(fields, text, call.state.config)

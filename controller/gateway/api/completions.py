@@ -47,7 +47,7 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
         text.sampling_defaults,
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
-        grammar=await requested_grammar(call),
+        grammar=await requested_grammar(call, text.profile),
     )
     asked = await call.parse(lambda: read_prompts(bytes(fields.prompt), max_len))
     call.place.take_choices(len(asked) * params.n, param="prompt" if len(asked) > 1 else "n")

@@ -18,6 +18,7 @@ from lorafleet.controller.gateway.tenants import Tenant
 from lorafleet.workers.errors import ContextLengthError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.scheduling.request import GenerateRequest
+from lorafleet.workers.scheduling.token_rules import BadWords
 
 _API_FIELDS = GenerateFields.__struct_fields__
 _CARRIED = [field.name for field in dataclasses.fields(GenerateRequest) if field.name in _API_FIELDS]
@@ -33,6 +34,7 @@ def generate_requests(
     tenant: Tenant,
     draw_seed: Callable[[], int],
     prompt_field: str,
+    bad_words: BadWords,
 ) -> list[GenerateRequest]:
     """Return one request for each prompt, as its first choice. draw_seed: returns a seed for a prompt without one.
     prompt_field: the field that errors about a prompt name. Raises the errors of any of them."""
@@ -50,6 +52,7 @@ def generate_requests(
                 seed=draw_seed(),
                 choice=0,
                 eos_token_ids=model.text.tokenizer.eos_token_ids,
+                bad_words=bad_words,
             )
         except ContextLengthError as error:
             if error.param == "prompt":

@@ -40,6 +40,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -70,11 +73,14 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True):
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True):
-    """OpenAI's `response_format`. schema: for json_object, as llama.cpp and others take it."""
+    """OpenAI's `response_format`, and vLLM's structural tags. schema: for json_object, as llama.cpp takes it."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
     schema: dict[str, Any] | bool | None = None
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +91,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
@@ -193,9 +200,7 @@ ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "promp
 
 DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -207,7 +212,6 @@ DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
     "functions": ([],),
     "is_3d_lora_weight": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
     "lora_int_id": (),
     "modalities": (["text"],),

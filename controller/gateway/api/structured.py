@@ -6,6 +6,7 @@ to others: grammars and their check (workers/grammars), enforcing them (the work
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import msgspec
 from lorafleet.controller.gateway.api.door import Call
 from lorafleet.controller.gateway.api.schema import GenerateFields, ResponseFormat
 from lorafleet.controller.gateway.streams.text_threads import SHORT_BYTES
+from lorafleet.workers.answers.profile import Profile
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.grammars.grammar_text import (
     choice_grammar,
@@ -22,7 +24,8 @@ from lorafleet.workers.grammars.grammar_text import (
     lark_grammar,
     regex_grammar,
 )
-from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams
+from lorafleet.workers.grammars.structural_tag import structural_tag_grammar
+from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams, default_grammar
 
 __all__ = [
     "checked_grammar",
@@ -32,15 +35,18 @@ __all__ = [
     "lark_grammar",
     "regex_grammar",
     "requested_grammar",
+    "structural_tag_grammar",
 ]
 
 _CHECK_BYTES: Final = SHORT_BYTES + 1  # a check may take seconds: it is a long job of the threads, whatever its size
 _GUIDED: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
-async def requested_grammar(call: Call[GenerateFields]) -> str:
-    """Return the grammar that a request's output must follow, checked; empty: none."""
+async def requested_grammar(call: Call[GenerateFields], profile: Profile) -> str:
+    """Return the grammar that a request's output must follow, or its model's default, checked; empty: none."""
     make = grammar_maker(call.fields)
+    if make is None and profile.structured_outputs and call.fields.response_format is None:
+        make = "structured_outputs", functools.partial(default_grammar, profile.structured_outputs)
     return "" if make is None else await checked_grammar(call, *make)
 
 
@@ -69,7 +75,7 @@ def grammar_maker(fields: GenerateFields) -> tuple[str, Callable[[], str]] | Non
         value = getattr(fields, name)
         if value is not None:
             guided = {name.removeprefix("guided_"): value, "whitespace_pattern": fields.guided_whitespace_pattern}
-            makers.append((name, lambda name=name, guided=guided: _guided(name, guided)))
+            makers.append((name, functools.partial(_guided, name, guided)))
     if len(makers) > 1:
         names = " and ".join(name for name, _ in makers)
         raise InvalidRequestError(f"{names} all ask for structured output. Give one of them.", param=makers[1][0])
@@ -92,8 +98,12 @@ def response_format_grammar(format: ResponseFormat) -> str:
         if schema is None:
             return json_object_grammar()
         return json_schema_grammar(schema, param=param, is_strict=format.json_schema.strict is True)
+    if format.type == "structural_tag":
+        tag = {"structures": format.structures, "triggers": format.triggers}
+        return structural_tag_grammar(tag if format.format is None else {"format": format.format}, param=param)
     raise InvalidRequestError(
-        f"response_format.type is {quoted(format.type)}; it must be text, json_object or json_schema.", param=param
+        f"response_format.type is {quoted(format.type)}; it must be text, json_object, json_schema or structural_tag.",
+        param=param,
     )
 
 

@@ -31,6 +31,13 @@ OPTIONS = {
     "seeded": replace(GREEDY, temperature=1.0, seed=7),
     "penalised": replace(GREEDY, repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.2),
     "held back": replace(GREEDY, temperature=1.5, seed=3, ignore_eos=False, min_tokens=6),
+    "biased": replace(GREEDY, logit_bias=tuple((token, 3.0 - token % 7) for token in range(0, 131, 3))),
+    "limited": replace(GREEDY, allowed_token_ids=frozenset(range(9, 131, 5)), temperature=1.0, seed=5),
+    "without words": replace(
+        GREEDY,
+        bad_words=tuple((i, j) for i in range(0, 131, 2) for j in range(i, 131, 40))[:500],
+        repetition_penalty=1.2,
+    ),
     "logged": replace(GREEDY, logprobs=4),
     "one token": replace(GREEDY, max_tokens=1),
     "stopped": replace(GREEDY, temperature=2.0, seed=11, stop_token_ids=frozenset(range(0, 131, 4))),

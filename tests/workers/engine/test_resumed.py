@@ -31,6 +31,16 @@ OPTIONS = {
         frequency_penalty=0.9,
         logprobs=3,
     ),
+    "ruled": SamplingOptions(
+        max_tokens=NUM_OUTPUT,
+        temperature=0.0,
+        ignore_eos=True,
+        frequency_penalty=0.3,
+        logit_bias=tuple((token, 3.0 - token % 7) for token in range(0, 131, 3)),
+        allowed_token_ids=frozenset(range(8, 131, 3)) | frozenset(range(9, 131, 3)),
+        bad_words=tuple((i, j) for i in range(8, 131, 3) for j in range(9, 131, 30)),
+        logprobs=3,
+    ),
     "held from stopping": SamplingOptions(
         max_tokens=NUM_OUTPUT, temperature=0.0, min_tokens=18, stop_token_ids=frozenset(range(3, 131)), logprobs=3
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import llguidance
 import pytest
+from byte_grammar import accepts
 
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.grammars.grammar_text import (
@@ -17,27 +17,6 @@ from lorafleet.workers.grammars.grammar_text import (
     lark_grammar,
     regex_grammar,
 )
-
-
-class Bytes:
-    """A vocabulary of single bytes."""
-
-    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<eos>")
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        return list(text if isinstance(text, bytes) else text.encode())
-
-
-VOCABULARY = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
-
-
-def accepts(grammar: str, text: str) -> bool:
-    matcher = llguidance.LLMatcher(VOCABULARY, grammar, log_level=0)
-    assert not matcher.is_error(), matcher.get_error()
-    data = list(text.encode())
-    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
-
 
 ODD = ['"', "\\", "\n", "\x7f", "\u2028", "é😀", "/x/", "\x00"]
 NAMED = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

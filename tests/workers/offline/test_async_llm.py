@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from lorafleet.workers import AsyncLLM, EngineArgs, LoRARequest, SamplingParams
+from lorafleet.workers import AsyncLLM, EngineArgs, LoRARequest, SamplingParams, StructuredOutputsParams
 from lorafleet.workers.adapters.folder import AdapterFolder
 from lorafleet.workers.engine import registered
-from lorafleet.workers.errors import DrainingError, InternalError, LoRAFleetError
+from lorafleet.workers.errors import DrainingError, InternalError, InvalidRequestError, LoRAFleetError
 from lorafleet.workers.sources.adapters import resolve_adapter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -83,7 +83,7 @@ async def test_after_a_crash_whoever_waits_and_whoever_comes_is_told(
         raise RuntimeError("a kernel failed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm.engine._runner, "launch", fail)
+        patched.setattr(llm.engine._runner, "forward", fail)
         generating = asyncio.ensure_future(last(llm, "2", a))
         with pytest.raises(InternalError):
             await generating
@@ -123,3 +123,18 @@ async def test_any_number_of_requests_may_be_awaited(llm: AsyncLLM) -> None:
         return len(outputs[-1].outputs[0].token_ids)
 
     assert sum(await asyncio.gather(*map(one, range(4500)))) == 4500
+
+
+async def test_structured_outputs_are_checked_beside_other_requests(llm: AsyncLLM, root: Path) -> None:
+    async def generate(request_id: str, **fields: str) -> str:
+        params = SamplingParams(max_tokens=20, structured_outputs=StructuredOutputsParams(**fields))  # type: ignore[arg-type]
+        adapter = LoRARequest("a", 1, str(root / "a"))
+        outputs = [output async for output in llm.generate([5, 6, 7], params, request_id, adapter)]
+        return outputs[-1].outputs[0].text
+
+    plain, word, refused = await asyncio.gather(
+        last(llm, "plain"), generate("word", regex="[ab]{4}"), generate("bad", regex="(a"), return_exceptions=True
+    )
+    assert isinstance(word, str) and len(word) == 4 and set(word) <= set("ab")
+    assert isinstance(refused, InvalidRequestError)
+    assert plain == await last(llm, "again")

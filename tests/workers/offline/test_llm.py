@@ -15,7 +15,16 @@ import pytest
 import tiny
 from transformers import AutoModelForCausalLM
 
-from lorafleet.workers import LLM, AsyncLLM, EngineArgs, LLMEngine, LoRARequest, RequestOutput, SamplingParams
+from lorafleet.workers import (
+    LLM,
+    AsyncLLM,
+    EngineArgs,
+    LLMEngine,
+    LoRARequest,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from lorafleet.workers.errors import (
     AdapterConflictError,
     AdapterRefusedError,
@@ -68,6 +77,43 @@ def test_ids_that_an_adapter_adds_may_be_in_its_requests(llm: LLM, root: Path) -
     for ids, options in ((prompt, GREEDY), ([40], params)):
         with pytest.raises(InvalidRequestError, match=r"13[0-2]"):
             llm.generate([ids], options, use_tqdm=False)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_rules_about_tokens_know_the_ids_of_the_rows_adapter_and_change_no_other_row(llm: LLM, root: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(root / "model")
+    wide.resize_token_embeddings(133, mean_resizing=False)
+    tiny.make_adapter(wide, root / "wider")
+    request, prompt = lora(root, "wider", 23), [40, 41, 42]
+    only_new = dataclasses.replace(GREEDY, allowed_token_ids=[131, 132])
+    pushed = dataclasses.replace(GREEDY, logit_bias={132: 100})
+    (plain,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+    outputs = llm.generate(
+        [prompt] * 3, [only_new, pushed, GREEDY], lora_request=[request, request, None], use_tqdm=False
+    )
+    allowed, biased, beside = (output.outputs[0].token_ids for output in outputs)
+    assert set(allowed) <= {131, 132} and set(biased) == {132}
+    assert beside == plain.outputs[0].token_ids
+    for params in (only_new, pushed):
+        with pytest.raises(InvalidRequestError, match="has 132; the vocabulary ends at 130"):
+            llm.generate([prompt], params, use_tqdm=False)
+
+
+def test_the_tokens_of_bad_words_come_neither_first_nor_after_a_space(llm: LLM) -> None:
+    words, tokenizer = ["the", "fox", "q", "o", " d", "over"], llm.get_tokenizer()
+    forbidden = [tokenizer.encode(form) for word in words for form in (word.lstrip(), f" {word.lstrip()}")]
+    assert {len(ids) for ids in forbidden} == {1, 2}
+
+    def outputs(bad_words: list[str]) -> list[list[int]]:
+        hot = dataclasses.replace(GREEDY, temperature=2.0, max_tokens=60, bad_words=bad_words)
+        params = [dataclasses.replace(hot, seed=seed) for seed in range(8)]
+        return [list(output.outputs[0].token_ids) for output in llm.generate(["the quick"] * 8, params, use_tqdm=False)]
+
+    def num_found(outputs: list[list[int]]) -> int:
+        return sum(ids[i : i + len(own)] == own for ids in outputs for own in forbidden for i in range(len(ids)))
+
+    assert num_found(outputs([])) > 5
+    assert num_found(outputs(words)) == 0
 
 
 def test_generate_has_vllms_shape(llm: LLM) -> None:
@@ -449,7 +495,7 @@ def test_after_a_step_that_failed_every_call_says_so_and_none_hangs(
             raise RuntimeError("a kernel failed")
 
         with monkeypatch.context() as patched:
-            patched.setattr(llm.llm_engine.engine._runner, "launch", fail)
+            patched.setattr(llm.llm_engine.engine._runner, "forward", fail)
             with pytest.raises(RuntimeError, match="a kernel failed"):
                 llm.generate(["the fox", "the dog"], GREEDY, use_tqdm=False)
         assert not llm.llm_engine.has_unfinished_requests()
@@ -478,3 +524,51 @@ def test_an_adapters_own_template_and_tokenizer_are_used_for_its_requests(llm: L
     assert adapter.decode([5, 6]) == model.decode([6, 5])
     (output,) = llm.generate([[9, 8]], GREEDY, lora_request=swapped, use_tqdm=False)
     assert output.outputs[0].text == adapter.decode(output.outputs[0].token_ids)
+
+
+def structured(**fields: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=200, seed=1, structured_outputs=StructuredOutputsParams(**fields))
+
+
+def test_structured_outputs_are_followed_beside_others(llm: LLM, root: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    asked = [
+        structured(json=schema, disable_any_whitespace=True, disable_additional_properties=True),
+        structured(choice=["yes", "no"]),
+        structured(regex="[ab]{3}"),
+        structured(grammar='root ::= "x" "y"+ "z"'),
+    ]
+    loras = [None, lora(root, "sql", 1), lora(root, "pirate", 2), None]
+    alone = llm.generate(["free"], GREEDY, use_tqdm=False)
+    outputs = llm.generate(["hello"] * 4 + ["free"], [*asked, GREEDY], lora_request=[*loras, None], use_tqdm=False)
+    assert texts(outputs[4:]) == texts(alone)
+    document, choice, match, word = texts(outputs[:4])
+    assert json.loads(document) in ({"a": True}, {"a": False})
+    assert choice in ("yes", "no") and len(match) == 3 and set(match) <= set("ab")
+    assert word.startswith("xy") and word.endswith("yz")
+    assert {output.outputs[0].finish_reason for output in outputs[:4]} == {"stop"}
+    assert all(output.outputs[0].stop_reason is None for output in outputs[:4])
+
+
+def test_structured_outputs_that_cannot_be_enforced_are_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"structured_outputs cannot be enforced.*unclosed"):
+        llm.generate(["hello", "hello"], [GREEDY, structured(regex="(a")], use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="give StructuredOutputsParams"):
+        SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_grammar_knows_the_tokens_that_an_adapters_tokenizer_adds(llm: LLM, root: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(root / "model")
+    wide.resize_token_embeddings(132, mean_resizing=False)
+    tiny.make_adapter(wide, root / "calls")
+    files = json.loads((root / "model" / "tokenizer.json").read_text())
+    call = {"id": 131, "content": "<call>", "special": True, "normalized": False}
+    files["added_tokens"].append(call | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    (root / "calls" / "tokenizer.json").write_text(json.dumps(files))
+    params = structured(grammar='start: <call> "ab"')
+    (output,) = llm.generate(["hello"], params, lora_request=lora(root, "calls", 44), use_tqdm=False)
+    assert output.outputs[0].token_ids[0] == 131 and output.outputs[0].text == "ab"
+    with pytest.raises(InvalidRequestError, match="call"):  # the base model has no such token
+        llm.generate(["hello"], params, use_tqdm=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from lorafleet.workers.errors import (
     AdapterUnavailableError,
     UnknownModelError,
 )
+from lorafleet.workers.scheduling.request import GenerateRequest
+from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 from lorafleet.workers.server.adapter_registry import AdapterRegistry
 from lorafleet.workers.sources.adapters import resolve_adapter
 
@@ -167,6 +170,29 @@ def test_text_that_was_registered_is_given_after_its_directory_is_gone(registry:
     assert files is not None and files["chat_template.jinja"] == b"OWN {{ messages }}"
     registry.unregister("x", 1).result(TIMEOUT_S)
     assert registry.text_files(adapter.text_digest).result(TIMEOUT_S) is None
+
+
+def test_grammars_know_the_tokenizer_that_was_registered_with_an_adapter(
+    registry: AdapterRegistry, engine: Engine, root: Path
+) -> None:
+    own = root / "swapped"
+    shutil.copytree(root / "a", own)
+    files = json.loads((root / "model" / "tokenizer.json").read_text())
+    vocab = files["model"]["vocab"]
+    vocab["x"], vocab["y"] = vocab["y"], vocab["x"]
+    (own / "tokenizer.json").write_text(json.dumps(files))
+    adapter = register(registry, "x", 1, own)
+    (own / "tokenizer.json").unlink()
+    engine.use_tokenizers(registry.tokenizer)
+    engine.prepare_grammars()
+    sampling = SamplingOptions(max_tokens=9, grammar='start: "xyx"')
+    ours = GenerateRequest("own", (5, 6), sampling, adapter.digest, text_digest=adapter.text_digest)
+    base = GenerateRequest("base", (5, 6), sampling)
+    results = tiny.run_engine(engine, [ours, base])
+    x, y = vocab["x"], vocab["y"]
+    assert results["own"].token_ids == [x, y, x] and results["base"].token_ids == [y, x, y]
+    registry.unregister("x", 1).result(TIMEOUT_S)
+    assert registry.tokenizer(adapter.text_digest) is None
 
 
 def test_files_that_changed_are_not_taken_for_what_was_loaded_be_they_weights_or_a_template(

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
-from lorafleet.workers.model.rules.changes import Changes
+from lorafleet.workers.model.rules.changes import Changes, TokenIds, Values
 from lorafleet.workers.model.rules.rule import History, LogitRule, Row
 from lorafleet.workers.scheduling.request import Request
 from lorafleet.workers.scheduling.sampling_options import SamplingOptions
 
-_Ends = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+_Ends = tuple[TokenIds, Values]
 
 
 class MinTokens(LogitRule):

@@ -233,3 +233,14 @@ async def test_an_empty_or_endless_cache_salt_is_refused(fleet: Any) -> None:
     for salt in ("", "s" * 1025, 7):
         status, answer = await fleet.post("/v1/completions", {"model": "tiny", "prompt": "a", "cache_salt": salt})
         assert (status, answer["error"]["param"]) == (400, "cache_salt")
+
+
+async def test_rules_about_tokens_reach_the_worker_as_token_ids(fleet: Any, tokenizer: Any) -> None:
+    await _complete(
+        fleet, False, prompt="hello", logit_bias={"7": -100, "2": 0.5}, allowed_token_ids=[9, 2], bad_words=["the"]
+    )
+    sampling = fleet.worker.generates[-1].sampling
+    assert dict(sampling.logit_bias) == {7: -100.0, 2: 0.5}
+    assert list(sampling.allowed_token_ids) == [2, 9]
+    forms = [tokenizer.encode(text, add_special_tokens=False) for text in ("the", " the")]
+    assert [list(word.token_ids) for word in sampling.bad_words] == forms

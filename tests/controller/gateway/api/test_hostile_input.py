@@ -131,7 +131,7 @@ ENDPOINTS: dict[str, tuple[type[msgspec.Struct], dict[str, str]]] = {
     "/v1/unload_lora_adapter": (schema.UnloadAdapterBody, {"lora_name": '"sql-adapter"'}),
 }
 CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # which take a tenth of a second each
-UNKNOWN = ("user", "metadata", "response_format", "logit_bias", "tools", "tool_choice", "guided_json", "nonsense")
+UNKNOWN = ("user", "metadata", "response_format", "audio", "tools", "tool_choice", "guided_json", "nonsense")
 
 
 def fields_of(path: str) -> Iterator[str]:

@@ -8,6 +8,8 @@ import pytest
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+TAG = {"structures": [{"begin": "<f=get>", "schema": PERSON, "end": "</f>"}], "triggers": ["<f="]}
+PARTS = {"type": "sequence", "elements": [{"type": "regex", "pattern": "[0-9]"}]}
 
 # (fields, a part of the grammar)
 ASKED: dict[str, tuple[dict[str, Any], str]] = {
@@ -29,6 +31,9 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "grammar": ({"structured_outputs": {"grammar": 'start: "a"'}}, 'start: "a"'),
     "gbnf": ({"structured_outputs": {"grammar": 'root ::= "a"'}}, 'start: "a"'),
     "any object": ({"structured_outputs": {"json_object": True}}, '%json {"type": "object"'),
+    "structural tag": ({"structured_outputs": {"structural_tag": TAG}}, '"<f="'),
+    "structural tag as a format": ({"response_format": {"type": "structural_tag", **TAG}}, '"<f="'),
+    "structural tag of parts": ({"response_format": {"type": "structural_tag", "format": PARTS}}, "[0-9]"),
     "guided_json": ({"guided_json": PERSON}, '"name"'),
     "guided_regex": ({"guided_regex": "[0-9]+"}, "/[0-9]+/"),
     "guided_choice": ({"guided_choice": ["yes", "no"]}, '"yes" | "no"'),
