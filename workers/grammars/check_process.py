@@ -26,7 +26,7 @@ HEAD_BYTES: Final = 8
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    _limit(resource.RLIMIT_AS, MEMORY_BYTES)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_serve)
@@ -40,8 +40,14 @@ def _serve() -> None:
         text = source.read(int.from_bytes(head)).decode()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         used_s = int(usage.ru_utime + usage.ru_stime) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (used_s + CPU_S, resource.RLIM_INFINITY))
+        _limit(resource.RLIMIT_CPU, used_s + CPU_S)
         print(json.dumps(_check(text, limits)), flush=True)
+
+
+def _limit(kind: int, value: int) -> None:
+    """Set a limit that may be raised again, unless this process was started with a lower one."""
+    _, highest = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if highest == resource.RLIM_INFINITY else min(value, highest), highest))
 
 
 def _check(text: str, limits: llguidance.LLParserLimits) -> dict[str, str]:
