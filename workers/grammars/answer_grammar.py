@@ -16,9 +16,8 @@ from typing import Any
 
 from lorafleet.workers.answers.call_syntax import CallSyntax
 from lorafleet.workers.answers.reasoning import ReasoningFormat
-from lorafleet.workers.grammars.grammar_text import json_schema_grammar, literal
+from lorafleet.workers.grammars.grammar_text import json_schema_term, literal
 
-_NAMELESS = "start: "
 _BLANKS = r"(/[ \n]{1,8}/)?"
 
 TokenOf = Callable[[str], int | None]
@@ -90,9 +89,8 @@ def _calls(calls: CallRules, token_of: TokenOf, param: str) -> Iterator[str]:
     yield f"call: {terms(syntax.before)} ({' | '.join(names)}) {terms(syntax.after)}"
     for rule, (name, schema, is_strict) in zip(names, calls.functions, strict=True):
         head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{syntax.arguments}": '
-        arguments = json_schema_grammar(_of_object(schema), param=param, is_strict=is_strict)
         yield f"{rule}: {literal(head)} {rule}_arguments {literal('}')}"
-        yield f"{rule}_arguments: {arguments.removeprefix(_NAMELESS).strip()}"
+        yield f"{rule}_arguments: {json_schema_term(_of_object(schema), param=param, is_strict=is_strict)}"
 
 
 def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:

@@ -80,8 +80,12 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Generate the next message of one conversation or several, with the adapter's chat template or the model's."""
+        """Generate the next message of one conversation or several, with the adapter's chat template or the model's.
+
+        tools: functions, in OpenAI's form, that the prompts describe; calls of them are part of the outputs' text.
+        """
         batch = _list_of("messages", messages)
         if not batch:
             raise InvalidRequestError("messages is empty; give at least one message.", param="messages")
@@ -90,7 +94,7 @@ class LLM:
         found = _Found(self.llm_engine)
         inputs = [
             self.llm_engine.text(known=found.of(lora)).encode_chat(
-                conversation, add_generation_prompt=add_generation_prompt, add_special_tokens=False
+                conversation, add_generation_prompt=add_generation_prompt, add_special_tokens=False, tools=tools
             )
             for conversation, lora in zip(conversations, loras, strict=True)
         ]

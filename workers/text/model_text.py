@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafleet.workers.answers.call_syntax import CallSyntax, PythonicSyntax
 from lorafleet.workers.answers.profile import PROFILE_FILE, Profile, read_profile
-from lorafleet.workers.answers.tool_formats import HERMES, recognised
+from lorafleet.workers.answers.tool_formats import HERMES, TOOL_FORMATS, ToolFormat, recognised
 from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.text.chat_template import ChatTemplate
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class ModelText:
     """Immutable and thread-safe.
 
-    sampling_defaults: from generation_config.json. tool_form: what the template takes. tool_format: the name of the
+    sampling_defaults: from generation_config.json. tool_form: what the template takes. template_calls: the name of the
     format in which it asks for calls; None for one that is not known. profile: from the files, if they have one.
     """
 
@@ -37,7 +37,7 @@ class ModelText:
     template: ChatTemplate
     sampling_defaults: Mapping[str, float | int]
     tool_form: ToolForm
-    tool_format: str | None
+    template_calls: str | None
     profile: Profile
 
     @classmethod
@@ -53,9 +53,14 @@ class ModelText:
             template=template,
             sampling_defaults=sampling_defaults(files),
             tool_form=ToolForm.of(source, takes_tools=template.takes_tools),
-            tool_format=recognised(source),
+            template_calls=recognised(source),
             profile=read_profile(files[PROFILE_FILE]) if PROFILE_FILE in files else Profile(),
         )
+
+    def tool_format(self, default: str | None = None) -> ToolFormat:
+        """Return the format of calls: the profile's, else the one called `default`, else the template's or Hermes'."""
+        name = self.profile.tool_call_parser or default or self.template_calls
+        return HERMES if name is None else TOOL_FORMATS[name]
 
     def encode_chat(
         self,
@@ -64,21 +69,23 @@ class ModelText:
         add_generation_prompt: bool,
         add_special_tokens: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        call_syntax: CallSyntax | PythonicSyntax = HERMES.syntax,
-        template_kwargs: Mapping[str, Any] | None = None,
+        call_syntax: CallSyntax | PythonicSyntax | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Convert messages to a prompt's ids. call_syntax: how the model writes calls, for a template that knows none.
-        template_kwargs: further variables of the template. max_tokens: see `Tokenizer.encode`.
+        """Convert messages to a prompt's ids. tools: functions, in OpenAI's form, that the model may call.
+
+        call_syntax: how it writes calls, for a template that knows none; by default as `tool_format` says.
+        chat_template_kwargs: further variables of the template. max_tokens: see `Tokenizer.encode`.
 
         Raises InvalidRequestError for messages the template does not accept, ContextLengthError.
         """
-        messages, tools = self.tool_form.messages(messages, tools, call_syntax)
+        messages, tools = self.tool_form.messages(messages, tools, call_syntax or self.tool_format().syntax)
         text = self.template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
-            **(template_kwargs or {}),
+            **(chat_template_kwargs or {}),
             **self.tokenizer.special_tokens,
         )
         try:

@@ -60,7 +60,7 @@ class ToolForm:
 
         Raises InvalidRequestError for calls that are not OpenAI's.
         """
-        if not messages or not all(isinstance(message, Mapping) for message in messages):
+        if not _is_conversation(messages):
             return messages, tools  # which rendering refuses
         for number, message in enumerate(messages):
             _check_calls(message, number)
@@ -78,6 +78,11 @@ class ToolForm:
         if self.takes_tools_in_system:
             return _put_in_system(messages, tools), None
         return _describe(messages, tools, syntax), None
+
+
+def _is_conversation(messages: object) -> bool:
+    is_list = isinstance(messages, Sequence) and len(messages) > 0
+    return is_list and all(isinstance(message, Mapping) for message in messages)  # type: ignore[attr-defined]
 
 
 def _check_calls(message: Message, number: int) -> None:

@@ -1,7 +1,7 @@
 """How the text of a chat answer becomes a message: which parsers read it.
 
-Owns: the order of what says so: the adapter's or the model's profile, the server's flags, the chat template. Leaves to
-others: the parsers (workers/answers), messages as JSON (chat_message.py).
+Owns: what the request, the server's flags and the model say about it together. Leaves to others: the parsers
+(workers/answers), messages as JSON (chat_message.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafleet.controller.gateway.options import GatewayOptions
 from lorafleet.workers.answers.call_syntax import CallSyntax
 from lorafleet.workers.answers.message import MessageReader
 from lorafleet.workers.answers.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningParser
-from lorafleet.workers.answers.tool_formats import HERMES, PLAIN, TOOL_FORMATS, ToolFormat
+from lorafleet.workers.answers.tool_formats import PLAIN, ToolFormat
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.grammars.answer_grammar import CallRules, answer_grammar
 from lorafleet.workers.text.model_text import ModelText
@@ -113,15 +113,13 @@ def answer_form(fields: ChatRequest, text: ModelText, options: GatewayOptions) -
             '"required" or the name of a function.',
             param="tool_choice",
         )
-    profile = text.profile
-    calls = profile.tool_call_parser or options.tool_call_parser or text.tool_format
-    form = HERMES if calls is None else TOOL_FORMATS[calls]
-    if tools is not None and tools.is_forced and not isinstance(form.syntax, CallSyntax):
-        form = PLAIN
-    reasoning = profile.reasoning_parser or options.reasoning_parser
+    calls = text.tool_format(options.tool_call_parser)
+    if tools is not None and tools.is_forced and not isinstance(calls.syntax, CallSyntax):
+        calls = PLAIN
+    reasoning = text.profile.reasoning_parser or options.reasoning_parser
     return AnswerForm(
         tools=tools,
-        calls=form,
+        calls=calls,
         reasoning=None if reasoning is None else REASONING_FORMATS[reasoning],
         shows_reasoning=fields.include_reasoning is not False,
         has_short_ids=text.tool_form.takes_short_ids,

@@ -61,7 +61,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
             add_special_tokens=fields.add_special_tokens is True,
             tools=None if form.tools is None else form.tools.described,
             call_syntax=form.calls.syntax,
-            template_kwargs=reasoning_kwargs(fields.reasoning_effort),
+            chat_template_kwargs=reasoning_kwargs(fields.reasoning_effort),
             max_tokens=model.max_model_len,
         )
     )

@@ -199,6 +199,12 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert len(llm.chat([messages, messages], GREEDY, use_tqdm=False)) == 2
 
 
+def test_tools_are_described_in_the_prompt(llm: LLM) -> None:
+    tools = [{"type": "function", "function": {"name": "now", "description": "the fox " * 100}}]
+    with pytest.raises(ContextLengthError, match=r"The prompt has [4-9]\d\d tokens"):
+        llm.chat([{"role": "user", "content": "hi"}], GREEDY, use_tqdm=False, tools=tools)
+
+
 def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     (full,) = llm.generate("the fox", GREEDY, use_tqdm=False)
     text = full.outputs[0].text

@@ -39,6 +39,10 @@ def own(byte_level_dir: Path, tmp_path: Path) -> Path:
 HOSTILE: dict[str, tuple[Write, str]] = {
     "deep config": (text("tokenizer_config.json", '{"a":' * 100_000), "nested too deeply"),
     "deep tokenizer": (text("tokenizer.json", "[" * 100_000), "tokenizer.json"),
+    "an unknown parser": (
+        text("lorafleet.json", '{"tool_call_parser": "x"}'),
+        "tool_call_parser of lorafleet.json is 'x'",
+    ),
     "a template of 1 MB": (text("chat_template.jinja", "x" * 1_000_000), "is larger than 524,288 bytes"),
     "a template of 400 kB": (
         text("chat_template.jinja", "{{ x }}" * 57_000),

@@ -72,3 +72,10 @@ def test_chunks_are_small_and_name_every_file() -> None:
         got[name] = got.get(name, b"") + data
     assert got == files
     assert files_digest(got) == files_digest(files)
+
+
+def test_a_profile_goes_over_the_models_and_changes_nothing_else() -> None:
+    model = MODEL | {"lorafleet.json": b"{}"}
+    assert over_model(model, {"lorafleet.json": b'{"a": 1}'}) == model | {"lorafleet.json": b'{"a": 1}'}
+    assert over_model(model, {"tokenizer.json": b"own"})["lorafleet.json"] == b"{}"
+    assert over_model(MODEL, {"lorafleet.json": b"{}"}) == model

@@ -168,7 +168,7 @@ def test_calls_become_text_for_a_template_that_adds_their_arguments_as_text() ->
     assert (adds.takes_calls, prints.takes_calls) == (False, True)
 
 
-@pytest.mark.parametrize("messages", [[], ["text"], [ASKED, None]])
+@pytest.mark.parametrize("messages", [[], ["text"], [ASKED, None], "text", 5, None])
 def test_what_is_no_conversation_is_left_to_the_template(messages: Any) -> None:
     assert WITHOUT.messages(messages, [TOOL], HERMES.syntax) == (messages, [TOOL])
 
