@@ -53,13 +53,16 @@ _LLAMA = _json(("<|python_tag|>",), CallSyntax(between="; ", arguments="paramete
 _PYTHONIC = ToolFormat(parser=PythonicCalls, syntax=PythonicSyntax(), begin=("<|python_tag|>",))
 _MISTRAL = ToolFormat(parser=lambda tools: MistralCalls(), syntax=_in_list(f"{BEGIN}[", "]"), begin=(BEGIN,))
 _GRANITE = _json(("<|tool_call|>", "<tool_call>", "<function_call>"), _in_list("<|tool_call|>[", "]"))
+_GRANITE_20B = _json(("<function_call>",), CallSyntax(before="<function_call> ", between=" "))
 _PHI = _json(("<|tool_call|>", "functools"), _in_list("<|tool_call|>[", "]<|/tool_call|>"), ("<|/tool_call|>",))
 TOOL_FORMATS: Final = {
     "gemma": _PYTHONIC,
     "granite": _GRANITE,
+    "granite-20b-fc": _GRANITE_20B,
     "granite4": HERMES,
     "hermes": HERMES,
     "llama3_json": _LLAMA,
+    "llama4_json": _LLAMA,
     "llama4_pythonic": _PYTHONIC,
     "mistral": _MISTRAL,
     "phi4_mini_json": _PHI,
@@ -72,10 +75,11 @@ TOOL_FORMATS: Final = {
 # The first whose sign a template has: texts of published templates.
 _SIGNS = (
     ("mistral", (BEGIN,)),
-    ("phi4_mini_json", ("<|/tool_call|>", "<|/tool|>")),
+    ("phi4_mini_json", ("<|/tool_call|>", "<|/tool|>", "functools[")),
+    ("granite-20b-fc", ("<function_call>",)),
     ("granite", ("<|tool_call|>", "<|start_of_role|>available_tools")),
     ("hermes", ("<tool_call>",)),
-    ("pythonic", ("func_name1(params_name1", "<|python_start|>")),
+    ("pythonic", ("[func_name1(", "<|python_start|>")),
     ("llama3_json", ("<|python_tag|>", '"parameters": dictionary of argument name')),
 )
 

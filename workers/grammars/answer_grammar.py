@@ -20,6 +20,11 @@ from lorafleet.workers.grammars.grammar_text import json_schema_term, literal
 
 _BLANKS = r"(/[ \n]{1,8}/)?"
 
+# With one of these a schema may describe properties elsewhere.
+_SAYS_MORE = frozenset(
+    {"$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties", "unevaluatedProperties"}
+)
+
 TokenOf = Callable[[str], int | None]
 
 
@@ -94,8 +99,9 @@ def _calls(calls: CallRules, token_of: TokenOf, param: str) -> Iterator[str]:
 
 
 def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
-    """Return a schema that only objects fit."""
-    return {"type": "object"} | (schema or {})
+    """Return a schema that only objects fit: a function has no other arguments, unless its schema says so."""
+    whole = {"type": "object", "properties": {}} | (schema or {})
+    return whole if _SAYS_MORE.intersection(whole) else whole | {"additionalProperties": False}
 
 
 def _mark(text: str, token_of: TokenOf) -> str:

@@ -52,7 +52,9 @@ class ModelText:
             tokenizer=tokenizer,
             template=template,
             sampling_defaults=sampling_defaults(files),
-            tool_form=ToolForm.of(source, takes_tools=template.takes_tools),
+            tool_form=ToolForm.of(
+                source, takes_tools=template.takes_tools, takes_system=_takes_system(template, tokenizer)
+            ),
             template_calls=recognised(source),
             profile=read_profile(files[PROFILE_FILE]) if PROFILE_FILE in files else Profile(),
         )
@@ -93,6 +95,15 @@ class ModelText:
         except InvalidRequestError as error:
             error.param = "messages"
             raise
+
+
+def _takes_system(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
+    messages = [{"role": "system", "content": "Hello"}, {"role": "user", "content": "Hello"}]
+    try:
+        template.render(messages, **tokenizer.special_tokens)
+    except InvalidRequestError:
+        return False
+    return True
 
 
 def sampling_defaults(files: Mapping[str, bytes]) -> dict[str, float | int]:

@@ -27,13 +27,14 @@ _TEXT_ARGUMENTS = re.compile(r"""(?:\.arguments|\[['"]arguments['"]\])\s*\+""") 
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolForm:
     """What a template takes.
 
     takes_tools: tools, as a variable. takes_tools_in_system: as the system message's `tools`, JSON text (Phi 4's).
     takes_calls: calls, and messages of the role tool. takes_short_ids: ids of calls must have nine letters or digits
-    (Mistral's). takes_one_call: a message may have one call (Llama 3's).
+    (Mistral's). takes_one_call: a message may have one call (Llama 3's). takes_system: a system message (Gemma 2's
+    does not).
     """
 
     takes_tools: bool = False
@@ -41,9 +42,10 @@ class ToolForm:
     takes_calls: bool = False
     takes_short_ids: bool = False
     takes_one_call: bool = False
+    takes_system: bool = True
 
     @classmethod
-    def of(cls, template: str, *, takes_tools: bool) -> Self:
+    def of(cls, template: str, *, takes_tools: bool, takes_system: bool = True) -> Self:
         """Return what a template's text asks for."""
         return cls(
             takes_tools=takes_tools,
@@ -51,6 +53,7 @@ class ToolForm:
             takes_calls="tool_calls" in template and not _TEXT_ARGUMENTS.search(template),
             takes_short_ids="length 9" in template,
             takes_one_call="single tool-calls" in template,
+            takes_system=takes_system,
         )
 
     def messages(
@@ -68,7 +71,7 @@ class ToolForm:
         if has_calls and not self.takes_calls:
             messages = list(_as_text(messages, syntax))
         elif has_calls:
-            messages = [_without_empty_calls(message) for message in messages]
+            messages = _with_names([_without_empty_calls(message) for message in messages])
             if self.takes_one_call:
                 messages = _one_call_each(messages)
             if self.takes_short_ids:
@@ -77,7 +80,7 @@ class ToolForm:
             return messages, tools
         if self.takes_tools_in_system:
             return _put_in_system(messages, tools), None
-        return _describe(messages, tools, syntax), None
+        return _describe(messages, tools, syntax, takes_system=self.takes_system), None
 
 
 def _is_conversation(messages: object) -> bool:
@@ -117,20 +120,31 @@ def _without_empty_calls(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
+def _with_names(messages: Sequence[Message]) -> list[Message]:
+    """Return messages in which each result has its function's name, which some templates insist on."""
+    names: dict[Any, str] = {}
+    named: list[Message] = []
+    for message in messages:
+        names |= {str(call.get("id")): call["function"]["name"] for call in message.get("tool_calls") or ()}
+        name = names.get(str(message.get("tool_call_id"))) if message.get("role") == "tool" else None
+        named.append({**message, "name": name} if name is not None and message.get("name") is None else message)
+    return named
+
+
 def _one_call_each(messages: Sequence[Message]) -> list[Message]:
     """Return messages with one call each, every call with its result after it."""
-    results = {message.get("tool_call_id"): message for message in messages if message.get("role") == "tool"}
-    moved: set[Any] = set()
+    results = {str(message.get("tool_call_id")): message for message in messages if message.get("role") == "tool"}
+    moved: set[str] = set()
     single: list[Message] = []
     for message in messages:
         calls = message.get("tool_calls") or ()
         if len(calls) < 2:
-            if message.get("role") != "tool" or message.get("tool_call_id") not in moved:
+            if message.get("role") != "tool" or str(message.get("tool_call_id")) not in moved:
                 single.append(message)
             continue
         for index, call in enumerate(calls):
             single.append({**message, "tool_calls": [call]} | ({"content": ""} if index else {}))
-            call_id = call.get("id")
+            call_id = str(call.get("id"))
             if call_id in results and call_id not in moved:
                 single.append(results[call_id])
                 moved.add(call_id)
@@ -160,8 +174,10 @@ def _put_in_system(messages: Sequence[Message], tools: Tools) -> list[Message]:
     return [{"role": "system", "content": "", "tools": text}, *messages]
 
 
-def _describe(messages: Sequence[Message], tools: Tools, syntax: CallSyntax | PythonicSyntax) -> list[Message]:
-    """Return messages of which the first is a system message that describes the tools."""
+def _describe(
+    messages: Sequence[Message], tools: Tools, syntax: CallSyntax | PythonicSyntax, *, takes_system: bool
+) -> list[Message]:
+    """Return messages of which the first describes the tools: a system message, or the user's if there may be none."""
     functions = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     example = syntax.text([WrittenCall("function_name", {"argument_name": "value"})])
     text = (
@@ -170,9 +186,11 @@ def _describe(messages: Sequence[Message], tools: Tools, syntax: CallSyntax | Py
         f"{example}\nOtherwise answer without a call."
     )
     first, rest = messages[0], messages[1:]
-    if first.get("role") not in ("system", "developer"):
-        return [{"role": "system", "content": text}, *messages]
     content = first.get("content")
+    if first.get("role") not in ("system", "developer"):
+        if takes_system or first.get("role") != "user" or not isinstance(content, str):
+            return [{"role": "system", "content": text}, *messages]
+        return [{**first, "content": f"{text}\n\n{content}"}, *rest]
     if isinstance(content, Sequence) and not isinstance(content, str):
         return [{**first, "content": [*content, {"type": "text", "text": text}]}, *rest]
     return [{**first, "content": f"{content}\n\n{text}" if content else text}, *rest]

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-import msgspec
-
 from lorafleet.controller.gateway.api.schema import ChatRequest, Tool
 from lorafleet.workers.errors import InvalidRequestError, quoted
 
@@ -45,13 +43,17 @@ class ToolUse:
 
 
 def described_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Return tools in the form of JSON that templates print, which has no fields for the server."""
-    described: list[dict[str, Any]] = []
-    for tool in tools:
-        function: dict[str, Any] = msgspec.to_builtins(tool.function)
-        function = {name: value for name, value in function.items() if value is not None and name != "strict"}
-        described.append({"type": tool.type, "function": function})
-    return described
+    """Return tools in the form that templates print: with a description and parameters, which some insist on, and
+    without fields for the server."""
+    functions = [
+        {
+            "name": tool.function.name,
+            "description": tool.function.description or "",
+            "parameters": tool.function.parameters or {"type": "object", "properties": {}},
+        }
+        for tool in tools
+    ]
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def check_tools(tools: Sequence[Tool]) -> None:

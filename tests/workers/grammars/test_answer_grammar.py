@@ -97,7 +97,7 @@ def test_calls_in_the_familys_form_are_allowed_and_nothing_else(
     enforced = Enforced(grammar, tokenizer, vocabulary)
     syntax = form.syntax
     one = syntax.text([WrittenCall("get_weather", {"city": "Paris"})])
-    two = syntax.text([WrittenCall("get_weather", {"city": "x"}), WrittenCall('say "é"', {"a": [1]})])
+    two = syntax.text([WrittenCall("get_weather", {"city": "x"}), WrittenCall('say "é"', {})])
     assert enforced.allows(one) and enforced.allows(two)
     for text in (
         "",
@@ -107,6 +107,7 @@ def test_calls_in_the_familys_form_are_allowed_and_nothing_else(
         syntax.text([WrittenCall("get_weather", {"town": "x"})]),
         syntax.text([WrittenCall("get_weather", {"city": 3})]),
         syntax.text([WrittenCall("other", {})]),
+        syntax.text([WrittenCall('say "é"', {"a": 1})]),
     ):
         assert not enforced.allows(text), text
     single = answer_grammar(calls=rules(form, takes_several=False), token_of=tokenizer.added_id)
@@ -197,6 +198,25 @@ def test_content_in_its_own_grammar_may_follow_reasoning(
     enforced = Enforced(checker.checked(grammar), tokenizer, vocabulary)
     assert enforced.allows("yes") and enforced.allows("<think>maybe</think>\n\nnooo")
     assert not enforced.allows("maybe")
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed"),
+    [
+        ({"properties": {"a": {}}}, False),
+        ({"properties": {"a": {}}, "additionalProperties": True}, True),
+        ({"type": "object", "allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, True),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {}}}}}, True),
+        ({}, False),
+    ],
+)
+def test_a_function_has_only_the_arguments_that_its_schema_describes(
+    schema: dict[str, Any], allowed: bool, tokenizer: Tokenizer, vocabulary: llguidance.LLTokenizer
+) -> None:
+    form = WRITTEN["hermes"]
+    grammar = answer_grammar(calls=rules(form, schema=schema), token_of=tokenizer.added_id)
+    text = form.syntax.text([WrittenCall("get_weather", {"b": 1})])
+    assert Enforced(grammar, tokenizer, vocabulary).allows(text) is allowed
 
 
 def test_a_strict_function_refuses_a_schema_that_cannot_be_enforced(checker: GrammarChecker) -> None:

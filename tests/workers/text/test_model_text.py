@@ -64,3 +64,17 @@ def test_a_chat_that_cannot_fit_is_over_the_context_and_names_the_messages(token
             max_tokens=64,
         )
     assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("template", "takes_system"),
+    [
+        ("{{ messages[0].content }}", True),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}", False),
+    ],
+)
+def test_whether_a_template_takes_a_system_message_is_tried(
+    tokenizer_files: dict[str, bytes], template: str, takes_system: bool
+) -> None:
+    files = tokenizer_files | {"chat_template.jinja": template.encode()}
+    assert ModelText.from_files("digest", files).tool_form.takes_system is takes_system

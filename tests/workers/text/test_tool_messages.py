@@ -37,8 +37,15 @@ def read(form: ToolForm, messages: Any, tools: Any = None, syntax: Any = HERMES.
 
 
 def test_a_template_that_takes_tools_gets_them_as_they_are() -> None:
-    messages = [ASKED, {"role": "assistant", "content": None, "tool_calls": [call()]}, result("call_1", "sunny")]
+    messages = [ASKED, {"role": "assistant", "content": None, "tool_calls": [call()]}]
     assert read(PLAIN, messages, [TOOL]) == (messages, [TOOL])
+
+
+def test_results_have_the_names_of_their_functions_which_some_templates_insist_on() -> None:
+    calls = {"role": "assistant", "tool_calls": [call("1"), call("2", name="now")]}
+    own = result("1", "sunny") | {"name": "weather"}
+    found, _ = read(PLAIN, [ASKED, calls, result("2", "noon"), own, result("3", "lost"), result([], "odd")])  # type: ignore[arg-type]
+    assert [message.get("name") for message in found] == [None, None, "now", "weather", None, None]
 
 
 def test_tools_are_described_in_the_system_message_to_a_template_that_knows_none() -> None:
@@ -58,6 +65,12 @@ def test_the_callers_system_message_stays_before_the_description(content: Any) -
     text = text if isinstance(text, str) else "".join(part["text"] for part in text)
     assert text.startswith("Be kind.") == (content is not None)
     assert "get_weather" in text
+
+
+def test_a_template_that_refuses_system_messages_has_the_description_in_the_users() -> None:
+    messages, _ = read(ToolForm(takes_system=False), [ASKED, {"role": "assistant", "content": "?"}], [TOOL])
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert "get_weather" in messages[0]["content"] and messages[0]["content"].endswith("\n\nWeather?")
 
 
 def test_the_description_shows_the_models_own_form() -> None:

@@ -18,6 +18,10 @@ WEATHER: dict[str, Any] = {
     },
 }
 NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
+SHOWN_NOW = {
+    "type": "function",
+    "function": {"name": "now", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris \\"é\\""}}\n</tool_call>'
 TWO = f'{CALL}\n<tool_call>{{"name": "now", "arguments": {{}}}}</tool_call>'
 TOOL_TEMPLATE = (
@@ -202,7 +206,7 @@ async def test_a_template_with_tools_gets_them_without_what_is_for_the_server(
     await fleet.openai.chat.completions.create(model="own", messages=history, tools=[NOW, WEATHER])
     described = {"type": "function", "function": {k: v for k, v in WEATHER["function"].items() if k != "strict"}}
     assert prompt_of(fleet, tokenizer) == (
-        f"{json.dumps(NOW)}\n{json.dumps(described)}\nuser:hello\nassistant:get_weather=Rome\ntool:sunny\n"
+        f"{json.dumps(SHOWN_NOW)}\n{json.dumps(described)}\nuser:hello\nassistant:get_weather=Rome\ntool:sunny\n"
     )
 
 
@@ -211,7 +215,7 @@ async def test_allowed_tools_are_those_that_are_shown(fleet: Any, says: Any, tok
     allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "now"}}]}
     choice = {"type": "allowed_tools", "allowed_tools": allowed}
     await fleet.openai.chat.completions.create(model="own", messages=HI, tools=[NOW, WEATHER], tool_choice=choice)
-    assert prompt_of(fleet, tokenizer) == f"{json.dumps(NOW)}\nuser:hello\n"
+    assert prompt_of(fleet, tokenizer) == f"{json.dumps(SHOWN_NOW)}\nuser:hello\n"
 
 
 async def test_an_adapters_profile_chooses_its_parser(
