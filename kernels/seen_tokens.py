@@ -1,7 +1,7 @@
 """The tokens that a request's prompt and output have: a list of (token, code) on the host, kept up to date.
 
-code = 2 · the token's count in the output, plus 1 if the prompt has it. A list is int32 [1 + capacity, 2]; its first
-row is (number of entries, 0). One entry a token, in no order.
+code = 2 · the token's count in the output, plus 1 if the prompt has it. There is at least one token. A list is int32
+[1 + capacity, 2]; its first row is (number of entries, 0). One entry a token, in no order.
 
 R lists, S rows of a batch.
 """
@@ -10,22 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.native import library
 
 
-def token_codes(
-    token_ids: Sequence[int], num_prompt_tokens: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Return the tokens of a prompt and the output after it, each once, and their codes."""
-    ids = np.asarray(token_ids, np.int64)
-    codes = 2 * np.bincount(ids[num_prompt_tokens:], minlength=int(ids.max(initial=0)) + 1)
-    codes[ids[:num_prompt_tokens]] |= 1
-    (seen,) = codes.nonzero()
-    return seen, codes[seen].astype(np.int32)
+def token_codes(token_ids: Sequence[int], num_prompt_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of a prompt and the output after it, each once, int64, and their codes, int32."""
+    ids = torch.tensor(token_ids, dtype=torch.int64)
+    codes = 2 * torch.bincount(ids[num_prompt_tokens:], minlength=int(ids.max()) + 1)
+    codes[ids[:num_prompt_tokens].unique()] += 1
+    seen = codes.nonzero()[:, 0]
+    return seen, codes[seen].int()
 
 
 def seen_tokens(token_ids: Sequence[int], num_prompt_tokens: int, max_more: int) -> torch.Tensor:
@@ -33,8 +29,8 @@ def seen_tokens(token_ids: Sequence[int], num_prompt_tokens: int, max_more: int)
     seen, codes = token_codes(token_ids, num_prompt_tokens)
     tokens_C2 = torch.empty(1 + len(seen) + max_more, 2, dtype=torch.int32)  # memory is taken when it is written
     tokens_C2[0, 0], tokens_C2[0, 1] = len(seen), 0
-    tokens_C2[1 : 1 + len(seen), 0] = torch.from_numpy(seen)
-    tokens_C2[1 : 1 + len(seen), 1] = torch.from_numpy(codes)
+    own_C2 = tokens_C2[1 : 1 + len(seen)]
+    own_C2[:, 0], own_C2[:, 1] = seen, codes
     return tokens_C2
 
 

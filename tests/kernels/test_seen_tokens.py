@@ -24,7 +24,7 @@ def as_dict(tokens_C2: torch.Tensor) -> dict[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "output"), [([3], []), ([3, 3, 0], [3, 7, 7, 9]), ([], [5]), (list(range(300)), [299])]
+    ("prompt", "output"), [([3], []), ([3, 3, 0], [3, 7, 7, 9]), ([], [5, 5]), (list(range(300)), [299])]
 )
 def test_codes_tell_prompt_and_count(prompt: list[int], output: list[int]) -> None:
     token_ids, own = token_codes([*prompt, *output], len(prompt))

@@ -34,7 +34,7 @@ def generate_requests(
     tenant: Tenant,
     draw_seed: Callable[[], int],
     prompt_field: str,
-    bad_words: BadWords,
+    bad_words: BadWords = (),
 ) -> list[GenerateRequest]:
     """Return one request for each prompt, as its first choice. draw_seed: returns a seed for a prompt without one.
     prompt_field: the field that errors about a prompt name. Raises the errors of any of them."""

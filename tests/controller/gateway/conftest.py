@@ -85,6 +85,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     generation: int = 1
     state: worker_pb2.WorkerState = worker_pb2.WORKER_READY
     answer: list[int] | None = None  # None: repeats the prompt
+    last: worker_pb2.Finish | None = None  # finish of `answer`'s last token; None: it begins again
     permits: int | None = None  # steps that may still be taken; None: any number
     error: worker_pb2.Ended | None = None  # how each request ends at once
     num_cached: list[int] = field(default_factory=list)  # cached tokens of the next requests, in order
@@ -212,6 +213,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         finish = worker_pb2.FINISH_NONE
         if token_id in sampling.stop_token_ids or (token_id == self.eos and not sampling.ignore_eos):
             finish = worker_pb2.FINISH_STOP
+        elif self.last is not None and running.num_output == len(source):
+            finish = self.last
         elif running.num_output >= sampling.max_tokens:
             finish = worker_pb2.FINISH_LENGTH
         if sampling.HasField("logprobs"):

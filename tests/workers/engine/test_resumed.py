@@ -107,6 +107,30 @@ def test_the_engine_that_made_the_tokens_may_go_on_with_them(engines: list[Engin
     assert_same(run_engine(engines[0], [cut])["cut"], whole, 20)
 
 
+def test_a_preempted_request_resumes_by_its_rules(directory: Path) -> None:
+    """Its tokens are those of an engine with pages for all."""
+    requests = [
+        GenerateRequest(f"{name}:{number}", PROMPT[number:], options)
+        for name, options in OPTIONS.items()
+        for number in range(2)
+    ]
+    results = []
+    for kv_bytes in (10_000_000, 90_000):
+        config = EngineConfig(
+            model=str(directory / "model"), dtype="float32", kv_cache_memory_bytes=kv_bytes, max_model_len=64
+        )
+        engine = Engine.from_config(config)
+        engine.load()
+        results.append(run_engine(engine, requests))
+        num_preemptions = engine.stats().num_preemptions
+        engine.check_integrity()
+        engine.close()
+    assert num_preemptions > 0
+    whole, preempted = results
+    for name, result in preempted.items():
+        assert_same(result, whole[name], 0)
+
+
 def test_outputs_that_cannot_be_are_refused(engines: list[Engine]) -> None:
     with pytest.raises(InvalidRequestError, match="24 output tokens are there already"):
         GenerateRequest("all", PROMPT, OPTIONS["greedy"], output_token_ids=(5,) * NUM_OUTPUT)

@@ -73,6 +73,12 @@ class FakeEngine:
     def load(self) -> None:
         self.done.append("load")
 
+    def use_tokenizers(self, tokenizer_of: object) -> None:
+        self.done.append("use tokenizers")
+
+    def prepare_grammars(self) -> None:
+        self.done.append("prepare grammars")
+
     def stats(self) -> EngineStats:
         return EngineStats()
 
@@ -186,7 +192,7 @@ async def test_adapters_are_checked_before_the_weights_are_read(
     actors: list[WorkerActor], engine: type[FakeEngine]
 ) -> None:
     await start(actors, LoRAModule("sql", "/sql"))
-    assert engine.done == ["plan", "/sql", "load"]
+    assert engine.done == ["plan", "/sql", "load", "use tokenizers", "prepare grammars"]
 
 
 async def test_a_refused_adapter_is_named_and_the_weights_are_not_read(

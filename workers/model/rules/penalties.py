@@ -114,8 +114,7 @@ class _DeviceCounts:
         codes_V = self._codes_KV[self._row_of[request]].zero_()
         token_ids, codes = token_codes(request.token_ids, request.num_prompt_tokens)
         is_known = token_ids < len(codes_V)
-        at_N = send(torch.from_numpy(token_ids[is_known]), self._device)
-        codes_V[at_N] = send(torch.from_numpy(codes[is_known]), self._device)
+        codes_V[send(token_ids[is_known], self._device)] = send(codes[is_known], self._device)
 
     def _widen(self, vocab_size: int) -> None:
         if vocab_size > self._codes_KV.shape[1]:

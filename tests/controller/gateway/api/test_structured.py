@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
+
+from lorafleet.proto import worker_pb2
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
@@ -100,3 +103,31 @@ async def test_an_adapters_profile_has_a_default_that_requests_may_replace(
         assert part in fleet.worker.generates[-1].sampling.grammar
     assert fleet.worker.generates[-1].sampling.grammar == ""
     assert fleet.worker.generates[0].text_digest == "own"
+
+
+async def test_a_grammar_that_explodes_is_a_400_and_others_are_answered_meanwhile(fleet: Any) -> None:
+    """The check takes seconds of a process; requests with and without a grammar go on beside it."""
+    patterns = {f"^a{i}.*b{i}$": {"type": "string"} for i in range(1000)}
+    plain = {"model": "tiny", "prompt": "hello", "max_tokens": 2}
+    await fleet.post("/v1/completions", plain | {"guided_regex": "a+"})
+    hostile = asyncio.ensure_future(
+        fleet.post("/v1/completions", plain | {"guided_json": {"patternProperties": patterns}})
+    )
+    num_answered = 0
+    while not hostile.done():
+        for fields in ({}, {"guided_regex": "a+"}):
+            status, answer = await fleet.post("/v1/completions", plain | fields)
+            assert status == 200, answer
+            num_answered += 1
+    status, answer = await hostile
+    assert status == 400 and "too complex" in answer["error"]["message"]
+    assert answer["error"]["param"] == "guided_json" and num_answered > 10
+
+
+async def test_a_complete_answer_shows_its_last_token_and_ends_with_stop(fleet: Any, tokenizer: Any) -> None:
+    fleet.worker.answer, fleet.worker.last = tokenizer.encode("hello world!"), worker_pb2.FINISH_COMPLETE
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 50, "guided_choice": ["hello world!"]}
+    status, answer = await fleet.post("/v1/completions", body)
+    assert status == 200
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("hello world!", "stop", None)

@@ -11,11 +11,10 @@ from lorafleet.workers.scheduling.request import Request
 
 
 def make_batch() -> list[Request]:
-    greedy = {"temperature": 0.0}
     return [
-        make_request(**greedy),
-        make_request((1, 2, 3), **greedy, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25),
-        make_request(**greedy, logit_bias=((9, 3.0), (11, -100.0)), min_tokens=4, stop_token_ids=frozenset({9})),
+        make_request(temperature=0.0),
+        make_request((1, 2, 3), temperature=0.0, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25),
+        make_request(temperature=0.0, logit_bias=((9, 3.0), (11, -100.0)), min_tokens=4, stop_token_ids=frozenset({9})),
         make_request(seed=3, allowed_token_ids=frozenset(range(0, VOCAB, 3)), bad_words=((3,), (6, 9), (9, 6))),
         make_request(seed=4, top_k=5, frequency_penalty=0.5, bad_words=((7, 8),)),
         make_request(seed=5),
