@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,3 +75,14 @@ class StructuredOutputsParams:
                 allows_more_properties=not self.disable_additional_properties,
             )
         return json_object_grammar(whitespace=whitespace)
+
+
+def default_grammar(fields: Mapping[str, Any]) -> str:
+    """Return the grammar of a profile's structured_outputs, unchecked. Raises `InvalidRequestError`."""
+    try:
+        return StructuredOutputsParams(**fields).grammar_text()
+    except TypeError as error:
+        known = ", ".join(field.name for field in dataclasses.fields(StructuredOutputsParams))
+        raise InvalidRequestError(
+            f"structured_outputs has {quoted(sorted(fields))}; it may have {known}.", param="structured_outputs"
+        ) from error

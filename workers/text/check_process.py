@@ -17,7 +17,10 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
+from lorafleet.workers.answers.profile import PROFILE_FILE
 from lorafleet.workers.errors import InvalidRequestError, ModelError, cut
+from lorafleet.workers.grammars.check import GrammarChecker
+from lorafleet.workers.grammars.structured_outputs import default_grammar
 from lorafleet.workers.text.model_text import ModelText
 from lorafleet.workers.text.template_sandbox import LimitError
 
@@ -68,6 +71,11 @@ def problem(digest: str, files: Mapping[str, bytes]) -> str | None:
     """Return the problem with a tokenizer and its template; None if there is none."""
     try:
         text = ModelText.from_files(digest, files)
+        if (default := text.profile.structured_outputs) is not None:
+            try:
+                GrammarChecker().checked(default_grammar(default))
+            except InvalidRequestError as error:
+                return f"{PROFILE_FILE}: {error.message}"
         for probe in _PROBES:
             text.tokenizer.encode(probe)
         if text.template.exists:

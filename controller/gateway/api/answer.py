@@ -23,6 +23,7 @@ from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.controller.gateway.api.sse import Frames, stream_answer
 from lorafleet.controller.gateway.api.usage import usage_of
 from lorafleet.controller.gateway.streams.generation import ChoiceDelta
+from lorafleet.workers.errors import InvalidRequestError
 from lorafleet.workers.params import SamplingParams
 from lorafleet.workers.scheduling.request import MAX_NAME_CHARS
 from lorafleet.workers.scheduling.token_rules import BadWords
@@ -84,6 +85,11 @@ async def answer(
         "model": (fields.model or model.entry.name)[:MAX_NAME_CHARS],
     }
     if fields.use_beam_search:
+        if params.grammar:  # the profile's: a request that asks for both has been refused
+            raise InvalidRequestError(
+                "use_beam_search is not supported for this model, whose answers are structured by its profile.",
+                param="use_beam_search",
+            )
         deltas, usage = await beam_answers(call, model, requests, params, generated.n)
         return await _whole(call, head, shape, params, deltas, usage)
     async with call.state.generate(requests, generated, model, shown_tokens=shown_tokens) as generation:

@@ -59,7 +59,7 @@ async def create_chat_completion(call: Call[ChatRequest]) -> web.StreamResponse:
         text.sampling_defaults,
         max_tokens=max_tokens,
         logprobs=_num_logprobs(fields),
-        grammar=await requested_grammar(call),
+        grammar=await requested_grammar(call, text.profile),
     )
     truncation = truncation_of(fields, max_tokens, model.max_model_len)
     call.place.take_choices(candidates(fields, params).n, param="n")

@@ -57,7 +57,7 @@ async def create_completion(call: Call[CompletionRequest]) -> web.StreamResponse
         text.sampling_defaults,
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
-        grammar=await requested_grammar(call),
+        grammar=await requested_grammar(call, text.profile),
     )
     if fields.echo and params.logprobs is not None:  # the prompt has as many candidates as the answer
         num_top = max(fields.logprobs or 0, fields.prompt_logprobs or 0)

@@ -15,6 +15,7 @@ import msgspec
 from lorafleet.controller.gateway.api.door import Call
 from lorafleet.controller.gateway.api.schema import GenerateFields, ResponseFormat
 from lorafleet.controller.gateway.streams.text_threads import SHORT_BYTES
+from lorafleet.workers.answers.profile import Profile
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.grammars.grammar_text import (
     choice_grammar,
@@ -24,7 +25,7 @@ from lorafleet.workers.grammars.grammar_text import (
     regex_grammar,
 )
 from lorafleet.workers.grammars.structural_tag import structural_tag_grammar
-from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams
+from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams, default_grammar
 
 __all__ = [
     "checked_grammar",
@@ -41,9 +42,11 @@ _CHECK_BYTES: Final = SHORT_BYTES + 1  # a check may take seconds: it is a long 
 _GUIDED: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
-async def requested_grammar(call: Call[GenerateFields]) -> str:
-    """Return the grammar that a request's output must follow, checked; empty: none."""
+async def requested_grammar(call: Call[GenerateFields], profile: Profile) -> str:
+    """Return the grammar that a request's output must follow, or its model's default, checked; empty: none."""
     make = grammar_maker(call.fields)
+    if make is None and profile.structured_outputs and call.fields.response_format is None:
+        make = "structured_outputs", functools.partial(default_grammar, profile.structured_outputs)
     return "" if make is None else await checked_grammar(call, *make)
 
 

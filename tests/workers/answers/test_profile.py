@@ -8,6 +8,10 @@ from lorafleet.workers.answers.profile import Profile, read_profile
 from lorafleet.workers.errors import ModelError
 
 
+def test_a_profile_has_a_default_for_structured_output() -> None:
+    assert read_profile(b'{"structured_outputs": {"regex": "a+"}}').structured_outputs == {"regex": "a+"}
+
+
 def test_a_profile_names_parsers() -> None:
     data = b'{"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}'
     assert read_profile(data) == Profile("hermes", "qwen3")
@@ -21,8 +25,9 @@ def test_a_profile_names_parsers() -> None:
         (b"[" * 100_000, "not JSON"),
         (b"\xff", "not JSON"),
         (b"[]", "must be an object"),
-        (b'{"tool_parser": "hermes"}', "has 'tool_parser'; it may have reasoning_parser, tool_call_parser"),
+        (b'{"tool_parser": "hermes"}', "has 'tool_parser'; it may have reasoning_parser, structured_outputs, tool_"),
         (b'{"tool_call_parser": "herms"}', "is 'herms'; it must be one of gemma"),
+        (b'{"structured_outputs": "json"}', "is 'json'; it must be an object"),
         (b'{"reasoning_parser": 3}', "is 3; it must be one of deepseek_r1"),
     ],
 )

@@ -73,3 +73,23 @@ def test_any_rubbish_is_a_model_error(files: dict[str, bytes]) -> None:
     for change in [*changes, {"version": 3}]:
         message = problem("digest", files | {"tokenizer.json": json.dumps(tokenizer | change).encode()})
         assert message is not None and len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("default", "message"),
+    [
+        ({"regex": "[a-c]+"}, None),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "a", "json": {}}, "has json and regex"),
+        ({"rejex": "a"}, r"\['rejex'\]; it may have json, regex"),
+    ],
+)
+def test_a_default_for_structured_output_must_be_one_that_can_be_enforced(
+    files: dict[str, bytes], default: dict[str, Any], message: str | None
+) -> None:
+    profile = files | {"lorafleet.json": json.dumps({"structured_outputs": default}).encode()}
+    if message is None:
+        check_apart("digest", profile)
+        return
+    with pytest.raises(ModelError, match=f"lorafleet.json: .*{message}"):
+        check_apart("digest", profile)

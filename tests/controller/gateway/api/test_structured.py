@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -82,6 +83,26 @@ async def test_unknown_formats_are_annotations(fleet: Any) -> None:
     status, answer = await fleet.post("/v1/completions", body)
     assert status == 200, answer
     assert '"format": {"type": "string"}' in fleet.worker.generates[0].sampling.grammar
+
+
+async def test_an_adapters_profile_has_a_default_that_requests_may_replace(
+    fleet: Any, tokenizer_files: dict[str, bytes]
+) -> None:
+    profile = json.dumps({"structured_outputs": {"choice": ["yes", "no"]}}).encode()
+    fleet.controller.files["own"] = tokenizer_files | {"lorafleet.json": profile}
+    fleet.controller.table.adapters[0].text_digest = "own"
+    name = fleet.controller.table.adapters[0].name
+    fleet.controller.table.version += 1
+    fleet.controller.publish()
+    await fleet.until(lambda: fleet.state.table.version == fleet.controller.table.version)
+    text = {"response_format": {"type": "text"}}
+    for fields, part in (({}, '"yes" | "no"'), ({"guided_regex": "a+"}, "/a+/"), (text, "")):
+        body = {"model": name, "prompt": "hello", "max_tokens": 2, **fields}
+        status, answer = await fleet.post("/v1/completions", body)
+        assert status == 200, answer
+        assert part in fleet.worker.generates[-1].sampling.grammar
+    assert fleet.worker.generates[-1].sampling.grammar == ""
+    assert fleet.worker.generates[0].text_digest == "own"
 
 
 async def test_a_grammar_that_explodes_is_a_400_and_others_are_answered_meanwhile(fleet: Any) -> None:
