@@ -230,9 +230,9 @@ def test_a_step_without_own_tables_or_norms_is_what_it_was_though_such_adapters_
         steps = []
         forward = engine._runner._decoder.forward
 
-        def noted(step: StepInput, cache: KVCache) -> torch.Tensor:
+        def noted(step: StepInput, cache: KVCache, **options: Any) -> torch.Tensor:
             steps.append(step)
-            return forward(step, cache)
+            return forward(step, cache, **options)
 
         monkeypatch.setattr(engine._runner._decoder, "forward", noted)
         assert run_engine(engine, batch(engine, directory, plain)) == expected
