@@ -91,7 +91,7 @@ async def answer(
                 param="use_beam_search",
             )
         deltas, usage = await beam_answers(call, model, requests, params, generated.n)
-        return await _whole(call, head, shape, params, deltas, usage)
+        return await _whole(call, head, shape, params, deltas, usage=usage)
     async with call.state.generate(requests, generated, model, shown_tokens=shown_tokens) as generation:
         if fields.stream:
             frames = shape.frames(head, generation.num_choices, has_usage=has_usage)
@@ -103,7 +103,7 @@ async def answer(
                 is_usage_continuous=wants_continuous_usage(fields),
             )
         deltas = best_of(await generation.gather(), generated.n, params.n)
-    return await _whole(call, head, shape, params, deltas, usage_of(generation))
+    return await _whole(call, head, shape, params, deltas, usage=usage_of(generation))
 
 
 async def _whole(
@@ -112,6 +112,7 @@ async def _whole(
     shape: Shape,
     params: SamplingParams,
     deltas: Sequence[ChoiceDelta],
+    *,
     usage: dict[str, Any],
 ) -> web.Response:
     """Return an answer that is not streamed. Large ones are encoded off the event loop."""
