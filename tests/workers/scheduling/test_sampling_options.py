@@ -46,6 +46,7 @@ def test_a_shared_field_reaches_the_engine() -> None:
         "logprobs": 3,
         "prompt_logprobs": 4,
         "ignore_eos": True,
+        "grammar": 'start: "a"',
     }
     assert asked.keys() == set(SHARED_FIELDS)
     options = SamplingParams(**asked).options(num_prompt_tokens=1, max_model_len=64, vocab_size=10, seed=0, choice=0)
