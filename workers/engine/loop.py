@@ -142,7 +142,14 @@ class Engine:
             pace=self._pace,
             report=self._post,
         )
-        self._steps = Steps(self._runner, self._scheduler, self._masks, self._loader, self._pace, self._step_budget)
+        self._steps = Steps(
+            runner=self._runner,
+            scheduler=self._scheduler,
+            masks=self._masks,
+            loader=self._loader,
+            pace=self._pace,
+            budget=self._step_budget,
+        )
         self._checks = RequestChecks(
             max_model_len=memory.max_model_len,
             max_loras=memory.max_loras,

@@ -43,6 +43,7 @@ class Steps:
 
     def __init__(
         self,
+        *,
         runner: ModelRunner,
         scheduler: Scheduler,
         masks: GrammarMasks,
