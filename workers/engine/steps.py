@@ -26,7 +26,7 @@ from lorafleet.workers.scheduling.scheduler import Scheduler
 from lorafleet.workers.scheduling.step_budget import StepBudget
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _InFlight:
     """A step that was launched and whose tokens are not known yet."""
 
@@ -104,7 +104,14 @@ class Steps:
             num_in_prompts += entry.num_tokens - 1
             if self._scheduler.holds(request):
                 self._scheduler.advance(entry)
-        return _InFlight(samples, forward.scores, forward.requests, plan.num_tokens, num_in_prompts, launched_at)
+        return _InFlight(
+            samples=samples,
+            scores=forward.scores,
+            requests=forward.requests,
+            num_tokens=plan.num_tokens,
+            num_in_prompts=num_in_prompts,
+            launched_at=launched_at,
+        )
 
     def _settle(self, events: list[RequestEvent]) -> None:
         """Wait for the step that is in flight, if one is, and append what came of it."""
