@@ -124,8 +124,8 @@ async def _whole(
 
     def encode() -> bytes:
         choices = [msgspec.Raw(msgspec.json.encode(shape.choice(delta))) for delta in deltas]
-        whole = head | {"choices": choices, "usage": usage} | shape.extras(deltas)
-        return msgspec.json.encode(with_nulls(whole, shape.nullable))
+        top = with_nulls(head | shape.extras(deltas), shape.nullable)
+        return msgspec.json.encode(top | {"choices": choices, "usage": usage})
 
     body = await call.state.parse(call.tenant, num_bytes, encode)
     return web.Response(body=body, content_type="application/json")
