@@ -16,6 +16,7 @@ from lorafleet.controller.gateway.api.messages import check_messages, encode_mes
 from lorafleet.controller.gateway.api.schema import DetokenizeRequest, TokenizeRequest
 from lorafleet.controller.gateway.api.served_model import ServedModel
 from lorafleet.controller.gateway.api.tools import check_tools, described_tools
+from lorafleet.controller.gateway.options import GatewayOptions
 from lorafleet.workers.errors import ContextLengthError, InvalidRequestError
 
 MAX_CONTEXTS: Final = 4  # limit of tokens, above one context so that too long a text is still counted
@@ -33,8 +34,7 @@ def _check(fields: TokenizeRequest) -> None:
 async def tokenize(call: Call[TokenizeRequest]) -> web.Response:
     """Return the ids of a prompt, or of messages through the model's template."""
     model = await call.state.served(lambda table: resolve_name(table, call.fields.model))
-    parses = call.state.config.parse_special_in_content
-    answer = await call.in_thread(lambda: _tokenize(model, call.fields, parse_special_in_content=parses))
+    answer = await call.in_thread(lambda: _tokenize(model, call.fields, call.state.config))
     return web.Response(body=answer, content_type="application/json")
 
 
@@ -46,7 +46,7 @@ async def detokenize(call: Call[DetokenizeRequest]) -> web.Response:
     return web.Response(body=answer, content_type="application/json")
 
 
-def _tokenize(model: ServedModel, fields: TokenizeRequest, *, parse_special_in_content: bool) -> bytes:
+def _tokenize(model: ServedModel, fields: TokenizeRequest, options: GatewayOptions) -> bytes:
     tokenizer = model.text.tokenizer
     limit = MAX_CONTEXTS * model.max_model_len
     try:
@@ -56,7 +56,8 @@ def _tokenize(model: ServedModel, fields: TokenizeRequest, *, parse_special_in_c
                 fields.messages,
                 fields,
                 tools=described_tools(fields.tools) if fields.tools else None,
-                parse_special_in_content=parse_special_in_content,
+                call_syntax=model.text.tool_format(options.tool_call_parser).syntax,
+                parse_special_in_content=options.parse_special_in_content,
                 max_tokens=limit,
             )
         else:

@@ -277,6 +277,13 @@ async def test_tokenize_counts_tools_too(fleet: Any) -> None:
     assert answer["count"] > without["count"] + 50
 
 
+async def test_tokenize_writes_calls_as_chats_do(new_fleet: Any, tokenizer_files: Any) -> None:
+    fleet = await with_room(await new_fleet(tool_call_parser="pythonic"), tokenizer_files)
+    _, answer = await fleet.post("/tokenize", {"model": "tiny", "messages": HI, "tools": [WEATHER]})
+    await fleet.openai.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER], max_tokens=1)
+    assert answer["tokens"] == list(fleet.worker.generates[-1].prompt_token_ids)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no list": ({"tools": 3}, "tools: expected `array`, got `int`."),
     "no function": ({"tools": [{"type": "function"}]}, "tools[0]: object missing required field `function`."),
