@@ -54,6 +54,10 @@ class TurnBudget:
         self._redone += seconds * num_redone
         self._saved = min(self._max_saved, self._saved + seconds * (SHARE * num_served - num_lost - num_redone))
         weight = min(1.0, seconds / (_REMEMBERS * self._turn_s))
+        if not num_served:  # an engine without requests: turns in it cost nothing, whatever they did before
+            self._served = self._cost = self._redone_a_turn = 0.0
+        elif not self._served:
+            self._served = num_served
         self._served += weight * (num_served - self._served)
         self._cost = max(cost, self._cost + weight * (cost - self._cost))
 

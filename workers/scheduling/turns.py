@@ -304,6 +304,8 @@ class AdmissionControl:
         if self._requests[tenant, adapter]:
             return
         del self._requests[tenant, adapter]
+        if not self._requests:  # all slots can be had again, however slowly they changed hands before
+            self.slot_turns = SlotTurns(bound.num_adapter_places, bound.turn_s, bound.turn_s)
         if adapter is not None:
             num_flows = self._flows[adapter]
             self._num_turns -= bound.num_turns(num_flows, num_adapters) - bound.num_turns(num_flows - 1, num_adapters)

@@ -75,3 +75,12 @@ def test_what_is_computed_again_after_turns_is_a_part_of_their_cost() -> None:
     known = budget((10.0, 64, 0), redone=0.1)
     known.take()
     assert known.places(8) == pytest.approx(64 * SHARE / (64 / 4)), "of 64 seats times seconds a quarter counts yet"
+
+
+def test_an_engine_that_was_idle_takes_turns_in_all_slots_again() -> None:
+    budget = TurnBudget(num_seats=32, turn_s=1.0)
+    for second in range(10):
+        budget.book(float(second), num_running=32, num_lost=0, redone=0.0, cost=8.0)
+    assert budget.places(8) < 1
+    budget.book(10.0, num_running=0, num_lost=0, redone=0.0, cost=0.0)
+    assert budget.places(8) == 8

@@ -234,3 +234,13 @@ def test_items_that_could_not_have_a_place_now_are_passed() -> None:
     assert waiting.due(8.0, lambda item: False) == []
     assert list(waiting.longest(0.0)) == [0, 1, 2, 3] and list(waiting.longest(-1.0)) == []
     assert waiting.first_since == 0.0 and line().first_since == float("inf")
+
+
+def test_once_all_requests_have_ended_as_many_adapters_may_wait_as_at_first() -> None:
+    bound = WaitBound(10.0, 4, 8)
+    admission = AdmissionControl(bound)
+    at_first = admission.slot_turns
+    admission.enter("t", "a")
+    admission.slot_turns = SlotTurns(1, 8.0, 1.0)  # as measured under load
+    admission.leave("t", "a")
+    assert admission.slot_turns == at_first
