@@ -71,6 +71,11 @@ class AdapterSlots:
         return digest in self._uses
 
     @property
+    def num_in_use(self) -> int:
+        """Return the number of adapters that running requests use."""
+        return len(self._uses)
+
+    @property
     def usual_uses(self) -> float:
         """Return how many running requests use the adapter of a running request, on average."""
         num_uses = sum(self._uses.values())

@@ -87,7 +87,8 @@ class Preemption:
         self._budget.book(
             now, num_running=len(self._running), num_lost=self._lost_seats(), redone=redone, cost=self._estimate
         )
-        return self._budget.places(num_places)
+        num_free = num_places - self._slots.num_in_use  # these cost nobody a seat
+        return max(self._budget.places(num_places), num_free)
 
     def _lost_seats(self) -> int:
         """Return the seats that stand empty because their requests were preempted, or not started, for turns.
