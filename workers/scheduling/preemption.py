@@ -87,8 +87,10 @@ class Preemption:
         self._budget.book(
             now, num_running=len(self._running), num_lost=self._lost_seats(), redone=redone, cost=self._estimate
         )
-        num_free = num_places - self._slots.num_in_use  # these cost nobody a seat
-        return max(self._budget.places(num_places), num_free)
+        places = self._budget.places(num_places)
+        if self._running.preempted_for_turns:
+            return places
+        return max(places, num_places - self._slots.num_in_use)  # no turn is needed for slots that no request uses
 
     def _lost_seats(self) -> int:
         """Return the seats that stand empty because their requests were preempted, or not started, for turns.
