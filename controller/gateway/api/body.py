@@ -19,7 +19,8 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from lorafleet.controller.gateway.api.field_rule import FieldRule, rule_of
-from lorafleet.controller.gateway.api.schema import INSTEAD, MAX_FIELD_BYTES, SIZEABLE
+from lorafleet.controller.gateway.api.known_fields import INSTEAD
+from lorafleet.controller.gateway.api.schema import MAX_FIELD_BYTES, SIZEABLE
 from lorafleet.workers.errors import InvalidRequestError, cut, quoted
 from lorafleet.workers.text.json_shape import check_shape
 

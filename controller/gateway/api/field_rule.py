@@ -15,6 +15,7 @@ import msgspec
 
 from lorafleet.controller.gateway.api.known_fields import (
     HARMLESS,
+    HARMLESS_VALUES,
     OF_ADAPTERS,
     OF_CHAT,
     OF_COMPLETIONS,
@@ -26,7 +27,6 @@ from lorafleet.controller.gateway.api.known_fields import (
 )
 from lorafleet.controller.gateway.api.schema import (
     ASKS_NOTHING,
-    DEFAULTS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -99,7 +99,7 @@ def rule_of(kind: type[msgspec.Struct]) -> FieldRule:
 def _known(kind: type[msgspec.Struct]) -> dict[str, Values]:
     if kind in (ChatRequest, CompletionRequest):
         of_either = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
-        return dict.fromkeys(of_either, _EMPTY) | DEFAULTS | OF_CHAT | OF_COMPLETIONS | OF_GENERATION
+        return dict.fromkeys(of_either, _EMPTY) | HARMLESS_VALUES | OF_CHAT | OF_COMPLETIONS | OF_GENERATION
     if kind is TokenizeRequest:
         return dict(OF_CHAT)
     if kind is DetokenizeRequest:

@@ -55,13 +55,21 @@ OF_COMPLETIONS: Final[dict[str, Values]] = {
 
 OF_GENERATION: Final[dict[str, Values]] = {
     # OpenAI
+    "audio": (),
+    "modalities": (["text"],),
     "moderation": (),
     "verbosity": ("medium",),
+    "web_search_options": (),
     # vLLM
     "guided_whitespace_pattern": (),
+    "is_3d_lora_weight": (False,),
+    "logits_processors": ([],),
     "logprob_token_ids": (),
+    "lora_int_id": (),
+    "prompt_embeds": (),
     "repetition_detection": (),
     "return_prompt_text": (False,),
+    "spaces_between_special_tokens": (True,),
     "structural_tag": (),
     "thinking_token_budget": (-1,),
     "truncation_side": (),
@@ -166,6 +174,12 @@ OF_DETOKENIZE: Final[dict[str, Values]] = {"skip_special_tokens": (False,)}
 
 OF_STREAM_OPTIONS: Final[dict[str, Values]] = {"include_obfuscation": (False,)}
 
+INSTEAD: Final = {
+    "function_call": "Send tool_choice instead.",
+    "functions": "Send them as tools instead.",
+}
+"""Refused fields that another one has replaced."""
+
 HARMLESS: Final[frozenset[str]] = frozenset(
     {
         # OpenAI
@@ -224,3 +238,10 @@ HARMLESS: Final[frozenset[str]] = frozenset(
     }
 )
 """Known fields that do not change the answer, and are ignored like unknown ones."""
+
+HARMLESS_VALUES: Final[dict[str, Values]] = {
+    "prediction": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+"""Of harmless fields, the values that ask for nothing; other fields of this kind have none."""

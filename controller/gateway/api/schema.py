@@ -211,37 +211,6 @@ class UnloadAdapterBody(msgspec.Struct, kw_only=True):
 ASKS_NOTHING: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Fields that do not affect the answer, whatever their value; even `--strict-fields` ignores them."""
 
-DEFAULTS: Final[dict[str, tuple[object, ...]]] = {
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "is_3d_lora_weight": (False,),
-    "logits_processors": ([],),
-    "lora_int_id": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "prompt_embeds": (),
-    "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""Fields of OpenAI or vLLM that this server does not honour: the values, besides null, that ask for nothing."""
-
-INSTEAD: Final = {
-    "function_call": "Send tool_choice instead.",
-    "functions": "Send them as tools instead.",
-}
-"""Fields of `DEFAULTS` that another one has replaced."""
-
 
 def check_stream_options(fields: GenerateFields) -> None:
     """Raises InvalidRequestError for stream options that do not fit the request."""

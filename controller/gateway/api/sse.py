@@ -34,7 +34,6 @@ PING_S: Final = 3.0  # of silence, after which a comment is sent
 PING: Final = b": ping\n\n"
 _SLICE_BYTES = 1 << 16  # of one answer, written before others get their turn on the event loop
 _NO_USAGE = b'"usage":null}\n\n'  # the end of a chunk, in a stream whose last chunk has the usage
-_LARGE_BYTES = 1 << 15  # a write this large may have to wait by itself
 
 _NOTHING: Mapping[str, object] = {}
 

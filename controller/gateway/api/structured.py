@@ -18,25 +18,11 @@ from lorafleet.controller.gateway.streams.text_threads import SHORT_BYTES
 from lorafleet.workers.answers.profile import Profile
 from lorafleet.workers.errors import InvalidRequestError, quoted
 from lorafleet.workers.grammars.grammar_text import (
-    choice_grammar,
     json_object_grammar,
     json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
 )
 from lorafleet.workers.grammars.structural_tag import structural_tag_grammar
 from lorafleet.workers.grammars.structured_outputs import StructuredOutputsParams, default_grammar
-
-__all__ = [
-    "checked_grammar",
-    "choice_grammar",
-    "json_object_grammar",
-    "json_schema_grammar",
-    "lark_grammar",
-    "regex_grammar",
-    "requested_grammar",
-    "structural_tag_grammar",
-]
 
 _CHECK_BYTES: Final = SHORT_BYTES + 1  # a check may take seconds: it is a long job of the threads, whatever its size
 _GUIDED: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
