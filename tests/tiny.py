@@ -175,6 +175,22 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
     return list(output[0, len(prompt) :].tolist())
 
 
+def beams(model: Any, prompt: list[int], width: int, max_tokens: int, **options: Any) -> list[list[int]]:
+    """Return the continuations that the reference's beam search finds, best first, padded. options: of `generate`."""
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=max_tokens,
+            num_beams=width,
+            num_return_sequences=width,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+    return list(found[:, len(prompt) :].tolist())
+
+
 @dataclass
 class Result:
     """All events of one request."""

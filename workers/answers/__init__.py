@@ -6,6 +6,6 @@ of answers over HTTP (controller/gateway/api). Standard library only.
 Every reader gives the same parts however the text is split, takes time linear in its length, and never fails: what is
 not a call is content.
 
-Tested elsewhere: json_object, json_call, marks in test_json_calls.py; parts in test_message.py; call_syntax in
-test_tool_formats.py.
+Tested elsewhere: json_object, json_call, marks, state_reader in test_json_calls.py; parts in test_message.py;
+call_syntax in test_tool_formats.py.
 """

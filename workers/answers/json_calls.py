@@ -12,44 +12,32 @@ arguments: a stream cannot take back what it has sent, and a whole answer says t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 
 from lorafleet.workers.answers.json_call import JsonCall
 from lorafleet.workers.answers.marks import Marks
 from lorafleet.workers.answers.parts import CallArguments, CallStart, Content, Part
+from lorafleet.workers.answers.state_reader import StateReader
 
 _SPACE = re.compile(r"\s*")
 _BETWEEN = re.compile(r"[\s,;]*")
 
 
-class JsonCalls:
+class JsonCalls(StateReader):
     """Reads one answer."""
 
     def __init__(self, *, begin: Sequence[str], end: Sequence[str] = (), tools: Container[str] | None = None) -> None:
         """begin, end: the marks around calls, of which the closing one may be missing. tools: also take objects
         without a mark that begin with the name of one of these."""
+        super().__init__(self._search)
         self._begins = Marks((*begin, "{") if tools is not None else begin)
         self._ends = Marks(end)
         self._tools = tools
-        self._text = ""  # not yet read, only as much as could be a part of a mark
-        self._position = 0
-        self._is_last = False
-        self._parts: list[Part] = []
         self._blanks: list[str] = []  # after content, dropped in front of a call
         self._after_call = False
         self._raw: list[str] = []  # of what may become a call
         self._call: JsonCall | None = None
         self._is_list = False
-        self._state: Callable[[], bool] = self._search  # reads on; returns False if it needs more text
-
-    def push(self, text: str) -> list[Part]:
-        """Read more text; return the parts that are certain."""
-        self._text += text
-        while self._position < len(self._text) and self._state():
-            pass
-        self._text, self._position = self._text[self._position :], 0
-        parts, self._parts = self._parts, []
-        return parts
 
     def finish(self) -> list[Part]:
         """End the text; return the parts held back."""

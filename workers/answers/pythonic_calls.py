@@ -16,6 +16,7 @@ from typing import Final
 
 from lorafleet.workers.answers.parts import CallArguments, CallStart, Content, Part
 from lorafleet.workers.answers.python_literal import LiteralReader
+from lorafleet.workers.answers.state_reader import StateReader
 
 MAX_CALL_CHARS: Final = 1 << 16  # some 30 ms of the event loop
 _MAX_HEAD_CHARS = 512  # up to the parenthesis
@@ -30,16 +31,13 @@ _QUOTED = {quote: re.compile(rf"[^{quote}\\]*") for quote in "'\""}
 _CLOSINGS = {"(": ")", "[": "]", "{": "}"}
 
 
-class PythonicCalls:
+class PythonicCalls(StateReader):
     """Reads one answer."""
 
     def __init__(self, tools: Container[str]) -> None:
         """tools: names of functions that may be called."""
+        super().__init__(self._first)
         self._tools = tools
-        self._text = ""  # not yet read
-        self._position = 0
-        self._is_last = False
-        self._parts: list[Part] = []
         self._raw: list[str] = []  # of what may become a call
         self._num_raw_chars = 0  # of a call's arguments
         self._name = ""
@@ -48,16 +46,6 @@ class PythonicCalls:
         self._quote = ""
         self._is_escape = False
         self._after_call = False
-        self._state: Callable[[], bool] = self._first  # reads on; returns False if it needs more text
-
-    def push(self, text: str) -> list[Part]:
-        """Read more text; return the parts that are certain."""
-        self._text += text
-        while self._position < len(self._text) and self._state():
-            pass
-        self._text, self._position = self._text[self._position :], 0
-        parts, self._parts = self._parts, []
-        return parts
 
     def finish(self) -> list[Part]:
         """End the text; return the parts held back."""

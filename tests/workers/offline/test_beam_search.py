@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
-import torch
 
 from lorafleet.workers import LLM, BeamSearchParams, LoRARequest
 from lorafleet.workers.errors import InvalidRequestError
-
-
-def searched(model: Any, prompt: list[int], width: int, max_tokens: int) -> list[list[int]]:
-    with torch.no_grad():
-        found = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=max_tokens,
-            num_beams=width,
-            num_return_sequences=width,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return list(found.tolist())
 
 
 def test_beams_are_those_of_transformers_and_peft(tmp_path: Path) -> None:
@@ -39,7 +22,9 @@ def test_beams_are_those_of_transformers_and_peft(tmp_path: Path) -> None:
         ids = llm.get_tokenizer().encode("the quick fox")
         plain, with_adapter = llm.beam_search(["the quick fox", ids], params, lora_request=[None, lora])
         for output, model in ((plain, base), (with_adapter, adapted)):
-            assert [sequence.tokens for sequence in output.sequences] == searched(model, ids, 3, 6)
+            assert [sequence.tokens[len(ids) :] for sequence in output.sequences] == tiny.beams(
+                model, ids, 3, 6, eos_token_id=None
+            )
             for sequence in output.sequences:
                 assert sequence.text == llm.get_tokenizer().decode(sequence.tokens)
                 assert sequence.finish_reason == "length" and len(sequence.logprobs) == 6

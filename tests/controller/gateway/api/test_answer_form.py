@@ -32,14 +32,6 @@ async def reasoning_fleet(new_fleet: Any, tokenizer_files: dict[str, bytes], par
     return fleet
 
 
-@pytest.fixture
-def says(fleet: Any, tokenizer: Any) -> Any:
-    def set_answer(text: str) -> None:
-        fleet.worker.answer = [*tokenizer.encode(text), fleet.worker.eos]
-
-    return set_answer
-
-
 async def message_of(fleet: Any, **options: Any) -> dict[str, Any]:
     """A message that is the same whole and streamed."""
     body = {"model": "tiny", "messages": HI} | options

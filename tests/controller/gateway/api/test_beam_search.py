@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from real_worker import MODELS, make_models, real_worker
+from real_worker import MODELS
 
 PROMPT = [5, 60, 33, 12, 90, 41, 7]
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("real")
-
-
-@pytest.fixture(scope="module")
-def references(root: Path) -> dict[str, Any]:
-    return make_models(root)
-
-
 @pytest.fixture
-async def fleet(root: Path, references: dict[str, Any], new_fleet: Callable[..., Any]) -> AsyncIterator[Any]:
-    fleet = await new_fleet(num_workers=0, wait=False)
-    async with real_worker(root, fleet):
-        yield fleet
+def fleet(real_fleet: Any) -> Any:
+    return real_fleet
 
 
 def searched(model: Any, prompt: list[int], width: int, max_tokens: int, **options: Any) -> list[list[int]]:
     """Return the reference's sequences, best first."""
-    with torch.no_grad():
-        found = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=max_tokens,
-            num_beams=width,
-            num_return_sequences=width,
-            do_sample=False,
-            pad_token_id=0,
-            **options,
-        )
-    sequences = found[:, len(prompt) :].tolist()
+    sequences = tiny.beams(model, prompt, width, max_tokens, **options)
     given = options.get("eos_token_id", 1)
     ends = set() if given is None else {given} if isinstance(given, int) else set(given)
     lengths = [

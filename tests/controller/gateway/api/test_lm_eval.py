@@ -7,31 +7,18 @@ With `max_tokens` 1 the last position is of the sampled token and is dropped.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from real_worker import MODELS, make_models, real_worker
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("real")
-
-
-@pytest.fixture(scope="module")
-def references(root: Path) -> dict[str, Any]:
-    return make_models(root)
+from real_worker import MODELS
 
 
 @pytest.fixture
-async def fleet(root: Path, references: dict[str, Any], new_fleet: Callable[..., Any]) -> AsyncIterator[Any]:
-    fleet = await new_fleet(num_workers=0, wait=False)
-    async with real_worker(root, fleet):
-        yield fleet
+def fleet(real_fleet: Any) -> Any:
+    return real_fleet
 
 
 def of_choice(choice: dict[str, Any], num_context: int, end: int | None) -> tuple[float, bool]:

@@ -53,14 +53,6 @@ async def with_room(fleet: Any, tokenizer_files: dict[str, bytes], **profile: st
     return fleet
 
 
-@pytest.fixture
-def says(fleet: Any, tokenizer: Any) -> Any:
-    def set_answer(text: str) -> None:
-        fleet.worker.answer = [*tokenizer.encode(text), fleet.worker.eos]
-
-    return set_answer
-
-
 def prompt_of(fleet: Any, tokenizer: Any) -> str:
     return str(tokenizer.decode(list(fleet.worker.generates[-1].prompt_token_ids), skip_special_tokens=False))
 
